@@ -1,0 +1,33 @@
+# Two commands are enough on a fresh machine: `make quickstart` and `make test`. Both set up first; a second run skips that.
+VENV := .venv/bin/python
+
+.PHONY: help setup quickstart test lint lock wheel
+
+help:
+	@echo "make quickstart   set up, train CIBL on long-tailed digits through FFCV, pictures in runs/"
+	@echo "make test         set up, lint, types, tests"
+	@echo "make setup        Debian packages for FFCV (as root), virtual environment, pinned packages"
+	@echo "make wheel        build the wheel into dist/"
+	@echo "make lock         resolve requirements.lock anew"
+
+setup:
+	@PYTHON="$(PYTHON)" sh scripts/setup.sh
+
+quickstart: setup
+	$(VENV) -m cibl_ray.train quickstart
+
+lint: setup
+	$(VENV) -m ruff check .
+	$(VENV) -m ruff format --check .
+	$(VENV) -m mypy
+
+test: lint
+	$(VENV) -m pytest
+
+lock: setup
+	$(VENV) -m pip install --quiet uv
+	.venv/bin/uv pip compile --quiet --universal --no-emit-index-url --no-annotate --no-header --all-extras \
+		--python-version 3.11 pyproject.toml -o requirements.lock
+
+wheel: setup
+	$(VENV) -m pip wheel --quiet --no-deps --wheel-dir dist .

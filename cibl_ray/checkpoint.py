@@ -1,0 +1,165 @@
+"""Checkpoints: one safetensors file each, holding weights, momentum, and all that is needed to rebuild the network alone.
+
+Nothing is ever unpickled. A file appears under its name only when it is whole, and the one before is kept until then.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_bytes
+
+from cibl_ray.config import RunConfig
+from cibl_ray.losses.step import contrasts
+from cibl_ray.networks.network import HybridNetwork, build_network
+from pipelines.errors import UserError
+from pipelines.settings import validate
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1
+LAST, PREVIOUS, BEST = "last.safetensors", "previous.safetensors", "best.safetensors"
+_HEADER = "cibl_ray"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """State after `epoch` whole epochs.
+
+    data: the digest of each split's source. best: the best validation accuracy so far and its epoch, or None.
+    weights: the network's state by name. momentum: SGD's buffers by parameter name; empty in a best checkpoint.
+    """
+
+    config: RunConfig
+    classes: list[str]
+    train_counts: np.ndarray
+    data: dict[str, str]
+    epoch: int
+    best: dict[str, float] | None
+    weights: dict[str, torch.Tensor]
+    momentum: dict[str, torch.Tensor]
+
+    def network(self) -> HybridNetwork:
+        """The network that this checkpoint describes, with its weights."""
+        network = build_network(self.config.network, len(self.classes), contrasts(self.config.loss), seed=0)
+        load_weights(network, self)
+        return network
+
+
+def load_weights(network: HybridNetwork, checkpoint: Checkpoint) -> None:
+    """Put a checkpoint's weights into `network`. Raises UserError where it is of another architecture."""
+    state = network.state_dict()
+    strange = sorted(set(state) ^ set(checkpoint.weights))
+    strange += [name for name in state if name not in strange and state[name].shape != checkpoint.weights[name].shape]
+    if strange:
+        made_by, classes = checkpoint.config.network, len(checkpoint.classes)
+        raise UserError(
+            f"the checkpoint is of another architecture: it was made by {made_by.backbone} with a {made_by.head.kind} head, "
+            f"loss {checkpoint.config.loss.kind} and {classes} classes; "
+            f"{len(strange)} tensors differ, the first is {strange[0]!r}"
+        )
+    network.load_state_dict(checkpoint.weights)
+
+
+def momentum_of(network: HybridNetwork, optimizer: torch.optim.SGD) -> dict[str, torch.Tensor]:
+    """SGD's momentum buffers by parameter name."""
+    buffers = {
+        name: optimizer.state.get(parameter, {}).get("momentum_buffer") for name, parameter in network.named_parameters()
+    }
+    return {name: buffer for name, buffer in buffers.items() if buffer is not None}
+
+
+def load_momentum(network: HybridNetwork, optimizer: torch.optim.SGD, momentum: dict[str, torch.Tensor]) -> None:
+    for name, parameter in network.named_parameters():
+        if name in momentum:
+            # Same memory layout as the parameter: a resumed step must add up in the same order.
+            optimizer.state[parameter]["momentum_buffer"] = torch.empty_like(parameter).copy_(momentum[name])
+
+
+def save_checkpoint(path: Path, checkpoint: Checkpoint, keep_previous: bool = False) -> None:
+    """Write atomically. With `keep_previous`, the file that had the name stays as `previous.safetensors`."""
+    content = {
+        "format": FORMAT,
+        "config": checkpoint.config.model_dump(mode="json"),
+        "classes": checkpoint.classes,
+        "train_counts": checkpoint.train_counts.tolist(),
+        "data": checkpoint.data,
+        "epoch": checkpoint.epoch,
+        "best": checkpoint.best,
+    }
+    tensors = {f"weights.{name}": tensor for name, tensor in checkpoint.weights.items()}
+    tensors |= {f"momentum.{name}": tensor for name, tensor in checkpoint.momentum.items()}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    try:
+        with part.open("wb") as file:
+            file.write(to_bytes(tensors, {_HEADER: json.dumps(content)}))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
+    if keep_previous and path.exists():
+        path.replace(path.with_name(PREVIOUS))
+    part.replace(path)
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Read a checkpoint. Raises UserError where the file is missing, cut short or not one of ours."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = (file.metadata() or {}).get(_HEADER)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
+    except FileNotFoundError as error:
+        raise UserError(f"no checkpoint at {str(path)!r}") from error
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"checkpoint {str(path)!r} is cut short or damaged: {error}") from error
+    try:
+        content: dict[str, Any] = json.loads(header or "")
+        if content["format"] != FORMAT:
+            raise UserError(f"checkpoint {str(path)!r} has format {content['format']}, this version reads {FORMAT}")
+        return Checkpoint(
+            config=validate(RunConfig, content["config"], str(path)),
+            classes=content["classes"],
+            train_counts=np.array(content["train_counts"], dtype=np.int64),
+            data=content["data"],
+            epoch=content["epoch"],
+            best=content["best"],
+            weights=_part(tensors, "weights."),
+            momentum=_part(tensors, "momentum."),
+        )
+    except (json.JSONDecodeError, KeyError, ValidationError) as error:
+        raise UserError(f"{str(path)!r} is a safetensors file, but not a checkpoint of cibl-ray") from error
+
+
+def _part(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def newest(folder: Path) -> Checkpoint | None:
+    """The last whole checkpoint of a run's `checkpoints` folder; the one before where the last is damaged, and says so."""
+    damaged: UserError | None = None
+    for name in (LAST, PREVIOUS):
+        if not (folder / name).exists():
+            continue
+        try:
+            checkpoint = load_checkpoint(folder / name)
+        except UserError as error:
+            damaged = error
+            continue
+        if damaged is not None:
+            log.warning("%s; going on from the one before, after epoch %d", damaged, checkpoint.epoch)
+        return checkpoint
+    if damaged is not None:
+        raise damaged
+    return None

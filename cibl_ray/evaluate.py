@@ -1,0 +1,102 @@
+"""`python -m cibl_ray.evaluate RUN [--data FOLDER]`: repeat a run's evaluation from its checkpoint alone.
+
+RUN is a run folder, or a checkpoint file. The network, the classes and their training counts come from the checkpoint. The
+images are the run's own, prepared again if they are gone, or those of an image folder: FOLDER/CLASS/*, class names as trained.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipelines.errors import UserError, run_command
+
+if TYPE_CHECKING:
+    from cibl_ray.checkpoint import Checkpoint
+    from cibl_ray.metrics import Scores
+
+log = logging.getLogger(__name__)
+
+FILES = {"last": "last.safetensors", "best": "best.safetensors"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m cibl_ray.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", type=Path, help="a run folder, or a checkpoint file")
+    parser.add_argument("--checkpoint", choices=[*FILES], help="of a run folder; by default each that exists")
+    parser.add_argument("--data", type=Path, metavar="FOLDER", help="evaluate on the images of FOLDER/CLASS/* instead")
+    parser.add_argument("--split", choices=["train", "val", "test"], help="of the run's data; by default test, else val")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the scores, every class's too, to FILE")
+    arguments = parser.parse_args()
+    if arguments.data is not None and arguments.split is not None:
+        raise UserError("--split is of the run's own data; it says nothing of --data")
+    try:
+        from cibl_ray.checkpoint import load_checkpoint
+        from cibl_ray.metrics import table
+    except ModuleNotFoundError as error:
+        raise UserError(f"{error.name} is not installed; evaluation needs: pip install 'cibl-ray[train]'") from error
+    logging.basicConfig(format="%(message)s")
+
+    scores = {}
+    for path in _checkpoints(arguments.run, arguments.checkpoint):
+        checkpoint = load_checkpoint(path)
+        scores[f"{path.stem} (epoch {checkpoint.epoch})"] = evaluate(checkpoint, arguments.data, arguments.split)
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps({name: asdict(row) for name, row in scores.items()}, indent=1))
+    print(table(scores))
+
+
+def evaluate(checkpoint: Checkpoint, folder: Path | None = None, split: str | None = None) -> Scores:
+    """Scores of a checkpoint on its run's data, or on an image folder with the same class names. Raises UserError."""
+    import torch
+
+    from cibl_ray.evaluation import predict
+    from cibl_ray.metrics import score
+    from cibl_ray.trainer import resolve
+    from pipelines.augment import Normalize
+    from pipelines.batch import eval_reading, make_loader
+    from pipelines.prepare import ensure_prepared, prepare_folder
+
+    network = checkpoint.network()
+    train = checkpoint.config.train.model_copy(update={"device": "auto"})  # not the machine that trained
+    config = resolve(checkpoint.config.model_copy(update={"train": train}))
+    device = torch.device(config.train.device)
+    if folder is None:
+        prepared = ensure_prepared(config.data, config.seed)
+        split = split or ("test" if "test" in prepared.splits else "val")
+        if split not in prepared.splits:
+            raise UserError(f"the run's data have no {split!r} split; there are: {', '.join(prepared.splits)}")
+        if prepared.classes != checkpoint.classes:
+            raise UserError("the data's classes are no longer those the checkpoint was trained on")
+        if prepared.splits[split].source_digest != checkpoint.data.get(split):
+            log.warning("the %s images have changed since this checkpoint was trained", split)
+    else:
+        prepared, split = prepare_folder(folder.absolute(), checkpoint.classes, config.data), "test"
+    loader = make_loader(prepared, split, eval_reading(config.data, config.train.eval_batch_size), config.loader)
+    try:
+        logits, labels = predict(network.to(device), loader, Normalize(config.data).to(device), device)
+    finally:
+        loader.close()
+    return score(logits, labels, checkpoint.train_counts)
+
+
+def _checkpoints(run: Path, which: str | None) -> list[Path]:
+    if run.is_file():
+        return [run]
+    if not run.is_dir():
+        raise UserError(f"{str(run)!r} is neither a run folder nor a checkpoint file")
+    folder = run / "checkpoints"
+    paths = [folder / file for name, file in FILES.items() if which in (None, name) and (folder / file).exists()]
+    if not paths:
+        raise UserError(f"{str(folder)!r} has no {which or 'last'} checkpoint; the run has not finished its first epoch")
+    return paths
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,102 @@
+"""Accuracy by class frequency. A group that no class is in has no accuracy: None, never 0."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+from scipy.stats import hmean
+from torchmetrics.functional.classification import multiclass_calibration_error, multiclass_confusion_matrix
+
+from pipelines.pictures import GROUPS, shot_groups
+
+CALIBRATION_BINS = 15
+
+
+@dataclass(frozen=True)
+class Scores:
+    """All accuracies are shares from 0 to 1.
+
+    overall: over all samples. balanced: mean over classes. many, medium, few: mean over the classes with more than 100, 20 to
+    100, fewer than 20 training images. head, middle, tail: mean over the largest, middle and smallest third of the classes.
+    worst: the lowest class accuracy. harmonic: harmonic mean of the class accuracies (0 if a class has 0). per_class: None
+    where the split has no sample of the class. calibration_error: expected, in 15 bins. loss: mean cross-entropy.
+    """
+
+    overall: float
+    balanced: float
+    many: float | None
+    medium: float | None
+    few: float | None
+    head: float | None
+    middle: float | None
+    tail: float | None
+    worst: float
+    harmonic: float
+    calibration_error: float
+    loss: float
+    samples: int
+    per_class: list[float | None]
+
+    def numbers(self) -> dict[str, float]:
+        """The scalar scores that exist, by name."""
+        return {name: value for name, value in asdict(self).items() if isinstance(value, float)}
+
+
+def score(logits: torch.Tensor, labels: torch.Tensor, train_counts: np.ndarray) -> Scores:
+    """Scores of logits float32 (N, C) against labels int64 (N,), N >= 1; train_counts int64 (C,) decides the groups."""
+    classes = logits.shape[1]
+    confusion = multiclass_confusion_matrix(logits.argmax(1), labels, num_classes=classes).double().numpy()
+    present = confusion.sum(1) > 0
+    accuracy = np.divide(confusion.diagonal(), confusion.sum(1), out=np.zeros(classes), where=present)
+    groups = np.array(shot_groups(train_counts))
+    thirds = _thirds(train_counts)
+
+    def mean(members: np.ndarray) -> float | None:
+        members = members & present
+        return float(accuracy[members].mean()) if members.any() else None
+
+    return Scores(
+        overall=float(confusion.trace() / confusion.sum()),
+        balanced=float(accuracy[present].mean()),
+        **{group: mean(groups == group) for group in GROUPS},
+        **{third: mean(thirds == third) for third in ("head", "middle", "tail")},
+        worst=float(accuracy[present].min()),
+        harmonic=float(hmean(accuracy[present])) if accuracy[present].all() else 0.0,
+        calibration_error=float(
+            multiclass_calibration_error(logits.softmax(1), labels, num_classes=classes, n_bins=CALIBRATION_BINS)
+        ),
+        loss=float(torch.nn.functional.cross_entropy(logits, labels)),
+        samples=len(labels),
+        per_class=[float(value) if there else None for value, there in zip(accuracy, present, strict=True)],
+    )
+
+
+def _thirds(train_counts: np.ndarray) -> np.ndarray:
+    """'head', 'middle' or 'tail' of each class: the middle takes what does not divide by three (10 classes: 3, 4, 3)."""
+    classes = len(train_counts)
+    names = np.full(classes, "middle", dtype=object)
+    order = np.argsort(-train_counts, kind="stable")
+    names[order[: classes // 3]] = "head"
+    names[order[classes - classes // 3 :]] = "tail"
+    return names
+
+
+COLUMNS = ("overall", "many", "medium", "few", "worst", "harmonic", "calibration_error")
+
+
+def table(rows: dict[str, Scores]) -> str:
+    """Scores as a table of text, in percent; '-' where a group is empty."""
+    titles = ("", *COLUMNS[:-1], "calib. err.")
+    lines: list[tuple[str, ...]] = [titles]
+    for name, scores in rows.items():
+        values = [getattr(scores, column) for column in COLUMNS]
+        lines.append((name, *("-" if value is None else f"{100 * value:.1f}" for value in values)))
+    widths = [max(len(line[column]) for line in lines) for column in range(len(titles))]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in lines
+    )

@@ -1,0 +1,1 @@
+"""Backbone, projection head and classification head."""

@@ -1,0 +1,76 @@
+"""A run's pictures: learning curves, and accuracy against the number of training images of each class."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from cibl_ray.metrics import Scores
+from pipelines.pictures import COLORS, GROUPS, shot_groups
+
+_DPI = 120
+
+
+def save_learning_curves(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Loss terms, accuracy and learning rate over the epochs."""
+    epochs = [row["epoch"] for row in rows]
+    figure = Figure(figsize=(11, 3.4), layout="constrained")
+    loss, accuracy, rate = figure.subplots(1, 3)
+    for name in ("loss", "cross_entropy", "contrastive"):
+        if name in rows[0]["train"]:
+            loss.plot(epochs, [row["train"][name] for row in rows], label=name.replace("_", "-"))
+    if "val" in rows[0]:
+        loss.plot(epochs, [row["val"]["loss"] for row in rows], label="validation cross-entropy", color="black", lw=1)
+    loss.set(title="loss", xlabel="epoch")
+    accuracy.plot(epochs, [100 * row["train"]["accuracy"] for row in rows], label="training", color="#8a8a8a")
+    for name, color in (("balanced", "black"), *((group, COLORS[group]) for group in GROUPS)):
+        if name in rows[0].get("val", {}):
+            accuracy.plot(epochs, [100 * row["val"][name] for row in rows], label=f"validation, {name}", color=color)
+    accuracy.set(title="accuracy, %", xlabel="epoch", ylim=(0, 100))
+    rate.plot(epochs, [row["rate"]["lr"] for row in rows], color="#2a6f97")
+    rate.set(title="learning rate", xlabel="epoch")
+    for axes in (loss, accuracy):
+        axes.legend(frameon=False, fontsize=8)
+    for axes in (loss, accuracy, rate):
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=_DPI)
+
+
+def save_accuracy_by_class(path: Path, classes: list[str], train_counts: np.ndarray, runs: dict[str, Scores]) -> None:
+    """Each class's accuracy against its training images, one panel a checkpoint, coloured by shot group."""
+    figure = Figure(figsize=(5.5 * len(runs), 3.8), layout="constrained")
+    panels = np.atleast_1d(figure.subplots(1, len(runs), sharey=True))
+    groups = shot_groups(train_counts)
+    for axes, (name, scores) in zip(panels, runs.items(), strict=True):
+        for group in GROUPS:
+            members = [i for i, own in enumerate(groups) if own == group and scores.per_class[i] is not None]
+            if members:
+                heights = [100 * (scores.per_class[i] or 0.0) for i in members]
+                axes.scatter(train_counts[members], heights, color=COLORS[group], label=f"{group} ({len(members)})", zorder=3)
+                _level(axes, getattr(scores, group), train_counts[members], COLORS[group])
+        if len(classes) <= 20:
+            for i, label in enumerate(classes):
+                if scores.per_class[i] is not None:
+                    place = (train_counts[i], 100 * (scores.per_class[i] or 0.0))
+                    axes.annotate(label, place, xytext=(4, 4), textcoords="offset points", fontsize=7, color="#555555")
+        axes.set(
+            xscale="log",
+            ylim=(-3, 105),
+            xlabel="training images of the class",
+            title=f"{name}: {100 * scores.overall:.1f} %",
+        )
+        axes.grid(axis="y", color="#e5e5e5")
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("accuracy, %")
+    panels[0].legend(frameon=False, fontsize=8, loc="best")
+    figure.savefig(path, dpi=_DPI)
+
+
+def _level(axes: Axes, mean: float | None, counts: np.ndarray, color: str) -> None:
+    """A group's mean accuracy as a line over its range."""
+    if mean is not None:
+        axes.hlines(100 * mean, counts.min() * 0.9, counts.max() * 1.1, color=color, lw=1, ls="--")

@@ -1,0 +1,22 @@
+"""The learning rate over a run: pure functions of progress, so that a resumed run needs no state."""
+
+from __future__ import annotations
+
+import math
+from typing import assert_never
+
+from cibl_ray.config import CosineSchedule, StepSchedule
+
+
+def lr_factor(schedule: StepSchedule | CosineSchedule, epoch: float, epochs: int) -> float:
+    """The share of the base rate at `epoch` (fractional: 3.5 is the middle of the fourth) of a run of `epochs`."""
+    if epoch < schedule.warmup_epochs:
+        return max(epoch, 1e-3) / schedule.warmup_epochs
+    match schedule:
+        case StepSchedule():
+            passed = sum(epoch >= milestone * epochs for milestone in schedule.milestones)
+            return float(schedule.gamma**passed)
+        case CosineSchedule():
+            done = (epoch - schedule.warmup_epochs) / max(epochs - schedule.warmup_epochs, 1e-9)
+            return schedule.final + (1 - schedule.final) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+    assert_never(schedule)

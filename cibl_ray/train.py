@@ -1,0 +1,145 @@
+"""`python -m cibl_ray.train CONFIG [--field value ...]`: train, evaluate, and leave a run folder.
+
+CONFIG is a YAML file or the name of a shipped configuration. Any field may be overridden, by its dotted name or by the last
+part of it where that is unique: `--train.epochs 20`, `--lr .2`, `--loss.kind cross_entropy`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import platform
+import shutil
+import signal
+import statistics
+import time
+from dataclasses import asdict
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from pipelines.errors import Interrupted, UserError, run_command
+
+CONFIG = "config.yaml"
+RESULT = "result.json"
+log = logging.getLogger("cibl_ray")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m cibl_ray.train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("config", nargs="?", help="a YAML file, or the name of a shipped configuration")
+    parser.add_argument("--name", help="of the run folder; by default the configuration's name and the time")
+    parser.add_argument("--resume", type=Path, metavar="RUN", help="go on with the run in this folder")
+    arguments, overrides = parser.parse_known_args()
+    if (arguments.config is None) == (arguments.resume is None):
+        raise UserError("name a configuration (quickstart, say) to start a run, or --resume RUN to go on with one")
+    try:
+        import cibl_ray.trainer  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise UserError(f"{error.name} is not installed; training needs: pip install 'cibl-ray[train]'") from error
+
+    if arguments.resume is not None:
+        train(*_resumed(arguments.resume, overrides), resume=True)
+    else:
+        from cibl_ray.config import load_config
+
+        config = load_config(arguments.config, overrides)
+        name = arguments.name or f"{Path(arguments.config).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+        train(config, config.runs / name)
+
+
+def train(config: Any, folder: Path, resume: bool = False) -> dict[str, Any]:
+    """Run a configuration in `folder`, new or (with `resume`) an earlier run's; returns the result that result.json holds."""
+    from cibl_ray.checkpoint import newest
+    from cibl_ray.config import save_config
+    from cibl_ray.metrics import table
+    from cibl_ray.pictures import save_accuracy_by_class, save_learning_curves
+    from cibl_ray.runlog import read_metrics
+    from cibl_ray.trainer import Trainer, resolve
+    from pipelines.prepare import ensure_prepared
+
+    config = resolve(config)
+    if not resume and folder.exists():
+        raise UserError(f"run folder {str(folder)!r} already exists; go on with --resume {folder}, or choose another --name")
+    prepared = ensure_prepared(config.data, config.seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    _log_to(folder / "train.log")
+    save_config(config, folder / CONFIG)
+    shutil.copyfile(prepared.folder / "class_counts.png", folder / "class_counts.png")
+    trainer = Trainer(config, prepared, folder)
+    checkpoint = newest(folder / "checkpoints") if resume else None
+    if checkpoint is not None:
+        trainer.restore(checkpoint)
+    log.info(
+        "%s: %s, %s head, %s, %s, %s; from epoch %d of %d",
+        folder, config.network.backbone, config.network.head.kind, config.loss.kind, config.train.device,
+        config.train.precision, trainer.epoch + 1, config.train.epochs,
+    )  # fmt: skip
+    started = time.time()
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        result = trainer.fit()
+    except KeyboardInterrupt:
+        raise Interrupted(
+            f"stopped in epoch {trainer.epoch + 1}; go on with: python -m cibl_ray.train --resume {folder}"
+        ) from None
+    scores = {f"{name} (epoch {result[name]['epoch']})": result[name]["scores"] for name in ("last", "best") if name in result}
+    rows = read_metrics(folder)
+    save_learning_curves(folder / "learning_curves.png", rows)
+    save_accuracy_by_class(folder / "accuracy_by_class.png", prepared.classes, prepared.train_counts, scores)
+    for name in ("last", "best"):
+        if name in result:
+            result[name]["scores"] = asdict(result[name]["scores"])
+    result |= {
+        "seconds": time.time() - started,
+        "images_per_s": statistics.median(row["rate"]["images_per_s"] for row in rows),
+        "hardware": _hardware(config.train.device),
+    }
+    (folder / RESULT).write_text(json.dumps(result, indent=1))
+    print(f"\nAccuracy on the {result['split']} split, %, by training images of the class (many > 100, few < 20):\n")
+    print(table(scores))
+    if "best" not in result:
+        print("\nNo validation split, so no best epoch: data.val_fraction carves one out.")
+    print(f"\nRun folder: {folder}\nPictures:   learning_curves.png, accuracy_by_class.png, class_counts.png")
+    return result
+
+
+def _resumed(folder: Path, overrides: list[str]) -> tuple[Any, Path]:
+    from cibl_ray.config import build_config
+    from pipelines.settings import read_config
+
+    if not (folder / CONFIG).is_file():
+        raise UserError(f"--resume {folder}: not a run folder, it has no {CONFIG}")
+    return build_config(read_config(folder / CONFIG), overrides, str(folder / CONFIG)), folder.absolute()
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _log_to(path: Path) -> None:
+    log.setLevel(logging.INFO)
+    for name in ("cibl_ray", "pipelines"):
+        logger = logging.getLogger(name)
+        logger.setLevel(logging.INFO)
+        for handler in [*logger.handlers]:
+            logger.removeHandler(handler)
+            handler.close()
+        for handler in (logging.StreamHandler(), logging.FileHandler(path)):
+            handler.setFormatter(logging.Formatter("%(message)s"))
+            logger.addHandler(handler)
+
+
+def _hardware(device: str) -> str:
+    import torch
+
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    return f"{torch.get_num_threads()} threads of {platform.processor() or platform.machine()}"
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,233 @@
+"""The training loop. Knows neither Ray nor which loader or loss runs."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from cibl_ray.checkpoint import (
+    BEST,
+    LAST,
+    Checkpoint,
+    load_checkpoint,
+    load_momentum,
+    load_weights,
+    momentum_of,
+    save_checkpoint,
+)
+from cibl_ray.config import RunConfig
+from cibl_ray.evaluation import predict
+from cibl_ray.losses.step import contrasts, loss_terms
+from cibl_ray.metrics import Scores, score
+from cibl_ray.networks.network import build_network
+from cibl_ray.runlog import RunLog
+from cibl_ray.schedules import lr_factor
+from pipelines.augment import Normalize
+from pipelines.batch import Batch, Loader, eval_reading, make_loader, train_reading
+from pipelines.errors import UserError
+from pipelines.prepare import Prepared
+from pipelines.seeding import torch_seed
+
+log = logging.getLogger(__name__)
+
+_CHECK_EVERY = 50  # steps between looks at whether the loss is finite: each look waits for the device
+
+
+class Trainer:
+    """One run: data, network, optimizer, and where they stand.
+
+    `config` must be resolved (`resolve`): no 'auto' in it. `epoch` counts the whole epochs done.
+    """
+
+    def __init__(self, config: RunConfig, prepared: Prepared, folder: Path) -> None:
+        self.config, self.prepared, self.folder = config, prepared, folder
+        self.device = torch.device(config.train.device)
+        self.autocast = config.train.precision == "bf16"
+        self.network = build_network(config.network, len(prepared.classes), contrasts(config.loss), config.seed)
+        self.network.to(self.device)
+        self.normalize = Normalize(config.data).to(self.device)
+        self.optimizer = torch.optim.SGD(
+            self.network.parameters(),
+            lr=config.optimizer.lr,
+            momentum=config.optimizer.momentum,
+            nesterov=config.optimizer.nesterov,
+            weight_decay=config.optimizer.weight_decay,
+        )
+        self.epoch = 0
+        self.best: dict[str, float] | None = None
+        reading = train_reading(config.data, config.train.batch_size, config.seed)
+        self.train_loader = make_loader(prepared, "train", reading, config.loader)
+        self.eval_loaders: dict[str, Loader] = {}
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Go on from a checkpoint. Raises UserError where it is of another network or other data."""
+        if checkpoint.data != self._data_digests():
+            raise UserError("the data have changed since this run began; start a new run")
+        load_weights(self.network, checkpoint)
+        load_momentum(self.network, self.optimizer, checkpoint.momentum)
+        self.epoch, self.best = checkpoint.epoch, checkpoint.best
+
+    def fit(self) -> dict[str, Any]:
+        """Train to the last epoch; returns the result: the last epoch and the best on validation, scored on the test set."""
+        epochs, batches = self.config.train.epochs, self.train_loader.batches
+        images = batches * self.config.train.batch_size
+        run_log = RunLog(self.folder, self.epoch)
+        bar = tqdm(total=epochs * images, initial=self.epoch * images, unit="img", unit_scale=True, disable=None, mininterval=1)
+        try:
+            while self.epoch < epochs:
+                row = self.train_epoch(bar)
+                if "val" in self.prepared.splits:
+                    self._validate(row)
+                if self.epoch % self.config.train.checkpoint_every == 0 or self.epoch == epochs:
+                    self.save()
+                run_log.write(row)
+                tqdm.write(_epoch_line(row, epochs))
+        finally:
+            bar.close()
+            run_log.close()
+            self.train_loader.close()
+        return self._result()
+
+    def train_epoch(self, bar: tqdm | None = None) -> dict[str, Any]:
+        """One epoch; returns its row for the log: mean terms, learning rate, images a second, and where the time went."""
+        number, batches = self.epoch, self.train_loader.batches
+        torch.manual_seed(torch_seed(self.config.seed, "epoch", number))
+        self.network.train()
+        totals: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros((), device=self.device))
+        started = time.perf_counter()
+        waited = 0.0
+        before = started
+        for step, batch in enumerate(self.train_loader.epoch(number)):
+            waited += time.perf_counter() - before
+            self._set_lr(number + step / batches)
+            terms = self.train_step(batch)
+            for name, value in terms.items():
+                totals[name] += value
+            if step % _CHECK_EVERY == _CHECK_EVERY - 1 or step == batches - 1:
+                self._check_finite(totals["loss"], step)
+            if bar is not None:
+                bar.update(len(batch.labels))
+            before = time.perf_counter()
+        self.epoch += 1
+        seconds = time.perf_counter() - started
+        images = batches * self.config.train.batch_size
+        return {
+            "epoch": self.epoch,
+            "train": {name: float(total) / batches for name, total in totals.items()},
+            "rate": {"lr": self.optimizer.param_groups[0]["lr"], "images_per_s": images / seconds},
+            "seconds": {"epoch": seconds, "data_wait": waited},
+        }
+
+    def train_step(self, batch: Batch) -> dict[str, torch.Tensor]:
+        """One step of the optimizer; returns detached scalars by name."""
+        images = self.normalize(batch.views.to(self.device, non_blocking=True))
+        views = batch.views.shape[1]
+        labels = batch.labels.to(self.device, non_blocking=True).repeat_interleave(views)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+            outputs = self.network(images)
+        terms = loss_terms(self.config.loss, outputs, labels)
+        self.optimizer.zero_grad(set_to_none=True)
+        terms["loss"].backward()
+        if self.config.optimizer.clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.config.optimizer.clip_norm)
+        self.optimizer.step()
+        accuracy = (outputs.logits.detach().argmax(1) == labels).float().mean()
+        return {"accuracy": accuracy} | {name: term.detach() for name, term in terms.items()}
+
+    def evaluate(self, split: str) -> Scores:
+        """Scores of the network as it is on 'val' or 'test'."""
+        if split not in self.eval_loaders:
+            reading = eval_reading(self.config.data, self.config.train.eval_batch_size)
+            self.eval_loaders[split] = make_loader(self.prepared, split, reading, self.config.loader)
+        logits, labels = predict(self.network, self.eval_loaders[split], self.normalize, self.device)
+        return score(logits, labels, self.prepared.train_counts)
+
+    def save(self) -> None:
+        """Write the checkpoint to go on from."""
+        momentum = momentum_of(self.network, self.optimizer)
+        save_checkpoint(self._checkpoints / LAST, self._checkpoint(momentum), keep_previous=True)
+
+    @property
+    def _checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    def _set_lr(self, epoch: float) -> None:
+        factor = lr_factor(self.config.schedule, epoch, self.config.train.epochs)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.optimizer.lr * factor
+
+    def _check_finite(self, total: torch.Tensor, step: int) -> None:
+        if not torch.isfinite(total):
+            raise UserError(
+                f"the loss is not finite in epoch {self.epoch + 1}, by step {step + 1}; lower optimizer.lr "
+                f"(it is {self.config.optimizer.lr}), set optimizer.clip_norm, or train.precision: fp32; "
+                f"checkpoints up to epoch {self.epoch} are kept"
+            )
+
+    def _validate(self, row: dict[str, Any]) -> None:
+        scores = self.evaluate("val")
+        row["val"] = scores.numbers()
+        # The class mean: a validation split carved out of unbalanced data must not favour the head.
+        if self.best is None or scores.balanced > self.best["balanced"]:
+            self.best = {"epoch": self.epoch, "balanced": scores.balanced}
+            save_checkpoint(self._checkpoints / BEST, self._checkpoint({}))
+
+    def _checkpoint(self, momentum: dict[str, torch.Tensor]) -> Checkpoint:
+        return Checkpoint(
+            config=self.config,
+            classes=self.prepared.classes,
+            train_counts=self.prepared.train_counts,
+            data=self._data_digests(),
+            epoch=self.epoch,
+            best=self.best,
+            weights=self.network.state_dict(),
+            momentum=momentum,
+        )
+
+    def _data_digests(self) -> dict[str, str]:
+        return {name: split.source_digest for name, split in self.prepared.splits.items()}
+
+    def _result(self) -> dict[str, Any]:
+        """Both checkpoints on the held-out split. The test set is looked at here for the first time, and chooses nothing."""
+        split = "test" if "test" in self.prepared.splits else "val"
+        result: dict[str, Any] = {"split": split, "last": {"epoch": self.epoch, "scores": self.evaluate(split)}}
+        if self.best is not None:
+            load_weights(self.network, load_checkpoint(self._checkpoints / BEST))
+            result["best"] = {"epoch": self.best["epoch"], "scores": self.evaluate(split)}
+        for loader in self.eval_loaders.values():
+            loader.close()
+        return result
+
+
+def resolve(config: RunConfig) -> RunConfig:
+    """`config` with every 'auto' decided for this machine. Raises UserError for a GPU that is not there."""
+    device = config.train.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    elif device == "cuda" and not torch.cuda.is_available():
+        raise UserError("train.device is 'cuda', but no CUDA device is visible; set it to 'cpu' or 'auto'")
+    precision = config.train.precision
+    if precision == "auto":
+        precision = "bf16" if device == "cuda" or _cpu_has_bf16() else "fp32"
+    return config.model_copy(update={"train": config.train.model_copy(update={"device": device, "precision": precision})})
+
+
+def _cpu_has_bf16() -> bool:
+    """Whether this CPU multiplies bf16 in hardware (AVX512-BF16 or AMX); elsewhere bf16 is slower than float32."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def _epoch_line(row: dict[str, Any], epochs: int) -> str:
+    terms = "  ".join(f"{name} {value:.3f}" for name, value in row["train"].items())
+    val = f"  val {100 * row['val']['balanced']:.1f} %" if "val" in row else ""
+    return f"epoch {row['epoch']:>{len(str(epochs))}}/{epochs}  {terms}{val}  {row['rate']['images_per_s']:,.0f} img/s"

@@ -1,0 +1,1 @@
+"""Images to batches: sources, long-tail profiles, the `.beton` writer, and the loaders. Imports nothing of `cibl_ray`."""

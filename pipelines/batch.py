@@ -1,0 +1,108 @@
+"""The one batch and the one loader that training sees, whoever decodes the images."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+
+from pipelines.config import DataConfig, LoaderConfig, View
+from pipelines.errors import UserError
+from pipelines.prepare import Prepared
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One batch, as it left the file: B samples, V views, size S.
+
+    views: uint8 (B, V, S, S, 3), each view of each sample cut by its own draw.
+    labels: int64 (B,).
+    index: int64 (B,), the samples' rows in the .beton file (line numbers, from 0, of its `.files.txt`).
+
+    The tensors are the loader's own buffers: they hold until the next batch is taken. Copy what must last longer.
+    """
+
+    views: torch.Tensor
+    labels: torch.Tensor
+    index: torch.Tensor
+
+
+class Loader(Protocol):
+    """Batches of one split. Two loaders of different kinds give the same batches for the same seed and epoch."""
+
+    name: str
+    samples: int
+    batches: int
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """The batches of epoch number `epoch`, from batch `start` on: what comes does not depend on what came before."""
+        ...
+
+    def close(self) -> None:
+        """End threads and processes."""
+        ...
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What to read and how to cut it: the part of a loader's work that does not depend on its kind.
+
+    shuffle and drop_last: true for training. Evaluation takes every sample once, in the file's order.
+    """
+
+    views: tuple[View, ...]
+    size: int
+    batch_size: int
+    seed: int
+    shuffle: bool
+    drop_last: bool
+
+    def batches(self, samples: int) -> int:
+        return samples // self.batch_size if self.drop_last else -(-samples // self.batch_size)
+
+
+def loader_kind(config: LoaderConfig) -> Literal["ffcv", "torch"]:
+    """The loader that `config` means on this machine. Raises UserError where FFCV is asked for and absent."""
+    if config.kind == "torch":
+        return "torch"
+    if importlib.util.find_spec("ffcv") is not None:
+        return "ffcv"
+    if config.kind == "ffcv":
+        raise UserError("loader.kind is 'ffcv', but FFCV is not installed: make setup says what it needs; or set it to 'auto'")
+    return "torch"
+
+
+def make_loader(prepared: Prepared, split: str, reading: Reading, config: LoaderConfig) -> Loader:
+    """A loader of one split of prepared data. Raises UserError where the data cannot be read so."""
+    beton = prepared.beton(split)
+    if reading.batches(len(beton)) == 0:
+        raise UserError(
+            f"the {split} split has {len(beton)} images, fewer than one batch of {reading.batch_size}; lower train.batch_size"
+        )
+    loader: Loader
+    if loader_kind(config) == "ffcv":
+        from pipelines.ffcv_loader import FFCVLoader
+
+        loader = FFCVLoader(beton, reading, config)
+    else:
+        from pipelines.torch_loader import TorchLoader
+
+        loader = TorchLoader(beton, reading, config)
+    log.info("%s: %s images, %s", split, f"{loader.samples:,}", loader.name)
+    return loader
+
+
+def train_reading(data: DataConfig, batch_size: int, seed: int) -> Reading:
+    """Training: every view with its own draw, shuffled, full batches only."""
+    return Reading(data.views, data.size, batch_size, seed, shuffle=True, drop_last=True)
+
+
+def eval_reading(data: DataConfig, batch_size: int) -> Reading:
+    """Evaluation: one central view, each sample once."""
+    return Reading((View(cut=data.eval_cut, flip=0.0),), data.size, batch_size, 0, shuffle=False, drop_last=False)

@@ -1,0 +1,183 @@
+"""What `data:` and `loader:` in a configuration may say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from pipelines.settings import Settings
+
+
+class FolderSource(Settings):
+    """An image folder: `train/CLASS/*`, optionally `val/CLASS/*` and `test/CLASS/*`. Classes in alphabetical order."""
+
+    kind: Literal["folder"]
+    path: Path
+
+
+class ListsSource(Settings):
+    """Split lists, one "path label" a line, paths relative to `root`: ImageNet-LT, Places-LT, iNaturalist."""
+
+    kind: Literal["lists"]
+    root: Path
+    train: Path
+    val: Path | None = None
+    test: Path | None = None
+    classes: Path | None = Field(default=None, description="class names, one a line, in label order")
+
+
+class Cifar10Source(Settings):
+    """CIFAR-10 through torchvision."""
+
+    kind: Literal["cifar10"]
+    path: Path = Path("data")
+    download: bool = True
+
+
+class Cifar100Source(Settings):
+    """CIFAR-100 through torchvision."""
+
+    kind: Literal["cifar100"]
+    path: Path = Path("data")
+    download: bool = True
+
+
+class DigitsSource(Settings):
+    """scikit-learn's 1,797 handwritten digits, 8x8 pixels: real images that need no download."""
+
+    kind: Literal["digits"]
+
+
+Source = Annotated[FolderSource | ListsSource | Cifar10Source | Cifar100Source | DigitsSource, Field(discriminator="kind")]
+
+
+class NoProfile(Settings):
+    """Every training image."""
+
+    kind: Literal["none"] = "none"
+
+
+class ExpProfile(Settings):
+    """n_i = int(n_max · μ^(i/(C-1))), μ = 1/imbalance, classes in index order: the community's CIFAR-LT."""
+
+    kind: Literal["exp"]
+    imbalance: float = Field(ge=1)
+    largest: int | None = Field(default=None, ge=1, description="n_max; by default the smallest class's image count")
+
+
+class StepProfile(Settings):
+    """The first half of the classes keeps n_max images, the second half n_max / imbalance."""
+
+    kind: Literal["step"]
+    imbalance: float = Field(ge=1)
+    largest: int | None = Field(default=None, ge=1)
+
+
+class ListProfile(Settings):
+    """The images that a split list names ("path label" a line), of a source that holds more."""
+
+    kind: Literal["list"]
+    path: Path
+
+
+class CountsProfile(Settings):
+    """So many images of each class, in index order: a JSON list, or a mapping of class index to count."""
+
+    kind: Literal["counts"]
+    path: Path
+
+
+Profile = Annotated[NoProfile | ExpProfile | StepProfile | ListProfile | CountsProfile, Field(discriminator="kind")]
+
+
+class Store(Settings):
+    """How images lie in the .beton file."""
+
+    mode: Literal["auto", "raw", "jpeg"] = Field(
+        default="auto",
+        description="auto: raw pixels up to 64x64, JPEG above; original JPEG bytes are kept where they fit",
+    )
+    max_side: int | None = Field(default=500, ge=1, le=65535, description="longer images are scaled down to this")
+    square: int | None = Field(default=None, ge=1, le=4096, description="resize every image to this width and height")
+    quality: int = Field(default=92, ge=1, le=100, description="of re-encoded JPEGs")
+
+
+class RandomCrop(Settings):
+    """A crop of the output size at a random place of the image padded with black: torchvision's RandomCrop."""
+
+    kind: Literal["crop"]
+    padding: int = Field(default=4, ge=0)
+
+
+class RandomResizedCrop(Settings):
+    """A crop of random area and aspect ratio, resized to the output size: torchvision's RandomResizedCrop."""
+
+    kind: Literal["resized"]
+    scale: tuple[float, float] = (0.08, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> RandomResizedCrop:
+        for name, (low, high) in (("scale", self.scale), ("ratio", self.ratio)):
+            if not 0 < low <= high:
+                raise ValueError(f"{name} must be two numbers, 0 < low <= high")
+        if self.scale[1] > 1:
+            raise ValueError("scale is a share of the image's area: at most 1")
+        return self
+
+
+class CenterCrop(Settings):
+    """The central square, `ratio` of the shorter side, resized to the output size (224 of 256: ratio .875)."""
+
+    kind: Literal["center"]
+    ratio: float = Field(default=1.0, gt=0, le=1)
+
+
+Cut = Annotated[RandomCrop | RandomResizedCrop | CenterCrop, Field(discriminator="kind")]
+
+
+class View(Settings):
+    """How one view of an image is cut. Every sample of every view has its own draw."""
+
+    cut: Cut = RandomCrop(kind="crop")
+    flip: float = Field(default=0.5, ge=0, le=1, description="probability of a horizontal flip")
+
+
+class DataConfig(Settings):
+    """Images, their long tail, and what the network sees of them."""
+
+    source: Source = DigitsSource(kind="digits")
+    profile: Profile = NoProfile()
+    val_fraction: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="share of each class's training images set aside for validation, before the profile",
+    )
+    subset_seed: int | None = Field(default=None, ge=0, description="of the profile's draw; by default the run's seed")
+    on_bad_image: Literal["error", "skip"] = "error"
+    store: Store = Store()
+    prepared: Path = Field(default=Path("prepared"), description="folder for .beton files")
+    size: int = Field(default=32, ge=4, le=2048, description="width and height of the network's input")
+    views: tuple[View, ...] = Field(default=(View(), View()), min_length=1, max_length=8)
+    eval_cut: Cut = CenterCrop(kind="center")
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+    @model_validator(mode="after")
+    def _usable(self) -> DataConfig:
+        if not isinstance(self.eval_cut, CenterCrop):
+            raise ValueError("eval_cut must be of kind 'center': evaluation draws nothing at random")
+        if min(self.std) <= 0:
+            raise ValueError("std must be positive")
+        return self
+
+
+class LoaderConfig(Settings):
+    """Which loader feeds the network, and with how many threads."""
+
+    kind: Literal["auto", "ffcv", "torch"] = "auto"
+    workers: int | None = Field(default=None, ge=1, le=512, description="threads (ffcv) or processes (torch); None: what fits")
+    batches_ahead: int = Field(default=3, ge=1, le=32)

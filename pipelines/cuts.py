@@ -1,0 +1,95 @@
+"""What each view of each sample shows: boxes drawn from the seed and the epoch, the same for every loader.
+
+A cut is five int32 numbers: top, left, height, width, flip. A box of the output's size is copied, with black where it
+leaves the image; any other box lies within the image and is resized.
+"""
+
+from __future__ import annotations
+
+from typing import assert_never
+
+import numpy as np
+
+from pipelines.config import CenterCrop, RandomCrop, RandomResizedCrop, View
+from pipelines.errors import UserError
+from pipelines.seeding import stream
+
+TOP, LEFT, HEIGHT, WIDTH, FLIP = range(5)
+_TRIES = 10  # torchvision's number of attempts before it falls back to a centre crop
+
+
+def epoch_order(samples: int, seed: int, epoch: int, shuffle: bool) -> np.ndarray:
+    """The rows of the file in the order of this epoch, int64 (N,)."""
+    return stream(seed, "order", epoch).permutation(samples) if shuffle else np.arange(samples)
+
+
+def draw_cuts(views: tuple[View, ...], size: int, heights: np.ndarray, widths: np.ndarray, seed: int, epoch: int) -> np.ndarray:
+    """The cuts of one epoch: int32 (N, V, 5), for N images of the given heights and widths in the epoch's order.
+
+    Position, not image, decides a draw, so that an image that comes twice in an epoch is cut twice. Every sample of every
+    view has a draw of its own. Raises UserError where an image is too small for a crop without resizing.
+    """
+    heights, widths = heights.astype(np.int64), widths.astype(np.int64)
+    cuts = np.empty((len(heights), len(views), 5), dtype=np.int32)
+    for number, view in enumerate(views):
+        random = stream(seed, "cut", epoch, number)
+        match view.cut:
+            case RandomCrop():
+                boxes = _random_crop(view.cut, size, heights, widths, random)
+            case RandomResizedCrop():
+                boxes = _random_resized_crop(view.cut, heights, widths, random)
+            case CenterCrop():
+                boxes = _center_crop(view.cut, heights, widths)
+            case _:
+                assert_never(view.cut)
+        cuts[:, number, :FLIP] = np.stack(boxes, axis=1)
+        cuts[:, number, FLIP] = random.random(len(heights)) < view.flip
+    return cuts
+
+
+Boxes = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+
+
+def _random_crop(cut: RandomCrop, size: int, heights: np.ndarray, widths: np.ndarray, random: np.random.Generator) -> Boxes:
+    room_y, room_x = heights + 2 * cut.padding - size, widths + 2 * cut.padding - size
+    if len(heights) and min(room_y.min(), room_x.min()) < 0:
+        row = int(np.minimum(room_y, room_x).argmin())
+        raise UserError(
+            f"an image of {widths[row]}x{heights[row]} with padding {cut.padding} is smaller than the crop of {size}x{size}; "
+            "use a cut of kind 'resized', or set data.store.square"
+        )
+    top = random.integers(0, room_y + 1) - cut.padding
+    left = random.integers(0, room_x + 1) - cut.padding
+    return top, left, np.full_like(top, size), np.full_like(left, size)
+
+
+def _random_resized_crop(cut: RandomResizedCrop, heights: np.ndarray, widths: np.ndarray, random: np.random.Generator) -> Boxes:
+    """torchvision's RandomResizedCrop.get_params, for all images at once."""
+    count = len(heights)
+    low, high = np.log(cut.ratio)
+    height, width = np.zeros(count, dtype=np.int64), np.zeros(count, dtype=np.int64)
+    for _ in range(_TRIES):
+        area = heights * widths * random.uniform(*cut.scale, size=count)
+        ratio = np.exp(random.uniform(low, high, size=count))
+        w, h = np.rint(np.sqrt(area * ratio)).astype(np.int64), np.rint(np.sqrt(area / ratio)).astype(np.int64)
+        fits = (height == 0) & (w > 0) & (w <= widths) & (h > 0) & (h <= heights)
+        height, width = np.where(fits, h, height), np.where(fits, w, width)
+    open_ = height == 0
+    fallback_h, fallback_w = _inside_ratio(heights, widths, cut.ratio)
+    height, width = np.where(open_, fallback_h, height), np.where(open_, fallback_w, width)
+    top, left = random.integers(0, heights - height + 1), random.integers(0, widths - width + 1)
+    top, left = np.where(open_, (heights - height) // 2, top), np.where(open_, (widths - width) // 2, left)
+    return top, left, height, width
+
+
+def _inside_ratio(heights: np.ndarray, widths: np.ndarray, ratio: tuple[float, float]) -> tuple[np.ndarray, np.ndarray]:
+    """The largest box of an allowed aspect ratio."""
+    aspect = widths / heights
+    height = np.where(aspect < ratio[0], np.rint(widths / ratio[0]), heights).astype(np.int64)
+    width = np.where(aspect > ratio[1], np.rint(heights * ratio[1]), widths).astype(np.int64)
+    return np.clip(height, 1, heights), np.clip(width, 1, widths)
+
+
+def _center_crop(cut: CenterCrop, heights: np.ndarray, widths: np.ndarray) -> Boxes:
+    side = np.maximum(1, np.rint(cut.ratio * np.minimum(heights, widths)).astype(np.int64))
+    return (heights - side) // 2, (widths - side) // 2, side, side

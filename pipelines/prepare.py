@@ -1,0 +1,280 @@
+"""`python -m pipelines.prepare CONFIG`: write one .beton a split, and a sidecar that says what is in them.
+
+The folder's name follows from the data configuration and the seed. Its sidecar, `prepared.json`, is written last: a folder
+without one is not whole. Training calls `ensure_prepared` by itself; it writes only what is missing or no longer matches.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from pipelines.beton import Beton, BetonWriter
+from pipelines.config import DataConfig
+from pipelines.errors import UserError, run_command
+from pipelines.images import BadImageError, Packed, pack
+from pipelines.longtail import apply_profile, carve_validation
+from pipelines.pictures import histogram_text, save_histogram
+from pipelines.seeding import stream
+from pipelines.settings import Settings, absolute, find_config, override, parse_overrides, read_config, validate
+from pipelines.sources import Dataset, Images, class_counts, open_folder, open_source, source_present
+
+FORMAT = 1
+SIDECAR = "prepared.json"
+
+
+@dataclass(frozen=True)
+class Split:
+    """One .beton file: `bytes` is its size; `skipped` names the unreadable images that were left out."""
+
+    file: str
+    samples: int
+    bytes: int
+    counts: list[int]
+    source_digest: str
+    skipped: list[str]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What the sidecar says: everything needed to train and to evaluate without the source."""
+
+    folder: Path
+    classes: list[str]
+    seed: int
+    profile: dict[str, object]
+    splits: dict[str, Split]
+
+    def beton(self, split: str) -> Beton:
+        """The open file of a split ('train', 'val' or 'test'), checked against the sidecar."""
+        entry = self.splits[split]
+        beton = Beton(self.folder / entry.file)
+        counts = class_counts(beton.labels, len(self.classes)) if len(beton) else np.zeros(0)
+        if beton.path.stat().st_size != entry.bytes or counts.tolist() != entry.counts:
+            raise UserError(
+                f"{str(beton.path)!r} is not the file that {SIDECAR} describes; remove the folder and prepare again"
+            )
+        return beton
+
+    def path(self, split: str) -> Path:
+        return self.folder / self.splits[split].file
+
+    @property
+    def train_counts(self) -> np.ndarray:
+        """Training images of each class, int64 (C,)."""
+        return np.array(self.splits["train"].counts, dtype=np.int64)
+
+
+def prepared_folder(data: DataConfig, seed: int) -> Path:
+    """Where the data of this configuration belongs: what changes the stored images or their choice changes the name."""
+    content = data.model_dump(mode="json", include={"source", "profile", "val_fraction", "on_bad_image", "store"})
+    content["seed"] = subset_seed(data, seed)
+    return data.prepared / f"{data.source.kind}-{data.profile.kind}-{_key(content)}"
+
+
+def subset_seed(data: DataConfig, seed: int) -> int:
+    """The seed of the subset and of the order on disk: its own where it has one, else the run's."""
+    return seed if data.subset_seed is None else data.subset_seed
+
+
+def ensure_prepared(data: DataConfig, seed: int) -> Prepared:
+    """The prepared data of this configuration, written now if it is missing or its source has changed. Raises UserError."""
+    folder = prepared_folder(data, seed)
+    found = _read_sidecar(folder)
+    if found is not None and not source_present(data.source):
+        print(f"data: the source is not on this machine; using {folder} as it was prepared", file=sys.stderr)
+        return found
+    return _up_to_date(folder, choose(open_source(data.source), data, subset_seed(data, seed)), data, subset_seed(data, seed))
+
+
+def prepare_folder(images: Path, classes: list[str], data: DataConfig) -> Prepared:
+    """The images of `images/CLASS/*` as a test split, stored as `data` says, for a network that knows `classes`."""
+    content = {"images": str(images), "store": data.store.model_dump(mode="json"), "on_bad_image": data.on_bad_image}
+    return _up_to_date(
+        data.prepared / f"images-{_key(content)}", (classes, {"test": open_folder(images, classes)}), data, seed=0
+    )
+
+
+Chosen = tuple[list[str], dict[str, Images]]
+
+
+def _up_to_date(folder: Path, chosen: Chosen, data: DataConfig, seed: int) -> Prepared:
+    """What lies in `folder` if it is whole and of these images, else what is written there now."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with _locked(folder):  # another process may be writing the same
+        found = _read_sidecar(folder)
+        if found is not None and _matches(found, chosen[1]):
+            return found
+        return _write(folder, chosen, data, seed)
+
+
+def _key(content: dict[str, object]) -> str:
+    return hashlib.sha256(json.dumps({**content, "format": FORMAT}, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def choose(dataset: Dataset, data: DataConfig, seed: int) -> tuple[list[str], dict[str, Images]]:
+    """(classes, split name -> images): validation carved out, then the long-tail profile, for training only."""
+    train, val = dataset.train, dataset.val
+    if data.val_fraction > 0:
+        if val is not None:
+            raise UserError("data.val_fraction is set, but the source has a 'val' split of its own; remove one of them")
+        train, val = carve_validation(train, len(dataset.classes), data.val_fraction, seed)
+    splits = {"train": apply_profile(data.profile, train, len(dataset.classes), seed)}
+    splits |= {name: images for name, images in (("val", val), ("test", dataset.test)) if images is not None}
+    if len(splits) == 1:
+        raise UserError("the source has neither a 'val' nor a 'test' split; set data.val_fraction (.1, say) to carve one out")
+    return dataset.classes, splits
+
+
+def _matches(found: Prepared, splits: dict[str, Images]) -> bool:
+    same = {name: images.digest() for name, images in splits.items()}
+    whole = all(_whole(found.path(name), split) for name, split in found.splits.items())
+    return whole and same == {name: split.source_digest for name, split in found.splits.items()}
+
+
+def _whole(path: Path, split: Split) -> bool:
+    return path.is_file() and path.stat().st_size == split.bytes
+
+
+def _read_sidecar(folder: Path) -> Prepared | None:
+    try:
+        content = json.loads((folder / SIDECAR).read_text())
+        if content["format"] != FORMAT:
+            return None
+        splits = {name: Split(**split) for name, split in content["splits"].items()}
+        return Prepared(folder, content["classes"], content["seed"], content["profile"], splits)
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{str(folder / SIDECAR)!r} is damaged ({error!r}); remove the folder and prepare again") from error
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """One process writes, others wait. The lock ends with its process, however that ends."""
+    with (folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _write(folder: Path, chosen: Chosen, data: DataConfig, seed: int) -> Prepared:
+    classes, splits = chosen
+    (folder / SIDECAR).unlink(missing_ok=True)
+    print(f"data: preparing {sum(len(images) for images in splits.values()):,} images in {folder}", file=sys.stderr)
+    written = {name: _write_split(folder, name, images, data, seed, classes) for name, images in splits.items()}
+    prepared = Prepared(folder, classes, seed, data.profile.model_dump(mode="json"), written)
+    content = {
+        "format": FORMAT,
+        "classes": classes,
+        "seed": seed,
+        "profile": prepared.profile,
+        "splits": {name: asdict(split) for name, split in written.items()},
+    }
+    if "train" in written:
+        save_histogram(folder / "class_counts.png", classes, prepared.train_counts)
+    part = folder / f"{SIDECAR}.part"
+    part.write_text(json.dumps(content, indent=1))
+    part.replace(folder / SIDECAR)
+    skipped = {name: split.skipped for name, split in written.items() if split.skipped}
+    for name, paths in skipped.items():
+        print(f"data: {len(paths)} unreadable images left out of {name}, listed in {folder / SIDECAR}:", file=sys.stderr)
+        for path in paths[:10]:
+            print(f"  {path}", file=sys.stderr)
+    return prepared
+
+
+def _write_split(folder: Path, name: str, images: Images, data: DataConfig, seed: int, classes: list[str]) -> Split:
+    order = stream(seed, "write", name).permutation(len(images))
+    names: list[str] = []
+    skipped: list[str] = []
+    counts = np.zeros(len(classes), dtype=np.int64)
+    path = folder / f"{name}.beton"
+    with BetonWriter(path, len(images)) as writer:
+        packed = _pack_all(images, order, data)
+        for index, result in tqdm(packed, total=len(order), desc=f"{name}.beton", unit="img", leave=False, disable=None):
+            if isinstance(result, BadImageError):
+                place = str(images.files[index]) if images.files else f"{name} image {images.names[index]}"
+                if data.on_bad_image == "error":
+                    raise UserError(f"{place}: unreadable image ({result}); mend or remove it, or set data.on_bad_image: skip")
+                skipped.append(place)
+                continue
+            writer.append(result, int(images.labels[index]))
+            names.append(images.names[index])
+            counts[images.labels[index]] += 1
+        if name == "train" and not counts.all():
+            raise UserError(f"class {classes[int(counts.argmin())]!r} has no readable training image")
+        writer.finish()
+    (folder / f"{name}.files.txt").write_text("".join(f"{line}\n" for line in names))
+    return Split(path.name, len(names), path.stat().st_size, counts.tolist(), images.digest(), skipped)
+
+
+def _pack_all(images: Images, order: np.ndarray, data: DataConfig) -> Iterator[tuple[int, Packed | BadImageError]]:
+    """Pack in threads (decoding and encoding leave Python's lock), a bounded number ahead, and yield in order."""
+
+    def work(index: int) -> Packed | BadImageError:
+        try:
+            return pack(images.read(index), data.store)
+        except BadImageError as error:
+            return error
+
+    workers = len(os.sched_getaffinity(0))
+    todo = iter(order.tolist())
+    with ThreadPoolExecutor(workers) as pool:
+        pending: list[tuple[int, Future[Packed | BadImageError]]] = [
+            (i, pool.submit(work, i)) for i in islice(todo, 16 * workers)
+        ]
+        try:
+            while pending:
+                index, future = pending.pop(0)
+                result = future.result()
+                pending += [(i, pool.submit(work, i)) for i in islice(todo, 1)]
+                yield index, result
+        finally:
+            for _, future in pending:
+                future.cancel()
+
+
+class _PrepareConfig(Settings):
+    """The part of a run's configuration that preparing reads."""
+
+    seed: int = 0
+    data: DataConfig = DataConfig()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m pipelines.prepare", description=(__doc__ or "").partition("\n\n")[0])
+    parser.add_argument("config", help="a YAML file, or the name of a shipped configuration")
+    parser.add_argument("--count", action="store_true", help="only print the class counts; write nothing")
+    arguments, rest = parser.parse_known_args()
+    path = find_config(arguments.config)
+    content = {key: value for key, value in read_config(path).items() if key in ("seed", "data")}
+    config = absolute(validate(_PrepareConfig, override(content, parse_overrides(rest, _PrepareConfig)), str(path)))
+    if arguments.count:
+        classes, splits = choose(open_source(config.data.source), config.data, subset_seed(config.data, config.seed))
+        counts = {name: class_counts(images.labels, len(classes)) for name, images in splits.items()}
+    else:
+        prepared = ensure_prepared(config.data, config.seed)
+        classes = prepared.classes
+        counts = {name: np.array(split.counts) for name, split in prepared.splits.items()}
+    print(histogram_text(classes, counts["train"]))
+    for name, of_class in counts.items():
+        print(f"{name}: {of_class.sum():,} images, {len(classes)} classes, {of_class.min()} to {of_class.max()} a class")
+    if not arguments.count:
+        print(f"prepared: {prepared.folder}, picture: {prepared.folder / 'class_counts.png'}")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,195 @@
+"""Configuration files: YAML read into typed models, overridden from the command line, with errors a person can act on."""
+
+from __future__ import annotations
+
+import difflib
+import typing
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from pipelines.errors import UserError
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+class Settings(BaseModel):
+    """Base of every configuration part: unknown keys are refused, values are checked on assignment too."""
+
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, validate_default=True, frozen=True)
+
+
+def find_config(name: str) -> Path:
+    """The file meant by a command's CONFIG: a path, or the name of a configuration shipped with the project."""
+    path = Path(name)
+    if path.is_file():
+        return path
+    folders = _shipped_folders()
+    for folder in folders:
+        if (folder / f"{name}.yaml").is_file():
+            return folder / f"{name}.yaml"
+    known = sorted({file.stem for folder in folders for file in folder.glob("*.yaml")})
+    raise UserError(f"no configuration {name!r}: neither a file nor one of the shipped ones ({', '.join(known)})")
+
+
+def _shipped_folders() -> list[Path]:
+    top = Path(__file__).resolve().parent.parent
+    return [folder for folder in (top / "configs", top / "cibl_ray" / "configs") if folder.is_dir()]
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file."""
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not valid YAML: {error}") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: a configuration is a mapping of keys to values, this is a {type(content).__name__}")
+    return content
+
+
+def parse_overrides(arguments: list[str], model: type[BaseModel]) -> list[tuple[str, Any]]:
+    """`--field value` or `--field=value` pairs as (dotted key, value); values are read as YAML.
+
+    A field is named by its dotted key (`--optimizer.lr`), or by its last part where that is unique (`--lr`).
+    """
+    pairs = []
+    queue = list(arguments)
+    while queue:
+        flag = queue.pop(0)
+        if not flag.startswith("--"):
+            raise UserError(f"{flag!r}: expected --field value")
+        key, equals, text = flag[2:].partition("=")
+        if not equals:
+            if not queue:
+                raise UserError(f"--{key}: a value is missing")
+            text = queue.pop(0)
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise UserError(f"--{key} {text}: not a valid value: {error}") from error
+        # YAML 1.1 reads 1e-3 as a word; people mean the number.
+        if isinstance(value, str):
+            try:
+                value = float(value)
+            except ValueError:
+                value = text
+        pairs.append((_full_key(key, model), value))
+    return pairs
+
+
+def _full_key(key: str, model: type[BaseModel]) -> str:
+    keys = sorted(known_keys(model))
+    normal = key.replace("-", "_")
+    if normal in keys:
+        return normal
+    tails = [known for known in keys if known.endswith("." + normal)]
+    if len(tails) == 1:
+        return tails[0]
+    if tails:
+        raise UserError(f"--{key}: say which one: {', '.join('--' + tail for tail in tails)}")
+    raise UserError(f"--{key}: unknown field{_nearest(normal, keys)}")
+
+
+def override(content: dict[str, Any], pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """`content` with every (dotted key, value) set. Setting a part's `kind` to another one drops that part's other keys."""
+    result = _copy(content)
+    # Kinds first: `--data.source.path X --data.source.kind folder` must mean the same in either order.
+    for key, value in sorted(pairs, key=lambda pair: not pair[0].endswith(".kind")):
+        *parents, last = key.split(".")
+        node = result
+        for depth, name in enumerate(parents):
+            child = node.get(name)
+            if isinstance(child, list):
+                where = ".".join(parents[: depth + 1])
+                raise UserError(f"--{key}: {where} is a list; set it as a whole: --{where} '[...]'")
+            if not isinstance(child, dict):
+                child = node[name] = {}
+            node = child
+        if last == "kind" and node.get("kind") != value:
+            node.clear()
+        node[last] = value
+    return result
+
+
+def _copy(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {key: _copy(value) for key, value in content.items()}
+    return [_copy(value) for value in content] if isinstance(content, list) else content
+
+
+def validate(model: type[Model], content: Any, place: str) -> Model:
+    """`content` as a `model`; the first problem becomes a one-line UserError that names the key and the nearest known one."""
+    try:
+        return model.model_validate(content)
+    except ValidationError as error:
+        problems = error.errors(include_url=False)
+        first = problems[0]
+        key = _dotted(first["loc"], content)
+        if first["type"] == "extra_forbidden":
+            message = f"unknown key {key!r}{_nearest(key, sorted(known_keys(model)))}"
+        elif first["type"] == "missing":
+            message = f"{key!r} is missing"
+        else:
+            reason = first["msg"].removeprefix("Value error, ")
+            message = f"{key or 'configuration'} = {first['input']!r}: {reason}" if key else reason
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise UserError(f"{place}: {message}{more}") from error
+
+
+def _dotted(location: tuple[int | str, ...], content: Any) -> str:
+    """A pydantic location without the union tags that it puts between the keys."""
+    parts, node = [], content
+    for position, part in enumerate(location):
+        if isinstance(node, dict):
+            if part not in node and position < len(location) - 1 and node.get("kind") == part:
+                continue
+            node = node.get(part)
+        elif isinstance(node, list) and isinstance(part, int):
+            node = node[part] if part < len(node) else None
+        parts.append(str(part))
+    return ".".join(parts)
+
+
+def _nearest(key: str, keys: list[str]) -> str:
+    leaves = {known.rsplit(".", 1)[-1]: known for known in keys}
+    close = difflib.get_close_matches(key, keys, n=1, cutoff=0.6)
+    if not close:
+        close = [leaves[leaf] for leaf in difflib.get_close_matches(key.rsplit(".", 1)[-1], list(leaves), n=1, cutoff=0.6)]
+    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(sorted({k.split('.')[0] for k in keys}))}"
+
+
+def known_keys(model: type[BaseModel], prefix: str = "") -> set[str]:
+    """The dotted name of every field of `model` and of the models inside it, all members of a union included."""
+    keys = set()
+    for name, field in model.model_fields.items():
+        keys.add(prefix + name)
+        for inner in _models_in(field.annotation):
+            keys |= known_keys(inner, f"{prefix}{name}.")
+    return keys
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    if typing.get_origin(annotation) in (list, tuple):
+        return []
+    return [model for argument in typing.get_args(annotation) for model in _models_in(argument)]
+
+
+def absolute(model: Model) -> Model:
+    """`model` with every relative path made absolute: workers and later commands may run in another folder."""
+    changes: dict[str, Any] = {}
+    for name in type(model).model_fields:
+        value = getattr(model, name)
+        if isinstance(value, Path):
+            changes[name] = value.expanduser().absolute()
+        elif isinstance(value, BaseModel):
+            changes[name] = absolute(value)
+    return model.model_copy(update=changes)

@@ -1,0 +1,250 @@
+"""Where images and labels come from: an image folder, split lists, CIFAR through torchvision, scikit-learn's digits."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, assert_never
+
+import numpy as np
+
+from pipelines.config import Cifar10Source, Cifar100Source, DigitsSource, FolderSource, ListsSource, Source
+from pipelines.errors import UserError
+
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
+
+
+@dataclass(frozen=True)
+class Images:
+    """Labelled images that are read one at a time.
+
+    names: one a sample, unique within a split, the same on every machine (a path below the source's root, or a number).
+    labels: int64 (N,).
+    files: paths to read, or None where `pixels` holds the images, uint8 (N, H, W, 3).
+    """
+
+    names: list[str]
+    labels: np.ndarray
+    files: list[Path] | None = None
+    pixels: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def take(self, indices: np.ndarray) -> Images:
+        """The images at `indices`, in that order."""
+        return Images(
+            names=[self.names[i] for i in indices],
+            labels=self.labels[indices],
+            files=None if self.files is None else [self.files[i] for i in indices],
+            pixels=None if self.pixels is None else self.pixels[indices],
+        )
+
+    def read(self, index: int) -> bytes | np.ndarray:
+        """The encoded file, or the pixels, of one image."""
+        if self.files is not None:
+            return self.files[index].read_bytes()
+        assert self.pixels is not None
+        return self.pixels[index]
+
+    def digest(self) -> str:
+        """Changes when an image is added, removed, relabelled or replaced (files: by size and time of change)."""
+        state = hashlib.sha256(self.labels.tobytes())
+        if self.pixels is not None:
+            state.update(np.ascontiguousarray(self.pixels).tobytes())
+        for name, file in zip(self.names, self.files or (), strict=False):
+            stat = file.stat()
+            state.update(f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+        return state.hexdigest()
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A source's splits. `val` and `test` are None where the source has none."""
+
+    classes: list[str]
+    train: Images
+    val: Images | None
+    test: Images | None
+
+
+def open_source(source: Source) -> Dataset:
+    """List a source's images; none is decoded yet. Raises UserError where something that the source promises is missing."""
+    match source:
+        case FolderSource():
+            return _folder(source.path)
+        case ListsSource():
+            return _lists(source)
+        case Cifar10Source() | Cifar100Source():
+            return _cifar(source)
+        case DigitsSource():
+            return _digits()
+    assert_never(source)
+
+
+def source_present(source: Source) -> bool:
+    """Whether the source's files are on this machine, so that prepared data can be compared with them."""
+    match source:
+        case FolderSource():
+            return source.path.is_dir()
+        case ListsSource():
+            return source.train.is_file() and source.root.is_dir()
+        case Cifar10Source():
+            return (source.path / "cifar-10-batches-py").is_dir()
+        case Cifar100Source():
+            return (source.path / "cifar-100-python").is_dir()
+        case DigitsSource():
+            return True
+    assert_never(source)
+
+
+def _folder(root: Path) -> Dataset:
+    if not root.is_dir():
+        raise UserError(f"image folder {str(root)!r} does not exist; set data.source.path to a folder with train/CLASS/*")
+    if not (root / "train").is_dir():
+        raise UserError(f"image folder {str(root)!r} has no folder 'train'; expected train/CLASS/*.jpg and the like")
+    classes = sorted(entry.name for entry in (root / "train").iterdir() if _class_folder(entry))
+    if len(classes) < 2:
+        raise UserError(f"{str(root / 'train')!r} has {len(classes)} class folders; at least 2 are needed")
+    splits = {name: _folder_split(root, name, classes) for name in ("train", "val", "test") if (root / name).is_dir()}
+    return Dataset(classes, splits["train"], splits.get("val"), splits.get("test"))
+
+
+def open_folder(folder: Path, classes: list[str]) -> Images:
+    """The images of `folder/CLASS/*`, labelled by the given class names. Raises UserError for a class not among them."""
+    if not folder.is_dir():
+        raise UserError(f"image folder {str(folder)!r} does not exist")
+    return _folder_split(folder.parent, folder.name, classes)
+
+
+def _class_folder(entry: Path) -> bool:
+    return entry.is_dir() and not entry.name.startswith(".")
+
+
+def _folder_split(root: Path, split: str, classes: list[str]) -> Images:
+    strangers = sorted({entry.name for entry in (root / split).iterdir() if _class_folder(entry)} - set(classes))
+    if strangers:
+        raise UserError(f"{str(root / split / strangers[0])!r}: the class {strangers[0]!r} is not one of the training classes")
+    files: list[Path] = []
+    labels: list[int] = []
+    for label, name in enumerate(classes):
+        folder = root / split / name
+        found = (
+            sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith("."))
+            if folder.is_dir()
+            else []
+        )
+        if not found and split == "train":
+            raise UserError(f"class folder {str(folder)!r} has no images ({', '.join(sorted(IMAGE_SUFFIXES))}); remove it")
+        files += found
+        labels += [label] * len(found)
+    if not files:
+        raise UserError(f"{str(root / split)!r} has no images; remove the folder or fill it")
+    names = [file.relative_to(root).as_posix() for file in files]
+    return Images(names, np.array(labels, dtype=np.int64), files=files)
+
+
+def read_list(path: Path) -> tuple[list[str], np.ndarray]:
+    """A split list's paths and labels: one "path label" a line, blank lines skipped."""
+    try:
+        lines = path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"split list {str(path)!r} cannot be read: {error}") from error
+    names: list[str] = []
+    labels: list[int] = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        name, _, label = line.strip().rpartition(" ")
+        if not name or not label.isdigit():
+            raise UserError(f"{path}:{number}: {line!r} is not 'path label', the label a number from 0 on")
+        names.append(name.strip())
+        labels.append(int(label))
+    if not names:
+        raise UserError(f"split list {str(path)!r} names no image")
+    return names, np.array(labels, dtype=np.int64)
+
+
+def _lists(source: ListsSource) -> Dataset:
+    if not source.root.is_dir():
+        raise UserError(f"the lists' root folder {str(source.root)!r} does not exist; set data.source.root")
+    named = {"train": source.train, "val": source.val, "test": source.test}
+    splits = {split: _list_split(source.root, path) for split, path in named.items() if path is not None}
+    train = splits["train"]
+    count = int(train.labels.max()) + 1
+    absent = np.flatnonzero(np.bincount(train.labels, minlength=count) == 0)
+    if absent.size:
+        raise UserError(f"{source.train}: no image has label {absent[0]}, though labels go up to {count - 1}")
+    for split, images in splits.items():
+        if images.labels.max() >= count:
+            raise UserError(f"{named[split]}: label {images.labels.max()} does not occur in {source.train}")
+    return Dataset(_class_names(source, train, count), train, splits.get("val"), splits.get("test"))
+
+
+def _list_split(root: Path, path: Path) -> Images:
+    names, labels = read_list(path)
+    files = [root / name for name in names]
+    for number, file in enumerate(files):
+        if not file.is_file():
+            raise UserError(f"split list {str(path)!r} names {names[number]!r}, which is not below {str(root)!r}")
+    return Images(names, labels, files=files)
+
+
+def _class_names(source: ListsSource, train: Images, count: int) -> list[str]:
+    """The names in the `classes` file; else the images' folders, where each label has one of its own; else the numbers."""
+    if source.classes is not None:
+        try:
+            names = source.classes.read_text().split("\n")
+        except OSError as error:
+            raise UserError(f"class names {str(source.classes)!r} cannot be read: {error}") from error
+        names = [name.strip() for name in names if name.strip()]
+        if len(names) != count:
+            raise UserError(f"{source.classes} names {len(names)} classes, the lists have {count}")
+        return names
+    folders: dict[int, set[str]] = {}
+    for name, label in zip(train.names, train.labels, strict=True):
+        folders.setdefault(int(label), set()).add(Path(name).parent.name)
+    single = [next(iter(folders[label])) for label in range(count) if len(folders[label]) == 1]
+    return single if len(set(single)) == count and all(single) else [str(label) for label in range(count)]
+
+
+def _cifar(source: Cifar10Source | Cifar100Source) -> Dataset:
+    from torchvision import datasets
+
+    name = "CIFAR10" if isinstance(source, Cifar10Source) else "CIFAR100"
+    parts: dict[bool, Any] = {}
+    for train in (True, False):
+        try:
+            parts[train] = getattr(datasets, name)(str(source.path), train=train, download=source.download)
+        except (RuntimeError, OSError) as error:
+            raise UserError(
+                f"{name} is not in {str(source.path)!r} and could not be downloaded ({error}); "
+                "download it there, or use an image folder: --data.source.kind folder --data.source.path FOLDER"
+            ) from error
+    return Dataset(list(parts[True].classes), _from_arrays(parts[True]), None, _from_arrays(parts[False]))
+
+
+def _from_arrays(part: Any) -> Images:
+    return Images([str(i) for i in range(len(part.data))], np.array(part.targets, np.int64), pixels=np.asarray(part.data))
+
+
+def _digits() -> Dataset:
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    pixels = np.repeat((digits.images * (255 / 16)).round().astype(np.uint8)[..., None], 3, axis=-1)
+    labels = digits.target.astype(np.int64)
+    # Every fourth image of each class is for testing: fixed, so that no seed moves images between the splits.
+    rank = np.zeros(len(labels), dtype=np.int64)
+    for label in range(10):
+        rank[labels == label] = np.arange((labels == label).sum())
+    everything = Images([str(i) for i in range(len(labels))], labels, pixels=pixels)
+    train, test = np.flatnonzero(rank % 4 != 3), np.flatnonzero(rank % 4 == 3)
+    return Dataset([str(i) for i in range(10)], everything.take(train), None, everything.take(test))
+
+
+def class_counts(labels: np.ndarray | Sequence[int], classes: int) -> np.ndarray:
+    """Images of each class, int64 (classes,)."""
+    return np.bincount(np.asarray(labels, dtype=np.int64), minlength=classes)

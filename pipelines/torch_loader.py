@@ -1,0 +1,78 @@
+"""The same batches by PyTorch and torchvision, where FFCV cannot be built."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+from torchvision.io import ImageReadMode, decode_jpeg
+from torchvision.transforms.v2 import functional as tv
+
+from pipelines.batch import Batch, Reading
+from pipelines.beton import RAW, Beton
+from pipelines.config import LoaderConfig
+from pipelines.cuts import draw_cuts, epoch_order
+
+
+class _Epoch(Dataset[tuple[torch.Tensor, int, int]]):
+    """Sample at a position of one epoch: (views uint8 (V, S, S, 3), label, row)."""
+
+    def __init__(self, beton: Beton, reading: Reading, epoch: int) -> None:
+        self.beton, self.size = beton, reading.size
+        self.order = epoch_order(len(beton), reading.seed, epoch, reading.shuffle)
+        self.records = beton.records["f0"][self.order]
+        heights, widths = self.records["height"], self.records["width"]
+        self.cuts = draw_cuts(reading.views, reading.size, heights, widths, reading.seed, epoch)
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, position: int) -> tuple[torch.Tensor, int, int]:
+        row = int(self.order[position])
+        data = torch.from_numpy(self.beton.image(row).copy())
+        raw = self.records["mode"][position] == RAW
+        image = data.permute(2, 0, 1) if raw else decode_jpeg(data, ImageReadMode.RGB)
+        views = [self._cut(image, *cut) for cut in self.cuts[position].tolist()]
+        return torch.stack(views).permute(0, 2, 3, 1), int(self.beton.labels[row]), row
+
+    def _cut(self, image: torch.Tensor, top: int, left: int, height: int, width: int, flip: int) -> torch.Tensor:
+        view = tv.crop(image, top, left, height, width)  # black where the box leaves the image
+        if (height, width) != (self.size, self.size):
+            view = tv.resize(view, [self.size, self.size], antialias=True)
+        return tv.horizontal_flip(view) if flip else view
+
+
+class TorchLoader:
+    """`pipelines.batch.Loader` by a DataLoader. Pixel-equal to FFCV's where nothing is resized, close to it elsewhere."""
+
+    def __init__(self, beton: Beton, reading: Reading, config: LoaderConfig) -> None:
+        self._beton, self._reading = beton, reading
+        self.samples = len(beton)
+        self.batches = reading.batches(self.samples)
+        all_raw = bool((beton.records["f0"]["mode"] == RAW).all())
+        # Worker processes pay where JPEGs are decoded; small raw images are cut in this process.
+        self._workers = config.workers or (0 if all_raw else len(os.sched_getaffinity(0)))
+        self._ahead = config.batches_ahead
+        self.name = f"torchvision loader, {self._workers or 'no'} worker processes"
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        reading = self._reading
+        dataset = _Epoch(self._beton, reading, epoch)
+        last = min(self.batches * reading.batch_size, self.samples)
+        positions = np.arange(start * reading.batch_size, last)
+        loader = DataLoader(
+            dataset,
+            batch_size=reading.batch_size,
+            sampler=positions.tolist(),
+            num_workers=self._workers,
+            prefetch_factor=self._ahead if self._workers else None,
+            pin_memory=torch.cuda.is_available(),
+        )
+        for views, labels, rows in loader:
+            yield Batch(views, labels, rows)
+
+    def close(self) -> None:
+        """Nothing outlives an epoch."""

@@ -1,0 +1,69 @@
+#!/bin/sh
+# Everything a command of this project needs, on Debian 12, Ubuntu and their like: `make setup` calls it.
+#   1. the Debian packages with which FFCV compiles (installed as root, named otherwise)
+#   2. a virtual environment in .venv
+#   3. the packages pinned in requirements.lock
+# What is already done is skipped. Where FFCV cannot be built the set-up goes on: training then uses the torchvision loader.
+# PYTHON=/path/to/python3 chooses the interpreter.
+set -eu
+cd "$(dirname "$0")/.."
+
+say() { printf 'setup: %s\n' "$*"; }
+fail() { printf 'setup: error: %s\n' "$*" >&2; exit 1; }
+
+for python in "${PYTHON:-}" python3 python3.14 python3.13 python3.12 python3.11; do
+  [ -n "$python" ] && command -v "$python" >/dev/null 2>&1 || continue
+  "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && break
+  python=
+done
+[ -n "$python" ] || fail "Python 3.11 or newer is needed; install it (apt-get install python3) or name it: make PYTHON=/path/to/python3"
+
+# The stamp names all that the environment was made from. A matching one means there is nothing to do.
+stamp=$(cat requirements.lock pyproject.toml scripts/setup.sh | sha256sum | cut -c1-16)
+[ "$(cat .venv/.setup 2>/dev/null)" = "$stamp with ffcv" ] && exit 0
+
+has() { "$python" -c "$1" >/dev/null 2>&1; }
+missing=
+has 'import ensurepip' || missing="$missing python3-venv"
+has 'import os, sysconfig; assert os.path.exists(sysconfig.get_path("include") + "/Python.h")' || missing="$missing python3-dev"
+command -v g++ >/dev/null || missing="$missing g++"
+command -v pkg-config >/dev/null || missing="$missing pkg-config"
+pkg-config --exists opencv4 2>/dev/null || missing="$missing libopencv-dev"
+pkg-config --exists libturbojpeg 2>/dev/null || missing="$missing libturbojpeg0-dev"
+
+ffcv=yes
+if [ -n "$missing" ]; then
+  if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+    say "installing Debian packages:$missing"
+    export DEBIAN_FRONTEND=noninteractive
+    # shellcheck disable=SC2086  # a list of words on purpose
+    { apt-get update -qq && apt-get install -y -qq --no-install-recommends $missing; } >/tmp/cibl-ray-apt.log 2>&1 ||
+      { tail -n 5 /tmp/cibl-ray-apt.log >&2; fail "apt-get could not install:$missing (log: /tmp/cibl-ray-apt.log)"; }
+  else
+    say "FFCV needs packages that only an administrator can install. Ask for:"
+    say "    apt-get install -y --no-install-recommends$missing"
+    case $missing in *python3-venv*) [ -x .venv/bin/pip ] || fail "without python3-venv no virtual environment can be made";; esac
+    say "going on without FFCV: training will use the torchvision loader"
+    ffcv=no
+  fi
+fi
+
+[ "$ffcv" = no ] && [ "$(cat .venv/.setup 2>/dev/null)" = "$stamp without ffcv" ] && exit 0
+if ! .venv/bin/python -c 'import pip' 2>/dev/null; then
+  say "virtual environment in .venv, by $("$python" --version)"
+  "$python" -m venv --clear .venv
+fi
+
+install() { .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable ".[$1]"; }
+say "installing the packages of requirements.lock into .venv (some minutes the first time)"
+if [ "$ffcv" = yes ] && ! install train,dev,ffcv; then
+  say "FFCV did not build (the lines above say why); going on without it: training will use the torchvision loader"
+  ffcv=no
+fi
+if [ "$ffcv" = no ]; then
+  install train,dev
+  echo "$stamp without ffcv" >.venv/.setup
+else
+  echo "$stamp with ffcv" >.venv/.setup
+fi
+say "done"
