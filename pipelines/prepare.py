@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -121,7 +121,7 @@ def _up_to_date(folder: Path, chosen: Chosen, data: DataConfig, seed: int) -> Pr
         return _write(folder, chosen, data, seed)
 
 
-def _key(content: dict[str, object]) -> str:
+def _key(content: Mapping[str, object]) -> str:
     return hashlib.sha256(json.dumps({**content, "format": FORMAT}, sort_keys=True).encode()).hexdigest()[:12]
 
 

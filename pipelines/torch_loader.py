@@ -8,13 +8,13 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
-from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms.v2 import functional as tv
 
 from pipelines.batch import Batch, Reading
 from pipelines.beton import RAW, Beton
 from pipelines.config import LoaderConfig
 from pipelines.cuts import draw_cuts, epoch_order
+from pipelines.images import decode, to_rgb
 
 
 class _Epoch(Dataset[tuple[torch.Tensor, int, int]]):
@@ -32,9 +32,9 @@ class _Epoch(Dataset[tuple[torch.Tensor, int, int]]):
 
     def __getitem__(self, position: int) -> tuple[torch.Tensor, int, int]:
         row = int(self.order[position])
-        data = torch.from_numpy(self.beton.image(row).copy())
-        raw = self.records["mode"][position] == RAW
-        image = data.permute(2, 0, 1) if raw else decode_jpeg(data, ImageReadMode.RGB)
+        data = self.beton.image(row)
+        pixels = data if self.records["mode"][position] == RAW else np.asarray(to_rgb(decode(data.tobytes())))
+        image = torch.from_numpy(pixels.copy()).permute(2, 0, 1)
         views = [self._cut(image, *cut) for cut in self.cuts[position].tolist()]
         return torch.stack(views).permute(0, 2, 3, 1), int(self.beton.labels[row]), row
 

@@ -1,0 +1,100 @@
+"""Small real images for every test: scikit-learn's digits and photographs, and bigger sets where they are unpacked."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipelines.config import DataConfig
+from pipelines.prepare import Prepared, ensure_prepared
+from pipelines.settings import validate
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+needs_ffcv = pytest.mark.skipif(importlib.util.find_spec("ffcv") is None, reason="FFCV is not installed")
+
+
+def archive(name: str) -> Path:
+    """A development archive of real images; the test skips where it is absent. CIBL_RAY_TEST_DATA names their folder."""
+    path = Path(os.environ.get("CIBL_RAY_TEST_DATA", REPOSITORY.parent / "shared" / "data")) / name
+    if not path.exists():
+        pytest.skip(f"{name} is not here; CIBL_RAY_TEST_DATA names the folder that has it")
+    return path
+
+
+def data_config(**content: object) -> DataConfig:
+    return validate(DataConfig, content, "test")
+
+
+@pytest.fixture(scope="session")
+def photos() -> list[Path]:
+    """Two natural photographs of 640x427, as JPEG files."""
+    import sklearn.datasets
+
+    folder = Path(sklearn.datasets.__file__).parent / "images"
+    return [folder / "china.jpg", folder / "flower.jpg"]
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+    """Long-tailed digits, 16x16, raw: 10 classes, with a validation split."""
+    folder = tmp_path_factory.mktemp("digits")
+    return ensure_prepared(digits_config(folder), seed=0)
+
+
+def digits_config(folder: Path, **more: object) -> DataConfig:
+    return data_config(
+        source={"kind": "digits"},
+        profile={"kind": "exp", "imbalance": 20},
+        val_fraction=0.1,
+        store={"square": 16},
+        size=16,
+        prepared=str(folder),
+        **more,
+    )
+
+
+@pytest.fixture
+def image_folder(tmp_path: Path) -> Path:
+    """train and test of three classes, real digits as PNG files: 8, 6 and 5 training images, 3 test images each."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    for label, name, count in ((0, "nought", 8), (1, "one", 6), (2, "two", 5)):
+        pixels = digits.images[digits.target == label]
+        for split, images in (("train", pixels[:count]), ("test", pixels[count : count + 3])):
+            folder = tmp_path / "images" / split / name
+            folder.mkdir(parents=True)
+            for number, image in enumerate(images):
+                Image.fromarray((image * 15).astype(np.uint8)).save(folder / f"{number}.png")
+    return tmp_path / "images"
+
+
+@pytest.fixture(scope="session")
+def photo_folder(tmp_path_factory: pytest.TempPathFactory, photos: list[Path]) -> Path:
+    """Crops of two photographs as natural JPEG files of many sizes: two classes, 24 training and 5 test images."""
+    root = tmp_path_factory.mktemp("photos")
+    random = np.random.default_rng(0)
+    for label, photo in enumerate(photos):
+        image = Image.open(photo)
+        for split, count in (("train", 12), ("test", 3 - label)):
+            folder = root / split / photo.stem
+            folder.mkdir(parents=True)
+            for number in range(count):
+                width, height = random.integers(150, 400), random.integers(150, 400)
+                left, top = random.integers(0, 640 - width), random.integers(0, 427 - height)
+                box = image.crop((left, top, left + width, top + height))
+                box.save(folder / f"{number}.jpg", quality=90)
+    return root
+
+
+def unpacked(name: str, folder: Path, members: int | None = None) -> Path:
+    """An archive unpacked in `folder`: all of it, or its first `members` files."""
+    with zipfile.ZipFile(archive(name)) as file:
+        file.extractall(folder, file.namelist()[:members])
+    return folder

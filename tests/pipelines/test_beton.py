@@ -1,0 +1,89 @@
+"""Our .beton files are FFCV's, whole or not there at all."""
+
+import numpy as np
+import pytest
+
+from pipelines.beton import ALLOCATION, PAGE, Beton, BetonWriter
+from pipelines.errors import UserError
+from pipelines.images import Packed
+from tests.conftest import needs_ffcv
+
+
+def raw(pixels: np.ndarray) -> Packed:
+    return Packed(False, pixels.shape[1], pixels.shape[0], pixels.tobytes())
+
+
+@pytest.fixture
+def images() -> list[np.ndarray]:
+    random = np.random.default_rng(0)
+    shapes = [(4, 5, 3), (1500, 1200, 3), (1400, 1300, 3), (7, 3, 3)]  # the second and third do not fit into one page
+    return [random.integers(0, 256, shape, dtype=np.uint8) for shape in shapes]
+
+
+@pytest.fixture
+def path(tmp_path, images):
+    path = tmp_path / "a.beton"
+    with BetonWriter(path, capacity=9) as writer:
+        for label, image in enumerate(images):
+            writer.append(raw(image), label)
+        writer.finish()
+    return path
+
+
+def test_round_trip(path, images):
+    beton = Beton(path)
+    assert beton.labels.tolist() == [0, 1, 2, 3]
+    for row, image in enumerate(images):
+        assert (beton.image(row) == image).all()
+    start = beton.records["f0"]["data_ptr"]
+    assert (start // PAGE == (start + [i.size - 1 for i in images]) // PAGE).all()
+
+
+@needs_ffcv
+def test_ffcv_reads_it(path, images):
+    from ffcv.fields.decoders import IntDecoder
+    from ffcv.loader import Loader, OrderOption
+    from ffcv.reader import Reader
+
+    reader = Reader(str(path))
+    assert reader.num_samples == 4
+    assert reader.field_names == ["image", "label"]
+    assert reader.metadata["f0"]["height"].tolist() == [4, 1500, 1400, 7]
+    pipelines = {"image": None, "label": [IntDecoder()]}
+    loader = Loader(str(path), batch_size=4, num_workers=1, order=OrderOption.SEQUENTIAL, pipelines=pipelines)
+    ((labels,),) = list(loader)
+    assert np.asarray(labels).ravel().tolist() == [0, 1, 2, 3]
+    memory = np.fromfile(path, np.uint8)
+    for row, image in enumerate(images):
+        ptr = reader.alloc_table["ptr"][row]
+        assert (memory[ptr : ptr + reader.alloc_table["size"][row]] == image.ravel()).all()
+
+
+@pytest.mark.parametrize("cut", [ALLOCATION.itemsize, 10_000_000, -2000, 20])
+def test_truncated(path, cut):
+    size = path.stat().st_size
+    with path.open("r+b") as file:
+        file.truncate(size - cut if cut > 0 else -cut)
+    with pytest.raises(UserError, match=r"a\.beton' is (cut short|not a \.beton)"):
+        Beton(path)
+
+
+def test_foreign(tmp_path):
+    path = tmp_path / "b.beton"
+    path.write_bytes(b"no" * 5000)
+    with pytest.raises(UserError, match=r"is not a \.beton file"):
+        Beton(path)
+    with pytest.raises(UserError, match="cannot be read"):
+        Beton(tmp_path / "c.beton")
+
+
+def test_a_failed_writer_leaves_nothing(tmp_path, images):
+    with pytest.raises(RuntimeError), BetonWriter(tmp_path / "a.beton", 2) as writer:
+        writer.append(raw(images[0]), 0)
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_image_larger_than_a_page(tmp_path):
+    with BetonWriter(tmp_path / "a.beton", 1) as writer, pytest.raises(UserError, match=r"set data\.store\.max_side"):
+        writer.append(raw(np.zeros((2000, 2000, 3), np.uint8)), 0)

@@ -1,0 +1,94 @@
+"""Every kind of image file is read as a viewer shows it, and a JPEG that fits keeps its bytes."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipelines.config import Store
+from pipelines.images import BadImageError, decode, pack, to_rgb
+
+
+def encode(image: Image.Image, kind: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def rgb(data: bytes) -> np.ndarray:
+    return np.asarray(to_rgb(decode(data)))
+
+
+@pytest.fixture(scope="module")
+def photo(photos) -> Image.Image:
+    return Image.open(photos[0]).resize((64, 48))
+
+
+def test_grayscale(photo):
+    grey = photo.convert("L")
+    pixels = rgb(encode(grey, "PNG"))
+    assert pixels.shape == (48, 64, 3)
+    assert (pixels == np.asarray(grey)[..., None]).all()
+
+
+def test_cmyk_jpeg_shows_the_same_picture(photo):
+    pixels = rgb(encode(photo.convert("CMYK"), "JPEG", quality=95))
+    assert np.abs(pixels.astype(int) - np.asarray(photo)).mean() < 3
+
+
+def test_palette(photo):
+    indexed = photo.quantize(64)
+    assert (rgb(encode(indexed, "PNG")) == np.asarray(indexed.convert("RGB"))).all()
+
+
+def test_alpha_lies_over_white():
+    image = Image.new("RGBA", (2, 1), (200, 0, 0, 255))
+    image.putpixel((1, 0), (200, 0, 0, 0))
+    assert rgb(encode(image, "PNG")).tolist() == [[[200, 0, 0], [255, 255, 255]]]
+
+
+def test_palette_with_transparency():
+    image = Image.new("P", (2, 1), 0)
+    image.putpalette([10, 20, 30, 40, 50, 60])
+    image.putpixel((1, 0), 1)
+    assert rgb(encode(image, "PNG", transparency=1)).tolist() == [[[10, 20, 30], [255, 255, 255]]]
+
+
+def test_sixteen_bit_grey_is_scaled():
+    image = Image.fromarray(np.array([[0, 256, 65535]], dtype=np.uint16))
+    assert rgb(encode(image, "PNG"))[0, :, 0].tolist() == [0, 1, 255]
+
+
+def test_exif_turns_the_image(photo):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encode(photo, "JPEG", exif=exif)
+    assert pack(data, Store(mode="jpeg")).width == 48
+
+
+def test_a_jpeg_that_fits_keeps_its_bytes(photos):
+    data = photos[0].read_bytes()
+    packed = pack(data, Store(max_side=640))
+    assert packed.jpeg
+    assert packed.data == data
+    smaller = pack(data, Store(max_side=320))
+    assert (smaller.width, smaller.height) == (320, 214)
+    assert smaller.data != data
+
+
+def test_small_images_are_raw_and_exact(photo):
+    packed = pack(encode(photo, "PNG"), Store())
+    assert not packed.jpeg
+    assert packed.data == photo.tobytes()
+
+
+@pytest.mark.parametrize("length", [0, 10, 5_000, -100])
+def test_truncated(photos, length):
+    with pytest.raises(BadImageError):
+        pack(photos[0].read_bytes()[:length], Store())
+
+
+def test_square():
+    packed = pack(np.zeros((8, 8, 3), np.uint8), Store(square=16))
+    assert (packed.width, packed.height) == (16, 16)

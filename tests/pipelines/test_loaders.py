@@ -1,0 +1,263 @@
+"""Both loaders give the same batches, that follow the seed and the epoch; errors surface."""
+
+import os
+import threading
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as tv
+
+from pipelines.batch import Batch, Reading, eval_reading, loader_kind, make_loader, train_reading
+from pipelines.config import LoaderConfig
+from pipelines.cuts import FLIP, HEIGHT, LEFT, TOP, WIDTH, draw_cuts, epoch_order
+from pipelines.errors import UserError
+from pipelines.prepare import ensure_prepared
+from tests.conftest import data_config, digits_config, needs_ffcv
+
+KINDS = [pytest.param("ffcv", marks=needs_ffcv), "torch"]
+
+
+def batches(loader, epoch, start=0) -> list[Batch]:
+    """Copies: a batch's tensors are the loader's own buffers."""
+    return [Batch(b.views.clone(), b.labels.clone(), b.index.clone()) for b in loader.epoch(epoch, start)]
+
+
+def same(first: list[Batch], second: list[Batch]) -> bool:
+    pairs = list(zip(first, second, strict=True))
+    return all(torch.equal(getattr(a, part), getattr(b, part)) for a, b in pairs for part in ("views", "labels", "index"))
+
+
+def reading(tmp_path, seed=0, batch_size=64, **more) -> Reading:
+    return train_reading(digits_config(tmp_path, **more), batch_size, seed)
+
+
+@pytest.fixture(scope="module")
+def photos_prepared(photo_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("prepared")
+    data = data_config(
+        source={"kind": "folder", "path": str(photo_folder)},
+        prepared=str(folder),
+        size=96,
+        views=[{"cut": {"kind": "resized"}}] * 3,
+        eval_cut={"kind": "center", "ratio": 0.875},
+    )
+    return data, ensure_prepared(data, 0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_batches(digits, tmp_path, kind):
+    loader = make_loader(digits, "train", reading(tmp_path), LoaderConfig(kind=kind))
+    seen = batches(loader, 0)
+    assert len(seen) == loader.batches == 398 // 64
+    assert {tuple(batch.views.shape) for batch in seen} == {(64, 2, 16, 16, 3)}
+    rows = torch.cat([batch.index for batch in seen])
+    assert len(rows.unique()) == len(rows)
+    labels = digits.beton("train").labels
+    assert (labels[rows.numpy()] == torch.cat([batch.labels for batch in seen]).numpy()).all()
+
+
+@needs_ffcv
+def test_both_loaders_agree_to_the_bit_where_nothing_is_resized(digits, tmp_path):
+    of = reading(tmp_path, seed=3)
+    ffcv, plain = (make_loader(digits, "train", of, LoaderConfig(kind=kind)) for kind in ("ffcv", "torch"))
+    for epoch in (0, 5):
+        assert same(batches(ffcv, epoch), batches(plain, epoch))
+
+
+@needs_ffcv
+def test_both_loaders_cut_alike_where_jpegs_are_resized(photos_prepared):
+    """Same boxes, flips and order; pixels differ by the resize (area against antialiased bilinear) alone."""
+    data, prepared = photos_prepared
+    of = train_reading(data, 8, seed=1)
+    ffcv, plain = (make_loader(prepared, "train", of, LoaderConfig(kind=kind, workers=2)) for kind in ("ffcv", "torch"))
+    for a, b in zip(batches(ffcv, 2), batches(plain, 2), strict=True):
+        assert torch.equal(a.index, b.index)
+        difference = (a.views.float() - b.views.float()).abs().mean(dim=(2, 3, 4))
+        assert difference.max() < 8
+        assert difference.mean() < 3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_epoch_repeats_and_resumes_exactly(digits, tmp_path, kind):
+    first, second = (make_loader(digits, "train", reading(tmp_path), LoaderConfig(kind=kind)) for _ in range(2))
+    whole = batches(first, 4)
+    assert same(whole, batches(second, 4))  # straight to epoch 4
+    assert same(whole[2:], batches(second, 4, start=2))
+    assert not same(whole, batches(first, 5))
+    other = make_loader(digits, "train", reading(tmp_path, seed=1), LoaderConfig(kind=kind))
+    assert not same(whole, batches(other, 4))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_views_of_a_sample_are_drawn_independently(digits, tmp_path, kind):
+    loader = make_loader(digits, "train", reading(tmp_path), LoaderConfig(kind=kind))
+    views = torch.cat([batch.views for batch in batches(loader, 0)])
+    alike = (views[:, 0] == views[:, 1]).flatten(1).all(1).float().mean()
+    assert alike < 0.05  # 9 x 9 places and a flip: about 1 in 160, more where a margin is empty
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_evaluation_takes_every_sample_once_untouched(digits, tmp_path, kind):
+    loader = make_loader(digits, "test", eval_reading(digits_config(tmp_path), 100), LoaderConfig(kind=kind))
+    seen = batches(loader, 0)
+    assert [len(batch.labels) for batch in seen] == [100, 100, 100, 100, 45]
+    assert torch.cat([batch.index for batch in seen]).tolist() == list(range(445))
+    beton = digits.beton("test")
+    for row, view in enumerate(torch.cat([batch.views for batch in seen])[:, 0]):
+        assert (view.numpy() == beton.image(row)).all()
+
+
+@needs_ffcv
+def test_ffcv_cuts_what_torchvision_cuts(digits, tmp_path):
+    of = reading(tmp_path)
+    batch = batches(make_loader(digits, "train", of, LoaderConfig(kind="ffcv")), 7)[0]
+    beton = digits.beton("train")
+    order = epoch_order(len(beton), of.seed, 7, shuffle=True)
+    sides = np.full(len(beton), 16)
+    cuts = draw_cuts(of.views, of.size, sides, sides, of.seed, 7)
+    assert {-4, 4} <= set(cuts[:, 0, TOP].tolist())
+    for position in range(64):
+        image = torch.from_numpy(beton.image(int(order[position])).copy()).permute(2, 0, 1)
+        for view in range(2):
+            top, left, height, width, flip = cuts[position, view].tolist()
+            expected = tv.crop(image, top, left, height, width)
+            expected = tv.horizontal_flip(expected) if flip else expected
+            assert torch.equal(batch.views[position, view].permute(2, 0, 1), expected)
+
+
+def test_resized_cuts_have_torchvisions_distribution():
+    data = data_config(views=[{"cut": {"kind": "resized", "scale": [0.2, 0.9]}, "flip": 0.3}], size=224)
+    heights, widths = np.full(20_000, 300), np.full(20_000, 400)
+    cuts = draw_cuts(data.views, 224, heights, widths, seed=0, epoch=0)[:, 0]
+    area = cuts[:, HEIGHT] * cuts[:, WIDTH] / (300 * 400)
+    ratio = cuts[:, WIDTH] / cuts[:, HEIGHT]
+    torch.manual_seed(0)
+    image = torch.empty(3, 300, 400)
+    drawn = [v2.RandomResizedCrop(224, scale=(0.2, 0.9)).make_params([image]) for _ in range(5_000)]
+    their_area = np.array([box["height"] * box["width"] for box in drawn]) / (300 * 400)
+    their_ratio = np.array([box["width"] / box["height"] for box in drawn])
+    for quantile in (0.01, 0.25, 0.5, 0.75, 0.99):
+        assert abs(np.quantile(area, quantile) - np.quantile(their_area, quantile)) < 0.02
+        assert abs(np.quantile(ratio, quantile) - np.quantile(their_ratio, quantile)) < 0.02
+    assert (cuts[:, TOP] >= 0).all()
+    assert (cuts[:, TOP] + cuts[:, HEIGHT] <= 300).all()
+    assert (cuts[:, LEFT] + cuts[:, WIDTH] <= 400).all()
+    assert abs(cuts[:, FLIP].mean() - 0.3) < 0.02
+
+
+def test_extreme_images_fall_back_to_a_centre_box():
+    data = data_config(views=[{"cut": {"kind": "resized", "scale": [0.9, 1]}}], size=32)
+    top, left, height, width, _ = draw_cuts(data.views, 32, np.array([10]), np.array([1000]), 0, 0)[0, 0].tolist()
+    assert (top, left, height, width) == (0, 493, 10, 13)
+
+
+def test_an_image_twice_in_an_epoch_is_cut_twice():
+    data = data_config()
+    cuts = draw_cuts(data.views, 32, np.full(50, 32), np.full(50, 32), 0, 0)
+    assert len(np.unique(cuts.reshape(50, -1), axis=0)) > 45
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_image_smaller_than_the_crop_is_explained(digits, tmp_path, kind):
+    of = replace(reading(tmp_path), size=64)
+    with pytest.raises(UserError, match=r"16x16 with padding 4 is smaller than the crop of 64x64"):
+        batches(make_loader(digits, "train", of, LoaderConfig(kind=kind)), 0)
+
+
+def test_fewer_images_than_a_batch(digits, tmp_path):
+    with pytest.raises(UserError, match=r"398 images, fewer than one batch of 512; lower train\.batch_size"):
+        make_loader(digits, "train", reading(tmp_path, batch_size=512), LoaderConfig())
+
+
+@needs_ffcv
+@pytest.mark.timeout(60)
+def test_an_exception_in_ffcvs_thread_surfaces(digits, tmp_path, monkeypatch):
+    loader = make_loader(digits, "train", reading(tmp_path), LoaderConfig(kind="ffcv"))
+
+    def fail(self, number, *rest):
+        if number == 3:
+            raise MemoryError("planted")
+        return original(self, number, *rest)
+
+    original = loader_epoch().run_pipeline
+    monkeypatch.setattr(loader_epoch(), "run_pipeline", fail)
+    taken = 0
+    with pytest.raises(RuntimeError, match="the FFCV pipeline stopped: planted"):
+        for _ in loader.epoch(0):
+            taken += 1
+    assert taken == 3
+
+
+def loader_epoch():
+    from pipelines.ffcv_loader import _Epoch
+
+    return _Epoch
+
+
+@needs_ffcv
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_damaged_jpeg_in_the_file_surfaces(photos_prepared, photo_folder, tmp_path, workers):
+    data = photos_prepared[0].model_copy(update={"prepared": tmp_path})
+    prepared = ensure_prepared(data, 0)
+    record = prepared.beton("train").records["f0"][5]
+    with prepared.path("train").open("r+b") as file:
+        file.seek(int(record["data_ptr"]))
+        file.write(b"\0" * 64)
+    loader = make_loader(prepared, "train", train_reading(data, 8, 0), LoaderConfig(kind="ffcv", workers=workers))
+    with pytest.raises(UserError, match="a JPEG in the .beton file is damaged"):
+        batches(loader, 0)
+
+
+@needs_ffcv
+@pytest.mark.timeout(60)
+def test_two_loaders_at_once_and_torchs_threads_stay(photos_prepared):
+    data, prepared = photos_prepared
+    threads = torch.get_num_threads()
+    train = make_loader(prepared, "train", train_reading(data, 8, 0), LoaderConfig(kind="ffcv", workers=2))
+    test = make_loader(prepared, "test", eval_reading(data, 2), LoaderConfig(kind="ffcv", workers=2))
+    seen = 0
+    for _ in train.epoch(0):
+        seen += sum(len(batch.labels) for batch in test.epoch(0))
+    assert seen == 3 * 5
+    assert torch.get_num_threads() == threads
+
+
+@needs_ffcv
+def test_leaving_an_epoch_ends_its_thread(digits, tmp_path):
+    loader = make_loader(digits, "train", reading(tmp_path), LoaderConfig(kind="ffcv"))
+    before = threading.active_count()
+    epoch = loader.epoch(0)
+    next(epoch)
+    assert threading.active_count() == before + 1
+    loader.close()
+    deadline = time.monotonic() + 5
+    while threading.active_count() > before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert threading.active_count() == before
+
+
+def test_auto_takes_ffcv_where_it_is_and_torch_elsewhere(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    assert loader_kind(LoaderConfig()) == "ffcv"
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert loader_kind(LoaderConfig()) == "torch"
+    with pytest.raises(UserError, match="FFCV is not installed"):
+        loader_kind(LoaderConfig(kind="ffcv"))
+
+
+def test_the_log_says_which_loader_runs(digits, tmp_path, caplog):
+    with caplog.at_level("INFO"):
+        make_loader(digits, "train", reading(tmp_path), LoaderConfig(kind="torch"))
+    assert "train: 398 images, torchvision loader" in caplog.text
+
+
+def test_a_swapped_file_is_noticed(digits, tmp_path):
+    prepared = ensure_prepared(digits_config(tmp_path), 0)
+    os.replace(prepared.path("test"), prepared.path("train"))
+    with pytest.raises(UserError, match=r"is not the file that prepared\.json describes"):
+        make_loader(prepared, "train", reading(tmp_path), LoaderConfig())

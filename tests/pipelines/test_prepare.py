@@ -1,0 +1,160 @@
+"""Prepared data are whole, of their source, and written once."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from pipelines.errors import UserError
+from pipelines.prepare import SIDECAR, ensure_prepared, prepare_folder, prepared_folder
+from tests.conftest import REPOSITORY, data_config, digits_config
+
+
+def folder_config(image_folder, tmp_path, **more):
+    return data_config(source={"kind": "folder", "path": str(image_folder)}, prepared=str(tmp_path / "prepared"), **more)
+
+
+def test_sidecar_says_what_is_there(digits):
+    content = json.loads((digits.folder / SIDECAR).read_text())
+    assert content["classes"] == [str(i) for i in range(10)]
+    assert content["profile"] == {"kind": "exp", "imbalance": 20.0, "largest": None}
+    assert content["splits"]["train"]["counts"] == digits.train_counts.tolist()
+    assert digits.train_counts.tolist() == sorted(digits.train_counts, reverse=True)
+    assert set(content["splits"]) == {"train", "val", "test"}
+    for split in content["splits"].values():
+        assert len(split["source_digest"]) == 64
+        assert (digits.folder / split["file"]).stat().st_size == split["bytes"]
+    assert (digits.folder / "class_counts.png").stat().st_size > 5000
+    assert not list(digits.folder.glob("*.part"))
+
+
+def test_rows_are_shuffled_and_named(digits):
+    beton = digits.beton("train")
+    assert beton.labels.tolist() != sorted(beton.labels)
+    names = (digits.folder / "train.files.txt").read_text().split()
+    assert len(set(names)) == len(beton)
+
+
+def test_written_once_and_again_when_the_source_changes(image_folder, tmp_path):
+    data = folder_config(image_folder, tmp_path)
+    first = ensure_prepared(data, 0)
+    stamp = first.path("train").stat().st_mtime_ns
+    assert ensure_prepared(data, 0) == first
+    assert first.path("train").stat().st_mtime_ns == stamp
+    (image_folder / "train" / "one" / "0.png").unlink()
+    again = ensure_prepared(data, 0)
+    assert again.train_counts.tolist() == [8, 5, 5]
+    assert len(again.beton("train")) == 18
+
+
+def test_damaged_files_are_written_again(image_folder, tmp_path):
+    data = folder_config(image_folder, tmp_path)
+    prepared = ensure_prepared(data, 0)
+    os.truncate(prepared.path("train"), 1000)
+    assert len(ensure_prepared(data, 0).beton("train")) == 19
+
+
+def test_source_gone_uses_what_was_prepared(image_folder, tmp_path, capsys):
+    data = folder_config(image_folder, tmp_path)
+    prepared = ensure_prepared(data, 0)
+    image_folder.rename(tmp_path / "moved")
+    assert ensure_prepared(data, 0) == prepared
+    assert "not on this machine" in capsys.readouterr().err
+
+
+def test_what_changes_the_images_changes_the_folder(tmp_path):
+    base = digits_config(tmp_path)
+    assert prepared_folder(base, 0) != prepared_folder(base, 1)
+    pinned = base.model_copy(update={"subset_seed": 0})
+    assert prepared_folder(pinned, 0) == prepared_folder(pinned, 1) == prepared_folder(base, 0)
+    views_only = base.model_copy(update={"views": base.views[:1]})
+    assert prepared_folder(views_only, 0) == prepared_folder(base, 0)
+
+
+def test_bad_image_is_named(image_folder, tmp_path):
+    bad = image_folder / "train" / "one" / "3.png"
+    bad.write_bytes(bad.read_bytes()[:60])
+    with pytest.raises(UserError, match=r"train/one/3\.png: unreadable image .*data\.on_bad_image: skip"):
+        ensure_prepared(folder_config(image_folder, tmp_path), 0)
+    assert not list(tmp_path.rglob(SIDECAR))
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def test_bad_image_is_skipped_listed_and_counted(image_folder, tmp_path, capsys):
+    bad = image_folder / "train" / "one" / "3.png"
+    bad.write_bytes(b"GIF89a no")
+    prepared = ensure_prepared(folder_config(image_folder, tmp_path, on_bad_image="skip"), 0)
+    assert prepared.train_counts.tolist() == [8, 5, 5]
+    assert prepared.splits["train"].skipped == [str(bad)]
+    assert len(prepared.beton("train")) == 18
+    assert str(bad) in capsys.readouterr().err
+
+
+def test_a_class_of_bad_images_only(image_folder, tmp_path):
+    for file in (image_folder / "train" / "two").iterdir():
+        file.write_bytes(b"")
+    with pytest.raises(UserError, match="class 'two' has no readable training image"):
+        ensure_prepared(folder_config(image_folder, tmp_path, on_bad_image="skip"), 0)
+
+
+def test_needs_something_to_evaluate_on(image_folder, tmp_path):
+    (image_folder / "test").rename(tmp_path / "away")
+    with pytest.raises(UserError, match=r"data\.val_fraction"):
+        ensure_prepared(folder_config(image_folder, tmp_path), 0)
+    prepared = ensure_prepared(folder_config(image_folder, tmp_path, val_fraction=0.2), 0)
+    assert set(prepared.splits) == {"train", "val"}
+
+
+def test_two_validation_splits(image_folder, tmp_path):
+    (image_folder / "test").rename(image_folder / "val")
+    with pytest.raises(UserError, match="'val' split of its own"):
+        ensure_prepared(folder_config(image_folder, tmp_path, val_fraction=0.2), 0)
+
+
+def test_a_folder_for_evaluation(image_folder, tmp_path):
+    data = folder_config(image_folder, tmp_path)
+    prepared = prepare_folder(image_folder / "test", ["one", "two", "three", "nought"], data)
+    assert prepared.splits["test"].counts == [3, 3, 0, 3]
+    with pytest.raises(UserError, match="'two' is not one of the training classes"):
+        prepare_folder(image_folder / "test", ["one", "nought"], data)
+
+
+def run(*arguments, **options):
+    command = [sys.executable, "-m", "pipelines.prepare", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, **options)
+
+
+def test_the_command(tmp_path):
+    done = run("quickstart", "--prepared", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "train: 398 images, 10 classes, 5 to 118 a class" in done.stdout
+    assert "█" in done.stdout
+    assert run("quickstart", "--prepared", tmp_path, "--count").stdout.splitlines()[:5] == done.stdout.splitlines()[:5]
+    mistake = run("quickstart", "--data.source.kind", "folder", "--data.source.path", "nowhere")
+    assert mistake.returncode == 2
+    assert mistake.stderr.startswith("error: image folder")
+    assert len(mistake.stderr.splitlines()) == 1
+
+
+def test_a_killed_run_leaves_nothing_that_looks_whole(photo_folder, tmp_path):
+    """Killed at many moments: what is left is either prepared or prepared again, and then whole."""
+    data = data_config(source={"kind": "folder", "path": str(photo_folder)}, prepared=str(tmp_path), store={"max_side": 100})
+    arguments = ["--data.source.kind", "folder", "--data.source.path", photo_folder, "--data.store", "{max_side: 100}"]
+    for delay in (0.0, 0.02, 0.05):
+        command = [sys.executable, "-m", "pipelines.prepare", "quickstart", "--val_fraction", "0", "--profile", "{kind: none}"]
+        process = subprocess.Popen([*command, *map(str, arguments), "--prepared", str(tmp_path)], cwd=REPOSITORY)
+        while process.poll() is None and not list(tmp_path.rglob("*.part")):
+            time.sleep(0.001)
+        time.sleep(delay)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        if not list(tmp_path.rglob(SIDECAR)):
+            break
+    prepared = ensure_prepared(data, 0)
+    assert list(tmp_path.iterdir()) == [prepared.folder]
+    assert len(prepared.beton("train")) == 24
+    assert not list(prepared.folder.glob("*.part"))

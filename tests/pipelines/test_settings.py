@@ -1,0 +1,90 @@
+"""A configuration says what is wrong with it in one line, and names the nearest key."""
+
+from pathlib import Path
+
+import pytest
+
+from cibl_ray.config import RunConfig, build_config, load_config
+from pipelines.errors import UserError
+from pipelines.settings import override, parse_overrides
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def test_unknown_key_names_the_nearest():
+    with pytest.raises(UserError, match=r"x.yaml: unknown key 'optimizer.lrr'; did you mean 'optimizer.lr'\?"):
+        build_config({"optimizer": {"lrr": 0.1}}, [], "x.yaml")
+
+
+def test_unknown_key_inside_a_union_is_named_as_written():
+    with pytest.raises(UserError, match=r"unknown key 'loss.tail_skw'; did you mean 'loss.tail_skew'\?"):
+        build_config({"loss": {"kind": "cibl", "tail_skw": 1}}, [], "x.yaml")
+
+
+def test_unknown_flag_names_the_nearest():
+    with pytest.raises(UserError, match=r"--epoch: unknown field; did you mean 'train.epochs'\?"):
+        load_config("quickstart", ["--epoch", "3"])
+
+
+def test_value_out_of_range_names_key_and_value():
+    with pytest.raises(UserError, match=r"'?optimizer.lr'? = -1: .*greater than 0"):
+        load_config("quickstart", ["--lr", "-1"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--data.views", "[]"], "data.views"),
+        (["--train.epochs", "3"], "warmup_epochs"),
+        (["--backbone", "resnet50"], "data.size"),
+        (["--loss.kind", "focal"], "loss"),
+        (["--data.source", "7"], "data.source"),
+        (["--epochs"], "--epochs: a value is missing"),
+        (["epochs", "3"], "expected --field value"),
+        (["--kind", "x"], "say which one"),
+    ],
+)
+def test_mistakes_are_one_line_errors(flags, message):
+    with pytest.raises(UserError, match=message) as caught:
+        load_config("quickstart", flags)
+    assert "\n" not in str(caught.value)
+
+
+def test_short_and_dotted_names_and_numbers():
+    config = load_config("quickstart", ["--epochs", "7", "--optimizer.lr=1e-2", "--clip-norm", "2"])
+    assert (config.train.epochs, config.optimizer.lr, config.optimizer.clip_norm) == (7, 0.01, 2.0)
+
+
+def test_seed_zero_is_a_seed():
+    assert load_config("quickstart", ["--seed", "0"]).seed == 0
+
+
+def test_another_kind_drops_the_keys_of_the_old_one_in_either_order():
+    for flags in (
+        ["--data.source.kind", "folder", "--data.source.path", "x"],
+        ["--data.source.path", "x", "--data.source.kind", "folder"],
+    ):
+        config = load_config("cifar10_lt", [*flags, "--loss.kind", "cross_entropy"])
+        assert config.data.source.kind == "folder"
+        assert config.loss.kind == "cross_entropy"
+
+
+def test_override_leaves_the_original_alone():
+    content = {"train": {"epochs": 1}}
+    assert override(content, parse_overrides(["--epochs", "2"], RunConfig)) == {"train": {"epochs": 2}}
+    assert content == {"train": {"epochs": 1}}
+
+
+def test_unreadable_files(tmp_path):
+    (tmp_path / "bad.yaml").write_text("a: [1")
+    (tmp_path / "list.yaml").write_text("- 1")
+    for name, message in (("bad.yaml", "not valid YAML"), ("list.yaml", "mapping of keys"), ("none.yaml", "quickstart")):
+        with pytest.raises(UserError, match=message):
+            load_config(str(tmp_path / name), [])
+
+
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_configurations_are_valid(path):
+    config = load_config(path.stem, [])
+    assert config.data.prepared.is_absolute()
+    assert len(config.data.views) == 2

@@ -1,0 +1,118 @@
+"""Sources list what is there, and say what is missing."""
+
+import pickle
+
+import numpy as np
+import pytest
+
+from pipelines.config import Cifar10Source, DigitsSource, FolderSource, ListsSource
+from pipelines.errors import UserError
+from pipelines.sources import class_counts, open_source
+
+
+def test_folder(image_folder):
+    dataset = open_source(FolderSource(kind="folder", path=image_folder))
+    assert dataset.classes == ["nought", "one", "two"]
+    assert class_counts(dataset.train.labels, 3).tolist() == [8, 6, 5]
+    assert dataset.val is None
+    assert dataset.test is not None
+    assert dataset.test.names[0] == "test/nought/0.png"
+
+
+def test_folder_mistakes(image_folder, tmp_path):
+    def error(path=image_folder):
+        with pytest.raises(UserError) as caught:
+            open_source(FolderSource(kind="folder", path=path))
+        return str(caught.value)
+
+    assert "does not exist" in error(tmp_path / "nowhere")
+    assert "no folder 'train'" in error(image_folder / "train")
+    (image_folder / "test" / "three").mkdir()
+    assert "'three' is not one of the training classes" in error()
+    (image_folder / "test" / "three").rmdir()
+    (image_folder / "train" / "empty").mkdir()
+    (image_folder / "train" / "empty" / "notes.txt").write_text("not an image")
+    assert "has no images" in error()
+    assert "empty" in error()
+
+
+def test_digest_changes_with_the_images(image_folder):
+    def digest():
+        return open_source(FolderSource(kind="folder", path=image_folder)).train.digest()
+
+    before = digest()
+    assert digest() == before
+    file = image_folder / "train" / "one" / "0.png"
+    file.write_bytes(file.read_bytes() + b"\0")
+    assert digest() != before
+
+
+@pytest.fixture
+def lists(image_folder, tmp_path):
+    train = tmp_path / "train.txt"
+    train.write_text("train/nought/0.png 0\ntrain/one/0.png 1\n\ntrain/nought/1.png 0\n")
+    return ListsSource(kind="lists", root=image_folder, train=train), train
+
+
+def test_lists(lists):
+    dataset = open_source(lists[0])
+    assert dataset.classes == ["nought", "one"]
+    assert dataset.train.labels.tolist() == [0, 1, 0]
+    assert dataset.test is None
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("train/one/99.png 1", r"names 'train/one/99.png'"),
+        ("train/one/0.png one", r"train.txt:5: .* is not 'path label'"),
+        ("train/one/0.png 7", r"no image has label 2"),
+    ],
+)
+def test_list_mistakes(lists, line, message):
+    source, train = lists
+    train.write_text(train.read_text() + line + "\n")
+    with pytest.raises(UserError, match=message):
+        open_source(source)
+
+
+def test_lists_without_one_folder_a_class_are_numbered(lists, image_folder):
+    source, train = lists
+    train.write_text("train/nought/0.png 0\ntrain/one/1.png 0\ntrain/one/0.png 1\n")
+    assert open_source(source).classes == ["0", "1"]
+
+
+def test_cifar_through_torchvision(tmp_path, monkeypatch):
+    """Its file format, with few images: the download's checksum is torchvision's business."""
+    from torchvision.datasets import CIFAR10
+
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    random = np.random.default_rng(0)
+    pixels = random.integers(0, 256, (6, 20, 3072), dtype=np.uint8)
+    for number, name in enumerate([*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]):
+        content = {"data": pixels[number], "labels": [i % 10 for i in range(20)]}
+        (folder / name).write_bytes(pickle.dumps(content))
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": [f"class {i}" for i in range(10)]}))
+    monkeypatch.setattr(CIFAR10, "_check_integrity", lambda self: True)
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *arguments: True)
+    dataset = open_source(Cifar10Source(kind="cifar10", path=tmp_path, download=False))
+    assert class_counts(dataset.train.labels, 10).tolist() == [10] * 10
+    assert dataset.classes[3] == "class 3"
+    assert (dataset.train.read(0) == pixels[0, 0].reshape(3, 32, 32).transpose(1, 2, 0)).all()
+
+
+def test_cifar_absent_names_the_fix(tmp_path):
+    with pytest.raises(UserError, match=r"CIFAR10 is not in .*--data.source.kind folder"):
+        open_source(Cifar10Source(kind="cifar10", path=tmp_path, download=False))
+
+
+def test_digits():
+    dataset = open_source(DigitsSource(kind="digits"))
+    assert dataset.test is not None
+    assert len(dataset.train) + len(dataset.test) == 1797
+    assert not set(dataset.train.names) & set(dataset.test.names)
+    image = dataset.train.read(0)
+    assert isinstance(image, np.ndarray)
+    assert image.shape == (8, 8, 3)
+    assert image.max() == 239  # 15 of 16
