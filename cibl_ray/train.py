@@ -20,6 +20,7 @@ from types import FrameType
 from typing import Any
 
 from pipelines.errors import Interrupted, UserError, run_command
+from pipelines.settings import split_command_line
 
 CONFIG = "config.yaml"
 RESULT = "result.json"
@@ -28,14 +29,17 @@ log = logging.getLogger("cibl_ray")
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m cibl_ray.train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m cibl_ray.train",
+        usage="%(prog)s CONFIG [--name NAME] [--field value ...]\n       %(prog)s --resume RUN [--field value ...]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
-    parser.add_argument("config", nargs="?", help="a YAML file, or the name of a shipped configuration")
     parser.add_argument("--name", help="of the run folder; by default the configuration's name and the time")
     parser.add_argument("--resume", type=Path, metavar="RUN", help="go on with the run in this folder")
-    arguments, overrides = parser.parse_known_args()
-    if (arguments.config is None) == (arguments.resume is None):
-        raise UserError("name a configuration (quickstart, say) to start a run, or --resume RUN to go on with one")
+    name, arguments, overrides = split_command_line(parser)
+    if (name is None) == (arguments.resume is None):
+        raise UserError("name a configuration first (quickstart, say) to start a run, or --resume RUN to go on with one")
     try:
         import cibl_ray.trainer  # noqa: F401
     except ModuleNotFoundError as error:
@@ -46,9 +50,9 @@ def main() -> None:
     else:
         from cibl_ray.config import load_config
 
-        config = load_config(arguments.config, overrides)
-        name = arguments.name or f"{Path(arguments.config).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
-        train(config, config.runs / name)
+        assert name is not None
+        config = load_config(name, overrides)
+        train(config, config.runs / (arguments.name or f"{Path(name).stem}-{time.strftime('%Y%m%d-%H%M%S')}"))
 
 
 def train(config: Any, folder: Path, resume: bool = False) -> dict[str, Any]:

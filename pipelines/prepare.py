@@ -29,7 +29,16 @@ from pipelines.images import BadImageError, Packed, pack
 from pipelines.longtail import apply_profile, carve_validation
 from pipelines.pictures import histogram_text, save_histogram
 from pipelines.seeding import stream
-from pipelines.settings import Settings, absolute, find_config, override, parse_overrides, read_config, validate
+from pipelines.settings import (
+    Settings,
+    absolute,
+    find_config,
+    override,
+    parse_overrides,
+    read_config,
+    split_command_line,
+    validate,
+)
 from pipelines.sources import Dataset, Images, class_counts, open_folder, open_source, source_present
 
 FORMAT = 1
@@ -255,11 +264,17 @@ class _PrepareConfig(Settings):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m pipelines.prepare", description=(__doc__ or "").partition("\n\n")[0])
-    parser.add_argument("config", help="a YAML file, or the name of a shipped configuration")
+    parser = argparse.ArgumentParser(
+        prog="python -m pipelines.prepare",
+        usage="%(prog)s CONFIG [--count] [--field value ...]",
+        description="Write the .beton files of CONFIG, a YAML file or the name of a shipped configuration.",
+        allow_abbrev=False,
+    )
     parser.add_argument("--count", action="store_true", help="only print the class counts; write nothing")
-    arguments, rest = parser.parse_known_args()
-    path = find_config(arguments.config)
+    name, arguments, rest = split_command_line(parser)
+    if name is None:
+        raise UserError("name a configuration first: python -m pipelines.prepare quickstart")
+    path = find_config(name)
     content = {key: value for key, value in read_config(path).items() if key in ("seed", "data")}
     config = absolute(validate(_PrepareConfig, override(content, parse_overrides(rest, _PrepareConfig)), str(path)))
     if arguments.count:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
+import sys
 import typing
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,6 +21,13 @@ class Settings(BaseModel):
     """Base of every configuration part: unknown keys are refused, values are checked on assignment too."""
 
     model_config = ConfigDict(extra="forbid", validate_assignment=True, validate_default=True, frozen=True)
+
+
+def split_command_line(parser: argparse.ArgumentParser) -> tuple[str | None, argparse.Namespace, list[str]]:
+    """(CONFIG or None, the parser's own options, the overrides). CONFIG, where there is one, comes first."""
+    arguments = sys.argv[1:]
+    config = arguments.pop(0) if arguments and not arguments[0].startswith("-") else None
+    return config, *parser.parse_known_args(arguments)
 
 
 def find_config(name: str) -> Path:

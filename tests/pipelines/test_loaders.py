@@ -1,6 +1,5 @@
 """Both loaders give the same batches, that follow the seed and the epoch; errors surface."""
 
-import os
 import threading
 import time
 from dataclasses import replace
@@ -258,6 +257,6 @@ def test_the_log_says_which_loader_runs(digits, tmp_path, caplog):
 
 def test_a_swapped_file_is_noticed(digits, tmp_path):
     prepared = ensure_prepared(digits_config(tmp_path), 0)
-    os.replace(prepared.path("test"), prepared.path("train"))
+    prepared.path("test").replace(prepared.path("train"))
     with pytest.raises(UserError, match=r"is not the file that prepared\.json describes"):
         make_loader(prepared, "train", reading(tmp_path), LoaderConfig())

@@ -1,0 +1,65 @@
+"""`python -m benchmarks.train_step [--images FOLDER]`: end-to-end training against the bare step on batches in memory.
+
+ResNet-32, CIFAR-10-LT, batch 128, two views, CIBL. End to end: images read, cut, normalised and trained on, by the trainer's
+own epoch. The bare step: forward, loss, backward and optimizer on normalised batches that already lie in memory. The two take
+turns, an epoch's batches each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+
+import torch
+
+from benchmarks.data import add_arguments, cifar10_lt
+from benchmarks.measure import alternate, report
+from cibl_ray.losses.step import loss_terms
+from cibl_ray.trainer import Trainer, resolve
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.train_step", description=__doc__)
+    add_arguments(parser)
+    arguments = parser.parse_args()
+    # The quick one trains on fewer images, so that its rounds are short.
+    config, prepared = cifar10_lt(arguments.images, *(["--data.profile.largest", "1000"] if arguments.quick else []))
+    config = resolve(config)
+    trainer = Trainer(config, prepared, Path(tempfile.gettempdir()))
+    batches = []
+    for batch in trainer.train_loader.epoch(0):
+        images = trainer.normalize(batch.views.to(trainer.device))
+        batches.append((images, batch.labels.to(trainer.device).repeat_interleave(batch.views.shape[1])))
+    per_epoch = len(batches) * config.train.batch_size
+
+    def bare_step() -> int:
+        trainer.network.train()
+        for images, labels in batches:
+            with torch.autocast(trainer.device.type, torch.bfloat16, enabled=trainer.autocast):
+                outputs = trainer.network(images)
+            loss = loss_terms(config.loss, outputs, labels)["loss"]
+            trainer.optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            trainer.optimizer.step()
+        if trainer.device.type == "cuda":
+            torch.cuda.synchronize()
+        return per_epoch
+
+    def end_to_end() -> int:
+        trainer.train_epoch()
+        return per_epoch
+
+    rates = alternate({"end_to_end": end_to_end, "bare_step": bare_step}, rounds=3 if arguments.quick else 5)
+    report(
+        images_per_s=rates,
+        views=len(config.data.views),
+        batch=config.train.batch_size,
+        precision=config.train.precision,
+        loader=trainer.train_loader.name,
+        ratios={"end_to_end_over_step": round(rates["end_to_end"]["median"] / rates["bare_step"]["median"], 3)},
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,23 @@
+"""The rate at the corners of each schedule."""
+
+import pytest
+
+from cibl_ray.config import CosineSchedule, StepSchedule
+from cibl_ray.schedules import lr_factor
+
+
+def test_steps():
+    schedule = StepSchedule(kind="steps", warmup_epochs=5, milestones=(0.8, 0.9), gamma=0.1)
+    at = {epoch: lr_factor(schedule, epoch, 100) for epoch in (0, 2.5, 5, 79.9, 80, 90)}
+    assert list(at.values()) == pytest.approx([0.0002, 0.5, 1, 1, 0.1, 0.01])
+
+
+def test_cosine():
+    schedule = CosineSchedule(warmup_epochs=10, final=0.1)
+    at = [lr_factor(schedule, epoch, 110) for epoch in (5, 10, 60, 110)]
+    assert at == pytest.approx([0.5, 1, 0.55, 0.1])
+
+
+def test_no_warmup_starts_at_the_full_rate():
+    assert lr_factor(CosineSchedule(warmup_epochs=0), 0, 10) == 1
+    assert lr_factor(CosineSchedule(warmup_epochs=10), 9.99, 10) < 1

@@ -1,0 +1,230 @@
+"""The real commands on a tiny budget: train, resume after a kill, evaluate."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from cibl_ray.checkpoint import load_checkpoint
+from cibl_ray.config import load_config
+from cibl_ray.runlog import read_metrics
+from cibl_ray.trainer import Trainer, resolve
+from pipelines.errors import UserError
+from tests.conftest import REPOSITORY, needs_ffcv
+
+TINY = ["--epochs", "4", "--warmup_epochs", "1", "--batch_size", "64"]
+
+
+def command(module: str, *arguments: object) -> list[str]:
+    return [sys.executable, "-m", f"cibl_ray.{module}", *map(str, arguments)]
+
+
+def run(module: str, *arguments: object, **options) -> subprocess.CompletedProcess:
+    options = {"cwd": REPOSITORY, **options}
+    return subprocess.run(command(module, *arguments), capture_output=True, text=True, **options)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> list[str]:
+    folder = tmp_path_factory.mktemp("train")
+    return ["--runs", str(folder / "runs"), "--prepared", str(folder / "prepared")]
+
+
+@pytest.fixture(scope="module")
+def finished(folders) -> tuple[Path, str]:
+    """A run's folder and what it printed."""
+    done = run("train", "quickstart", "--name", "whole", *TINY, *folders)
+    assert done.returncode == 0, done.stderr
+    return Path(folders[1]) / "whole", done.stdout + done.stderr
+
+
+def test_run_folder(finished):
+    folder, output = finished
+    assert {path.name for path in folder.iterdir()} == {
+        "accuracy_by_class.png", "checkpoints", "class_counts.png", "config.yaml", "learning_curves.png", "metrics.jsonl",
+        "result.json", "tensorboard", "train.log",
+    }  # fmt: skip
+    assert {path.name for path in (folder / "checkpoints").iterdir()} == {
+        "last.safetensors", "previous.safetensors", "best.safetensors",
+    }  # fmt: skip
+    assert all((folder / name).stat().st_size > 10_000 for name in ("accuracy_by_class.png", "learning_curves.png"))
+    rows = read_metrics(folder)
+    assert [row["epoch"] for row in rows] == [1, 2, 3, 4]
+    assert set(rows[0]["train"]) == {"accuracy", "loss", "cross_entropy", "contrastive", "cross_entropy_weight"}
+    assert rows[0]["rate"]["images_per_s"] > 0
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    assert config["train"]["precision"] in ("bf16", "fp32")  # resolved
+    assert config["train"]["device"] in ("cpu", "cuda")
+    assert "overall many medium few worst harmonic" in " ".join(output.split())
+    assert "loader, " in output
+
+
+def test_tensorboard_events_hold_the_same_numbers(finished):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(finished[0] / "tensorboard"))
+    events.Reload()
+    rows = read_metrics(finished[0])
+    assert [event.value for event in events.Scalars("train/loss")] == pytest.approx([row["train"]["loss"] for row in rows])
+    assert [event.step for event in events.Scalars("val/balanced")] == [1, 2, 3, 4]
+
+
+def test_result_holds_the_last_and_the_best_on_validation(finished):
+    result = json.loads((finished[0] / "result.json").read_text())
+    rows = read_metrics(finished[0])
+    best = max(range(4), key=lambda i: (rows[i]["val"]["balanced"], -i))
+    assert result["split"] == "test"
+    assert result["last"]["epoch"] == 4
+    assert result["best"]["epoch"] == best + 1
+    assert result["last"]["scores"]["samples"] == 445
+    assert load_checkpoint(finished[0] / "checkpoints" / "best.safetensors").epoch == best + 1
+
+
+def test_it_learns(finished):
+    result = json.loads((finished[0] / "result.json").read_text())
+    rows = read_metrics(finished[0])
+    assert rows[-1]["train"]["loss"] < rows[0]["train"]["loss"]
+    assert result["last"]["scores"]["overall"] > 0.2
+
+
+def test_evaluate_repeats_the_result(finished, tmp_path):
+    done = run("evaluate", finished[0], "--json", tmp_path / "scores.json", cwd=tmp_path, env=with_project())
+    assert done.returncode == 0, done.stderr
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    result = json.loads((finished[0] / "result.json").read_text())
+    assert scores["last (epoch 4)"] == result["last"]["scores"]
+    assert scores[f"best (epoch {result['best']['epoch']})"] == result["best"]["scores"]
+
+
+def with_project() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+
+
+def test_evaluate_on_a_folder(finished, image_folder, tmp_path):
+    for name, label in (("nought", "0"), ("one", "1"), ("two", "2")):
+        (image_folder / "test" / name).rename(image_folder / "test" / label)
+    done = run("evaluate", finished[0], "--checkpoint", "last", "--data", image_folder / "test", "--json", tmp_path / "s.json")
+    assert done.returncode == 0, done.stderr
+    scores = json.loads((tmp_path / "s.json").read_text())["last (epoch 4)"]
+    assert scores["samples"] == 9
+    assert scores["per_class"][3:] == [None] * 7
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere"], "neither a run folder nor a checkpoint file"),
+        ([REPOSITORY], "has no last checkpoint"),
+        ([REPOSITORY / "README.md"], "cut short or damaged"),
+    ],
+)
+def test_evaluate_mistakes(arguments, message):
+    one_line_error(run("evaluate", *arguments), message)
+
+
+def one_line_error(done: subprocess.CompletedProcess, message: str) -> None:
+    assert done.returncode == 2, done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert message in errors[0]
+    assert "Traceback" not in done.stderr
+
+
+def test_train_mistakes(finished, folders):
+    for arguments, message in (
+        ([], "name a configuration"),
+        (["quickstrat"], "no configuration 'quickstrat'"),
+        (["quickstart", "--epoch", "3"], "did you mean 'train.epochs'?"),
+        (["quickstart", "--name", "whole", *folders], "already exists; go on with --resume"),
+        (["--resume", "nowhere"], "not a run folder"),
+        (["--resume", finished[0], "--backbone", "resnet32"], "another architecture"),
+        (["quickstart", "--lr", "1e9", "--name", "diverged", *TINY, *folders], "the loss is not finite in epoch"),
+    ):
+        one_line_error(run("train", *arguments), message)
+    assert load_checkpoint(finished[0] / "checkpoints" / "last.safetensors").epoch == 4  # untouched by what failed
+
+
+@pytest.mark.parametrize("kind", [pytest.param("ffcv", marks=needs_ffcv), "torch"])
+def test_a_killed_run_ends_with_the_same_weights(folders, kind):
+    """SIGKILL in mid-run, --resume: every weight and momentum equals those of a run that was left alone, bit for bit."""
+    flags = ["quickstart", "--epochs", "6", "--warmup_epochs", "1", *folders, "--loader.kind", kind]
+    root = Path(folders[1])
+    whole, killed = root / f"alone-{kind}", root / f"killed-{kind}"
+    assert run("train", *flags, "--name", whole.name).returncode == 0
+    process = subprocess.Popen(command("train", *flags, "--name", killed.name), cwd=REPOSITORY, stdout=subprocess.DEVNULL)
+    while len(read_metrics(killed)) < 2 and process.poll() is None:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not (killed / "result.json").exists()
+    resumed = run("train", "--resume", killed)
+    assert resumed.returncode == 0, resumed.stderr
+    first, second = (load_checkpoint(folder / "checkpoints" / "last.safetensors") for folder in (whole, killed))
+    for part in ("weights", "momentum"):
+        ours, theirs = getattr(first, part), getattr(second, part)
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    rows = [[(row["epoch"], row["train"], row["val"]) for row in read_metrics(folder)] for folder in (whole, killed)]
+    assert rows[0] == rows[1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted(folders, number):
+    folder = Path(folders[1]) / f"stopped-{number}"
+    flags = ["quickstart", "--epochs", "500", *folders, "--name", folder.name]
+    process = subprocess.Popen(command("train", *flags), cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
+    while len(read_metrics(folder)) < 2 and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert f"--resume {folder}" in errors
+    assert "Traceback" not in errors
+    assert load_checkpoint(folder / "checkpoints" / "last.safetensors").epoch >= 2
+
+
+def test_resume_with_other_data_is_refused(finished, tmp_path, digits):
+    config = resolve(load_config("quickstart", ["--runs", str(tmp_path)]))
+    checkpoint = load_checkpoint(finished[0] / "checkpoints" / "last.safetensors")
+    trainer = Trainer(config, digits, tmp_path)
+    trainer.restore(checkpoint)  # the same digits
+    checkpoint.data["train"] = "changed"
+    with pytest.raises(UserError, match="the data have changed"):
+        trainer.restore(checkpoint)
+
+
+def test_cross_entropy_and_cosine_head_run_the_same_way(folders):
+    flags = [*TINY[2:], "--epochs", "1", *folders, "--name", "ce", "--loss.kind", "cross_entropy", "--head.kind", "cosine"]
+    done = run("train", "quickstart", *flags, "--clip_norm", "1", "--schedule.kind", "steps", "--schedule.warmup_epochs", "0")
+    assert done.returncode == 0, done.stderr
+    checkpoint = load_checkpoint(Path(folders[1]) / "ce" / "checkpoints" / "last.safetensors")
+    assert not any(name.startswith("projection") for name in checkpoint.weights)
+    assert checkpoint.config.network.head.kind == "cosine"
+
+
+def test_cuda_where_there_is_none(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="no CUDA device is visible"):
+        resolve(load_config("quickstart", ["--device", "cuda"]))
+
+
+@pytest.mark.parametrize("module", ["cibl_ray", "cibl_ray.config", "cibl_ray.train", "cibl_ray.evaluate"])
+def test_importing_pulls_in_neither_ray_nor_ffcv_nor_torch(module):
+    code = f"import sys, {module}; print([m for m in ('ray', 'ffcv', 'torch', 'numba') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_on_a_gpu(folders):
+    done = run("train", "quickstart", "--name", "gpu", "--device", "cuda", *TINY, *folders)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((Path(folders[1]) / "gpu" / "result.json").read_text())["last"]["scores"]["overall"] > 0.2
