@@ -36,11 +36,9 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.data is not None and arguments.split is not None:
         raise UserError("--split is of the run's own data; it says nothing of --data")
-    try:
-        from cibl_ray.checkpoint import load_checkpoint
-        from cibl_ray.metrics import table
-    except ModuleNotFoundError as error:
-        raise UserError(f"{error.name} is not installed; evaluation needs: pip install 'cibl-ray[train]'") from error
+    from cibl_ray.checkpoint import load_checkpoint
+    from cibl_ray.metrics import table
+
     logging.basicConfig(format="%(message)s")
 
     scores = {}

@@ -40,11 +40,6 @@ def main() -> None:
     name, arguments, overrides = split_command_line(parser)
     if (name is None) == (arguments.resume is None):
         raise UserError("name a configuration first (quickstart, say) to start a run, or --resume RUN to go on with one")
-    try:
-        import cibl_ray.trainer  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise UserError(f"{error.name} is not installed; training needs: pip install 'cibl-ray[train]'") from error
-
     if arguments.resume is not None:
         train(*_resumed(arguments.resume, overrides), resume=True)
     else:

@@ -21,6 +21,10 @@ def run_command(main: Callable[[], None]) -> NoReturn:
         main()
     except UserError as error:
         sys.exit(_tell(str(error), 2))
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] in ("cibl_ray", "pipelines"):
+            raise  # ours: not for the user to install
+        sys.exit(_tell(f"{error.name} is not installed; this command needs: pip install 'cibl-ray[train]'", 2))
     except (OSError, MemoryError) as error:
         sys.exit(_tell(f"{type(error).__name__}: {error}", 2))
     except KeyboardInterrupt as error:
