@@ -110,7 +110,10 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint, keep_previous: bool = Fa
         part.unlink(missing_ok=True)
         raise
     if keep_previous and path.exists():
-        path.replace(path.with_name(PREVIOUS))
+        # A second name, not a move: at no moment is there no file under the first one.
+        previous = path.with_name(PREVIOUS)
+        previous.unlink(missing_ok=True)
+        previous.hardlink_to(path)
     part.replace(path)
 
 

@@ -149,7 +149,7 @@ def load_config(name: str, arguments: list[str]) -> RunConfig:
 
 def build_config(content: dict[str, Any], arguments: list[str], place: str) -> RunConfig:
     """A validated configuration with absolute paths. `place` is named in errors."""
-    return absolute(validate(RunConfig, override(content, parse_overrides(arguments, RunConfig)), place))
+    return absolute(validate(RunConfig, override(content, parse_overrides(arguments, RunConfig), RunConfig), place))
 
 
 def save_config(config: RunConfig, path: Path) -> None:

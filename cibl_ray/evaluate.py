@@ -36,6 +36,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.data is not None and arguments.split is not None:
         raise UserError("--split is of the run's own data; it says nothing of --data")
+    if arguments.json is not None and not arguments.json.absolute().parent.is_dir():
+        raise UserError(f"--json {arguments.json}: the folder {str(arguments.json.parent)!r} does not exist")
     from cibl_ray.checkpoint import load_checkpoint
     from cibl_ray.metrics import table
 
@@ -45,9 +47,9 @@ def main() -> None:
     for path in _checkpoints(arguments.run, arguments.checkpoint):
         checkpoint = load_checkpoint(path)
         scores[f"{path.stem} (epoch {checkpoint.epoch})"] = evaluate(checkpoint, arguments.data, arguments.split)
+    print(table(scores))
     if arguments.json is not None:
         arguments.json.write_text(json.dumps({name: asdict(row) for name, row in scores.items()}, indent=1))
-    print(table(scores))
 
 
 def evaluate(checkpoint: Checkpoint, folder: Path | None = None, split: str | None = None) -> Scores:

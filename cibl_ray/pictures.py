@@ -56,7 +56,8 @@ def save_accuracy_by_class(path: Path, classes: list[str], train_counts: np.ndar
             for i, label in enumerate(classes):
                 if scores.per_class[i] is not None:
                     place = (train_counts[i], 100 * (scores.per_class[i] or 0.0))
-                    axes.annotate(label, place, xytext=(4, 4), textcoords="offset points", fontsize=7, color="#555555")
+                    style = {"fontsize": 7, "color": "#555555", "parse_math": False}
+                    axes.annotate(label, place, xytext=(4, 4), textcoords="offset points", **style)
         axes.set(
             xscale="log",
             ylim=(-3, 105),

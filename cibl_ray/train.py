@@ -7,17 +7,20 @@ part of it where that is unique: `--train.epochs 20`, `--lr .2`, `--loss.kind cr
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import logging
 import platform
-import shutil
 import signal
 import statistics
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import IO, Any
 
 from pipelines.errors import Interrupted, UserError, run_command
 from pipelines.settings import split_command_line
@@ -58,46 +61,54 @@ def train(config: Any, folder: Path, resume: bool = False) -> dict[str, Any]:
     from cibl_ray.pictures import save_accuracy_by_class, save_learning_curves
     from cibl_ray.runlog import read_metrics
     from cibl_ray.trainer import Trainer, resolve
+    from pipelines.pictures import save_histogram
     from pipelines.prepare import ensure_prepared
 
     config = resolve(config)
     if not resume and folder.exists():
         raise UserError(f"run folder {str(folder)!r} already exists; go on with --resume {folder}, or choose another --name")
     prepared = ensure_prepared(config.data, config.seed)
-    folder.mkdir(parents=True, exist_ok=True)
-    _log_to(folder / "train.log")
-    save_config(config, folder / CONFIG)
-    shutil.copyfile(prepared.folder / "class_counts.png", folder / "class_counts.png")
+    _log_to(None)
     trainer = Trainer(config, prepared, folder)
     checkpoint = newest(folder / "checkpoints") if resume else None
     if checkpoint is not None:
         trainer.restore(checkpoint)
+    # From here on nothing is refused any more, so that a mistake leaves no folder and changes no earlier run.
+    try:
+        folder.mkdir(parents=True, exist_ok=resume)
+    except FileExistsError as error:
+        raise UserError(f"run folder {str(folder)!r} has just been made by another process; choose another --name") from error
+    lock = _lock(folder)
+    _log_to(folder / "train.log")
+    save_config(config, folder / CONFIG)
+    save_histogram(folder / "class_counts.png", prepared.classes, prepared.train_counts)
     log.info(
         "%s: %s, %s head, %s, %s, %s; from epoch %d of %d",
         folder, config.network.backbone, config.network.head.kind, config.loss.kind, config.train.device,
         config.train.precision, trainer.epoch + 1, config.train.epochs,
     )  # fmt: skip
-    started = time.time()
-    signal.signal(signal.SIGTERM, _terminate)
     try:
-        result = trainer.fit()
+        with _stops_on_sigterm():
+            result = trainer.fit()
     except KeyboardInterrupt:
         raise Interrupted(
             f"stopped in epoch {trainer.epoch + 1}; go on with: python -m cibl_ray.train --resume {folder}"
         ) from None
-    scores = {f"{name} (epoch {result[name]['epoch']})": result[name]["scores"] for name in ("last", "best") if name in result}
     rows = read_metrics(folder)
-    save_learning_curves(folder / "learning_curves.png", rows)
-    save_accuracy_by_class(folder / "accuracy_by_class.png", prepared.classes, prepared.train_counts, scores)
-    for name in ("last", "best"):
-        if name in result:
-            result[name]["scores"] = asdict(result[name]["scores"])
+    kinds = [name for name in ("last", "best") if name in result]
+    scores = {f"{name} (epoch {result[name]['epoch']})": result[name]["scores"] for name in kinds}
+    result |= {name: {**result[name], "scores": asdict(result[name]["scores"])} for name in kinds}
     result |= {
-        "seconds": time.time() - started,
+        "seconds": sum(row["seconds"]["epoch"] for row in rows),
         "images_per_s": statistics.median(row["rate"]["images_per_s"] for row in rows),
         "hardware": _hardware(config.train.device),
     }
-    (folder / RESULT).write_text(json.dumps(result, indent=1))
+    part = folder / f"{RESULT}.part"
+    part.write_text(json.dumps(result, indent=1))
+    part.replace(folder / RESULT)
+    save_learning_curves(folder / "learning_curves.png", rows)
+    save_accuracy_by_class(folder / "accuracy_by_class.png", prepared.classes, prepared.train_counts, scores)
+    lock.close()
     print(f"\nAccuracy on the {result['split']} split, %, by training images of the class (many > 100, few < 20):\n")
     print(table(scores))
     if "best" not in result:
@@ -115,19 +126,45 @@ def _resumed(folder: Path, overrides: list[str]) -> tuple[Any, Path]:
     return build_config(read_config(folder / CONFIG), overrides, str(folder / CONFIG)), folder.absolute()
 
 
-def _terminate(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
+def _lock(folder: Path) -> IO[str]:
+    """Held while a process works in a run folder, so that no two do. Ends with the process."""
+    lock = (folder / ".lock").open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UserError(f"another process is training in {str(folder)!r}; wait for it, or end it") from error
+    return lock
 
 
-def _log_to(path: Path) -> None:
-    log.setLevel(logging.INFO)
+@contextmanager
+def _stops_on_sigterm() -> Iterator[None]:
+    """A cluster's polite end is treated as Ctrl-C. Signals belong to the main thread; elsewhere nothing is changed."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _log_to(path: Path | None) -> None:
+    """Messages go to the terminal, and to the file where there is one."""
     for name in ("cibl_ray", "pipelines"):
         logger = logging.getLogger(name)
         logger.setLevel(logging.INFO)
         for handler in [*logger.handlers]:
             logger.removeHandler(handler)
             handler.close()
-        for handler in (logging.StreamHandler(), logging.FileHandler(path)):
+        handlers: list[logging.Handler] = [logging.StreamHandler()]
+        if path is not None:
+            handlers.append(logging.FileHandler(path))
+        for handler in handlers:
             handler.setFormatter(logging.Formatter("%(message)s"))
             logger.addHandler(handler)
 

@@ -63,7 +63,11 @@ class Trainer:
         self.best: dict[str, float] | None = None
         reading = train_reading(config.data, config.train.batch_size, config.seed)
         self.train_loader = make_loader(prepared, "train", reading, config.loader)
-        self.eval_loaders: dict[str, Loader] = {}
+        # Opened now, so that a damaged test set is not found out after the last epoch.
+        held_out = eval_reading(config.data, config.train.eval_batch_size)
+        self.eval_loaders: dict[str, Loader] = {
+            split: make_loader(prepared, split, held_out, config.loader) for split in prepared.splits if split != "train"
+        }
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go on from a checkpoint. Raises UserError where it is of another network or other data."""
@@ -84,15 +88,19 @@ class Trainer:
                 row = self.train_epoch(bar)
                 if "val" in self.prepared.splits:
                     self._validate(row)
+                run_log.write(row)  # before the checkpoint: a resumed run drops rows beyond it, and misses none
                 if self.epoch % self.config.train.checkpoint_every == 0 or self.epoch == epochs:
                     self.save()
-                run_log.write(row)
                 tqdm.write(_epoch_line(row, epochs))
         finally:
             bar.close()
             run_log.close()
             self.train_loader.close()
-        return self._result()
+        try:
+            return self._result()
+        finally:
+            for loader in self.eval_loaders.values():
+                loader.close()
 
     def train_epoch(self, bar: tqdm | None = None) -> dict[str, Any]:
         """One epoch; returns its row for the log: mean terms, learning rate, images a second, and where the time went."""
@@ -142,9 +150,6 @@ class Trainer:
 
     def evaluate(self, split: str) -> Scores:
         """Scores of the network as it is on 'val' or 'test'."""
-        if split not in self.eval_loaders:
-            reading = eval_reading(self.config.data, self.config.train.eval_batch_size)
-            self.eval_loaders[split] = make_loader(self.prepared, split, reading, self.config.loader)
         logits, labels = predict(self.network, self.eval_loaders[split], self.normalize, self.device)
         return score(logits, labels, self.prepared.train_counts)
 
@@ -198,10 +203,9 @@ class Trainer:
         split = "test" if "test" in self.prepared.splits else "val"
         result: dict[str, Any] = {"split": split, "last": {"epoch": self.epoch, "scores": self.evaluate(split)}}
         if self.best is not None:
-            load_weights(self.network, load_checkpoint(self._checkpoints / BEST))
-            result["best"] = {"epoch": self.best["epoch"], "scores": self.evaluate(split)}
-        for loader in self.eval_loaders.values():
-            loader.close()
+            best = load_checkpoint(self._checkpoints / BEST)
+            load_weights(self.network, best)
+            result["best"] = {"epoch": best.epoch, "scores": self.evaluate(split)}
         return result
 
 

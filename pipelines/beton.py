@@ -53,7 +53,7 @@ class BetonWriter:
         """Add one sample. Raises UserError for an image larger than a page."""
         size = len(image.data)
         if size > PAGE:
-            raise UserError(f"an image takes {size:,} bytes, {PAGE:,} at most; set data.store.max_side")
+            raise UserError(f"takes {size:,} bytes, {PAGE:,} at most; set data.store.max_side")
         if self._next % PAGE + size > PAGE:
             self._next += PAGE - self._next % PAGE
         self._file.seek(self._next)
@@ -85,8 +85,10 @@ class BetonWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._file.close()
-        self._part.unlink(missing_ok=True)
+        try:
+            self._file.close()  # on a full disk, writes the rest again and fails again
+        finally:
+            self._part.unlink(missing_ok=True)
 
 
 class Beton:
@@ -110,6 +112,8 @@ class Beton:
         if size != table + samples * ALLOCATION.itemsize:
             raise UserError(f"{str(path)!r} is cut short ({size:,} bytes); remove it and prepare again")
         self.records = np.fromfile(path, dtype=SAMPLE, count=samples, offset=_RECORDS_AT)
+        if samples == 0 or self.labels.min() < 0:
+            raise UserError(f"{str(path)!r} holds no labelled images; remove it and prepare again")
         self._sizes = np.fromfile(path, dtype=ALLOCATION, count=samples, offset=table)["size"]
         self._bytes: np.ndarray | None = None
 
@@ -120,6 +124,10 @@ class Beton:
     def labels(self) -> np.ndarray:
         """int64 (N,)."""
         return self.records["f1"]
+
+    def where(self, index: int) -> str:
+        """The place of one image, for an error message: `train.files.txt` names its source in the same line."""
+        return f"image {index} of {str(self.path)!r} (line {index + 1} of {self.path.stem}.files.txt)"
 
     def image(self, index: int) -> np.ndarray:
         """The stored bytes of one image: uint8 (height, width, 3) if raw, else the JPEG file, uint8 (bytes,)."""

@@ -6,6 +6,7 @@ What is ours: the decoder below, the order, the draws (`pipelines.cuts`), and er
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ from pipelines.beton import RAW, Beton
 from pipelines.config import LoaderConfig
 from pipelines.cuts import draw_cuts, epoch_order
 from pipelines.errors import UserError
+from pipelines.images import BadImageError, decode, to_rgb
 
 # Two parallel loaders at once abort under numba's own threading layer ("workqueue").
 numba.config.THREADING_LAYER = "omp"  # type: ignore[attr-defined]
@@ -42,8 +44,8 @@ torch.set_num_threads(_torch_threads)  # importing FFCV sets torch to one thread
 class CutViews(Operation):
     """Decode once, cut V views: uint8 (B, V, S, S, 3).
 
-    The epoch's table (image records, cuts) arrives at run time in the place of FFCV's metadata, in the epoch's order, so
-    that the draws can change every epoch without compiling anew.
+    The epoch's table (image records, cuts, refused) arrives at run time in the place of FFCV's metadata, in the epoch's order,
+    so that the draws can change every epoch without compiling anew. `refused` is set where turbojpeg reports a problem.
     """
 
     def __init__(self, views: int, size: int) -> None:
@@ -58,16 +60,12 @@ class CutViews(Operation):
     def generate_code(self) -> Callable[..., Any]:
         read = self.memory_read
         each = Compiler.get_iterator()
-        views, size, raw = self.views, self.size, RAW
+        raw = RAW
         decode_jpeg = Compiler.compile(imdecode)
-        resize = Compiler.compile(resize_crop)
-        copy_box = Compiler.compile(_copy_box)
-        mirror = Compiler.compile(_mirror)
+        cut_all = _compiled_cut()
 
         def cut_views(positions, destination, table, storage):  # type: ignore[no-untyped-def]
-            records, cuts = table
-            # Not uint8: FFCV marks that array type read-only for the whole process.
-            failed = np.zeros(len(positions), np.int32)
+            records, cuts, refused = table
             for i in each(len(positions)):
                 position = positions[i]
                 record = records[position]
@@ -77,22 +75,32 @@ class CutViews(Operation):
                     image = data.reshape(height, width, 3)
                 else:
                     image = np.empty((height, width, 3), np.uint8)
-                    failed[i] = decode_jpeg(data, image, height, width, height, width, 0, 0, 1, 1, False, False) != 0
-                for v in range(views):
-                    top, left, h, w, flip = cuts[position, v]
-                    out = destination[i, v]
-                    if h == size and w == size:
-                        copy_box(image, top, left, out)
-                    else:
-                        resize(image, top, top + h, left, left + w, out)
-                    if flip:
-                        mirror(out)
-            if failed.any():
-                raise ValueError("a JPEG in the .beton file is damaged; remove the prepared folder and prepare again")
+                    status = decode_jpeg(data, image, height, width, height, width, 0, 0, 1, 1, False, False)
+                    refused[position] = status != 0
+                cut_all(image, cuts[position], destination[i])
             return destination[: len(positions)]
 
         cut_views.is_parallel = True  # type: ignore[attr-defined]
         return cut_views
+
+
+@functools.cache
+def _compiled_cut() -> Callable[[np.ndarray, np.ndarray, np.ndarray], None]:
+    """The function that cuts all views of a decoded image: image (H, W, 3), cuts (V, 5), out (V, S, S, 3)."""
+    resize, copy_box, mirror = (Compiler.compile(function) for function in (resize_crop, _copy_box, _mirror))
+
+    def cut_all(image, cuts, out):  # type: ignore[no-untyped-def]
+        size = out.shape[1]
+        for v in range(out.shape[0]):
+            top, left, h, w, flip = cuts[v]
+            if h == size and w == size:
+                copy_box(image, top, left, out[v])
+            else:
+                resize(image, top, top + h, left, left + w, out[v])
+            if flip:
+                mirror(out[v])
+
+    return Compiler.compile(cut_all)
 
 
 def _copy_box(image, top, left, out):  # type: ignore[no-untyped-def]
@@ -115,8 +123,12 @@ def _mirror(out):  # type: ignore[no-untyped-def]
 class _Epoch(EpochIterator):
     """FFCV's pipeline thread over one epoch's table; an exception in it reaches the training process."""
 
-    def __init__(self, loader: FFCVFileLoader, positions: np.ndarray, table: tuple[np.ndarray, np.ndarray]) -> None:
-        self._table = {"f0": table}
+    def __init__(
+        self, loader: FFCVFileLoader, positions: np.ndarray, order: np.ndarray, cuts: np.ndarray, beton: Beton
+    ) -> None:
+        self._beton, self._order, self._cuts = beton, order, cuts
+        self._refused = np.zeros(len(order), dtype=np.int32)  # not uint8: FFCV marks that array type read-only
+        self._table = {"f0": (beton.records["f0"][order], cuts, self._refused)}
         self._error: BaseException | None = None
         super().__init__(loader, positions)  # starts the thread
 
@@ -129,12 +141,29 @@ class _Epoch(EpochIterator):
             self._error = error
             self.output_queue.put(None)
 
+    def run_pipeline(self, b_ix: int, batch_indices: np.ndarray, batch_slot: int, cuda_event: Any) -> Any:
+        result = super().run_pipeline(b_ix, batch_indices, batch_slot, cuda_event)
+        for place in np.flatnonzero(self._refused[batch_indices]):
+            self._second_opinion(int(batch_indices[place]), result[0][place])
+        return result
+
+    def _second_opinion(self, position: int, out: np.ndarray) -> None:
+        """Decode by Pillow what turbojpeg refuses: it takes warnings, as of a few stray bytes, for errors."""
+        row = int(self._order[position])
+        try:
+            image = np.asarray(to_rgb(decode(self._beton.image(row).tobytes())))
+        except BadImageError as error:
+            raise UserError(f"{self._beton.where(row)} is damaged ({error}); remove the folder and prepare again") from error
+        _compiled_cut()(image, self._cuts[position], out)
+
     def __next__(self) -> Any:
+        if self.terminate_event.is_set():
+            raise RuntimeError("this epoch has been closed: a loader runs one epoch at a time")
         try:
             return super().__next__()
         except StopIteration:
-            if isinstance(self._error, ValueError):
-                raise UserError(f"{self.loader.fname}: {self._error}") from self._error
+            if isinstance(self._error, UserError):
+                raise self._error from None
             if self._error is not None:
                 raise RuntimeError(f"the FFCV pipeline stopped: {self._error}") from self._error
             raise
@@ -153,10 +182,10 @@ class FFCVLoader:
 
     def __init__(self, beton: Beton, reading: Reading, config: LoaderConfig) -> None:
         self._reading = reading
-        self._records, self._labels = beton.records["f0"].copy(), torch.from_numpy(beton.labels.copy())
+        self._beton, self._labels = beton, torch.from_numpy(beton.labels.copy())
         self.samples = len(beton)
         self.batches = reading.batches(self.samples)
-        all_raw = bool((self._records["mode"] == RAW).all())
+        all_raw = bool((beton.records["f0"]["mode"] == RAW).all())
         cores = len(os.sched_getaffinity(0))
         # Copying small raw images keeps one thread idle most of the time; JPEG decoding needs all there are.
         workers = min(config.workers or (1 if all_raw else cores), cores)
@@ -182,13 +211,13 @@ class FFCVLoader:
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         reading = self._reading
         order = epoch_order(self.samples, reading.seed, epoch, reading.shuffle)
-        records = self._records[order]
+        records = self._beton.records["f0"][order]
         cuts = draw_cuts(reading.views, reading.size, records["height"], records["width"], reading.seed, epoch)
         first, last = start * reading.batch_size, min(self.batches * reading.batch_size, self.samples)
         positions = np.arange(first, last, dtype=np.uint64)
         self.close()
         threads = torch.get_num_threads()
-        running = self._running = _Epoch(self._loader, positions, (records, cuts))
+        running = self._running = _Epoch(self._loader, positions, order, cuts, self._beton)
         try:
             for number in itertools.count(start):
                 begin = number * reading.batch_size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 from dataclasses import dataclass
 
@@ -35,14 +36,17 @@ def decode(data: bytes | np.ndarray) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(data))
         image.load()
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except UnidentifiedImageError as error:
+        raise BadImageError(f"{len(data)} bytes, not of any image format") from error
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise BadImageError(f"{len(data)} bytes, {error}") from error
     return image
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """As a viewer shows it: turned as its EXIF says, transparency over white, 16-bit grey scaled, CMYK converted."""
-    image = ImageOps.exif_transpose(image)
+    with contextlib.suppress(Exception):  # EXIF data are often broken; then the image is taken as it lies
+        image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16") or image.mode == "I":
         grey = np.asarray(image).astype(np.int64)
         image = Image.fromarray((grey.clip(0, 65535) >> 8).astype(np.uint8))
@@ -55,6 +59,15 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 def pack(data: bytes | np.ndarray, store: Store) -> Packed:
     """`data` as `store` wants it. A JPEG file that already fits keeps its bytes, so nothing is lost. Raises BadImageError."""
+    try:
+        return _pack(data, store)
+    except (BadImageError, MemoryError):
+        raise
+    except Exception as error:  # damaged files fail in many ways, deep in their decoders
+        raise BadImageError(f"{len(data)} bytes, {error}") from error
+
+
+def _pack(data: bytes | np.ndarray, store: Store) -> Packed:
     image = decode(data)
     width, height = _stored_size(image, store)
     raw = store.mode == "raw" or (store.mode == "auto" and max(width, height) <= RAW_SIDE)

@@ -33,6 +33,8 @@ def carve_validation(images: Images, classes: int, fraction: float, seed: int) -
         count = min(max(1, round(len(members) * fraction)), len(members) - 1)
         val.append(members[:count])
         rest.append(members[count:])
+    if not sum(map(len, val)):
+        raise UserError("data.val_fraction: no class has two training images, so none can be set aside for validation")
     return images.take(np.sort(np.concatenate(rest))), images.take(np.sort(np.concatenate(val)))
 
 

@@ -41,9 +41,15 @@ def save_histogram(path: Path, classes: list[str], counts: np.ndarray) -> None:
     figure = Figure(figsize=(8, 3.6), layout="constrained")
     axes = figure.add_subplot()
     axes.bar(range(len(order)), counts[order], color=[COLORS[groups[i]] for i in order], width=1 if len(order) > 50 else 0.8)
-    axes.set(yscale="log", ylabel="training images", title=f"{counts.sum():,} training images in {len(classes)} classes")
+    axes.set(
+        yscale="log",
+        ylim=(0.8, None),
+        ylabel="training images",
+        title=f"{counts.sum():,} training images in {len(classes)} classes",
+    )
     if len(order) <= 30:
-        axes.set_xticks(range(len(order)), [classes[i] for i in order], rotation=60 if len(order) > 12 else 20, ha="right")
+        names = [classes[i] for i in order]
+        axes.set_xticks(range(len(order)), names, rotation=60 if len(order) > 12 else 20, ha="right", parse_math=False)
     else:
         axes.set_xlabel("classes, from most to fewest images")
     present = [(group, groups.count(group)) for group in GROUPS if group in groups]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import fcntl
 import hashlib
+import importlib.util
 import json
 import os
 import sys
@@ -20,6 +21,7 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
+from pydantic import Field
 from tqdm import tqdm
 
 from pipelines.beton import Beton, BetonWriter
@@ -122,12 +124,13 @@ Chosen = tuple[list[str], dict[str, Images]]
 
 def _up_to_date(folder: Path, chosen: Chosen, data: DataConfig, seed: int) -> Prepared:
     """What lies in `folder` if it is whole and of these images, else what is written there now."""
+    found = _read_sidecar(folder)
+    if found is not None and _matches(found, chosen):
+        return found
     folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder):  # another process may be writing the same
-        found = _read_sidecar(folder)
-        if found is not None and _matches(found, chosen[1]):
-            return found
-        return _write(folder, chosen, data, seed)
+    with _locked(folder):
+        found = _read_sidecar(folder)  # another process may have written it while this one waited
+        return found if found is not None and _matches(found, chosen) else _write(folder, chosen, data, seed)
 
 
 def _key(content: Mapping[str, object]) -> str:
@@ -148,10 +151,11 @@ def choose(dataset: Dataset, data: DataConfig, seed: int) -> tuple[list[str], di
     return dataset.classes, splits
 
 
-def _matches(found: Prepared, splits: dict[str, Images]) -> bool:
+def _matches(found: Prepared, chosen: Chosen) -> bool:
+    classes, splits = chosen
     same = {name: images.digest() for name, images in splits.items()}
     whole = all(_whole(found.path(name), split) for name, split in found.splits.items())
-    return whole and same == {name: split.source_digest for name, split in found.splits.items()}
+    return whole and found.classes == classes and same == {name: split.source_digest for name, split in found.splits.items()}
 
 
 def _whole(path: Path, split: Split) -> bool:
@@ -167,7 +171,7 @@ def _read_sidecar(folder: Path) -> Prepared | None:
         return Prepared(folder, content["classes"], content["seed"], content["profile"], splits)
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{str(folder / SIDECAR)!r} is damaged ({error!r}); remove the folder and prepare again") from error
 
 
@@ -192,8 +196,6 @@ def _write(folder: Path, chosen: Chosen, data: DataConfig, seed: int) -> Prepare
         "profile": prepared.profile,
         "splits": {name: asdict(split) for name, split in written.items()},
     }
-    if "train" in written:
-        save_histogram(folder / "class_counts.png", classes, prepared.train_counts)
     part = folder / f"{SIDECAR}.part"
     part.write_text(json.dumps(content, indent=1))
     part.replace(folder / SIDECAR)
@@ -202,6 +204,8 @@ def _write(folder: Path, chosen: Chosen, data: DataConfig, seed: int) -> Prepare
         print(f"data: {len(paths)} unreadable images left out of {name}, listed in {folder / SIDECAR}:", file=sys.stderr)
         for path in paths[:10]:
             print(f"  {path}", file=sys.stderr)
+    if "train" in written and importlib.util.find_spec("matplotlib") is not None:
+        save_histogram(folder / "class_counts.png", classes, prepared.train_counts)
     return prepared
 
 
@@ -215,19 +219,28 @@ def _write_split(folder: Path, name: str, images: Images, data: DataConfig, seed
         packed = _pack_all(images, order, data)
         for index, result in tqdm(packed, total=len(order), desc=f"{name}.beton", unit="img", leave=False, disable=None):
             if isinstance(result, BadImageError):
-                place = str(images.files[index]) if images.files else f"{name} image {images.names[index]}"
+                place = _place(images, index, name)
                 if data.on_bad_image == "error":
                     raise UserError(f"{place}: unreadable image ({result}); mend or remove it, or set data.on_bad_image: skip")
                 skipped.append(place)
                 continue
-            writer.append(result, int(images.labels[index]))
+            try:
+                writer.append(result, int(images.labels[index]))
+            except UserError as error:
+                raise UserError(f"{_place(images, index, name)} {error}") from error
             names.append(images.names[index])
             counts[images.labels[index]] += 1
         if name == "train" and not counts.all():
             raise UserError(f"class {classes[int(counts.argmin())]!r} has no readable training image")
+        if writer.samples == 0:
+            raise UserError(f"the {name} split has no readable image")
         writer.finish()
-    (folder / f"{name}.files.txt").write_text("".join(f"{line}\n" for line in names))
+    (folder / f"{name}.files.txt").write_text("".join(f"{line}\n" for line in names), errors="surrogateescape")
     return Split(path.name, len(names), path.stat().st_size, counts.tolist(), images.digest(), skipped)
+
+
+def _place(images: Images, index: int, split: str) -> str:
+    return str(images.files[index]) if images.files else f"{split} image {images.names[index]}"
 
 
 def _pack_all(images: Images, order: np.ndarray, data: DataConfig) -> Iterator[tuple[int, Packed | BadImageError]]:
@@ -238,6 +251,8 @@ def _pack_all(images: Images, order: np.ndarray, data: DataConfig) -> Iterator[t
             return pack(images.read(index), data.store)
         except BadImageError as error:
             return error
+        except OSError as error:
+            return BadImageError(str(error.strerror))
 
     workers = len(os.sched_getaffinity(0))
     todo = iter(order.tolist())
@@ -259,8 +274,12 @@ def _pack_all(images: Images, order: np.ndarray, data: DataConfig) -> Iterator[t
 class _PrepareConfig(Settings):
     """The part of a run's configuration that preparing reads."""
 
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, le=2**32 - 1)
     data: DataConfig = DataConfig()
+
+
+# The other parts of a run's configuration, which training reads.
+OTHER_PARTS = ("runs", "loader", "network", "loss", "optimizer", "schedule", "train")
 
 
 def main() -> None:
@@ -275,8 +294,10 @@ def main() -> None:
     if name is None:
         raise UserError("name a configuration first: python -m pipelines.prepare quickstart")
     path = find_config(name)
-    content = {key: value for key, value in read_config(path).items() if key in ("seed", "data")}
-    config = absolute(validate(_PrepareConfig, override(content, parse_overrides(rest, _PrepareConfig)), str(path)))
+    content = {key: value for key, value in read_config(path).items() if key not in OTHER_PARTS}
+    config = absolute(
+        validate(_PrepareConfig, override(content, parse_overrides(rest, _PrepareConfig), _PrepareConfig), str(path))
+    )
     if arguments.count:
         classes, splits = choose(open_source(config.data.source), config.data, subset_seed(config.data, config.seed))
         counts = {name: class_counts(images.labels, len(classes)) for name, images in splits.items()}

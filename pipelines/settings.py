@@ -18,9 +18,9 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 class Settings(BaseModel):
-    """Base of every configuration part: unknown keys are refused, values are checked on assignment too."""
+    """Base of every configuration part: unknown keys and infinite numbers are refused; a configuration never changes."""
 
-    model_config = ConfigDict(extra="forbid", validate_assignment=True, validate_default=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", validate_default=True, frozen=True, allow_inf_nan=False)
 
 
 def split_command_line(parser: argparse.ArgumentParser) -> tuple[str | None, argparse.Namespace, list[str]]:
@@ -79,18 +79,23 @@ def parse_overrides(arguments: list[str], model: type[BaseModel]) -> list[tuple[
             if not queue:
                 raise UserError(f"--{key}: a value is missing")
             text = queue.pop(0)
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise UserError(f"--{key} {text}: not a valid value: {error}") from error
-        # YAML 1.1 reads 1e-3 as a word; people mean the number.
-        if isinstance(value, str):
-            try:
-                value = float(value)
-            except ValueError:
-                value = text
-        pairs.append((_full_key(key, model), value))
+        full = _full_key(key, model)
+        pairs.append((full, text if known_keys(model)[full] else _value(key, text)))
     return pairs
+
+
+def _value(key: str, text: str) -> Any:
+    """What `text` means in YAML."""
+    try:
+        value = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: the 45th of a month
+        raise UserError(f"--{key} {text}: not a valid value: {error}") from error
+    if isinstance(value, str):
+        try:
+            return float(value)  # YAML 1.1 reads 1e-3 as a word; people mean the number
+        except ValueError:
+            return text
+    return value
 
 
 def _full_key(key: str, model: type[BaseModel]) -> str:
@@ -106,15 +111,21 @@ def _full_key(key: str, model: type[BaseModel]) -> str:
     raise UserError(f"--{key}: unknown field{_nearest(normal, keys)}")
 
 
-def override(content: dict[str, Any], pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """`content` with every (dotted key, value) set. Setting a part's `kind` to another one drops that part's other keys."""
+def override(content: dict[str, Any], pairs: list[tuple[str, Any]], model: type[BaseModel]) -> dict[str, Any]:
+    """`content` with every (dotted key, value) set. A part that `content` does not have starts from the model's default.
+
+    Setting a part's `kind` to another one drops that part's other keys.
+    """
     result = _copy(content)
+    defaults = _defaults(model)
     # Kinds first: `--data.source.path X --data.source.kind folder` must mean the same in either order.
     for key, value in sorted(pairs, key=lambda pair: not pair[0].endswith(".kind")):
         *parents, last = key.split(".")
-        node = result
+        node: dict[str, Any] = result
+        default: Any = defaults
         for depth, name in enumerate(parents):
-            child = node.get(name)
+            default = default.get(name) if isinstance(default, dict) else None
+            child = node.setdefault(name, _copy(default))
             if isinstance(child, list):
                 where = ".".join(parents[: depth + 1])
                 raise UserError(f"--{key}: {where} is a list; set it as a whole: --{where} '[...]'")
@@ -127,6 +138,18 @@ def override(content: dict[str, Any], pairs: list[tuple[str, Any]]) -> dict[str,
     return result
 
 
+def _defaults(model: type[BaseModel]) -> dict[str, Any]:
+    return model().model_dump(mode="json")
+
+
+def _with_kinds(content: Any, default: Any) -> Any:
+    """`content` with the default `kind` in each part that names none: `loss: {tail_skew: .2}` is the default loss."""
+    if not isinstance(content, dict) or not isinstance(default, dict):
+        return content
+    filled = {key: _with_kinds(value, default.get(key)) for key, value in content.items()}
+    return {"kind": default["kind"], **filled} if "kind" in default else filled
+
+
 def _copy(content: Any) -> Any:
     if isinstance(content, dict):
         return {key: _copy(value) for key, value in content.items()}
@@ -135,6 +158,7 @@ def _copy(content: Any) -> Any:
 
 def validate(model: type[Model], content: Any, place: str) -> Model:
     """`content` as a `model`; the first problem becomes a one-line UserError that names the key and the nearest known one."""
+    content = _with_kinds(content, _defaults(model))
     try:
         return model.model_validate(content)
     except ValidationError as error:
@@ -142,7 +166,11 @@ def validate(model: type[Model], content: Any, place: str) -> Model:
         first = problems[0]
         key = _dotted(first["loc"], content)
         if first["type"] == "extra_forbidden":
-            message = f"unknown key {key!r}{_nearest(key, sorted(known_keys(model)))}"
+            plain = ".".join(part for part in key.split(".") if not part.isdigit())
+            if plain in known_keys(model):
+                message = f"{key!r} belongs to another kind; set {key.rpartition('.')[0]}.kind to the one that has it"
+            else:
+                message = f"unknown key {key!r}{_nearest(plain, sorted(known_keys(model)))}"
         elif first["type"] == "missing":
             message = f"{key!r} is missing"
         else:
@@ -174,22 +202,22 @@ def _nearest(key: str, keys: list[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(sorted({k.split('.')[0] for k in keys}))}"
 
 
-def known_keys(model: type[BaseModel], prefix: str = "") -> set[str]:
-    """The dotted name of every field of `model` and of the models inside it, all members of a union included."""
-    keys = set()
+def known_keys(model: type[BaseModel], prefix: str = "") -> dict[str, bool]:
+    """The dotted name of every field of `model` and of the models in it (unions and lists too), and whether it is a path."""
+    keys: dict[str, bool] = {}
     for name, field in model.model_fields.items():
-        keys.add(prefix + name)
-        for inner in _models_in(field.annotation):
-            keys |= known_keys(inner, f"{prefix}{name}.")
+        types = _types_in(field.annotation)
+        keys[prefix + name] = Path in types
+        for inner in types:
+            if issubclass(inner, BaseModel):
+                keys |= known_keys(inner, f"{prefix}{name}.")
     return keys
 
 
-def _models_in(annotation: Any) -> list[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+def _types_in(annotation: Any) -> list[type]:
+    if isinstance(annotation, type) and not typing.get_args(annotation):
         return [annotation]
-    if typing.get_origin(annotation) in (list, tuple):
-        return []
-    return [model for argument in typing.get_args(annotation) for model in _models_in(argument)]
+    return [inner for argument in typing.get_args(annotation) for inner in _types_in(argument)]
 
 
 def absolute(model: Model) -> Model:

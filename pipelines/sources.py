@@ -55,8 +55,12 @@ class Images:
         if self.pixels is not None:
             state.update(np.ascontiguousarray(self.pixels).tobytes())
         for name, file in zip(self.names, self.files or (), strict=False):
-            stat = file.stat()
-            state.update(f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+            try:
+                stat = file.stat()
+                line = f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}\n"
+            except OSError:  # a bad image, which the writer will name or skip
+                line = f"{name}\0unreadable\n"
+            state.update(line.encode("utf-8", "surrogateescape"))
         return state.hexdigest()
 
 
@@ -108,7 +112,8 @@ def _folder(root: Path) -> Dataset:
     classes = sorted(entry.name for entry in (root / "train").iterdir() if _class_folder(entry))
     if len(classes) < 2:
         raise UserError(f"{str(root / 'train')!r} has {len(classes)} class folders; at least 2 are needed")
-    splits = {name: _folder_split(root, name, classes) for name in ("train", "val", "test") if (root / name).is_dir()}
+    present = [name for name in ("train", "val", "test") if (root / name).is_dir()]
+    splits = {name: _folder_split(root, name, classes, every_class=name == "train") for name in present}
     return Dataset(classes, splits["train"], splits.get("val"), splits.get("test"))
 
 
@@ -116,14 +121,18 @@ def open_folder(folder: Path, classes: list[str]) -> Images:
     """The images of `folder/CLASS/*`, labelled by the given class names. Raises UserError for a class not among them."""
     if not folder.is_dir():
         raise UserError(f"image folder {str(folder)!r} does not exist")
-    return _folder_split(folder.parent, folder.name, classes)
+    return _folder_split(folder.parent, folder.name, classes, every_class=False)
+
+
+def _image_file(path: Path) -> bool:
+    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and not path.is_dir()
 
 
 def _class_folder(entry: Path) -> bool:
     return entry.is_dir() and not entry.name.startswith(".")
 
 
-def _folder_split(root: Path, split: str, classes: list[str]) -> Images:
+def _folder_split(root: Path, split: str, classes: list[str], every_class: bool) -> Images:
     strangers = sorted({entry.name for entry in (root / split).iterdir() if _class_folder(entry)} - set(classes))
     if strangers:
         raise UserError(f"{str(root / split / strangers[0])!r}: the class {strangers[0]!r} is not one of the training classes")
@@ -131,12 +140,8 @@ def _folder_split(root: Path, split: str, classes: list[str]) -> Images:
     labels: list[int] = []
     for label, name in enumerate(classes):
         folder = root / split / name
-        found = (
-            sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith("."))
-            if folder.is_dir()
-            else []
-        )
-        if not found and split == "train":
+        found = sorted(p for p in folder.rglob("*") if _image_file(p)) if folder.is_dir() else []
+        if not found and every_class:
             raise UserError(f"class folder {str(folder)!r} has no images ({', '.join(sorted(IMAGE_SUFFIXES))}); remove it")
         files += found
         labels += [label] * len(found)
@@ -157,11 +162,11 @@ def read_list(path: Path) -> tuple[list[str], np.ndarray]:
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
-        name, _, label = line.strip().rpartition(" ")
-        if not name or not label.isdigit():
+        name, *label = line.strip().rsplit(maxsplit=1)
+        if len(label) != 1 or not label[0].isdecimal():
             raise UserError(f"{path}:{number}: {line!r} is not 'path label', the label a number from 0 on")
-        names.append(name.strip())
-        labels.append(int(label))
+        names.append(name)
+        labels.append(int(label[0]))
     if not names:
         raise UserError(f"split list {str(path)!r} names no image")
     return names, np.array(labels, dtype=np.int64)
@@ -174,6 +179,8 @@ def _lists(source: ListsSource) -> Dataset:
     splits = {split: _list_split(source.root, path) for split, path in named.items() if path is not None}
     train = splits["train"]
     count = int(train.labels.max()) + 1
+    if count < 2:
+        raise UserError(f"{source.train} has labels of one class only; at least 2 are needed")
     absent = np.flatnonzero(np.bincount(train.labels, minlength=count) == 0)
     if absent.size:
         raise UserError(f"{source.train}: no image has label {absent[0]}, though labels go up to {count - 1}")

@@ -14,7 +14,8 @@ from pipelines.batch import Batch, Reading
 from pipelines.beton import RAW, Beton
 from pipelines.config import LoaderConfig
 from pipelines.cuts import draw_cuts, epoch_order
-from pipelines.images import decode, to_rgb
+from pipelines.errors import UserError
+from pipelines.images import BadImageError, decode, to_rgb
 
 
 class _Epoch(Dataset[tuple[torch.Tensor, int, int]]):
@@ -33,7 +34,10 @@ class _Epoch(Dataset[tuple[torch.Tensor, int, int]]):
     def __getitem__(self, position: int) -> tuple[torch.Tensor, int, int]:
         row = int(self.order[position])
         data = self.beton.image(row)
-        pixels = data if self.records["mode"][position] == RAW else np.asarray(to_rgb(decode(data.tobytes())))
+        try:
+            pixels = data if self.records["mode"][position] == RAW else np.asarray(to_rgb(decode(data.tobytes())))
+        except BadImageError as error:
+            raise UserError(f"{self.beton.where(row)} is damaged ({error}); remove the folder and prepare again") from error
         image = torch.from_numpy(pixels.copy()).permute(2, 0, 1)
         views = [self._cut(image, *cut) for cut in self.cuts[position].tolist()]
         return torch.stack(views).permute(0, 2, 3, 1), int(self.beton.labels[row]), row
@@ -71,8 +75,12 @@ class TorchLoader:
             prefetch_factor=self._ahead if self._workers else None,
             pin_memory=torch.cuda.is_available(),
         )
-        for views, labels, rows in loader:
-            yield Batch(views, labels, rows)
+        try:
+            for views, labels, rows in loader:
+                yield Batch(views, labels, rows)
+        except UserError as error:
+            # A worker process adds its traceback in front.
+            raise UserError(str(error).strip().splitlines()[-1].removeprefix("pipelines.errors.UserError: ")) from None
 
     def close(self) -> None:
         """Nothing outlives an epoch."""

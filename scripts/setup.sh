@@ -18,52 +18,56 @@ for python in "${PYTHON:-}" python3 python3.14 python3.13 python3.12 python3.11;
 done
 [ -n "$python" ] || fail "Python 3.11 or newer is needed; install it (apt-get install python3) or name it: make PYTHON=/path/to/python3"
 
-# The stamp names all that the environment was made from. A matching one means there is nothing to do.
-stamp=$(cat requirements.lock pyproject.toml scripts/setup.sh | sha256sum | cut -c1-16)
-[ "$(cat .venv/.setup 2>/dev/null)" = "$stamp with ffcv" ] && exit 0
-
 has() { "$python" -c "$1" >/dev/null 2>&1; }
-missing=
-has 'import ensurepip' || missing="$missing python3-venv"
-has 'import os, sysconfig; assert os.path.exists(sysconfig.get_path("include") + "/Python.h")' || missing="$missing python3-dev"
-command -v g++ >/dev/null || missing="$missing g++"
-command -v pkg-config >/dev/null || missing="$missing pkg-config"
-pkg-config --exists opencv4 2>/dev/null || missing="$missing libopencv-dev"
-pkg-config --exists libturbojpeg 2>/dev/null || missing="$missing libturbojpeg0-dev"
+find_missing() { # what this machine lacks: for a virtual environment in $venv, for FFCV in $missing
+  venv= missing=
+  has 'import ensurepip' || venv=python3-venv
+  has 'import os, sysconfig; assert os.path.exists(sysconfig.get_path("include") + "/Python.h")' || missing="$missing python3-dev"
+  command -v g++ >/dev/null || missing="$missing g++"
+  command -v pkg-config >/dev/null || missing="$missing pkg-config"
+  pkg-config --exists opencv4 2>/dev/null || missing="$missing libopencv-dev"
+  pkg-config --exists libturbojpeg 2>/dev/null || missing="$missing libturbojpeg0-dev"
+}
+find_missing
 
-ffcv=yes
-if [ -n "$missing" ]; then
-  if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
-    say "installing Debian packages:$missing"
-    export DEBIAN_FRONTEND=noninteractive
-    # shellcheck disable=SC2086  # a list of words on purpose
-    { apt-get update -qq && apt-get install -y -qq --no-install-recommends $missing; } >/tmp/cibl-ray-apt.log 2>&1 ||
-      { tail -n 5 /tmp/cibl-ray-apt.log >&2; fail "apt-get could not install:$missing (log: /tmp/cibl-ray-apt.log)"; }
-  else
-    say "FFCV needs packages that only an administrator can install. Ask for:"
-    say "    apt-get install -y --no-install-recommends$missing"
-    case $missing in *python3-venv*) [ -x .venv/bin/pip ] || fail "without python3-venv no virtual environment can be made";; esac
-    say "going on without FFCV: training will use the torchvision loader"
-    ffcv=no
+# The stamp names all that the environment was made from. A matching one means there is nothing to do.
+stamp() { { cat requirements.lock pyproject.toml scripts/setup.sh; "$python" -V; echo "$missing"; } | sha256sum | cut -c1-16; }
+[ -x .venv/bin/python ] && [ "$(cat .venv/.setup 2>/dev/null)" = "$(stamp)" ] && exit 0
+
+if [ -n "$venv$missing" ] && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+  say "installing Debian packages: $venv$missing"
+  log=$(mktemp)
+  # shellcheck disable=SC2086  # a list of words on purpose
+  if ! { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $venv $missing; } \
+    >"$log" 2>&1; then
+    tail -n 5 "$log" >&2
+    say "apt-get failed (the lines above say why)"
   fi
+  rm -f "$log"
+  find_missing
+fi
+if [ -n "$venv" ] && [ ! -x .venv/bin/pip ]; then
+  fail "a virtual environment needs a package that only an administrator can install: apt-get install -y $venv$missing"
+fi
+ffcv=,ffcv
+if [ -n "$missing" ]; then
+  say "FFCV needs packages that only an administrator can install. Ask for:"
+  say "    apt-get install -y --no-install-recommends$missing"
+  say "going on without FFCV: training will use the torchvision loader"
+  ffcv=
 fi
 
-[ "$ffcv" = no ] && [ "$(cat .venv/.setup 2>/dev/null)" = "$stamp without ffcv" ] && exit 0
-if ! .venv/bin/python -c 'import pip' 2>/dev/null; then
-  say "virtual environment in .venv, by $("$python" --version)"
+version=$("$python" -V)
+if [ "$(.venv/bin/python -V 2>/dev/null)" != "$version" ] || ! .venv/bin/python -c 'import pip' 2>/dev/null; then
+  say "virtual environment in .venv, by $version"
   "$python" -m venv --clear .venv
 fi
 
 install() { .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable ".[$1]"; }
 say "installing the packages of requirements.lock into .venv (some minutes the first time)"
-if [ "$ffcv" = yes ] && ! install train,dev,ffcv; then
-  say "FFCV did not build (the lines above say why); going on without it: training will use the torchvision loader"
-  ffcv=no
-fi
-if [ "$ffcv" = no ]; then
+if [ -z "$ffcv" ] || ! install train,dev,ffcv; then
+  [ -z "$ffcv" ] || say "FFCV did not build (the lines above say why); going on without it: training will use the torchvision loader"
   install train,dev
-  echo "$stamp without ffcv" >.venv/.setup
-else
-  echo "$stamp with ffcv" >.venv/.setup
 fi
+stamp >.venv/.setup
 say "done"

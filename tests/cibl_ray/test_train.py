@@ -49,7 +49,7 @@ def test_run_folder(finished):
     folder, output = finished
     assert {path.name for path in folder.iterdir()} == {
         "accuracy_by_class.png", "checkpoints", "class_counts.png", "config.yaml", "learning_curves.png", "metrics.jsonl",
-        "result.json", "tensorboard", "train.log",
+        "result.json", "tensorboard", "train.log", ".lock",
     }  # fmt: skip
     assert {path.name for path in (folder / "checkpoints").iterdir()} == {
         "last.safetensors", "previous.safetensors", "best.safetensors",
@@ -148,7 +148,17 @@ def test_train_mistakes(finished, folders):
         (["quickstart", "--lr", "1e9", "--name", "diverged", *TINY, *folders], "the loss is not finite in epoch"),
     ):
         one_line_error(run("train", *arguments), message)
-    assert load_checkpoint(finished[0] / "checkpoints" / "last.safetensors").epoch == 4  # untouched by what failed
+    # What was refused left nothing behind and changed nothing.
+    assert load_checkpoint(finished[0] / "checkpoints" / "last.safetensors").epoch == 4
+    assert yaml.safe_load((finished[0] / "config.yaml").read_text())["network"]["backbone"] == "resnet20"
+    one_line_error(run("train", "quickstart", "--name", "big", "--batch_size", "5000", *folders), "fewer than one batch")
+    assert not (Path(folders[1]) / "big").exists()
+
+
+def test_resuming_a_finished_run_repeats_its_result(finished):
+    before = json.loads((finished[0] / "result.json").read_text())
+    assert run("train", "--resume", finished[0]).returncode == 0
+    assert json.loads((finished[0] / "result.json").read_text()) == before
 
 
 @pytest.mark.parametrize("kind", [pytest.param("ffcv", marks=needs_ffcv), "torch"])
@@ -180,8 +190,9 @@ def test_interrupted(folders, number):
     folder = Path(folders[1]) / f"stopped-{number}"
     flags = ["quickstart", "--epochs", "500", *folders, "--name", folder.name]
     process = subprocess.Popen(command("train", *flags), cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
-    while len(read_metrics(folder)) < 2 and process.poll() is None:
+    while len(read_metrics(folder)) < 3 and process.poll() is None:
         time.sleep(0.01)
+    one_line_error(run("train", "--resume", folder), "another process is training in")
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130

@@ -1,12 +1,15 @@
 """Our .beton files are FFCV's, whole or not there at all."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
 from pipelines.beton import ALLOCATION, PAGE, Beton, BetonWriter
 from pipelines.errors import UserError
 from pipelines.images import Packed
-from tests.conftest import needs_ffcv
+from tests.conftest import REPOSITORY, needs_ffcv
 
 
 def raw(pixels: np.ndarray) -> Packed:
@@ -87,3 +90,22 @@ def test_a_failed_writer_leaves_nothing(tmp_path, images):
 def test_an_image_larger_than_a_page(tmp_path):
     with BetonWriter(tmp_path / "a.beton", 1) as writer, pytest.raises(UserError, match=r"set data\.store\.max_side"):
         writer.append(raw(np.zeros((2000, 2000, 3), np.uint8)), 0)
+
+
+def test_a_full_disk_leaves_nothing(tmp_path):
+    """Under a limit on the size of files, as a full disk: the error comes through, the part is gone."""
+    code = f"""
+import resource, numpy as np
+from pathlib import Path
+from pipelines.beton import BetonWriter, PAGE
+from pipelines.images import Packed
+resource.setrlimit(resource.RLIMIT_FSIZE, (PAGE + 5000, PAGE + 5000))
+import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+with BetonWriter(Path({str(tmp_path)!r}) / "a.beton", 9) as writer:
+    for label in range(9):
+        writer.append(Packed(False, 32, 32, bytes(3072)), label)
+    writer.finish()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY)
+    assert "File too large" in done.stderr
+    assert list(tmp_path.iterdir()) == []

@@ -1,5 +1,6 @@
 """Both loaders give the same batches, that follow the seed and the epoch; errors surface."""
 
+import shutil
 import threading
 import time
 from dataclasses import replace
@@ -197,19 +198,58 @@ def loader_epoch():
     return _Epoch
 
 
-@needs_ffcv
 @pytest.mark.timeout(60)
-@pytest.mark.parametrize("workers", [1, 2])
-def test_a_damaged_jpeg_in_the_file_surfaces(photos_prepared, photo_folder, tmp_path, workers):
+@pytest.mark.parametrize(("kind", "workers"), [*[pytest.param("ffcv", n, marks=needs_ffcv) for n in (1, 2)], ("torch", 1)])
+def test_a_damaged_jpeg_in_the_file_surfaces(photos_prepared, tmp_path, kind, workers):
     data = photos_prepared[0].model_copy(update={"prepared": tmp_path})
     prepared = ensure_prepared(data, 0)
     record = prepared.beton("train").records["f0"][5]
     with prepared.path("train").open("r+b") as file:
         file.seek(int(record["data_ptr"]))
         file.write(b"\0" * 64)
-    loader = make_loader(prepared, "train", train_reading(data, 8, 0), LoaderConfig(kind="ffcv", workers=workers))
-    with pytest.raises(UserError, match="a JPEG in the .beton file is damaged"):
+    loader = make_loader(prepared, "train", train_reading(data, 8, 0), LoaderConfig(kind=kind, workers=workers))
+    with pytest.raises(UserError, match=r"image 5 of .*train\.beton.* \(line 6 of train\.files\.txt\) is damaged"):
         batches(loader, 0)
+
+
+@needs_ffcv
+def test_a_jpeg_with_stray_bytes_is_read_as_pillow_reads_it(photo_folder, tmp_path):
+    """turbojpeg takes warnings for errors; Pillow, and so the writer and the torch loader, reads on."""
+    from ffcv.libffcv import imdecode
+
+    shutil.copytree(photo_folder, tmp_path / "photos")
+    random = np.random.default_rng(0)
+    for file in sorted((tmp_path / "photos" / "train").rglob("*.jpg")):
+        data = bytearray(file.read_bytes())
+        data[random.integers(len(data) // 2, len(data) - 10)] ^= 0x55
+        file.write_bytes(data)
+    source = {"kind": "folder", "path": str(tmp_path / "photos")}
+    views = [{"cut": {"kind": "crop", "padding": 0}}]
+    data = data_config(source=source, prepared=str(tmp_path / "p"), size=120, views=views, on_bad_image="skip")
+    prepared = ensure_prepared(data, 0)
+    beton = prepared.beton("train")
+    refused = 0
+    for row in range(len(beton)):
+        height, width = (np.uint32(beton.records["f0"][row][side]) for side in ("height", "width"))
+        image = np.empty((height, width, 3), np.uint8)
+        jpeg = np.ascontiguousarray(beton.image(row))
+        refused += imdecode(jpeg, image, height, width, height, width, 0, 0, 1, 1, False, False) != 0
+    assert refused > 0
+    of = train_reading(data, 8, 0)
+    ffcv, plain = (batches(make_loader(prepared, "train", of, LoaderConfig(kind=kind)), 0) for kind in ("ffcv", "torch"))
+    for a, b in zip(ffcv, plain, strict=True):
+        assert (a.views.float() - b.views.float()).abs().mean(dim=(2, 3, 4)).max() < 1.0
+
+
+@needs_ffcv
+@pytest.mark.timeout(60)
+def test_a_second_epoch_at_once_is_refused_not_hung(digits, tmp_path):
+    loader = make_loader(digits, "train", reading(tmp_path), LoaderConfig(kind="ffcv"))
+    first = loader.epoch(0)
+    next(first)
+    next(loader.epoch(1))
+    with pytest.raises(RuntimeError, match="one epoch at a time"):
+        next(first)
 
 
 @needs_ffcv

@@ -9,8 +9,9 @@ import time
 
 import pytest
 
+from cibl_ray.config import RunConfig
 from pipelines.errors import UserError
-from pipelines.prepare import SIDECAR, ensure_prepared, prepare_folder, prepared_folder
+from pipelines.prepare import OTHER_PARTS, SIDECAR, ensure_prepared, prepare_folder, prepared_folder
 from tests.conftest import REPOSITORY, data_config, digits_config
 
 
@@ -158,3 +159,52 @@ def test_a_killed_run_leaves_nothing_that_looks_whole(photo_folder, tmp_path):
     assert list(tmp_path.iterdir()) == [prepared.folder]
     assert len(prepared.beton("train")) == 24
     assert not list(prepared.folder.glob("*.part"))
+
+
+def test_odd_names_of_classes_and_files(image_folder, tmp_path):
+    (image_folder / "train" / "one").rename(image_folder / "train" / "a$_$")
+    (image_folder / "test" / "one").rename(image_folder / "test" / "a$_$")
+    odd = os.fsdecode(bytes(image_folder / "train" / "two") + b"/\xff.png")
+    os.replace(image_folder / "train" / "two" / "0.png", odd)
+    prepared = ensure_prepared(folder_config(image_folder, tmp_path), 0)
+    assert prepared.classes == ["a$_$", "nought", "two"]
+    assert (prepared.folder / "class_counts.png").exists()
+    assert b"\xff.png" in (prepared.folder / "train.files.txt").read_bytes()
+
+
+def test_what_cannot_be_opened_is_a_bad_image_too(image_folder, tmp_path):
+    (image_folder / "train" / "one" / "gone.png").symlink_to(tmp_path / "nowhere")
+    (image_folder / "train" / "one" / "folder.png").mkdir()
+    with pytest.raises(UserError, match=r"one/gone\.png: unreadable image"):
+        ensure_prepared(folder_config(image_folder, tmp_path), 0)
+    prepared = ensure_prepared(folder_config(image_folder, tmp_path, on_bad_image="skip"), 0)
+    assert prepared.train_counts.tolist() == [8, 6, 5]
+    assert len(prepared.splits["train"].skipped) == 1
+
+
+def test_a_split_without_a_readable_image(image_folder, tmp_path):
+    for file in (image_folder / "test").rglob("*.png"):
+        file.write_bytes(b"")
+    with pytest.raises(UserError, match="the test split has no readable image"):
+        ensure_prepared(folder_config(image_folder, tmp_path, on_bad_image="skip"), 0)
+
+
+def test_read_only_prepared_data_can_be_used(image_folder, tmp_path, monkeypatch):
+    data = folder_config(image_folder, tmp_path)
+    prepared = ensure_prepared(data, 0)
+    (prepared.folder / ".lock").unlink()
+    monkeypatch.setattr("pipelines.prepare._locked", None)  # root may write anywhere, so: not even tried
+    assert ensure_prepared(data, 0) == prepared
+
+
+def test_other_parts_are_those_that_training_reads():
+    assert {*OTHER_PARTS, "seed", "data"} == set(RunConfig.model_fields)
+
+
+@pytest.mark.parametrize(("flags", "message"), [(["--seed", "-1"], "seed"), ([], "unknown key 'datta'; did you mean 'data'?")])
+def test_prepare_refuses_what_train_refuses(tmp_path, flags, message):
+    (tmp_path / "c.yaml").write_text("seed: 0" if flags else "datta: {}")
+    done = run(tmp_path / "c.yaml", *flags)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert len(done.stderr.splitlines()) == 1

@@ -71,8 +71,38 @@ def test_another_kind_drops_the_keys_of_the_old_one_in_either_order():
 
 def test_override_leaves_the_original_alone():
     content = {"train": {"epochs": 1}}
-    assert override(content, parse_overrides(["--epochs", "2"], RunConfig)) == {"train": {"epochs": 2}}
+    assert override(content, parse_overrides(["--epochs", "2"], RunConfig), RunConfig) == {"train": {"epochs": 2}}
     assert content == {"train": {"epochs": 1}}
+
+
+def test_a_part_that_the_file_lacks_starts_from_its_default(tmp_path):
+    (tmp_path / "small.yaml").write_text("loss: {tail_skew: 0.2}")
+    config = load_config(str(tmp_path / "small.yaml"), ["--schedule.warmup_epochs", "1", "--eval_cut.ratio", ".9"])
+    assert (config.loss.kind, config.loss.tail_skew) == ("cibl", 0.2)
+    assert (config.schedule.kind, config.schedule.warmup_epochs) == ("cosine", 1)
+    assert config.data.eval_cut.ratio == 0.9
+
+
+def test_a_field_of_another_kind_says_so():
+    with pytest.raises(UserError, match=r"'network.head.scale' belongs to another kind; set network.head.kind"):
+        load_config("quickstart", ["--head.scale", "9"])
+
+
+def test_unknown_key_in_a_list_names_the_nearest():
+    with pytest.raises(UserError, match=r"unknown key 'data.views.0.flp'; did you mean 'data.views.flip'\?"):
+        build_config({"data": {"views": [{"flp": 1}]}}, [], "x.yaml")
+
+
+def test_paths_are_taken_as_written():
+    for name in ("2024", "2024-01-02", "no", "2024-13-45"):
+        config = load_config("quickstart", ["--runs", name])
+        assert config.runs.name == name
+
+
+@pytest.mark.parametrize("flags", [["--lr", ".inf"], ["--loss.tail_skew", ".nan"], ["--lr", "2024-13-45"]])
+def test_odd_values_are_refused(flags):
+    with pytest.raises(UserError):
+        load_config("quickstart", flags)
 
 
 def test_unreadable_files(tmp_path):

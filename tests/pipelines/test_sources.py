@@ -76,6 +76,15 @@ def test_list_mistakes(lists, line, message):
         open_source(source)
 
 
+def test_lists_may_be_separated_by_tabs_and_need_two_classes(lists):
+    source, train = lists
+    train.write_text("train/nought/0.png\t0\ntrain/one/0.png\t1\n")
+    assert open_source(source).train.labels.tolist() == [0, 1]
+    train.write_text("train/nought/0.png 0\n")
+    with pytest.raises(UserError, match="at least 2 are needed"):
+        open_source(source)
+
+
 def test_lists_without_one_folder_a_class_are_numbered(lists, image_folder):
     source, train = lists
     train.write_text("train/nought/0.png 0\ntrain/one/1.png 0\ntrain/one/0.png 1\n")
