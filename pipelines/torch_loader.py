@@ -50,7 +50,7 @@ class _Epoch(Dataset[tuple[torch.Tensor, int, int]]):
 
 
 class TorchLoader:
-    """`pipelines.batch.Loader` by a DataLoader. Pixel-equal to FFCV's where nothing is resized, close to it elsewhere."""
+    """`pipelines.batch.Loader` by a DataLoader. Equal to FFCV's for raw images that are not resized, else close."""
 
     def __init__(self, beton: Beton, reading: Reading, config: LoaderConfig) -> None:
         self._beton, self._reading = beton, reading

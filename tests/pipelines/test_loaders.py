@@ -238,7 +238,7 @@ def test_a_jpeg_with_stray_bytes_is_read_as_pillow_reads_it(photo_folder, tmp_pa
     of = train_reading(data, 8, 0)
     ffcv, plain = (batches(make_loader(prepared, "train", of, LoaderConfig(kind=kind)), 0) for kind in ("ffcv", "torch"))
     for a, b in zip(ffcv, plain, strict=True):
-        assert (a.views.float() - b.views.float()).abs().mean(dim=(2, 3, 4)).max() < 1.0
+        assert (a.views.float() - b.views.float()).abs().mean(dim=(2, 3, 4)).max() < 2.0  # FFCV decodes by the fast DCT
 
 
 @needs_ffcv

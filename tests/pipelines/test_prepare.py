@@ -165,7 +165,7 @@ def test_odd_names_of_classes_and_files(image_folder, tmp_path):
     (image_folder / "train" / "one").rename(image_folder / "train" / "a$_$")
     (image_folder / "test" / "one").rename(image_folder / "test" / "a$_$")
     odd = os.fsdecode(bytes(image_folder / "train" / "two") + b"/\xff.png")
-    os.replace(image_folder / "train" / "two" / "0.png", odd)
+    (image_folder / "train" / "two" / "0.png").rename(odd)
     prepared = ensure_prepared(folder_config(image_folder, tmp_path), 0)
     assert prepared.classes == ["a$_$", "nought", "two"]
     assert (prepared.folder / "class_counts.png").exists()
