@@ -2,7 +2,7 @@
 
 ResNet-32, CIFAR-10-LT, batch 128, two views, CIBL. End to end: images read, cut, normalised and trained on, by the trainer's
 own epoch. The bare step: forward, loss, backward and optimizer on normalised batches that already lie in memory. The two take
-turns, an epoch's batches each.
+turns, an epoch's batches each. Further --field value pairs override the configuration: --train.precision fp32.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from cibl_ray.trainer import Trainer, resolve
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.train_step", description=__doc__)
     add_arguments(parser)
-    arguments = parser.parse_args()
+    arguments, flags = parser.parse_known_args()  # any field of the configuration, as for training
     # The quick one trains on fewer images, so that its rounds are short.
-    config, prepared = cifar10_lt(arguments.images, *(["--data.profile.largest", "1000"] if arguments.quick else []))
+    config, prepared = cifar10_lt(arguments.images, *(["--data.profile.largest", "1000"] if arguments.quick else []), *flags)
     config = resolve(config)
     trainer = Trainer(config, prepared, Path(tempfile.gettempdir()))
     batches = []
