@@ -8,9 +8,10 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
+
+from cibl_ray.hardware import cpu_name
 
 
 def alternate(sides: dict[str, Callable[[], int]], rounds: int) -> dict[str, dict[str, float]]:
@@ -38,16 +39,10 @@ def report(**content: object) -> None:
 
 
 def machine() -> dict[str, object]:
-    names = {line.partition(":")[2].strip() for line in _cpuinfo() if line.startswith("model name")}
     return {
-        "cpu": ", ".join(sorted(names)) or platform.machine(),
+        "cpu": cpu_name(),
         "cores": len(os.sched_getaffinity(0)),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
-
-
-def _cpuinfo() -> list[str]:
-    path = Path("/proc/cpuinfo")
-    return path.read_text().splitlines() if path.exists() else []

@@ -10,7 +10,6 @@ import argparse
 import fcntl
 import json
 import logging
-import platform
 import signal
 import statistics
 import threading
@@ -57,6 +56,7 @@ def train(config: Any, folder: Path, resume: bool = False) -> dict[str, Any]:
     """Run a configuration in `folder`, new or (with `resume`) an earlier run's; returns the result that result.json holds."""
     from cibl_ray.checkpoint import newest
     from cibl_ray.config import save_config
+    from cibl_ray.hardware import describe
     from cibl_ray.metrics import table
     from cibl_ray.pictures import save_accuracy_by_class, save_learning_curves
     from cibl_ray.runlog import read_metrics
@@ -101,7 +101,7 @@ def train(config: Any, folder: Path, resume: bool = False) -> dict[str, Any]:
     result |= {
         "seconds": sum(row["seconds"]["epoch"] for row in rows),
         "images_per_s": statistics.median(row["rate"]["images_per_s"] for row in rows),
-        "hardware": _hardware(config.train.device),
+        "hardware": describe(config.train.device),
     }
     part = folder / f"{RESULT}.part"
     part.write_text(json.dumps(result, indent=1))
@@ -167,14 +167,6 @@ def _log_to(path: Path | None) -> None:
         for handler in handlers:
             handler.setFormatter(logging.Formatter("%(message)s"))
             logger.addHandler(handler)
-
-
-def _hardware(device: str) -> str:
-    import torch
-
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    return f"{torch.get_num_threads()} threads of {platform.processor() or platform.machine()}"
 
 
 if __name__ == "__main__":

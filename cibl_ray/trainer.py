@@ -23,6 +23,7 @@ from cibl_ray.checkpoint import (
 )
 from cibl_ray.config import RunConfig
 from cibl_ray.evaluation import predict
+from cibl_ray.hardware import cpu_has_bf16
 from cibl_ray.losses.step import contrasts, loss_terms
 from cibl_ray.metrics import Scores, score
 from cibl_ray.networks.network import build_network
@@ -218,17 +219,8 @@ def resolve(config: RunConfig) -> RunConfig:
         raise UserError("train.device is 'cuda', but no CUDA device is visible; set it to 'cpu' or 'auto'")
     precision = config.train.precision
     if precision == "auto":
-        precision = "bf16" if device == "cuda" or _cpu_has_bf16() else "fp32"
+        precision = "bf16" if device == "cuda" or cpu_has_bf16() else "fp32"
     return config.model_copy(update={"train": config.train.model_copy(update={"device": device, "precision": precision})})
-
-
-def _cpu_has_bf16() -> bool:
-    """Whether this CPU multiplies bf16 in hardware (AVX512-BF16 or AMX); elsewhere bf16 is slower than float32."""
-    try:
-        flags = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
-    return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
 def _epoch_line(row: dict[str, Any], epochs: int) -> str:

@@ -1,0 +1,34 @@
+"""What machine this is."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+
+import torch
+
+
+def describe(device: str) -> str:
+    """The GPU's name, or the CPU's and how many threads torch uses of it."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    return f"{cpu_name()}, {torch.get_num_threads()} threads"
+
+
+def cpu_name() -> str:
+    """The processor's name."""
+    names = {line.partition(":")[2].strip() for line in _cpuinfo().splitlines() if line.startswith("model name")}
+    return ", ".join(sorted(names)) or platform.machine()
+
+
+def cpu_has_bf16() -> bool:
+    """Whether this CPU multiplies bf16 in hardware (AVX512-BF16 or AMX); elsewhere bf16 is slower than float32."""
+    flags = _cpuinfo()
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def _cpuinfo() -> str:
+    try:
+        return Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return ""
