@@ -83,9 +83,9 @@ def train(config: Any, folder: Path, resume: bool = False) -> dict[str, Any]:
     save_config(config, folder / CONFIG)
     save_histogram(folder / "class_counts.png", prepared.classes, prepared.train_counts)
     log.info(
-        "%s: %s, %s head, %s, %s, %s; from epoch %d of %d",
+        "%s: %s, %s head, %s, %s, %s, %s; from epoch %d of %d",
         folder, config.network.backbone, config.network.head.kind, config.loss.kind, config.train.device,
-        config.train.precision, trainer.epoch + 1, config.train.epochs,
+        config.train.precision, trainer.train_loader.name, trainer.epoch + 1, config.train.epochs,
     )  # fmt: skip
     try:
         with _stops_on_sigterm():

@@ -64,6 +64,7 @@ def test_run_folder(finished):
     assert config["train"]["device"] in ("cpu", "cuda")
     assert "overall many medium few worst harmonic" in " ".join(output.split())
     assert "loader, " in output
+    assert "loader, " in (folder / "train.log").read_text()
 
 
 def test_tensorboard_events_hold_the_same_numbers(finished):
