@@ -136,7 +136,8 @@ class RunConfig(Settings):
             )
         if self.schedule.warmup_epochs > self.train.epochs:
             raise ValueError(
-                f"schedule.warmup_epochs = {self.schedule.warmup_epochs:g} is more than train.epochs = {self.train.epochs}"
+                f"schedule.warmup_epochs = {self.schedule.warmup_epochs:g} is more than train.epochs = {self.train.epochs}; "
+                "lower it too: --warmup_epochs 1"
             )
         return self
 
@@ -144,7 +145,8 @@ class RunConfig(Settings):
 def load_config(name: str, arguments: list[str]) -> RunConfig:
     """The configuration file or shipped configuration `name`, with command-line overrides. Raises UserError."""
     path = find_config(name)
-    return build_config(read_config(path), arguments, str(path))
+    place = f"{path} with {' '.join(arguments)}" if arguments else str(path)
+    return build_config(read_config(path), arguments, place)
 
 
 def build_config(content: dict[str, Any], arguments: list[str], place: str) -> RunConfig:

@@ -6,7 +6,6 @@ images are the run's own, prepared again if they are gone, or those of an image 
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 from dataclasses import asdict
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipelines.errors import UserError, run_command
+from pipelines.settings import CommandParser
 
 if TYPE_CHECKING:
     from cibl_ray.checkpoint import Checkpoint
@@ -25,9 +25,7 @@ FILES = {"last": "last.safetensors", "best": "best.safetensors"}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m cibl_ray.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser(prog="python -m cibl_ray.evaluate", description=__doc__)
     parser.add_argument("run", type=Path, help="a run folder, or a checkpoint file")
     parser.add_argument("--checkpoint", choices=[*FILES], help="of a run folder; by default each that exists")
     parser.add_argument("--data", type=Path, metavar="FOLDER", help="evaluate on the images of FOLDER/CLASS/* instead")

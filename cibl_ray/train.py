@@ -6,7 +6,6 @@ part of it where that is unique: `--train.epochs 20`, `--lr .2`, `--loss.kind cr
 
 from __future__ import annotations
 
-import argparse
 import fcntl
 import json
 import logging
@@ -22,7 +21,7 @@ from types import FrameType
 from typing import IO, Any
 
 from pipelines.errors import Interrupted, UserError, run_command
-from pipelines.settings import split_command_line
+from pipelines.settings import CommandParser, split_command_line
 
 CONFIG = "config.yaml"
 RESULT = "result.json"
@@ -30,12 +29,10 @@ log = logging.getLogger("cibl_ray")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m cibl_ray.train",
         usage="%(prog)s CONFIG [--name NAME] [--field value ...]\n       %(prog)s --resume RUN [--field value ...]",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("--name", help="of the run folder; by default the configuration's name and the time")
     parser.add_argument("--resume", type=Path, metavar="RUN", help="go on with the run in this folder")
@@ -87,6 +84,8 @@ def train(config: Any, folder: Path, resume: bool = False) -> dict[str, Any]:
         folder, config.network.backbone, config.network.head.kind, config.loss.kind, config.train.device,
         config.train.precision, trainer.train_loader.name, trainer.epoch + 1, config.train.epochs,
     )  # fmt: skip
+    if trainer.epoch >= config.train.epochs:
+        log.info("all %d epochs are done; to train on: --resume %s --train.epochs N", trainer.epoch, folder)
     try:
         with _stops_on_sigterm():
             result = trainer.fit()

@@ -225,5 +225,5 @@ def resolve(config: RunConfig) -> RunConfig:
 
 def _epoch_line(row: dict[str, Any], epochs: int) -> str:
     terms = "  ".join(f"{name} {value:.3f}" for name, value in row["train"].items())
-    val = f"  val {100 * row['val']['balanced']:.1f} %" if "val" in row else ""
+    val = f"  val balanced {100 * row['val']['balanced']:.1f} %" if "val" in row else ""
     return f"epoch {row['epoch']:>{len(str(epochs))}}/{epochs}  {terms}{val}  {row['rate']['images_per_s']:,.0f} img/s"

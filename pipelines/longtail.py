@@ -58,6 +58,7 @@ def apply_profile(profile: Profile, images: Images, classes: int, seed: int) -> 
             wanted = step_counts(classes, profile.largest or int(available.min()), profile.imbalance)
         case _:
             assert_never(profile)
+    keep_all = "--data.profile '{kind: none}'"
     for label in range(classes):
         if wanted[label] > available[label]:
             raise UserError(
@@ -65,7 +66,9 @@ def apply_profile(profile: Profile, images: Images, classes: int, seed: int) -> 
                 + ("lower data.profile.largest" if not isinstance(profile, CountsProfile) else f"mend {profile.path}")
             )
         if wanted[label] < 1:
-            raise UserError(f"data.profile leaves class {label} no image; lower data.profile.imbalance")
+            raise UserError(
+                f"data.profile leaves class {label} no image; lower data.profile.imbalance, or keep all: {keep_all}"
+            )
     kept = [members[:count] for members, count in zip(_shuffled(images.labels, classes, seed), wanted, strict=True)]
     return images.take(np.sort(np.concatenate(kept)))
 

@@ -6,7 +6,6 @@ without one is not whole. Training calls `ensure_prepared` by itself; it writes 
 
 from __future__ import annotations
 
-import argparse
 import fcntl
 import hashlib
 import importlib.util
@@ -32,6 +31,7 @@ from pipelines.longtail import apply_profile, carve_validation
 from pipelines.pictures import histogram_text, save_histogram
 from pipelines.seeding import stream
 from pipelines.settings import (
+    CommandParser,
     Settings,
     absolute,
     find_config,
@@ -145,6 +145,9 @@ def choose(dataset: Dataset, data: DataConfig, seed: int) -> tuple[list[str], di
             raise UserError("data.val_fraction is set, but the source has a 'val' split of its own; remove one of them")
         train, val = carve_validation(train, len(dataset.classes), data.val_fraction, seed)
     splits = {"train": apply_profile(data.profile, train, len(dataset.classes), seed)}
+    if len(splits["train"]) < len(train):
+        kept = f"{len(splits['train']):,} of {len(train):,} training images"
+        print(f"data: profile {data.profile.kind!r} keeps {kept}; --data.profile '{{kind: none}}' keeps all", file=sys.stderr)
     splits |= {name: images for name, images in (("val", val), ("test", dataset.test)) if images is not None}
     if len(splits) == 1:
         raise UserError("the source has neither a 'val' nor a 'test' split; set data.val_fraction (.1, say) to carve one out")
@@ -283,11 +286,10 @@ OTHER_PARTS = ("runs", "loader", "network", "loss", "optimizer", "schedule", "tr
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m pipelines.prepare",
         usage="%(prog)s CONFIG [--count] [--field value ...]",
         description="Write the .beton files of CONFIG, a YAML file or the name of a shipped configuration.",
-        allow_abbrev=False,
     )
     parser.add_argument("--count", action="store_true", help="only print the class counts; write nothing")
     name, arguments, rest = split_command_line(parser)

@@ -121,6 +121,9 @@ def open_folder(folder: Path, classes: list[str]) -> Images:
     """The images of `folder/CLASS/*`, labelled by the given class names. Raises UserError for a class not among them."""
     if not folder.is_dir():
         raise UserError(f"image folder {str(folder)!r} does not exist")
+    for split in ("test", "val", "train"):
+        if split not in classes and (folder / split).is_dir():
+            raise UserError(f"{str(folder)!r} has splits; name one of them, as {str(folder / split)!r}")
     return _folder_split(folder.parent, folder.name, classes, every_class=False)
 
 

@@ -240,3 +240,22 @@ def test_on_a_gpu(folders):
     done = run("train", "quickstart", "--name", "gpu", "--device", "cuda", *TINY, *folders)
     assert done.returncode == 0, done.stderr
     assert json.loads((Path(folders[1]) / "gpu" / "result.json").read_text())["last"]["scores"]["overall"] > 0.2
+
+
+def test_evaluate_flags_and_folders_of_splits(finished, image_folder):
+    one_line_error(run("evaluate", finished[0], "--json"), "expected one argument")
+    one_line_error(run("evaluate", finished[0], "--data", image_folder), f"name one of them, as '{image_folder / 'test'}'")
+
+
+def test_an_own_folder_keeps_every_image(image_folder, folders):
+    flags = ["--data.source.path", image_folder, "--name", "own", "--batch_size", "8", *folders]
+    one_line_error(run("train", "folder", *flags, "--epochs", "1"), "lower it too: --warmup_epochs 1")
+    done = run("train", "folder", *flags, "--epochs", "1", "--warmup_epochs", "0")
+    assert done.returncode == 0, done.stderr
+    assert "keeps" not in done.stderr
+    assert "16 images" in done.stderr  # 19, of which 3 are for validation
+    prepare = [sys.executable, "-m", "pipelines.prepare", "folder", "--data.source.path", str(image_folder), "--count"]
+    cut = subprocess.run(
+        [*prepare, "--data.profile", "{kind: exp, imbalance: 2}"], capture_output=True, text=True, cwd=REPOSITORY
+    )
+    assert "data: profile 'exp' keeps 8 of 16 training images; --data.profile '{kind: none}' keeps all" in cut.stderr
