@@ -15,7 +15,7 @@ import torch
 
 from benchmarks.data import add_arguments, cifar10_lt
 from benchmarks.measure import alternate, report
-from cibl_ray.losses.step import loss_terms
+from cibl_ray.losses.objective import Images
 from cibl_ray.trainer import Trainer, resolve
 
 
@@ -28,20 +28,15 @@ def main() -> None:
     config = resolve(config)
     trainer = Trainer(config, prepared, Path(tempfile.gettempdir()))
     batches = []
-    for batch in trainer.train_loader.epoch(0):
-        images = trainer.normalize(batch.views.to(trainer.device))
-        batches.append((images, batch.labels.to(trainer.device).repeat_interleave(batch.views.shape[1])))
+    for batch in trainer.train_loaders[0].epoch(0):
+        pixels = trainer.normalize(batch.views.to(trainer.device))
+        batches.append(Images(pixels, batch.labels.to(trainer.device, copy=True), batch.views.shape[1]))
     per_epoch = len(batches) * config.train.batch_size
 
     def bare_step() -> int:
         trainer.network.train()
-        for images, labels in batches:
-            with torch.autocast(trainer.device.type, torch.bfloat16, enabled=trainer.autocast):
-                outputs = trainer.network(images)
-            loss = loss_terms(config.loss, outputs, labels)["loss"]
-            trainer.optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            trainer.optimizer.step()
+        for images in batches:
+            trainer.optimize([images])
         if trainer.device.type == "cuda":
             torch.cuda.synchronize()
         return per_epoch
@@ -56,7 +51,7 @@ def main() -> None:
         views=len(config.data.views),
         batch=config.train.batch_size,
         precision=config.train.precision,
-        loader=trainer.train_loader.name,
+        loader=trainer.train_loaders[0].name,
         ratios={"end_to_end_over_step": round(rates["end_to_end"]["median"] / rates["bare_step"]["median"], 3)},
     )
 

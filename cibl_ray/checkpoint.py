@@ -19,14 +19,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 
 from cibl_ray.config import RunConfig
-from cibl_ray.losses.step import contrasts
+from cibl_ray.losses.config import needs
 from cibl_ray.networks.network import HybridNetwork, build_network
 from pipelines.errors import UserError
 from pipelines.settings import validate
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 LAST, PREVIOUS, BEST = "last.safetensors", "previous.safetensors", "best.safetensors"
 _HEADER = "cibl_ray"
 
@@ -36,7 +36,8 @@ class Checkpoint:
     """State after `epoch` whole epochs.
 
     data: the digest of each split's source. best: the best validation accuracy so far and its epoch, or None.
-    weights: the network's state by name. momentum: SGD's buffers by parameter name; empty in a best checkpoint.
+    weights: the network's state by name. momentum: SGD's buffers by parameter name; objective: what the loss carries from step
+    to step (a queue, an averaged network); both empty in a best checkpoint.
     """
 
     config: RunConfig
@@ -47,10 +48,11 @@ class Checkpoint:
     best: dict[str, float] | None
     weights: dict[str, torch.Tensor]
     momentum: dict[str, torch.Tensor]
+    objective: dict[str, torch.Tensor]
 
     def network(self) -> HybridNetwork:
         """The network that this checkpoint describes, with its weights."""
-        network = build_network(self.config.network, len(self.classes), contrasts(self.config.loss), seed=0)
+        network = build_network(self.config.network, len(self.classes), needs(self.config.loss), seed=0)
         load_weights(network, self)
         return network
 
@@ -98,6 +100,7 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint, keep_previous: bool = Fa
     }
     tensors = {f"weights.{name}": tensor for name, tensor in checkpoint.weights.items()}
     tensors |= {f"momentum.{name}": tensor for name, tensor in checkpoint.momentum.items()}
+    tensors |= {f"objective.{name}": tensor for name, tensor in checkpoint.objective.items()}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
@@ -140,6 +143,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
             best=content["best"],
             weights=_part(tensors, "weights."),
             momentum=_part(tensors, "momentum."),
+            objective=_part(tensors, "objective."),
         )
     except (json.JSONDecodeError, KeyError, ValidationError) as error:
         raise UserError(f"{str(path)!r} is a safetensors file, but not a checkpoint of cibl-ray") from error

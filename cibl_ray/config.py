@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, model_validator
 
+from cibl_ray.losses.config import CIBLConfig, HybridPSCConfig, HybridSCConfig, LDAMConfig, LossConfig, PaCoConfig
 from pipelines.config import DataConfig, LoaderConfig
 from pipelines.settings import Settings, absolute, find_config, override, parse_overrides, read_config, validate
 
@@ -21,11 +22,29 @@ class LinearHeadConfig(Settings):
     kind: Literal["linear"] = "linear"
 
 
+class ScaleConfig(Settings):
+    """A cosine head's s over the run: `start` for the warm-up epochs, then by the shape to `end`."""
+
+    start: float = Field(default=16.0, gt=0)
+    end: float | None = Field(default=None, gt=0, description="at the run's end; None: as at the start")
+    shape: Literal["constant", "linear", "cosine"] = "constant"
+    warmup: float = Field(default=0, ge=0, description="epochs at `start`, before the shape begins")
+    learnable: bool = Field(default=False, description="learned with the weights, from `start` on")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ScaleConfig:
+        if (self.end is None) != (self.shape == "constant"):
+            raise ValueError("a shape of linear or cosine needs an `end`, a constant scale has none")
+        if self.learnable and self.end is not None:
+            raise ValueError("a learned scale follows no shape: leave out `end`, or set learnable: false")
+        return self
+
+
 class CosineHeadConfig(Settings):
     """f_c = s · (ŵ_c · ĥ), both of unit norm."""
 
     kind: Literal["cosine"]
-    scale: float = Field(default=16.0, gt=0)
+    scale: ScaleConfig = ScaleConfig()
 
 
 HeadConfig = Annotated[LinearHeadConfig | CosineHeadConfig, Field(discriminator="kind")]
@@ -42,23 +61,6 @@ class NetworkConfig(Settings):
     backbone: Literal["resnet20", "resnet32", "resnet50", "resnext50"] = "resnet32"
     head: HeadConfig = LinearHeadConfig()
     projection: ProjectionConfig = ProjectionConfig()
-
-
-class CrossEntropyConfig(Settings):
-    """Plain cross-entropy on every view."""
-
-    kind: Literal["cross_entropy"]
-
-
-class CIBLConfig(Settings):
-    """Class instance balanced loss."""
-
-    kind: Literal["cibl"] = "cibl"
-    tail_skew: float = Field(default=0.05, ge=0, description="λ: 0 is cross-entropy; more moves accuracy to rare classes")
-    temperature: float = Field(default=0.1, gt=0)
-
-
-LossConfig = Annotated[CrossEntropyConfig | CIBLConfig, Field(discriminator="kind")]
 
 
 class OptimizerConfig(Settings):
@@ -139,6 +141,16 @@ class RunConfig(Settings):
                 f"schedule.warmup_epochs = {self.schedule.warmup_epochs:g} is more than train.epochs = {self.train.epochs}; "
                 "lower it too: --warmup_epochs 1"
             )
+        if isinstance(self.loss, LDAMConfig) and not isinstance(self.network.head, CosineHeadConfig):
+            raise ValueError("loss.kind 'ldam' sets margins between cosines; set network.head.kind: cosine")
+        if isinstance(self.loss, PaCoConfig | CIBLConfig) and self.loss.momentum is not None and len(self.data.views) < 2:
+            raise ValueError(
+                "loss.momentum embeds every view but the first, and data.views has one; add a view, or set it to null"
+            )
+        if isinstance(self.loss, HybridSCConfig | HybridPSCConfig):
+            for view in self.loss.classifier_views:
+                if not 0 <= view < len(self.data.views):
+                    raise ValueError(f"loss.classifier_views names view {view}; data.views are 0 to {len(self.data.views) - 1}")
         return self
 
 

@@ -82,7 +82,7 @@ def train(config: Any, folder: Path, resume: bool = False) -> dict[str, Any]:
     log.info(
         "%s: %s, %s head, %s, %s, %s, %s; from epoch %d of %d",
         folder, config.network.backbone, config.network.head.kind, config.loss.kind, config.train.device,
-        config.train.precision, trainer.train_loader.name, trainer.epoch + 1, config.train.epochs,
+        config.train.precision, trainer.train_loaders[0].name, trainer.epoch + 1, config.train.epochs,
     )  # fmt: skip
     if trainer.epoch >= config.train.epochs:
         log.info("all %d epochs are done; to train on: --resume %s --train.epochs N", trainer.epoch, folder)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from tqdm import tqdm
 
 from cibl_ray.checkpoint import (
@@ -24,13 +26,14 @@ from cibl_ray.checkpoint import (
 from cibl_ray.config import RunConfig
 from cibl_ray.evaluation import predict
 from cibl_ray.hardware import cpu_has_bf16
-from cibl_ray.losses.step import contrasts, loss_terms
+from cibl_ray.losses.config import needs
+from cibl_ray.losses.objective import Images, Objective, readings
 from cibl_ray.metrics import Scores, score
-from cibl_ray.networks.network import build_network
+from cibl_ray.networks.network import Outputs, build_network
 from cibl_ray.runlog import RunLog
 from cibl_ray.schedules import lr_factor
 from pipelines.augment import Normalize
-from pipelines.batch import Batch, Loader, eval_reading, make_loader, train_reading
+from pipelines.batch import Batch, Loader, eval_reading, make_loader
 from pipelines.errors import UserError
 from pipelines.prepare import Prepared
 from pipelines.seeding import torch_seed
@@ -50,20 +53,28 @@ class Trainer:
         self.config, self.prepared, self.folder = config, prepared, folder
         self.device = torch.device(config.train.device)
         self.autocast = config.train.precision == "bf16"
-        self.network = build_network(config.network, len(prepared.classes), contrasts(config.loss), config.seed)
+        self.network = build_network(config.network, len(prepared.classes), needs(config.loss), config.seed)
         self.network.to(self.device)
         self.normalize = Normalize(config.data).to(self.device)
+        self.objective = Objective(config.loss, self.network, prepared.train_counts, self.device)
+        decayed: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+        for name, parameter in self.network.named_parameters():
+            decayed[self.network.decays(name)].append(parameter)
         self.optimizer = torch.optim.SGD(
-            self.network.parameters(),
+            [
+                {"params": decayed[True], "weight_decay": config.optimizer.weight_decay},
+                {"params": decayed[False], "weight_decay": 0.0},
+            ],
             lr=config.optimizer.lr,
             momentum=config.optimizer.momentum,
             nesterov=config.optimizer.nesterov,
-            weight_decay=config.optimizer.weight_decay,
         )
         self.epoch = 0
         self.best: dict[str, float] | None = None
-        reading = train_reading(config.data, config.train.batch_size, config.seed)
-        self.train_loader = make_loader(prepared, "train", reading, config.loader)
+        self.train_loaders = [
+            make_loader(prepared, "train", reading, config.loader)
+            for reading in readings(config.loss, config.data, config.train.batch_size, config.seed)
+        ]
         # Opened now, so that a damaged test set is not found out after the last epoch.
         held_out = eval_reading(config.data, config.train.eval_batch_size)
         self.eval_loaders: dict[str, Loader] = {
@@ -76,11 +87,12 @@ class Trainer:
             raise UserError("the data have changed since this run began; start a new run")
         load_weights(self.network, checkpoint)
         load_momentum(self.network, self.optimizer, checkpoint.momentum)
+        self.objective.load(checkpoint.objective)
         self.epoch, self.best = checkpoint.epoch, checkpoint.best
 
     def fit(self) -> dict[str, Any]:
         """Train to the last epoch; returns the result: the last epoch and the best on validation, scored on the test set."""
-        epochs, batches = self.config.train.epochs, self.train_loader.batches
+        epochs, batches = self.config.train.epochs, self.train_loaders[0].batches
         images = batches * self.config.train.batch_size
         run_log = RunLog(self.folder, self.epoch)
         bar = tqdm(total=epochs * images, initial=self.epoch * images, unit="img", unit_scale=True, disable=None, mininterval=1)
@@ -96,7 +108,8 @@ class Trainer:
         finally:
             bar.close()
             run_log.close()
-            self.train_loader.close()
+            for loader in self.train_loaders:
+                loader.close()
         try:
             return self._result()
         finally:
@@ -105,23 +118,24 @@ class Trainer:
 
     def train_epoch(self, bar: tqdm | None = None) -> dict[str, Any]:
         """One epoch; returns its row for the log: mean terms, learning rate, images a second, and where the time went."""
-        number, batches = self.epoch, self.train_loader.batches
+        number, batches = self.epoch, self.train_loaders[0].batches
         torch.manual_seed(torch_seed(self.config.seed, "epoch", number))
         self.network.train()
         totals: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros((), device=self.device))
         started = time.perf_counter()
         waited = 0.0
         before = started
-        for step, batch in enumerate(self.train_loader.epoch(number)):
+        streams = zip(*(loader.epoch(number) for loader in self.train_loaders), strict=True)
+        for step, batch in enumerate(streams):
             waited += time.perf_counter() - before
-            self._set_lr(number + step / batches)
+            self._schedule(number + step / batches)
             terms = self.train_step(batch)
             for name, value in terms.items():
                 totals[name] += value
             if step % _CHECK_EVERY == _CHECK_EVERY - 1 or step == batches - 1:
                 self._check_finite(totals["loss"], step)
             if bar is not None:
-                bar.update(len(batch.labels))
+                bar.update(len(batch[0].labels))
             before = time.perf_counter()
         self.epoch += 1
         seconds = time.perf_counter() - started
@@ -133,21 +147,28 @@ class Trainer:
             "seconds": {"epoch": seconds, "data_wait": waited},
         }
 
-    def train_step(self, batch: Batch) -> dict[str, torch.Tensor]:
-        """One step of the optimizer; returns detached scalars by name."""
-        images = self.normalize(batch.views.to(self.device, non_blocking=True))
-        views = batch.views.shape[1]
-        labels = batch.labels.to(self.device, non_blocking=True).repeat_interleave(views)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
-            outputs = self.network(images)
-        terms = loss_terms(self.config.loss, outputs, labels)
+    def train_step(self, batches: Sequence[Batch]) -> dict[str, torch.Tensor]:
+        """One step of the optimizer on a batch of each stream; returns detached scalars by name."""
+        return self.optimize([self._images(batch) for batch in batches])
+
+    def optimize(self, streams: list[Images]) -> dict[str, torch.Tensor]:
+        """The same on images that are ready for the network."""
+        terms = self.objective(self.network, self._run, streams, self.epoch / self.config.train.epochs)
         self.optimizer.zero_grad(set_to_none=True)
         terms["loss"].backward()
         if self.config.optimizer.clip_norm is not None:
-            torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.config.optimizer.clip_norm)
+            nn.utils.clip_grad_norm_(self.network.parameters(), self.config.optimizer.clip_norm)
         self.optimizer.step()
-        accuracy = (outputs.logits.detach().argmax(1) == labels).float().mean()
-        return {"accuracy": accuracy} | {name: term.detach() for name, term in terms.items()}
+        return {name: term.detach() for name, term in terms.items()}
+
+    def _images(self, batch: Batch) -> Images:
+        pixels = self.normalize(batch.views.to(self.device, non_blocking=True))
+        return Images(pixels, batch.labels.to(self.device, non_blocking=True), batch.views.shape[1])
+
+    def _run(self, network: nn.Module, pixels: torch.Tensor) -> Outputs:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+            outputs: Outputs = network(pixels)
+        return outputs
 
     def evaluate(self, split: str) -> Scores:
         """Scores of the network as it is on 'val' or 'test'."""
@@ -156,14 +177,16 @@ class Trainer:
 
     def save(self) -> None:
         """Write the checkpoint to go on from."""
-        momentum = momentum_of(self.network, self.optimizer)
-        save_checkpoint(self._checkpoints / LAST, self._checkpoint(momentum), keep_previous=True)
+        whole = self._checkpoint(momentum_of(self.network, self.optimizer), self.objective.state())
+        save_checkpoint(self._checkpoints / LAST, whole, keep_previous=True)
 
     @property
     def _checkpoints(self) -> Path:
         return self.folder / "checkpoints"
 
-    def _set_lr(self, epoch: float) -> None:
+    def _schedule(self, epoch: float) -> None:
+        """Set what follows a schedule, for a step at `epoch` (fractional)."""
+        self.network.schedule(epoch, self.config.train.epochs)
         factor = lr_factor(self.config.schedule, epoch, self.config.train.epochs)
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.optimizer.lr * factor
@@ -182,9 +205,9 @@ class Trainer:
         # The class mean: a validation split carved out of unbalanced data must not favour the head.
         if self.best is None or scores.balanced > self.best["balanced"]:
             self.best = {"epoch": self.epoch, "balanced": scores.balanced}
-            save_checkpoint(self._checkpoints / BEST, self._checkpoint({}))
+            save_checkpoint(self._checkpoints / BEST, self._checkpoint({}, {}))
 
-    def _checkpoint(self, momentum: dict[str, torch.Tensor]) -> Checkpoint:
+    def _checkpoint(self, momentum: dict[str, torch.Tensor], objective: dict[str, torch.Tensor]) -> Checkpoint:
         return Checkpoint(
             config=self.config,
             classes=self.prepared.classes,
@@ -194,6 +217,7 @@ class Trainer:
             best=self.best,
             weights=self.network.state_dict(),
             momentum=momentum,
+            objective=objective,
         )
 
     def _data_digests(self) -> dict[str, str]:

@@ -10,7 +10,7 @@ from typing import Literal, Protocol
 
 import torch
 
-from pipelines.config import DataConfig, LoaderConfig, View
+from pipelines.config import DataConfig, LoaderConfig, Sampling, View
 from pipelines.errors import UserError
 from pipelines.prepare import Prepared
 
@@ -53,14 +53,15 @@ class Loader(Protocol):
 class Reading:
     """What to read and how to cut it: the part of a loader's work that does not depend on its kind.
 
-    shuffle and drop_last: true for training. Evaluation takes every sample once, in the file's order.
+    sampling: how training draws an epoch. None, as for evaluation: every sample once, in the file's order.
+    drop_last: true for training.
     """
 
     views: tuple[View, ...]
     size: int
     batch_size: int
     seed: int
-    shuffle: bool
+    sampling: Sampling | None
     drop_last: bool
 
     def batches(self, samples: int) -> int:
@@ -99,10 +100,10 @@ def make_loader(prepared: Prepared, split: str, reading: Reading, config: Loader
 
 
 def train_reading(data: DataConfig, batch_size: int, seed: int) -> Reading:
-    """Training: every view with its own draw, shuffled, full batches only."""
-    return Reading(data.views, data.size, batch_size, seed, shuffle=True, drop_last=True)
+    """Training: every view with its own draw, drawn as data.sampling says, full batches only."""
+    return Reading(data.views, data.size, batch_size, seed, data.sampling, drop_last=True)
 
 
 def eval_reading(data: DataConfig, batch_size: int) -> Reading:
     """Evaluation: one central view, each sample once."""
-    return Reading((View(cut=data.eval_cut, flip=0.0),), data.size, batch_size, 0, shuffle=False, drop_last=False)
+    return Reading((View(cut=data.eval_cut, flip=0.0),), data.size, batch_size, 0, sampling=None, drop_last=False)

@@ -145,6 +145,9 @@ class View(Settings):
     flip: float = Field(default=0.5, ge=0, le=1, description="probability of a horizontal flip")
 
 
+Sampling = Literal["instance", "square_root", "class_balanced"]
+
+
 class DataConfig(Settings):
     """Images, their long tail, and what the network sees of them."""
 
@@ -162,6 +165,10 @@ class DataConfig(Settings):
     prepared: Path = Field(default=Path("prepared"), description="folder for .beton files")
     size: int = Field(default=32, ge=4, le=2048, description="width and height of the network's input")
     views: tuple[View, ...] = Field(default=(View(), View()), min_length=1, max_length=8)
+    sampling: Sampling = Field(
+        default="instance",
+        description="how often an epoch shows a class: as often as it has images, as their square root, or each class alike",
+    )
     eval_cut: Cut = CenterCrop(kind="center")
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)

@@ -10,7 +10,7 @@ from typing import assert_never
 
 import numpy as np
 
-from pipelines.config import CenterCrop, RandomCrop, RandomResizedCrop, View
+from pipelines.config import CenterCrop, RandomCrop, RandomResizedCrop, Sampling, View
 from pipelines.errors import UserError
 from pipelines.seeding import stream
 
@@ -18,9 +18,35 @@ TOP, LEFT, HEIGHT, WIDTH, FLIP = range(5)
 _TRIES = 10  # torchvision's number of attempts before it falls back to a centre crop
 
 
-def epoch_order(samples: int, seed: int, epoch: int, shuffle: bool) -> np.ndarray:
-    """The rows of the file in the order of this epoch, int64 (N,)."""
-    return stream(seed, "order", epoch).permutation(samples) if shuffle else np.arange(samples)
+def epoch_order(labels: np.ndarray, sampling: Sampling | None, seed: int, epoch: int) -> np.ndarray:
+    """The rows of the file in the order of this epoch, int64 (N,): as many as there are, whatever the sampling.
+
+    instance: each row once. square_root, class_balanced: N·√n_c/Σ√n or N/C of them are of class c (rounded by a draw so that
+    the mean over epochs is exact), and within a class no row comes twice more than another. None: the file's order.
+    """
+    match sampling:
+        case None:
+            return np.arange(len(labels))
+        case "instance":
+            return stream(seed, "order", epoch).permutation(len(labels))
+        case "square_root" | "class_balanced":
+            random = stream(seed, "order", epoch)
+            members = np.split(np.argsort(labels, kind="stable"), np.cumsum(np.bincount(labels))[:-1])
+            members = [rows for rows in members if len(rows)]
+            weights = np.array([len(rows) ** (0.5 if sampling == "square_root" else 0.0) for rows in members])
+            # Systematic sampling: one draw rounds all quotas up or down, each with the right chance, to the right sum.
+            edges = np.floor(np.cumsum(weights) * (len(labels) / weights.sum()) + random.random()).astype(np.int64)
+            edges[-1] = len(labels)
+            quotas = np.diff(edges, prepend=0)
+            chosen = [_evenly(rows, quota, random) for rows, quota in zip(members, quotas, strict=True)]
+            return random.permutation(np.concatenate(chosen))
+    assert_never(sampling)
+
+
+def _evenly(rows: np.ndarray, quota: int, random: np.random.Generator) -> np.ndarray:
+    """`quota` of `rows`: each as often as the others, what is left over drawn without repetition."""
+    whole, left = divmod(int(quota), len(rows))
+    return np.concatenate([np.tile(rows, whole), random.choice(rows, left, replace=False)])
 
 
 def draw_cuts(views: tuple[View, ...], size: int, heights: np.ndarray, widths: np.ndarray, seed: int, epoch: int) -> np.ndarray:

@@ -210,7 +210,7 @@ class FFCVLoader:
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         reading = self._reading
-        order = epoch_order(self.samples, reading.seed, epoch, reading.shuffle)
+        order = epoch_order(self._beton.labels, reading.sampling, reading.seed, epoch)
         records = self._beton.records["f0"][order]
         cuts = draw_cuts(reading.views, reading.size, records["height"], records["width"], reading.seed, epoch)
         first, last = start * reading.batch_size, min(self.batches * reading.batch_size, self.samples)

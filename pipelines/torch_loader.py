@@ -23,7 +23,7 @@ class _Epoch(Dataset[tuple[torch.Tensor, int, int]]):
 
     def __init__(self, beton: Beton, reading: Reading, epoch: int) -> None:
         self.beton, self.size = beton, reading.size
-        self.order = epoch_order(len(beton), reading.seed, epoch, reading.shuffle)
+        self.order = epoch_order(beton.labels, reading.sampling, reading.seed, epoch)
         self.records = beton.records["f0"][self.order]
         heights, widths = self.records["height"], self.records["width"]
         self.cuts = draw_cuts(reading.views, reading.size, heights, widths, reading.seed, epoch)

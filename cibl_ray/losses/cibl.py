@@ -7,32 +7,47 @@ the two terms are weighted by how often a sample's class occurs in the batch; th
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
-from cibl_ray.losses.contrastive import positive_counts, supcon
+from cibl_ray.losses.classification import cross_entropy
+from cibl_ray.losses.contrastive import Contrast, positive_counts, supcon
 
 
 def contrastive_weight(positives: torch.Tensor, tail_skew: float) -> torch.Tensor:
-    """w_m = λ·|P(m)| / (1 + λ·|P(m)|), float32 (M,): 0 for λ = 0 or a class that comes once, towards 1 for common classes."""
-    weighted = tail_skew * positives.float()
+    """w_m = λ·|P(m)| / (1 + λ·|P(m)|), float64 (M,): 0 for λ = 0 or a class that comes once, towards 1 for common classes."""
+    weighted = tail_skew * positives.double()
     return weighted / (1 + weighted)
 
 
 def cibl(
-    logits: torch.Tensor, z: torch.Tensor, labels: torch.Tensor, tail_skew: float, temperature: float
+    logits: torch.Tensor,
+    z: torch.Tensor,
+    labels: torch.Tensor,
+    contrast: Contrast,
+    tail_skew: float,
+    temperature: float,
+    classify_every: int = 1,
+    normalize: bool = False,
 ) -> dict[str, torch.Tensor]:
-    """loss = mean_m [ (1 - w_m)·CE_m + w_m·SupCon_m ]; logits (M, C), z (M, d) of unit norm, labels int64 (M,).
+    """loss = mean_m [ (1 - w_m)·CE_m ] + mean_m [ w_m·SupCon_m ].
+
+    logits (M, C), where wanted with κ·log π added; z (M, d); labels int64 (M,). P(m), whose size decides w_m, counts the whole
+    contrast set. `classify_every` = V takes the first mean over rows 0, V, 2V, ... alone: the first of V views. `normalize`
+    divides it by the mean of 1 - w_m, so that λ decides which classes cross-entropy teaches and not how much of it there is:
+    λ → ∞ is then cross-entropy with weights ∝ 1/|P| beside SupCon.
 
     Returns scalars: the loss, both terms unweighted, and the mean weight of cross-entropy. λ = 0 is cross-entropy to the bit.
     """
-    classes = logits.shape[1]
-    weight = contrastive_weight(positive_counts(labels, classes), tail_skew)
-    cross_entropy = F.cross_entropy(logits, labels, reduction="none")
-    contrastive = supcon(z, labels, classes, temperature)
-    loss = ((1 - weight) * cross_entropy + weight * contrastive).mean()
+    rows = slice(None, None, classify_every)
+    positives = positive_counts(labels, contrast.labels, logits.shape[1])
+    classified = cross_entropy(logits[rows], labels[rows])
+    contrastive = supcon(z, labels, contrast, logits.shape[1], temperature)
+    weight = contrastive_weight(positives, tail_skew).to(contrastive.dtype)
+    rest = 1 - weight[rows]
+    scale = rest.mean() if normalize else 1.0
+    loss = (rest * classified).mean() / scale + (weight * contrastive).mean()
     return {
         "loss": loss,
-        "cross_entropy": cross_entropy.detach().mean(),
+        "cross_entropy": classified.detach().mean(),
         "contrastive": contrastive.detach().mean(),
-        "cross_entropy_weight": (1 - weight).mean(),
+        "cross_entropy_weight": rest.mean(),
     }

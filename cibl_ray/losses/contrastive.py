@@ -1,28 +1,115 @@
-"""Contrastive losses on embeddings of unit norm."""
+"""Contrastive losses on embeddings of unit norm: pure functions, one value a sample.
+
+Every one takes the anchors, "my embeddings" z (M, d) with labels (M,), and the `Contrast` that they are compared with, "all
+embeddings with labels": the batch itself, the batches of all workers, a queue.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
-
-def positive_counts(labels: torch.Tensor, classes: int) -> torch.Tensor:
-    """|P(m)|, the other members of m's class in the batch: int64 (M,)."""
-    return torch.bincount(labels, minlength=classes)[labels] - 1
+from cibl_ray.losses.softmax import log_sum_exp, wide
 
 
-def supcon(z: torch.Tensor, labels: torch.Tensor, classes: int, temperature: float) -> torch.Tensor:
-    """Supervised contrastive loss of each sample, float (M,) (Khosla et al. 2020, equation 2, L_out).
+@dataclass(frozen=True)
+class Contrast:
+    """embeddings (A, d) of unit norm, labels int64 (A,); the anchors themselves are rows own, own+1, ... of it."""
+
+    embeddings: torch.Tensor
+    labels: torch.Tensor
+    own: int = 0
+
+    def rows_of(self, anchors: torch.Tensor) -> torch.Tensor:
+        """The anchors' own rows, int64 (M,)."""
+        return torch.arange(self.own, self.own + len(anchors), device=anchors.device)
+
+
+def positive_counts(labels: torch.Tensor, contrast_labels: torch.Tensor, classes: int) -> torch.Tensor:
+    """|P(m)|, the other members of m's class in the contrast set: int64 (M,)."""
+    return torch.bincount(contrast_labels, minlength=classes)[labels] - 1
+
+
+def supcon(z: torch.Tensor, labels: torch.Tensor, contrast: Contrast, classes: int, temperature: float) -> torch.Tensor:
+    """Supervised contrastive loss, (M,) (Khosla et al. 2020, equation 2, L_out).
 
     l(m) = -1/|P(m)| · Σ_{p∈P(m)} log[ exp(z_m·z_p/τ) / Σ_{a≠m} exp(z_m·z_a/τ) ];  0 where P(m) is empty.
-    z: (M, d) of unit norm, M >= 2; labels: int64 (M,) in [0, classes).
-
-    The positives enter through their class's sum, z_m·(Σ_{a: y_a=y_m} z_a - z_m), so the similarity matrix is needed for the
-    denominator alone and no M×M mask is built.
     """
-    positives = positive_counts(labels, classes)
-    sums = z.new_zeros(classes, z.shape[1]).index_add(0, labels, z)
-    attraction = (z * (sums[labels] - z)).sum(1) / positives.clamp(min=1)
-    similarity = z @ z.T / temperature
-    similarity = similarity.masked_fill(torch.eye(len(z), dtype=torch.bool, device=z.device), float("-inf"))
-    loss = similarity.logsumexp(1) - attraction / temperature
+    z, others = wide(z), wide(contrast.embeddings)
+    positives = positive_counts(labels, contrast.labels, classes)
+    attraction = _positive_sum(z, labels, contrast, others, classes) / (positives.clamp(min=1) * temperature)
+    loss = log_sum_exp(z, others, temperature, exclude=contrast.rows_of(z)) - attraction
     return torch.where(positives > 0, loss, torch.zeros_like(loss))
+
+
+def psc(
+    z: torch.Tensor, labels: torch.Tensor, prototypes: torch.Tensor, temperature: float, positive_in_denominator: bool = False
+) -> torch.Tensor:
+    """Prototypical supervised contrastive loss, (M,) (Wang et al. 2021, equation 7); prototypes p (C, d) of unit norm.
+
+    l(m) = -log[ exp(z_m·p_y/τ) / Σ_{j≠y} exp(z_m·p_j/τ) ]. The paper leaves the positive out of the denominator, so the loss
+    may be negative; with `positive_in_denominator` the sum runs over all j.
+    """
+    z, prototypes = wide(z), wide(prototypes)
+    attraction = (z * prototypes.index_select(0, labels)).sum(1) / temperature
+    return log_sum_exp(z, prototypes, temperature, exclude=None if positive_in_denominator else labels) - attraction
+
+
+def balanced_contrastive(
+    z: torch.Tensor, labels: torch.Tensor, contrast: Contrast, prototypes: torch.Tensor, temperature: float
+) -> torch.Tensor:
+    """Balanced contrastive loss, (M,) (Zhu et al. 2022, equation 7); prototypes p (C, d) of unit norm.
+
+    Class complement: each class's prototype joins the contrast set, so that every class has a member and every anchor a
+    positive. Class averaging: the denominator sums each class's mean. With A_c(m) the members of class c other than m,
+
+        l(m) = -1/(|P(m)|+1) · Σ_{p∈P(m)∪{p_y}} log[ exp(z_m·p/τ) / Σ_c 1/(|A_c(m)|+1) · Σ_{a∈A_c(m)∪{p_c}} exp(z_m·a/τ) ].
+    """
+    z, prototypes = wide(z), wide(prototypes)
+    classes = len(prototypes)
+    others = torch.cat((wide(contrast.embeddings), prototypes))
+    other_labels = torch.cat((contrast.labels, torch.arange(classes, device=labels.device)))
+    with_prototypes = Contrast(others, other_labels, contrast.own)
+    members = torch.bincount(other_labels, minlength=classes)
+    positives = members[labels] - 1
+    attraction = _positive_sum(z, labels, with_prototypes, others, classes) / (positives * temperature)
+    # A member of another class stands for 1/|class|; of the anchor's own class, without the anchor, 1/(|P|+1).
+    normalizer = log_sum_exp(
+        z, others, temperature, with_prototypes.rows_of(z), weight=1 / members[other_labels].to(z.dtype),
+        own_class=(labels, other_labels, 1 / positives.to(z.dtype)),
+    )  # fmt: skip
+    return normalizer - attraction
+
+
+def paco(
+    logits: torch.Tensor,
+    z: torch.Tensor,
+    labels: torch.Tensor,
+    contrast: Contrast,
+    temperature: float,
+    alpha: float,
+    beta: float,
+) -> torch.Tensor:
+    """Parametric contrastive loss, (M,) (Cui et al. 2021, equation 4); logits f (M, C), where wanted with κ·log π added.
+
+    The class centres and the embeddings share one softmax: with D = Σ_c exp(f_c) + Σ_{a≠m} exp(z_m·z_a/τ),
+
+        l(m) = -[ β·log(exp(f_y)/D) + α·Σ_{p∈P(m)} log(exp(z_m·z_p/τ)/D) ] / (β + α·|P(m)|).
+    """
+    logits, z, others = wide(logits), wide(z), wide(contrast.embeddings)
+    classes = logits.shape[1]
+    positives = positive_counts(labels, contrast.labels, classes)
+    normalizer = torch.logaddexp(logits.logsumexp(1), log_sum_exp(z, others, temperature, exclude=contrast.rows_of(z)))
+    attraction = _positive_sum(z, labels, contrast, others, classes) / temperature
+    centre = logits.gather(1, labels[:, None]).squeeze(1)
+    return normalizer - (beta * centre + alpha * attraction) / (beta + alpha * positives)
+
+
+def _positive_sum(
+    z: torch.Tensor, labels: torch.Tensor, contrast: Contrast, others: torch.Tensor, classes: int
+) -> torch.Tensor:
+    """Σ_{p∈P(m)} z_m·z_p, (M,): through the sum of each class, so that no M×A mask is needed."""
+    sums = others.new_zeros(classes, others.shape[1]).index_add(0, contrast.labels, others)
+    own = others[contrast.own : contrast.own + len(z)]
+    return (z * (sums.index_select(0, labels) - own)).sum(1)

@@ -9,48 +9,74 @@ import torch
 from torch import nn
 
 from cibl_ray.config import CosineHeadConfig, LinearHeadConfig, NetworkConfig
-from cibl_ray.networks.heads import CosineHead, Projection
+from cibl_ray.losses.config import Needs
+from cibl_ray.networks.heads import CosineHead, LearnedPrototypes, ProjectedPrototypes, Projection
 from cibl_ray.networks.resnet_cifar import CifarResNet
+from cibl_ray.schedules import head_scale
 from pipelines.seeding import torch_seed
 
 
 @dataclass(frozen=True)
 class Outputs:
-    """logits: float32 (M, C). embeddings: float32 (M, d_z) of unit norm, or None where the network has no projection."""
+    """logits: float32 (M, C). embeddings: float32 (M, d_z) of unit norm, prototypes: float32 (C, d_z) of unit norm; None where
+    the network has none. scale: s of a cosine head, else 1."""
 
     logits: torch.Tensor
     embeddings: torch.Tensor | None
+    prototypes: torch.Tensor | None
+    scale: torch.Tensor | float
 
 
 class HybridNetwork(nn.Module):
     """Images (M, 3, S, S) to `Outputs`."""
 
-    def __init__(self, config: NetworkConfig, classes: int, with_projection: bool) -> None:
+    def __init__(self, config: NetworkConfig, classes: int, needs: Needs) -> None:
         super().__init__()
+        self.head_config, self.detached_head = config.head, needs.detached_head
         self.backbone, features = _backbone(config.backbone)
         self.head = _head(config.head, features, classes)
         self.projection: Projection | None = None
-        if with_projection:
+        self.prototypes: LearnedPrototypes | ProjectedPrototypes | None = None
+        if needs.projection:
             self.projection = Projection(features, config.projection.hidden, config.projection.size)
+        match needs.prototypes:
+            case "learned":
+                self.prototypes = LearnedPrototypes(classes, config.projection.size)
+            case "projected":
+                self.prototypes = ProjectedPrototypes(features, config.projection.hidden, config.projection.size)
 
     def forward(self, x: torch.Tensor) -> Outputs:
         h = self.backbone(x)
-        embeddings = self.projection(h) if self.projection is not None else None
-        return Outputs(self.head(h).float(), embeddings)
+        return Outputs(
+            logits=self.head(h.detach() if self.detached_head else h).float(),
+            embeddings=self.projection(h) if self.projection is not None else None,
+            prototypes=self.prototypes(self.head.weight) if self.prototypes is not None else None,
+            scale=self.head.scale if isinstance(self.head, CosineHead) else 1.0,
+        )
 
     def classify(self, x: torch.Tensor) -> torch.Tensor:
         """Logits alone, float32 (M, C): what evaluation and serving need."""
         return self.head(self.backbone(x)).float()
 
+    def schedule(self, epoch: float, epochs: int) -> None:
+        """Set what changes over a run of `epochs`: a cosine head's scale, where it is not learned."""
+        if isinstance(self.head_config, CosineHeadConfig) and not self.head_config.scale.learnable:
+            assert isinstance(self.head, CosineHead)
+            self.head.set_scale(head_scale(self.head_config.scale, epoch, epochs))
 
-def build_network(config: NetworkConfig, classes: int, with_projection: bool, seed: int) -> HybridNetwork:
+    def decays(self, name: str) -> bool:
+        """Whether weight decay applies to the parameter `name`: not to a learned scale, which it would pull to 1."""
+        return name != "head.log_scale"
+
+
+def build_network(config: NetworkConfig, classes: int, needs: Needs, seed: int) -> HybridNetwork:
     """A network with weights drawn from `seed`, channels last in memory.
 
-    The projection is drawn last, so that networks with and without one start from the same backbone and classifier.
+    Projection and prototypes are drawn last, so that networks with and without start from the same backbone and classifier.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(torch_seed(seed, "weights"))
-        network = HybridNetwork(config, classes, with_projection)
+        network = HybridNetwork(config, classes, needs)
     return network.to(memory_format=torch.channels_last)
 
 
@@ -73,5 +99,5 @@ def _head(config: LinearHeadConfig | CosineHeadConfig, features: int, classes: i
         case LinearHeadConfig():
             return nn.Linear(features, classes)
         case CosineHeadConfig():
-            return CosineHead(features, classes, config.scale)
+            return CosineHead(features, classes, config.scale.start, config.scale.learnable)
     assert_never(config)

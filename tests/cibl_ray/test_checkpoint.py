@@ -7,18 +7,18 @@ from safetensors.torch import save_file
 
 from cibl_ray.checkpoint import Checkpoint, load_checkpoint, load_weights, newest, save_checkpoint
 from cibl_ray.config import load_config
-from cibl_ray.losses.step import contrasts
+from cibl_ray.losses.config import Needs, needs
 from cibl_ray.networks.network import build_network
 from pipelines.errors import UserError
 
 
 def checkpoint(epoch=3, flags=()):
     config = load_config("quickstart", list(flags))
-    network = build_network(config.network, 3, contrasts(config.loss), seed=epoch)
+    network = build_network(config.network, 3, needs(config.loss), seed=epoch)
     momentum = {name: torch.full_like(p, 0.5) for name, p in network.named_parameters()}
     return Checkpoint(
         config, ["a", "b", "c"], np.array([9, 5, 2]), {"train": "x"}, epoch, {"epoch": 2, "balanced": 0.5},
-        network.state_dict(), momentum,
+        network.state_dict(), momentum, {"queue.written": torch.tensor(7)},
     )  # fmt: skip
 
 
@@ -31,6 +31,7 @@ def test_round_trip(tmp_path):
     assert loaded.best == {"epoch": 2, "balanced": 0.5}
     assert all(torch.equal(loaded.weights[name], tensor) for name, tensor in saved.weights.items())
     assert set(loaded.momentum) == set(saved.momentum)
+    assert loaded.objective == {"queue.written": torch.tensor(7)}
     rebuilt = loaded.network().state_dict()
     assert all(torch.equal(rebuilt[name], tensor) for name, tensor in saved.weights.items())
     assert [file.name for file in tmp_path.iterdir()] == ["a.safetensors"]
@@ -39,9 +40,9 @@ def test_round_trip(tmp_path):
 def test_another_architecture(tmp_path):
     config = load_config("quickstart", ["--backbone", "resnet32"])
     with pytest.raises(UserError, match=r"another architecture: it was made by resnet20 with a linear head"):
-        load_weights(build_network(config.network, 3, True, 0), checkpoint())
+        load_weights(build_network(config.network, 3, Needs(), 0), checkpoint())
     with pytest.raises(UserError, match="and 3 classes; 2 tensors differ, the first is 'head.weight'"):
-        load_weights(build_network(load_config("quickstart", []).network, 5, True, 0), checkpoint())
+        load_weights(build_network(load_config("quickstart", []).network, 5, Needs(), 0), checkpoint())
 
 
 def test_cut_short_falls_back_to_the_one_before(tmp_path, caplog):

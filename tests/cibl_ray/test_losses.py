@@ -1,4 +1,4 @@
-"""CIBL against a plain float64 loop written from the formula, and its limits."""
+"""Every loss against a plain float64 loop written from its formula, value and gradient; and the limits of CIBL."""
 
 import math
 
@@ -6,32 +6,22 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from cibl_ray.losses import softmax
 from cibl_ray.losses.cibl import cibl, contrastive_weight
-from cibl_ray.losses.contrastive import positive_counts, supcon
+from cibl_ray.losses.classification import (
+    adjusted,
+    cross_entropy,
+    effective_number_weights,
+    ldam,
+    ldam_margins,
+    log_prior,
+)
+from cibl_ray.losses.contrastive import Contrast, balanced_contrastive, paco, positive_counts, psc, supcon
+from cibl_ray.losses.hybrid import contrastive_share
+from cibl_ray.losses.memory import LabelledQueue
 
-
-def plain_supcon(z, labels, temperature):
-    losses = []
-    for m in range(len(z)):
-        others = [a for a in range(len(z)) if a != m]
-        positives = [a for a in others if labels[a] == labels[m]]
-        denominator = torch.stack([torch.exp(z[m] @ z[a] / temperature) for a in others]).sum()
-        terms = [torch.log(torch.exp(z[m] @ z[p] / temperature) / denominator) for p in positives]
-        losses.append(-torch.stack(terms).mean() if terms else z.sum() * 0)
-    return torch.stack(losses)
-
-
-def plain_cibl(logits, z, labels, tail_skew, temperature):
-    contrastive = plain_supcon(z, labels, temperature)
-    total = torch.zeros((), dtype=logits.dtype)
-    for m in range(len(z)):
-        positives = sum(int(labels[a] == labels[m]) for a in range(len(z)) if a != m)
-        weight = tail_skew * positives / (1 + tail_skew * positives)
-        cross_entropy = -torch.log_softmax(logits[m], 0)[labels[m]]
-        total = total + (1 - weight) * cross_entropy + weight * contrastive[m]
-    return total / len(z)
-
-
+CLASSES, WIDTH, QUEUED = 12, 7, 5  # more classes than the ten anchors
+COUNTS = torch.tensor([500, 300, 200, 90, 60, 40, 20, 10, 8, 6, 5, 5])
 LABELS = {
     "mixed": [0, 0, 0, 1, 1, 2, 2, 0, 1, 0],
     "a class without positives": [0, 0, 0, 1, 1, 1, 3, 0, 1, 0],
@@ -40,50 +30,310 @@ LABELS = {
 }
 
 
-def example(name, dtype, classes=12, size=7):
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(10, classes, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
-    raw = torch.randn(10, size, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
-    return logits, raw, torch.tensor(LABELS[name])
+def others_of(m, count):
+    return [a for a in range(count) if a != m]
 
 
+def plain_supcon(z, labels, everyone, all_labels, temperature):
+    """The anchors z are the first rows of `everyone`."""
+    losses = []
+    for m in range(len(z)):
+        others = others_of(m, len(everyone))
+        denominator = sum(torch.exp(z[m] @ everyone[a] / temperature) for a in others)
+        positives = [a for a in others if all_labels[a] == labels[m]]
+        terms = [torch.log(torch.exp(z[m] @ everyone[p] / temperature) / denominator) for p in positives]
+        losses.append(-sum(terms) / len(terms) if terms else z.sum() * 0)
+    return torch.stack(losses)
+
+
+def plain_psc(z, labels, prototypes, temperature, positive_in_denominator):
+    losses = []
+    for m, label in enumerate(labels.tolist()):
+        similar = torch.exp(prototypes @ z[m] / temperature)
+        denominator = sum(similar[j] for j in range(len(prototypes)) if positive_in_denominator or j != label)
+        losses.append(-torch.log(similar[label] / denominator))
+    return torch.stack(losses)
+
+
+def plain_balanced(z, labels, everyone, all_labels, prototypes, temperature):
+    losses = []
+    for m, label in enumerate(labels.tolist()):
+        members = {
+            c: [everyone[a] for a in others_of(m, len(everyone)) if all_labels[a] == c] + [prototypes[c]]
+            for c in range(len(prototypes))
+        }
+        denominator = sum(sum(torch.exp(z[m] @ x / temperature) for x in of) / len(of) for of in members.values())
+        terms = [torch.log(torch.exp(z[m] @ p / temperature) / denominator) for p in members[label]]
+        losses.append(-sum(terms) / len(terms))
+    return torch.stack(losses)
+
+
+def plain_paco(logits, z, labels, everyone, all_labels, temperature, alpha, beta):
+    losses = []
+    for m, label in enumerate(labels.tolist()):
+        others = others_of(m, len(everyone))
+        similar = {a: torch.exp(z[m] @ everyone[a] / temperature) for a in others}
+        denominator = sum(similar.values()) + sum(torch.exp(f) for f in logits[m])
+        positives = [a for a in others if all_labels[a] == label]
+        total = beta * torch.log(torch.exp(logits[m, label]) / denominator)
+        total = total + alpha * sum(torch.log(similar[p] / denominator) for p in positives)
+        losses.append(-total / (beta + alpha * len(positives)))
+    return torch.stack(losses)
+
+
+def plain_cross_entropy(logits, labels):
+    return torch.stack([-torch.log(torch.exp(f[y]) / sum(torch.exp(f))) for f, y in zip(logits, labels.tolist(), strict=True)])
+
+
+def plain_cibl(logits, z, labels, everyone, all_labels, tail_skew, temperature, every):
+    contrastive = plain_supcon(z, labels, everyone, all_labels, temperature)
+    classified = plain_cross_entropy(logits, labels)
+    rows, loss = range(0, len(z), every), 0
+    for m in range(len(z)):
+        positives = sum(int(all_labels[a] == labels[m]) for a in others_of(m, len(everyone)))
+        weight = tail_skew * positives / (1 + tail_skew * positives)
+        loss = loss + weight * contrastive[m] / len(z)
+        if m in rows:
+            loss = loss + (1 - weight) * classified[m] / len(rows)
+    return loss
+
+
+class Example:
+    """Ten anchors, logits, prototypes and a queue, drawn in float64 and rounded to `dtype`; leaves to differentiate by."""
+
+    def __init__(self, name, dtype, queued):
+        random = torch.Generator().manual_seed(0)
+
+        def draw(*shape):
+            drawn = torch.randn(*shape, generator=random, dtype=torch.float64)
+            return drawn if len(shape) < 2 else F.normalize(drawn, dim=1)
+
+        rounded = [x.to(dtype) for x in (3 * draw(10, CLASSES), draw(10, WIDTH), draw(CLASSES, WIDTH), draw(QUEUED, WIDTH))]
+        self.queue = rounded.pop()
+        self.leaves = [x.requires_grad_() for x in rounded]
+        self.logits, self.z, self.prototypes = self.leaves
+        self.labels = torch.tensor(LABELS[name])
+        self.queue_labels = torch.tensor([0, 2, 2, 7, 11])
+        if not queued:
+            self.queue, self.queue_labels = self.queue[:0], self.queue_labels[:0]
+
+    def everyone(self):
+        return torch.cat((self.z, self.queue)), torch.cat((self.labels, self.queue_labels))
+
+    def contrast(self):
+        return Contrast(*self.everyone())
+
+    def in_double(self):
+        return self._in(torch.float64)
+
+    def in_float(self):
+        return self._in(torch.float32)
+
+    def _in(self, dtype):
+        """The same numbers, leaves of their own."""
+        other = object.__new__(Example)
+        other.leaves = [leaf.detach().to(dtype).requires_grad_() for leaf in self.leaves]
+        other.logits, other.z, other.prototypes = other.leaves
+        other.labels, other.queue, other.queue_labels = self.labels, self.queue.to(dtype), self.queue_labels
+        return other
+
+
+PRIOR = log_prior(COUNTS)
+MARGINS = ldam_margins(COUNTS, 0.5)
+LOSSES = {
+    "cross_entropy": (lambda e: cross_entropy(e.logits, e.labels), lambda e: plain_cross_entropy(e.logits, e.labels)),
+    "balanced_softmax": (
+        lambda e: cross_entropy(adjusted(e.logits, PRIOR, 1.5), e.labels),
+        lambda e: plain_cross_entropy(e.logits + 1.5 * torch.log(COUNTS.double() / COUNTS.sum()), e.labels),
+    ),
+    "ldam": (
+        lambda e: ldam(e.logits, e.labels, MARGINS, 3.0),
+        lambda e: plain_cross_entropy(
+            e.logits - 3.0 * F.one_hot(e.labels, CLASSES) * (0.5 * (5 / COUNTS.double()) ** 0.25), e.labels
+        ),
+    ),
+    "supcon": (
+        lambda e: supcon(e.z, e.labels, e.contrast(), CLASSES, 0.1),
+        lambda e: plain_supcon(e.z, e.labels, *e.everyone(), 0.1),
+    ),
+    "psc": (
+        lambda e: psc(e.z, e.labels, e.prototypes, 0.1),
+        lambda e: plain_psc(e.z, e.labels, e.prototypes, 0.1, positive_in_denominator=False),
+    ),
+    "psc_positive_in_denominator": (
+        lambda e: psc(e.z, e.labels, e.prototypes, 0.1, positive_in_denominator=True),
+        lambda e: plain_psc(e.z, e.labels, e.prototypes, 0.1, positive_in_denominator=True),
+    ),
+    "bcl": (
+        lambda e: balanced_contrastive(e.z, e.labels, e.contrast(), e.prototypes, 0.1),
+        lambda e: plain_balanced(e.z, e.labels, *e.everyone(), e.prototypes, 0.1),
+    ),
+    "paco": (
+        lambda e: paco(e.logits, e.z, e.labels, e.contrast(), 0.07, 0.05, 1.0),
+        lambda e: plain_paco(e.logits, e.z, e.labels, *e.everyone(), 0.07, 0.05, 1.0),
+    ),
+    "cibl": (
+        lambda e: cibl(e.logits, e.z, e.labels, e.contrast(), 0.3, 0.1)["loss"],
+        lambda e: plain_cibl(e.logits, e.z, e.labels, *e.everyone(), 0.3, 0.1, every=1),
+    ),
+    "cibl_first_view": (
+        lambda e: cibl(e.logits, e.z, e.labels, e.contrast(), 0.3, 0.1, classify_every=2)["loss"],
+        lambda e: plain_cibl(e.logits, e.z, e.labels, *e.everyone(), 0.3, 0.1, every=2),
+    ),
+}
+
+
+def relative(ours, reference):
+    """The difference's norm by the reference's, 1e-9 of absolute difference let through where that is nothing."""
+    reference = reference.detach()
+    return float((ours.detach().double() - reference).norm() / reference.norm().clamp(min=1e-9))
+
+
+def agree(ours, reference, precision):
+    return relative(ours, reference) <= precision or (reference.norm() <= 1e-12 and ours.norm() <= 1e-6)
+
+
+@pytest.mark.parametrize("precision", ["float64", "bf16"])
+@pytest.mark.parametrize("queued", [False, True])
 @pytest.mark.parametrize("name", LABELS)
-@pytest.mark.parametrize("tail_skew", [0.0, 0.05, 5.0])
-def test_cibl_is_the_formula_value_and_gradient(name, tail_skew):
-    logits, raw, labels = example(name, torch.float64)
-    ours = cibl(logits, F.normalize(raw, dim=1), labels, tail_skew, 0.1)["loss"]
-    reference = plain_cibl(logits, F.normalize(raw, dim=1), labels, tail_skew, 0.1)
-    # The weights are float32, so is the agreement.
-    assert ours.item() == pytest.approx(reference.item(), rel=1e-6)
+@pytest.mark.parametrize("loss", LOSSES)
+def test_loss_is_the_formula_value_and_gradient(loss, name, queued, precision):
+    """bf16: as in training, numbers of that precision held in float32, and the loss inside autocast too."""
+    ours, plain = LOSSES[loss]
+    tolerance = 1e-6 if precision == "float64" else 1e-3
+    example = Example(name, torch.float64 if precision == "float64" else torch.bfloat16, queued)
+    double = example.in_double()
+    reference = plain(double)
+    if precision == "bf16":
+        assert agree(ours(example).double(), reference, tolerance)  # tensors of bf16 themselves
+        example = example.in_float()
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        value = ours(example)
+    assert agree(value.double(), reference, tolerance)
+    # Positive weights, so that no gradient is a sum in which much cancels.
+    weights = torch.rand(reference.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    gradients = torch.autograd.grad((value * weights).sum(), example.leaves, allow_unused=True)
+    references = torch.autograd.grad((reference * weights).sum(), double.leaves, allow_unused=True)
+    for mine, theirs in zip(gradients, references, strict=True):
+        assert (mine is None) == (theirs is None)
+        assert theirs is None or agree(mine.double(), theirs, tolerance)
+
+
+@pytest.mark.parametrize("loss", [name for name in LOSSES if "cross" not in name and name not in ("balanced_softmax", "ldam")])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_blocks_change_nothing(loss, rows, monkeypatch):
+    """With a block too small for the whole matrix, value and gradient stay the same."""
+    ours, _ = LOSSES[loss]
+    whole, blocked = Example("mixed", torch.float64, queued=True), Example("mixed", torch.float64, queued=True)
+    value = ours(whole)
+    gradients = torch.autograd.grad(value.sum(), whole.leaves, allow_unused=True)
+    monkeypatch.setitem(softmax.BLOCK, "cpu", rows * 15)
+    assert torch.allclose(ours(blocked), value, rtol=1e-12)
+    again = torch.autograd.grad(ours(blocked).sum(), blocked.leaves, allow_unused=True)
+    for mine, theirs in zip(again, gradients, strict=True):
+        assert (mine is None and theirs is None) or torch.allclose(mine, theirs, rtol=1e-10, atol=1e-13)
+
+
+def test_blocks_keep_memory_below_the_square():
+    """Beyond the block's size nothing of M x M is kept for the backward pass."""
+    z = F.normalize(torch.randn(2048, 8), dim=1).requires_grad_()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+        softmax.log_sum_exp(z, z, 0.1, exclude=torch.arange(2048))
+    assert kept
+    assert max(kept) <= z.numel()
+
+
+@pytest.mark.parametrize("loss", ["supcon", "bcl", "paco", "cibl"])
+def test_two_workers_halves_add_up_to_the_whole(loss):
+    """Each worker has half the anchors and all embeddings; values join, gradients of the shared embeddings add."""
+    e = Example("mixed", torch.float64, queued=True)
+
+    def half(start, stop, everyone):
+        z, labels = everyone[start:stop], e.labels[start:stop]
+        contrast = Contrast(everyone, torch.cat((e.labels, e.queue_labels)), own=start)
+        match loss:
+            case "supcon":
+                return supcon(z, labels, contrast, CLASSES, 0.1).sum()
+            case "bcl":
+                return balanced_contrastive(z, labels, contrast, e.prototypes, 0.1).sum()
+            case "paco":
+                return paco(e.logits[start:stop], z, labels, contrast, 0.1, 0.05, 1.0).sum()
+            case _:
+                return cibl(e.logits[start:stop], z, labels, contrast, 0.3, 0.1)["loss"] * (stop - start)
+
+    def all_embeddings():
+        return torch.cat((e.z, e.queue))
+
+    whole = half(0, 10, all_embeddings())
+    halves = half(0, 4, all_embeddings()) + half(4, 10, all_embeddings())
+    assert halves.item() == pytest.approx(whole.item(), rel=1e-10)
     for mine, theirs in zip(
-        torch.autograd.grad(ours, (logits, raw)), torch.autograd.grad(reference, (logits, raw)), strict=True
+        torch.autograd.grad(halves, e.leaves, allow_unused=True),
+        torch.autograd.grad(whole, e.leaves, allow_unused=True),
+        strict=True,
     ):
-        assert (mine - theirs).norm() <= 1e-6 * max(theirs.norm().item(), 1e-12)
+        assert (mine is None and theirs is None) or torch.allclose(mine, theirs, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", LABELS)
-def test_supcon_is_the_formula_in_float64(name):
-    _, raw, labels = example(name, torch.float64)
-    z = F.normalize(raw, dim=1)
-    ours, reference = supcon(z, labels, 12, 0.07), plain_supcon(z, labels, 0.07)
-    assert torch.allclose(ours, reference, rtol=1e-9, atol=1e-9)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_finite_where_features_coincide_and_temperature_is_low(loss, dtype):
+    """All embeddings and prototypes alike, τ = .02 in every loss; value and gradient stay finite."""
+    e = Example("a class without positives", dtype, queued=True)
+    alike = F.normalize(torch.ones(1, WIDTH, dtype=torch.float64), dim=1).to(dtype)
+    e.z, e.prototypes = alike.repeat(10, 1).requires_grad_(), alike.repeat(CLASSES, 1).requires_grad_()
+    e.queue = alike.repeat(QUEUED, 1)
+    value = LOW_TEMPERATURE.get(loss, LOSSES[loss][0])(e)
+    gradients = torch.autograd.grad(value.sum(), (e.logits, e.z, e.prototypes), allow_unused=True)
+    assert value.isfinite().all()
+    assert all(gradient.isfinite().all() for gradient in gradients if gradient is not None)
+
+
+LOW_TEMPERATURE = {
+    "supcon": lambda e: supcon(e.z, e.labels, e.contrast(), CLASSES, 0.02),
+    "psc": lambda e: psc(e.z, e.labels, e.prototypes, 0.02),
+    "psc_positive_in_denominator": lambda e: psc(e.z, e.labels, e.prototypes, 0.02, positive_in_denominator=True),
+    "bcl": lambda e: balanced_contrastive(e.z, e.labels, e.contrast(), e.prototypes, 0.02),
+    "paco": lambda e: paco(e.logits, e.z, e.labels, e.contrast(), 0.02, 0.05, 1.0),
+    "cibl": lambda e: cibl(e.logits, e.z, e.labels, e.contrast(), 0.3, 0.02)["loss"],
+    "cibl_first_view": lambda e: cibl(e.logits, e.z, e.labels, e.contrast(), 0.3, 0.02, classify_every=2)["loss"],
+}
+
+
+def test_finite_where_features_oppose_each_other_and_temperature_is_low():
+    """A shift by anything but the row's own maximum would underflow: exp(-1/.02 - 1/.02)."""
+    z = torch.tensor([[1.0, 0], [-1, 0], [0, 1.0]], requires_grad=True)
+    labels = torch.tensor([0, 0, 1])
+    loss = supcon(z, labels, Contrast(z, labels), 2, 0.01).sum()
+    loss.backward()
+    assert math.isfinite(loss.item())
+    assert z.grad is not None
+    assert z.grad.isfinite().all()
 
 
 def test_tail_skew_zero_is_cross_entropy_to_the_bit():
-    logits, raw, labels = example("mixed", torch.float32)
-    ours = cibl(logits, F.normalize(raw, dim=1), labels, 0.0, 0.1)["loss"]
-    plain = F.cross_entropy(logits, labels, reduction="none").mean()
+    e = Example("mixed", torch.float32, queued=True)
+    ours = cibl(e.logits, e.z, e.labels, e.contrast(), 0.0, 0.1)["loss"]
+    plain = F.cross_entropy(e.logits, e.labels, reduction="none").mean()
     assert torch.equal(ours, plain)
-    assert torch.equal(torch.autograd.grad(ours, logits)[0], torch.autograd.grad(plain, logits)[0])
+    assert torch.equal(torch.autograd.grad(ours, e.logits)[0], torch.autograd.grad(plain, e.logits)[0])
+    assert torch.equal(cibl(e.logits, e.z, e.labels, e.contrast(), 0.0, 0.1, normalize=True)["loss"], plain)
 
 
-def test_great_tail_skew_is_supcon_plus_cross_entropy_over_its_positives():
-    logits, raw, labels = example("one class", torch.float64)
-    z = F.normalize(raw, dim=1)
-    skew = 1e6
-    ours = cibl(logits, z, labels, skew, 0.1)["loss"]
-    remainder = F.cross_entropy(logits, labels, reduction="none") / (skew * 9)
-    assert ours.item() == pytest.approx((supcon(z, labels, 12, 0.1) + remainder).mean().item(), rel=1e-6)
+def test_great_tail_skew_is_supcon_plus_the_remainder():
+    """λ → ∞: SupCon plus cross-entropy over λ·|P|; normalised, plus cross-entropy with weights ∝ 1/|P|."""
+    e = Example("one class", torch.float64, queued=True)
+    e.labels = torch.tensor([2, 2, 2, 2, 2, 2, 0, 0, 0, 0])
+    positives, skew = torch.tensor([7.0] * 6 + [4.0] * 4, dtype=torch.float64), 1e6  # with the queue's 0, 2, 2
+    contrastive = supcon(e.z, e.labels, e.contrast(), CLASSES, 0.1)
+    classified = F.cross_entropy(e.logits, e.labels, reduction="none")
+    ours = cibl(e.logits, e.z, e.labels, e.contrast(), skew, 0.1)["loss"]
+    remainder = (classified - contrastive) / (skew * positives)
+    assert ours.item() == pytest.approx((contrastive + remainder).mean().item(), rel=1e-10)
+    ours = cibl(e.logits, e.z, e.labels, e.contrast(), skew, 0.1, normalize=True)["loss"]
+    expected = contrastive.mean() + (classified / positives).sum() / (1 / positives).sum()
+    assert ours.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -96,24 +346,50 @@ def test_weights_at_the_expected_number_of_positives(skew, expected):
     assert weights.tolist() == pytest.approx(expected, abs=0.011)
 
 
-def test_positives_count_the_other_members():
-    assert positive_counts(torch.tensor([0, 2, 0, 0, 5]), 6).tolist() == [2, 0, 2, 2, 0]
-
-
-@pytest.mark.parametrize("temperature", [0.02, 0.1])
-def test_finite_where_features_coincide_and_temperature_is_low(temperature):
-    raw = torch.ones(8, 4, requires_grad=True)
-    logits = torch.zeros(8, 3, requires_grad=True)
-    labels = torch.tensor([0, 0, 0, 0, 1, 1, 2, 0])
-    loss = cibl(logits, F.normalize(raw, dim=1), labels, 0.5, temperature)["loss"]
-    loss.backward()
-    assert math.isfinite(loss.item())
-    assert raw.grad is not None
-    assert raw.grad.isfinite().all()
+def test_positives_count_the_other_members_and_the_queue():
+    labels = torch.tensor([0, 2, 0, 0, 5])
+    assert positive_counts(labels, labels, 6).tolist() == [2, 0, 2, 2, 0]
+    assert positive_counts(labels, torch.cat((labels, torch.tensor([5, 5, 1]))), 6).tolist() == [2, 0, 2, 2, 2]
 
 
 def test_terms_are_named_and_detached():
-    logits, raw, labels = example("mixed", torch.float32)
-    terms = cibl(logits, F.normalize(raw, dim=1), labels, 0.05, 0.1)
+    e = Example("mixed", torch.float32, queued=False)
+    terms = cibl(e.logits, e.z, e.labels, e.contrast(), 0.05, 0.1)
     assert list(terms) == ["loss", "cross_entropy", "contrastive", "cross_entropy_weight"]
     assert [name for name, term in terms.items() if term.requires_grad] == ["loss"]
+
+
+def test_ldam_margins_and_weights():
+    counts = torch.tensor([5000, 50])
+    assert ldam_margins(counts, 0.5).tolist() == pytest.approx([0.5 * (50 / 5000) ** 0.25, 0.5])
+    plain = [(1 - 0.99) / (1 - 0.99**count) for count in counts.tolist()]
+    assert effective_number_weights(counts, 0.99).tolist() == pytest.approx([2 * w / sum(plain) for w in plain])
+
+
+@pytest.mark.parametrize(("curve", "at_half"), [("parabolic", 0.75), ("linear", 0.5), ("cosine", 0.5), ("constant", 0.3)])
+def test_curves_of_the_contrastive_share(curve, at_half):
+    assert contrastive_share(curve, 0.5, 0.3) == pytest.approx(at_half)
+    if curve != "constant":
+        assert contrastive_share(curve, 0.0) == 1
+        assert contrastive_share(curve, 1.0) == pytest.approx(0)
+    assert contrastive_share("cosine", 0.25) == pytest.approx(0.5 * (1 + math.sqrt(0.5)))
+
+
+def test_queue_is_a_ring_that_never_shows_an_empty_slot():
+    queue = LabelledQueue(5, 2, torch.device("cpu"))
+    assert [len(part) for part in queue.content()] == [0, 0]
+    pushed = torch.arange(14.0).view(7, 2)
+    queue.push(pushed[:3], torch.tensor([7, 8, 9]))
+    assert queue.content()[1].tolist() == [7, 8, 9]
+    queue.push(pushed[3:6], torch.tensor([1, 2, 3]))
+    embeddings, labels = queue.content()
+    assert labels.tolist() == [3, 8, 9, 1, 2]
+    assert torch.equal(embeddings[0], pushed[5])
+    assert torch.equal(embeddings[1], pushed[1])
+    restored = LabelledQueue(5, 2, torch.device("cpu"))
+    restored.load(queue.state())
+    for one in (queue, restored):
+        one.push(pushed[6:], torch.tensor([4]))
+        assert one.content()[1].tolist() == [3, 4, 9, 1, 2]
+    queue.push(torch.ones(12, 2), torch.arange(12))  # more than it holds: the newest stay
+    assert sorted(queue.content()[1].tolist()) == [7, 8, 9, 10, 11]

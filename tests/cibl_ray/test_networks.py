@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cibl_ray.config import CosineHeadConfig, NetworkConfig
+from cibl_ray.config import CosineHeadConfig, NetworkConfig, ScaleConfig
+from cibl_ray.losses.config import Needs
 from cibl_ray.networks.heads import CosineHead
 from cibl_ray.networks.network import build_network
 
@@ -18,7 +19,7 @@ def parameters(network) -> int:
     [("resnet20", 32, 269_722 + 0), ("resnet32", 32, 464_154), ("resnet50", 64, 23_528_522), ("resnext50", 64, 23_000_394)],
 )
 def test_sizes_and_shapes(backbone, size, expected):
-    network = build_network(NetworkConfig(backbone=backbone), classes=10, with_projection=False, seed=0)
+    network = build_network(NetworkConfig(backbone=backbone), classes=10, needs=Needs(projection=False), seed=0)
     assert parameters(network) == expected
     network.eval()
     outputs = network(torch.randn(2, 3, size, size))
@@ -27,7 +28,7 @@ def test_sizes_and_shapes(backbone, size, expected):
 
 
 def test_embeddings_are_of_unit_norm():
-    network = build_network(NetworkConfig(backbone="resnet20"), 10, with_projection=True, seed=0)
+    network = build_network(NetworkConfig(backbone="resnet20"), 10, Needs(), seed=0)
     outputs = network(torch.randn(6, 3, 16, 16))
     assert outputs.embeddings is not None
     assert outputs.embeddings.shape == (6, 128)
@@ -39,9 +40,9 @@ def test_embeddings_are_of_unit_norm():
 
 def test_seed_decides_the_weights_and_the_projection_changes_none():
     config = NetworkConfig(backbone="resnet20")
-    with_, without = (build_network(config, 10, p, seed=0).state_dict() for p in (True, False))
+    with_, without = (build_network(config, 10, Needs(projection=p), seed=0).state_dict() for p in (True, False))
     assert all(torch.equal(with_[name], tensor) for name, tensor in without.items())
-    other = build_network(config, 10, False, seed=1).state_dict()
+    other = build_network(config, 10, Needs(projection=False), seed=1).state_dict()
     assert not torch.equal(other["backbone.conv.weight"], without["backbone.conv.weight"])
 
 
@@ -49,7 +50,7 @@ def test_building_leaves_the_global_generator_alone():
     torch.manual_seed(5)
     expected = torch.rand(1)
     torch.manual_seed(5)
-    build_network(NetworkConfig(backbone="resnet20"), 10, True, seed=0)
+    build_network(NetworkConfig(backbone="resnet20"), 10, Needs(), seed=0)
     assert torch.equal(torch.rand(1), expected)
 
 
@@ -59,5 +60,5 @@ def test_cosine_head_is_the_scaled_cosine():
     expected = 16 * F.cosine_similarity(h[:, None], head.weight[None], dim=-1)
     assert torch.allclose(head(h), expected, atol=1e-5)
     assert torch.allclose(head(7 * h), expected, atol=1e-5)
-    config = NetworkConfig(backbone="resnet20", head=CosineHeadConfig(kind="cosine", scale=8.0))
-    assert build_network(config, 3, False, 0).classify(torch.randn(2, 3, 8, 8)).abs().max() <= 8
+    config = NetworkConfig(backbone="resnet20", head=CosineHeadConfig(kind="cosine", scale=ScaleConfig(start=8.0)))
+    assert build_network(config, 3, Needs(), 0).classify(torch.randn(2, 3, 8, 8)).abs().max() <= 8

@@ -116,7 +116,7 @@ def test_ffcv_cuts_what_torchvision_cuts(digits, tmp_path):
     of = reading(tmp_path)
     batch = batches(make_loader(digits, "train", of, LoaderConfig(kind="ffcv")), 7)[0]
     beton = digits.beton("train")
-    order = epoch_order(len(beton), of.seed, 7, shuffle=True)
+    order = epoch_order(beton.labels, "instance", of.seed, 7)
     sides = np.full(len(beton), 16)
     cuts = draw_cuts(of.views, of.size, sides, sides, of.seed, 7)
     assert {-4, 4} <= set(cuts[:, 0, TOP].tolist())

@@ -1,0 +1,163 @@
+"""`python -m benchmarks.claims --budget cpu --cifar10 FOLDER --cifar100 FOLDER`: the papers' claims, measured on real images.
+
+CIFAR-10-LT and CIFAR-100-LT, imbalance factor 100; the folders hold train/CLASS/* and test/CLASS/*; by default torchvision's
+copies in data/ are used. Three questions:
+
+1. Tail skew: accuracy of the head, middle and tail third of the classes against λ. Is it monotonic?
+2. Cosine head: how many epochs, in whole runs of that length, until it has the linear head's final accuracy?
+3. Methods: CIBL beside cross-entropy, balanced softmax, Hybrid-SC, Hybrid-PSC, BCL and PaCo at equal epochs.
+
+Everything else is equal: images, views, schedule, initial weights. Scores are the last epoch's, on the test set. Runs that have
+a result are not run again, so a stopped measurement goes on. Writes tables and pictures to docs/claims/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from benchmarks import claims_report
+from benchmarks.measure import report
+
+LAMBDAS = (0.0, 0.01, 0.05, 0.5, 5.0)
+DATASETS = {"cifar10": "CIFAR-10-LT", "cifar100": "CIFAR-100-LT"}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """epochs: of a full run. cosine: epochs of each of the cosine head's runs. averaging: momentum of PaCo's network."""
+
+    epochs: int
+    cosine: tuple[int, ...]
+    averaging: float
+    seeds: int
+    options: tuple[str, ...]
+
+
+CPU = ("--backbone", "resnet20", "--schedule", "{kind: cosine, warmup_epochs: 1}", "--loader.kind", "torch")
+BUDGETS = {
+    # PaCo's average over .999 would, in a run so short, be the initial network.
+    "cpu": Budget(5, (2, 3, 5), 0.99, 3, CPU),
+    "gpu": Budget(200, (50, 100, 150, 200), 0.999, 3, ()),
+    "quick": Budget(1, (1,), 0.99, 1, (*CPU, "--warmup_epochs", "0", "--data.profile.largest", "100")),
+}
+
+
+def methods(budget: Budget) -> dict[str, str]:
+    """`loss` of each method compared, beside cross-entropy and CIBL, which the sweep over λ has."""
+    return {
+        "balanced softmax": "{kind: balanced_softmax}",
+        "Hybrid-SC": "{kind: hybrid_sc}",
+        "Hybrid-PSC": "{kind: hybrid_psc}",
+        "BCL": "{kind: bcl}",
+        "PaCo": f"{{kind: paco, momentum: {budget.averaging}}}",
+    }
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run: a dataset, what is asked (λ, cosine or method), the value, the seed, and its options."""
+
+    dataset: str
+    claim: str
+    value: str
+    seed: int
+    options: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        return f"{self.dataset}-{self.claim}-{self.value}-{self.seed}".replace(" ", "_")
+
+
+def cells(budget: Budget, datasets: list[str]) -> list[Cell]:
+    """Every run of a budget, first seeds first, so that a stopped measurement has something to say of each question."""
+    listed = []
+    for seed in range(budget.seeds):
+        for dataset in datasets:
+            length = ("--epochs", str(budget.epochs))
+            for tail_skew in LAMBDAS:
+                loss = f"{{kind: cibl, tail_skew: {tail_skew}}}"
+                listed.append(Cell(dataset, "lambda", str(tail_skew), seed, ("--loss", loss, *length)))
+            for method, loss in methods(budget).items():
+                listed.append(Cell(dataset, "method", method, seed, ("--loss", loss, *length)))
+            for epochs in budget.cosine:
+                options = ("--head", "{kind: cosine}", "--loss", "{kind: cibl, tail_skew: 0.05}", "--epochs", str(epochs))
+                listed.append(Cell(dataset, "cosine", str(epochs), seed, options))
+    return listed
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.claims", description=__doc__.partition("\n")[0])
+    parser.add_argument("--budget", choices=["cpu", "gpu"], default="cpu", help="cpu: ResNet-20, 5 epochs; gpu: ResNet-32, 200")
+    parser.add_argument("--quick", action="store_true", help="one epoch of few images: shows that it runs, measures nothing")
+    for dataset, title in DATASETS.items():
+        parser.add_argument(f"--{dataset}", type=Path, help=f"{title.removesuffix('-LT')} as an image folder")
+    parser.add_argument("--runs", type=Path, default=Path("runs/claims"))
+    parser.add_argument("--docs", type=Path, default=Path("docs/claims"))
+    parser.add_argument("--jobs", type=int, help="runs at a time; by default one a core (cpu), one (gpu)")
+    parser.add_argument("--report-only", action="store_true", help="write the tables from the runs that are there")
+    arguments = parser.parse_args()
+    name = "quick" if arguments.quick else arguments.budget
+    budget = BUDGETS[name]
+    jobs = arguments.jobs or (1 if arguments.budget == "gpu" else len(os.sched_getaffinity(0)))
+    every = cells(budget, [*DATASETS])
+    runs = arguments.runs / name
+    if not arguments.report_only:
+        sources = {
+            dataset: ("--data.source.kind", "folder", "--data.source.path", str(folder))
+            for dataset in DATASETS
+            if (folder := getattr(arguments, dataset)) is not None
+        }
+        _run_all(every, runs, sources, budget.options, jobs)
+    results = {cell: json.loads(path.read_text()) for cell in every if (path := runs / cell.name / "result.json").exists()}
+    summary = claims_report.summarize(results)
+    if not arguments.quick:
+        claims_report.write(arguments.docs, name, summary, results, len(every))
+    report(runs=len(results), of=len(every), **summary)
+
+
+def _run_all(every: list[Cell], runs: Path, sources: dict[str, tuple[str, ...]], common: tuple[str, ...], jobs: int) -> None:
+    """Train what has no result yet, `jobs` at a time: single-threaded runs side by side waste less than one with every core."""
+    running: list[subprocess.Popen[bytes]] = []
+
+    def run(cell: Cell) -> None:
+        folder = runs / cell.name
+        if (folder / "result.json").exists():
+            return
+        fresh = [f"{cell.dataset}_lt", "--runs", str(runs), "--name", cell.name]
+        start = ["--resume", str(folder)] if folder.exists() else fresh
+        options = [*sources.get(cell.dataset, ()), *cell.options[-2:], *common, *cell.options[:-2], "--seed", str(cell.seed)]
+        threads = {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // jobs))}
+        process = subprocess.Popen(
+            [sys.executable, "-m", "cibl_ray.train", *start, *options],
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=os.environ | threads,
+        )  # fmt: skip
+        running.append(process)
+        _, errors = process.communicate()
+        running.remove(process)
+        if process.returncode:
+            raise RuntimeError(f"{cell.name}: {errors.decode().strip().splitlines()[-1]}")
+
+    runs.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(jobs) as pool:
+        try:
+            for _ in tqdm(pool.map(run, every), total=len(every), unit="run"):
+                pass
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in running:
+                process.send_signal(signal.SIGINT)
+            raise
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,6 @@
+def summarize(results):
+    return {}
+
+
+def write(*a):
+    pass

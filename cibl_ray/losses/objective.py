@@ -1,0 +1,141 @@
+"""From a step's images to the terms of the loss: runs the network, and keeps what a loss carries from step to step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from cibl_ray.losses.classification import log_prior
+from cibl_ray.losses.config import AnyLoss, CIBLConfig, HybridPSCConfig, HybridSCConfig, PaCoConfig
+from cibl_ray.losses.contrastive import Contrast
+from cibl_ray.losses.memory import LabelledQueue
+from cibl_ray.losses.step import Seen, Tail, Terms, loss_terms
+from cibl_ray.networks.network import HybridNetwork, Outputs
+from pipelines.batch import Reading, train_reading
+from pipelines.config import DataConfig
+from pipelines.seeding import stream
+
+
+@dataclass(frozen=True)
+class Images:
+    """One stream's images, ready for the network: float32 (B*V, 3, S, S), m = b*V + v, and labels int64 (B,)."""
+
+    pixels: torch.Tensor
+    labels: torch.Tensor
+    views: int
+
+
+def readings(loss: AnyLoss, data: DataConfig, batch_size: int, seed: int) -> list[Reading]:
+    """What each stream of images reads: one for most losses; Hybrid's classifier has one of its own, from the same file."""
+    streams = [train_reading(data, batch_size, seed)]
+    if isinstance(loss, HybridSCConfig | HybridPSCConfig):
+        views = tuple(data.views[number] for number in loss.classifier_views)
+        second = data.model_copy(update={"views": views, "sampling": loss.classifier_sampling})
+        streams.append(train_reading(second, batch_size, int(stream(seed, "classifier stream").integers(2**32))))
+    return streams
+
+
+class Objective:
+    """What a run minimises. The trainer calls it and asks no further; its state goes into the checkpoint.
+
+    network: the one that is trained; copied where the loss embeds with an average of it.
+    """
+
+    def __init__(self, config: AnyLoss, network: HybridNetwork, train_counts: np.ndarray, device: torch.device) -> None:
+        self.config = config
+        counts = torch.from_numpy(train_counts).to(device)
+        self.tail = Tail(counts, log_prior(counts).float())
+        self.averaged: AveragedModel | None = None
+        self.queue: LabelledQueue | None = None
+        if isinstance(config, PaCoConfig | CIBLConfig):
+            if config.momentum is not None:
+                self.averaged = AveragedModel(network, device, multi_avg_fn=get_ema_multi_avg_fn(config.momentum))
+            if config.queue:
+                assert network.projection is not None
+                self.queue = LabelledQueue(config.queue, network.projection.size, device)
+
+    def __call__(
+        self, network: HybridNetwork, run: Callable[[nn.Module, torch.Tensor], Outputs], streams: list[Images], progress: float
+    ) -> Terms:
+        """The terms of one step: scalars by name, 'loss' and the 'accuracy' of what is classified among them.
+
+        `run` calls a network on pixels: mixed precision is the caller's. progress: t/T.
+        """
+        main = streams[0]
+        keys = None
+        if self.averaged is not None:
+            keys, main = self._keys(network, run, main)
+        pixels = [main.pixels, *(other.pixels for other in streams[1:])]
+        outputs = run(network, torch.cat(pixels) if len(pixels) > 1 else main.pixels)
+        rows = len(main.pixels)
+        labels = main.labels.repeat_interleave(main.views)
+        classified = None
+        if len(streams) > 1:
+            classified = outputs.logits[rows:], streams[1].labels.repeat_interleave(streams[1].views)
+        z = outputs.embeddings[:rows] if outputs.embeddings is not None else None
+        seen = Seen(
+            logits=outputs.logits[:rows],
+            labels=labels,
+            views=main.views,
+            embeddings=z,
+            contrast=self._contrast(z, labels, keys) if z is not None else None,
+            prototypes=outputs.prototypes,
+            scale=outputs.scale,
+            classified=classified,
+        )
+        terms = loss_terms(self.config, seen, self.tail, progress)
+        logits, truth = classified if classified is not None else (seen.logits, labels)
+        return {"accuracy": (logits.detach().argmax(1) == truth).float().mean()} | terms
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Everything that a resumed run needs, tensors by name."""
+        state = {f"queue.{name}": tensor for name, tensor in self.queue.state().items()} if self.queue is not None else {}
+        if self.averaged is not None:
+            state |= {f"averaged.{name}": tensor for name, tensor in self.averaged.state_dict().items()}
+        return state
+
+    def load(self, state: dict[str, torch.Tensor]) -> None:
+        if self.queue is not None:
+            self.queue.load(_part(state, "queue."))
+        if self.averaged is not None:
+            self.averaged.load_state_dict(_part(state, "averaged."))
+
+    def _keys(
+        self, network: HybridNetwork, run: Callable[[nn.Module, torch.Tensor], Outputs], images: Images
+    ) -> tuple[tuple[torch.Tensor, torch.Tensor], Images]:
+        """Every view but the first embedded by the averaged network, (B*(V-1), d) with labels; and the first views."""
+        assert self.averaged is not None
+        self.averaged.update_parameters(network)
+        self.averaged.train()
+        by_view = images.pixels.unflatten(0, (-1, images.views))
+        with torch.no_grad():
+            embeddings = run(self.averaged, _compact(by_view[:, 1:].flatten(0, 1))).embeddings
+        assert embeddings is not None
+        labels = images.labels.repeat_interleave(images.views - 1)
+        return (embeddings, labels), Images(_compact(by_view[:, 0]), images.labels, 1)
+
+    def _contrast(self, z: torch.Tensor, labels: torch.Tensor, keys: tuple[torch.Tensor, torch.Tensor] | None) -> Contrast:
+        """The batch's embeddings, the averaged network's, the queue's; the queue then takes in this step's."""
+        parts = [(z, labels)] + ([keys] if keys is not None else [])
+        newest = parts[-1]
+        if self.queue is not None:
+            parts.append(self.queue.content())
+        if len(parts) == 1:
+            return Contrast(z, labels)
+        contrast = Contrast(torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts]))
+        if self.queue is not None:
+            self.queue.push(*newest)
+        return contrast
+
+
+def _compact(pixels: torch.Tensor) -> torch.Tensor:
+    return pixels.contiguous(memory_format=torch.channels_last)
+
+
+def _part(state: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}

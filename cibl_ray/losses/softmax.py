@@ -1,0 +1,111 @@
+"""The denominator of every contrastive loss, with its gradient, in blocks that stay in the cache."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+# Similarities worked on at once. Up to so many are kept for the backward pass; beyond, they are computed again block by block,
+# so that memory grows with the block and not with the square of the batch.
+BLOCK = {"cpu": 2**20, "cuda": 2**26}
+
+OwnClass = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def wide(x: torch.Tensor) -> torch.Tensor:
+    """At least float32: half precision has too few digits for sums of exponentials."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def log_sum_exp(
+    z: torch.Tensor,
+    others: torch.Tensor,
+    temperature: float,
+    exclude: torch.Tensor | None = None,
+    weight: torch.Tensor | None = None,
+    own_class: OwnClass | None = None,
+) -> torch.Tensor:
+    """log Σ_a w_ma·exp(z_m·others_a/τ), (M,), differentiable in z (M, d) and others (A, d), which are float32 or float64.
+
+    exclude: int64 (M,), the column that does not count for each row. weight: (A,), w_ma of each column; 1 where None.
+    own_class: (labels (M,), other labels (A,), weight (M,)), the weight instead where the two labels agree.
+    """
+    result: torch.Tensor = _LogSumExp.apply(z, others, temperature, exclude, weight, own_class)
+    return result
+
+
+class _LogSumExp(torch.autograd.Function):
+    """With E = w·exp(s - shift) and its row sums R: d/dz = g/(R·τ)·E·others, d/dothers = Eᵀ·(g/(R·τ)·z)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        z: torch.Tensor,
+        others: torch.Tensor,
+        temperature: float,
+        exclude: torch.Tensor | None,
+        weight: torch.Tensor | None,
+        own_class: OwnClass | None,
+    ) -> torch.Tensor:
+        ctx.temperature, ctx.exclude, ctx.weight, ctx.own_class = temperature, exclude, weight, own_class
+        ctx.rows = max(1, BLOCK["cuda" if z.is_cuda else "cpu"] // len(others))
+        if len(z) <= ctx.rows:
+            block, shift = _exponentials(ctx, z, others, slice(None), None)
+            sums = block.sum(1)
+            result = shift + sums.log()
+            ctx.save_for_backward(z, others, block, sums)
+            return result
+        result = z.new_empty(len(z))
+        for rows in _blocks(len(z), ctx.rows):
+            block, shift = _exponentials(ctx, z, others, rows, None)
+            result[rows] = shift + block.sum(1).log()
+        ctx.save_for_backward(z, others, result)
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        z, others, *rest = ctx.saved_tensors
+        grad = grad / ctx.temperature
+        wants_others = ctx.needs_input_grad[1]
+        with torch.autocast(z.device.type, enabled=False):
+            if len(rest) == 2:
+                block, sums = rest
+                grad = (grad / sums)[:, None]
+                grad_others = block.T @ (grad * z) if wants_others else None
+                return (block @ others).mul_(grad), grad_others, None, None, None, None
+            (result,) = rest
+            grad_z = torch.empty_like(z)
+            grad_others = torch.zeros_like(others) if wants_others else None
+            for rows in _blocks(len(z), ctx.rows):
+                block, _ = _exponentials(ctx, z, others, rows, result[rows])
+                grad_rows = grad[rows, None]
+                grad_z[rows] = (block @ others).mul_(grad_rows)
+                if grad_others is not None:
+                    grad_others.addmm_(block.T, grad_rows * z[rows])
+        return grad_z, grad_others, None, None, None, None
+
+
+def _blocks(rows: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+
+
+def _exponentials(
+    ctx: Any, z: torch.Tensor, others: torch.Tensor, rows: slice, shift: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """w·exp(s - shift) of some rows, (R, A), and the shift (R,): the row's largest similarity unless given."""
+    with torch.autocast(z.device.type, enabled=False):
+        block = (z[rows] / ctx.temperature) @ others.T
+    if ctx.exclude is not None:
+        block.scatter_(1, ctx.exclude[rows, None], float("-inf"))
+    if shift is None:
+        shift = block.amax(1)
+    block.sub_(shift[:, None]).exp_()
+    if ctx.own_class is not None:
+        labels, other_labels, own_weight = ctx.own_class
+        block.mul_(torch.where(labels[rows, None] == other_labels, own_weight[rows, None], ctx.weight))
+    elif ctx.weight is not None:
+        block.mul_(ctx.weight)
+    return block, shift
