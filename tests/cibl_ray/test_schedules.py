@@ -2,8 +2,8 @@
 
 import pytest
 
-from cibl_ray.config import CosineSchedule, StepSchedule
-from cibl_ray.schedules import lr_factor
+from cibl_ray.config import CosineSchedule, ScaleConfig, StepSchedule
+from cibl_ray.schedules import head_scale, lr_factor
 
 
 def test_steps():
@@ -21,3 +21,15 @@ def test_cosine():
 def test_no_warmup_starts_at_the_full_rate():
     assert lr_factor(CosineSchedule(warmup_epochs=0), 0, 10) == 1
     assert lr_factor(CosineSchedule(warmup_epochs=10), 9.99, 10) < 1
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"), [("linear", [10, 10, 15, 20, 30]), ("cosine", [10, 10, 10 + 10 * (1 - 2**-0.5), 20, 30])]
+)
+def test_head_scale(shape, expected):
+    scale = ScaleConfig(start=10, end=30, shape=shape, warmup=20)
+    assert [head_scale(scale, epoch, 100) for epoch in (0, 20, 40, 60, 100)] == pytest.approx(expected)
+
+
+def test_a_constant_head_scale():
+    assert [head_scale(ScaleConfig(start=16), epoch, 10) for epoch in (0, 5, 10)] == [16, 16, 16]

@@ -1,0 +1,200 @@
+"""From images to terms: streams, views, momentum encoder and queue; every loss trains, and resumes to the bit."""
+
+import numpy as np
+import pytest
+import torch
+
+from cibl_ray.checkpoint import load_checkpoint
+from cibl_ray.config import RunConfig, load_config
+from cibl_ray.losses.config import needs
+from cibl_ray.losses.objective import Images, Objective, readings
+from cibl_ray.networks.network import build_network
+from cibl_ray.trainer import Trainer, resolve
+from pipelines.errors import UserError
+from pipelines.prepare import ensure_prepared
+
+LOSSES = {
+    "cross_entropy": "{kind: cross_entropy}",
+    "balanced_softmax": "{kind: balanced_softmax}",
+    "ldam": "{kind: ldam}",
+    "supcon": "{kind: supcon}",
+    "psc": "{kind: psc}",
+    "hybrid_sc": "{kind: hybrid_sc}",
+    "hybrid_psc": "{kind: hybrid_psc, curve: linear, classifier_views: [1, 0]}",
+    "bcl": "{kind: bcl}",
+    "paco": "{kind: paco, queue: 100}",
+    "cibl": "{kind: cibl}",
+    "cibl_with_everything": "{kind: cibl, queue: 90, momentum: 0.9, kappa: 1, classify: first, normalize: true}",
+    "cibl_with_a_queue": "{kind: cibl, queue: 200, classify: first}",
+}
+
+
+def config_of(loss: str, *more: str) -> RunConfig:
+    flags = ["--loss", LOSSES[loss], "--epochs", "2", "--warmup_epochs", "0", "--loader.kind", "torch"]
+    head = ["--head", "{kind: cosine}"] if loss == "ldam" else []
+    return resolve(load_config("quickstart", [*flags, *head, *more]))
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_every_loss_trains_and_goes_on_to_the_bit(loss, digits, tmp_path):
+    """Two epochs at a stretch, or one, a checkpoint, and another: the same weights, queue and averaged network."""
+    config = config_of(loss)
+    whole = Trainer(config, digits, tmp_path / "whole")
+    rows = [whole.train_epoch(), whole.train_epoch()]
+    assert all(np.isfinite(list(row["train"].values())).all() for row in rows)
+    assert {"loss", "accuracy"} <= set(rows[0]["train"])
+    first = Trainer(config, digits, tmp_path / "half")
+    first.train_epoch()
+    first.save()
+    second = Trainer(config, digits, tmp_path / "half")
+    second.restore(load_checkpoint(tmp_path / "half" / "checkpoints" / "last.safetensors"))
+    second.train_epoch()
+    for mine, theirs in (
+        (second.network.state_dict(), whole.network.state_dict()),
+        (second.objective.state(), whole.objective.state()),
+    ):
+        assert mine.keys() == theirs.keys()
+        assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+@pytest.mark.parametrize("loss", ["cibl", "hybrid_sc", "paco"])
+def test_training_lowers_the_loss(loss, digits, tmp_path):
+    trainer = Trainer(config_of(loss, "--epochs", "8"), digits, tmp_path)
+    before = {name: parameter.clone() for name, parameter in trainer.network.named_parameters()}
+    rows = [trainer.train_epoch() for _ in range(4)]
+    assert rows[-1]["train"]["loss"] < rows[0]["train"]["loss"]
+    still = [name for name, parameter in trainer.network.named_parameters() if torch.equal(parameter, before[name])]
+    assert still == []
+
+
+def test_hybrid_reads_two_streams_from_one_file(tmp_path):
+    config = load_config("quickstart", ["--loss", "{kind: hybrid_sc, classifier_views: [1]}", "--prepared", str(tmp_path)])
+    contrastive, classifier = readings(config.loss, config.data, 32, seed=0)
+    assert (contrastive.sampling, classifier.sampling) == ("instance", "class_balanced")
+    assert (len(contrastive.views), classifier.views) == (2, (config.data.views[1],))
+    assert contrastive.seed != classifier.seed
+    trainer = Trainer(resolve(config), ensure_prepared(config.data, 0), tmp_path)
+    assert len(list(tmp_path.glob("*/train*.beton"))) == 1
+    labels = [torch.cat([batch.labels.clone() for batch in loader.epoch(0)]) for loader in trainer.train_loaders]
+    many, few = (of.bincount(minlength=10) for of in labels)
+    assert many.max() > 5 * many.min()
+    assert few.max() - few.min() < 0.5 * few.float().mean()
+
+
+def images_of(samples=6, views=2, size=16):
+    random = torch.Generator().manual_seed(0)
+    labels = torch.tensor([0, 0, 1, 1, 2, 0])[:samples]
+    return Images(torch.randn(samples * views, 3, size, size, generator=random), labels, views)
+
+
+def objective_of(loss: str):
+    config = config_of(loss)
+    network = build_network(config.network, 10, needs(config.loss), seed=0)
+    return Objective(config.loss, network, np.arange(10, 0, -1), torch.device("cpu")), network
+
+
+def run(network, pixels):
+    return network(pixels)
+
+
+def test_hybrid_classifies_the_second_stream_alone():
+    """At the run's end the contrastive share is nothing: the loss is the cross-entropy of the classifier's images."""
+    objective, network = objective_of("hybrid_sc")
+    second = Images(torch.randn(6, 3, 16, 16), torch.tensor([9, 8, 7, 6, 5, 4]), 1)
+    terms = objective(network, run, [images_of(), second], progress=1.0)
+    assert terms["contrastive_share"] == 0
+    assert torch.equal(terms["loss"], terms["cross_entropy"])
+    logits = network(torch.cat((images_of().pixels, second.pixels))).logits[12:]
+    expected = torch.nn.functional.cross_entropy(logits, second.labels)
+    assert terms["cross_entropy"].item() == pytest.approx(expected.item(), rel=1e-4)
+    start = objective(network, run, [images_of(), second], progress=0.0)
+    assert torch.equal(start["loss"], start["contrastive"])
+
+
+def test_supcon_alone_teaches_the_classifier_beside_it():
+    objective, network = objective_of("supcon")
+    terms = objective(network, run, [images_of()], progress=0.0)
+    gradient = torch.autograd.grad(terms["loss"], [network.head.weight, network.backbone.conv.weight], retain_graph=True)
+    assert all(part.abs().sum() > 0 for part in gradient)
+    classified = torch.nn.functional.cross_entropy(network(images_of().pixels).logits, images_of().labels.repeat_interleave(2))
+    assert torch.autograd.grad(classified, network.backbone.conv.weight, allow_unused=True) == (None,)
+
+
+def test_the_averaged_network_embeds_the_other_views_and_feeds_the_queue():
+    objective, network = objective_of("cibl_with_everything")
+    assert objective.averaged is not None
+    assert objective.queue is not None
+    seen = []
+
+    def watch(module, pixels):
+        seen.append((module is network, pixels.clone()))
+        return module(pixels)
+
+    images = images_of()
+    objective(network, watch, [images], progress=0.0)["loss"].backward()
+    assert [live for live, _ in seen] == [False, True]
+    assert torch.equal(seen[0][1], images.pixels[1::2])
+    assert torch.equal(seen[1][1], images.pixels[0::2])
+    assert objective.queue.content()[1].tolist() == images.labels.tolist()
+    assert all(parameter.grad is None for parameter in objective.averaged.parameters())
+    with torch.no_grad():
+        network.head.weight.add_(1.0)
+    before = objective.averaged.module.head.weight.clone()
+    objective(network, run, [images], progress=0.0)
+    expected = 0.9 * before + 0.1 * network.head.weight
+    assert torch.allclose(objective.averaged.module.head.weight, expected, atol=1e-6)
+
+
+def test_a_queue_partly_filled_counts_what_it_has():
+    """The second step's positives: the batch's own, and the first step's embeddings of the class."""
+    objective, network = objective_of("cibl_with_a_queue")
+    first = objective(network, run, [images_of()], progress=0.0)
+    second = objective(network, run, [images_of()], progress=0.0)
+    positives = torch.tensor([5.0, 5, 3, 3, 1, 5])  # two views; classes of 3, 2 and 1 samples
+    weight = 1 / (1 + 0.05 * positives)
+    assert first["cross_entropy_weight"].item() == pytest.approx(weight.mean().item(), rel=1e-5)
+    weight = 1 / (1 + 0.05 * (positives + torch.tensor([6.0, 6, 4, 4, 2, 6])))
+    assert second["cross_entropy_weight"].item() == pytest.approx(weight.mean().item(), rel=1e-5)
+
+
+def test_deferred_reweighting_begins_at_its_share():
+    objective, network = objective_of("ldam")
+    network.eval()
+    early, late = (objective(network, run, [images_of()], progress=p)["loss"].item() for p in (0.79, 0.8))
+    assert early != late
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--loss", "{kind: ldam}"], "set network.head.kind: cosine"),
+        (["--loss", "{kind: hybrid_sc, classifier_views: [2]}"], "names view 2; data.views are 0 to 1"),
+        (["--loss", "{kind: paco}", "--data.views", "[{cut: {kind: crop}}]"], "data.views has one"),
+        (["--head", "{kind: cosine, scale: {end: 30}}"], "a shape of linear or cosine needs an `end`"),
+        (["--head", "{kind: cosine, scale: {end: 30, shape: linear, learnable: true}}"], "a learned scale follows no shape"),
+    ],
+)
+def test_what_does_not_fit_is_refused(flags, message):
+    with pytest.raises(UserError, match=message):
+        load_config("quickstart", flags)
+
+
+def test_a_scheduled_scale_moves_and_is_saved(digits, tmp_path):
+    config = config_of("cibl", "--head", "{kind: cosine, scale: {start: 8, end: 32, shape: linear}}")
+    trainer = Trainer(config, digits, tmp_path)
+    trainer.train_epoch()
+    steps = trainer.train_loaders[0].batches
+    assert trainer.network.head.scale.item() == pytest.approx(8 + 24 * (steps - 1) / (2 * steps), rel=1e-5)
+    trainer.save()
+    rebuilt = load_checkpoint(tmp_path / "checkpoints" / "last.safetensors").network()
+    assert torch.equal(rebuilt.head.scale, trainer.network.head.scale)
+
+
+def test_a_learned_scale_moves_by_its_gradient_alone(digits, tmp_path):
+    config = config_of("cibl", "--head", "{kind: cosine, scale: {start: 8, learnable: true}}")
+    trainer = Trainer(config, digits, tmp_path)
+    trainer.train_epoch()
+    assert trainer.network.head.scale.item() != pytest.approx(8, abs=1e-3)
+    (group,) = [g for g in trainer.optimizer.param_groups if any(p is trainer.network.head.log_scale for p in g["params"])]
+    assert group["weight_decay"] == 0
+    assert len(group["params"]) == 1
