@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-# Similarities worked on at once. Up to so many are kept for the backward pass; beyond, they are computed again block by block,
-# so that memory grows with the block and not with the square of the batch.
-BLOCK = {"cpu": 2**20, "cuda": 2**26}
+# Up to so many similarities are kept for the backward pass. Beyond, they are computed again, BLOCK of them at a time, so that
+# memory grows with the block and not with the square of the batch.
+KEEP = {"cpu": 2**22, "cuda": 2**26}
+BLOCK = {"cpu": 2**18, "cuda": 2**24}
 
 OwnClass = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -50,13 +51,14 @@ class _LogSumExp(torch.autograd.Function):
         own_class: OwnClass | None,
     ) -> torch.Tensor:
         ctx.temperature, ctx.exclude, ctx.weight, ctx.own_class = temperature, exclude, weight, own_class
-        ctx.rows = max(1, BLOCK["cuda" if z.is_cuda else "cpu"] // len(others))
-        if len(z) <= ctx.rows:
+        kind = "cuda" if z.is_cuda else "cpu"
+        if len(z) * len(others) <= KEEP[kind]:
             block, shift = _exponentials(ctx, z, others, slice(None), None)
             sums = block.sum(1)
             result = shift + sums.log()
             ctx.save_for_backward(z, others, block, sums)
             return result
+        ctx.rows = max(1, BLOCK[kind] // len(others))
         result = z.new_empty(len(z))
         for rows in _blocks(len(z), ctx.rows):
             block, shift = _exponentials(ctx, z, others, rows, None)
@@ -104,8 +106,25 @@ def _exponentials(
         shift = block.amax(1)
     block.sub_(shift[:, None]).exp_()
     if ctx.own_class is not None:
-        labels, other_labels, own_weight = ctx.own_class
-        block.mul_(torch.where(labels[rows, None] == other_labels, own_weight[rows, None], ctx.weight))
+        _weigh(block, ctx.weight, ctx.own_class, rows)
     elif ctx.weight is not None:
         block.mul_(ctx.weight)
     return block, shift
+
+
+def _weigh(block: torch.Tensor, weight: torch.Tensor, own_class: OwnClass, rows: slice) -> None:
+    """Multiply each column by its weight, or by the row's where their labels agree."""
+    labels, other_labels, own_weight = own_class
+    labels, own_weight = labels[rows], own_weight[rows]
+    if block.is_cuda:  # one fused pass, and no wait for a count
+        block.mul_(torch.where(labels[:, None] == other_labels, own_weight[:, None], weight))
+        return
+    block.mul_(weight)
+    # Under a long tail few pairs agree: name them one by one instead of comparing all.
+    members = torch.bincount(other_labels, minlength=int(labels.max()) + 1)
+    by_class, first = other_labels.argsort(), members.cumsum(0) - members
+    count = members[labels]
+    row = torch.repeat_interleave(torch.arange(len(labels)), count)
+    place = torch.arange(len(row)) - torch.repeat_interleave(count.cumsum(0) - count, count)
+    column = by_class[first[labels[row]] + place]
+    block.view(-1)[row * block.shape[1] + column] *= own_weight[row] / weight[column]
