@@ -68,10 +68,9 @@ class Augment(nn.Module):
             if not recipe:
                 result[:, number] = views[:, number]
                 continue
-            # Planes of one channel: what follows is then contiguous, and the loader's own buffer is left alone.
-            planes = views[:, number].permute(0, 3, 1, 2).clone(memory_format=torch.contiguous_format)
-            for stage in self.draw(number, epoch, step, batch or len(views)):
-                apply(stage.rows(rows) if rows else stage, planes)
+            planes = views[:, number].permute(0, 3, 1, 2).contiguous()  # each channel by itself: what follows runs on vectors
+            stages = self.draw(number, epoch, step, batch or len(views))
+            planes = apply([stage.rows(rows) for stage in stages] if rows else stages, planes)
             for channel in range(3):
                 result[:, number, ..., channel] = planes[:, channel]
         return result

@@ -1,4 +1,4 @@
-"""One drawn stage applied to a batch: samples grouped by operation, each group computed at once."""
+"""Drawn stages applied to a batch: samples grouped by operation, each group computed at once."""
 
 from __future__ import annotations
 
@@ -11,48 +11,63 @@ from pipelines.augment_draws import Op, Stage
 from pipelines.color_ops import grayscale, hue, saturation, tables
 from pipelines.spatial_ops import affine, blur, cutout, inverse_affine, sharpness
 
-_IN_CACHE = 2**18  # pixels that a CPU handles at a time, so that float temporaries stay in its cache
+# What is computed together: all tables, all moves, and each of the others.
+_GROUPS = (
+    (Op.BRIGHTNESS, Op.EQUALIZE),
+    (Op.SHEAR_X, Op.ROTATE),
+    *((op, op) for op in Op if op > Op.ROTATE),
+)
+_IN_CACHE = 2**17  # pixels that a CPU handles at a time, so that float temporaries stay in its cache
 _TAIL = 4  # a Gaussian's weight beyond four standard deviations, 6e-5, moves no byte
 
 
-def apply(stage: Stage, planes: torch.Tensor) -> None:
-    """Change planes, uint8 (B, 3, S, S), in place, on whichever device they lie."""
-    # By value within an operation, so that a piece of a group has blurs of about one width.
-    order = np.lexsort((stage.value, stage.op))
-    op, value = stage.op[order], stage.value[order]
-    device = planes.device
-    rows_there = torch.from_numpy(order).to(device, non_blocking=True)
-    values_there = torch.from_numpy(value.astype(np.float32)).to(device, non_blocking=True)
-    at_once = len(order) if device.type == "cuda" else max(1, _IN_CACHE // planes.shape[-1] ** 2)
-    for first, last in ((Op.BRIGHTNESS, Op.EQUALIZE), (Op.SHEAR_X, Op.ROTATE), *((mix, mix) for mix in Op if mix > Op.ROTATE)):
-        start, stop = np.searchsorted(op, first), np.searchsorted(op, last, side="right")
+def apply(stages: list[Stage], planes: torch.Tensor) -> torch.Tensor:
+    """planes, uint8 (B, 3, S, S), after the stages, as new ones, on whichever device they lie."""
+    place = np.arange(len(planes))  # where each sample lies now: groups stand together until the next stage regroups them
+    for stage in stages:
+        # By value within an operation, so that a piece of a group has blurs of about one width.
+        order = np.lexsort((stage.value, stage.op))
+        planes = planes.index_select(0, _upload(place[order], planes.device))
+        place = np.argsort(order)
+        _apply_grouped(Stage(stage.op[order], stage.value[order], stage.size), planes)
+    return planes.index_select(0, _upload(place, planes.device))
+
+
+def _apply_grouped(stage: Stage, planes: torch.Tensor) -> None:
+    """One stage, in place, on samples sorted by operation."""
+    values = _upload(stage.value, planes.device)
+    at_once = len(planes) if planes.device.type == "cuda" else max(1, _IN_CACHE // planes.shape[-1] ** 2)
+    for first, last in _GROUPS:
+        start, stop = np.searchsorted(stage.op, first), np.searchsorted(stage.op, last, side="right")
         for begin in range(start, stop, at_once):
             part = slice(begin, min(begin + at_once, stop))
-            rows = rows_there[part]
-            changed = _change(planes[rows], op[part], value[part], values_there[part], stage.size)
-            planes.index_copy_(0, rows, changed)
+            planes[part] = _change(planes[part], stage.rows(part), values[part])
 
 
-def _change(pixels: torch.Tensor, op: np.ndarray, value: np.ndarray, value_there: torch.Tensor, size: int) -> torch.Tensor:
-    """A group after its operation. `value` lies on the CPU, `value_there` where the pixels are."""
-    match op[0]:
+def _upload(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    return torch.from_numpy(array).to(device, non_blocking=True)
+
+
+def _change(pixels: torch.Tensor, group: Stage, value: torch.Tensor) -> torch.Tensor:
+    """A group of samples after its operation. `value` is the group's, where the pixels are."""
+    match group.op[0]:
         case Op.SATURATION:
-            return saturation(pixels, value_there)
+            return saturation(pixels, value)
         case Op.HUE:
-            return hue(pixels, value_there)
+            return hue(pixels, value)
         case Op.GRAYSCALE:
             return grayscale(pixels)
         case Op.SHARPNESS:
-            return sharpness(pixels, value_there)
+            return sharpness(pixels, value)
         case Op.BLUR:
-            return blur(pixels, value_there, min(size // 2, math.ceil(_TAIL * value.max())))
+            return blur(pixels, value, min(group.size // 2, math.ceil(_TAIL * group.value.max())))
         case Op.CUTOUT:
-            return cutout(pixels, value_there, size)
-        case code if code >= Op.SHEAR_X:
-            matrix = torch.from_numpy(inverse_affine(op, value, pixels.shape[-1]).astype(np.float32))
-            return affine(pixels, matrix.to(pixels.device, non_blocking=True))
+            return cutout(pixels, value, group.size)
+        case op if op >= Op.SHEAR_X:
+            matrix = inverse_affine(group.op, group.value, pixels.shape[-1]).astype(np.float32)
+            return affine(pixels, _upload(matrix, pixels.device))
         case _:
-            return _look_up(pixels, op, value_there)
+            return _look_up(pixels, group.op, value)
 
 
 def _look_up(pixels: torch.Tensor, op: np.ndarray, value: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,6 @@
-"""Operations on colour, in batch: planes uint8 (B, 3, S, S), one value a sample, after torchvision.transforms.v2.functional.
+"""Operations on colour, in batch: planes uint8 (B, 3, S, S), one float64 value a sample.
 
-torchvision cuts off fractions where it turns floats to bytes; so do these.
+The definitions are those of torchvision.transforms.v2.functional on uint8 tensors, to its order of rounding. torchvision cuts off fractions where it turns floats to bytes; so do these.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ def to_bytes(values: torch.Tensor) -> torch.Tensor:
 
 
 def per_sample(value: torch.Tensor) -> torch.Tensor:
-    """(B,) as (B, 1, 1, 1)."""
-    return value.view(-1, 1, 1, 1)
+    """(B,) as float32 (B, 1, 1, 1)."""
+    return value.float().view(-1, 1, 1, 1)
 
 
 def luma(planes: torch.Tensor) -> torch.Tensor:
@@ -32,9 +32,9 @@ def grayscale(planes: torch.Tensor) -> torch.Tensor:
 
 def saturation(planes: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
     """Between grey (factor 0) and the image (1), or beyond."""
-    pixels, factor = planes.float(), per_sample(factor)
-    grey = luma(pixels).mul_(1 - factor)
-    return to_bytes(pixels.mul_(factor).add_(grey).clamp_(0, 255))
+    pixels = planes.float()
+    grey = luma(pixels)
+    return to_bytes(pixels.mul_(per_sample(factor)).addcmul_(grey, per_sample(1 - factor)).clamp_(0, 255))
 
 
 def hue(planes: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
@@ -48,7 +48,7 @@ def hue(planes: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
     least = torch.minimum(torch.minimum(red, green), blue)
     chroma = greatest - least
     sixths = (green + blue).sub_(red).sub_(least).div_(chroma.clamp(min=1)).add_(1)
-    sixths = sixths.copysign_(green - blue).add_(6 * turn.view(-1, 1, 1))
+    sixths = sixths.copysign_(green - blue).add_((6 * turn).float().view(-1, 1, 1))
     sixths.sub_((sixths / 6).round_(), alpha=6)  # to -3..3
     turned = torch.empty(planes.shape, device=planes.device)
     torch.addcmul(greatest, chroma, sixths.abs().sub_(1).clamp_(0, 1), value=-1, out=turned[:, 0])
@@ -60,13 +60,13 @@ def hue(planes: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
 def tables(op: Op, planes: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """The new value of each old one, uint8 (B, 3, 256) or (B, 1, 256), for an operation that looks at one pixel at a time."""
     levels = torch.arange(256, dtype=torch.float32, device=planes.device).expand(len(planes), 1, 256)
-    value = value.view(-1, 1, 1)
+    rest, value = (1 - value).float().view(-1, 1, 1), value.float().view(-1, 1, 1)
     match op:
         case Op.BRIGHTNESS:
             return to_bytes((levels * value).clamp_(0, 255))
         case Op.CONTRAST:
             mean = luma(planes.float()).mean(dim=(2, 3)).unsqueeze(2)
-            return to_bytes((levels * value).add_(mean * (1 - value)).clamp_(0, 255))
+            return to_bytes((levels * value).addcmul_(mean, rest).clamp_(0, 255))
         case Op.POSTERIZE:
             return to_bytes((levels / value).floor_().mul_(value))
         case Op.SOLARIZE:

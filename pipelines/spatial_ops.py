@@ -1,4 +1,7 @@
-"""Operations on places, in batch: planes uint8 (B, 3, S, S), one value a sample, after torchvision.transforms.v2.functional."""
+"""Operations on places, in batch: planes uint8 (B, 3, S, S), one float64 value a sample.
+
+The definitions are those of torchvision.transforms.v2.functional on uint8 tensors.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +48,7 @@ def sharpness(planes: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
     total = rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:]
     middle = pixels[:, :, 1:-1, 1:-1]
     smooth = total.add_(middle, alpha=4).float().div_(13).round_()
-    sharp = smooth.sub_(middle).mul_(1 - per_sample(factor)).add_(middle)
+    sharp = torch.addcmul(middle.float(), smooth.sub_(middle), per_sample(1 - factor))
     result = planes.clone()
     result[:, :, 1:-1, 1:-1] = to_bytes(sharp.clamp_(0, 255))
     return result
