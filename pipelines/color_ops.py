@@ -1,6 +1,7 @@
 """Operations on colour, in batch: planes uint8 (B, 3, S, S), one float64 value a sample.
 
-The definitions are those of torchvision.transforms.v2.functional on uint8 tensors, to its order of rounding. torchvision cuts off fractions where it turns floats to bytes; so do these.
+The definitions are those of torchvision.transforms.v2.functional on uint8 tensors, to its order of rounding: it cuts off
+fractions where it turns floats to bytes, and so do these.
 """
 
 from __future__ import annotations
