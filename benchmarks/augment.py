@@ -1,7 +1,7 @@
 """`python -m benchmarks.augment [--images FOLDER] [--quick]`: images/s of batched augmentation against torchvision's v2.
 
 The same recipes on the same images, uint8 in and uint8 out, crop and flip on neither side:
-- cifar: AutoAugment (CIFAR-10 policy) and Cutout 16, CIFAR-10 at 32x32, batch 128;
+- cifar: AutoAugment (CIFAR-10 policy) and Cutout 16, CIFAR-10 at 32x32, batch 256;
 - simclr: color jitter with probability .8 and grayscale with .2, the same images;
 - imagenet: simclr's and a Gaussian blur of 23 taps with probability .5, crops of photographs at 224x224, batch 32.
 
@@ -35,7 +35,7 @@ RECIPES: dict[str, tuple[Augmentation, ...]] = {
     "simclr": (JITTER, GRAY),
     "imagenet": (JITTER, GRAY, BLUR),
 }
-BATCH = {"cifar": 128, "simclr": 128, "imagenet": 32}
+BATCH = {"cifar": 256, "simclr": 256, "imagenet": 32}
 
 
 class _Cutout(torch.nn.Module):

@@ -11,12 +11,10 @@ from pipelines.augment_draws import Op, Stage
 from pipelines.color_ops import grayscale, hue, saturation, tables
 from pipelines.spatial_ops import affine, blur, cutout, inverse_affine, sharpness
 
-# What is computed together: all tables, all moves, and each of the others.
-_GROUPS = (
-    (Op.BRIGHTNESS, Op.EQUALIZE),
-    (Op.SHEAR_X, Op.ROTATE),
-    *((op, op) for op in Op if op > Op.ROTATE),
-)
+# What is computed together, by first and last code: all tables, all moves, and each of the others.
+_FIRST = np.array([Op.BRIGHTNESS, Op.SHEAR_X, *range(Op.ROTATE + 1, len(Op))], dtype=np.int8)
+_LAST = np.array([Op.EQUALIZE, Op.ROTATE, *range(Op.ROTATE + 1, len(Op))], dtype=np.int8)
+_BY_VALUE = {Op.SATURATION: saturation, Op.HUE: hue, Op.SHARPNESS: sharpness}
 _IN_CACHE = 2**17  # pixels that a CPU handles at a time, so that float temporaries stay in its cache
 _TAIL = 4  # a Gaussian's weight beyond four standard deviations, 6e-5, moves no byte
 
@@ -37,8 +35,8 @@ def _apply_grouped(stage: Stage, planes: torch.Tensor) -> None:
     """One stage, in place, on samples sorted by operation."""
     values = _upload(stage.value, planes.device)
     at_once = len(planes) if planes.device.type == "cuda" else max(1, _IN_CACHE // planes.shape[-1] ** 2)
-    for first, last in _GROUPS:
-        start, stop = np.searchsorted(stage.op, first), np.searchsorted(stage.op, last, side="right")
+    starts, stops = np.searchsorted(stage.op, _FIRST), np.searchsorted(stage.op, _LAST, side="right")
+    for start, stop in zip(starts.tolist(), stops.tolist(), strict=True):
         for begin in range(start, stop, at_once):
             part = slice(begin, min(begin + at_once, stop))
             planes[part] = _change(planes[part], stage.rows(part), values[part])
@@ -50,30 +48,26 @@ def _upload(array: np.ndarray, device: torch.device) -> torch.Tensor:
 
 def _change(pixels: torch.Tensor, group: Stage, value: torch.Tensor) -> torch.Tensor:
     """A group of samples after its operation. `value` is the group's, where the pixels are."""
-    match group.op[0]:
-        case Op.SATURATION:
-            return saturation(pixels, value)
-        case Op.HUE:
-            return hue(pixels, value)
-        case Op.GRAYSCALE:
-            return grayscale(pixels)
-        case Op.SHARPNESS:
-            return sharpness(pixels, value)
-        case Op.BLUR:
-            return blur(pixels, value, min(group.size // 2, math.ceil(_TAIL * group.value.max())))
-        case Op.CUTOUT:
-            return cutout(pixels, value, group.size)
-        case op if op >= Op.SHEAR_X:
-            matrix = inverse_affine(group.op, group.value, pixels.shape[-1]).astype(np.float32)
-            return affine(pixels, _upload(matrix, pixels.device))
-        case _:
-            return _look_up(pixels, group.op, value)
+    op = Op(group.op[0])
+    if op <= Op.EQUALIZE:
+        return _look_up(pixels, group.op, value)
+    if op <= Op.ROTATE:
+        matrix = inverse_affine(group.op, group.value, pixels.shape[-1]).astype(np.float32)
+        return affine(pixels, _upload(matrix, pixels.device))
+    if op == Op.GRAYSCALE:
+        return grayscale(pixels)
+    if op == Op.BLUR:
+        return blur(pixels, value, min(group.size // 2, math.ceil(_TAIL * group.value.max())))
+    if op == Op.CUTOUT:
+        return cutout(pixels, value, group.size)
+    return _BY_VALUE[op](pixels, value)
 
 
 def _look_up(pixels: torch.Tensor, op: np.ndarray, value: torch.Tensor) -> torch.Tensor:
     """All operations that work by table: the tables by operation, then one look-up for all."""
     table = torch.empty(len(pixels), 3, 256, dtype=torch.uint8, device=pixels.device)
-    for code in np.unique(op):
-        group = slice(np.searchsorted(op, code), np.searchsorted(op, code, side="right"))
+    codes, starts = np.unique(op, return_index=True)
+    for code, start, stop in zip(codes, starts, [*starts[1:], len(op)], strict=True):
+        group = slice(start, stop)
         table[group] = tables(Op(code), pixels[group], value[group])
     return table.gather(2, pixels.flatten(2).long()).view_as(pixels)
