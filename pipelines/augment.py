@@ -63,14 +63,17 @@ class Augment(nn.Module):
         """
         if not any(self.recipes):
             return views
+        assert views.shape[1:] == (len(self.recipes), self.size, self.size, 3), f"views of shape {tuple(views.shape)}"
         result = torch.empty_like(views)
         for number, recipe in enumerate(self.recipes):
             if not recipe:
                 result[:, number] = views[:, number]
                 continue
             planes = views[:, number].permute(0, 3, 1, 2).contiguous()  # each channel by itself: what follows runs on vectors
-            stages = self.draw(number, epoch, step, batch or len(views))
-            planes = apply([stage.rows(rows) for stage in stages] if rows else stages, planes)
+            stages = self.draw(number, epoch, step, len(views) if batch is None else batch)
+            if rows is not None:
+                stages = [stage.rows(rows) for stage in stages]
+            planes = apply(stages, planes)
             for channel in range(3):
                 result[:, number, ..., channel] = planes[:, channel]
         return result

@@ -15,8 +15,8 @@ from pipelines.spatial_ops import affine, blur, cutout, inverse_affine, sharpnes
 _FIRST = np.array([Op.BRIGHTNESS, Op.SHEAR_X, *range(Op.ROTATE + 1, len(Op))], dtype=np.int8)
 _LAST = np.array([Op.EQUALIZE, Op.ROTATE, *range(Op.ROTATE + 1, len(Op))], dtype=np.int8)
 _BY_VALUE = {Op.SATURATION: saturation, Op.HUE: hue, Op.SHARPNESS: sharpness}
-_IN_CACHE = 2**17  # pixels that a CPU handles at a time, so that float temporaries stay in its cache
-_TAIL = 4  # a Gaussian's weight beyond four standard deviations, 6e-5, moves no byte
+_IN_CACHE = 2**18  # pixels that a CPU handles at a time, so that float temporaries stay in its cache
+_TAIL = 4  # standard deviations that a blur's taps reach: what lies beyond weighs 6e-5, and moves a byte by 1 at most
 
 
 def apply(stages: list[Stage], planes: torch.Tensor) -> torch.Tensor:
