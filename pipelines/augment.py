@@ -5,7 +5,11 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from pipelines.config import DataConfig
+from pipelines.augment_apply import apply
+from pipelines.augment_draws import Stage, draw, taps
+from pipelines.config import Blur, DataConfig, View
+from pipelines.errors import UserError
+from pipelines.seeding import stream
 
 
 class Normalize(nn.Module):
@@ -25,3 +29,51 @@ class Normalize(nn.Module):
     def forward(self, views: torch.Tensor) -> torch.Tensor:
         pixels = views.flatten(0, 1).permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.channels_last)
         return torch.addcmul(self.shift, pixels, self.scale)
+
+
+class Augment(nn.Module):
+    """Each view's recipe (`View.augment`) on its pixels, each sample by its own draw.
+
+    A draw depends on the seed, the epoch, the step and the sample's row in the batch alone: a resumed run draws the same, and
+    so does another device.
+    """
+
+    def __init__(self, views: tuple[View, ...], size: int, seed: int) -> None:
+        super().__init__()
+        self.recipes = tuple(view.augment for view in views)
+        self.size, self.seed = size, seed
+        for blur in (part for recipe in self.recipes for part in recipe if isinstance(part, Blur)):
+            if taps(blur, size) // 2 >= size:
+                raise UserError(f"a blur kernel of {blur.kernel} is too wide for images of {size}x{size}; lower it")
+
+    def draw(self, view: int, epoch: int, step: int, batch: int) -> list[Stage]:
+        """What happens to view number `view` of each of `batch` samples, in order."""
+        stages = []
+        for number, part in enumerate(self.recipes[view]):
+            stages += draw(part, self.size, batch, stream(self.seed, "augment", epoch, step, view, number))
+        return stages
+
+    def forward(
+        self, views: torch.Tensor, epoch: int, step: int, rows: slice | None = None, batch: int | None = None
+    ) -> torch.Tensor:
+        """views uint8 (B, V, S, S, 3) to new ones of the same shape; the very same tensor where no view has a recipe.
+
+        rows, batch: where several processes share a batch of `batch` samples, these views are its `rows`; their draws are
+        then those that one process would make for the whole.
+        """
+        if not any(self.recipes):
+            return views
+        assert views.shape[1:] == (len(self.recipes), self.size, self.size, 3), f"views of shape {tuple(views.shape)}"
+        result = torch.empty_like(views)
+        for number, recipe in enumerate(self.recipes):
+            if not recipe:
+                result[:, number] = views[:, number]
+                continue
+            planes = views[:, number].permute(0, 3, 1, 2).contiguous()  # each channel by itself: what follows runs on vectors
+            stages = self.draw(number, epoch, step, len(views) if batch is None else batch)
+            if rows is not None:
+                stages = [stage.rows(rows) for stage in stages]
+            planes = apply(stages, planes)
+            for channel in range(3):
+                result[:, number, ..., channel] = planes[:, channel]
+        return result

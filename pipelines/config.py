@@ -138,11 +138,80 @@ class CenterCrop(Settings):
 Cut = Annotated[RandomCrop | RandomResizedCrop | CenterCrop, Field(discriminator="kind")]
 
 
+class AutoAugment(Settings):
+    """One of the policy's 25 pairs of operations, each with its own probability and strength: torchvision's AutoAugment."""
+
+    kind: Literal["auto_augment"]
+    policy: Literal["cifar10"] = "cifar10"
+
+
+class RandAugment(Settings):
+    """`count` operations drawn from 14, all of strength `magnitude` of 0 to 30: torchvision's RandAugment."""
+
+    kind: Literal["rand_augment"]
+    count: int = Field(default=2, ge=1, le=8)
+    magnitude: int = Field(default=10, ge=0, le=30)
+
+
+class Cutout(Settings):
+    """A black square about a pixel drawn anywhere in the image, clipped by its border: DeVries & Taylor, arXiv:1708.04552."""
+
+    kind: Literal["cutout"]
+    size: int = Field(default=16, ge=1, le=2048, description="width and height of the square, pixels")
+
+
+class ColorJitter(Settings):
+    """Brightness, contrast, saturation and hue, in an order drawn for each sample: torchvision's ColorJitter.
+
+    A factor is drawn from max(0, 1 - x) to 1 + x, the turn of the hue from -x to x, in turns of the colour circle.
+    """
+
+    kind: Literal["color_jitter"]
+    brightness: float = Field(default=0.4, ge=0, le=10)
+    contrast: float = Field(default=0.4, ge=0, le=10)
+    saturation: float = Field(default=0.4, ge=0, le=10)
+    hue: float = Field(default=0.1, ge=0, le=0.5)
+    probability: float = Field(default=0.8, ge=0, le=1)
+
+
+class Grayscale(Settings):
+    """Luma in all three channels: torchvision's RandomGrayscale."""
+
+    kind: Literal["grayscale"]
+    probability: float = Field(default=0.2, ge=0, le=1)
+
+
+class Blur(Settings):
+    """A Gaussian of a width drawn for each sample: torchvision's GaussianBlur."""
+
+    kind: Literal["blur"]
+    sigma: tuple[float, float] = Field(default=(0.1, 2.0), description="least and greatest standard deviation, pixels")
+    probability: float = Field(default=0.5, ge=0, le=1)
+    kernel: int | None = Field(
+        default=None, ge=3, le=255, description="taps, an odd number; by default a tenth of the image's width, as SimCLR"
+    )
+
+    @model_validator(mode="after")
+    def _usable(self) -> Blur:
+        if not 0.01 <= self.sigma[0] <= self.sigma[1] <= 100:
+            raise ValueError("sigma must be two numbers, 0.01 <= low <= high <= 100")
+        if self.kernel is not None and self.kernel % 2 == 0:
+            raise ValueError("kernel must be an odd number: it has a middle")
+        return self
+
+
+Augmentation = Annotated[
+    AutoAugment | RandAugment | Cutout | ColorJitter | Grayscale | Blur,
+    Field(discriminator="kind"),
+]
+
+
 class View(Settings):
-    """How one view of an image is cut. Every sample of every view has its own draw."""
+    """How one view of an image is cut, and what is done to its pixels then. Every sample of every view has its own draw."""
 
     cut: Cut = RandomCrop(kind="crop")
     flip: float = Field(default=0.5, ge=0, le=1, description="probability of a horizontal flip")
+    augment: tuple[Augmentation, ...] = Field(default=(), max_length=8, description="in this order, after cut and flip")
 
 
 Sampling = Literal["instance", "square_root", "class_balanced"]
