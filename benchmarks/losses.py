@@ -1,4 +1,4 @@
-"""`python -m benchmarks.losses [--quick] [--images FOLDER]`: each contrastive loss, forward and backward, against its plain formulation.
+"""`python -m benchmarks.losses [--quick] [--images FOLDER]`: contrastive losses against their plain formulations.
 
 The peers are the matrix formulations of the public implementations, written here from the formulas: similarities, masks, a
 softmax over the whole matrix, all of it held for autograd. They take the same tensors, and the same threads. Memory is the peak
@@ -178,7 +178,9 @@ def _step_ratio(images: Path | None, quick: bool) -> float:
         trainers[kind] = Trainer(resolve(config), prepared, Path(tempfile.gettempdir()))
     trainer = trainers["cibl"]
     batch = next(iter(trainer.train_loaders[0].epoch(0)))
-    ready = [Images(trainer.normalize(batch.views.to(trainer.device)), batch.labels.clone().to(trainer.device), batch.views.shape[1])]
+    ready = [
+        Images(trainer.normalize(batch.views.to(trainer.device)), batch.labels.clone().to(trainer.device), batch.views.shape[1])
+    ]
     seconds: dict[str, list[float]] = {kind: [] for kind in trainers}
     for _ in range(10 if quick else 40):  # a step at a time, so that both see the same machine
         for kind, one in trainers.items():

@@ -76,18 +76,29 @@ class _LogSumExp(torch.autograd.Function):
             if len(rest) == 2:
                 block, sums = rest
                 grad = (grad / sums)[:, None]
-                grad_others = block.T @ (grad * z) if wants_others else None
-                return (block @ others).mul_(grad), grad_others, None, None, None, None
+                grad_others = _matmul((grad * z).T.contiguous(), block).T if wants_others else None
+                return _matmul(block, others).mul_(grad), grad_others, None, None, None, None
             (result,) = rest
             grad_z = torch.empty_like(z)
             grad_others = torch.zeros_like(others) if wants_others else None
             for rows in _blocks(len(z), ctx.rows):
                 block, _ = _exponentials(ctx, z, others, rows, result[rows])
                 grad_rows = grad[rows, None]
-                grad_z[rows] = (block @ others).mul_(grad_rows)
+                grad_z[rows] = _matmul(block, others).mul_(grad_rows)
                 if grad_others is not None:
-                    grad_others.addmm_(block.T, grad_rows * z[rows])
+                    grad_others.add_(_matmul((grad_rows * z[rows]).T.contiguous(), block).T)
         return grad_z, grad_others, None, None, None, None
+
+
+_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def _matmul(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """x (M, K) @ y (K, N). For float32 on a CPU by oneDNN, which on AMD is twice as fast as the MKL that torch takes for it."""
+    if _ONEDNN and x.dtype == torch.float32 and not x.is_cuda:
+        product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, y.T, None, "none", [], "")
+        return product
+    return x @ y
 
 
 def _blocks(rows: int, size: int) -> list[slice]:
@@ -99,7 +110,7 @@ def _exponentials(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """w·exp(s - shift) of some rows, (R, A), and the shift (R,): the row's largest similarity unless given."""
     with torch.autocast(z.device.type, enabled=False):
-        block = (z[rows] / ctx.temperature) @ others.T
+        block = _matmul(z[rows] / ctx.temperature, others.T)
     if ctx.exclude is not None:
         block.scatter_(1, ctx.exclude[rows, None], float("-inf"))
     if shift is None:
