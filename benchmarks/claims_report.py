@@ -1,6 +1,117 @@
-def summarize(results):
-    return {}
+"""The tables and pictures of `benchmarks.claims`, from the runs that have a result."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from scipy.stats import spearmanr
+
+from benchmarks.measure import machine
+
+if TYPE_CHECKING:
+    from benchmarks.claims import Cell
+
+THIRDS = ("overall", "head", "middle", "tail")
+COLORS = {"overall": "black", "head": "#2a6f97", "middle": "#8a8a8a", "tail": "#c8553d"}
+DEFAULT = "0.05"  # λ of the comparisons
+Results = dict["Cell", dict[str, Any]]
+Accuracies = dict[str, np.ndarray]  # value of λ, method or epochs -> (seeds, THIRDS), percent
 
 
-def write(*a):
-    pass
+def accuracies(results: Results, dataset: str, claim: str) -> Accuracies:
+    rows: dict[str, list[list[float]]] = {}
+    for cell, result in results.items():
+        if (cell.dataset, cell.claim) == (dataset, claim):
+            scores = result["last"]["scores"]
+            rows.setdefault(cell.value, []).append([100 * scores[third] for third in THIRDS])
+    return {value: np.array(of) for value, of in rows.items()}
+
+
+def summarize(results: Results) -> dict[str, Any]:
+    """Figures of each data set: rank correlation of λ with each third's accuracy over all runs, and the ratio of epochs."""
+    summary: dict[str, Any] = {"rank_correlation": {}, "best_lambda": {}, "ratios": {}}
+    for dataset in sorted({cell.dataset for cell in results}):
+        swept = accuracies(results, dataset, "lambda")
+        if len(swept) > 2:
+            skews = np.concatenate([[float(value)] * len(of) for value, of in swept.items()])
+            reached = np.concatenate([*swept.values()])
+            summary["rank_correlation"][dataset] = {
+                third: round(float(spearmanr(skews, reached[:, i]).statistic), 3) for i, third in enumerate(THIRDS)
+            }
+            summary["best_lambda"][dataset] = max(swept, key=lambda value: swept[value][:, 0].mean())
+        ratio = _epochs_ratio(accuracies(results, dataset, "cosine"), swept.get(DEFAULT), _epochs(results, dataset))
+        if ratio is not None:
+            summary["ratios"][f"{dataset}_cosine_epochs_over_linear"] = ratio
+    return summary
+
+
+def _epochs(results: Results, dataset: str) -> int:
+    """Of a full run."""
+    return max(result["last"]["epoch"] for cell, result in results.items() if cell.dataset == dataset)
+
+
+def _epochs_ratio(cosine: Accuracies, linear: np.ndarray | None, epochs: int) -> float | None:
+    """Epochs of the cosine head's runs, interpolated between their lengths, at the linear head's final accuracy, over its own.
+
+    None where there are no runs, or where the longest does not reach it; the shortest run's share where even that is above it.
+    """
+    if linear is None or not cosine:
+        return None
+    lengths = sorted(map(int, cosine))
+    reached = np.maximum.accumulate([cosine[str(length)][:, 0].mean() for length in lengths])
+    goal = linear[:, 0].mean()
+    return round(float(np.interp(goal, reached, lengths)) / epochs, 2) if reached[-1] >= goal else None
+
+
+def write(docs: Path, budget: str, summary: dict[str, Any], results: Results, of: int) -> None:
+    """`docs/BUDGET.md` and a picture of the sweep over λ for each data set."""
+    docs.mkdir(parents=True, exist_ok=True)
+    lines = [
+        f"# Budget `{budget}`: {len(results)} of {of} runs",
+        "",
+        "Last epoch, test set, %; mean ± deviation (runs).",
+    ]
+    for dataset in sorted({cell.dataset for cell in results}):
+        swept = accuracies(results, dataset, "lambda")
+        compared = accuracies(results, dataset, "method")
+        first = {"cross-entropy": swept.get("0.0"), f"CIBL, λ = {DEFAULT}": swept.get(DEFAULT)}
+        methods = {name: rows for name, rows in first.items() if rows is not None} | compared
+        cosine = {f"{length} epochs": rows for length, rows in accuracies(results, dataset, "cosine").items()}
+        tables = {"λ": swept, "method": methods, f"cosine head, λ = {DEFAULT}": cosine}
+        for title, table in tables.items():
+            lines += ["", f"## {dataset}-LT, {title}", ""]
+            lines += [f"| {title} | overall | head third | middle | tail third |", "|---" * 5 + "|"]
+            for name, rows in table.items():
+                lines.append(f"| {name} | " + " | ".join(_cell(rows[:, i]) for i in range(len(THIRDS))) + " |")
+        if len(swept) > 1:
+            lines += ["", f"![accuracy against λ]({budget}-{dataset}.png)"]
+            _picture(docs / f"{budget}-{dataset}.png", swept, dataset)
+    lines += ["", f"Rank correlation with λ (Spearman): {summary['rank_correlation']}.", f"Ratios: {summary['ratios']}."]
+    lines += ["", f"{machine()['cpu']}, {machine()['cores']} cores, GPU: {machine()['gpu']}."]
+    (docs / f"{budget}.md").write_text("\n".join(lines) + "\n")
+
+
+def _cell(values: np.ndarray) -> str:
+    spread = f" ± {values.std(ddof=1):.1f}" if len(values) > 1 else ""
+    return f"{values.mean():.1f}{spread} ({len(values)})"
+
+
+def _picture(path: Path, swept: Accuracies, dataset: str) -> None:
+    """Mean and range of each third's accuracy against λ; λ = 0 stands at the left end."""
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.add_subplot()
+    values = sorted(swept, key=float)
+    place = np.arange(len(values))
+    for i, third in enumerate(THIRDS):
+        columns = [swept[value][:, i] for value in values]
+        axes.plot(place, [column.mean() for column in columns], marker="o", color=COLORS[third], label=third)
+        low, high = [column.min() for column in columns], [column.max() for column in columns]
+        axes.fill_between(place, low, high, color=COLORS[third], alpha=0.2, lw=0)
+    axes.set(xlabel="tail-skew weight λ", ylabel="test accuracy, %", ylim=(0, 100), xticks=place, xticklabels=values)
+    axes.set_title(f"{dataset}-LT: mean and range over the seeds")
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=120)

@@ -32,7 +32,7 @@ from cibl_ray.metrics import Scores, score
 from cibl_ray.networks.network import Outputs, build_network
 from cibl_ray.runlog import RunLog
 from cibl_ray.schedules import lr_factor
-from pipelines.augment import Normalize
+from pipelines.augment import Augment, Normalize
 from pipelines.batch import Batch, Loader, eval_reading, make_loader
 from pipelines.errors import UserError
 from pipelines.prepare import Prepared
@@ -71,10 +71,9 @@ class Trainer:
         )
         self.epoch = 0
         self.best: dict[str, float] | None = None
-        self.train_loaders = [
-            make_loader(prepared, "train", reading, config.loader)
-            for reading in readings(config.loss, config.data, config.train.batch_size, config.seed)
-        ]
+        streams = readings(config.loss, config.data, config.train.batch_size, config.seed)
+        self.augments = [Augment(reading.views, reading.size, reading.seed) for reading in streams]
+        self.train_loaders = [make_loader(prepared, "train", reading, config.loader) for reading in streams]
         # Opened now, so that a damaged test set is not found out after the last epoch.
         held_out = eval_reading(config.data, config.train.eval_batch_size)
         self.eval_loaders: dict[str, Loader] = {
@@ -129,7 +128,7 @@ class Trainer:
         for step, batch in enumerate(streams):
             waited += time.perf_counter() - before
             self._schedule(number + step / batches)
-            terms = self.train_step(batch)
+            terms = self.train_step(batch, step)
             for name, value in terms.items():
                 totals[name] += value
             if step % _CHECK_EVERY == _CHECK_EVERY - 1 or step == batches - 1:
@@ -147,9 +146,9 @@ class Trainer:
             "seconds": {"epoch": seconds, "data_wait": waited},
         }
 
-    def train_step(self, batches: Sequence[Batch]) -> dict[str, torch.Tensor]:
-        """One step of the optimizer on a batch of each stream; returns detached scalars by name."""
-        return self.optimize([self._images(batch) for batch in batches])
+    def train_step(self, batches: Sequence[Batch], step: int) -> dict[str, torch.Tensor]:
+        """One step of the optimizer on a batch of each stream, number `step` of the epoch; returns detached scalars by name."""
+        return self.optimize([self._images(*pair, step) for pair in zip(batches, self.augments, strict=True)])
 
     def optimize(self, streams: list[Images]) -> dict[str, torch.Tensor]:
         """The same on images that are ready for the network."""
@@ -161,8 +160,8 @@ class Trainer:
         self.optimizer.step()
         return {name: term.detach() for name, term in terms.items()}
 
-    def _images(self, batch: Batch) -> Images:
-        pixels = self.normalize(batch.views.to(self.device, non_blocking=True))
+    def _images(self, batch: Batch, augment: Augment, step: int) -> Images:
+        pixels = self.normalize(augment(batch.views.to(self.device, non_blocking=True), self.epoch, step))
         return Images(pixels, batch.labels.to(self.device, non_blocking=True), batch.views.shape[1])
 
     def _run(self, network: nn.Module, pixels: torch.Tensor) -> Outputs:

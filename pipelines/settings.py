@@ -49,7 +49,7 @@ def find_config(name: str) -> Path:
     for folder in folders:
         if (folder / f"{name}.yaml").is_file():
             return folder / f"{name}.yaml"
-    known = sorted({file.stem for folder in folders for file in folder.glob("*.yaml")})
+    known = sorted({str(file.relative_to(folder).with_suffix("")) for folder in folders for file in folder.rglob("*.yaml")})
     raise UserError(f"no configuration {name!r}: neither a file nor one of the shipped ones ({', '.join(known)})")
 
 

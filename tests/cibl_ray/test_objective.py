@@ -198,3 +198,24 @@ def test_a_learned_scale_moves_by_its_gradient_alone(digits, tmp_path):
     (group,) = [g for g in trainer.optimizer.param_groups if any(p is trainer.network.head.log_scale for p in g["params"])]
     assert group["weight_decay"] == 0
     assert len(group["params"]) == 1
+
+
+def test_recipes_reach_the_network_and_go_on_to_the_bit(digits, tmp_path):
+    """Each view's recipe changes what is trained on; an epoch in two sittings of the trainer draws the same."""
+    cut = "cut: {kind: crop, padding: 2}"
+    views = f"[{{{cut}, augment: [{{kind: auto_augment}}, {{kind: cutout, size: 6}}]}}, {{{cut}}}]"
+    plain = Trainer(config_of("hybrid_sc"), digits, tmp_path)
+    plain.train_epoch()
+    whole, half = (Trainer(config_of("hybrid_sc", "--data.views", views), digits, tmp_path / name) for name in ("a", "b"))
+    whole.train_epoch()
+    whole.train_epoch()
+    half.train_epoch()
+    half.save()
+    resumed = Trainer(half.config, digits, tmp_path / "b")
+    resumed.restore(load_checkpoint(tmp_path / "b" / "checkpoints" / "last.safetensors"))
+    resumed.train_epoch()
+    weights = [trainer.network.state_dict() for trainer in (whole, resumed)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert not torch.equal(
+        plain.network.state_dict()["backbone.conv.weight"], half.network.state_dict()["backbone.conv.weight"]
+    )

@@ -113,7 +113,7 @@ def test_unreadable_files(tmp_path):
             load_config(str(tmp_path / name), [])
 
 
-@pytest.mark.parametrize("path", sorted((REPOSITORY / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "configs").rglob("*.yaml")), ids=lambda path: path.stem)
 def test_shipped_configurations_are_valid(path):
     config = load_config(path.stem, [])
     assert config.data.prepared.is_absolute()
