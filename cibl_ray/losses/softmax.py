@@ -33,7 +33,10 @@ def log_sum_exp(
     exclude: int64 (M,), the column that does not count for each row. weight: (A,), w_ma of each column; 1 where None.
     own_class: (labels (M,), other labels (A,), weight (M,)), the weight instead where the two labels agree.
     """
-    result: torch.Tensor = _LogSumExp.apply(z, others, temperature, exclude, weight, own_class)
+    # Compared with themselves, the anchors' two gradients are one product with E + Eᵀ.
+    result: torch.Tensor = _LogSumExp.apply(
+        z, others.detach() if others is z else others, temperature, exclude, weight, own_class, others is z
+    )
     return result
 
 
@@ -49,7 +52,9 @@ class _LogSumExp(torch.autograd.Function):
         exclude: torch.Tensor | None,
         weight: torch.Tensor | None,
         own_class: OwnClass | None,
+        symmetric: bool,
     ) -> torch.Tensor:
+        ctx.symmetric = symmetric
         ctx.temperature, ctx.exclude, ctx.weight, ctx.own_class = temperature, exclude, weight, own_class
         kind = "cuda" if z.is_cuda else "cpu"
         if len(z) * len(others) <= KEEP[kind]:
@@ -71,13 +76,16 @@ class _LogSumExp(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         z, others, *rest = ctx.saved_tensors
         grad = grad / ctx.temperature
-        wants_others = ctx.needs_input_grad[1]
+        wants_others = ctx.needs_input_grad[1] or ctx.symmetric
         with torch.autocast(z.device.type, enabled=False):
             if len(rest) == 2:
                 block, sums = rest
                 grad = (grad / sums)[:, None]
+                if ctx.symmetric:
+                    block = block * grad
+                    return _matmul(block + block.T, others), None, None, None, None, None, None
                 grad_others = _matmul((grad * z).T.contiguous(), block).T if wants_others else None
-                return _matmul(block, others).mul_(grad), grad_others, None, None, None, None
+                return _matmul(block, others).mul_(grad), grad_others, None, None, None, None, None
             (result,) = rest
             grad_z = torch.empty_like(z)
             grad_others = torch.zeros_like(others) if wants_others else None
@@ -87,7 +95,9 @@ class _LogSumExp(torch.autograd.Function):
                 grad_z[rows] = _matmul(block, others).mul_(grad_rows)
                 if grad_others is not None:
                     grad_others.add_(_matmul((grad_rows * z[rows]).T.contiguous(), block).T)
-        return grad_z, grad_others, None, None, None, None
+        if ctx.symmetric and grad_others is not None:
+            grad_z, grad_others = grad_z + grad_others, None
+        return grad_z, grad_others, None, None, None, None, None
 
 
 _ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")

@@ -235,6 +235,21 @@ def test_blocks_change_nothing(loss, rows, monkeypatch):
         assert (mine is None and theirs is None) or torch.allclose(mine, theirs, rtol=1e-10, atol=1e-13)
 
 
+@pytest.mark.parametrize("keep", [2**22, 0])
+@pytest.mark.parametrize("name", LABELS)
+def test_anchors_compared_with_themselves_have_both_gradients(name, keep, monkeypatch):
+    """The short way where the contrast set is the very tensor of the anchors, as in training without a queue."""
+    monkeypatch.setitem(softmax.KEEP, "cpu", keep)
+    monkeypatch.setitem(softmax.BLOCK, "cpu", 30)
+    e = Example(name, torch.float64, queued=False)
+    weights = torch.rand(10, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    same = supcon(e.z, e.labels, Contrast(e.z, e.labels), CLASSES, 0.1)
+    plain = plain_supcon(e.z, e.labels, e.z, e.labels, 0.1)
+    gradients = [torch.autograd.grad((loss * weights).sum(), e.z)[0] for loss in (same, plain)]
+    assert torch.allclose(same, plain, rtol=1e-9)
+    assert torch.allclose(*gradients, rtol=1e-9, atol=1e-12)
+
+
 def test_blocks_keep_memory_below_the_square():
     """Beyond the block's size nothing of M x M is kept for the backward pass."""
     z = F.normalize(torch.randn(2500, 8), dim=1).requires_grad_()
