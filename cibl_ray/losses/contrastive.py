@@ -38,7 +38,7 @@ def supcon(z: torch.Tensor, labels: torch.Tensor, contrast: Contrast, classes: i
     """
     z, others = wide(z), wide(contrast.embeddings)
     positives = positive_counts(labels, contrast.labels, classes)
-    attraction = _positive_sum(z, labels, contrast, others, classes) / (positives.clamp(min=1) * temperature)
+    attraction = _positive_sum(z, labels, contrast, others, classes) / (positives.clamp(min=1).to(z.dtype) * temperature)
     loss = log_sum_exp(z, others, temperature, exclude=contrast.rows_of(z)) - attraction
     return torch.where(positives > 0, loss, torch.zeros_like(loss))
 
@@ -73,7 +73,7 @@ def balanced_contrastive(
     with_prototypes = Contrast(others, other_labels, contrast.own)
     members = torch.bincount(other_labels, minlength=classes)
     positives = members[labels] - 1
-    attraction = _positive_sum(z, labels, with_prototypes, others, classes) / (positives * temperature)
+    attraction = _positive_sum(z, labels, with_prototypes, others, classes) / (positives.to(z.dtype) * temperature)
     # A member of another class stands for 1/|class|; of the anchor's own class, without the anchor, 1/(|P|+1).
     normalizer = log_sum_exp(
         z, others, temperature, with_prototypes.rows_of(z), weight=1 / members[other_labels].to(z.dtype),
@@ -103,7 +103,7 @@ def paco(
     normalizer = torch.logaddexp(logits.logsumexp(1), log_sum_exp(z, others, temperature, exclude=contrast.rows_of(z)))
     attraction = _positive_sum(z, labels, contrast, others, classes) / temperature
     centre = logits.gather(1, labels[:, None]).squeeze(1)
-    return normalizer - (beta * centre + alpha * attraction) / (beta + alpha * positives)
+    return normalizer - (beta * centre + alpha * attraction) / (beta + alpha * positives.to(z.dtype))
 
 
 def _positive_sum(
