@@ -115,6 +115,6 @@ def test_unreadable_files(tmp_path):
 
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "configs").rglob("*.yaml")), ids=lambda path: path.stem)
 def test_shipped_configurations_are_valid(path):
-    config = load_config(path.stem, [])
+    config = load_config(str(path.relative_to(REPOSITORY / "configs").with_suffix("")), [])
     assert config.data.prepared.is_absolute()
     assert len(config.data.views) == 2
