@@ -37,12 +37,13 @@ def cibl(
 
     Returns scalars: the loss, both terms unweighted, and the mean weight of cross-entropy. λ = 0 is cross-entropy to the bit.
     """
-    rows = slice(None, None, classify_every)
     positives = positive_counts(labels, contrast.labels, logits.shape[1])
-    classified = cross_entropy(logits[rows], labels[rows])
+    weight = contrastive_weight(positives, tail_skew).to(torch.promote_types(z.dtype, torch.float32))
+    rest, chosen, chosen_labels = 1 - weight, logits, labels
+    if classify_every > 1:  # a slice's way back is a copy of all logits, even where the slice is all of them
+        rest, chosen, chosen_labels = (each[::classify_every] for each in (rest, logits, labels))
+    classified = cross_entropy(chosen, chosen_labels)
     contrastive = supcon(z, labels, contrast, logits.shape[1], temperature)
-    weight = contrastive_weight(positives, tail_skew).to(contrastive.dtype)
-    rest = 1 - weight[rows]
     scale = rest.mean() if normalize else 1.0
     loss = (rest * classified).mean() / scale + (weight * contrastive).mean()
     return {

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from cibl_ray.losses.attraction import positive_sums
 from cibl_ray.losses.softmax import log_sum_exp, wide
 
 
@@ -36,9 +37,10 @@ def supcon(z: torch.Tensor, labels: torch.Tensor, contrast: Contrast, classes: i
 
     l(m) = -1/|P(m)| · Σ_{p∈P(m)} log[ exp(z_m·z_p/τ) / Σ_{a≠m} exp(z_m·z_a/τ) ];  0 where P(m) is empty.
     """
-    z, others = wide(z), wide(contrast.embeddings)
+    z, others = _widened(z, contrast)
     positives = positive_counts(labels, contrast.labels, classes)
-    attraction = _positive_sum(z, labels, contrast, others, classes) / (positives.clamp(min=1).to(z.dtype) * temperature)
+    attraction = positive_sums(z, labels, others, contrast.labels, contrast.own, classes)
+    attraction = attraction / (positives.clamp(min=1).to(z.dtype) * temperature)
     loss = log_sum_exp(z, others, temperature, exclude=contrast.rows_of(z)) - attraction
     return torch.where(positives > 0, loss, torch.zeros_like(loss))
 
@@ -73,7 +75,7 @@ def balanced_contrastive(
     with_prototypes = Contrast(others, other_labels, contrast.own)
     members = torch.bincount(other_labels, minlength=classes)
     positives = members[labels] - 1
-    attraction = _positive_sum(z, labels, with_prototypes, others, classes) / (positives.to(z.dtype) * temperature)
+    attraction = positive_sums(z, labels, others, other_labels, contrast.own, classes) / (positives.to(z.dtype) * temperature)
     # A member of another class stands for 1/|class|; of the anchor's own class, without the anchor, 1/(|P|+1).
     normalizer = log_sum_exp(
         z, others, temperature, with_prototypes.rows_of(z), weight=1 / members[other_labels].to(z.dtype),
@@ -97,19 +99,16 @@ def paco(
 
         l(m) = -[ β·log(exp(f_y)/D) + α·Σ_{p∈P(m)} log(exp(z_m·z_p/τ)/D) ] / (β + α·|P(m)|).
     """
-    logits, z, others = wide(logits), wide(z), wide(contrast.embeddings)
+    logits, (z, others) = wide(logits), _widened(z, contrast)
     classes = logits.shape[1]
     positives = positive_counts(labels, contrast.labels, classes)
     normalizer = torch.logaddexp(logits.logsumexp(1), log_sum_exp(z, others, temperature, exclude=contrast.rows_of(z)))
-    attraction = _positive_sum(z, labels, contrast, others, classes) / temperature
+    attraction = positive_sums(z, labels, others, contrast.labels, contrast.own, classes) / temperature
     centre = logits.gather(1, labels[:, None]).squeeze(1)
     return normalizer - (beta * centre + alpha * attraction) / (beta + alpha * positives.to(z.dtype))
 
 
-def _positive_sum(
-    z: torch.Tensor, labels: torch.Tensor, contrast: Contrast, others: torch.Tensor, classes: int
-) -> torch.Tensor:
-    """Σ_{p∈P(m)} z_m·z_p, (M,): through the sum of each class, so that no M×A mask is needed."""
-    sums = others.new_zeros(classes, others.shape[1]).index_add(0, contrast.labels, others)
-    own = others[contrast.own : contrast.own + len(z)]
-    return (z * (sums.index_select(0, labels) - own)).sum(1)
+def _widened(z: torch.Tensor, contrast: Contrast) -> tuple[torch.Tensor, torch.Tensor]:
+    """Anchors and contrast set in at least float32: one tensor where the anchors are the whole set."""
+    anchors = wide(z)
+    return anchors, anchors if contrast.embeddings is z else wide(contrast.embeddings)

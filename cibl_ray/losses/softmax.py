@@ -11,6 +11,9 @@ from torch.autograd.function import once_differentiable
 # memory grows with the block and not with the square of the batch.
 KEEP = {"cpu": 2**22, "cuda": 2**26}
 BLOCK = {"cpu": 2**18, "cuda": 2**24}
+# exp(-LOWEST) is a normal float32. Similarities of unit vectors span 2/τ: where that is less, the largest possible one can be
+# the shift of all rows.
+LOWEST = 80
 
 OwnClass = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -30,6 +33,7 @@ def log_sum_exp(
 ) -> torch.Tensor:
     """log Σ_a w_ma·exp(z_m·others_a/τ), (M,), differentiable in z (M, d) and others (A, d), which are float32 or float64.
 
+    Rows of z and others have norm 1, or about. If others is z itself, exclude can only be each row's own column.
     exclude: int64 (M,), the column that does not count for each row. weight: (A,), w_ma of each column; 1 where None.
     own_class: (labels (M,), other labels (A,), weight (M,)), the weight instead where the two labels agree.
     """
@@ -41,7 +45,10 @@ def log_sum_exp(
 
 
 class _LogSumExp(torch.autograd.Function):
-    """With E = w·exp(s - shift) and its row sums R: d/dz = g/(R·τ)·E·others, d/dothers = Eᵀ·(g/(R·τ)·z)."""
+    """With E = w·exp(s - shift) and its row sums R: d/dz = g/(R·τ)·E·others, d/dothers = Eᵀ·(g/(R·τ)·z).
+
+    If others is z and one shift serves all rows, E is symmetric: both together are ((u_m + u_k)·E_mk)·z with u = g/(R·τ).
+    """
 
     @staticmethod
     def forward(
@@ -58,7 +65,9 @@ class _LogSumExp(torch.autograd.Function):
         ctx.temperature, ctx.exclude, ctx.weight, ctx.own_class = temperature, exclude, weight, own_class
         kind = "cuda" if z.is_cuda else "cpu"
         if len(z) * len(others) <= KEEP[kind]:
-            block, shift = _exponentials(ctx, z, others, slice(None), None)
+            ctx.one_shift = symmetric and weight is None and own_class is None and 2 / temperature < LOWEST
+            shift = z.new_full((len(z),), 1 / temperature) if ctx.one_shift else None
+            block, shift = _exponentials(ctx, z, others, slice(None), shift)
             sums = block.sum(1)
             result = shift + sums.log()
             ctx.save_for_backward(z, others, block, sums)
@@ -81,20 +90,20 @@ class _LogSumExp(torch.autograd.Function):
             if len(rest) == 2:
                 block, sums = rest
                 grad = (grad / sums)[:, None]
-                if ctx.symmetric:
-                    block = block * grad
-                    return _matmul(block + block.T, others), None, None, None, None, None, None
+                if ctx.one_shift:
+                    return _matmul((grad + grad.T).mul_(block), others), None, None, None, None, None, None
+                grad_z = _matmul(block, others).mul_(grad)
                 grad_others = _matmul((grad * z).T.contiguous(), block).T if wants_others else None
-                return _matmul(block, others).mul_(grad), grad_others, None, None, None, None, None
-            (result,) = rest
-            grad_z = torch.empty_like(z)
-            grad_others = torch.zeros_like(others) if wants_others else None
-            for rows in _blocks(len(z), ctx.rows):
-                block, _ = _exponentials(ctx, z, others, rows, result[rows])
-                grad_rows = grad[rows, None]
-                grad_z[rows] = _matmul(block, others).mul_(grad_rows)
-                if grad_others is not None:
-                    grad_others.add_(_matmul((grad_rows * z[rows]).T.contiguous(), block).T)
+            else:
+                (result,) = rest
+                grad_z = torch.empty_like(z)
+                grad_others = torch.zeros_like(others) if wants_others else None
+                for rows in _blocks(len(z), ctx.rows):
+                    block, _ = _exponentials(ctx, z, others, rows, result[rows])
+                    grad_rows = grad[rows, None]
+                    grad_z[rows] = _matmul(block, others).mul_(grad_rows)
+                    if grad_others is not None:
+                        grad_others.add_(_matmul((grad_rows * z[rows]).T.contiguous(), block).T)
         if ctx.symmetric and grad_others is not None:
             grad_z, grad_others = grad_z + grad_others, None
         return grad_z, grad_others, None, None, None, None, None

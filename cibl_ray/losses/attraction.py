@@ -1,0 +1,61 @@
+"""The numerator of every contrastive loss, with its gradient: a sum over positives without a mask of all pairs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+
+def class_sums(x: torch.Tensor, labels: torch.Tensor, classes: int) -> torch.Tensor:
+    """Σ of x (N, d) over the rows of each class: (C, d), 0 where a class has none. Deterministic on every device."""
+    members = torch.bincount(labels, minlength=classes)
+    # A third of index_add's time on a CPU, and in a fixed order on a GPU.
+    return F.embedding_bag(labels.argsort(stable=True), x, members.cumsum(0) - members, mode="sum")
+
+
+def positive_sums(
+    z: torch.Tensor, labels: torch.Tensor, others: torch.Tensor, other_labels: torch.Tensor, own: int, classes: int
+) -> torch.Tensor:
+    """Σ_{p∈P(m)} z_m·others_p, (M,), differentiable in z (M, d) and others (A, d), whose rows own, own+1, ... are z."""
+    itself = others is z
+    result: torch.Tensor = _PositiveSums.apply(
+        z, others.detach() if itself else others, labels, other_labels, own, classes, itself
+    )
+    return result
+
+
+class _PositiveSums(torch.autograd.Function):
+    """Through the sum S of each class: z_m·(S_y - z_m). With T the sums of g·z: d/dz = g·(S_y - z), d/dothers = T_y - g·z."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        z: torch.Tensor,
+        others: torch.Tensor,
+        labels: torch.Tensor,
+        other_labels: torch.Tensor,
+        own: int,
+        classes: int,
+        itself: bool,
+    ) -> torch.Tensor:
+        ctx.own, ctx.classes, ctx.itself = own, classes, itself
+        rest = class_sums(others, other_labels, classes).index_select(0, labels).sub_(others[own : own + len(z)])
+        ctx.save_for_backward(z, rest, labels, other_labels)
+        return (z * rest).sum(1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        z, rest, labels, other_labels = ctx.saved_tensors
+        grad_z = grad[:, None] * rest
+        grad_others = None
+        if ctx.itself or ctx.needs_input_grad[1]:
+            pulled = grad[:, None] * z
+            grad_others = class_sums(pulled, labels, ctx.classes).index_select(0, other_labels)
+            grad_others[ctx.own : ctx.own + len(z)] -= pulled
+        if ctx.itself:
+            grad_z, grad_others = grad_z.add_(grad_others), None
+        return grad_z, grad_others, None, None, None, None, None
