@@ -26,14 +26,14 @@ from pipelines.settings import validate
 
 log = logging.getLogger(__name__)
 
-FORMAT = 2
+FORMAT = 3
 LAST, PREVIOUS, BEST = "last.safetensors", "previous.safetensors", "best.safetensors"
 _HEADER = "cibl_ray"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """State after `epoch` whole epochs.
+    """State after `epoch` whole epochs and `step` steps of the next.
 
     data: the digest of each split's source. best: the best validation accuracy so far and its epoch, or None.
     weights: the network's state by name. momentum: SGD's buffers by parameter name; objective: what the loss carries from step
@@ -45,6 +45,7 @@ class Checkpoint:
     train_counts: np.ndarray
     data: dict[str, str]
     epoch: int
+    step: int
     best: dict[str, float] | None
     weights: dict[str, torch.Tensor]
     momentum: dict[str, torch.Tensor]
@@ -96,6 +97,7 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint, keep_previous: bool = Fa
         "train_counts": checkpoint.train_counts.tolist(),
         "data": checkpoint.data,
         "epoch": checkpoint.epoch,
+        "step": checkpoint.step,
         "best": checkpoint.best,
     }
     tensors = {f"weights.{name}": tensor for name, tensor in checkpoint.weights.items()}
@@ -140,6 +142,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
             train_counts=np.array(content["train_counts"], dtype=np.int64),
             data=content["data"],
             epoch=content["epoch"],
+            step=content["step"],
             best=content["best"],
             weights=_part(tensors, "weights."),
             momentum=_part(tensors, "momentum."),

@@ -114,6 +114,11 @@ class TrainConfig(Settings):
     )
     device: Literal["auto", "cpu", "cuda"] = "auto"
     checkpoint_every: int = Field(default=1, ge=1, description="epochs between checkpoints")
+    checkpoint_minutes: float | None = Field(
+        default=None,
+        gt=0,
+        description="within an epoch, at most so long between checkpoints; None: at the ends of epochs alone",
+    )
 
 
 class RunConfig(Settings):

@@ -23,4 +23,6 @@ def predict(
         logits.append(network.classify(images).cpu())
         labels.append(batch.labels.clone())
     network.train(was_training)
+    if not logits:  # fewer images than workers
+        return torch.empty(0, network.classes), torch.empty(0, dtype=torch.int64)
     return torch.cat(logits), torch.cat(labels)

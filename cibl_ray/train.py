@@ -18,10 +18,15 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from pipelines.errors import Interrupted, UserError, run_command
 from pipelines.settings import CommandParser, split_command_line
+
+if TYPE_CHECKING:
+    from cibl_ray.progress import Progress
+    from cibl_ray.trainer import Trainer
+    from cibl_ray.world import World
 
 CONFIG = "config.yaml"
 RESULT = "result.json"
@@ -40,66 +45,87 @@ def main() -> None:
     if (name is None) == (arguments.resume is None):
         raise UserError("name a configuration first (quickstart, say) to start a run, or --resume RUN to go on with one")
     if arguments.resume is not None:
-        train(*_resumed(arguments.resume, overrides), resume=True)
+        config, folder = _resumed(arguments.resume, overrides)
     else:
         from cibl_ray.config import load_config
 
         assert name is not None
         config = load_config(name, overrides)
-        train(config, config.runs / (arguments.name or f"{Path(name).stem}-{time.strftime('%Y%m%d-%H%M%S')}"))
+        folder = config.runs / (arguments.name or f"{Path(name).stem}-{time.strftime('%Y%m%d-%H%M%S')}")
+    from cibl_ray.progress import Silent, Terminal
+    from cibl_ray.world import join
+
+    world = join()
+    folder = world.from_first(lambda: folder)  # every rank has a clock of its own
+    train(config, folder, arguments.resume is not None, world, Terminal() if world.first else Silent())
 
 
-def train(config: Any, folder: Path, resume: bool = False) -> dict[str, Any]:
-    """Run a configuration in `folder`, new or (with `resume`) an earlier run's; returns the result that result.json holds."""
+def train(config: Any, folder: Path, resume: bool, world: World, progress: Progress) -> dict[str, Any]:
+    """Run a configuration in `folder`, new or (with `resume`) an earlier run's; returns the result that result.json holds.
+
+    Every worker of `world` calls it; rank 0 alone writes, and has a result.
+    """
     from cibl_ray.checkpoint import newest
-    from cibl_ray.config import save_config
-    from cibl_ray.hardware import describe
-    from cibl_ray.metrics import table
-    from cibl_ray.pictures import save_accuracy_by_class, save_learning_curves
-    from cibl_ray.runlog import read_metrics
     from cibl_ray.trainer import Trainer, resolve
-    from pipelines.pictures import save_histogram
     from pipelines.prepare import ensure_prepared
 
     config = resolve(config)
-    if not resume and folder.exists():
+    if world.first and not resume and folder.exists():
         raise UserError(f"run folder {str(folder)!r} already exists; go on with --resume {folder}, or choose another --name")
     prepared = ensure_prepared(config.data, config.seed)
-    _log_to(None)
-    trainer = Trainer(config, prepared, folder)
-    checkpoint = newest(folder / "checkpoints") if resume else None
+    if world.first:
+        _log_to(None)
+    trainer = Trainer(config, prepared, folder, world)
+    checkpoint = world.from_first(lambda: newest(folder / "checkpoints")) if resume else None
     if checkpoint is not None:
         trainer.restore(checkpoint)
+    if not world.first:
+        return trainer.fit(progress)
     # From here on nothing is refused any more, so that a mistake leaves no folder and changes no earlier run.
     try:
         folder.mkdir(parents=True, exist_ok=resume)
     except FileExistsError as error:
         raise UserError(f"run folder {str(folder)!r} has just been made by another process; choose another --name") from error
-    lock = _lock(folder)
+    with _lock(folder), _stops_on_sigterm():
+        try:
+            return _fit(trainer, progress)
+        except KeyboardInterrupt:
+            raise Interrupted(
+                f"stopped in epoch {trainer.epoch + 1}; go on with: python -m cibl_ray.train --resume {folder}"
+            ) from None
+
+
+def _fit(trainer: Trainer, progress: Progress) -> dict[str, Any]:
+    """Train, and leave everything that a run folder holds."""
+    from cibl_ray.config import save_config
+    from cibl_ray.hardware import describe
+    from cibl_ray.metrics import table
+    from cibl_ray.pictures import save_accuracy_by_class, save_learning_curves
+    from cibl_ray.runlog import read_metrics
+    from pipelines.pictures import save_histogram
+
+    config, folder, prepared = trainer.config, trainer.folder, trainer.prepared
     _log_to(folder / "train.log")
     save_config(config, folder / CONFIG)
     save_histogram(folder / "class_counts.png", prepared.classes, prepared.train_counts)
     log.info(
-        "%s: %s, %s head, %s, %s, %s, %s; from epoch %d of %d",
+        "%s: %s, %s head, %s, %s, %s, %s, %s; from epoch %d of %d",
         folder, config.network.backbone, config.network.head.kind, config.loss.kind, config.train.device,
-        config.train.precision, trainer.train_loaders[0].name, trainer.epoch + 1, config.train.epochs,
+        config.train.precision, trainer.train_loaders[0].name, _workers(trainer.world.size),
+        trainer.epoch + 1, config.train.epochs,
     )  # fmt: skip
     if trainer.epoch >= config.train.epochs:
         log.info("all %d epochs are done; to train on: --resume %s --train.epochs N", trainer.epoch, folder)
-    try:
-        with _stops_on_sigterm():
-            result = trainer.fit()
-    except KeyboardInterrupt:
-        raise Interrupted(
-            f"stopped in epoch {trainer.epoch + 1}; go on with: python -m cibl_ray.train --resume {folder}"
-        ) from None
+    result = trainer.fit(progress)
     rows = read_metrics(folder)
     kinds = [name for name in ("last", "best") if name in result]
     scores = {f"{name} (epoch {result[name]['epoch']})": result[name]["scores"] for name in kinds}
     result |= {name: {**result[name], "scores": asdict(result[name]["scores"])} for name in kinds}
     result |= {
         "seconds": sum(row["seconds"]["epoch"] for row in rows),
+        "time": _time(rows),
         "images_per_s": statistics.median(row["rate"]["images_per_s"] for row in rows),
+        "workers": trainer.world.size,
         "hardware": describe(config.train.device),
     }
     part = folder / f"{RESULT}.part"
@@ -107,13 +133,30 @@ def train(config: Any, folder: Path, resume: bool = False) -> dict[str, Any]:
     part.replace(folder / RESULT)
     save_learning_curves(folder / "learning_curves.png", rows)
     save_accuracy_by_class(folder / "accuracy_by_class.png", prepared.classes, prepared.train_counts, scores)
-    lock.close()
-    print(f"\nAccuracy on the {result['split']} split, %, by training images of the class (many > 100, few < 20):\n")
-    print(table(scores))
+    progress.line(f"\nAccuracy on the {result['split']} split, %, by training images of the class (many > 100, few < 20):\n")
+    progress.line(table(scores))
     if "best" not in result:
-        print("\nNo validation split, so no best epoch: data.val_fraction carves one out.")
-    print(f"\nRun folder: {folder}\nPictures:   learning_curves.png, accuracy_by_class.png, class_counts.png")
+        progress.line("\nNo validation split, so no best epoch: data.val_fraction carves one out.")
+    progress.line(f"\nTime: {_shares(result['time'])}")
+    progress.line(f"Run folder: {folder}\nPictures:   learning_curves.png, accuracy_by_class.png, class_counts.png")
     return result
+
+
+def _workers(count: int) -> str:
+    return f"{count} workers" if count > 1 else "one process"
+
+
+def _time(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Where rank 0's seconds went, over all epochs. A checkpoint's stand in the row of the epoch after it."""
+    time = {
+        name: sum(row["seconds"][name] for row in rows) for name in ("data_wait", "communication", "evaluation", "checkpoint")
+    }
+    return {"step": sum(row["seconds"]["epoch"] for row in rows) - time["data_wait"] - time["communication"]} | time
+
+
+def _shares(seconds: dict[str, float]) -> str:
+    total = sum(seconds.values()) or 1.0
+    return ", ".join(f"{name.replace('_', ' ')} {100 * value / total:.0f} %" for name, value in seconds.items())
 
 
 def _resumed(folder: Path, overrides: list[str]) -> tuple[Any, Path]:

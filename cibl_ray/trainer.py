@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from cibl_ray.checkpoint import (
     BEST,
@@ -30,8 +29,10 @@ from cibl_ray.losses.config import needs
 from cibl_ray.losses.objective import Images, Objective, readings
 from cibl_ray.metrics import Scores, score
 from cibl_ray.networks.network import Outputs, build_network
+from cibl_ray.progress import Progress, Silent
 from cibl_ray.runlog import RunLog
 from cibl_ray.schedules import lr_factor
+from cibl_ray.world import World
 from pipelines.augment import Augment, Normalize
 from pipelines.batch import Batch, Loader, eval_reading, make_loader
 from pipelines.errors import UserError
@@ -46,17 +47,22 @@ _CHECK_EVERY = 50  # steps between looks at whether the loss is finite: each loo
 class Trainer:
     """One run: data, network, optimizer, and where they stand.
 
-    `config` must be resolved (`resolve`): no 'auto' in it. `epoch` counts the whole epochs done.
+    `config` must be resolved (`resolve`): no 'auto' in it. `epoch` counts the whole epochs done. In a `world` of several
+    workers every one has a trainer of its own, with the same network; rank 0's alone touches `folder`.
     """
 
-    def __init__(self, config: RunConfig, prepared: Prepared, folder: Path) -> None:
+    def __init__(self, config: RunConfig, prepared: Prepared, folder: Path, world: World | None = None) -> None:
         self.config, self.prepared, self.folder = config, prepared, folder
+        self.world = world = world or World()
+        batch = config.train.batch_size
+        if batch < world.size:
+            raise UserError(f"train.batch_size is {batch}, fewer than one image for each of {world.size} workers; raise it")
         self.device = torch.device(config.train.device)
         self.autocast = config.train.precision == "bf16"
         self.network = build_network(config.network, len(prepared.classes), needs(config.loss), config.seed)
         self.network.to(self.device)
         self.normalize = Normalize(config.data).to(self.device)
-        self.objective = Objective(config.loss, self.network, prepared.train_counts, self.device)
+        self.objective = Objective(config.loss, self.network, prepared.train_counts, self.device, world, batch)
         decayed: dict[bool, list[nn.Parameter]] = {True: [], False: []}
         for name, parameter in self.network.named_parameters():
             decayed[self.network.decays(name)].append(parameter)
@@ -69,13 +75,15 @@ class Trainer:
             momentum=config.optimizer.momentum,
             nesterov=config.optimizer.nesterov,
         )
-        self.epoch = 0
+        self.epoch = self.step = 0
+        self._saved = time.monotonic()
+        self._spent = {"evaluation": 0.0, "checkpoint": 0.0}  # seconds since the last epoch's row
         self.best: dict[str, float] | None = None
-        streams = readings(config.loss, config.data, config.train.batch_size, config.seed)
+        streams = readings(config.loss, config.data, batch, config.seed, world.share)
         self.augments = [Augment(reading.views, reading.size, reading.seed) for reading in streams]
         self.train_loaders = [make_loader(prepared, "train", reading, config.loader) for reading in streams]
         # Opened now, so that a damaged test set is not found out after the last epoch.
-        held_out = eval_reading(config.data, config.train.eval_batch_size)
+        held_out = eval_reading(config.data, config.train.eval_batch_size, world.share)
         self.eval_loaders: dict[str, Loader] = {
             split: make_loader(prepared, split, held_out, config.loader) for split in prepared.splits if split != "train"
         }
@@ -87,26 +95,34 @@ class Trainer:
         load_weights(self.network, checkpoint)
         load_momentum(self.network, self.optimizer, checkpoint.momentum)
         self.objective.load(checkpoint.objective)
-        self.epoch, self.best = checkpoint.epoch, checkpoint.best
+        self.epoch, self.step, self.best = checkpoint.epoch, checkpoint.step, checkpoint.best
 
-    def fit(self) -> dict[str, Any]:
-        """Train to the last epoch; returns the result: the last epoch and the best on validation, scored on the test set."""
+    def fit(self, progress: Progress | None = None) -> dict[str, Any]:
+        """Train to the last epoch; returns the result: the last epoch and the best on validation, scored on the test set.
+
+        Every worker calls it; the result is rank 0's alone, the others' is empty.
+        """
+        progress = progress or Silent()
         epochs, batches = self.config.train.epochs, self.train_loaders[0].batches
+        run_log = RunLog(self.folder, self.epoch) if self.world.first else None
         images = batches * self.config.train.batch_size
-        run_log = RunLog(self.folder, self.epoch)
-        bar = tqdm(total=epochs * images, initial=self.epoch * images, unit="img", unit_scale=True, disable=None, mininterval=1)
+        progress.begin(epochs * images, self.epoch * images + self.step * self.config.train.batch_size)
         try:
             while self.epoch < epochs:
-                row = self.train_epoch(bar)
+                row = self.train_epoch(progress)
                 if "val" in self.prepared.splits:
                     self._validate(row)
-                run_log.write(row)  # before the checkpoint: a resumed run drops rows beyond it, and misses none
-                if self.epoch % self.config.train.checkpoint_every == 0 or self.epoch == epochs:
-                    self.save()
-                tqdm.write(_epoch_line(row, epochs))
+                row["seconds"] |= self._spent
+                self._spent = dict.fromkeys(self._spent, 0.0)
+                if run_log is not None:
+                    run_log.write(row)  # before the checkpoint: a resumed run drops rows beyond it, and misses none
+                    if self.epoch % self.config.train.checkpoint_every == 0 or self.epoch == epochs:
+                        self.save()
+                progress.line(_epoch_line(row, epochs))
         finally:
-            bar.close()
-            run_log.close()
+            progress.close()
+            if run_log is not None:
+                run_log.close()
             for loader in self.train_loaders:
                 loader.close()
         try:
@@ -115,35 +131,42 @@ class Trainer:
             for loader in self.eval_loaders.values():
                 loader.close()
 
-    def train_epoch(self, bar: tqdm | None = None) -> dict[str, Any]:
-        """One epoch; returns its row for the log: mean terms, learning rate, images a second, and where the time went."""
-        number, batches = self.epoch, self.train_loaders[0].batches
+    def train_epoch(self, progress: Progress | None = None) -> dict[str, Any]:
+        """One epoch, or the rest of it; returns its row for the log: mean terms over all workers, learning rate, images a
+        second, and where the time went."""
+        number, batches, batch_size = self.epoch, self.train_loaders[0].batches, self.config.train.batch_size
         torch.manual_seed(torch_seed(self.config.seed, "epoch", number))
         self.network.train()
         totals: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros((), device=self.device))
         started = time.perf_counter()
-        waited = 0.0
+        waited = self.world.seconds = 0.0
         before = started
-        streams = zip(*(loader.epoch(number) for loader in self.train_loaders), strict=True)
-        for step, batch in enumerate(streams):
+        first = self.step
+        streams = zip(*(loader.epoch(number, first) for loader in self.train_loaders), strict=True)
+        for batch in streams:
             waited += time.perf_counter() - before
-            self._schedule(number + step / batches)
-            terms = self.train_step(batch, step)
+            self._schedule(number + self.step / batches)
+            terms = self.train_step(batch, self.step)
             for name, value in terms.items():
                 totals[name] += value
-            if step % _CHECK_EVERY == _CHECK_EVERY - 1 or step == batches - 1:
-                self._check_finite(totals["loss"], step)
-            if bar is not None:
-                bar.update(len(batch[0].labels))
+            self.step += 1
+            if self.step % _CHECK_EVERY == 0 or self.step == batches:
+                self._check_finite(totals["loss"], self.step)
+            if progress is not None:
+                progress.advance(batch_size)
+            if self.world.first and self.step < batches:
+                self._save_if_due()
             before = time.perf_counter()
-        self.epoch += 1
+        self.epoch, self.step = number + 1, 0
+        self.world.average_statistics(self.objective.networks)
+        own = torch.stack([total.float() for total in totals.values()]) * self.world.fraction(batch_size)
+        means = (self.world.sum(own) / (batches - first)).tolist()
         seconds = time.perf_counter() - started
-        images = batches * self.config.train.batch_size
         return {
             "epoch": self.epoch,
-            "train": {name: float(total) / batches for name, total in totals.items()},
-            "rate": {"lr": self.optimizer.param_groups[0]["lr"], "images_per_s": images / seconds},
-            "seconds": {"epoch": seconds, "data_wait": waited},
+            "train": dict(zip(totals, means, strict=True)),
+            "rate": {"lr": self.optimizer.param_groups[0]["lr"], "images_per_s": (batches - first) * batch_size / seconds},
+            "seconds": {"epoch": seconds, "data_wait": waited, "communication": self.world.seconds},
         }
 
     def train_step(self, batches: Sequence[Batch], step: int) -> dict[str, torch.Tensor]:
@@ -154,14 +177,18 @@ class Trainer:
         """The same on images that are ready for the network."""
         terms = self.objective(self.network, self._run, streams, self.epoch / self.config.train.epochs)
         self.optimizer.zero_grad(set_to_none=True)
-        terms["loss"].backward()
+        # Each worker's loss is the mean over its own images; the parts add up to the mean over the batch.
+        (terms["loss"] * self.world.fraction(self.config.train.batch_size)).backward()
+        self.world.sum_gradients(self.network.parameters())
         if self.config.optimizer.clip_norm is not None:
             nn.utils.clip_grad_norm_(self.network.parameters(), self.config.optimizer.clip_norm)
         self.optimizer.step()
         return {name: term.detach() for name, term in terms.items()}
 
     def _images(self, batch: Batch, augment: Augment, step: int) -> Images:
-        pixels = self.normalize(augment(batch.views.to(self.device, non_blocking=True), self.epoch, step))
+        size = self.config.train.batch_size
+        views = batch.views.to(self.device, non_blocking=True)
+        pixels = self.normalize(augment(views, self.epoch, step, self.world.share.of(size), size))
         return Images(pixels, batch.labels.to(self.device, non_blocking=True), batch.views.shape[1])
 
     def _run(self, network: nn.Module, pixels: torch.Tensor) -> Outputs:
@@ -169,15 +196,27 @@ class Trainer:
             outputs: Outputs = network(pixels)
         return outputs
 
-    def evaluate(self, split: str) -> Scores:
-        """Scores of the network as it is on 'val' or 'test'."""
+    def evaluate(self, split: str) -> Scores | None:
+        """Scores of the network as it is on 'val' or 'test', each sample once over all workers; rank 0's alone."""
+        started = time.perf_counter()
         logits, labels = predict(self.network, self.eval_loaders[split], self.normalize, self.device)
-        return score(logits, labels, self.prepared.train_counts)
+        logits, labels = self.world.collect(logits), self.world.collect(labels)
+        scores = score(logits, labels, self.prepared.train_counts) if self.world.first else None
+        self._spent["evaluation"] += time.perf_counter() - started
+        return scores
 
     def save(self) -> None:
         """Write the checkpoint to go on from."""
+        started = time.perf_counter()
         whole = self._checkpoint(momentum_of(self.network, self.optimizer), self.objective.state())
         save_checkpoint(self._checkpoints / LAST, whole, keep_previous=True)
+        self._saved = time.monotonic()
+        self._spent["checkpoint"] += time.perf_counter() - started
+
+    def _save_if_due(self) -> None:
+        minutes = self.config.train.checkpoint_minutes
+        if minutes is not None and time.monotonic() - self._saved >= 60 * minutes:
+            self.save()
 
     @property
     def _checkpoints(self) -> Path:
@@ -193,13 +232,15 @@ class Trainer:
     def _check_finite(self, total: torch.Tensor, step: int) -> None:
         if not torch.isfinite(total):
             raise UserError(
-                f"the loss is not finite in epoch {self.epoch + 1}, by step {step + 1}; lower optimizer.lr "
+                f"the loss is not finite in epoch {self.epoch + 1}, by step {step}; lower optimizer.lr "
                 f"(it is {self.config.optimizer.lr}), set optimizer.clip_norm, or train.precision: fp32; "
                 f"checkpoints up to epoch {self.epoch} are kept"
             )
 
     def _validate(self, row: dict[str, Any]) -> None:
         scores = self.evaluate("val")
+        if scores is None:
+            return
         row["val"] = scores.numbers()
         # The class mean: a validation split carved out of unbalanced data must not favour the head.
         if self.best is None or scores.balanced > self.best["balanced"]:
@@ -213,6 +254,7 @@ class Trainer:
             train_counts=self.prepared.train_counts,
             data=self._data_digests(),
             epoch=self.epoch,
+            step=self.step,
             best=self.best,
             weights=self.network.state_dict(),
             momentum=momentum,
@@ -226,11 +268,12 @@ class Trainer:
         """Both checkpoints on the held-out split. The test set is looked at here for the first time, and chooses nothing."""
         split = "test" if "test" in self.prepared.splits else "val"
         result: dict[str, Any] = {"split": split, "last": {"epoch": self.epoch, "scores": self.evaluate(split)}}
-        if self.best is not None:
-            best = load_checkpoint(self._checkpoints / BEST)
+        path = self._checkpoints / BEST
+        best = self.world.from_first(lambda: load_checkpoint(path) if self.best is not None else None)
+        if best is not None:
             load_weights(self.network, best)
             result["best"] = {"epoch": best.epoch, "scores": self.evaluate(split)}
-        return result
+        return result if self.world.first else {}
 
 
 def resolve(config: RunConfig) -> RunConfig:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+import numpy as np
 import torch
 
 from pipelines.config import DataConfig, LoaderConfig, Sampling, View
@@ -50,11 +51,25 @@ class Loader(Protocol):
 
 
 @dataclass(frozen=True)
+class Share:
+    """Worker number `worker` of `workers`, and what falls to it."""
+
+    worker: int = 0
+    workers: int = 1
+
+    def of(self, count: int, worker: int | None = None) -> slice:
+        """This worker's part (or another's) of `count` things in order: parts differ by at most one."""
+        worker = self.worker if worker is None else worker
+        return slice(count * worker // self.workers, count * (worker + 1) // self.workers)
+
+
+@dataclass(frozen=True)
 class Reading:
     """What to read and how to cut it: the part of a loader's work that does not depend on its kind.
 
-    sampling: how training draws an epoch. None, as for evaluation: every sample once, in the file's order.
-    drop_last: true for training.
+    batch_size: of all workers together in training, of each in evaluation. sampling: how training draws an epoch. None, as for
+    evaluation: every sample once, in the file's order. drop_last: true for training. share: in training every batch is shared
+    out, so that the workers together see the batches that one would; in evaluation the samples are, each to one worker.
     """
 
     views: tuple[View, ...]
@@ -63,9 +78,29 @@ class Reading:
     seed: int
     sampling: Sampling | None
     drop_last: bool
+    share: Share = Share()
+
+    @property
+    def own_batch(self) -> int:
+        """Samples in one of this worker's batches (in evaluation, at most)."""
+        rows = self.share.of(self.batch_size)
+        return rows.stop - rows.start if self.drop_last else self.batch_size
 
     def batches(self, samples: int) -> int:
-        return samples // self.batch_size if self.drop_last else -(-samples // self.batch_size)
+        """This worker's batches of an epoch over `samples` of all workers."""
+        return (
+            len(self.positions(samples)) // self.own_batch
+            if self.drop_last
+            else -(-len(self.positions(samples)) // self.batch_size)
+        )
+
+    def positions(self, samples: int, start: int = 0) -> np.ndarray:
+        """Where in an epoch's order this worker's samples stand, from its batch number `start` on: int64."""
+        if not self.drop_last:
+            own = self.share.of(samples)
+            return np.arange(own.start + start * self.batch_size, own.stop)
+        every = np.arange(start * self.batch_size, samples // self.batch_size * self.batch_size)
+        return every.reshape(-1, self.batch_size)[:, self.share.of(self.batch_size)].ravel()
 
 
 def loader_kind(config: LoaderConfig) -> Literal["ffcv", "torch"]:
@@ -82,7 +117,7 @@ def loader_kind(config: LoaderConfig) -> Literal["ffcv", "torch"]:
 def make_loader(prepared: Prepared, split: str, reading: Reading, config: LoaderConfig) -> Loader:
     """A loader of one split of prepared data. Raises UserError where the data cannot be read so."""
     beton = prepared.beton(split)
-    if reading.batches(len(beton)) == 0:
+    if reading.drop_last and reading.batches(len(beton)) == 0:
         raise UserError(
             f"the {split} split has {len(beton)} images, fewer than one batch of {reading.batch_size}; lower train.batch_size"
         )
@@ -99,11 +134,12 @@ def make_loader(prepared: Prepared, split: str, reading: Reading, config: Loader
     return loader
 
 
-def train_reading(data: DataConfig, batch_size: int, seed: int) -> Reading:
+def train_reading(data: DataConfig, batch_size: int, seed: int, share: Share = Share()) -> Reading:
     """Training: every view with its own draw, drawn as data.sampling says, full batches only."""
-    return Reading(data.views, data.size, batch_size, seed, data.sampling, drop_last=True)
+    return Reading(data.views, data.size, batch_size, seed, data.sampling, drop_last=True, share=share)
 
 
-def eval_reading(data: DataConfig, batch_size: int) -> Reading:
+def eval_reading(data: DataConfig, batch_size: int, share: Share = Share()) -> Reading:
     """Evaluation: one central view, each sample once."""
-    return Reading((View(cut=data.eval_cut, flip=0.0),), data.size, batch_size, 0, sampling=None, drop_last=False)
+    view = View(cut=data.eval_cut, flip=0.0)
+    return Reading((view,), data.size, batch_size, 0, sampling=None, drop_last=False, share=share)

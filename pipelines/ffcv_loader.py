@@ -192,7 +192,7 @@ class FFCVLoader:
         threads = torch.get_num_threads()
         self._loader = FFCVFileLoader(
             str(beton.path.resolve()),
-            batch_size=reading.batch_size,
+            batch_size=reading.own_batch,
             num_workers=workers,
             os_cache=True,
             order=OrderOption.SEQUENTIAL,
@@ -213,21 +213,22 @@ class FFCVLoader:
         order = epoch_order(self._beton.labels, reading.sampling, reading.seed, epoch)
         records = self._beton.records["f0"][order]
         cuts = draw_cuts(reading.views, reading.size, records["height"], records["width"], reading.seed, epoch)
-        first, last = start * reading.batch_size, min(self.batches * reading.batch_size, self.samples)
-        positions = np.arange(first, last, dtype=np.uint64)
+        positions = reading.positions(self.samples, start)
+        if len(positions) == 0:
+            return
         self.close()
         threads = torch.get_num_threads()
-        running = self._running = _Epoch(self._loader, positions, order, cuts, self._beton)
+        running = self._running = _Epoch(self._loader, positions.astype(np.uint64), order, cuts, self._beton)
         try:
-            for number in itertools.count(start):
-                begin = number * reading.batch_size
+            for number in itertools.count():
+                begin = number * reading.own_batch
                 try:
                     (views,) = next(running)
                 except StopIteration:
                     return
-                if number == start:
+                if number == 0:
                     torch.set_num_threads(threads)  # the thread has set it to its own by now
-                rows = torch.from_numpy(order[begin : begin + len(views)])
+                rows = torch.from_numpy(order[positions[begin : begin + len(views)]])
                 yield Batch(torch.from_numpy(views), self._labels[rows], rows)
         finally:
             running.end()

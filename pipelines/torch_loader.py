@@ -65,12 +65,10 @@ class TorchLoader:
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         reading = self._reading
         dataset = _Epoch(self._beton, reading, epoch)
-        last = min(self.batches * reading.batch_size, self.samples)
-        positions = np.arange(start * reading.batch_size, last)
         loader = DataLoader(
             dataset,
-            batch_size=reading.batch_size,
-            sampler=positions.tolist(),
+            batch_size=reading.own_batch,
+            sampler=reading.positions(self.samples, start).tolist(),
             num_workers=self._workers,
             prefetch_factor=self._ahead if self._workers else None,
             pin_memory=torch.cuda.is_available(),

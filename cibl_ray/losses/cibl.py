@@ -26,14 +26,15 @@ def cibl(
     tail_skew: float,
     temperature: float,
     classify_every: int = 1,
-    normalize: bool = False,
+    normalize_over: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
     """loss = mean_m [ (1 - w_m)·CE_m ] + mean_m [ w_m·SupCon_m ].
 
     logits (M, C), where wanted with κ·log π added; z (M, d); labels int64 (M,). P(m), whose size decides w_m, counts the whole
-    contrast set. `classify_every` = V takes the first mean over rows 0, V, 2V, ... alone: the first of V views. `normalize`
-    divides it by the mean of 1 - w_m, so that λ decides which classes cross-entropy teaches and not how much of it there is:
-    λ → ∞ is then cross-entropy with weights ∝ 1/|P| beside SupCon.
+    contrast set. `classify_every` = V takes the first mean over rows 0, V, 2V, ... alone: the first of V views.
+    `normalize_over` (the labels of all workers' anchors) divides it by the mean of their 1 - w_m, so that λ decides which
+    classes cross-entropy teaches and not how much of it there is: λ → ∞ is then cross-entropy with weights ∝ 1/|P| beside
+    SupCon.
 
     Returns scalars: the loss, both terms unweighted, and the mean weight of cross-entropy. λ = 0 is cross-entropy to the bit.
     """
@@ -44,7 +45,10 @@ def cibl(
         rest, chosen, chosen_labels = (each[::classify_every] for each in (rest, logits, labels))
     classified = cross_entropy(chosen, chosen_labels)
     contrastive = supcon(z, labels, contrast, logits.shape[1], temperature)
-    scale = rest.mean() if normalize else 1.0
+    scale: torch.Tensor | float = 1.0
+    if normalize_over is not None:
+        counts = positive_counts(normalize_over, contrast.labels, logits.shape[1])
+        scale = (1 - contrastive_weight(counts, tail_skew)[::classify_every]).mean().to(rest.dtype)
     loss = (rest * classified).mean() / scale + (weight * contrastive).mean()
     return {
         "loss": loss,

@@ -16,7 +16,8 @@ from cibl_ray.losses.contrastive import Contrast
 from cibl_ray.losses.memory import LabelledQueue
 from cibl_ray.losses.step import Seen, Tail, Terms, loss_terms
 from cibl_ray.networks.network import HybridNetwork, Outputs
-from pipelines.batch import Reading, train_reading
+from cibl_ray.world import World
+from pipelines.batch import Reading, Share, train_reading
 from pipelines.config import DataConfig
 from pipelines.seeding import stream
 
@@ -29,25 +30,39 @@ class Images:
     labels: torch.Tensor
     views: int
 
+    def all_labels(self, world: World, batch: int) -> torch.Tensor:
+        """The labels of every view over all workers, int64 (M,)."""
+        return world.gather(self.labels, batch).repeat_interleave(self.views)
 
-def readings(loss: AnyLoss, data: DataConfig, batch_size: int, seed: int) -> list[Reading]:
+
+def readings(loss: AnyLoss, data: DataConfig, batch_size: int, seed: int, share: Share) -> list[Reading]:
     """What each stream of images reads: one for most losses; Hybrid's classifier has one of its own, from the same file."""
-    streams = [train_reading(data, batch_size, seed)]
+    streams = [train_reading(data, batch_size, seed, share)]
     if isinstance(loss, HybridSCConfig | HybridPSCConfig):
         views = tuple(data.views[number] for number in loss.classifier_views)
         second = data.model_copy(update={"views": views, "sampling": loss.classifier_sampling})
-        streams.append(train_reading(second, batch_size, int(stream(seed, "classifier stream").integers(2**32))))
+        streams.append(train_reading(second, batch_size, int(stream(seed, "classifier stream").integers(2**32)), share))
     return streams
 
 
 class Objective:
     """What a run minimises. The trainer calls it and asks no further; its state goes into the checkpoint.
 
-    network: the one that is trained; copied where the loss embeds with an average of it.
+    network: the one that is trained; copied where the loss embeds with an average of it. batch: samples of a step over all
+    workers of `world`. What is contrasted, and the queue, are those of all workers.
     """
 
-    def __init__(self, config: AnyLoss, network: HybridNetwork, train_counts: np.ndarray, device: torch.device) -> None:
-        self.config = config
+    def __init__(
+        self,
+        config: AnyLoss,
+        network: HybridNetwork,
+        train_counts: np.ndarray,
+        device: torch.device,
+        world: World,
+        batch: int,
+    ) -> None:
+        self.config, self.world, self.batch = config, world, batch
+        self._network = network
         counts = torch.from_numpy(train_counts).to(device)
         self.tail = Tail(counts, log_prior(counts).float())
         self.averaged: AveragedModel | None = None
@@ -64,6 +79,7 @@ class Objective:
     ) -> Terms:
         """The terms of one step: scalars by name, 'loss' and the 'accuracy' of what is classified among them.
 
+        They are means over this worker's images; weighted by the world's `fraction` they add up to the whole batch's.
         `run` calls a network on pixels: mixed precision is the caller's. progress: t/T.
         """
         main = streams[0]
@@ -74,6 +90,7 @@ class Objective:
         outputs = run(network, torch.cat(pixels) if len(pixels) > 1 else main.pixels)
         rows = len(main.pixels)
         labels = main.labels.repeat_interleave(main.views)
+        everyone = main.all_labels(self.world, self.batch) if self.world.size > 1 else labels
         classified = None
         if len(streams) > 1:
             classified = outputs.logits[rows:], streams[1].labels.repeat_interleave(streams[1].views)
@@ -81,9 +98,10 @@ class Objective:
         seen = Seen(
             logits=outputs.logits[:rows],
             labels=labels,
+            all_labels=everyone,
             views=main.views,
             embeddings=z,
-            contrast=self._contrast(z, labels, keys) if z is not None else None,
+            contrast=self._contrast(z, everyone, keys) if z is not None else None,
             prototypes=outputs.prototypes,
             scale=outputs.scale,
             classified=classified,
@@ -91,6 +109,11 @@ class Objective:
         terms = loss_terms(self.config, seen, self.tail, progress)
         logits, truth = classified if classified is not None else (seen.logits, labels)
         return {"accuracy": (logits.detach().argmax(1) == truth).float().mean()} | terms
+
+    @property
+    def networks(self) -> list[nn.Module]:
+        """Every network whose running statistics differ from worker to worker: those that embed in training mode."""
+        return [self._network] if self.averaged is None else [self._network, self.averaged]
 
     def state(self) -> dict[str, torch.Tensor]:
         """Everything that a resumed run needs, tensors by name."""
@@ -116,18 +139,23 @@ class Objective:
         with torch.no_grad():
             embeddings = run(self.averaged, _compact(by_view[:, 1:].flatten(0, 1))).embeddings
         assert embeddings is not None
-        labels = images.labels.repeat_interleave(images.views - 1)
-        return (embeddings, labels), Images(_compact(by_view[:, 0]), images.labels, 1)
+        labels = self.world.gather(images.labels, self.batch).repeat_interleave(images.views - 1)
+        return (self.world.gather(embeddings, self.batch), labels), Images(_compact(by_view[:, 0]), images.labels, 1)
 
     def _contrast(self, z: torch.Tensor, labels: torch.Tensor, keys: tuple[torch.Tensor, torch.Tensor] | None) -> Contrast:
-        """The batch's embeddings, the averaged network's, the queue's; the queue then takes in this step's."""
-        parts = [(z, labels)] + ([keys] if keys is not None else [])
+        """The batch's embeddings, the averaged network's, the queue's; the queue then takes in this step's.
+
+        z: this worker's; labels and keys are all workers', and so is the result.
+        """
+        everyone = self.world.gather(z, self.batch)
+        own = self.world.share.of(self.batch).start * (len(everyone) // self.batch)
+        parts = [(everyone, labels)] + ([keys] if keys is not None else [])
         newest = parts[-1]
         if self.queue is not None:
             parts.append(self.queue.content())
         if len(parts) == 1:
-            return Contrast(z, labels)
-        contrast = Contrast(torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts]))
+            return Contrast(everyone, labels, own)
+        contrast = Contrast(torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts]), own)
         if self.queue is not None:
             self.queue.push(*newest)
         return contrast

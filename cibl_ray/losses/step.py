@@ -20,13 +20,15 @@ Terms = dict[str, torch.Tensor]
 class Seen:
     """One step's images as the network sees them.
 
-    logits (M, C) and labels int64 (M,) of the images, the V views of a sample next to each other; embeddings z (M, d) where the
-    loss needs a projection, and the contrast set they belong to. prototypes (C, d) where the loss needs them. scale: s of a
-    cosine head, else 1. classified: logits and labels of the second stream of images, where the loss has one.
+    logits (M, C) and labels int64 (M,) of the images, the V views of a sample next to each other; all_labels: the same over all
+    workers. embeddings z (M, d) where the loss needs a projection, and the contrast set they belong to. prototypes (C, d) where
+    the loss needs them. scale: s of a cosine head, else 1. classified: logits and labels of the second stream of images, where
+    the loss has one.
     """
 
     logits: torch.Tensor
     labels: torch.Tensor
+    all_labels: torch.Tensor
     views: int
     embeddings: torch.Tensor | None
     contrast: Contrast | None
@@ -57,7 +59,8 @@ def loss_terms(config: kinds.AnyLoss, seen: Seen, tail: Tail, progress: float) -
             z, contrast = _embedded(seen)
             every = seen.views if config.classify == "first" else 1
             tilted = adjusted(logits, tail.log_prior, config.kappa)
-            return cibl(tilted, z, labels, contrast, config.tail_skew, config.temperature, every, config.normalize)
+            total = seen.all_labels if config.normalize else None
+            return cibl(tilted, z, labels, contrast, config.tail_skew, config.temperature, every, total)
         case kinds.PaCoConfig():
             z, contrast = _embedded(seen)
             tilted = adjusted(logits, tail.log_prior, config.kappa)
@@ -103,8 +106,8 @@ def _ldam(config: kinds.LDAMConfig, seen: Seen, tail: Tail, progress: float) -> 
     losses = ldam(seen.logits, seen.labels, ldam_margins(tail.train_counts, config.max_margin), seen.scale)
     if progress < config.reweight_from:
         return {"loss": losses.mean()}
-    weights = effective_number_weights(tail.train_counts, config.beta).to(losses.dtype)[seen.labels]
-    return {"loss": (weights * losses).sum() / weights.sum()}
+    weights = effective_number_weights(tail.train_counts, config.beta).to(losses.dtype)
+    return {"loss": (weights[seen.labels] * losses).mean() / weights[seen.all_labels].mean()}
 
 
 def _embedded(seen: Seen) -> tuple[torch.Tensor, Contrast]:

@@ -32,7 +32,7 @@ class HybridNetwork(nn.Module):
 
     def __init__(self, config: NetworkConfig, classes: int, needs: Needs) -> None:
         super().__init__()
-        self.head_config, self.detached_head = config.head, needs.detached_head
+        self.classes, self.head_config, self.detached_head = classes, config.head, needs.detached_head
         self.backbone, features = _backbone(config.backbone)
         self.head = _head(config.head, features, classes)
         self.projection: Projection | None = None

@@ -17,7 +17,7 @@ def checkpoint(epoch=3, flags=()):
     network = build_network(config.network, 3, needs(config.loss), seed=epoch)
     momentum = {name: torch.full_like(p, 0.5) for name, p in network.named_parameters()}
     return Checkpoint(
-        config, ["a", "b", "c"], np.array([9, 5, 2]), {"train": "x"}, epoch, {"epoch": 2, "balanced": 0.5},
+        config, ["a", "b", "c"], np.array([9, 5, 2]), {"train": "x"}, epoch, 4, {"epoch": 2, "balanced": 0.5},
         network.state_dict(), momentum, {"queue.written": torch.tensor(7)},
     )  # fmt: skip
 

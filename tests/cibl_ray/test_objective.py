@@ -10,6 +10,8 @@ from cibl_ray.losses.config import needs
 from cibl_ray.losses.objective import Images, Objective, readings
 from cibl_ray.networks.network import build_network
 from cibl_ray.trainer import Trainer, resolve
+from cibl_ray.world import World
+from pipelines.batch import Share
 from pipelines.errors import UserError
 from pipelines.prepare import ensure_prepared
 
@@ -69,7 +71,7 @@ def test_training_lowers_the_loss(loss, digits, tmp_path):
 
 def test_hybrid_reads_two_streams_from_one_file(tmp_path):
     config = load_config("quickstart", ["--loss", "{kind: hybrid_sc, classifier_views: [1]}", "--prepared", str(tmp_path)])
-    contrastive, classifier = readings(config.loss, config.data, 32, seed=0)
+    contrastive, classifier = readings(config.loss, config.data, 32, seed=0, share=Share())
     assert (contrastive.sampling, classifier.sampling) == ("instance", "class_balanced")
     assert (len(contrastive.views), classifier.views) == (2, (config.data.views[1],))
     assert contrastive.seed != classifier.seed
@@ -90,7 +92,7 @@ def images_of(samples=6, views=2, size=16):
 def objective_of(loss: str):
     config = config_of(loss)
     network = build_network(config.network, 10, needs(config.loss), seed=0)
-    return Objective(config.loss, network, np.arange(10, 0, -1), torch.device("cpu")), network
+    return Objective(config.loss, network, np.arange(10, 0, -1), torch.device("cpu"), World(), 6), network
 
 
 def run(network, pixels):

@@ -259,3 +259,18 @@ def test_an_own_folder_keeps_every_image(image_folder, folders):
         [*prepare, "--data.profile", "{kind: exp, imbalance: 2}"], capture_output=True, text=True, cwd=REPOSITORY
     )
     assert "data: profile 'exp' keeps 8 of 16 training images; --data.profile '{kind: none}' keeps all" in cut.stderr
+
+
+def test_a_checkpoint_within_an_epoch_goes_on_to_the_bit(digits, tmp_path):
+    flags = ["--loader.kind", "torch", "--epochs", "1", "--warmup_epochs", "0", "--checkpoint_minutes", "1e-9"]
+    config = resolve(load_config("quickstart", flags))
+    whole = Trainer(config, digits, tmp_path)
+    whole.train_epoch()
+    within = load_checkpoint(tmp_path / "checkpoints" / "previous.safetensors")
+    assert (within.epoch, within.step) == (0, whole.train_loaders[0].batches - 2)
+    resumed = Trainer(config, digits, tmp_path / "resumed")
+    resumed.restore(within)
+    row = resumed.train_epoch()
+    assert (row["epoch"], resumed.step) == (1, 0)
+    theirs = resumed.network.state_dict()
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in whole.network.state_dict().items())

@@ -1,0 +1,56 @@
+"""What a run shows while it goes. The trainer tells it; where it appears is the caller's choice."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from tqdm import tqdm
+
+
+class Progress(Protocol):
+    """Told by rank 0 alone."""
+
+    def begin(self, total: int, done: int) -> None:
+        """A run of `total` images, `done` of them already."""
+        ...
+
+    def advance(self, images: int) -> None: ...
+
+    def line(self, text: str) -> None:
+        """Something to be read: an epoch's figures."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class Terminal:
+    """A bar with images a second, and lines above it."""
+
+    def __init__(self) -> None:
+        self._bar: tqdm | None = None
+
+    def begin(self, total: int, done: int) -> None:
+        self._bar = tqdm(total=total, initial=done, unit="img", unit_scale=True, disable=None, mininterval=1)
+
+    def advance(self, images: int) -> None:
+        if self._bar is not None:
+            self._bar.update(images)
+
+    def line(self, text: str) -> None:
+        tqdm.write(text)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+class Silent:
+    """Nothing: for every rank but the first, and for measurements."""
+
+    def begin(self, total: int, done: int) -> None: ...
+
+    def advance(self, images: int) -> None: ...
+
+    def line(self, text: str) -> None: ...
+
+    def close(self) -> None: ...

@@ -1,0 +1,190 @@
+"""Several workers compute what one would: every loss, every gradient, every evaluated sample."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from cibl_ray.config import build_config
+from cibl_ray.losses.config import needs
+from cibl_ray.losses.objective import Images, Objective
+from cibl_ray.networks.network import build_network
+from cibl_ray.world import PeerLostError, World
+from pipelines.batch import Share
+from pipelines.settings import find_config, read_config
+
+BATCH, CLASSES, STEPS = 7, 5, 3
+LOSSES = {
+    "cross_entropy": "{kind: cross_entropy}",
+    "balanced_softmax": "{kind: balanced_softmax}",
+    "ldam": "{kind: ldam, reweight_from: 0}",
+    "supcon": "{kind: supcon}",
+    "psc": "{kind: psc}",
+    "hybrid_sc": "{kind: hybrid_sc}",
+    "hybrid_psc": "{kind: hybrid_psc, positive_in_denominator: true}",
+    "bcl": "{kind: bcl}",
+    "paco": "{kind: paco, queue: 20, momentum: 0.9}",
+    "cibl": "{kind: cibl}",
+    "cibl_with_everything": "{kind: cibl, queue: 20, momentum: 0.9, kappa: 1, classify: first, normalize: true}",
+    "cibl_first_view": "{kind: cibl, classify: first, normalize: true}",
+}
+
+
+def per_sample(network):
+    """The network with normalisation layers that see one sample at a time: batch statistics are each worker's own."""
+    for parent in [*network.modules()]:
+        for name, child in parent.named_children():
+            if isinstance(child, nn.modules.batchnorm._BatchNorm):
+                setattr(parent, name, nn.GroupNorm(4, child.num_features))
+    return network
+
+
+def steps_of(loss, world):
+    """What some steps of SGD give: the loss of each over the whole batch, and the last gradient by parameter."""
+    head = ["--network.head.kind", "cosine"] if loss == "ldam" else []
+    options = ["--loss", LOSSES[loss], "--backbone", "resnet20", *head]
+    config = build_config(read_config(find_config("quickstart")), options, "test")
+    network = per_sample(build_network(config.network, CLASSES, needs(config.loss), seed=0))
+    objective = Objective(config.loss, network, np.array([50, 20, 9, 3, 1]), torch.device("cpu"), world, BATCH)
+    network.train()
+    random = torch.Generator().manual_seed(1)
+    rows, losses = world.share.of(BATCH), []
+    for _ in range(STEPS):
+        streams = []
+        for _ in range(2 if "hybrid" in loss else 1):
+            pixels = torch.randn(BATCH, 2, 3, 16, 16, generator=random)
+            labels = torch.randint(CLASSES, (BATCH,), generator=random)
+            streams.append(Images(pixels[rows].flatten(0, 1), labels[rows], 2))
+        terms = objective(network, lambda network, pixels: network(pixels), streams, progress=0.5)
+        network.zero_grad()
+        part = terms["loss"] * world.fraction(BATCH)
+        part.backward()
+        world.sum_gradients(network.parameters())
+        losses.append(world.sum(part.detach()).item())
+        with torch.no_grad():
+            for parameter in network.parameters():
+                parameter -= 0.01 * parameter.grad
+    return {"losses": torch.tensor(losses, dtype=torch.float64)} | {
+        name: parameter.grad for name, parameter in network.named_parameters()
+    }
+
+
+def spawn(what, workers, folder, **environment):
+    """This file's `what` in several processes; returns them, ended, with their output."""
+    base = os.environ | {"OMP_NUM_THREADS": "1", "WORLD_SIZE": str(workers), "STORE": str(folder / "store")} | environment
+    processes = [
+        subprocess.Popen(
+            [sys.executable, __file__, what, str(folder)],
+            env=base | {"RANK": str(rank)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for rank in range(workers)
+    ]  # fmt: skip
+    outputs = [process.communicate(timeout=240)[0] for process in processes]
+    return [(process.returncode, output) for process, output in zip(processes, outputs, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def two_workers(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("workers")
+    for status, output in spawn("steps", 2, folder):
+        assert status == 0, output
+    return folder
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_two_workers_compute_what_one_does(loss, two_workers):
+    """7 samples over two workers, 3 and 4: the loss of every step and every parameter's gradient after three."""
+    torch.set_num_threads(1)
+    alone = steps_of(loss, World())
+    for rank in range(2):
+        theirs = torch.load(two_workers / f"{loss}-{rank}.pt")
+        assert theirs.keys() == alone.keys()
+        assert torch.allclose(theirs.pop("losses"), alone["losses"], rtol=1e-5)
+        whole = torch.cat([gradient.flatten() for name, gradient in alone.items() if name != "losses"]).norm()
+        for name, gradient in theirs.items():
+            assert (gradient - alone[name]).norm() <= 1e-5 * whole, (name, gradient, alone[name])
+
+
+def test_gathered_gradients_are_sums_over_workers(two_workers):
+    content = json.loads((two_workers / "gather.json").read_text())
+    assert content["gathered"] == [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0]
+    # Worker r weighs every row by (r + 1)·(row + 1): a row's gradient is 3·(row + 1).
+    assert content["gradient"] == [[3.0, 6.0, 9.0], [12.0, 15.0, 18.0, 21.0]]
+    assert content["collected"] == [[0, 0], [1, 1], [1, 1]]
+    assert content["first"] == "of rank 0"
+
+
+def test_statistics_are_averaged(two_workers):
+    assert json.loads((two_workers / "statistics.json").read_text()) == [[1.5, 1.5], [1.5, 1.5]]
+
+
+def test_a_lost_worker_is_named_so(tmp_path):
+    (ended, _), (status, output) = sorted(spawn("lost", 2, tmp_path), key=lambda pair: "lost contact" in pair[1])
+    assert ended == 3
+    assert status == 0, output
+    assert "lost contact with the other workers" in output
+
+
+def test_one_process_is_a_world_of_its_own():
+    world, x = World(), torch.randn(3)
+    assert (world.rank, world.size, world.first, world.fraction(7)) == (0, 1, True, 1.0)
+    assert world.gather(x, 3) is x
+    assert world.collect(x) is x
+    assert world.from_first(lambda: "made") == "made"
+
+
+@pytest.mark.parametrize(("count", "workers"), [(7, 2), (2, 3), (0, 2), (128, 5)])
+def test_shares_are_the_whole_and_even(count, workers):
+    parts = [range(count)[Share(worker, workers).of(count)] for worker in range(workers)]
+    assert [row for part in parts for row in part] == list(range(count))
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def _steps(world, folder):
+    for loss in LOSSES:
+        torch.save(steps_of(loss, world), folder / f"{loss}-{world.rank}.pt")
+    rows = world.share.of(7)
+    own = torch.arange(7.0)[rows, None].requires_grad_()
+    everyone = world.gather(own, 7)
+    ((world.rank + 1) * everyone * torch.arange(1.0, 8)[:, None]).sum().backward()
+    gradients = [None, None]
+    dist.all_gather_object(gradients, own.grad.flatten().tolist())
+    collected = world.collect(torch.full((world.rank + 1, 2), world.rank))
+    content = {
+        "gathered": everyone.flatten().tolist(),
+        "gradient": gradients,
+        "collected": collected.tolist(),
+        "first": world.from_first(lambda: f"of rank {world.rank}"),
+    }
+    norm = nn.BatchNorm2d(2)
+    norm.running_mean.fill_(world.rank + 1.0)
+    norm.running_var.fill_(world.rank + 1.0)
+    world.average_statistics([nn.Sequential(norm)])
+    if world.first:
+        (folder / "gather.json").write_text(json.dumps(content))
+        (folder / "statistics.json").write_text(json.dumps([norm.running_mean.tolist(), norm.running_var.tolist()]))
+    dist.barrier()
+
+
+def _lost(world, folder):
+    if world.rank == 1:
+        os._exit(3)
+    try:
+        world.sum(torch.ones(3))
+    except PeerLostError as error:
+        print(error)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    store = dist.FileStore(os.environ["STORE"], int(os.environ["WORLD_SIZE"]))
+    dist.init_process_group("gloo", store=store, rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"]))
+    {"steps": _steps, "lost": _lost}[sys.argv[1]](World(), Path(sys.argv[2]))
+    dist.destroy_process_group()
