@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Protocol
 
 from tqdm import tqdm
@@ -21,6 +22,10 @@ class Progress(Protocol):
         ...
 
     def close(self) -> None: ...
+
+    def log_handler(self) -> logging.Handler:
+        """Where log messages are shown."""
+        ...
 
 
 class Terminal:
@@ -43,6 +48,9 @@ class Terminal:
         if self._bar is not None:
             self._bar.close()
 
+    def log_handler(self) -> logging.Handler:
+        return logging.StreamHandler()
+
 
 class Silent:
     """Nothing: for every rank but the first, and for measurements."""
@@ -54,3 +62,17 @@ class Silent:
     def line(self, text: str) -> None: ...
 
     def close(self) -> None: ...
+
+    def log_handler(self) -> logging.Handler:
+        return logging.NullHandler()
+
+
+class Lines(logging.Handler):
+    """Log messages as lines of a `Progress`."""
+
+    def __init__(self, progress: Progress) -> None:
+        super().__init__()
+        self._progress = progress
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._progress.line(self.format(record))

@@ -20,6 +20,7 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, TYPE_CHECKING, Any
 
+from cibl_ray.ray_start import settle
 from pipelines.errors import Interrupted, UserError, run_command
 from pipelines.settings import CommandParser, split_command_line
 
@@ -36,11 +37,18 @@ log = logging.getLogger("cibl_ray")
 def main() -> None:
     parser = CommandParser(
         prog="python -m cibl_ray.train",
-        usage="%(prog)s CONFIG [--name NAME] [--field value ...]\n       %(prog)s --resume RUN [--field value ...]",
+        usage="%(prog)s CONFIG [--name NAME] [--cluster] [--field value ...]\n"
+        "       %(prog)s --resume RUN [--cluster] [--field value ...]",
         description=__doc__,
     )
     parser.add_argument("--name", help="of the run folder; by default the configuration's name and the time")
     parser.add_argument("--resume", type=Path, metavar="RUN", help="go on with the run in this folder")
+    cluster = parser.add_argument_group("on a cluster")
+    cluster.add_argument("--cluster", action="store_true", help="train in Ray Train's workers")
+    cluster.add_argument("--workers", default="1", metavar="N", help="how many, or the least and the most: 2-8")
+    cluster.add_argument("--address", help="of a Ray cluster, or 'auto'; by default one is started on this machine")
+    cluster.add_argument("--cpus-per-worker", type=int, metavar="N", help="by default what fits")
+    cluster.add_argument("--max-failures", type=int, default=3, metavar="N", help="lost workers to replace (default: 3)")
     name, arguments, overrides = split_command_line(parser)
     if (name is None) == (arguments.resume is None):
         raise UserError("name a configuration first (quickstart, say) to start a run, or --resume RUN to go on with one")
@@ -52,6 +60,14 @@ def main() -> None:
         assert name is not None
         config = load_config(name, overrides)
         folder = config.runs / (arguments.name or f"{Path(name).stem}-{time.strftime('%Y%m%d-%H%M%S')}")
+    if arguments.cluster:
+        settle(own=arguments.address is None)
+        from cibl_ray.cluster import Options, fit, parse_workers
+
+        workers = parse_workers(arguments.workers)
+        options = Options(workers, arguments.address, arguments.cpus_per_worker, arguments.max_failures)
+        fit(config, folder, arguments.resume is not None, options)
+        return
     from cibl_ray.progress import Silent, Terminal
     from cibl_ray.world import join
 
@@ -69,12 +85,12 @@ def train(config: Any, folder: Path, resume: bool, world: World, progress: Progr
     from cibl_ray.trainer import Trainer, resolve
     from pipelines.prepare import ensure_prepared
 
-    config = resolve(config)
+    config = world.from_first(lambda: resolve(config))
     if world.first and not resume and folder.exists():
         raise UserError(f"run folder {str(folder)!r} already exists; go on with --resume {folder}, or choose another --name")
     prepared = ensure_prepared(config.data, config.seed)
     if world.first:
-        _log_to(None)
+        _log_to(None, progress)
     trainer = Trainer(config, prepared, folder, world)
     checkpoint = world.from_first(lambda: newest(folder / "checkpoints")) if resume else None
     if checkpoint is not None:
@@ -86,7 +102,8 @@ def train(config: Any, folder: Path, resume: bool, world: World, progress: Progr
         folder.mkdir(parents=True, exist_ok=resume)
     except FileExistsError as error:
         raise UserError(f"run folder {str(folder)!r} has just been made by another process; choose another --name") from error
-    with _lock(folder), _stops_on_sigterm():
+    # A worker that replaces a lost one may come before that has quite ended.
+    with _lock(folder, patience=30 if world.size > 1 else 0), _stops_on_sigterm():
         try:
             return _fit(trainer, progress)
         except KeyboardInterrupt:
@@ -105,7 +122,7 @@ def _fit(trainer: Trainer, progress: Progress) -> dict[str, Any]:
     from pipelines.pictures import save_histogram
 
     config, folder, prepared = trainer.config, trainer.folder, trainer.prepared
-    _log_to(folder / "train.log")
+    _log_to(folder / "train.log", progress)
     save_config(config, folder / CONFIG)
     save_histogram(folder / "class_counts.png", prepared.classes, prepared.train_counts)
     log.info(
@@ -168,14 +185,18 @@ def _resumed(folder: Path, overrides: list[str]) -> tuple[Any, Path]:
     return build_config(read_config(folder / CONFIG), overrides, str(folder / CONFIG)), folder.absolute()
 
 
-def _lock(folder: Path) -> IO[str]:
-    """Held while a process works in a run folder, so that no two do. Ends with the process."""
+def _lock(folder: Path, patience: float) -> IO[str]:
+    """Held while a process works in a run folder, so that no two do. Ends with the process, for which it waits some seconds."""
     lock = (folder / ".lock").open("w")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise UserError(f"another process is training in {str(folder)!r}; wait for it, or end it") from error
-    return lock
+    begun = time.monotonic()
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return lock
+        except BlockingIOError as error:
+            if time.monotonic() - begun >= patience:
+                raise UserError(f"another process is training in {str(folder)!r}; wait for it, or end it") from error
+            time.sleep(0.2)
 
 
 @contextmanager
@@ -195,15 +216,15 @@ def _stops_on_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _log_to(path: Path | None) -> None:
-    """Messages go to the terminal, and to the file where there is one."""
+def _log_to(path: Path | None, progress: Progress) -> None:
+    """Messages go where progress is shown, and to the file where there is one."""
     for name in ("cibl_ray", "pipelines"):
         logger = logging.getLogger(name)
         logger.setLevel(logging.INFO)
         for handler in [*logger.handlers]:
             logger.removeHandler(handler)
             handler.close()
-        handlers: list[logging.Handler] = [logging.StreamHandler()]
+        handlers = [progress.log_handler()]
         if path is not None:
             handlers.append(logging.FileHandler(path))
         for handler in handlers:

@@ -186,7 +186,7 @@ class FFCVLoader:
         self.samples = len(beton)
         self.batches = reading.batches(self.samples)
         all_raw = bool((beton.records["f0"]["mode"] == RAW).all())
-        cores = len(os.sched_getaffinity(0))
+        cores = config.cores or len(os.sched_getaffinity(0))
         # Copying small raw images keeps one thread idle most of the time; JPEG decoding needs all there are.
         workers = min(config.workers or (1 if all_raw else cores), cores)
         threads = torch.get_num_threads()

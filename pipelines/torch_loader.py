@@ -58,7 +58,7 @@ class TorchLoader:
         self.batches = reading.batches(self.samples)
         all_raw = bool((beton.records["f0"]["mode"] == RAW).all())
         # Worker processes pay where JPEGs are decoded; small raw images are cut in this process.
-        self._workers = config.workers or (0 if all_raw else len(os.sched_getaffinity(0)))
+        self._workers = config.workers or (0 if all_raw else config.cores or len(os.sched_getaffinity(0)))
         self._ahead = config.batches_ahead
         self.name = f"torchvision loader, {self._workers or 'no'} worker processes"
 

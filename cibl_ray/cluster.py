@@ -1,0 +1,304 @@
+"""`python -m cibl_ray.train CONFIG --cluster`: the training function of one process, run by Ray Train's workers.
+
+The driver (here) starts or joins a cluster, asks for workers, and shows what rank 0 tells. A lost worker is replaced and the
+run goes on from its last checkpoint; an error of the training itself ends it, and names the rank and the cause.
+
+`cibl_ray.ray_start.settle` must have been called before this module is imported.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import ray
+import ray.train
+from ray.exceptions import RayError
+from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
+from ray.train.torch import TorchConfig, TorchTrainer, get_device
+
+import cibl_ray
+import pipelines
+from cibl_ray import config as run_config
+from cibl_ray.progress import Lines, Silent, Terminal
+from cibl_ray.world import PeerLostError, World
+from pipelines.errors import Interrupted, UserError
+from pipelines.prepare import ensure_prepared
+from pipelines.settings import validate
+
+_EXCHANGE_TIMEOUT = 600  # seconds without an answer after which a worker counts as lost
+
+
+@dataclass(frozen=True)
+class Options:
+    """workers: how many, or at least and at most. address: of a cluster to join; None starts one on this machine. cpus: of each
+    worker; None: what fits. failures: lost workers to replace before giving up."""
+
+    workers: tuple[int, int]
+    address: str | None
+    cpus: int | None
+    failures: int
+
+
+def parse_workers(text: str) -> tuple[int, int]:
+    """'4' or '2-8'. Raises UserError."""
+    low, _, high = text.partition("-")
+    try:
+        workers = int(low), int(high or low)
+    except ValueError:
+        workers = 0, 0
+    if not 1 <= workers[0] <= workers[1]:
+        raise UserError(f"--workers {text}: give a number of workers, or the least and the most, as in 2-8")
+    return workers
+
+
+def fit(config: run_config.RunConfig, folder: Path, resume: bool, options: Options) -> None:
+    """Train in `folder`, new or (with `resume`) an earlier run's, on a cluster; every node must see the folder."""
+    if not resume and folder.exists():
+        raise UserError(f"run folder {str(folder)!r} already exists; go on with --resume {folder}, or choose another --name")
+    with _cluster(options.address):
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        gpus = config.train.device != "cpu" and any(node.get("GPU", 0) >= 1 for node in nodes)
+        if config.train.device == "cuda" and not gpus:
+            raise UserError("train.device is 'cuda', but the cluster has no GPU; set it to 'cpu' or 'auto'")
+        cpus = options.cpus or fitting_cpus(nodes, options.workers[0], gpus)
+        if places(nodes, cpus, gpus) < options.workers[0]:
+            raise UserError(
+                f"--workers {options.workers[0]}: there is room for {places(nodes, cpus, gpus)} with {cpus} CPUs"
+                f"{' and a GPU' if gpus else ''} each; lower --workers or --cpus-per-worker"
+            )
+        config = config.model_copy(update={
+            "train": config.train.model_copy(update={"device": "cuda" if gpus else "cpu"}),
+            "loader": config.loader.model_copy(update={"cores": config.loader.cores or cpus}),
+        })  # fmt: skip
+        if options.address is None:
+            ensure_prepared(config.data, config.seed)  # here, where its progress is seen; elsewhere once a node
+        board = _Board.remote()  # type: ignore[attr-defined]
+        least, most = options.workers
+        trainer = TorchTrainer(
+            _worker,
+            train_loop_config={
+                "config": config.model_dump(mode="json"),
+                "folder": str(folder),
+                "board": board,
+                "resume": resume,
+            },
+            scaling_config=ScalingConfig(
+                num_workers=most if least == most else options.workers,  # type: ignore[arg-type]  # typed as the first version's
+                use_gpu=gpus,
+                resources_per_worker={"CPU": cpus} | ({"GPU": 1} if gpus else {}),
+                elastic_resize_monitor_interval_s=30,  # type: ignore[call-arg]  # likewise
+            ),
+            run_config=RunConfig(
+                name=f"{folder.name}-{time.time_ns()}",  # a name used before would go on with what Ray remembers of it
+                storage_path=str(folder.parent / ".ray"),
+                failure_config=FailureConfig(max_failures=options.failures),
+                callbacks=[_StopOnError()],  # type: ignore[list-item]  # likewise
+            ),
+            torch_config=TorchConfig(backend="nccl" if gpus else "gloo", timeout_s=_EXCHANGE_TIMEOUT),
+        )
+        with _shown(board, nodes, (cpus, gpus, least)), _polite_end():
+            try:
+                trainer.fit()
+            except (SystemExit, KeyboardInterrupt):
+                again = f"python -m cibl_ray.train --resume {folder} --cluster"
+                raise Interrupted(f"stopped; go on from the last checkpoint with: {again}") from None
+            except ray.train.ControllerError as error:
+                if isinstance(error.controller_failure, UserError):
+                    raise error.controller_failure from None
+                raise
+            except ray.train.WorkerGroupError as error:
+                lost = ", ".join(f"rank {rank}" for rank in sorted(error.worker_failures))
+                raise UserError(
+                    f"workers were lost {options.failures + 1} times, at last {lost}; "
+                    f"go on with: python -m cibl_ray.train --resume {folder} --cluster"
+                ) from None
+
+
+def fitting_cpus(nodes: list[dict[str, float]], workers: int, gpus: bool) -> int:
+    """The most CPUs a worker can have for `workers` of them to find room on these nodes; at least 1."""
+    most = int(max((node.get("CPU", 0) for node in nodes), default=1))
+    return next((cpus for cpus in range(most, 1, -1) if places(nodes, cpus, gpus) >= workers), 1)
+
+
+def places(nodes: list[dict[str, float]], cpus: int, gpus: bool) -> int:
+    """How many workers of `cpus` CPUs (and a GPU) the nodes have room for."""
+    return sum(min(int(node.get("CPU", 0)) // cpus, int(node.get("GPU", 0)) if gpus else sys.maxsize) for node in nodes)
+
+
+@contextmanager
+def _cluster(address: str | None) -> Iterator[None]:
+    """A cluster to work in: the one at `address`, whose nodes get this code, or one of this machine's own."""
+    own = address is None
+    packages = [str(Path(package.__file__ or "").parent) for package in (cibl_ray, pipelines)]
+    try:
+        ray.init(
+            address=address or "local",
+            include_dashboard=False if own else None,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            num_cpus=len(os.sched_getaffinity(0)) if own else None,
+            runtime_env=None if own else {"py_modules": packages},
+        )
+    except (ConnectionError, RayError, ValueError) as error:
+        if own:
+            raise
+        raise UserError(f"--address {address}: {str(error).strip().partition(chr(10))[0]}") from error
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@ray.remote(num_cpus=0, max_restarts=-1)
+class _Board:
+    """Where rank 0 leaves what is to be shown, and the driver fetches it."""
+
+    def __init__(self) -> None:
+        self._notes: list[tuple[str, Any]] = []
+
+    def post(self, notes: list[tuple[str, Any]]) -> None:
+        self._notes += notes
+
+    def take(self) -> list[tuple[str, Any]]:
+        notes, self._notes = self._notes, []
+        return notes
+
+
+class _Posted:
+    """`Progress` of a worker: notes for the board, images twice a second at most."""
+
+    def __init__(self, board: Any) -> None:
+        self._board, self._images, self._told = board, 0, 0.0
+
+    def begin(self, total: int, done: int) -> None:
+        self._board.post.remote([("begin", (total, done))])
+
+    def advance(self, images: int) -> None:
+        self._images += images
+        if time.monotonic() - self._told >= 0.5:
+            self._tell_images()
+
+    def line(self, text: str) -> None:
+        self._board.post.remote([("line", text)])
+
+    def close(self) -> None:
+        self._tell_images()
+
+    def log_handler(self) -> logging.Handler:
+        return Lines(self)
+
+    def _tell_images(self) -> None:
+        self._board.post.remote([("advance", self._images)])
+        self._images, self._told = 0, time.monotonic()
+
+
+class _StopOnError(UserCallback):
+    """Runs in Ray Train's controller: an error of the training itself is not tried again, a lost worker is."""
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        for rank, error in sorted(worker_exceptions.items()):
+            of_ray = type(error).__module__.partition(".")[0] == "ray"  # a dead process, a lost node, no answer
+            if not of_ray and not isinstance(error, PeerLostError):
+                name = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+                raise UserError(f"rank {rank}: {name}{error}")
+
+
+def _worker(given: dict[str, Any]) -> None:
+    """One worker's process: joins the others, trains, and goes on where an earlier group of workers was lost."""
+    import torch
+
+    from cibl_ray.train import train
+
+    config = validate(run_config.RunConfig, given["config"], "the driver")
+    if config.train.device == "cuda":
+        torch.cuda.set_device(get_device())
+    else:
+        torch.set_num_threads(config.loader.cores or 1)
+    world, folder = World(), Path(given["folder"])
+    board = given["board"]
+    progress = _Posted(board) if world.first else Silent()
+    # The driver has made sure that a new run has no folder yet: one that is there is this run's, of lost workers.
+    started = world.from_first(lambda: (folder / "checkpoints").exists())
+    if started and not given["resume"] and world.first:
+        progress.line("a worker was lost; going on from the last checkpoint")
+    try:
+        train(config, folder, resume=given["resume"] or world.from_first(folder.exists), world=world, progress=progress)
+        ray.get(board.post.remote([]))  # what was posted before has arrived
+    except PeerLostError:
+        time.sleep(5)  # the worker with the cause is heard first
+        raise
+    except UserError:
+        raise
+    except BaseException:
+        board.post.remote([("error", traceback.format_exc())])
+        raise
+
+
+@contextmanager
+def _shown(board: Any, nodes: list[dict[str, float]], need: tuple[int, bool, int]) -> Iterator[None]:
+    """Show what arrives on the board in this terminal, and say so when the run waits for nodes."""
+    ended = threading.Event()
+    terminal = Terminal()
+
+    def show() -> None:
+        heard, waiting = time.monotonic(), False
+        while True:
+            last = ended.wait(0.3)
+            notes = ray.get(board.take.remote())
+            for kind, content in notes:
+                heard, waiting = time.monotonic(), False
+                match kind:
+                    case "begin":
+                        terminal.close()
+                        terminal.begin(*content)
+                    case "advance":
+                        terminal.advance(content)
+                    case "line":
+                        terminal.line(content)
+                    case "error":
+                        print(content, file=sys.stderr)
+            if last:
+                return
+            if not waiting and time.monotonic() - heard > 10:
+                cpus, gpus, workers = need
+                room = places([node["Resources"] for node in ray.nodes() if node["Alive"]], cpus, gpus)
+                if room < workers:
+                    waiting = True
+                    terminal.line(f"waiting for nodes: there is room for {room} of {workers} workers ({cpus} CPUs each)")
+
+    thread = threading.Thread(target=show, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join(timeout=10)
+        terminal.close()
+
+
+@contextmanager
+def _polite_end() -> Iterator[None]:
+    """SIGTERM is treated as Ctrl-C, which Ray Train's own handler turns into an orderly end of all workers."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    before = signal.signal(signal.SIGTERM, interrupt), signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before[0])
+        signal.signal(signal.SIGINT, before[1])

@@ -1,0 +1,16 @@
+"""What Ray reads from the environment when it is imported: settle it before that."""
+
+from __future__ import annotations
+
+import os
+
+
+def settle(own: bool) -> None:
+    """own: a cluster of this machine alone will be started, and all its services shall listen on loopback.
+
+    (The variable's name tells where Ray does so by itself; it works on Linux too.) Every cluster asks for a token.
+    """
+    if own:
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
