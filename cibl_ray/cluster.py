@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -27,6 +28,7 @@ import ray.train
 from ray.exceptions import RayError
 from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 import cibl_ray
 import pipelines
@@ -84,7 +86,8 @@ def fit(config: run_config.RunConfig, folder: Path, resume: bool, options: Optio
         })  # fmt: skip
         if options.address is None:
             ensure_prepared(config.data, config.seed)  # here, where its progress is seen; elsewhere once a node
-        board = _Board.remote()  # type: ignore[attr-defined]
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        board = _Board.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
         least, most = options.workers
         trainer = TorchTrainer(
             _worker,
@@ -141,6 +144,8 @@ def places(nodes: list[dict[str, float]], cpus: int, gpus: bool) -> int:
 def _cluster(address: str | None) -> Iterator[None]:
     """A cluster to work in: the one at `address`, whose nodes get this code, or one of this machine's own."""
     own = address is None
+    if address is not None and address != "auto":
+        _answers(address)
     packages = [str(Path(package.__file__ or "").parent) for package in (cibl_ray, pipelines)]
     try:
         ray.init(
@@ -160,6 +165,15 @@ def _cluster(address: str | None) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _answers(address: str) -> None:
+    """Raise UserError where nobody listens: Ray itself would try for minutes."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except (OSError, ValueError) as error:
+        raise UserError(f"--address {address}: {error}; give the head node's HOST:PORT (6379 by default), or 'auto'") from error
 
 
 @ray.remote(num_cpus=0, max_restarts=-1)
@@ -257,7 +271,10 @@ def _shown(board: Any, nodes: list[dict[str, float]], need: tuple[int, bool, int
         heard, waiting = time.monotonic(), False
         while True:
             last = ended.wait(0.3)
-            notes = ray.get(board.take.remote())
+            try:
+                notes = ray.get(board.take.remote(), timeout=5)
+            except RayError:
+                notes = []
             for kind, content in notes:
                 heard, waiting = time.monotonic(), False
                 match kind:

@@ -24,7 +24,8 @@ def run_command(main: Callable[[], None]) -> NoReturn:
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] in ("cibl_ray", "pipelines"):
             raise  # ours: not for the user to install
-        sys.exit(_tell(f"{error.name} is not installed; this command needs: pip install 'cibl-ray[train]'", 2))
+        extra = "cluster" if (error.name or "").partition(".")[0] in ("ray", "optuna") else "train"
+        sys.exit(_tell(f"{error.name} is not installed; this command needs: pip install 'cibl-ray[{extra}]'", 2))
     except (OSError, MemoryError) as error:
         sys.exit(_tell(f"{type(error).__name__}: {error}", 2))
     except KeyboardInterrupt as error:

@@ -1,0 +1,236 @@
+"""`--cluster`: the run that workers, drivers, nodes and disks fail under. Everything here is killed for real."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from cibl_ray.checkpoint import load_checkpoint
+from cibl_ray.ray_start import settle
+from cibl_ray.runlog import read_metrics
+from pipelines.errors import UserError
+from tests.conftest import REPOSITORY
+
+settle(own=True)
+
+from cibl_ray.cluster import fitting_cpus, parse_workers, places  # noqa: E402
+
+EPOCHS = 12
+OPTIONS = ["--epochs", EPOCHS, "--warmup_epochs", "1", "--batch_size", "62", "--loader.kind", "torch"]
+LAST = Path("checkpoints") / "last.safetensors"
+
+pytestmark = pytest.mark.timeout(280)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("cluster")
+
+
+def start(folder, *arguments, workers="2", **environment):
+    """The command, with its output in a file: (process, file)."""
+    log = folder / f"{time.time_ns()}.log"
+    command = [sys.executable, "-m", "cibl_ray.train", *arguments, "--cluster", "--workers", workers]
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [*map(str, command)], stdout=output, stderr=subprocess.STDOUT, cwd=REPOSITORY, env=os.environ | environment
+        )
+    return process, log
+
+
+def new(folder, name, *more):
+    return ["quickstart", "--name", name, "--runs", folder / "runs", "--prepared", folder / "prepared", *OPTIONS, *more]
+
+
+def ended(process, log, status=0):
+    """The output of a command that has ended, as it should; none of its processes is left."""
+    below = psutil.Process(process.pid).children(recursive=True)
+    assert process.wait(timeout=200) == status, log.read_text()
+    _, left = psutil.wait_procs(below, timeout=30)
+    assert not left
+    return log.read_text()
+
+
+def wait_for_epoch(run, epoch, process):
+    while not any(row["epoch"] >= epoch for row in read_metrics(run)):
+        assert process.poll() is None
+        time.sleep(0.02)
+
+
+def workers_of(process):
+    return [child for child in psutil.Process(process.pid).children(recursive=True) if "RayTrainWorker" in child.name()]
+
+
+def weights(run):
+    checkpoint = load_checkpoint(run / LAST)
+    assert checkpoint.epoch == EPOCHS
+    return checkpoint.weights
+
+
+def same(run, other):
+    mine, theirs = weights(run), weights(other)
+    return all(torch.equal(tensor, theirs[name]) for name, tensor in mine.items())
+
+
+@pytest.fixture(scope="module")
+def undisturbed(folder):
+    text = ended(*start(folder, *new(folder, "undisturbed")))
+    return folder / "runs" / "undisturbed", text
+
+
+def test_a_run_in_two_workers(undisturbed):
+    run, text = undisturbed
+    assert "2 workers" in text
+    assert f"epoch {EPOCHS}/{EPOCHS}" in text
+    assert "communication" in text
+    result = json.loads((run / "result.json").read_text())
+    assert result["workers"] == 2
+    assert result["last"]["scores"]["samples"] == 445  # an odd number: each test image once
+    assert set(result["time"]) == {"step", "data_wait", "communication", "evaluation", "checkpoint"}
+    assert (run / "accuracy_by_class.png").exists()
+    assert len(read_metrics(run)) == EPOCHS
+
+
+def test_a_killed_worker_is_replaced_and_nothing_changes(folder, undisturbed):
+    process, log = start(folder, *new(folder, "killed"))
+    run = folder / "runs" / "killed"
+    wait_for_epoch(run, 2, process)
+    workers_of(process)[-1].kill()
+    text = ended(process, log)
+    assert "a worker was lost; going on from the last checkpoint" in text
+    assert same(run, undisturbed[0])
+    assert [row["epoch"] for row in read_metrics(run)] == [*range(1, EPOCHS + 1)]
+
+
+def test_a_killed_driver_and_a_checkpoint_cut_short(folder, undisturbed):
+    process, _ = start(folder, *new(folder, "driver"))
+    run = folder / "runs" / "driver"
+    wait_for_epoch(run, 3, process)
+    workers = workers_of(process)
+    process.kill()
+    process.wait()
+    assert len(workers) == 2
+    assert not psutil.wait_procs(workers, timeout=60)[1]  # Ray's own agents take a minute more
+    whole = (run / LAST).read_bytes()
+    (run / LAST).write_bytes(whole[: len(whole) // 2])
+    text = ended(*start(folder, "--resume", run))
+    assert "is cut short or damaged" in text
+    assert "going on from the one before" in text
+    assert same(run, undisturbed[0])
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_keeps_a_checkpoint_and_leaves_no_process(folder, number):
+    process, log = start(folder, *new(folder, f"stopped-{number}", "--epochs", "500"))
+    run = folder / "runs" / f"stopped-{number}"
+    wait_for_epoch(run, 2, process)
+    process.send_signal(number)
+    text = ended(process, log, 130)
+    assert f"--resume {run} --cluster" in text
+    assert "Traceback" not in text
+    assert load_checkpoint(run / LAST).epoch >= 1
+
+
+def test_an_error_in_one_rank_ends_all_and_is_named(folder):
+    """One image is damaged, which one of the two workers reads."""
+    prepared = folder / "damaged"
+    options = [*new(folder, "damaged"), "--prepared", prepared, "--store", "{square: 16, mode: jpeg}", "--epochs", "1"]
+    ended(*start(folder, *options))
+    from pipelines.beton import Beton
+
+    path = next(prepared.glob("*/train.beton"))
+    record = Beton(path).records["f0"][5]
+    with path.open("r+b") as file:
+        file.seek(int(record["data_ptr"]))
+        file.write(b"\0" * 64)
+    options[options.index("damaged")] = "damaged-2"
+    text = ended(*start(folder, *options), 2)
+    assert "error: rank " in text
+    assert "is damaged" in text.splitlines()[-1]
+    assert "Traceback" not in text
+
+
+def test_a_full_disk_ends_the_run_and_keeps_what_was_there(folder, undisturbed):
+    run = folder / "runs" / "full"
+    ended(*start(folder, *new(folder, "full", "--epochs", "2")))
+    before = (run / LAST).read_bytes()
+    (run / LAST).with_name("last.safetensors.part").symlink_to("/dev/full")
+    text = ended(*start(folder, "--resume", run, "--epochs", "3"), 2)
+    assert "error: rank 0: OSError: [Errno 28] No space left on device" in text
+    assert (run / LAST).read_bytes() == before
+
+
+def test_mistakes_are_told_in_a_line(folder):
+    assert "error: --workers 0: give a number" in ended(*start(folder, "quickstart", workers="0"), 2)
+    assert "there is room for" in ended(*start(folder, *new(folder, "many"), workers="400"), 2)
+    missing = start(folder, *new(folder, "nowhere"), "--address", "127.0.0.1:9")
+    assert "error: --address 127.0.0.1:9: " in ended(*missing, 2)
+
+
+@pytest.fixture
+def two_nodes():
+    """A cluster of two nodes of one CPU on this machine: (cluster, second node)."""
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    second = cluster.add_node(num_cpus=1)
+    yield cluster, second
+    cluster.shutdown()
+
+
+def test_an_elastic_run_goes_on_with_the_nodes_that_are_left(folder, two_nodes):
+    cluster, second = two_nodes
+    options = new(folder, "elastic", "--epochs", "60", "--address", cluster.address)
+    process, log = start(folder, *options, workers="1-2")
+    run = folder / "runs" / "elastic"
+    wait_for_epoch(run, 2, process)
+    assert "2 workers" in log.read_text()
+    cluster.remove_node(second, allow_graceful=False)
+    text = ended(process, log)
+    assert "a worker was lost" in text
+    assert "one process; from epoch" in text
+    assert load_checkpoint(run / LAST).epoch == 60
+
+
+def test_a_run_of_fixed_size_waits_for_a_node_and_says_so(folder, two_nodes):
+    cluster, second = two_nodes
+    process, log = start(folder, *new(folder, "fixed", "--epochs", "60", "--address", cluster.address))
+    run = folder / "runs" / "fixed"
+    wait_for_epoch(run, 2, process)
+    cluster.remove_node(second, allow_graceful=False)
+    while "waiting for nodes: there is room for 1 of 2 workers" not in log.read_text():
+        assert process.poll() is None, log.read_text()
+        time.sleep(0.5)
+    cluster.add_node(num_cpus=1)
+    text = ended(process, log)
+    assert text.count("2 workers; from epoch") == 2
+    assert load_checkpoint(run / LAST).epoch == 60
+
+
+@pytest.mark.parametrize(("text", "expected"), [("4", (4, 4)), ("2-8", (2, 8))])
+def test_workers(text, expected):
+    assert parse_workers(text) == expected
+
+
+@pytest.mark.parametrize("text", ["0", "x", "3-2", "-1", "2-"])
+def test_workers_that_are_none(text):
+    if text == "2-":
+        assert parse_workers(text) == (2, 2)
+        return
+    with pytest.raises(UserError, match="give a number of workers"):
+        parse_workers(text)
+
+
+def test_cpus_that_fit():
+    nodes = [{"CPU": 16.0, "GPU": 4.0}, {"CPU": 8.0, "GPU": 4.0}, {"CPU": 64.0}]
+    assert places(nodes, 4, gpus=True) == 4 + 2
+    assert fitting_cpus(nodes, 8, gpus=True) == 2  # four GPUs on a node of eight CPUs
+    assert fitting_cpus(nodes, 2, gpus=False) == 32
+    assert fitting_cpus(nodes, 500, gpus=False) == 1
