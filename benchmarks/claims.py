@@ -1,11 +1,13 @@
 """`python -m benchmarks.claims --budget cpu --cifar10 FOLDER --cifar100 FOLDER`: the papers' claims, measured on real images.
 
 CIFAR-10-LT and CIFAR-100-LT, imbalance factor 100; the folders hold train/CLASS/* and test/CLASS/*; by default torchvision's
-copies in data/ are used. Three questions:
+copies in data/ are used. Four questions:
 
 1. Tail skew: accuracy of the head, middle and tail third of the classes against λ. Is it monotonic?
 2. Cosine head: how many epochs, in whole runs of that length, until it has the linear head's final accuracy?
 3. Methods: CIBL beside cross-entropy, balanced softmax, Hybrid-SC, Hybrid-PSC, BCL and PaCo at equal epochs.
+4. Readings of the loss, where the paper's text leaves them open: a log-prior in its logits, a queue, cross-entropy weights
+   normalised to a mean of 1. With which does λ move accuracy to the tail?
 
 Everything else is equal: images, views, schedule, initial weights. Scores are the last epoch's, on the test set. Runs that have
 a result are not run again, so a stopped measurement goes on. Writes tables and pictures to docs/claims/.
@@ -29,6 +31,8 @@ from benchmarks import claims_report
 from benchmarks.measure import report
 
 LAMBDAS = (0.0, 0.01, 0.05, 0.5, 5.0)
+READINGS = {"log-prior": "kappa: 1", "queue": "queue: 1024", "normalised": "normalize: true"}
+READ_AT = (0.05, 0.5, 5.0)  # λ of the readings: CIFAR-100-LT, where λ moves least to the tail, and the first seed only
 DATASETS = {"cifar10": "CIFAR-10-LT", "cifar100": "CIFAR-100-LT"}
 
 
@@ -65,7 +69,7 @@ def methods(budget: Budget) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Cell:
-    """One run: a dataset, what is asked (λ, cosine or method), the value, the seed, and its options."""
+    """One run: a dataset, what is asked (lambda, method, cosine or reading), the value, the seed, and its options."""
 
     dataset: str
     claim: str
@@ -75,7 +79,8 @@ class Cell:
 
     @property
     def name(self) -> str:
-        return f"{self.dataset}-{self.claim}-{self.value}-{self.seed}".replace(" ", "_")
+        value = self.value.replace(", λ = ", "-").replace(" ", "_")
+        return f"{self.dataset}-{self.claim}-{value}-{self.seed}"
 
 
 def cells(budget: Budget, datasets: list[str]) -> list[Cell]:
@@ -92,6 +97,11 @@ def cells(budget: Budget, datasets: list[str]) -> list[Cell]:
             for epochs in budget.cosine:
                 options = ("--head", "{kind: cosine}", "--loss", "{kind: cibl, tail_skew: 0.05}", "--epochs", str(epochs))
                 listed.append(Cell(dataset, "cosine", str(epochs), seed, options))
+    for reading, option in READINGS.items():
+        for tail_skew in READ_AT:
+            loss = f"{{kind: cibl, tail_skew: {tail_skew}, {option}}}"
+            options = ("--loss", loss, "--epochs", str(budget.epochs))
+            listed.append(Cell("cifar100", "reading", f"{reading}, λ = {tail_skew}", 0, options))
     return listed
 
 

@@ -80,8 +80,15 @@ def write(docs: Path, budget: str, summary: dict[str, Any], results: Results, of
         first = {"cross-entropy": swept.get("0.0"), f"CIBL, λ = {DEFAULT}": swept.get(DEFAULT)}
         methods = {name: rows for name, rows in first.items() if rows is not None} | compared
         cosine = {f"{length} epochs": rows for length, rows in accuracies(results, dataset, "cosine").items()}
-        tables = {"λ": swept, "method": methods, f"cosine head, λ = {DEFAULT}": cosine}
+        tables = {
+            "λ": swept,
+            "method": methods,
+            f"cosine head, λ = {DEFAULT}": cosine,
+            "reading of the loss, one seed": accuracies(results, dataset, "reading"),
+        }
         for title, table in tables.items():
+            if not table:
+                continue
             lines += ["", f"## {dataset}-LT, {title}", ""]
             lines += [f"| {title} | overall | head third | middle | tail third |", "|---" * 5 + "|"]
             for name, rows in table.items():
