@@ -31,12 +31,17 @@ TEMPERATURE, TAIL_SKEW, ALPHA, BETA = 0.1, 0.05, 0.05, 1.0
 
 def plain_supcon(z: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """As SupContrast writes it: shifted similarities, a mask of the others, a mask of the positives."""
+    return _plain_supcon(z, labels)[0]
+
+
+def _plain_supcon(z: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     similarity = z @ z.T / TEMPERATURE
     similarity = similarity - similarity.amax(1, keepdim=True).detach()
     others = 1 - torch.eye(len(z), device=z.device)
     positives = (labels[:, None] == labels[None]).float() * others
     log_probability = similarity - (similarity.exp() * others).sum(1, keepdim=True).log()
-    return -(positives * log_probability).sum(1) / positives.sum(1).clamp(min=1)
+    count = positives.sum(1)
+    return -(positives * log_probability).sum(1) / count.clamp(min=1), count
 
 
 def plain_psc(z: torch.Tensor, labels: torch.Tensor, prototypes: torch.Tensor) -> torch.Tensor:
@@ -74,9 +79,9 @@ def plain_paco(logits: torch.Tensor, z: torch.Tensor, labels: torch.Tensor) -> t
 
 
 def plain_cibl(logits: torch.Tensor, z: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    positives = (labels[:, None] == labels[None]).float().sum(1) - 1
+    contrastive, positives = _plain_supcon(z, labels)
     weight = TAIL_SKEW * positives / (1 + TAIL_SKEW * positives)
-    return (1 - weight) * F.cross_entropy(logits, labels, reduction="none") + weight * plain_supcon(z, labels)
+    return (1 - weight) * F.cross_entropy(logits, labels, reduction="none") + weight * contrastive
 
 
 Pair = tuple[Callable[..., torch.Tensor], Callable[..., torch.Tensor]]
@@ -115,8 +120,8 @@ def main() -> None:
     arguments = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rounds, ratios, milliseconds, megabytes = 3 if arguments.quick else 11, {}, {}, {}
-    # A training process has freed large activations, after which glibc keeps freed memory instead of handing it back; without
-    # that, either side pays at random for fresh pages.
+    # A training process has freed large activations, after which glibc keeps blocks below 32 MB instead of handing them back;
+    # without that, either side pays at random for fresh pages. The plain matrices at M = 4096 are larger, there as in training.
     torch.empty(31 * 2**20, dtype=torch.uint8)
     for size, width, classes in SIZES:
         random = torch.Generator().manual_seed(0)

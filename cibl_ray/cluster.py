@@ -35,6 +35,7 @@ import pipelines
 from cibl_ray import config as run_config
 from cibl_ray.progress import Lines, Silent, Terminal
 from cibl_ray.world import PeerLostError, World
+from pipelines.cores import limit_cores
 from pipelines.errors import Interrupted, UserError
 from pipelines.prepare import ensure_prepared
 from pipelines.settings import validate
@@ -51,6 +52,12 @@ class Options:
     address: str | None
     cpus: int | None
     failures: int
+
+    def again(self, folder: Path) -> str:
+        """The command that goes on with a run."""
+        least, most = self.workers
+        address = f" --address {self.address}" if self.address else ""
+        return f"python -m cibl_ray.train --resume {folder} --cluster --workers {least}{f'-{most}' * (most > least)}{address}"
 
 
 def parse_workers(text: str) -> tuple[int, int]:
@@ -69,21 +76,19 @@ def fit(config: run_config.RunConfig, folder: Path, resume: bool, options: Optio
     """Train in `folder`, new or (with `resume`) an earlier run's, on a cluster; every node must see the folder."""
     if not resume and folder.exists():
         raise UserError(f"run folder {str(folder)!r} already exists; go on with --resume {folder}, or choose another --name")
-    with _cluster(options.address):
+    with cluster(options.address):
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         gpus = config.train.device != "cpu" and any(node.get("GPU", 0) >= 1 for node in nodes)
         if config.train.device == "cuda" and not gpus:
             raise UserError("train.device is 'cuda', but the cluster has no GPU; set it to 'cpu' or 'auto'")
-        cpus = options.cpus or fitting_cpus(nodes, options.workers[0], gpus)
+        cpus = options.cpus or fitting_cpus(nodes, options.workers, gpus)
         if places(nodes, cpus, gpus) < options.workers[0]:
             raise UserError(
                 f"--workers {options.workers[0]}: there is room for {places(nodes, cpus, gpus)} with {cpus} CPUs"
                 f"{' and a GPU' if gpus else ''} each; lower --workers or --cpus-per-worker"
             )
-        config = config.model_copy(update={
-            "train": config.train.model_copy(update={"device": "cuda" if gpus else "cpu"}),
-            "loader": config.loader.model_copy(update={"cores": config.loader.cores or cpus}),
-        })  # fmt: skip
+        train = config.train.model_copy(update={"device": "cuda" if gpus else "cpu"})
+        config = config.model_copy(update={"train": train})
         if options.address is None:
             ensure_prepared(config.data, config.seed)  # here, where its progress is seen; elsewhere once a node
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
@@ -115,8 +120,7 @@ def fit(config: run_config.RunConfig, folder: Path, resume: bool, options: Optio
             try:
                 trainer.fit()
             except (SystemExit, KeyboardInterrupt):
-                again = f"python -m cibl_ray.train --resume {folder} --cluster"
-                raise Interrupted(f"stopped; go on from the last checkpoint with: {again}") from None
+                raise Interrupted(f"stopped; go on from the last checkpoint with: {options.again(folder)}") from None
             except ray.train.ControllerError as error:
                 if isinstance(error.controller_failure, UserError):
                     raise error.controller_failure from None
@@ -124,15 +128,15 @@ def fit(config: run_config.RunConfig, folder: Path, resume: bool, options: Optio
             except ray.train.WorkerGroupError as error:
                 lost = ", ".join(f"rank {rank}" for rank in sorted(error.worker_failures))
                 raise UserError(
-                    f"workers were lost {options.failures + 1} times, at last {lost}; "
-                    f"go on with: python -m cibl_ray.train --resume {folder} --cluster"
+                    f"workers were lost {options.failures + 1} times, at last {lost}; go on with: {options.again(folder)}"
                 ) from None
 
 
-def fitting_cpus(nodes: list[dict[str, float]], workers: int, gpus: bool) -> int:
-    """The most CPUs a worker can have for `workers` of them to find room on these nodes; at least 1."""
+def fitting_cpus(nodes: list[dict[str, float]], workers: tuple[int, int], gpus: bool) -> int:
+    """The most CPUs a worker can have for as many workers as wanted, or as can be, to find room on these nodes; at least 1."""
+    wanted = max(workers[0], min(workers[1], places(nodes, 1, gpus)))
     most = int(max((node.get("CPU", 0) for node in nodes), default=1))
-    return next((cpus for cpus in range(most, 1, -1) if places(nodes, cpus, gpus) >= workers), 1)
+    return next((cpus for cpus in range(most, 1, -1) if places(nodes, cpus, gpus) >= wanted), 1)
 
 
 def places(nodes: list[dict[str, float]], cpus: int, gpus: bool) -> int:
@@ -141,7 +145,7 @@ def places(nodes: list[dict[str, float]], cpus: int, gpus: bool) -> int:
 
 
 @contextmanager
-def _cluster(address: str | None) -> Iterator[None]:
+def cluster(address: str | None, dashboard: bool = False) -> Iterator[None]:
     """A cluster to work in: the one at `address`, whose nodes get this code, or one of this machine's own."""
     own = address is None
     if address is not None and address != "auto":
@@ -150,7 +154,7 @@ def _cluster(address: str | None) -> Iterator[None]:
     try:
         ray.init(
             address=address or "local",
-            include_dashboard=False if own else None,
+            include_dashboard=dashboard if own else None,
             log_to_driver=False,
             logging_level=logging.ERROR,
             num_cpus=len(os.sched_getaffinity(0)) if own else None,
@@ -205,6 +209,9 @@ class _Posted:
         if time.monotonic() - self._told >= 0.5:
             self._tell_images()
 
+    def epoch(self, row: dict[str, Any], text: str) -> None:
+        self.line(text)
+
     def line(self, text: str) -> None:
         self._board.post.remote([("line", text)])
 
@@ -240,7 +247,8 @@ def _worker(given: dict[str, Any]) -> None:
     if config.train.device == "cuda":
         torch.cuda.set_device(get_device())
     else:
-        torch.set_num_threads(config.loader.cores or 1)
+        torch.set_num_threads(given["cpus"])
+    limit_cores(given["cpus"])
     world, folder = World(), Path(given["folder"])
     board = given["board"]
     progress = _Posted(board) if world.first else Silent()

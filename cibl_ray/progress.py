@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import Protocol
+from typing import Any, Protocol
 
 from tqdm import tqdm
 
@@ -17,8 +17,12 @@ class Progress(Protocol):
 
     def advance(self, images: int) -> None: ...
 
+    def epoch(self, row: dict[str, Any], text: str) -> None:
+        """An epoch's figures, as the log has them, and to be read."""
+        ...
+
     def line(self, text: str) -> None:
-        """Something to be read: an epoch's figures."""
+        """Something to be read."""
         ...
 
     def close(self) -> None: ...
@@ -41,6 +45,9 @@ class Terminal:
         if self._bar is not None:
             self._bar.update(images)
 
+    def epoch(self, row: dict[str, Any], text: str) -> None:
+        self.line(text)
+
     def line(self, text: str) -> None:
         tqdm.write(text)
 
@@ -58,6 +65,8 @@ class Silent:
     def begin(self, total: int, done: int) -> None: ...
 
     def advance(self, images: int) -> None: ...
+
+    def epoch(self, row: dict[str, Any], text: str) -> None: ...
 
     def line(self, text: str) -> None: ...
 

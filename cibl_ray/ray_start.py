@@ -14,3 +14,5 @@ def settle(own: bool) -> None:
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")  # a failed trial may end before its first score
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # Ray Tune's boxes and tables; we show the sweep ourselves

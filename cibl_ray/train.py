@@ -45,13 +45,17 @@ def main() -> None:
     parser.add_argument("--resume", type=Path, metavar="RUN", help="go on with the run in this folder")
     cluster = parser.add_argument_group("on a cluster")
     cluster.add_argument("--cluster", action="store_true", help="train in Ray Train's workers")
-    cluster.add_argument("--workers", default="1", metavar="N", help="how many, or the least and the most: 2-8")
+    cluster.add_argument("--workers", metavar="N", help="how many, or the least and the most: 2-8")
     cluster.add_argument("--address", help="of a Ray cluster, or 'auto'; by default one is started on this machine")
     cluster.add_argument("--cpus-per-worker", type=int, metavar="N", help="by default what fits")
-    cluster.add_argument("--max-failures", type=int, default=3, metavar="N", help="lost workers to replace (default: 3)")
+    cluster.add_argument("--max-failures", type=int, metavar="N", help="lost workers to replace (default: 3)")
     name, arguments, overrides = split_command_line(parser)
     if (name is None) == (arguments.resume is None):
         raise UserError("name a configuration first (quickstart, say) to start a run, or --resume RUN to go on with one")
+    for option in ("workers", "address", "cpus_per_worker", "max_failures"):
+        if getattr(arguments, option) is not None and not arguments.cluster:
+            hint = "; the loader's threads are --loader.workers" if option == "workers" else ""
+            raise UserError(f"--{option.replace('_', '-')} belongs to --cluster: add that{hint}")
     if arguments.resume is not None:
         config, folder = _resumed(arguments.resume, overrides)
     else:
@@ -64,8 +68,8 @@ def main() -> None:
         settle(own=arguments.address is None)
         from cibl_ray.cluster import Options, fit, parse_workers
 
-        workers = parse_workers(arguments.workers)
-        options = Options(workers, arguments.address, arguments.cpus_per_worker, arguments.max_failures)
+        failures = 3 if arguments.max_failures is None else arguments.max_failures
+        options = Options(parse_workers(arguments.workers or "1"), arguments.address, arguments.cpus_per_worker, failures)
         fit(config, folder, arguments.resume is not None, options)
         return
     from cibl_ray.progress import Silent, Terminal

@@ -41,6 +41,7 @@ from pipelines.seeding import torch_seed
 
 log = logging.getLogger(__name__)
 
+_ASK_EVERY = 10  # steps between the workers' questions whether a checkpoint is due
 _CHECK_EVERY = 50  # steps between looks at whether the loss is finite: each look waits for the device
 
 
@@ -96,6 +97,10 @@ class Trainer:
         load_momentum(self.network, self.optimizer, checkpoint.momentum)
         self.objective.load(checkpoint.objective)
         self.epoch, self.step, self.best = checkpoint.epoch, checkpoint.step, checkpoint.best
+        before, now = checkpoint.config, self.config
+        if self.step and (before.train.batch_size, before.seed, before.data) != (now.train.batch_size, now.seed, now.data):
+            log.warning("batches are no longer those of the checkpoint, taken at step %d: its epoch begins anew", self.step)
+            self.step = 0
 
     def fit(self, progress: Progress | None = None) -> dict[str, Any]:
         """Train to the last epoch; returns the result: the last epoch and the best on validation, scored on the test set.
@@ -118,7 +123,7 @@ class Trainer:
                     run_log.write(row)  # before the checkpoint: a resumed run drops rows beyond it, and misses none
                     if self.epoch % self.config.train.checkpoint_every == 0 or self.epoch == epochs:
                         self.save()
-                progress.line(_epoch_line(row, epochs))
+                progress.epoch(row, _epoch_line(row, epochs))
         finally:
             progress.close()
             if run_log is not None:
@@ -140,6 +145,7 @@ class Trainer:
         totals: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros((), device=self.device))
         started = time.perf_counter()
         waited = self.world.seconds = 0.0
+        saving = self._spent["checkpoint"]
         before = started
         first = self.step
         streams = zip(*(loader.epoch(number, first) for loader in self.train_loaders), strict=True)
@@ -154,14 +160,14 @@ class Trainer:
                 self._check_finite(totals["loss"], self.step)
             if progress is not None:
                 progress.advance(batch_size)
-            if self.world.first and self.step < batches:
-                self._save_if_due()
+            if self.step < batches:
+                self._save_if_due(totals["loss"])
             before = time.perf_counter()
         self.epoch, self.step = number + 1, 0
         self.world.average_statistics(self.objective.networks)
         own = torch.stack([total.float() for total in totals.values()]) * self.world.fraction(batch_size)
         means = (self.world.sum(own) / (batches - first)).tolist()
-        seconds = time.perf_counter() - started
+        seconds = time.perf_counter() - started - (self._spent["checkpoint"] - saving)
         return {
             "epoch": self.epoch,
             "train": dict(zip(totals, means, strict=True)),
@@ -174,7 +180,17 @@ class Trainer:
         return self.optimize([self._images(*pair, step) for pair in zip(batches, self.augments, strict=True)])
 
     def optimize(self, streams: list[Images]) -> dict[str, torch.Tensor]:
-        """The same on images that are ready for the network."""
+        """The same on images that are ready for the network. Raises UserError where memory does not suffice."""
+        try:
+            return self._optimize(streams)
+        except RuntimeError as error:
+            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+                raise
+            raise UserError(
+                f"out of memory in a step of {self.config.train.batch_size} images; lower train.batch_size, or use more workers"
+            ) from error
+
+    def _optimize(self, streams: list[Images]) -> dict[str, torch.Tensor]:
         terms = self.objective(self.network, self._run, streams, self.epoch / self.config.train.epochs)
         self.optimizer.zero_grad(set_to_none=True)
         # Each worker's loss is the mean over its own images; the parts add up to the mean over the batch.
@@ -213,9 +229,17 @@ class Trainer:
         self._saved = time.monotonic()
         self._spent["checkpoint"] += time.perf_counter() - started
 
-    def _save_if_due(self) -> None:
+    def _save_if_due(self, total: torch.Tensor) -> None:
+        """Within an epoch: rank 0's clock decides, and all ranks hear of it, because they average their statistics first."""
         minutes = self.config.train.checkpoint_minutes
-        if minutes is not None and time.monotonic() - self._saved >= 60 * minutes:
+        if minutes is None or (self.world.size > 1 and self.step % _ASK_EVERY):
+            return
+        due = torch.tensor(float(self.world.first and time.monotonic() - self._saved >= 60 * minutes), device=self.device)
+        if self.world.sum(due) == 0:
+            return
+        self._check_finite(total, self.step)
+        self.world.average_statistics(self.objective.networks)
+        if self.world.first:
             self.save()
 
     @property

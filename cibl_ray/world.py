@@ -20,6 +20,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from pipelines.batch import Share
+from pipelines.errors import UserError
 
 T = TypeVar("T")
 
@@ -126,14 +127,19 @@ class World:
         return torch.cat(parts) if self.first else x
 
     def from_first(self, make: Callable[[], T]) -> T:
-        """What `make` returns on rank 0, on every rank. An exception there is raised everywhere, by name."""
+        """What `make` returns on rank 0, on every rank; a UserError that it raises there is raised on every rank."""
         if self.size == 1:
             return make()
         box: list[Any] = [None]
         if self.first:
-            box = [make()]
+            try:
+                box = [make()]
+            except UserError as error:
+                box = [error]
         with self._exchange():
             dist.broadcast_object_list(box, src=0, group=self._cpu)
+        if isinstance(box[0], UserError):
+            raise box[0]
         result: T = box[0]
         return result
 
@@ -180,5 +186,6 @@ def join() -> World:
         cuda = torch.cuda.is_available()
         if cuda:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(minutes=10))
+        # Both, where there is a GPU: train.device may be the CPU all the same.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(minutes=10))
     return World()

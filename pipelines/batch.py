@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from pipelines.config import DataConfig, LoaderConfig, Sampling, View
+from pipelines.cuts import draw_cuts
 from pipelines.errors import UserError
 from pipelines.prepare import Prepared
 
@@ -121,6 +122,9 @@ def make_loader(prepared: Prepared, split: str, reading: Reading, config: Loader
         raise UserError(
             f"the {split} split has {len(beton)} images, fewer than one batch of {reading.batch_size}; lower train.batch_size"
         )
+    records = beton.records["f0"]
+    # An image too small for its cut is told now.
+    draw_cuts(reading.views, reading.size, records["height"], records["width"], reading.seed, 0)
     loader: Loader
     if loader_kind(config) == "ffcv":
         from pipelines.ffcv_loader import FFCVLoader

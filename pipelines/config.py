@@ -256,5 +256,4 @@ class LoaderConfig(Settings):
 
     kind: Literal["auto", "ffcv", "torch"] = "auto"
     workers: int | None = Field(default=None, ge=1, le=512, description="threads (ffcv) or processes (torch); None: what fits")
-    cores: int | None = Field(default=None, ge=1, description="CPUs to count on; None: all that this process may use")
     batches_ahead: int = Field(default=3, ge=1, le=32)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -20,6 +19,7 @@ import torch
 from pipelines.batch import Batch, Reading
 from pipelines.beton import RAW, Beton
 from pipelines.config import LoaderConfig
+from pipelines.cores import usable_cores
 from pipelines.cuts import draw_cuts, epoch_order
 from pipelines.errors import UserError
 from pipelines.images import BadImageError, decode, to_rgb
@@ -186,7 +186,7 @@ class FFCVLoader:
         self.samples = len(beton)
         self.batches = reading.batches(self.samples)
         all_raw = bool((beton.records["f0"]["mode"] == RAW).all())
-        cores = config.cores or len(os.sched_getaffinity(0))
+        cores = usable_cores()
         # Copying small raw images keeps one thread idle most of the time; JPEG decoding needs all there are.
         workers = min(config.workers or (1 if all_raw else cores), cores)
         threads = torch.get_num_threads()

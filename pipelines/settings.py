@@ -90,7 +90,8 @@ def parse_overrides(arguments: list[str], model: type[BaseModel]) -> list[tuple[
                 raise UserError(f"--{key}: a value is missing")
             text = queue.pop(0)
         full = _full_key(key, model)
-        pairs.append((full, text if known_keys(model)[full] else _value(key, text)))
+        is_path = known_keys(model)[full] and text != "null"
+        pairs.append((full, text if is_path else _value(key, text)))
     return pairs
 
 

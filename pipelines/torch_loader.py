@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 
 import numpy as np
@@ -13,6 +12,7 @@ from torchvision.transforms.v2 import functional as tv
 from pipelines.batch import Batch, Reading
 from pipelines.beton import RAW, Beton
 from pipelines.config import LoaderConfig
+from pipelines.cores import usable_cores
 from pipelines.cuts import draw_cuts, epoch_order
 from pipelines.errors import UserError
 from pipelines.images import BadImageError, decode, to_rgb
@@ -58,7 +58,7 @@ class TorchLoader:
         self.batches = reading.batches(self.samples)
         all_raw = bool((beton.records["f0"]["mode"] == RAW).all())
         # Worker processes pay where JPEGs are decoded; small raw images are cut in this process.
-        self._workers = config.workers or (0 if all_raw else config.cores or len(os.sched_getaffinity(0)))
+        self._workers = config.workers or (0 if all_raw else usable_cores())
         self._ahead = config.batches_ahead
         self.name = f"torchvision loader, {self._workers or 'no'} worker processes"
 

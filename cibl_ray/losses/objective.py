@@ -19,6 +19,7 @@ from cibl_ray.networks.network import HybridNetwork, Outputs
 from cibl_ray.world import World
 from pipelines.batch import Reading, Share, train_reading
 from pipelines.config import DataConfig
+from pipelines.errors import UserError
 from pipelines.seeding import stream
 
 
@@ -123,6 +124,13 @@ class Objective:
         return state
 
     def load(self, state: dict[str, torch.Tensor]) -> None:
+        """Take over what `state` gave. Raises UserError where that was of another queue or average."""
+        shapes = {name: tensor.shape for name, tensor in self.state().items()}
+        if shapes != {name: tensor.shape for name, tensor in state.items()}:
+            raise UserError(
+                f"the checkpoint's queue or averaged network is not that of loss {self.config.kind!r} as configured now; "
+                "resume with the same loss.queue and loss.momentum, or start a new run"
+            )
         if self.queue is not None:
             self.queue.load(_part(state, "queue."))
         if self.averaged is not None:

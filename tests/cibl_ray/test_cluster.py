@@ -20,7 +20,7 @@ from tests.conftest import REPOSITORY
 
 settle(own=True)
 
-from cibl_ray.cluster import fitting_cpus, parse_workers, places  # noqa: E402
+from cibl_ray.cluster import Options, fitting_cpus, parse_workers, places  # noqa: E402
 
 EPOCHS = 12
 OPTIONS = ["--epochs", EPOCHS, "--warmup_epochs", "1", "--batch_size", "62", "--loader.kind", "torch"]
@@ -133,7 +133,7 @@ def test_ctrl_c_keeps_a_checkpoint_and_leaves_no_process(folder, number):
     wait_for_epoch(run, 2, process)
     process.send_signal(number)
     text = ended(process, log, 130)
-    assert f"--resume {run} --cluster" in text
+    assert f"--resume {run} --cluster --workers 2" in text
     assert "Traceback" not in text
     assert load_checkpoint(run / LAST).epoch >= 1
 
@@ -231,6 +231,13 @@ def test_workers_that_are_none(text):
 def test_cpus_that_fit():
     nodes = [{"CPU": 16.0, "GPU": 4.0}, {"CPU": 8.0, "GPU": 4.0}, {"CPU": 64.0}]
     assert places(nodes, 4, gpus=True) == 4 + 2
-    assert fitting_cpus(nodes, 8, gpus=True) == 2  # four GPUs on a node of eight CPUs
-    assert fitting_cpus(nodes, 2, gpus=False) == 32
-    assert fitting_cpus(nodes, 500, gpus=False) == 1
+    assert fitting_cpus(nodes, (8, 8), gpus=True) == 2  # four GPUs on a node of eight CPUs
+    assert fitting_cpus(nodes, (2, 8), gpus=True) == 2  # as many as there is room for
+    assert fitting_cpus(nodes, (2, 2), gpus=False) == 32
+    assert fitting_cpus(nodes, (500, 500), gpus=False) == 1
+
+
+def test_the_way_to_go_on_names_the_cluster():
+    options = Options((2, 8), "head:6379", None, 3)
+    assert options.again(Path("runs/a")).endswith("--resume runs/a --cluster --workers 2-8 --address head:6379")
+    assert Options((2, 2), None, None, 3).again(Path("a")).endswith("--resume a --cluster --workers 2")

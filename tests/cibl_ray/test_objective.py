@@ -221,3 +221,12 @@ def test_recipes_reach_the_network_and_go_on_to_the_bit(digits, tmp_path):
     assert not torch.equal(
         plain.network.state_dict()["backbone.conv.weight"], half.network.state_dict()["backbone.conv.weight"]
     )
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [("cibl", "cibl_with_a_queue"), ("cibl_with_a_queue", "cibl_with_everything"), ("paco", "cibl"), ("cibl", "paco")],
+)
+def test_another_queue_or_average_is_refused(before, after):
+    with pytest.raises(UserError, match="is not that of loss"):
+        objective_of(after)[0].load(objective_of(before)[0].state())

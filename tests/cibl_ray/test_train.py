@@ -274,3 +274,38 @@ def test_a_checkpoint_within_an_epoch_goes_on_to_the_bit(digits, tmp_path):
     assert (row["epoch"], resumed.step) == (1, 0)
     theirs = resumed.network.state_dict()
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in whole.network.state_dict().items())
+
+
+def test_a_checkpoint_within_an_epoch_and_other_batches(digits, tmp_path, caplog):
+    """Its place in the epoch means nothing then: the epoch begins anew, and the log says so."""
+    flags = ["--loader.kind", "torch", "--epochs", "2", "--warmup_epochs", "0", "--checkpoint_minutes", "1e-9"]
+    first = Trainer(resolve(load_config("quickstart", flags)), digits, tmp_path)
+    first.train_epoch()
+    other = Trainer(resolve(load_config("quickstart", [*flags, "--batch_size", "199"])), digits, tmp_path)
+    other.restore(load_checkpoint(tmp_path / "checkpoints" / "last.safetensors"))
+    assert (other.epoch, other.step) == (0, 0)
+    assert "its epoch begins anew" in caplog.text
+
+
+def test_options_of_a_cluster_need_one():
+    one_line_error(
+        run("train", "quickstart", "--workers", "4"), "--workers belongs to --cluster: add that; the loader's threads"
+    )
+    one_line_error(run("train", "quickstart", "--max-failures", "0"), "--max-failures belongs to --cluster")
+
+
+def test_too_small_an_image_leaves_no_folder(folders):
+    flags = ["--data.store", "{square: 8}", "--name", "small", *folders]
+    one_line_error(run("train", "quickstart", *flags), "is smaller than the crop")
+    assert not (Path(folders[1]) / "small").exists()
+
+
+def test_no_memory_is_told_with_the_batch(digits, tmp_path, monkeypatch):
+    trainer = Trainer(resolve(load_config("quickstart", ["--loader.kind", "torch"])), digits, tmp_path)
+
+    def full(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(trainer, "_run", full)
+    with pytest.raises(UserError, match="out of memory in a step of .* images; lower train.batch_size"):
+        trainer.train_epoch()

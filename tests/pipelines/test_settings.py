@@ -113,8 +113,17 @@ def test_unreadable_files(tmp_path):
             load_config(str(tmp_path / name), [])
 
 
-@pytest.mark.parametrize("path", sorted((REPOSITORY / "configs").rglob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [path for path in sorted((REPOSITORY / "configs").rglob("*.yaml")) if path.parent.name != "sweeps"],
+    ids=lambda path: path.stem,
+)
 def test_shipped_configurations_are_valid(path):
     config = load_config(str(path.relative_to(REPOSITORY / "configs").with_suffix("")), [])
     assert config.data.prepared.is_absolute()
     assert len(config.data.views) == 2
+
+
+def test_an_optional_path_can_be_unset():
+    assert parse_overrides(["--data.source.val", "null"], RunConfig) == [("data.source.val", None)]
+    assert parse_overrides(["--data.source.val", "1e3"], RunConfig) == [("data.source.val", "1e3")]

@@ -1,0 +1,201 @@
+"""What a sweep file says, and how its trials are compared. Knows no Ray."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from cibl_ray.config import RunConfig, build_config
+from pipelines.errors import UserError
+from pipelines.settings import Settings, find_config, known_keys, override, read_config, validate
+
+METRICS = (
+    "overall",
+    "balanced",
+    "many",
+    "medium",
+    "few",
+    "head",
+    "middle",
+    "tail",
+    "worst",
+    "harmonic",
+    "calibration_error",
+    "loss",
+)
+Metric = Literal[
+    "overall", "balanced", "many", "medium", "few", "head", "middle", "tail", "worst", "harmonic", "calibration_error", "loss"
+]
+
+
+class Range(Settings):
+    """Numbers from `low` to `high`: evenly, evenly in the logarithm, or whole ones evenly."""
+
+    kind: Literal["uniform", "log_uniform", "integer"]
+    low: float
+    high: float
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Range:
+        if not self.low < self.high:
+            raise ValueError(f"low = {self.low:g} must be less than high = {self.high:g}")
+        if self.kind == "log_uniform" and self.low <= 0:
+            raise ValueError("a log_uniform range begins above 0")
+        if self.kind == "integer" and (self.low != int(self.low) or self.high != int(self.high)):
+            raise ValueError("an integer range has whole ends")
+        return self
+
+
+class Choice(Settings):
+    kind: Literal["choice"]
+    values: tuple[Any, ...] = Field(min_length=1)
+
+
+Space = Annotated[Range | Choice, Field(discriminator="kind")]
+
+
+class Objective(Settings):
+    """A score of the validation split, after a trial's last epoch."""
+
+    metric: Metric = "balanced"
+    mode: Literal["max", "min"] = "max"
+
+
+class Bound(Settings):
+    """Trials below it rank behind all that keep it."""
+
+    metric: Metric
+    at_least: float = Field(ge=0, le=1)
+
+
+class AshaConfig(Settings):
+    """Stop trials that are behind: after `grace` epochs, and at each multiple by `reduction`, one in `reduction` goes on."""
+
+    grace: int = Field(default=1, ge=1)
+    reduction: int = Field(default=3, ge=2)
+
+
+class SweepConfig(Settings):
+    base: str = Field(default="quickstart", description="a configuration: file or shipped name")
+    set: dict[str, Any] = Field(default={}, description="fields of every trial, by dotted name")
+    search: dict[str, Space] = Field(default={"loss.tail_skew": Range(kind="log_uniform", low=0.005, high=5)}, min_length=1)
+    trials: int = Field(default=20, ge=1, le=10_000)
+    algorithm: Literal["tpe", "random", "nsga2"] = "tpe"
+    objective: tuple[Objective, ...] = Field(default=(Objective(),), min_length=1, max_length=2)
+    bound: Bound | None = None
+    asha: AshaConfig | None = AshaConfig()
+    concurrent: int | None = Field(default=None, ge=1, description="trials at a time; None: what the cluster has room for")
+    cpus: int = Field(default=1, ge=1, description="of each trial")
+    seed: int = Field(default=0, ge=0, le=2**32 - 1, description="of the search; the trials' own is in the configuration")
+
+    @model_validator(mode="after")
+    def _known(self) -> SweepConfig:
+        keys = known_keys(RunConfig)
+        for key in (*self.set, *self.search):
+            if key not in keys:
+                raise ValueError(f"{key!r} is no field of a run's configuration")
+        if self.bound is not None and len(self.objective) > 1:
+            raise ValueError("a bound belongs to one objective; two objectives have their front")
+        if self.asha is not None and len(self.objective) > 1:
+            raise ValueError("two objectives cannot be stopped early by one of them: set asha: null")
+        return self
+
+
+@dataclass(frozen=True)
+class Trial:
+    """params: by dotted name. state: 'completed', 'stopped' (by ASHA) or 'failed'. scores: on validation, after `epochs`."""
+
+    name: str
+    params: dict[str, Any]
+    state: str
+    epochs: int
+    scores: dict[str, float]
+    error: str | None = None
+
+
+def load_sweep(name: str, pairs: list[str]) -> SweepConfig:
+    """A sweep file, or a shipped one's name, with `--field value` overrides. Raises UserError."""
+    from pipelines.settings import parse_overrides
+
+    path = find_config(name)
+    content = override(read_config(path), parse_overrides(pairs, SweepConfig), SweepConfig)
+    return validate(SweepConfig, content, str(path))
+
+
+def trial_config(sweep: SweepConfig, params: dict[str, Any]) -> RunConfig:
+    """The configuration of one trial. Raises UserError where it is not a valid one."""
+    path = find_config(sweep.base)
+    content = override(read_config(path), [*sweep.set.items(), *params.items()], RunConfig)
+    config = build_config(content, [], f"{path} with {json.dumps({**sweep.set, **params})}")
+    if config.data.val_fraction == 0 and config.data.source.kind not in ("folder", "list"):
+        raise UserError(
+            f"{sweep.base} has no validation split, and a sweep must not choose on the test set; set data.val_fraction"
+        )
+    return config
+
+
+def trial_name(params: dict[str, Any]) -> str:
+    """The same for the same parameters, so that an interrupted trial finds its folder again."""
+    return hashlib.sha256(json.dumps(params, sort_keys=True).encode()).hexdigest()[:10]
+
+
+def objectives(sweep: SweepConfig, scores: dict[str, float]) -> list[float]:
+    """What the search optimises. A bound that is not kept costs 1 and the distance: such trials come behind all others."""
+    values = []
+    for objective in sweep.objective:
+        value = _score(scores, objective.metric)
+        if sweep.bound is not None:
+            short = sweep.bound.at_least - _score(scores, sweep.bound.metric)
+            worst = -1.0 if objective.mode == "max" else 1e3
+            if short > 0:
+                value = worst - short if objective.mode == "max" else worst + short
+        values.append(value)
+    return values
+
+
+def _score(scores: dict[str, float], metric: str) -> float:
+    if metric not in scores:
+        raise UserError(
+            f"the validation split has no {metric!r} accuracy (no class of that group); there are: {', '.join(scores)}"
+        )
+    return scores[metric]
+
+
+def best(sweep: SweepConfig, trials: list[Trial]) -> Trial | None:
+    """The best by the first objective, of those that have been trained to the end if there is one."""
+    ended = [trial for trial in trials if trial.state == "completed"] or [trial for trial in trials if trial.scores]
+    sign = 1 if sweep.objective[0].mode == "max" else -1
+    return max(ended, key=lambda trial: sign * objectives(sweep, trial.scores)[0], default=None)
+
+
+def axes(sweep: SweepConfig, trials: list[Trial]) -> tuple[str, str]:
+    """The two scores of the trade-off: the two objectives, or many and few; head and tail where a group has no class."""
+    if len(sweep.objective) == 2:
+        return sweep.objective[0].metric, sweep.objective[1].metric
+    return ("many", "few") if all({"many", "few"} <= trial.scores.keys() for trial in trials) else ("head", "tail")
+
+
+def front(points: np.ndarray) -> np.ndarray:
+    """Which of points (N, 2) are on the Pareto front: no other is larger in one coordinate and as large in the other."""
+    at_least = np.all(points[None] >= points[:, None], axis=2)
+    better = np.any(points[None] > points[:, None], axis=2)
+    on_front: np.ndarray = ~np.any(at_least & better, axis=1)
+    return on_front
+
+
+def read_trials(folder: Path) -> list[Trial]:
+    """The trials of a sweep folder that have ended. A last line that a kill cut short is left out."""
+    path = folder / "trials.jsonl"
+    trials = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            trials.append(Trial(**json.loads(line)))
+        except json.JSONDecodeError:
+            break
+    return trials

@@ -1,0 +1,91 @@
+"""What a sweep leaves: a table, the best configuration and checkpoint, two pictures."""
+
+from __future__ import annotations
+
+import csv
+import shutil
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from cibl_ray.config import save_config
+from cibl_ray.sweep import METRICS, SweepConfig, Trial, axes, best, front, objectives, trial_config
+
+
+def write(folder: Path, sweep: SweepConfig, trials: list[Trial]) -> str:
+    """Write trials.csv, best.yaml, best.safetensors and the pictures; returns the front as a table."""
+    _table(folder / "trials.csv", sweep, trials)
+    scored = [trial for trial in trials if trial.scores]
+    chosen = best(sweep, trials)
+    if chosen is None:
+        return "no trial has a validation score"
+    save_config(trial_config(sweep, chosen.params), folder / "best.yaml")
+    part = folder / "best.safetensors.part"
+    shutil.copyfile(folder / "trials" / chosen.name / "checkpoints" / "last.safetensors", part)
+    part.replace(folder / "best.safetensors")
+    first, second = axes(sweep, scored)
+    points = 100 * np.array([[trial.scores[first], trial.scores[second]] for trial in scored])
+    on_front = front(points)
+    _trade_off(folder / "trade_off.png", points, on_front, (first, second), scored.index(chosen))
+    _over_skew(folder / "tail_skew.png", scored, (first, second))
+    lines = [f"{'trial':<12}{first:>8}{second:>8}{'overall':>9}  epochs  parameters"]
+    for i in np.argsort(-points[:, 0]):
+        if on_front[i]:
+            trial = scored[i]
+            values = ", ".join(f"{key.rpartition('.')[2]} {_short(value)}" for key, value in trial.params.items())
+            mark = "  <- best" if trial is chosen else ""
+            overall = 100 * trial.scores["overall"]
+            lines.append(
+                f"{trial.name:<12}{points[i, 0]:>8.1f}{points[i, 1]:>8.1f}{overall:>9.1f}{trial.epochs:>8}  {values}{mark}"
+            )
+    return "\n".join(lines)
+
+
+def _short(value: object) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def _table(path: Path, sweep: SweepConfig, trials: list[Trial]) -> None:
+    part = path.with_name(path.name + ".part")
+    with part.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["trial", "state", "epochs", *sweep.search, "objective", *METRICS, "error"])
+        for trial in trials:
+            params = [trial.params.get(key) for key in sweep.search]
+            objective = objectives(sweep, trial.scores)[0] if trial.scores else None
+            scores = [trial.scores.get(metric) for metric in METRICS]
+            writer.writerow([trial.name, trial.state, trial.epochs, *params, objective, *scores, trial.error])
+    part.replace(path)
+
+
+def _trade_off(path: Path, points: np.ndarray, on_front: np.ndarray, names: tuple[str, str], chosen: int) -> None:
+    figure = Figure(figsize=(6, 4.5), layout="constrained")
+    plot = figure.add_subplot()
+    plot.scatter(*points[~on_front].T, color="#8a8a8a", label="trial")
+    order = points[on_front][np.argsort(points[on_front][:, 0])]
+    plot.plot(*order.T, marker="o", color="#c8553d", label="Pareto front")
+    plot.scatter(
+        points[chosen, 0], points[chosen, 1], s=140, facecolors="none", edgecolors="black", label="best by the objective"
+    )
+    plot.set(xlabel=f"{names[0]}: validation accuracy, %", ylabel=f"{names[1]}, %")
+    plot.legend(frameon=False)
+    plot.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=120)
+
+
+def _over_skew(path: Path, trials: list[Trial], names: tuple[str, str]) -> None:
+    """Accuracy against λ, where λ was searched."""
+    key = "loss.tail_skew"
+    searched = [trial for trial in trials if key in trial.params]
+    if not searched:
+        return
+    figure = Figure(figsize=(6, 4.5), layout="constrained")
+    plot = figure.add_subplot()
+    skews = [trial.params[key] for trial in searched]
+    for name, color in ((names[0], "#2a6f97"), ("overall", "black"), (names[1], "#c8553d")):
+        plot.scatter(skews, [100 * trial.scores[name] for trial in searched], color=color, label=name)
+    plot.set(xlabel="tail-skew weight λ", ylabel="validation accuracy, %", xscale="log", ylim=(0, 100))
+    plot.legend(frameon=False)
+    plot.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=120)
