@@ -13,7 +13,6 @@ import os
 import signal
 import socket
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Iterator
@@ -33,7 +32,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 import cibl_ray
 import pipelines
 from cibl_ray import config as run_config
-from cibl_ray.progress import Lines, Silent, Terminal
+from cibl_ray.board import Board, Posted, shown
+from cibl_ray.progress import Progress, Silent, Terminal
 from cibl_ray.world import PeerLostError, World
 from pipelines.cores import limit_cores
 from pipelines.errors import Interrupted, UserError
@@ -91,45 +91,71 @@ def fit(config: run_config.RunConfig, folder: Path, resume: bool, options: Optio
         config = config.model_copy(update={"train": train})
         if options.address is None:
             ensure_prepared(config.data, config.seed)  # here, where its progress is seen; elsewhere once a node
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        board = _Board.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
-        least, most = options.workers
-        trainer = TorchTrainer(
-            _worker,
-            train_loop_config={
-                "config": config.model_dump(mode="json"),
-                "folder": str(folder),
-                "board": board,
-                "resume": resume,
-            },
-            scaling_config=ScalingConfig(
-                num_workers=most if least == most else options.workers,  # type: ignore[arg-type]  # typed as the first version's
-                use_gpu=gpus,
-                resources_per_worker={"CPU": cpus} | ({"GPU": 1} if gpus else {}),
-                elastic_resize_monitor_interval_s=30,  # type: ignore[call-arg]  # likewise
-            ),
-            run_config=RunConfig(
-                name=f"{folder.name}-{time.time_ns()}",  # a name used before would go on with what Ray remembers of it
-                storage_path=str(folder.parent / ".ray"),
-                failure_config=FailureConfig(max_failures=options.failures),
-                callbacks=[_StopOnError()],  # type: ignore[list-item]  # likewise
-            ),
-            torch_config=TorchConfig(backend="nccl" if gpus else "gloo", timeout_s=_EXCHANGE_TIMEOUT),
-        )
-        with _shown(board, nodes, (cpus, gpus, least)), _polite_end():
+        with _polite_end():
             try:
-                trainer.fit()
+                launch(config, folder, resume, Shape(options.workers, cpus, gpus, options.failures), Terminal())
             except (SystemExit, KeyboardInterrupt):
                 raise Interrupted(f"stopped; go on from the last checkpoint with: {options.again(folder)}") from None
-            except ray.train.ControllerError as error:
-                if isinstance(error.controller_failure, UserError):
-                    raise error.controller_failure from None
-                raise
-            except ray.train.WorkerGroupError as error:
-                lost = ", ".join(f"rank {rank}" for rank in sorted(error.worker_failures))
-                raise UserError(
-                    f"workers were lost {options.failures + 1} times, at last {lost}; go on with: {options.again(folder)}"
-                ) from None
+            except LostError as error:
+                raise UserError(f"{error}; go on with: {options.again(folder)}") from None
+
+
+class LostError(RuntimeError):
+    """Workers were lost more often than they are replaced."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """workers: at least and at most; cpus and gpus of each; failures: how often lost ones are replaced."""
+
+    workers: tuple[int, int]
+    cpus: int
+    gpus: bool
+    failures: int
+
+
+def launch(config: run_config.RunConfig, folder: Path, resume: bool, shape: Shape, progress: Progress) -> None:
+    """Train in Ray Train's workers, in a cluster that this process is connected to; rank 0 tells `progress`.
+
+    Raises UserError with the cause and its rank, where the training itself failed, and LostError.
+    """
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    board = Board.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
+    given = {"config": config.model_dump(mode="json"), "folder": str(folder), "resume": resume}
+    least, most = shape.workers
+    trainer = TorchTrainer(
+        _worker,
+        train_loop_config=given | {"board": board, "cpus": shape.cpus},
+        scaling_config=ScalingConfig(
+            num_workers=most if least == most else shape.workers,  # type: ignore[arg-type]  # typed as the first version's
+            use_gpu=shape.gpus,
+            resources_per_worker={"CPU": shape.cpus} | ({"GPU": 1} if shape.gpus else {}),
+            elastic_resize_monitor_interval_s=30,  # type: ignore[call-arg]  # likewise
+        ),
+        run_config=RunConfig(
+            name=f"{folder.name}-{time.time_ns()}",  # a name used before would go on with what Ray remembers of it
+            storage_path=str(folder.parent / ".ray"),
+            failure_config=FailureConfig(max_failures=shape.failures),
+            callbacks=[_StopOnError()],  # type: ignore[list-item]  # likewise
+        ),
+        torch_config=TorchConfig(backend="nccl" if shape.gpus else "gloo", timeout_s=_EXCHANGE_TIMEOUT),
+    )
+
+    def waits() -> str | None:
+        room = places([node["Resources"] for node in ray.nodes() if node["Alive"]], shape.cpus, shape.gpus)
+        each = f"{shape.cpus} CPUs{' and a GPU' * shape.gpus} each"
+        return f"waiting for nodes: there is room for {room} of {least} workers ({each})" if room < least else None
+
+    with shown(board, progress, waits):
+        try:
+            trainer.fit()
+        except ray.train.ControllerError as error:
+            if isinstance(error.controller_failure, UserError):
+                raise error.controller_failure from None
+            raise
+        except ray.train.WorkerGroupError as error:
+            lost = ", ".join(f"rank {rank}" for rank in sorted(error.worker_failures))
+            raise LostError(f"workers were lost {shape.failures + 1} times, at last {lost}") from None
 
 
 def fitting_cpus(nodes: list[dict[str, float]], workers: tuple[int, int], gpus: bool) -> int:
@@ -180,52 +206,6 @@ def _answers(address: str) -> None:
         raise UserError(f"--address {address}: {error}; give the head node's HOST:PORT (6379 by default), or 'auto'") from error
 
 
-@ray.remote(num_cpus=0, max_restarts=-1)
-class _Board:
-    """Where rank 0 leaves what is to be shown, and the driver fetches it."""
-
-    def __init__(self) -> None:
-        self._notes: list[tuple[str, Any]] = []
-
-    def post(self, notes: list[tuple[str, Any]]) -> None:
-        self._notes += notes
-
-    def take(self) -> list[tuple[str, Any]]:
-        notes, self._notes = self._notes, []
-        return notes
-
-
-class _Posted:
-    """`Progress` of a worker: notes for the board, images twice a second at most."""
-
-    def __init__(self, board: Any) -> None:
-        self._board, self._images, self._told = board, 0, 0.0
-
-    def begin(self, total: int, done: int) -> None:
-        self._board.post.remote([("begin", (total, done))])
-
-    def advance(self, images: int) -> None:
-        self._images += images
-        if time.monotonic() - self._told >= 0.5:
-            self._tell_images()
-
-    def epoch(self, row: dict[str, Any], text: str) -> None:
-        self.line(text)
-
-    def line(self, text: str) -> None:
-        self._board.post.remote([("line", text)])
-
-    def close(self) -> None:
-        self._tell_images()
-
-    def log_handler(self) -> logging.Handler:
-        return Lines(self)
-
-    def _tell_images(self) -> None:
-        self._board.post.remote([("advance", self._images)])
-        self._images, self._told = 0, time.monotonic()
-
-
 class _StopOnError(UserCallback):
     """Runs in Ray Train's controller: an error of the training itself is not tried again, a lost worker is."""
 
@@ -251,7 +231,7 @@ def _worker(given: dict[str, Any]) -> None:
     limit_cores(given["cpus"])
     world, folder = World(), Path(given["folder"])
     board = given["board"]
-    progress = _Posted(board) if world.first else Silent()
+    progress = Posted(board) if world.first else Silent()
     # The driver has made sure that a new run has no folder yet: one that is there is this run's, of lost workers.
     started = world.from_first(lambda: (folder / "checkpoints").exists())
     if started and not given["resume"] and world.first:
@@ -267,51 +247,6 @@ def _worker(given: dict[str, Any]) -> None:
     except BaseException:
         board.post.remote([("error", traceback.format_exc())])
         raise
-
-
-@contextmanager
-def _shown(board: Any, nodes: list[dict[str, float]], need: tuple[int, bool, int]) -> Iterator[None]:
-    """Show what arrives on the board in this terminal, and say so when the run waits for nodes."""
-    ended = threading.Event()
-    terminal = Terminal()
-
-    def show() -> None:
-        heard, waiting = time.monotonic(), False
-        while True:
-            last = ended.wait(0.3)
-            try:
-                notes = ray.get(board.take.remote(), timeout=5)
-            except RayError:
-                notes = []
-            for kind, content in notes:
-                heard, waiting = time.monotonic(), False
-                match kind:
-                    case "begin":
-                        terminal.close()
-                        terminal.begin(*content)
-                    case "advance":
-                        terminal.advance(content)
-                    case "line":
-                        terminal.line(content)
-                    case "error":
-                        print(content, file=sys.stderr)
-            if last:
-                return
-            if not waiting and time.monotonic() - heard > 10:
-                cpus, gpus, workers = need
-                room = places([node["Resources"] for node in ray.nodes() if node["Alive"]], cpus, gpus)
-                if room < workers:
-                    waiting = True
-                    terminal.line(f"waiting for nodes: there is room for {room} of {workers} workers ({cpus} CPUs each)")
-
-    thread = threading.Thread(target=show, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join(timeout=10)
-        terminal.close()
 
 
 @contextmanager

@@ -91,7 +91,8 @@ class SweepConfig(Settings):
     bound: Bound | None = None
     asha: AshaConfig | None = AshaConfig()
     concurrent: int | None = Field(default=None, ge=1, description="trials at a time; None: what the cluster has room for")
-    cpus: int = Field(default=1, ge=1, description="of each trial")
+    workers: int = Field(default=1, ge=1, description="of each trial")
+    cpus: int = Field(default=1, ge=1, description="of each worker")
     seed: int = Field(default=0, ge=0, le=2**32 - 1, description="of the search; the trials' own is in the configuration")
 
     @model_validator(mode="after")

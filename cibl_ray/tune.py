@@ -21,6 +21,8 @@ from pipelines.errors import Interrupted, UserError, run_command
 from pipelines.settings import CommandParser, split_command_line
 
 if TYPE_CHECKING:
+    from cibl_ray.config import RunConfig
+    from cibl_ray.progress import Progress
     from cibl_ray.sweep import SweepConfig, Trial
 
 SWEEP, TRIALS, JOURNAL = "sweep.json", "trials.jsonl", "search.journal"
@@ -142,7 +144,11 @@ def _search(sweep: SweepConfig, folder: Path, left: int) -> None:
     gpu = {"GPU": 1} if ray.cluster_resources().get("GPU") else {}
     given = {"sweep": sweep.model_dump(mode="json"), "folder": str(folder), "cpus": sweep.cpus}
     tuner = tune.Tuner(
-        tune.with_resources(tune.with_parameters(_trial, given=given), {"CPU": sweep.cpus, **gpu}),
+        tune.with_resources(
+            tune.with_parameters(_trial, given=given),
+            # The process that waits for a trial's workers needs no CPU; Ray Tune wants it to need something: a byte of memory.
+            {"CPU": sweep.cpus, **gpu} if sweep.workers == 1 else {"memory": 1},
+        ),
         param_space={key: _space(space) for key, space in sweep.search.items()},
         tune_config=tune.TuneConfig(
             num_samples=left,
@@ -166,7 +172,8 @@ def _room(sweep: SweepConfig, gpu: dict[str, int]) -> int:
     import ray
 
     resources = ray.cluster_resources()
-    return max(1, int(min(resources.get("CPU", 1) // sweep.cpus, resources["GPU"] if gpu else float("inf"))))
+    places = min(resources.get("CPU", 1) // sweep.cpus, resources["GPU"] if gpu else float("inf"))
+    return max(1, int(places // sweep.workers))
 
 
 def _space(space: Any) -> Any:
@@ -207,13 +214,28 @@ def _trial(params: dict[str, Any], given: dict[str, Any]) -> None:
     try:
         for row in read_metrics(run_folder):  # of the part that was done before an interruption
             progress.epoch(row, "")
-        train(config, run_folder, run_folder.exists(), World(), progress)
+        if sweep.workers == 1:
+            train(config, run_folder, run_folder.exists(), World(), progress)
+        else:
+            _in_workers(sweep, config, run_folder, progress)
     except Exception as error:
         # Told to the driver by way of a file, not raised: Ray Tune then tries again what a lost process left, and that alone.
         kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
         run_folder.with_suffix(".error").write_text(f"{kind}{error}")
         if not isinstance(error, UserError):
             traceback.print_exc()
+
+
+def _in_workers(sweep: SweepConfig, config: RunConfig, run_folder: Path, progress: Progress) -> None:
+    """The same in several workers, for which the trial's own process only waits."""
+    import ray
+
+    from cibl_ray.cluster import Shape, launch
+
+    gpus = bool(ray.cluster_resources().get("GPU")) and config.train.device != "cpu"
+    train = config.train.model_copy(update={"device": "cuda" if gpus else "cpu"})
+    shape = Shape((sweep.workers, sweep.workers), sweep.cpus, gpus, failures=2)
+    launch(config.model_copy(update={"train": train}), run_folder, run_folder.exists(), shape, progress)
 
 
 class _Reported:

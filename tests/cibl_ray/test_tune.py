@@ -1,0 +1,202 @@
+"""Sweeps: more trials than slots, failures, interruption, several workers a trial; and how trials are compared."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import psutil
+import pytest
+import yaml
+
+from cibl_ray.checkpoint import load_checkpoint
+from cibl_ray.config import RunConfig, load_config
+from cibl_ray.sweep import SweepConfig, Trial, axes, best, front, load_sweep, objectives, read_trials, trial_config, trial_name
+from pipelines.errors import UserError
+from pipelines.settings import validate
+from tests.conftest import REPOSITORY
+
+pytestmark = pytest.mark.timeout(280)
+
+BASE = {
+    "base": "quickstart",
+    "set": {"train.epochs": 4, "schedule.warmup_epochs": 0, "train.batch_size": 62, "loader.kind": "torch"},
+    "search": {"loss.tail_skew": {"kind": "log_uniform", "low": 0.005, "high": 5}},
+    "trials": 5,
+    "asha": {"grace": 2, "reduction": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("tune")
+
+
+def start(folder, name, content):
+    file = folder / f"{name}.yaml"
+    content = {**content, "set": {**content["set"], "data.prepared": str(folder / "prepared")}}
+    file.write_text(yaml.safe_dump(content))
+    return command(folder, file, "--sweeps", folder, "--name", name)
+
+
+def command(folder, *arguments):
+    log = folder / f"{time.time_ns()}.log"
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "cibl_ray.tune", *map(str, arguments)],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            cwd=REPOSITORY,
+        )
+    return process, log
+
+
+def ended(process, log, status=0):
+    assert process.wait(timeout=240) == status, log.read_text()
+    return log.read_text()
+
+
+def test_a_sweep_with_more_trials_than_slots_and_one_that_fails(folder):
+    search = {**BASE["search"], "optimizer.lr": {"kind": "choice", "values": [0.1, 1000000]}}
+    text = ended(*start(folder, "whole", {**BASE, "search": search, "trials": 6}))
+    assert "Traceback" not in text
+    trials = read_trials(folder / "whole")
+    assert len(trials) == 6
+    failed = [trial for trial in trials if trial.state == "failed"]
+    assert failed
+    assert all(trial.params["optimizer.lr"] == 1000000 for trial in failed)
+    assert "the loss is not finite" in failed[0].error
+    others = [trial for trial in trials if trial.state != "failed"]
+    assert {trial.epochs for trial in others} <= {2, 4}
+    assert all(trial.state == ("completed" if trial.epochs == 4 else "stopped") for trial in others)
+    assert "The front, validation accuracy in %" in text
+    with (folder / "whole" / "trials.csv").open() as file:
+        rows = [*csv.DictReader(file)]
+    assert {row["trial"] for row in rows} == {trial.name for trial in trials}
+    chosen = best(load_sweep(str(folder / "whole.yaml"), []), trials)
+    config = load_config(str(folder / "whole" / "best.yaml"), [])
+    assert config.loss.tail_skew == chosen.params["loss.tail_skew"]
+    assert load_checkpoint(folder / "whole" / "best.safetensors").epoch == chosen.epochs
+    assert all((folder / "whole" / name).stat().st_size > 5000 for name in ("trade_off.png", "tail_skew.png"))
+    evaluate = [sys.executable, "-m", "cibl_ray.evaluate", str(folder / "whole" / "best.safetensors")]
+    done = subprocess.run(evaluate, capture_output=True, text=True, cwd=REPOSITORY)
+    assert done.returncode == 0, done.stderr
+
+
+def test_an_interrupted_sweep_goes_on(folder):
+    content = {**BASE, "set": {**BASE["set"], "train.epochs": 8}, "asha": None}
+    process, log = start(folder, "stopped", content)
+    while len(read_trials(folder / "stopped")) < 1:
+        assert process.poll() is None, log.read_text()
+        time.sleep(0.1)
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGINT)
+    text = ended(process, log, 130)
+    assert f"--resume {folder / 'stopped'}" in text
+    assert not psutil.wait_procs(children, timeout=60)[1]
+    before = read_trials(folder / "stopped")
+    assert 1 <= len(before) < 5
+    text = ended(*command(folder, "--resume", folder / "stopped"))
+    after = read_trials(folder / "stopped")
+    assert len(after) == 5
+    assert after[: len(before)] == before
+    assert {trial.state for trial in after} == {"completed"}
+    # What had begun is finished, not begun anew: every folder has its result.
+    begun = [*(folder / "stopped" / "trials").glob("*.json")]
+    assert {path.stem for path in begun} == {trial.name for trial in after}
+
+
+def test_two_workers_a_trial_and_two_objectives(folder):
+    objective = [{"metric": "many"}, {"metric": "few"}]
+    content = {**BASE, "trials": 2, "workers": 2, "objective": objective, "asha": None, "algorithm": "nsga2"}
+    ended(*start(folder, "workers", content))
+    trials = read_trials(folder / "workers")
+    assert [trial.state for trial in trials] == ["completed"] * 2, trials
+    for trial in trials:
+        result = json.loads((folder / "workers" / "trials" / trial.name / "result.json").read_text())
+        assert result["workers"] == 2
+
+
+def test_front():
+    points = np.array([[3.0, 1], [1, 3], [2, 2], [2, 1], [0, 0], [2, 2]])
+    assert front(points).tolist() == [True, True, True, False, False, True]
+
+
+def sweep(**content):
+    return validate(SweepConfig, {**BASE, **content}, "test")
+
+
+def trial(name, state="completed", **scores):
+    return Trial(name, {}, state, 4, {"overall": 0.5, **scores})
+
+
+def test_best_by_an_objective_and_a_bound():
+    trials = [trial("a", few=0.5, many=0.4), trial("b", few=0.3, many=0.7), trial("c", few=0.2, many=0.9)]
+    few = [{"metric": "few"}]
+    assert best(sweep(objective=few), trials).name == "a"
+    assert best(sweep(objective=few, bound={"metric": "many", "at_least": 0.6}), trials).name == "b"
+    assert best(sweep(objective=few, bound={"metric": "many", "at_least": 0.95}), trials).name == "c"  # the nearest to it
+    assert best(sweep(objective=[{"metric": "few", "mode": "min"}]), trials).name == "c"
+    assert best(sweep(objective=few), [trial("d", "stopped", few=0.9), *trials]).name == "a"
+    assert best(sweep(), [Trial("e", {}, "failed", 0, {}, "error")]) is None
+    assert objectives(sweep(objective=[{"metric": "few"}, {"metric": "many"}], asha=None), trials[0].scores) == [0.5, 0.4]
+
+
+def test_axes_of_the_trade_off():
+    assert axes(sweep(), [trial("a", many=1, few=1, head=1, tail=1)]) == ("many", "few")
+    assert axes(sweep(), [trial("a", many=1, head=1, tail=1)]) == ("head", "tail")
+    assert axes(sweep(objective=[{"metric": "worst"}, {"metric": "overall"}], asha=None), []) == ("worst", "overall")
+
+
+def test_a_trial_has_its_parameters():
+    config = trial_config(sweep(), {"loss.tail_skew": 0.7})
+    assert isinstance(config, RunConfig)
+    assert (config.loss.tail_skew, config.train.epochs) == (0.7, 4)
+    assert trial_name({"a": 1, "b": 2}) == trial_name({"b": 2, "a": 1}) != trial_name({"a": 1, "b": 3})
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"search": {"loss.tail_skw": {"kind": "uniform", "low": 0, "high": 1}}}, "'loss.tail_skw' is no field"),
+        ({"search": {"loss.tail_skew": {"kind": "log_uniform", "low": 0, "high": 1}}}, "begins above 0"),
+        ({"search": {"loss.tail_skew": {"kind": "uniform", "low": 2, "high": 1}}}, "must be less than"),
+        ({"search": {"train.epochs": {"kind": "integer", "low": 1.5, "high": 3}}}, "whole ends"),
+        ({"objective": [{"metric": "few"}, {"metric": "many"}]}, "set asha: null"),
+        ({"objective": [{"metric": "fw"}]}, "metric"),
+        ({"trials": 0}, "trials"),
+    ],
+)
+def test_mistakes_in_a_sweep(content, message):
+    with pytest.raises(UserError, match=message):
+        sweep(**content)
+
+
+def test_a_sweep_does_not_choose_on_the_test_set():
+    with pytest.raises(UserError, match="must not choose on the test set"):
+        trial_config(sweep(set={"data.val_fraction": 0}), {})
+
+
+def test_commands_mistakes(tmp_path):
+    for arguments, message in (
+        ([], "name a sweep first"),
+        (["nowhere"], "no configuration 'nowhere'"),
+        (["--resume", tmp_path], "not a sweep folder"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", "cibl_ray.tune", *map(str, arguments)],
+            capture_output=True, text=True, cwd=REPOSITORY, env=os.environ,
+        )  # fmt: skip
+        assert done.returncode == 2
+        assert message in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_the_shipped_sweep_is_valid():
+    shipped = load_sweep("sweeps/tail_skew", [])
+    config = trial_config(shipped, {"loss.tail_skew": 1.0, "network.head.scale.start": 8.0})
+    assert config.network.head.scale.start == 8.0
