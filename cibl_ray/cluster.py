@@ -34,6 +34,7 @@ import pipelines
 from cibl_ray import config as run_config
 from cibl_ray.board import Board, Posted, shown
 from cibl_ray.progress import Progress, Silent, Terminal
+from cibl_ray.storage import Mirror
 from cibl_ray.world import PeerLostError, World
 from pipelines.cores import limit_cores
 from pipelines.errors import Interrupted, UserError
@@ -52,12 +53,18 @@ class Options:
     address: str | None
     cpus: int | None
     failures: int
+    storage: str | None = None
+
+    def place(self, folder: Path) -> str | None:
+        """Where a run's copy is kept."""
+        return f"{self.storage.rstrip('/')}/{folder.name}" if self.storage is not None else None
 
     def again(self, folder: Path) -> str:
         """The command that goes on with a run."""
         least, most = self.workers
+        workers = f"{least}-{most}" if most > least else least
         address = f" --address {self.address}" if self.address else ""
-        return f"python -m cibl_ray.train --resume {folder} --cluster --workers {least}{f'-{most}' * (most > least)}{address}"
+        return f"python -m cibl_ray.train --resume {self.place(folder) or folder} --cluster --workers {workers}{address}"
 
 
 def parse_workers(text: str) -> tuple[int, int]:
@@ -73,7 +80,13 @@ def parse_workers(text: str) -> tuple[int, int]:
 
 
 def fit(config: run_config.RunConfig, folder: Path, resume: bool, options: Options) -> None:
-    """Train in `folder`, new or (with `resume`) an earlier run's, on a cluster; every node must see the folder."""
+    """Train in `folder`, new or (with `resume`) an earlier run's, on a cluster.
+
+    Every node must see the folder, or a copy of it is kept in `options.storage`.
+    """
+    place = options.place(folder)
+    if place is not None and not resume and Mirror(folder, place).exists():
+        raise UserError(f"{place!r} already has a run; go on with --resume {place}, or choose another --name")
     if not resume and folder.exists():
         raise UserError(f"run folder {str(folder)!r} already exists; go on with --resume {folder}, or choose another --name")
     with cluster(options.address):
@@ -93,7 +106,8 @@ def fit(config: run_config.RunConfig, folder: Path, resume: bool, options: Optio
             ensure_prepared(config.data, config.seed)  # here, where its progress is seen; elsewhere once a node
         with _polite_end():
             try:
-                launch(config, folder, resume, Shape(options.workers, cpus, gpus, options.failures), Terminal())
+                shape = Shape(options.workers, cpus, gpus, options.failures)
+                launch(config, folder, resume, shape, Terminal(), options.storage)
             except (SystemExit, KeyboardInterrupt):
                 raise Interrupted(f"stopped; go on from the last checkpoint with: {options.again(folder)}") from None
             except LostError as error:
@@ -114,14 +128,16 @@ class Shape:
     failures: int
 
 
-def launch(config: run_config.RunConfig, folder: Path, resume: bool, shape: Shape, progress: Progress) -> None:
+def launch(
+    config: run_config.RunConfig, folder: Path, resume: bool, shape: Shape, progress: Progress, storage: str | None = None
+) -> None:
     """Train in Ray Train's workers, in a cluster that this process is connected to; rank 0 tells `progress`.
 
     Raises UserError with the cause and its rank, where the training itself failed, and LostError.
     """
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     board = Board.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
-    given = {"config": config.model_dump(mode="json"), "folder": str(folder), "resume": resume}
+    given = {"config": config.model_dump(mode="json"), "folder": str(folder), "resume": resume, "storage": storage}
     least, most = shape.workers
     trainer = TorchTrainer(
         _worker,
@@ -134,7 +150,7 @@ def launch(config: run_config.RunConfig, folder: Path, resume: bool, shape: Shap
         ),
         run_config=RunConfig(
             name=f"{folder.name}-{time.time_ns()}",  # a name used before would go on with what Ray remembers of it
-            storage_path=str(folder.parent / ".ray"),
+            storage_path=f"{storage.rstrip('/')}/.ray" if storage is not None else str(folder.parent / ".ray"),
             failure_config=FailureConfig(max_failures=shape.failures),
             callbacks=[_StopOnError()],  # type: ignore[list-item]  # likewise
         ),
@@ -232,12 +248,17 @@ def _worker(given: dict[str, Any]) -> None:
     world, folder = World(), Path(given["folder"])
     board = given["board"]
     progress = Posted(board) if world.first else Silent()
+    mirror = None
+    if given["storage"] is not None and world.first:
+        mirror = Mirror(folder, f"{given['storage'].rstrip('/')}/{folder.name}")
+        if mirror.exists():
+            mirror.download()
     # The driver has made sure that a new run has no folder yet: one that is there is this run's, of lost workers.
     started = world.from_first(lambda: (folder / "checkpoints").exists())
     if started and not given["resume"] and world.first:
         progress.line("a worker was lost; going on from the last checkpoint")
     try:
-        train(config, folder, resume=given["resume"] or world.from_first(folder.exists), world=world, progress=progress)
+        train(config, folder, given["resume"] or world.from_first(folder.exists), world, progress, mirror)
         ray.get(board.post.remote([]))  # what was posted before has arrived
     except PeerLostError:
         time.sleep(5)  # the worker with the cause is heard first

@@ -26,6 +26,7 @@ from pipelines.settings import CommandParser, split_command_line
 
 if TYPE_CHECKING:
     from cibl_ray.progress import Progress
+    from cibl_ray.storage import Mirror
     from cibl_ray.trainer import Trainer
     from cibl_ray.world import World
 
@@ -42,22 +43,29 @@ def main() -> None:
         description=__doc__,
     )
     parser.add_argument("--name", help="of the run folder; by default the configuration's name and the time")
-    parser.add_argument("--resume", type=Path, metavar="RUN", help="go on with the run in this folder")
+    parser.add_argument("--resume", metavar="RUN", help="go on with the run in this folder, or at this URI (with --cluster)")
     cluster = parser.add_argument_group("on a cluster")
     cluster.add_argument("--cluster", action="store_true", help="train in Ray Train's workers")
     cluster.add_argument("--workers", metavar="N", help="how many, or the least and the most: 2-8")
     cluster.add_argument("--address", help="of a Ray cluster, or 'auto'; by default one is started on this machine")
+    cluster.add_argument("--storage", metavar="URI", help="s3://, gs://, ...: keep a copy of the run folder under it")
     cluster.add_argument("--cpus-per-worker", type=int, metavar="N", help="by default what fits")
     cluster.add_argument("--max-failures", type=int, metavar="N", help="lost workers to replace (default: 3)")
     name, arguments, overrides = split_command_line(parser)
     if (name is None) == (arguments.resume is None):
         raise UserError("name a configuration first (quickstart, say) to start a run, or --resume RUN to go on with one")
-    for option in ("workers", "address", "cpus_per_worker", "max_failures"):
+    for option in ("workers", "address", "storage", "cpus_per_worker", "max_failures"):
         if getattr(arguments, option) is not None and not arguments.cluster:
             hint = "; the loader's threads are --loader.workers" if option == "workers" else ""
             raise UserError(f"--{option.replace('_', '-')} belongs to --cluster: add that{hint}")
-    if arguments.resume is not None:
-        config, folder = _resumed(arguments.resume, overrides)
+    storage = arguments.storage
+    if arguments.resume is not None and "://" in arguments.resume:
+        if not arguments.cluster:
+            raise UserError(f"--resume {arguments.resume}: a run in an object store goes on with --cluster: add that")
+        storage, folder = _fetched(arguments.resume)
+        config, folder = _resumed(folder, overrides)
+    elif arguments.resume is not None:
+        config, folder = _resumed(Path(arguments.resume), overrides)
     else:
         from cibl_ray.config import load_config
 
@@ -69,7 +77,9 @@ def main() -> None:
         from cibl_ray.cluster import Options, fit, parse_workers
 
         failures = 3 if arguments.max_failures is None else arguments.max_failures
-        options = Options(parse_workers(arguments.workers or "1"), arguments.address, arguments.cpus_per_worker, failures)
+        options = Options(
+            parse_workers(arguments.workers or "1"), arguments.address, arguments.cpus_per_worker, failures, storage
+        )
         fit(config, folder, arguments.resume is not None, options)
         return
     from cibl_ray.progress import Silent, Terminal
@@ -80,10 +90,12 @@ def main() -> None:
     train(config, folder, arguments.resume is not None, world, Terminal() if world.first else Silent())
 
 
-def train(config: Any, folder: Path, resume: bool, world: World, progress: Progress) -> dict[str, Any]:
+def train(
+    config: Any, folder: Path, resume: bool, world: World, progress: Progress, mirror: Mirror | None = None
+) -> dict[str, Any]:
     """Run a configuration in `folder`, new or (with `resume`) an earlier run's; returns the result that result.json holds.
 
-    Every worker of `world` calls it; rank 0 alone writes, and has a result.
+    Every worker of `world` calls it; rank 0 alone writes, and has a result. mirror: where rank 0 keeps a copy of the folder.
     """
     from cibl_ray.checkpoint import newest
     from cibl_ray.trainer import Trainer, resolve
@@ -109,7 +121,12 @@ def train(config: Any, folder: Path, resume: bool, world: World, progress: Progr
     # A worker that replaces a lost one may come before that has quite ended.
     with _lock(folder, patience=30 if world.size > 1 else 0), _stops_on_sigterm():
         try:
-            return _fit(trainer, progress)
+            if mirror is not None:
+                trainer.after_save = mirror.upload
+            result = _fit(trainer, progress)
+            if mirror is not None:
+                mirror.upload()
+            return result
         except KeyboardInterrupt:
             raise Interrupted(
                 f"stopped in epoch {trainer.epoch + 1}; go on with: python -m cibl_ray.train --resume {folder}"
@@ -178,6 +195,19 @@ def _time(rows: list[dict[str, Any]]) -> dict[str, float]:
 def _shares(seconds: dict[str, float]) -> str:
     total = sum(seconds.values()) or 1.0
     return ", ".join(f"{name.replace('_', ' ')} {100 * value / total:.0f} %" for name, value in seconds.items())
+
+
+def _fetched(uri: str) -> tuple[str, Path]:
+    """(the storage, the local folder) of a run at `uri`, whose files are brought here."""
+    from cibl_ray.storage import Mirror
+
+    storage, _, name = uri.rstrip("/").rpartition("/")
+    folder = (Path("runs") / name).absolute()
+    mirror = Mirror(folder, uri.rstrip("/"))
+    if not mirror.exists():
+        raise UserError(f"--resume {uri}: no run is there, it has no {CONFIG}")
+    mirror.download()
+    return storage, folder
 
 
 def _resumed(folder: Path, overrides: list[str]) -> tuple[Any, Path]:

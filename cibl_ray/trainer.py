@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +78,7 @@ class Trainer:
         )
         self.epoch = self.step = 0
         self._saved = time.monotonic()
+        self.after_save: Callable[[], None] = lambda: None
         self._spent = {"evaluation": 0.0, "checkpoint": 0.0}  # seconds since the last epoch's row
         self.best: dict[str, float] | None = None
         streams = readings(config.loss, config.data, batch, config.seed, world.share)
@@ -226,6 +227,7 @@ class Trainer:
         started = time.perf_counter()
         whole = self._checkpoint(momentum_of(self.network, self.optimizer), self.objective.state())
         save_checkpoint(self._checkpoints / LAST, whole, keep_previous=True)
+        self.after_save()
         self._saved = time.monotonic()
         self._spent["checkpoint"] += time.perf_counter() - started
 

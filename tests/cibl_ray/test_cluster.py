@@ -1,7 +1,7 @@
 """`--cluster`: the run that workers, drivers, nodes and disks fail under. Everything here is killed for real."""
 
 import json
-import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -34,14 +34,12 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("cluster")
 
 
-def start(folder, *arguments, workers="2", **environment):
+def start(folder, *arguments, workers="2", cwd=REPOSITORY):
     """The command, with its output in a file: (process, file)."""
     log = folder / f"{time.time_ns()}.log"
     command = [sys.executable, "-m", "cibl_ray.train", *arguments, "--cluster", "--workers", workers]
     with log.open("w") as output:
-        process = subprocess.Popen(
-            [*map(str, command)], stdout=output, stderr=subprocess.STDOUT, cwd=REPOSITORY, env=os.environ | environment
-        )
+        process = subprocess.Popen([*map(str, command)], stdout=output, stderr=subprocess.STDOUT, cwd=cwd)
     return process, log
 
 
@@ -172,6 +170,24 @@ def test_mistakes_are_told_in_a_line(folder):
     assert "there is room for" in ended(*start(folder, *new(folder, "many"), workers="400"), 2)
     missing = start(folder, *new(folder, "nowhere"), "--address", "127.0.0.1:9")
     assert "error: --address 127.0.0.1:9: " in ended(*missing, 2)
+
+
+def test_a_copy_in_a_store_is_what_a_run_goes_on_from(folder, undisturbed):
+    """The store is a file:// URI here; the local folder, as on a node that is gone, is removed."""
+    store = (folder / "store").as_uri()
+    process, log = start(folder, *new(folder, "stored"), "--storage", store)
+    wait_for_epoch(folder / "store" / "stored", 3, process)
+    process.send_signal(signal.SIGINT)
+    text = ended(process, log, 130)
+    assert f"--resume {store}/stored --cluster" in text
+    shutil.rmtree(folder / "runs" / "stored")
+    assert "already has a run" in ended(*start(folder, *new(folder, "stored"), "--storage", store), 2)
+    process, log = start(folder, "--resume", f"{store}/stored", cwd=folder)
+    ended(process, log)
+    assert same(folder / "store" / "stored", undisturbed[0])
+    assert same(folder / "runs" / "stored", undisturbed[0])
+    assert (folder / "store" / "stored" / "result.json").exists()
+    assert not [*(folder / "store").rglob("*.part")]
 
 
 @pytest.fixture

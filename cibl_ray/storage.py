@@ -1,0 +1,73 @@
+"""A run folder's copy in an object store (s3://, gs://, abfss://, file://), for clusters whose nodes share no disk.
+
+Rank 0 works in a local folder. The copy is brought up to date after every checkpoint, and is where the run goes on from, on
+whatever node rank 0 then is.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from pyarrow import ArrowException, fs
+
+from pipelines.errors import UserError
+
+LAST = ("last.safetensors", "result.json")  # written when all else is there
+
+
+class Mirror:
+    """`uri` is the run's own, its last part the run's name. Raises UserError where it cannot be reached."""
+
+    def __init__(self, folder: Path, uri: str) -> None:
+        self._folder, self._uri = folder, uri
+        try:
+            self._files, self._top = fs.FileSystem.from_uri(uri)
+            self._files.get_file_info(self._top)
+        except (ArrowException, OSError, ValueError) as error:
+            raise UserError(f"storage {uri!r} cannot be reached: {_first_line(error)}") from error
+        self._sent: dict[Path, tuple[int, int]] = {}
+
+    def exists(self) -> bool:
+        """Whether a run with a configuration is there."""
+        return bool(self._files.get_file_info(f"{self._top}/config.yaml").type == fs.FileType.File)
+
+    def download(self) -> None:
+        """Put the copy in the place of what the folder has; files that only the folder has stay."""
+        selector = fs.FileSelector(self._top, recursive=True)
+        for info in self._files.get_file_info(selector):
+            if info.type != fs.FileType.File or info.path.endswith(".part"):
+                continue
+            place = self._folder / info.path[len(self._top) :].lstrip("/")
+            place.parent.mkdir(parents=True, exist_ok=True)
+            part = place.with_name(place.name + ".part")
+            with self._files.open_input_stream(info.path) as source, part.open("wb") as target:
+                shutil.copyfileobj(source, target)
+            part.replace(place)
+            self._sent[place] = _stamp(place)
+
+    def upload(self) -> None:
+        """Bring the copy up to date. Raises OSError where the storage is full or gone."""
+        files = [path for path in self._folder.rglob("*") if path.is_file() and path.suffix != ".part" and path.name != ".lock"]
+        for path in sorted(files, key=lambda path: (path.name in LAST, path)):
+            stamp = _stamp(path)
+            if self._sent.get(path) == stamp:
+                continue
+            place = f"{self._top}/{path.relative_to(self._folder).as_posix()}"
+            self._files.create_dir(place.rpartition("/")[0], recursive=True)
+            # An object appears when it is whole; a file of a mounted folder grows in sight.
+            part = f"{place}.part" if self._files.type_name == "local" else place
+            with path.open("rb") as source, self._files.open_output_stream(part) as target:
+                shutil.copyfileobj(source, target)
+            if part != place:
+                self._files.move(part, place)
+            self._sent[path] = stamp
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_mtime_ns, status.st_size
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
