@@ -1,0 +1,81 @@
+"""The ways onto real clusters, as far as they can be checked without one; `ray job submit` for real."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cibl_ray.checkpoint import load_checkpoint
+from tests.conftest import REPOSITORY
+
+FILES = REPOSITORY / "configs" / "cluster"
+
+
+def test_ray_up_file_keeps_rays_schema():
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    content = prepare_config(yaml.safe_load((FILES / "ray_up.yaml").read_text()))
+    validate_config(content)
+    assert content["available_node_types"][content["head_node_type"]]["max_workers"] == 0
+    assert any("requirements.lock" in command for command in content["setup_commands"])
+
+
+def test_rayjob_manifest_has_what_kuberay_asks_for():
+    content = yaml.safe_load((FILES / "kuberay_rayjob.yaml").read_text())
+    assert (content["apiVersion"], content["kind"]) == ("ray.io/v1", "RayJob")
+    cluster = content["spec"]["rayClusterSpec"]
+    assert cluster["rayVersion"] == "2.60.0"
+    groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
+    for group in groups:
+        pod = group["template"]["spec"]
+        volumes = {volume["name"] for volume in pod["volumes"]}
+        for container in pod["containers"]:
+            assert container["image"] == "IMAGE"
+            assert {mount["name"] for mount in container["volumeMounts"]} <= volumes
+    assert "--cluster --address auto" in content["spec"]["entrypoint"]
+
+
+def test_slurm_script_is_a_script():
+    path = FILES / "slurm.sh"
+    subprocess.run(["bash", "-n", path], check=True)
+    lines = path.read_text().splitlines()
+    assert lines[0] == "#!/bin/bash"
+    assert all(line.startswith("#SBATCH ") for line in lines[1:8])
+
+
+@pytest.mark.timeout(280)
+def test_ray_job_submit(tmp_path):
+    """A cluster with a dashboard on loopback, a job that trains in it, and its run folder."""
+    ray = Path(sys.executable).parent / "ray"
+    environment = os.environ | {
+        "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        "RAY_TMPDIR": str(tmp_path), "PATH": f"{ray.parent}:{os.environ['PATH']}",
+    }  # fmt: skip
+    short = tempfile.mkdtemp()  # Ray's sockets want a short path
+    started = subprocess.Popen(
+        [ray, "start", "--head", "--block", "--num-cpus", "2", "--port", "26379", "--dashboard-host", "127.0.0.1",
+         "--dashboard-port", "28265", "--disable-usage-stats", "--temp-dir", short],
+        env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        command = [
+            "python", "-m", "cibl_ray.train", "quickstart", "--cluster", "--address", "auto", "--workers", "2", "--name", "job",
+            "--epochs", "1", "--warmup_epochs", "0", "--batch_size", "62", "--loader.kind", "torch",
+            "--runs", tmp_path / "runs", "--prepared", tmp_path / "prepared",
+        ]  # fmt: skip
+        submit = [ray, "job", "submit", "--address", "http://127.0.0.1:28265", "--", *map(str, command)]
+        for _ in range(20):
+            done = subprocess.run(submit, env=environment, capture_output=True, text=True, cwd=REPOSITORY)
+            if "Failed to connect" not in done.stderr + done.stdout:
+                break
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert load_checkpoint(tmp_path / "runs" / "job" / "checkpoints" / "last.safetensors").epoch == 1
+    finally:
+        started.terminate()
+        started.wait(timeout=60)
+        shutil.rmtree(short, ignore_errors=True)
