@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from cibl_ray.losses.classification import log_prior
-from cibl_ray.losses.config import AnyLoss, CIBLConfig, HybridPSCConfig, HybridSCConfig, PaCoConfig
+from cibl_ray.losses.config import AnyLoss, CIBLConfig, HybridPSCConfig, HybridSCConfig, PaCoConfig, PSCConfig
 from cibl_ray.losses.contrastive import Contrast
 from cibl_ray.losses.memory import LabelledQueue
 from cibl_ray.losses.step import Seen, Tail, Terms, loss_terms
@@ -63,6 +63,7 @@ class Objective:
         batch: int,
     ) -> None:
         self.config, self.world, self.batch = config, world, batch
+        self._compares = not isinstance(config, PSCConfig | HybridPSCConfig)  # embeddings with each other, not with prototypes
         self._network = network
         counts = torch.from_numpy(train_counts).to(device)
         self.tail = Tail(counts, log_prior(counts).float())
@@ -102,7 +103,7 @@ class Objective:
             all_labels=everyone,
             views=main.views,
             embeddings=z,
-            contrast=self._contrast(z, everyone, keys) if z is not None else None,
+            contrast=self._contrast(z, everyone, keys) if z is not None and self._compares else None,
             prototypes=outputs.prototypes,
             scale=outputs.scale,
             classified=classified,

@@ -21,9 +21,9 @@ class Seen:
     """One step's images as the network sees them.
 
     logits (M, C) and labels int64 (M,) of the images, the V views of a sample next to each other; all_labels: the same over all
-    workers. embeddings z (M, d) where the loss needs a projection, and the contrast set they belong to. prototypes (C, d) where
-    the loss needs them. scale: s of a cosine head, else 1. classified: logits and labels of the second stream of images, where
-    the loss has one.
+    workers. embeddings z (M, d) where the loss needs a projection; the contrast set they belong to where it compares them with
+    each other, prototypes (C, d) where it compares with those. scale: s of a cosine head, else 1. classified: logits and labels
+    of the second stream of images, where the loss has one.
     """
 
     logits: torch.Tensor
@@ -87,13 +87,14 @@ def loss_terms(config: kinds.AnyLoss, seen: Seen, tail: Tail, progress: float) -
 def _contrastive(
     config: kinds.SupConConfig | kinds.PSCConfig | kinds.HybridSCConfig | kinds.HybridPSCConfig, seen: Seen
 ) -> torch.Tensor:
-    z, contrast = _embedded(seen)
     match config:
         case kinds.SupConConfig() | kinds.HybridSCConfig():
+            z, contrast = _embedded(seen)
             return supcon(z, seen.labels, contrast, seen.logits.shape[1], config.temperature).mean()
         case kinds.PSCConfig() | kinds.HybridPSCConfig():
+            assert seen.embeddings is not None
             assert seen.prototypes is not None
-            return psc(z, seen.labels, seen.prototypes, config.temperature, config.positive_in_denominator).mean()
+            return psc(seen.embeddings, seen.labels, seen.prototypes, config.temperature, config.positive_in_denominator).mean()
     assert_never(config)
 
 
