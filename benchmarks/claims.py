@@ -33,7 +33,6 @@ from benchmarks.measure import report
 LAMBDAS = (0.0, 0.01, 0.05, 0.5, 5.0)
 READINGS = {"log-prior": "kappa: 1", "queue": "queue: 1024", "normalised": "normalize: true"}
 READ_AT = (0.05, 0.5, 5.0)  # λ of the readings: CIFAR-100-LT, where λ moves least to the tail, and the first seed only
-DATASETS = {"cifar10": "CIFAR-10-LT", "cifar100": "CIFAR-100-LT"}
 
 
 @dataclass(frozen=True)
@@ -109,7 +108,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.claims", description=__doc__.partition("\n")[0])
     parser.add_argument("--budget", choices=["cpu", "gpu"], default="cpu", help="cpu: ResNet-20, 5 epochs; gpu: ResNet-32, 200")
     parser.add_argument("--quick", action="store_true", help="one epoch of few images: shows that it runs, measures nothing")
-    for dataset, title in DATASETS.items():
+    for dataset, title in claims_report.TITLES.items():
         parser.add_argument(f"--{dataset}", type=Path, help=f"{title.removesuffix('-LT')} as an image folder")
     parser.add_argument("--runs", type=Path, default=Path("runs/claims"))
     parser.add_argument("--docs", type=Path, default=Path("docs/claims"))
@@ -119,7 +118,7 @@ def main() -> None:
     name = "quick" if arguments.quick else arguments.budget
     budget = BUDGETS[name]
     jobs = arguments.jobs or (1 if arguments.budget == "gpu" else len(os.sched_getaffinity(0)))
-    every = cells(budget, [*DATASETS])
+    every = cells(budget, [*claims_report.TITLES])
     if arguments.quick:
         every = [
             cell
@@ -130,7 +129,7 @@ def main() -> None:
     if not arguments.report_only:
         sources = {
             dataset: ("--data.source.kind", "folder", "--data.source.path", str(folder))
-            for dataset in DATASETS
+            for dataset in claims_report.TITLES
             if (folder := getattr(arguments, dataset)) is not None
         }
         _run_all(every, runs, sources, budget.options, jobs)

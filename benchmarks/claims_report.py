@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 THIRDS = ("overall", "head", "middle", "tail")
 COLORS = {"overall": "black", "head": "#2a6f97", "middle": "#8a8a8a", "tail": "#c8553d"}
+TITLES = {"cifar10": "CIFAR-10-LT", "cifar100": "CIFAR-100-LT"}
 DEFAULT = "0.05"  # λ of the comparisons
 Results = dict["Cell", dict[str, Any]]
 Accuracies = dict[str, np.ndarray]  # value of λ, method or epochs -> (seeds, THIRDS), percent
@@ -89,7 +90,7 @@ def write(docs: Path, budget: str, summary: dict[str, Any], results: Results, of
         for title, table in tables.items():
             if not table:
                 continue
-            lines += ["", f"## {dataset}-LT, {title}", ""]
+            lines += ["", f"## {TITLES[dataset]}, {title}", ""]
             lines += [f"| {title} | overall | head third | middle | tail third |", "|---" * 5 + "|"]
             for name, rows in table.items():
                 lines.append(f"| {name} | " + " | ".join(_cell(rows[:, i]) for i in range(len(THIRDS))) + " |")
@@ -118,7 +119,7 @@ def _picture(path: Path, swept: Accuracies, dataset: str) -> None:
         low, high = [column.min() for column in columns], [column.max() for column in columns]
         axes.fill_between(place, low, high, color=COLORS[third], alpha=0.2, lw=0)
     axes.set(xlabel="tail-skew weight λ", ylabel="test accuracy, %", ylim=(0, 100), xticks=place, xticklabels=values)
-    axes.set_title(f"{dataset}-LT: mean and range over the seeds")
+    axes.set_title(f"{TITLES[dataset]}: mean and range over the seeds")
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=120)

@@ -66,6 +66,13 @@ class Posted:
 def shown(board: Any, progress: Progress, waits: Callable[[], str | None]) -> Iterator[None]:
     """Tell `progress` what arrives on the board; after ten silent seconds also what `waits` says, if anything."""
     ended = threading.Event()
+    failed: list[BaseException] = []
+
+    def watch() -> None:
+        try:
+            show()
+        except BaseException as error:
+            failed.append(error)
 
     def show() -> None:
         heard, asked = time.monotonic(), False
@@ -84,7 +91,7 @@ def shown(board: Any, progress: Progress, waits: Callable[[], str | None]) -> It
                 asked = True
                 progress.line(text)
 
-    thread = threading.Thread(target=show, daemon=True)
+    thread = threading.Thread(target=watch, daemon=True)
     thread.start()
     try:
         yield
@@ -92,6 +99,8 @@ def shown(board: Any, progress: Progress, waits: Callable[[], str | None]) -> It
         ended.set()
         thread.join(timeout=10)
         progress.close()
+    if failed:
+        raise failed[0]
 
 
 def _tell(progress: Progress, note: tuple[str, Any]) -> None:

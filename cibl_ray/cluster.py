@@ -34,7 +34,7 @@ import pipelines
 from cibl_ray import config as run_config
 from cibl_ray.board import Board, Posted, shown
 from cibl_ray.progress import Progress, Silent, Terminal
-from cibl_ray.storage import Mirror
+from cibl_ray.storage import Mirror, join
 from cibl_ray.world import PeerLostError, World
 from pipelines.cores import limit_cores
 from pipelines.errors import Interrupted, UserError
@@ -57,7 +57,7 @@ class Options:
 
     def place(self, folder: Path) -> str | None:
         """Where a run's copy is kept."""
-        return f"{self.storage.rstrip('/')}/{folder.name}" if self.storage is not None else None
+        return join(self.storage, folder.name) if self.storage is not None else None
 
     def again(self, folder: Path) -> str:
         """The command that goes on with a run."""
@@ -150,7 +150,7 @@ def launch(
         ),
         run_config=RunConfig(
             name=f"{folder.name}-{time.time_ns()}",  # a name used before would go on with what Ray remembers of it
-            storage_path=f"{storage.rstrip('/')}/.ray" if storage is not None else str(folder.parent / ".ray"),
+            storage_path=join(storage, ".ray") if storage is not None else str(folder.parent / ".ray"),
             failure_config=FailureConfig(max_failures=shape.failures),
             callbacks=[_StopOnError()],  # type: ignore[list-item]  # likewise
         ),
@@ -250,7 +250,8 @@ def _worker(given: dict[str, Any]) -> None:
     progress = Posted(board) if world.first else Silent()
     mirror = None
     if given["storage"] is not None and world.first:
-        mirror = Mirror(folder, f"{given['storage'].rstrip('/')}/{folder.name}")
+        mirror = Mirror(folder, join(given["storage"], folder.name))
+        mirror.claim(given["resume"])
         if mirror.exists():
             mirror.download()
     # The driver has made sure that a new run has no folder yet: one that is there is this run's, of lost workers.
@@ -258,7 +259,8 @@ def _worker(given: dict[str, Any]) -> None:
     if started and not given["resume"] and world.first:
         progress.line("a worker was lost; going on from the last checkpoint")
     try:
-        train(config, folder, given["resume"] or world.from_first(folder.exists), world, progress, mirror)
+        begun = world.from_first(lambda: (folder / "config.yaml").exists())
+        train(config, folder, given["resume"] or begun or given["storage"] is not None, world, progress, mirror)
         ray.get(board.post.remote([]))  # what was posted before has arrived
     except PeerLostError:
         time.sleep(5)  # the worker with the cause is heard first

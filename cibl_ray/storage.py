@@ -14,6 +14,20 @@ from pyarrow import ArrowException, fs
 from pipelines.errors import UserError
 
 LAST = ("last.safetensors", "result.json")  # written when all else is there
+MARK = ".storage"
+
+
+def join(uri: str, name: str) -> str:
+    """A run's place under `uri`, before what follows a question mark."""
+    path, mark, query = uri.partition("?")
+    return f"{path.rstrip('/')}/{name}{mark}{query}"
+
+
+def split(uri: str) -> tuple[str, str]:
+    """(the storage, the run's name) of a run's place."""
+    path, mark, query = uri.partition("?")
+    storage, _, name = path.rstrip("/").rpartition("/")
+    return f"{storage}{mark}{query}", name
 
 
 class Mirror:
@@ -32,6 +46,17 @@ class Mirror:
         """Whether a run with a configuration is there."""
         return bool(self._files.get_file_info(f"{self._top}/config.yaml").type == fs.FileType.File)
 
+    def claim(self, resume: bool) -> None:
+        """Make the folder this run's. Raises UserError where it holds another one, whose files a download would replace."""
+        mark = self._folder / MARK
+        known = mark.read_text() if mark.exists() else None
+        if (self._folder / "config.yaml").exists() and known != self._uri and (self.exists() or not resume):
+            raise UserError(
+                f"run folder {str(self._folder)!r} holds another run than {self._uri}; move it away, or choose another --name"
+            )
+        self._folder.mkdir(parents=True, exist_ok=True)
+        mark.write_text(self._uri)
+
     def download(self) -> None:
         """Put the copy in the place of what the folder has; files that only the folder has stay."""
         selector = fs.FileSelector(self._top, recursive=True)
@@ -48,7 +73,11 @@ class Mirror:
 
     def upload(self) -> None:
         """Bring the copy up to date. Raises OSError where the storage is full or gone."""
-        files = [path for path in self._folder.rglob("*") if path.is_file() and path.suffix != ".part" and path.name != ".lock"]
+        files = [
+            path
+            for path in self._folder.rglob("*")
+            if path.is_file() and path.suffix != ".part" and path.name not in (".lock", MARK)
+        ]
         for path in sorted(files, key=lambda path: (path.name in LAST, path)):
             stamp = _stamp(path)
             if self._sent.get(path) == stamp:

@@ -129,16 +129,50 @@ def load_sweep(name: str, pairs: list[str]) -> SweepConfig:
     return validate(SweepConfig, content, str(path))
 
 
-def trial_config(sweep: SweepConfig, params: dict[str, Any]) -> RunConfig:
-    """The configuration of one trial. Raises UserError where it is not a valid one."""
+def base_content(sweep: SweepConfig) -> dict[str, Any]:
+    """The configuration that every trial starts from, with absolute paths: trials run in other folders and on other machines.
+
+    Raises UserError where it is not a valid one with the first parameters of the search.
+    """
     path = find_config(sweep.base)
-    content = override(read_config(path), [*sweep.set.items(), *params.items()], RunConfig)
-    config = build_config(content, [], f"{path} with {json.dumps({**sweep.set, **params})}")
-    if config.data.val_fraction == 0 and config.data.source.kind not in ("folder", "list"):
+    pairs = [*sweep.set.items(), *first_params(sweep).items()]
+    content = override(read_config(path), pairs, RunConfig)
+    return build_config(content, [], f"{path} with {json.dumps(dict(pairs))}").model_dump(mode="json")
+
+
+def first_params(sweep: SweepConfig) -> dict[str, Any]:
+    """Some parameters of the search."""
+    return {
+        key: space.values[0] if isinstance(space, Choice) else int(space.low) if space.kind == "integer" else space.low
+        for key, space in sweep.search.items()
+    }
+
+
+def most_epochs(sweep: SweepConfig, base: dict[str, Any]) -> int:
+    """Epochs of the longest trial."""
+    space = sweep.search.get("train.epochs")
+    if space is None:
+        return int(base["train"]["epochs"])
+    return int(max(space.values) if isinstance(space, Choice) else space.high)
+
+
+def trial_config(base: dict[str, Any], params: dict[str, Any]) -> RunConfig:
+    """The configuration of one trial. Raises UserError where it is not a valid one."""
+    return build_config(override(base, [*params.items()], RunConfig), [], f"a trial with {json.dumps(params)}")
+
+
+def check_metrics(sweep: SweepConfig, groups: set[str], has_validation: bool) -> None:
+    """Raise UserError where trials could not be compared. groups: those of many, medium, few that have a class."""
+    if not has_validation:
         raise UserError(
-            f"{sweep.base} has no validation split, and a sweep must not choose on the test set; set data.val_fraction"
+            f"{sweep.base} has no validation split, and a sweep must not choose on the test set; set data.val_fraction: 0.1"
         )
-    return config
+    wanted = [objective.metric for objective in sweep.objective] + ([sweep.bound.metric] if sweep.bound is not None else [])
+    for metric in wanted:
+        if metric in ("many", "medium", "few") and metric not in groups:
+            raise UserError(
+                f"no class is in the group {metric!r} of {sweep.base}; use head, middle or tail, thirds of the classes"
+            )
 
 
 def trial_name(params: dict[str, Any]) -> str:

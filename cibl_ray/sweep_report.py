@@ -5,28 +5,35 @@ from __future__ import annotations
 import csv
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 
 from cibl_ray.config import save_config
 from cibl_ray.sweep import METRICS, SweepConfig, Trial, axes, best, front, objectives, trial_config
+from pipelines.errors import UserError
 
 
-def write(folder: Path, sweep: SweepConfig, trials: list[Trial]) -> str:
-    """Write trials.csv, best.yaml, best.safetensors and the pictures; returns the front as a table."""
+def write(folder: Path, sweep: SweepConfig, base: dict[str, Any], trials: list[Trial]) -> str:
+    """Write trials.csv, best.yaml, best.safetensors and the pictures; returns the front as a table.
+
+    Raises UserError, after the table is written, where no trial has a score.
+    """
     _table(folder / "trials.csv", sweep, trials)
     scored = [trial for trial in trials if trial.scores]
     chosen = best(sweep, trials)
     if chosen is None:
-        return "no trial has a validation score"
-    save_config(trial_config(sweep, chosen.params), folder / "best.yaml")
+        first = next((f", the first: {trial.error}" for trial in trials if trial.error), "")
+        raise UserError(f"no trial has a validation score{first}; all of them are in {folder / 'trials.csv'}")
+    save_config(trial_config(base, chosen.params), folder / "best.yaml")
     part = folder / "best.safetensors.part"
     shutil.copyfile(folder / "trials" / chosen.name / "checkpoints" / "last.safetensors", part)
     part.replace(folder / "best.safetensors")
     first, second = axes(sweep, scored)
-    points = 100 * np.array([[trial.scores[first], trial.scores[second]] for trial in scored])
-    on_front = front(points)
+    points = np.array([[_percent(trial.scores, first), _percent(trial.scores, second)] for trial in scored])
+    modes: dict[str, str] = {objective.metric: objective.mode for objective in sweep.objective}
+    on_front = front(points * [-1 if modes.get(metric) == "min" else 1 for metric in (first, second)])
     _trade_off(folder / "trade_off.png", points, on_front, (first, second), scored.index(chosen))
     _over_skew(folder / "tail_skew.png", scored, (first, second))
     lines = [f"{'trial':<12}{first:>8}{second:>8}{'overall':>9}  epochs  parameters"]
@@ -40,6 +47,10 @@ def write(folder: Path, sweep: SweepConfig, trials: list[Trial]) -> str:
                 f"{trial.name:<12}{points[i, 0]:>8.1f}{points[i, 1]:>8.1f}{overall:>9.1f}{trial.epochs:>8}  {values}{mark}"
             )
     return "\n".join(lines)
+
+
+def _percent(scores: dict[str, float], metric: str) -> float:
+    return scores[metric] * (1 if metric == "loss" else 100)
 
 
 def _short(value: object) -> str:
@@ -68,10 +79,14 @@ def _trade_off(path: Path, points: np.ndarray, on_front: np.ndarray, names: tupl
     plot.scatter(
         points[chosen, 0], points[chosen, 1], s=140, facecolors="none", edgecolors="black", label="best by the objective"
     )
-    plot.set(xlabel=f"{names[0]}: validation accuracy, %", ylabel=f"{names[1]}, %")
+    plot.set(xlabel=f"{names[0]}, validation{_unit(names[0])}", ylabel=f"{names[1]}, validation{_unit(names[1])}")
     plot.legend(frameon=False)
     plot.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=120)
+
+
+def _unit(metric: str) -> str:
+    return "" if metric == "loss" else ", %"
 
 
 def _over_skew(path: Path, trials: list[Trial], names: tuple[str, str]) -> None:
@@ -84,8 +99,9 @@ def _over_skew(path: Path, trials: list[Trial], names: tuple[str, str]) -> None:
     plot = figure.add_subplot()
     skews = [trial.params[key] for trial in searched]
     for name, color in ((names[0], "#2a6f97"), ("overall", "black"), (names[1], "#c8553d")):
-        plot.scatter(skews, [100 * trial.scores[name] for trial in searched], color=color, label=name)
-    plot.set(xlabel="tail-skew weight λ", ylabel="validation accuracy, %", xscale="log", ylim=(0, 100))
+        plot.scatter(skews, [_percent(trial.scores, name) for trial in searched], color=color, label=name)
+    plot.set(xlabel="tail-skew weight λ", ylabel="validation, %", xscale="log")
+    plot.set_ylim(bottom=0)
     plot.legend(frameon=False)
     plot.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=120)

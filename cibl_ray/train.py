@@ -119,7 +119,7 @@ def train(
     except FileExistsError as error:
         raise UserError(f"run folder {str(folder)!r} has just been made by another process; choose another --name") from error
     # A worker that replaces a lost one may come before that has quite ended.
-    with _lock(folder, patience=30 if world.size > 1 else 0), _stops_on_sigterm():
+    with lock_folder(folder, "training", patience=30 if world.size > 1 else 0), _stops_on_sigterm():
         try:
             if mirror is not None:
                 trainer.after_save = mirror.upload
@@ -199,13 +199,14 @@ def _shares(seconds: dict[str, float]) -> str:
 
 def _fetched(uri: str) -> tuple[str, Path]:
     """(the storage, the local folder) of a run at `uri`, whose files are brought here."""
-    from cibl_ray.storage import Mirror
+    from cibl_ray.storage import Mirror, split
 
-    storage, _, name = uri.rstrip("/").rpartition("/")
+    storage, name = split(uri)
     folder = (Path("runs") / name).absolute()
-    mirror = Mirror(folder, uri.rstrip("/"))
+    mirror = Mirror(folder, uri)
     if not mirror.exists():
         raise UserError(f"--resume {uri}: no run is there, it has no {CONFIG}")
+    mirror.claim(resume=True)
     mirror.download()
     return storage, folder
 
@@ -219,7 +220,7 @@ def _resumed(folder: Path, overrides: list[str]) -> tuple[Any, Path]:
     return build_config(read_config(folder / CONFIG), overrides, str(folder / CONFIG)), folder.absolute()
 
 
-def _lock(folder: Path, patience: float) -> IO[str]:
+def lock_folder(folder: Path, doing: str, patience: float) -> IO[str]:
     """Held while a process works in a run folder, so that no two do. Ends with the process, for which it waits some seconds."""
     lock = (folder / ".lock").open("w")
     begun = time.monotonic()
@@ -229,7 +230,7 @@ def _lock(folder: Path, patience: float) -> IO[str]:
             return lock
         except BlockingIOError as error:
             if time.monotonic() - begun >= patience:
-                raise UserError(f"another process is training in {str(folder)!r}; wait for it, or end it") from error
+                raise UserError(f"another process is {doing} in {str(folder)!r}; wait for it, or end it") from error
             time.sleep(0.2)
 
 

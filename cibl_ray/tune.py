@@ -7,6 +7,7 @@ resuming. Left behind: trials.csv, best.yaml (ready to train), best.safetensors 
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import os
@@ -42,7 +43,7 @@ def main() -> None:
     if (name is None) == (arguments.resume is None):
         raise UserError("name a sweep first (sweeps/tail_skew, say) to start one, or --resume FOLDER to go on with one")
     from cibl_ray.sweep import SweepConfig, load_sweep
-    from pipelines.settings import read_config, validate
+    from pipelines.settings import validate
 
     if arguments.resume is not None:
         folder = arguments.resume.absolute()
@@ -50,7 +51,11 @@ def main() -> None:
             raise UserError(f"--resume {folder}: not a sweep folder, it has no {SWEEP}")
         if overrides:
             raise UserError(f"{overrides[0]}: a sweep goes on as it began; start a new one to change it")
-        sweep = validate(SweepConfig, read_config(folder / SWEEP), str(folder / SWEEP))
+        try:
+            content = json.loads((folder / SWEEP).read_text())
+        except json.JSONDecodeError as error:
+            raise UserError(f"{folder / SWEEP}: not valid JSON: {error}") from error
+        sweep = validate(SweepConfig, content, str(folder / SWEEP))
     else:
         assert name is not None
         sweep = load_sweep(name, overrides)
@@ -67,39 +72,43 @@ def run(sweep: SweepConfig, folder: Path, address: str | None) -> None:
     """Do what is left of a sweep in `folder`, and write its result."""
     from cibl_ray import sweep_report
     from cibl_ray.cluster import cluster
-    from cibl_ray.sweep import read_trials, trial_config
+    from cibl_ray.sweep import base_content, check_metrics, read_trials, trial_config
+    from cibl_ray.train import lock_folder
+    from pipelines.pictures import shot_groups
     from pipelines.prepare import ensure_prepared
 
-    config = trial_config(sweep, _any_params(sweep))  # a mistake is found before anything is started or written
+    base = base_content(sweep)  # a mistake is found before anything is started or written
     if address is None:
-        ensure_prepared(config.data, config.seed)  # once: all trials share it
+        config = trial_config(base, {})
+        prepared = ensure_prepared(config.data, config.seed)  # once: all trials share it
+        check_metrics(sweep, set(shot_groups(prepared.train_counts)), "val" in prepared.splits)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / SWEEP).write_text(json.dumps(sweep.model_dump(mode="json"), indent=1))
-    left = sweep.trials - len(read_trials(folder))
-    if left > 0:
-        # ASHA asks Ray's state service, which lives in the dashboard, to stop a trial.
-        with cluster(address, dashboard=True):
-            _search(sweep, folder, left)
-        if len(read_trials(folder)) < sweep.trials:  # Ray Tune itself ends in order on Ctrl-C
+    with lock_folder(folder, "sweeping", patience=0):
+        _write(folder / SWEEP, json.dumps(sweep.model_dump(mode="json"), indent=1))
+        ended = read_trials(folder)
+        _write(folder / TRIALS, "".join(json.dumps(asdict(trial)) + "\n" for trial in ended))  # without a line cut short
+        left = sweep.trials - len(ended)
+        if left > 0:
+            # ASHA asks Ray's state service, which lives in the dashboard, to stop a trial.
+            with cluster(address, dashboard=True):
+                _search(sweep, base, folder, left)
+        trials = read_trials(folder)
+        if len(trials) < sweep.trials:  # Ray Tune itself ends in order on Ctrl-C
             raise Interrupted(f"stopped; go on with: python -m cibl_ray.tune --resume {folder}")
-    trials = read_trials(folder)
-    table = sweep_report.write(folder, sweep, trials)
+        table = sweep_report.write(folder, sweep, base, trials)
     states = {state: sum(trial.state == state for trial in trials) for state in ("completed", "stopped", "failed")}
     print(f"\n{len(trials)} trials: " + ", ".join(f"{count} {state}" for state, count in states.items()))
-    print(f"\nThe front, validation accuracy in %:\n\n{table}\n")
+    print(f"\nThe front, validation, in %:\n\n{table}\n")
     print(f"Sweep folder: {folder}\n              trials.csv, best.yaml, best.safetensors, trade_off.png, tail_skew.png")
 
 
-def _any_params(sweep: SweepConfig) -> dict[str, Any]:
-    from cibl_ray.sweep import Choice
-
-    return {
-        key: space.values[0] if isinstance(space, Choice) else int(space.low) if space.kind == "integer" else space.low
-        for key, space in sweep.search.items()
-    }
+def _write(path: Path, text: str) -> None:
+    part = path.with_name(path.name + ".part")
+    part.write_text(text)
+    part.replace(path)
 
 
-def _search(sweep: SweepConfig, folder: Path, left: int) -> None:
+def _search(sweep: SweepConfig, base: dict[str, Any], folder: Path, left: int) -> None:
     import optuna
     import ray
     from optuna.storages import JournalStorage
@@ -108,29 +117,38 @@ def _search(sweep: SweepConfig, folder: Path, left: int) -> None:
     from ray.tune.schedulers import ASHAScheduler
     from ray.tune.search.optuna import OptunaSearch
 
-    from cibl_ray.sweep import read_trials, trial_config, trial_name
+    from cibl_ray.cluster import places
+    from cibl_ray.sweep import most_epochs, read_trials, trial_name
 
+    gpus = base["train"]["device"] != "cpu" and bool(ray.cluster_resources().get("GPU"))
+    room = places([node["Resources"] for node in ray.nodes() if node["Alive"]], sweep.cpus, gpus) // sweep.workers
+    if room == 0:
+        raise UserError(f"no room for a trial of {sweep.workers} workers with {sweep.cpus} CPUs each; lower workers or cpus")
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # the recorder tells what happens
     names = [f"objective_{number}" for number in range(len(sweep.objective))]
     modes: list[str] = [objective.mode for objective in sweep.objective]
+    storage = JournalStorage(JournalFileBackend(str(folder / JOURNAL)))
+    proposed = _proposed(storage)
     ended = {trial.name for trial in read_trials(folder)}
+    waiting = [trial.system_attrs.get("fixed_params") for trial in proposed if trial.state.name == "WAITING"]
     begun = [json.loads(path.read_text()) for path in sorted((folder / "trials").glob("*.json"))]
-    unfinished = [params for params in begun if trial_name(params) not in ended]
+    unfinished = [params for params in begun if trial_name(params) not in ended and params not in waiting]
+    seed = sweep.seed + len(proposed)  # what was proposed before an interruption is not proposed again
     sampler: Any = {
-        "tpe": lambda: optuna.samplers.TPESampler(seed=sweep.seed + len(ended)),
-        "random": lambda: optuna.samplers.RandomSampler(seed=sweep.seed + len(ended)),
-        "nsga2": lambda: optuna.samplers.NSGAIISampler(seed=sweep.seed + len(ended)),
-    }[sweep.algorithm]()
+        "tpe": optuna.samplers.TPESampler,
+        "random": optuna.samplers.RandomSampler,
+        "nsga2": optuna.samplers.NSGAIISampler,
+    }[sweep.algorithm](seed=seed)
     search = OptunaSearch(
         metric=names if len(names) > 1 else names[0],
         mode=modes if len(modes) > 1 else modes[0],
         points_to_evaluate=unfinished[:left] or None,
         sampler=sampler,
         study_name="sweep",
-        storage=JournalStorage(JournalFileBackend(str(folder / JOURNAL))),
+        storage=storage,
     )
-    epochs = trial_config(sweep, _any_params(sweep)).train.epochs
+    epochs = most_epochs(sweep, base)
     scheduler = None
     if sweep.asha is not None and sweep.asha.grace < epochs:
         scheduler = ASHAScheduler(
@@ -141,39 +159,37 @@ def _search(sweep: SweepConfig, folder: Path, left: int) -> None:
             grace_period=sweep.asha.grace,
             reduction_factor=sweep.asha.reduction,
         )
-    gpu = {"GPU": 1} if ray.cluster_resources().get("GPU") else {}
-    given = {"sweep": sweep.model_dump(mode="json"), "folder": str(folder), "cpus": sweep.cpus}
+    given = {"sweep": sweep.model_dump(mode="json"), "base": base, "folder": str(folder), "cpus": sweep.cpus}
     tuner = tune.Tuner(
         tune.with_resources(
             tune.with_parameters(_trial, given=given),
             # The process that waits for a trial's workers needs no CPU; Ray Tune wants it to need something: a byte of memory.
-            {"CPU": sweep.cpus, **gpu} if sweep.workers == 1 else {"memory": 1},
+            {"CPU": sweep.cpus, "GPU": int(gpus)} if sweep.workers == 1 else {"memory": 1},
         ),
         param_space={key: _space(space) for key, space in sweep.search.items()},
         tune_config=tune.TuneConfig(
             num_samples=left,
             search_alg=search,
             scheduler=scheduler,
-            max_concurrent_trials=sweep.concurrent or _room(sweep, gpu),
+            max_concurrent_trials=min(sweep.concurrent or room, room),
         ),
         run_config=tune.RunConfig(
             name=f"{folder.name}-{time.time_ns()}",
             storage_path=str(folder / ".ray"),
             failure_config=tune.FailureConfig(max_failures=2),
             verbose=0,
-            callbacks=[_recorder(folder, sweep, left + len(ended))],
+            callbacks=[_recorder(folder, sweep, base)],
         ),
     )
     tuner.fit()
 
 
-def _room(sweep: SweepConfig, gpu: dict[str, int]) -> int:
-    """Trials that the cluster has room for at a time."""
-    import ray
-
-    resources = ray.cluster_resources()
-    places = min(resources.get("CPU", 1) // sweep.cpus, resources["GPU"] if gpu else float("inf"))
-    return max(1, int(places // sweep.workers))
+def _proposed(storage: Any) -> list[Any]:
+    """The search's earlier proposals, from the journal."""
+    try:
+        return [*storage.get_all_trials(storage.get_study_id_from_name("sweep"))]
+    except KeyError:
+        return []
 
 
 def _space(space: Any) -> Any:
@@ -205,23 +221,28 @@ def _trial(params: dict[str, Any], given: dict[str, Any]) -> None:
     torch.set_num_threads(given["cpus"])
     limit_cores(given["cpus"])
     sweep = validate(SweepConfig, given["sweep"], "the sweep")
-    config = trial_config(sweep, params)
     name = trial_name(params)
     run_folder = Path(given["folder"]) / "trials" / name
     run_folder.parent.mkdir(parents=True, exist_ok=True)
     run_folder.with_suffix(".json").write_text(json.dumps(params))
+    failed = run_folder.with_suffix(".error")
+    failed.unlink(missing_ok=True)
     progress = _Reported(sweep)
     try:
-        for row in read_metrics(run_folder):  # of the part that was done before an interruption
-            progress.epoch(row, "")
-        if sweep.workers == 1:
-            train(config, run_folder, run_folder.exists(), World(), progress)
-        else:
-            _in_workers(sweep, config, run_folder, progress)
+        config = trial_config(given["base"], params)
+        # The same parameters may be proposed twice: the second waits, and tells what the first has done.
+        with run_folder.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            for row in read_metrics(run_folder):  # of an earlier proposal, or of the part before an interruption
+                progress.epoch(row, "")
+            if sweep.workers == 1:
+                train(config, run_folder, run_folder.exists(), World(), progress)
+            else:
+                _in_workers(sweep, config, run_folder, progress)
     except Exception as error:
         # Told to the driver by way of a file, not raised: Ray Tune then tries again what a lost process left, and that alone.
         kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
-        run_folder.with_suffix(".error").write_text(f"{kind}{error}")
+        failed.write_text(f"{kind}{error}")
         if not isinstance(error, UserError):
             traceback.print_exc()
 
@@ -262,24 +283,27 @@ class _Reported:
 
         if row["epoch"] <= self._told:
             return
+        if "val" not in row:
+            raise UserError("no validation split, and a sweep must not choose on the test set; set data.val_fraction: 0.1")
         self._told = row["epoch"]
         values = {f"objective_{number}": value for number, value in enumerate(objectives(self._sweep, row["val"]))}
         tune.report({"epoch": row["epoch"], "scores": row["val"]} | values)
 
 
-def _recorder(folder: Path, sweep: SweepConfig, total: int) -> Any:
+def _recorder(folder: Path, sweep: SweepConfig, base: dict[str, Any]) -> Any:
     """Runs in the driver: each trial that ends is a line in trials.jsonl and one on the terminal."""
     from ray import tune
 
-    from cibl_ray.sweep import Trial, objectives, read_trials, trial_config, trial_name
-
-    epochs = trial_config(sweep, _any_params(sweep)).train.epochs
+    from cibl_ray.sweep import Trial, objectives, read_trials, trial_name
 
     class Recorder(tune.Callback):
         done = len(read_trials(folder))
 
         def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-            reached, wanted = (trial.last_result or {}).get("epoch", 0), trial.config.get("train.epochs", epochs)
+            reached, wanted = (
+                (trial.last_result or {}).get("epoch", 0),
+                trial.config.get("train.epochs", base["train"]["epochs"]),
+            )
             self._end(trial, "completed" if reached >= wanted else "stopped")
 
         def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
@@ -298,7 +322,7 @@ def _recorder(folder: Path, sweep: SweepConfig, total: int) -> Any:
             self.done += 1
             objective = f", objective {objectives(sweep, ended.scores)[0]:.4f}" if ended.scores else ""
             print(
-                f"trial {self.done}/{total} {ended.name} {state} after {ended.epochs} epochs{objective}{_tail(ended)}",
+                f"trial {self.done}/{sweep.trials} {ended.name} {state} after {ended.epochs} epochs{objective}{_tail(ended)}",
                 flush=True,
             )
 

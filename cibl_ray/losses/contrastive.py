@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
-from cibl_ray.losses.attraction import positive_sums
-from cibl_ray.losses.softmax import log_sum_exp, wide
+from cibl_ray.losses.attraction import own_products, positive_sums
+from cibl_ray.losses.softmax import log_sum_exp, row_log_sum_exp, wide
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def psc(
     may be negative; with `positive_in_denominator` the sum runs over all j.
     """
     z, prototypes = wide(z), wide(prototypes)
-    attraction = (z * prototypes.index_select(0, labels)).sum(1) / temperature
+    attraction = own_products(z, labels, prototypes) / temperature
     return log_sum_exp(z, prototypes, temperature, exclude=None if positive_in_denominator else labels) - attraction
 
 
@@ -102,7 +102,7 @@ def paco(
     logits, (z, others) = wide(logits), _widened(z, contrast)
     classes = logits.shape[1]
     positives = positive_counts(labels, contrast.labels, classes)
-    normalizer = torch.logaddexp(logits.logsumexp(1), log_sum_exp(z, others, temperature, exclude=contrast.rows_of(z)))
+    normalizer = torch.logaddexp(row_log_sum_exp(logits), log_sum_exp(z, others, temperature, exclude=contrast.rows_of(z)))
     attraction = positive_sums(z, labels, others, contrast.labels, contrast.own, classes) / temperature
     centre = logits.gather(1, labels[:, None]).squeeze(1)
     return normalizer - (beta * centre + alpha * attraction) / (beta + alpha * positives.to(z.dtype))

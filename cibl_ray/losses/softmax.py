@@ -11,8 +11,7 @@ from torch.autograd.function import once_differentiable
 # memory grows with the block and not with the square of the batch.
 KEEP = {"cpu": 2**22, "cuda": 2**26}
 BLOCK = {"cpu": 2**18, "cuda": 2**24}
-# exp(-LOWEST) is a normal float32. Similarities of unit vectors span 2/τ: where that is less, the largest possible one can be
-# the shift of all rows.
+# exp(-LOWEST) is a normal float32. Similarities of unit vectors span 2/τ.
 LOWEST = 80
 
 OwnClass = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -66,8 +65,7 @@ class _LogSumExp(torch.autograd.Function):
         kind = "cuda" if z.is_cuda else "cpu"
         if len(z) * len(others) <= KEEP[kind]:
             ctx.one_shift = symmetric and weight is None and own_class is None and 2 / temperature < LOWEST
-            shift = z.new_full((len(z),), 1 / temperature) if ctx.one_shift else None
-            block, shift = _exponentials(ctx, z, others, slice(None), shift)
+            block, shift = _exponentials(ctx, z, others, slice(None), None)
             sums = block.sum(1)
             result = shift + sums.log()
             ctx.save_for_backward(z, others, block, sums)
@@ -112,12 +110,13 @@ class _LogSumExp(torch.autograd.Function):
 _ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
-def _matmul(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """x (M, K) @ y (K, N). For float32 on a CPU by oneDNN, which on AMD is twice as fast as the MKL that torch takes for it."""
+def _matmul(x: torch.Tensor, y: torch.Tensor, plus: float = 0.0) -> torch.Tensor:
+    """x (M, K) @ y (K, N) + plus. For float32 on a CPU by oneDNN, which on AMD is twice as fast as the MKL that torch takes."""
     if _ONEDNN and x.dtype == torch.float32 and not x.is_cuda:
-        product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, y.T, None, "none", [], "")
+        bias = x.new_full((y.shape[1],), plus) if plus else None
+        product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, y.T, bias, "none", [], "")
         return product
-    return x @ y
+    return (x @ y).add_(plus) if plus else x @ y
 
 
 def _blocks(rows: int, size: int) -> list[slice]:
@@ -127,14 +126,20 @@ def _blocks(rows: int, size: int) -> list[slice]:
 def _exponentials(
     ctx: Any, z: torch.Tensor, others: torch.Tensor, rows: slice, shift: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """w·exp(s - shift) of some rows, (R, A), and the shift (R,): the row's largest similarity unless given."""
+    """w·exp(s - shift) of some rows, (R, A), and the shift (R,): 1/τ, the largest that similarities of unit vectors can be, or
+    the row's largest where exp(-2/τ) would be no normal number; unless given."""
+    highest = 1 / ctx.temperature
+    one_shift = shift is None and 2 * highest < LOWEST
     with torch.autocast(z.device.type, enabled=False):
-        block = _matmul(z[rows] / ctx.temperature, others.T)
+        block = _matmul(z[rows] / ctx.temperature, others.T, -highest if one_shift else 0.0)
     if ctx.exclude is not None:
         block.scatter_(1, ctx.exclude[rows, None], float("-inf"))
-    if shift is None:
-        shift = block.amax(1)
-    block.sub_(shift[:, None]).exp_()
+    if one_shift:
+        shift = z.new_full((len(block),), highest)
+    else:
+        shift = block.amax(1) if shift is None else shift
+        block.sub_(shift[:, None])
+    block.exp_()
     if ctx.own_class is not None:
         _weigh(block, ctx.weight, ctx.own_class, rows)
     elif ctx.weight is not None:
@@ -158,3 +163,26 @@ def _weigh(block: torch.Tensor, weight: torch.Tensor, own_class: OwnClass, rows:
     place = torch.arange(len(row)) - torch.repeat_interleave(count.cumsum(0) - count, count)
     column = by_class[first[labels[row]] + place]
     block.view(-1)[row * block.shape[1] + column] *= own_weight[row] / weight[column]
+
+
+def row_log_sum_exp(logits: torch.Tensor) -> torch.Tensor:
+    """log Σ_c exp(f_mc), (M,), of logits (M, C): torch's logsumexp with the exponentials computed once."""
+    result: torch.Tensor = _RowLogSumExp.apply(logits)
+    return result
+
+
+class _RowLogSumExp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor) -> torch.Tensor:
+        shift = logits.amax(1)
+        exponentials = (logits - shift[:, None]).exp_()
+        sums = exponentials.sum(1)
+        ctx.save_for_backward(exponentials, sums)
+        return shift + sums.log()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        exponentials, sums = ctx.saved_tensors
+        gradient: torch.Tensor = exponentials * (grad / sums)[:, None]
+        return gradient

@@ -32,5 +32,6 @@ for node in "${nodes[@]:1}"; do start "$node" --address="$address:$port"; done
 
 workers=$((SLURM_JOB_NUM_NODES * (gpus > 0 ? gpus : 1)))
 python -m cibl_ray.train "$@" --cluster --address "$address:$port" --workers "1-$workers" &
-trap 'kill -TERM $!' TERM # Slurm's warning before the time is up: the run ends in order, its last checkpoint stays
-wait $!
+run=$!
+trap 'kill -TERM $run' TERM # Slurm's warning before the time is up: the run ends in order, its last checkpoint stays
+wait $run || wait $run # the first ends with the trap

@@ -1,5 +1,6 @@
 """`--cluster`: the run that workers, drivers, nodes and disks fail under. Everything here is killed for real."""
 
+import contextlib
 import json
 import shutil
 import signal
@@ -15,6 +16,7 @@ import torch
 from cibl_ray.checkpoint import load_checkpoint
 from cibl_ray.ray_start import settle
 from cibl_ray.runlog import read_metrics
+from cibl_ray.storage import Mirror, join, split
 from pipelines.errors import UserError
 from tests.conftest import REPOSITORY
 
@@ -49,10 +51,14 @@ def new(folder, name, *more):
 
 def ended(process, log, status=0):
     """The output of a command that has ended, as it should; none of its processes is left."""
-    below = psutil.Process(process.pid).children(recursive=True)
-    assert process.wait(timeout=200) == status, log.read_text()
-    _, left = psutil.wait_procs(below, timeout=30)
-    assert not left
+    below, begun = set(), time.monotonic()
+    while process.poll() is None:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            below |= {*psutil.Process(process.pid).children(recursive=True)}
+        assert time.monotonic() - begun < 240, log.read_text()
+        time.sleep(0.2)
+    assert process.returncode == status, log.read_text()
+    assert not psutil.wait_procs(below, timeout=30)[1]
     return log.read_text()
 
 
@@ -188,6 +194,29 @@ def test_a_copy_in_a_store_is_what_a_run_goes_on_from(folder, undisturbed):
     assert same(folder / "runs" / "stored", undisturbed[0])
     assert (folder / "store" / "stored" / "result.json").exists()
     assert not [*(folder / "store").rglob("*.part")]
+
+
+def test_a_stores_run_never_replaces_another(tmp_path):
+    store = f"{tmp_path.as_uri()}/store"
+    assert join("s3://bucket/runs/?region=x", "a") == "s3://bucket/runs/a?region=x"
+    assert split("s3://bucket/runs/a?region=x") == ("s3://bucket/runs?region=x", "a")
+    folder = tmp_path / "a"
+    folder.mkdir()
+    (folder / "config.yaml").write_text("mine")
+    mirror = Mirror(folder, join(store, "a"))
+    with pytest.raises(UserError, match="holds another run"):
+        mirror.claim(resume=False)  # a new run, on a node that has an older one of the name
+    mirror.claim(resume=True)  # a run that goes on, and has a copy from now on
+    mirror.upload()
+    assert mirror.exists()
+    other = tmp_path / "other" / "a"
+    other.mkdir(parents=True)
+    (other / "config.yaml").write_text("another")
+    with pytest.raises(UserError, match="holds another run"):
+        Mirror(other, join(store, "a")).claim(resume=True)
+    assert (other / "config.yaml").read_text() == "another"
+    with pytest.raises(UserError, match="cannot be reached"):
+        Mirror(folder, "nothing://here")
 
 
 @pytest.fixture
