@@ -118,8 +118,9 @@ def _picture(path: Path, swept: Accuracies, dataset: str) -> None:
         axes.plot(place, [column.mean() for column in columns], marker="o", color=COLORS[third], label=third)
         low, high = [column.min() for column in columns], [column.max() for column in columns]
         axes.fill_between(place, low, high, color=COLORS[third], alpha=0.2, lw=0)
-    axes.set(xlabel="tail-skew weight λ", ylabel="test accuracy, %", ylim=(0, 100), xticks=place, xticklabels=values)
+    axes.set(xlabel="tail-skew weight λ", ylabel="test accuracy, %", xticks=place, xticklabels=values)
     axes.set_title(f"{TITLES[dataset]}: mean and range over the seeds")
-    axes.legend(frameon=False)
+    axes.set_ylim(0, 1.25 * axes.get_ylim()[1])  # room for the legend
+    axes.legend(frameon=False, ncols=4, loc="upper center")
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=120)
