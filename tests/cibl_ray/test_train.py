@@ -227,7 +227,9 @@ def test_cuda_where_there_is_none(monkeypatch):
         resolve(load_config("quickstart", ["--device", "cuda"]))
 
 
-@pytest.mark.parametrize("module", ["cibl_ray", "cibl_ray.config", "cibl_ray.train", "cibl_ray.evaluate"])
+@pytest.mark.parametrize(
+    "module", ["cibl_ray", "cibl_ray.config", "cibl_ray.train", "cibl_ray.evaluate", "cibl_ray.sweep", "cibl_ray.tune"]
+)
 def test_importing_pulls_in_neither_ray_nor_ffcv_nor_torch(module):
     code = f"import sys, {module}; print([m for m in ('ray', 'ffcv', 'torch', 'numba') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY, check=True)

@@ -248,7 +248,8 @@ def test_commands_mistakes(tmp_path):
         assert "Traceback" not in done.stderr
 
 
-def test_the_shipped_sweep_is_valid():
-    shipped = load_sweep("sweeps/tail_skew", [])
+@pytest.mark.parametrize("name", ["tail_skew", "tail_skew_quick"])
+def test_the_shipped_sweeps_are_valid(name):
+    shipped = load_sweep(f"sweeps/{name}", [])
     config = trial_config(base_content(shipped), {"loss.tail_skew": 1.0, "network.head.scale.start": 8.0})
     assert config.network.head.scale.start == 8.0
