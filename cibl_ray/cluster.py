@@ -104,7 +104,7 @@ def fit(config: run_config.RunConfig, folder: Path, resume: bool, options: Optio
         config = config.model_copy(update={"train": train})
         if options.address is None:
             ensure_prepared(config.data, config.seed)  # here, where its progress is seen; elsewhere once a node
-        with _polite_end():
+        with polite_end():
             try:
                 shape = Shape(options.workers, cpus, gpus, options.failures)
                 launch(config, folder, resume, shape, Terminal(), options.storage)
@@ -273,8 +273,8 @@ def _worker(given: dict[str, Any]) -> None:
 
 
 @contextmanager
-def _polite_end() -> Iterator[None]:
-    """SIGTERM is treated as Ctrl-C, which Ray Train's own handler turns into an orderly end of all workers."""
+def polite_end() -> Iterator[None]:
+    """SIGTERM is treated as Ctrl-C, which Ray's own handlers turn into an orderly end of all workers and trials."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         signal.raise_signal(signal.SIGINT)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from typing import Any, Protocol
 
 from tqdm import tqdm
@@ -50,6 +51,7 @@ class Terminal:
 
     def line(self, text: str) -> None:
         tqdm.write(text)
+        sys.stdout.flush()  # in its place among the messages of stderr, where both go to one file
 
     def close(self) -> None:
         if self._bar is not None:

@@ -71,7 +71,7 @@ def main() -> None:
 def run(sweep: SweepConfig, folder: Path, address: str | None) -> None:
     """Do what is left of a sweep in `folder`, and write its result."""
     from cibl_ray import sweep_report
-    from cibl_ray.cluster import cluster
+    from cibl_ray.cluster import cluster, polite_end
     from cibl_ray.sweep import base_content, check_metrics, read_trials, trial_config
     from cibl_ray.train import lock_folder
     from pipelines.pictures import shot_groups
@@ -90,7 +90,7 @@ def run(sweep: SweepConfig, folder: Path, address: str | None) -> None:
         left = sweep.trials - len(ended)
         if left > 0:
             # ASHA asks Ray's state service, which lives in the dashboard, to stop a trial.
-            with cluster(address, dashboard=True):
+            with cluster(address, dashboard=True), polite_end():
                 _search(sweep, base, folder, left)
         trials = read_trials(folder)
         if len(trials) < sweep.trials:  # Ray Tune itself ends in order on Ctrl-C
