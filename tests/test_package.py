@@ -64,10 +64,11 @@ def test_readme_commands_name_real_modules_and_fields(command):
     module = words[words.index("-m") + 1]
     assert (REPOSITORY / f"{module.replace('.', '/')}.py").exists()
     if module == "cibl_ray.train" and "--resume" not in words:
-        flags = words[words.index(module) + 2 :]
-        if "--name" in flags:
-            place = flags.index("--name")
-            del flags[place : place + 2]
+        flags = [word for word in words[words.index(module) + 2 :] if word != "--cluster"]
+        for option in ("--name", "--workers", "--address"):
+            if option in flags:
+                place = flags.index(option)
+                del flags[place : place + 2]
         load_config(words[words.index(module) + 1], flags)
 
 

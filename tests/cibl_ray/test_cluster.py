@@ -68,6 +68,12 @@ def wait_for_epoch(run, epoch, process):
         time.sleep(0.02)
 
 
+def wait_for_text(text, process, log):
+    while text not in log.read_text():
+        assert process.poll() is None, log.read_text()
+        time.sleep(0.2)
+
+
 def workers_of(process):
     return [child for child in psutil.Process(process.pid).children(recursive=True) if "RayTrainWorker" in child.name()]
 
@@ -238,7 +244,7 @@ def test_an_elastic_run_goes_on_with_the_nodes_that_are_left(folder, two_nodes):
     process, log = start(folder, *options, workers="1-2")
     run = folder / "runs" / "elastic"
     wait_for_epoch(run, 2, process)
-    assert "2 workers" in log.read_text()
+    wait_for_text("2 workers; from epoch 1", process, log)
     cluster.remove_node(second, allow_graceful=False)
     text = ended(process, log)
     assert "a worker was lost" in text
@@ -253,9 +259,7 @@ def test_a_run_of_fixed_size_waits_for_a_node_and_says_so(folder, two_nodes):
     run = folder / "runs" / "fixed"
     wait_for_epoch(run, 2, process)
     cluster.remove_node(second, allow_graceful=False)
-    while "waiting for nodes: there is room for 1 of 2 workers" not in log.read_text():
-        assert process.poll() is None, log.read_text()
-        time.sleep(0.5)
+    wait_for_text("waiting for nodes: there is room for 1 of 2 workers", process, log)
     cluster.add_node(num_cpus=1)
     text = ended(process, log)
     assert text.count("2 workers; from epoch") == 2
