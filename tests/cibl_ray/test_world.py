@@ -109,7 +109,8 @@ def test_two_workers_compute_what_one_does(loss, two_workers):
         assert torch.allclose(theirs.pop("losses"), alone["losses"], rtol=1e-5)
         whole = torch.cat([gradient.flatten() for name, gradient in alone.items() if name != "losses"]).norm()
         for name, gradient in theirs.items():
-            assert (gradient - alone[name]).norm() <= 1e-5 * whole, (name, gradient, alone[name])
+            # Near-coincident embeddings at the start leave differences of rounded numbers: hence not relative alone.
+            assert (gradient - alone[name]).norm() <= 1e-5 * (1 + whole), (name, gradient, alone[name])
 
 
 def test_gathered_gradients_are_sums_over_workers(two_workers):
