@@ -35,7 +35,7 @@ def main() -> None:
         "plain": (train, []),
     }
     folder = Path(tempfile.mkdtemp(prefix="cibl_ray_cluster_"))
-    epochs, largest = ("3", "60") if arguments.quick else ("6", "500")
+    epochs, largest = ("3", "100") if arguments.quick else ("6", "500")
     options = ["--backbone", "resnet20", "--epochs", epochs, "--warmup_epochs", "0", "--data.profile.largest", largest]
     config, _ = cifar10_lt(arguments.images, *options, "--runs", str(folder))
     save_config(config, folder / "config.yaml")

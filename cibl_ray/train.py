@@ -83,11 +83,14 @@ def main() -> None:
         fit(config, folder, arguments.resume is not None, options)
         return
     from cibl_ray.progress import Silent, Terminal
-    from cibl_ray.world import join
+    from cibl_ray.world import join, leave
 
     world = join()
     folder = world.from_first(lambda: folder)  # every rank has a clock of its own
-    train(config, folder, arguments.resume is not None, world, Terminal() if world.first else Silent())
+    try:
+        train(config, folder, arguments.resume is not None, world, Terminal() if world.first else Silent())
+    finally:
+        leave()
 
 
 def train(

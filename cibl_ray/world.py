@@ -189,3 +189,9 @@ def join() -> World:
         # Both, where there is a GPU: train.device may be the CPU all the same.
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(minutes=10))
     return World()
+
+
+def leave() -> None:
+    """End what `join` began: the exchange's threads must not outlive Python."""
+    if "TORCHELASTIC_RUN_ID" in os.environ and dist.is_initialized():
+        dist.destroy_process_group()

@@ -19,6 +19,7 @@ from cibl_ray.networks.network import build_network
 from cibl_ray.world import PeerLostError, World
 from pipelines.batch import Share
 from pipelines.settings import find_config, read_config
+from tests.conftest import REPOSITORY
 
 BATCH, CLASSES, STEPS = 7, 5, 3
 LOSSES = {
@@ -139,6 +140,15 @@ def test_one_process_is_a_world_of_its_own():
     assert world.gather(x, 3) is x
     assert world.collect(x) is x
     assert world.from_first(lambda: "made") == "made"
+
+
+def test_torchrun_starts_the_same_workers(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "cibl_ray.train"]
+    options = ["--epochs", "1", "--warmup_epochs", "0", "--batch_size", "62", "--loader.kind", "torch", "--name", "two"]
+    folders = ["--runs", str(tmp_path), "--prepared", str(tmp_path / "prepared")]
+    done = subprocess.run([*command, "quickstart", *options, *folders], capture_output=True, text=True, cwd=REPOSITORY)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "two" / "result.json").read_text())["workers"] == 2
 
 
 @pytest.mark.parametrize(("count", "workers"), [(7, 2), (2, 3), (0, 2), (128, 5)])
