@@ -6,7 +6,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -15,23 +15,10 @@ from cibl_ray.config import RunConfig, build_config
 from pipelines.errors import UserError
 from pipelines.settings import Settings, find_config, known_keys, override, read_config, validate
 
-METRICS = (
-    "overall",
-    "balanced",
-    "many",
-    "medium",
-    "few",
-    "head",
-    "middle",
-    "tail",
-    "worst",
-    "harmonic",
-    "calibration_error",
-    "loss",
-)
 Metric = Literal[
     "overall", "balanced", "many", "medium", "few", "head", "middle", "tail", "worst", "harmonic", "calibration_error", "loss"
 ]
+METRICS: tuple[str, ...] = get_args(Metric)
 
 
 class Range(Settings):

@@ -300,10 +300,8 @@ def _recorder(folder: Path, sweep: SweepConfig, base: dict[str, Any]) -> Any:
         done = len(read_trials(folder))
 
         def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-            reached, wanted = (
-                (trial.last_result or {}).get("epoch", 0),
-                trial.config.get("train.epochs", base["train"]["epochs"]),
-            )
+            reached = (trial.last_result or {}).get("epoch", 0)
+            wanted = trial.config.get("train.epochs", base["train"]["epochs"])
             self._end(trial, "completed" if reached >= wanted else "stopped")
 
         def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
