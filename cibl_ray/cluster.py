@@ -27,6 +27,7 @@ import ray.train
 from ray.exceptions import RayError
 from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 import cibl_ray
@@ -114,6 +115,14 @@ def fit(config: run_config.RunConfig, folder: Path, resume: bool, options: Optio
                 raise UserError(f"{error}; go on with: {options.again(folder)}") from None
 
 
+class _Trainer(TorchTrainer):
+    """Without the actor that shares out Ray's own data sets, of which there are none: it would wake the CPU for nothing."""
+
+    def _create_default_callbacks(self) -> list[Any]:
+        callbacks = super()._create_default_callbacks()  # type: ignore[misc]  # typed as the first version's
+        return [callback for callback in callbacks if not isinstance(callback, DatasetsCallback)]
+
+
 class LostError(RuntimeError):
     """Workers were lost more often than they are replaced."""
 
@@ -139,7 +148,7 @@ def launch(
     board = Board.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
     given = {"config": config.model_dump(mode="json"), "folder": str(folder), "resume": resume, "storage": storage}
     least, most = shape.workers
-    trainer = TorchTrainer(
+    trainer = _Trainer(
         _worker,
         train_loop_config=given | {"board": board, "cpus": shape.cpus},
         scaling_config=ScalingConfig(

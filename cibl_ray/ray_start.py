@@ -12,6 +12,12 @@ def settle(own: bool) -> None:
     """
     if own:
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+        # Every idle process of Ray wakes a hundred times a second, and a machine of its own shares its cores with training.
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+        os.environ.setdefault("RAY_enable_worker_prestart", "0")
+        os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
+        # Training runs in a thread there, whose own heaps the C library would give back to the kernel in every step.
+        os.environ.setdefault("MALLOC_ARENA_MAX", "1")
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")  # a failed trial may end before its first score

@@ -113,7 +113,10 @@ def load_sweep(name: str, pairs: list[str]) -> SweepConfig:
 
     path = find_config(name)
     content = override(read_config(path), parse_overrides(pairs, SweepConfig), SweepConfig)
-    return validate(SweepConfig, content, str(path))
+    sweep = validate(SweepConfig, content, str(path))
+    base = Path(sweep.base)
+    # Going on must work from any folder.
+    return sweep.model_copy(update={"base": str(base.absolute())}) if base.is_file() else sweep
 
 
 def base_content(sweep: SweepConfig) -> dict[str, Any]:

@@ -99,7 +99,12 @@ def _over_skew(path: Path, trials: list[Trial], names: tuple[str, str]) -> None:
     plot = figure.add_subplot()
     skews = [trial.params[key] for trial in searched]
     for name, color in ((names[0], "#2a6f97"), ("overall", "black"), (names[1], "#c8553d")):
-        plot.scatter(skews, [_percent(trial.scores, name) for trial in searched], color=color, label=name)
+        values = [_percent(trial.scores, name) for trial in searched]
+        faces = ["none" if trial.state == "stopped" else color for trial in searched]
+        plot.scatter(skews, values, edgecolors=color, facecolors=faces)
+        plot.scatter([], [], color=color, label=name)
+    if any(trial.state == "stopped" for trial in searched):
+        plot.scatter([], [], edgecolors="black", facecolors="none", label="stopped early")
     plot.set(xlabel="tail-skew weight λ", ylabel="validation, %", xscale="log")
     plot.set_ylim(bottom=0)
     plot.legend(frameon=False)

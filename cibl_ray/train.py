@@ -101,9 +101,11 @@ def train(
     Every worker of `world` calls it; rank 0 alone writes, and has a result. mirror: where rank 0 keeps a copy of the folder.
     """
     from cibl_ray.checkpoint import newest
+    from cibl_ray.hardware import keep_freed_memory
     from cibl_ray.trainer import Trainer, resolve
     from pipelines.prepare import ensure_prepared
 
+    keep_freed_memory()
     config = world.from_first(lambda: resolve(config))
     if world.first and not resume and folder.exists():
         raise UserError(f"run folder {str(folder)!r} already exists; go on with --resume {folder}, or choose another --name")

@@ -172,6 +172,9 @@ def _search(sweep: SweepConfig, base: dict[str, Any], folder: Path, left: int) -
             search_alg=search,
             scheduler=scheduler,
             max_concurrent_trials=min(sweep.concurrent or room, room),
+            # The next trial finds everything imported and compiled. Not with several threads each: the pool of threads that a
+            # former trial leaves makes OpenMP's waiting slower.
+            reuse_actors=sweep.workers == 1 and sweep.cpus == 1 and not gpus,
         ),
         run_config=tune.RunConfig(
             name=f"{folder.name}-{time.time_ns()}",

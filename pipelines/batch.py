@@ -11,9 +11,10 @@ from typing import Literal, Protocol
 import numpy as np
 import torch
 
-from pipelines.config import DataConfig, LoaderConfig, Sampling, View
+from pipelines.config import CenterCrop, DataConfig, LoaderConfig, Sampling, View
 from pipelines.cuts import draw_cuts
 from pipelines.errors import UserError
+from pipelines.pixels import EvalRule
 from pipelines.prepare import Prepared
 
 log = logging.getLogger(__name__)
@@ -71,6 +72,7 @@ class Reading:
     batch_size: of all workers together in training, of each in evaluation. sampling: how training draws an epoch. None, as for
     evaluation: every sample once, in the file's order. drop_last: true for training. share: in training every batch is shared
     out, so that the workers together see the batches that one would; in evaluation the samples are, each to one worker.
+    rule: of evaluation, what it shows of an image; None: the views, each cut by its draw.
     """
 
     views: tuple[View, ...]
@@ -80,6 +82,7 @@ class Reading:
     sampling: Sampling | None
     drop_last: bool
     share: Share = Share()
+    rule: EvalRule | None = None
 
     @property
     def own_batch(self) -> int:
@@ -122,11 +125,17 @@ def make_loader(prepared: Prepared, split: str, reading: Reading, config: Loader
         raise UserError(
             f"the {split} split has {len(beton)} images, fewer than one batch of {reading.batch_size}; lower train.batch_size"
         )
-    records = beton.records["f0"]
-    # An image too small for its cut is told now.
-    draw_cuts(reading.views, reading.size, records["height"], records["width"], reading.seed, 0)
     loader: Loader
-    if loader_kind(config) == "ffcv":
+    kind = loader_kind(config)
+    if reading.rule is None:
+        records = beton.records["f0"]
+        # An image too small for its cut is told now.
+        draw_cuts(reading.views, reading.size, records["height"], records["width"], reading.seed, 0)
+    if reading.rule is not None:
+        from pipelines.eval_loader import EvalLoader
+
+        loader = EvalLoader(beton, reading, config)
+    elif kind == "ffcv":
         from pipelines.ffcv_loader import FFCVLoader
 
         loader = FFCVLoader(beton, reading, config)
@@ -146,4 +155,10 @@ def train_reading(data: DataConfig, batch_size: int, seed: int, share: Share = S
 def eval_reading(data: DataConfig, batch_size: int, share: Share = Share()) -> Reading:
     """Evaluation: one central view, each sample once."""
     view = View(cut=data.eval_cut, flip=0.0)
-    return Reading((view,), data.size, batch_size, 0, sampling=None, drop_last=False, share=share)
+    return Reading((view,), data.size, batch_size, 0, sampling=None, drop_last=False, share=share, rule=eval_rule(data))
+
+
+def eval_rule(data: DataConfig) -> EvalRule:
+    """What this configuration's evaluation shows of an image."""
+    assert isinstance(data.eval_cut, CenterCrop)
+    return EvalRule(data.size, data.eval_cut.ratio, data.store.square, data.store.max_side)

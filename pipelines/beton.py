@@ -16,10 +16,10 @@ from typing import BinaryIO
 import numpy as np
 
 from pipelines.errors import UserError
-from pipelines.images import Packed
+from pipelines.images import LARGEST, Packed
 
 VERSION = 2
-PAGE = 1 << 23  # No image crosses a page border, so that FFCV's process cache works too.
+PAGE = LARGEST  # No image crosses a page border, so that FFCV's process cache works too.
 JPEG, RAW = 0, 1
 _INT, _IMAGE = 1, 2
 _FIELDS = ((b"image", _IMAGE), (b"label", _INT))

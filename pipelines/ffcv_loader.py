@@ -22,7 +22,7 @@ from pipelines.config import LoaderConfig
 from pipelines.cores import usable_cores
 from pipelines.cuts import draw_cuts, epoch_order
 from pipelines.errors import UserError
-from pipelines.images import BadImageError, decode, to_rgb
+from pipelines.pixels import BadImageError, decode, to_rgb
 
 # Two parallel loaders at once abort under numba's own threading layer ("workqueue").
 numba.config.THREADING_LAYER = "omp"  # type: ignore[attr-defined]

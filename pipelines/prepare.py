@@ -26,9 +26,10 @@ from tqdm import tqdm
 from pipelines.beton import Beton, BetonWriter
 from pipelines.config import DataConfig
 from pipelines.errors import UserError, run_command
-from pipelines.images import BadImageError, Packed, pack
+from pipelines.images import Packed, pack
 from pipelines.longtail import apply_profile, carve_validation
 from pipelines.pictures import histogram_text, save_histogram
+from pipelines.pixels import BadImageError
 from pipelines.seeding import stream
 from pipelines.settings import (
     CommandParser,
@@ -43,7 +44,7 @@ from pipelines.settings import (
 )
 from pipelines.sources import Dataset, Images, class_counts, open_folder, open_source, source_present
 
-FORMAT = 1
+FORMAT = 2  # 2: evaluation splits lie without loss
 SIDECAR = "prepared.json"
 
 
@@ -219,7 +220,7 @@ def _write_split(folder: Path, name: str, images: Images, data: DataConfig, seed
     counts = np.zeros(len(classes), dtype=np.int64)
     path = folder / f"{name}.beton"
     with BetonWriter(path, len(images)) as writer:
-        packed = _pack_all(images, order, data)
+        packed = _pack_all(images, order, data, lossless=name != "train")
         for index, result in tqdm(packed, total=len(order), desc=f"{name}.beton", unit="img", leave=False, disable=None):
             if isinstance(result, BadImageError):
                 place = _place(images, index, name)
@@ -246,12 +247,14 @@ def _place(images: Images, index: int, split: str) -> str:
     return str(images.files[index]) if images.files else f"{split} image {images.names[index]}"
 
 
-def _pack_all(images: Images, order: np.ndarray, data: DataConfig) -> Iterator[tuple[int, Packed | BadImageError]]:
+def _pack_all(
+    images: Images, order: np.ndarray, data: DataConfig, lossless: bool
+) -> Iterator[tuple[int, Packed | BadImageError]]:
     """Pack in threads (decoding and encoding leave Python's lock), a bounded number ahead, and yield in order."""
 
     def work(index: int) -> Packed | BadImageError:
         try:
-            return pack(images.read(index), data.store)
+            return pack(images.read(index), data.store, lossless)
         except BadImageError as error:
             return error
         except OSError as error:

@@ -15,7 +15,7 @@ from pipelines.config import LoaderConfig
 from pipelines.cores import usable_cores
 from pipelines.cuts import draw_cuts, epoch_order
 from pipelines.errors import UserError
-from pipelines.images import BadImageError, decode, to_rgb
+from pipelines.pixels import BadImageError, decode, to_rgb
 
 
 class _Epoch(Dataset[tuple[torch.Tensor, int, int]]):

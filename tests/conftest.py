@@ -16,6 +16,7 @@ from pipelines.prepare import Prepared, ensure_prepared
 from pipelines.settings import validate
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+pytest_plugins = ["tests.exported"]
 needs_ffcv = pytest.mark.skipif(importlib.util.find_spec("ffcv") is None, reason="FFCV is not installed")
 
 

@@ -1,0 +1,103 @@
+"""One image from its bytes to the network's input, by Pillow and numpy alone.
+
+Evaluation, the server and the edge client all go through `EvalRule`, so that what was measured is what is served.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+
+class BadImageError(ValueError):
+    """The bytes are not an image, or only a part of one."""
+
+
+def decode(data: bytes | np.ndarray, formats: tuple[str, ...] | None = None, max_pixels: int | None = None) -> Image.Image:
+    """The image in `data` (an encoded file, or uint8 pixels), in its own mode. Raises BadImageError.
+
+    formats: Pillow's names of those that are tried; None: all it knows. max_pixels: what its header may announce, checked
+    before anything is decoded.
+    """
+    if isinstance(data, np.ndarray):
+        return Image.fromarray(data)
+    try:
+        image = Image.open(io.BytesIO(data), formats=formats)
+        if max_pixels is not None and image.width * image.height > max_pixels:
+            raise BadImageError(f"{image.width}x{image.height} pixels, {max_pixels:,} at most")
+        image.load()
+    except UnidentifiedImageError as error:
+        known = "any image format" if formats is None else ", ".join(formats)
+        raise BadImageError(f"{len(data)} bytes, not of {known}") from error
+    except BadImageError:
+        raise
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise BadImageError(f"{len(data)} bytes, {error}") from error
+    return image
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """As a viewer shows it: turned as its EXIF says, transparency over white, 16-bit grey scaled, CMYK converted."""
+    with contextlib.suppress(Exception):  # EXIF data are often broken; then the image is taken as it lies
+        image = ImageOps.exif_transpose(image)
+    if image.mode == "RGB" and not image.has_transparency_data:
+        return image
+    if image.mode.startswith("I;16") or image.mode == "I":
+        grey = np.asarray(image).astype(np.int64)
+        image = Image.fromarray((grey.clip(0, 65535) >> 8).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        canvas = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        image = Image.alpha_composite(canvas, image)
+    return image.convert("RGB")
+
+
+def stored_size(width: int, height: int, square: int | None, max_side: int | None) -> tuple[int, int]:
+    """Width and height that an image is stored with: `square` both, else scaled down so that no side exceeds `max_side`."""
+    if square is not None:
+        return square, square
+    scale = 1.0 if max_side is None else min(1.0, max_side / max(width, height))
+    return max(1, round(width * scale)), max(1, round(height * scale))
+
+
+def scaled(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """An RGB image at another width and height (bicubic, antialiased), or itself where it has them."""
+    return image if image.size == size else image.resize(size, Image.Resampling.BICUBIC)
+
+
+@dataclass(frozen=True)
+class EvalRule:
+    """What evaluation shows of an image: scaled as it would be stored, then resized so that the shorter side has `side` pixels
+    (bilinear, antialiased), then the central square: torchvision's Resize and CenterCrop (256 and 224: ratio .875).
+
+    size: of the result. ratio: size over side. square, max_side: as `stored_size`.
+    """
+
+    size: int
+    ratio: float = 1.0
+    square: int | None = None
+    max_side: int | None = None
+
+    @property
+    def side(self) -> int:
+        """Pixels of the shorter side before the central square is taken."""
+        return round(self.size / self.ratio)
+
+    def __call__(self, image: Image.Image) -> np.ndarray:
+        """uint8 (size, size, 3) of an image of any mode. An image that is stored scaled gives what its original gives."""
+        image = to_rgb(image)
+        image = scaled(image, stored_size(*image.size, self.square, self.max_side))
+        width, height = image.size
+        shorter = min(width, height)
+        wide, high = int(self.side * width / shorter), int(self.side * height / shorter)
+        left, top = round((wide - self.size) / 2), round((high - self.size) / 2)
+        if (wide, high) == (width, height):
+            return np.asarray(image.crop((left, top, left + self.size, top + self.size)))
+        # Only what remains of it is resized: the box in the original's coordinates.
+        x, y = width / wide, height / high
+        box = (left * x, top * y, min(width, (left + self.size) * x), min(height, (top + self.size) * y))
+        return np.asarray(image.resize((self.size, self.size), Image.Resampling.BILINEAR, box=box))

@@ -1,0 +1,1 @@
+"""Answers: an exported bundle behind HTTP, or alone on an edge device. No torch here."""

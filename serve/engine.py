@@ -1,0 +1,109 @@
+"""One model at work: whatever waits goes through onnxruntime in one call, and nobody waits for a batch to fill.
+
+A thread of its own runs the model, so batches grow with the load by themselves: while one runs, the next gathers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from cibl_ray.bundle import EMBEDDING, LOGITS, PROBABILITIES
+from cibl_ray.runtime import Runtime
+
+Result = dict[str, np.ndarray]
+
+
+@dataclass(eq=False)
+class _Job:
+    images: np.ndarray  # uint8 (n, S, S, 3)
+    shift: np.ndarray | None  # float32 (n,)
+    embedding: bool
+    done: asyncio.Future[Result]
+
+
+class Engine:
+    """`submit` from one event loop; results are the rows that belong to each caller."""
+
+    def __init__(self, runtime: Runtime, max_batch: int, observe: Callable[[int], None] = lambda images: None) -> None:
+        """observe: told the images of every call of onnxruntime, in the engine's thread."""
+        self.runtime = runtime
+        self._max_batch, self._observe = max_batch, observe
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._loop = asyncio.get_running_loop()
+        self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
+        self._thread.start()
+
+    def submit(self, images: np.ndarray, shift: np.ndarray | None = None, embedding: bool = False) -> asyncio.Future[Result]:
+        """Logits, probabilities (and embedding) of images uint8 (n, S, S, 3), n >= 1; shift float32 (n,) or None for 0."""
+        done: asyncio.Future[Result] = self._loop.create_future()
+        self._jobs.put(_Job(images, shift, embedding, done))
+        return done
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
+
+    def close(self) -> None:
+        """End after all that was submitted before."""
+        self._jobs.put(None)
+
+    def _work(self) -> None:
+        ended = False
+        while not ended:
+            job = self._jobs.get()
+            jobs: list[_Job] = []
+            while job is not None:
+                if not job.done.cancelled():  # its client has gone
+                    jobs.append(job)
+                if sum(len(waiting.images) for waiting in jobs) >= self._max_batch:
+                    break
+                try:
+                    job = self._jobs.get_nowait()
+                except queue.Empty:
+                    break
+            ended = job is None
+            if jobs:
+                self._run(jobs)
+
+    def _run(self, jobs: list[_Job]) -> None:
+        answers: list[Result | Exception]
+        try:
+            answers = [*self._answers(jobs)]
+        except Exception as error:  # told to each caller, who alone can answer for it
+            answers = [error] * len(jobs)
+        self._loop.call_soon_threadsafe(_resolve, jobs, answers)
+
+    def _answers(self, jobs: list[_Job]) -> list[Result]:
+        names = (LOGITS, PROBABILITIES) + ((EMBEDDING,) if any(job.embedding for job in jobs) else ())
+        images = jobs[0].images if len(jobs) == 1 else np.concatenate([job.images for job in jobs])
+        shift = None
+        if any(job.shift is not None for job in jobs):
+            rows = [np.zeros(len(job.images), np.float32) if job.shift is None else job.shift for job in jobs]
+            shift = np.concatenate(rows)
+        parts = []
+        for start in range(0, len(images), self._max_batch):
+            rows_of = slice(start, start + self._max_batch)
+            parts.append(self.runtime(images[rows_of], None if shift is None else shift[rows_of], names))
+            self._observe(len(images[rows_of]))
+        outputs = parts[0] if len(parts) == 1 else [np.concatenate(part) for part in zip(*parts, strict=True)]
+        ends = np.cumsum([len(job.images) for job in jobs])
+        return [
+            {name: output[end - len(job.images) : end] for name, output in zip(names, outputs, strict=True)}
+            for job, end in zip(jobs, ends, strict=True)
+        ]
+
+
+def _resolve(jobs: list[_Job], answers: list[Result | Exception]) -> None:
+    for job, answer in zip(jobs, answers, strict=True):
+        if job.done.done():
+            continue
+        if isinstance(answer, Exception):
+            job.done.set_exception(answer)
+        else:
+            job.done.set_result(answer)

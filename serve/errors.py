@@ -1,0 +1,24 @@
+"""What a client did wrong, or the service cannot do now: one JSON shape, that Triton's clients read too."""
+
+from __future__ import annotations
+
+import json
+
+
+class ProblemError(Exception):
+    """An answer that is an error. code: a word for programs; headers: of the response, lower case."""
+
+    def __init__(self, status: int, code: str, message: str, headers: tuple[tuple[bytes, bytes], ...] = ()) -> None:
+        super().__init__(message)
+        self.status, self.code, self.message, self.headers = status, code, message, headers
+
+    def body(self, request_id: str) -> bytes:
+        return json.dumps({"error": self.message, "code": self.code, "request_id": request_id}).encode()
+
+
+def bad_request(message: str) -> ProblemError:
+    return ProblemError(400, "invalid_request", message)
+
+
+def overloaded(message: str) -> ProblemError:
+    return ProblemError(503, "overloaded", message, ((b"retry-after", b"1"),))

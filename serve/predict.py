@@ -1,0 +1,145 @@
+"""`POST /v1/predict`: image files in, labels out."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import math
+from collections.abc import AsyncGenerator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from cibl_ray.bundle import PROBABILITIES
+from pipelines.pixels import BadImageError
+from serve.errors import ProblemError, bad_request
+from serve.http import Request
+from serve.predictor import Limits, UnsupportedImageError, pixels, top
+from serve.settings import ReplicaConfig
+from serve.store import Model
+from serve.v2 import MAX_SHIFT, parse_json
+
+_SMALL = 16 << 10  # bytes of a file that is decoded in less time than handing it to a thread takes
+_SMALL_PIXELS = 1 << 16
+
+
+class Options(BaseModel):
+    """What a client may ask beside its images: in the query, in fields of a form, or in JSON."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str | None = Field(default=None, max_length=128)
+    top_k: int = Field(default=5, ge=1, le=1000)
+    tail_shift: float = Field(default=0, ge=-MAX_SHIFT, le=MAX_SHIFT, allow_inf_nan=False)
+
+
+class _Json(Options):
+    image: str | None = None
+    images: list[str] | None = None
+
+
+class Predict:
+    """Decodes within limits and asks a model's engine."""
+
+    def __init__(self, config: ReplicaConfig) -> None:
+        self._config = config
+        self._limits = Limits(config.max_pixels, config.formats)
+        self._small = Limits(_SMALL_PIXELS, config.formats)
+        self._threads = ThreadPoolExecutor(2, thread_name_prefix="decode")
+
+    async def read(self, request: Request) -> tuple[list[bytes], Options]:
+        """The image files of a request, and its options. Raises ProblemError."""
+        body = await request.body(self._config.max_bytes, self._config.body_seconds)
+        kind = request.content_type.partition(";")[0].strip().lower()
+        given: dict[str, Any] = dict(request.query)
+        if kind == "multipart/form-data":
+            files, fields = await _multipart(request, body, self._config.max_images)
+            return self._checked(files), _options(Options, {**given, **fields})
+        if kind == "application/json":
+            content = _options(_Json, {**given, **parse_json(body)})
+            assert isinstance(content, _Json)
+            if (content.image is None) == (content.images is None):
+                raise bad_request("JSON needs one of 'image' and 'images', in base64")
+            texts = content.images if content.images is not None else [content.image or ""]
+            try:
+                return self._checked([base64.b64decode(text, validate=True) for text in texts]), content
+            except (binascii.Error, ValueError) as error:
+                raise bad_request("an image is not valid base64") from error
+        return self._checked([body]), _options(Options, given)
+
+    def _checked(self, files: list[bytes]) -> list[bytes]:
+        if not files or not all(files):
+            raise bad_request("no image: send its bytes as the body, as files of a form, or as base64 in JSON")
+        if len(files) > self._config.max_images:
+            raise ProblemError(413, "too_many", f"{len(files)} images, {self._config.max_images} at most")
+        return files
+
+    async def answer(self, model: Model, files: list[bytes], options: Options) -> list[list[dict[str, Any]]]:
+        """The most likely classes of each file. Raises ProblemError."""
+        images = await self._pixels(model, files)
+        shift = np.full(len(images), options.tail_shift, np.float32) if options.tail_shift else None
+        result = await model.engine.submit(images, shift)
+        return [top(model.bundle.card, row, options.top_k) for row in result[PROBABILITIES]]
+
+    async def _pixels(self, model: Model, files: list[bytes]) -> np.ndarray:
+        rule = model.engine.runtime.card.rule
+        if len(files) == 1 and len(files[0]) <= _SMALL:
+            try:
+                return pixels(files[0], rule, self._small)[None]
+            except BadImageError:  # perhaps of more pixels than are decoded here
+                pass
+        loop = asyncio.get_running_loop()
+        work = [loop.run_in_executor(self._threads, pixels, file, rule, self._limits) for file in files]
+        try:
+            return np.stack(await asyncio.gather(*work))
+        except UnsupportedImageError as error:
+            raise ProblemError(415, "unsupported_image", str(error)) from error
+        except BadImageError as error:
+            raise ProblemError(422, "invalid_image", f"the image cannot be read: {error}") from error
+        finally:
+            for future in work:
+                future.cancel()
+
+    def close(self) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+
+def _options(kind: type[Options], content: dict[str, Any]) -> Options:
+    try:
+        options = kind.model_validate(content)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        place = ".".join(map(str, first["loc"]))[:64]
+        raise bad_request(f"{place!r}: {first['msg']}") from error
+    assert math.isfinite(options.tail_shift)
+    return options
+
+
+async def _multipart(request: Request, body: bytes, max_files: int) -> tuple[list[bytes], dict[str, str]]:
+    """(files, other fields) of a form."""
+    from starlette.datastructures import Headers, UploadFile
+    from starlette.formparsers import MultiPartException, MultiPartParser
+
+    async def stream() -> AsyncGenerator[bytes, None]:
+        yield body
+        yield b""
+
+    headers = Headers({"content-type": request.content_type})
+    try:
+        form = await MultiPartParser(headers, stream(), max_files=max_files, max_fields=16, max_part_size=4096).parse()
+    except (MultiPartException, KeyError, ValueError) as error:
+        raise bad_request(f"the form cannot be read: {error}") from error
+    files: list[bytes] = []
+    fields: dict[str, str] = {}
+    try:
+        for name, value in form.multi_items():
+            if isinstance(value, UploadFile):
+                files.append(await value.read())
+            else:
+                fields[name] = value
+    finally:
+        await form.close()
+    return files, fields

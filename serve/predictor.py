@@ -1,0 +1,58 @@
+"""From the bytes of image files to the most likely classes. No Ray, no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from cibl_ray.bundle import Card
+from pipelines.pixels import BadImageError, EvalRule, decode
+
+Image.MAX_IMAGE_PIXELS = None  # Pillow's own check warns in one range and raises in another; `Limits.max_pixels` is ours
+
+_SIGNATURES = {
+    "JPEG": b"\xff\xd8\xff",
+    "PNG": b"\x89PNG\r\n\x1a\n",
+    "WEBP": b"RIFF",
+    "GIF": b"GIF8",
+    "BMP": b"BM",
+}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one image may be. formats: Pillow's names."""
+
+    max_pixels: int = 40_000_000
+    formats: tuple[str, ...] = ("JPEG", "PNG", "WEBP")
+
+
+class UnsupportedImageError(BadImageError):
+    """Bytes of no format that is accepted."""
+
+
+def pixels(data: bytes, rule: EvalRule, limits: Limits) -> np.ndarray:
+    """uint8 (S, S, 3) of an image file, by the rule that evaluation followed. Raises BadImageError, or
+    UnsupportedImageError."""
+    if not any(data.startswith(_SIGNATURES[name]) for name in limits.formats):
+        raise UnsupportedImageError(f"not an image of {', '.join(limits.formats)}")
+    try:
+        return rule(decode(data, limits.formats, limits.max_pixels))
+    except BadImageError:
+        raise
+    except Exception as error:  # damaged files fail in many ways, deep in their decoders
+        raise BadImageError(f"{len(data):,} bytes, {type(error).__name__}") from error
+
+
+def top(card: Card, probabilities: np.ndarray, k: int) -> list[dict[str, Any]]:
+    """The k most likely classes of probabilities float32 (C,), most likely first: label, probability, shot group, index."""
+    k = min(k, len(probabilities))
+    best = np.argpartition(-probabilities, k - 1)[:k]
+    best = best[np.argsort(-probabilities[best], kind="stable")]
+    return [
+        {"label": card.classes[i], "probability": round(float(probabilities[i]), 6), "group": card.groups[i], "index": i}
+        for i in best.tolist()
+    ]

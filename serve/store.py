@@ -1,0 +1,132 @@
+"""The models of a service: loaded from bundles, swapped for new versions in their place, never for one that does not work."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from cibl_ray.bundle import MANIFEST, Bundle, open_bundle
+from cibl_ray.runtime import Runtime
+from pipelines.errors import UserError
+from serve.engine import Engine
+from serve.metrics import Metrics
+from serve.settings import ReplicaConfig
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Model:
+    """A bundle at work. sha256: of the file that answers."""
+
+    bundle: Bundle
+    engine: Engine
+    sha256: str
+    loaded: float
+
+    @property
+    def name(self) -> str:
+        return self.bundle.card.name
+
+
+class Store:
+    """Models by name. `failed` says why a bundle's new version is not in use."""
+
+    def __init__(self, config: ReplicaConfig, metrics: Metrics) -> None:
+        self._config, self._metrics = config, metrics
+        self._at: dict[Path, Model] = {}  # by the bundle's place
+        self._seen: dict[Path, tuple[int, int, int] | None] = {}
+        self.failed: dict[str, str] = {}
+        self._changing = asyncio.Lock()
+
+    @property
+    def models(self) -> dict[str, Model]:
+        return {model.name: model for model in self._at.values()}
+
+    @property
+    def healthy(self) -> bool:
+        """Whether every model's thread is at work."""
+        return all(model.engine.alive for model in self._at.values())
+
+    async def set(self, bundles: tuple[Path, ...]) -> None:
+        """Serve these bundles. Raises UserError, with everything as it was, where one of them does not load."""
+        async with self._changing:
+            places = [path.expanduser().absolute() for path in bundles]
+            seen = {path: _state(path) for path in places}
+            at = {path: self._at.get(path) or await self._load(path) for path in places}
+            names = [model.name for model in at.values()]
+            if twice := next((name for name in names if names.count(name) > 1), None):
+                raise UserError(f"two bundles have the name {twice!r}; export one under another: --name")
+            gone = [model for path, model in self._at.items() if at.get(path) is not model]
+            self._at, self._seen = at, {path: self._seen.get(path, state) for path, state in seen.items()}
+            self._retire(gone)
+
+    async def watch(self) -> None:
+        """Take up a bundle that another has replaced, when it has shown that it works; runs until cancelled."""
+        while True:
+            await asyncio.sleep(self._config.watch_seconds)
+            for path in list(self._at):
+                state = await asyncio.to_thread(_state, path)
+                if state is not None and state != self._seen.get(path):
+                    await self._swap(path, state)
+
+    async def _swap(self, path: Path, state: tuple[int, int, int]) -> None:
+        async with self._changing:
+            before = self._at[path]
+            self._seen[path] = state
+            try:
+                model = await self._load(path)
+                if any(other.name == model.name for place, other in self._at.items() if place != path):
+                    raise UserError(f"another bundle has the name {model.name!r}")
+            except UserError as error:
+                self.failed[before.name] = str(error)
+                log.error("the new version of %s is not used: %s", before.name, error)
+                return
+            self.failed.pop(before.name, None)
+            self._at = {**self._at, path: model}
+            log.warning("%s: now %s, before %s", model.name, model.sha256[:12], before.sha256[:12])
+            self._retire([before])
+
+    async def _load(self, path: Path) -> Model:
+        """A model that has answered a real inference."""
+        config = self._config
+
+        def load() -> tuple[Bundle, Runtime]:
+            bundle = open_bundle(path)
+            if config.precision not in bundle.models:
+                raise UserError(f"{str(path)!r} has no {config.precision} model; it has {', '.join(bundle.models)}")
+            runtime = Runtime(bundle.models[config.precision].path, config.provider, config.threads)
+            size = runtime.size
+            try:
+                _, probabilities = runtime(np.zeros((2, size, size, 3), np.uint8))
+            except Exception as error:  # onnxruntime's own exceptions share no base class
+                raise UserError(f"{str(path)!r} does not answer: {error}") from error
+            if probabilities.shape != (2, len(bundle.card.classes)) or not np.isfinite(probabilities).all():
+                raise UserError(f"{str(path)!r} gives no probabilities of its {len(bundle.card.classes)} classes")
+            return bundle, runtime
+
+        bundle, runtime = await asyncio.to_thread(load)
+        name = bundle.card.name
+        engine = Engine(runtime, config.max_batch, lambda images: self._metrics.batch(name, images))
+        return Model(bundle, engine, bundle.models[config.precision].sha256, time.time())
+
+    def _retire(self, models: list[Model]) -> None:
+        for model in models:
+            model.engine.close()  # after all that it was asked before
+
+    def close(self) -> None:
+        self._retire([*self._at.values()])
+
+
+def _state(path: Path) -> tuple[int, int, int] | None:
+    """Changes when a manifest is replaced; None where there is none, as between two versions."""
+    with contextlib.suppress(OSError):
+        stat = (path / MANIFEST).stat()
+        return stat.st_ino, stat.st_mtime_ns, stat.st_size
+    return None

@@ -1,0 +1,183 @@
+"""The Open Inference Protocol, version 2, as Triton and KServe speak it: JSON tensors, and the binary extension.
+
+https://github.com/kserve/open-inference-protocol and Triton's extension_binary_data.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+
+from cibl_ray.bundle import EMBEDDING, IMAGES, LOGITS, PROBABILITIES, TAIL_SHIFT
+from serve.errors import bad_request
+from serve.store import Model
+
+HEADER_LENGTH = b"inference-header-content-length"
+MAX_SHIFT = 100.0
+_INPUTS: dict[str, tuple[str, np.dtype[Any]]] = {IMAGES: ("UINT8", np.dtype("u1")), TAIL_SHIFT: ("FP32", np.dtype("<f4"))}
+
+
+def metadata(model: Model) -> dict[str, Any]:
+    """What a client may send and will get."""
+    size, classes = model.engine.runtime.size, len(model.bundle.card.classes)
+    outputs = [(LOGITS, classes), (PROBABILITIES, classes)]
+    if model.engine.runtime.has_embedding:
+        outputs.append((EMBEDDING, -1))
+    return {
+        "name": model.name,
+        "versions": [model.sha256[:12]],
+        "platform": "onnxruntime_onnx",
+        "inputs": [
+            {"name": IMAGES, "datatype": "UINT8", "shape": [-1, size, size, 3]},
+            {"name": TAIL_SHIFT, "datatype": "FP32", "shape": [-1], "parameters": {"optional": True}},
+        ],
+        "outputs": [{"name": name, "datatype": "FP32", "shape": [-1, width]} for name, width in outputs],
+    }
+
+
+class Inference:
+    """One request: images uint8 (n, S, S, 3), shift float32 (n,) or None, and how its outputs are wanted. Raises
+    ProblemError."""
+
+    def __init__(self, model: Model, body: bytes, header_length: bytes | None, max_images: int) -> None:
+        self._model = model
+        content, binary = _split(body, header_length)
+        self.id = content.get("id")
+        if self.id is not None and not isinstance(self.id, str):
+            raise bad_request("id must be a string")
+        tensors = self._tensors(content.get("inputs"), binary)
+        if IMAGES not in tensors:
+            raise bad_request(f"the input {IMAGES!r} is missing")
+        self.images = tensors[IMAGES]
+        size = model.engine.runtime.size
+        if self.images.ndim != 4 or self.images.shape[1:] != (size, size, 3):
+            raise bad_request(f"{IMAGES!r} must have the shape [n, {size}, {size}, 3], not {list(self.images.shape)}")
+        if not 1 <= len(self.images) <= max_images:
+            raise bad_request(f"{IMAGES!r} has {len(self.images)} images; 1 to {max_images} are taken")
+        self.shift = None
+        if TAIL_SHIFT in tensors:
+            shift = tensors[TAIL_SHIFT]
+            if shift.ndim != 1 or len(shift) not in (1, len(self.images)):
+                raise bad_request(f"{TAIL_SHIFT!r} must have the shape [1] or [{len(self.images)}], not {list(shift.shape)}")
+            if not (np.abs(shift) <= MAX_SHIFT).all():  # false for NaN too
+                raise bad_request(f"{TAIL_SHIFT!r} must be numbers from {-MAX_SHIFT:g} to {MAX_SHIFT:g}")
+            self.shift = np.ascontiguousarray(np.broadcast_to(shift, len(self.images)), dtype=np.float32)
+        self._outputs = self._wanted(content)
+
+    @property
+    def embedding(self) -> bool:
+        return EMBEDDING in self._outputs
+
+    def _tensors(self, inputs: Any, binary: memoryview) -> dict[str, np.ndarray]:
+        if not isinstance(inputs, list) or not all(isinstance(part, dict) for part in inputs):
+            raise bad_request("inputs must be a list of tensors")
+        tensors: dict[str, np.ndarray] = {}
+        for part in inputs:
+            name, shape = part.get("name"), part.get("shape")
+            if not isinstance(name, str) or name not in _INPUTS:
+                raise bad_request(f"unknown input; there are {IMAGES!r} and {TAIL_SHIFT!r}")
+            if name in tensors:
+                raise bad_request(f"the input {name!r} comes twice")
+            kind, dtype = _INPUTS[name]
+            if part.get("datatype") != kind:
+                raise bad_request(f"the datatype of {name!r} must be {kind}")
+            if (
+                not isinstance(shape, list)
+                or not 1 <= len(shape) <= 4
+                or not all(type(n) is int and 0 <= n < 1 << 31 for n in shape)
+            ):
+                raise bad_request(f"the shape of {name!r} must be a list of one to four numbers")
+            parameters = part.get("parameters") or {}
+            size = parameters.get("binary_data_size") if isinstance(parameters, dict) else None
+            count = 1
+            for n in shape:
+                count *= n
+            if size is not None:
+                if type(size) is not int or size != count * dtype.itemsize or size > len(binary):
+                    raise bad_request(f"{name!r}: binary_data_size is {size!r}, its shape and the body say otherwise")
+                tensors[name] = np.frombuffer(binary[:size], dtype).reshape(shape)
+                binary = binary[size:]
+            else:
+                tensors[name] = _from_json(name, part.get("data"), dtype, shape, count)
+        if len(binary):
+            raise bad_request(f"{len(binary)} bytes after the tensors belong to none")
+        return tensors
+
+    def _wanted(self, content: dict[str, Any]) -> dict[str, bool]:
+        """Output name -> whether in binary."""
+        available = [output["name"] for output in metadata(self._model)["outputs"]]
+        parameters = content.get("parameters") or {}
+        default = bool(parameters.get("binary_data_output")) if isinstance(parameters, dict) else False
+        outputs = content.get("outputs")
+        if outputs is None:
+            return dict.fromkeys((LOGITS, PROBABILITIES), default)
+        if not isinstance(outputs, list) or not outputs or not all(isinstance(part, dict) for part in outputs):
+            raise bad_request("outputs must be a list of names")
+        wanted: dict[str, bool] = {}
+        for part in outputs:
+            name, of_part = part.get("name"), part.get("parameters") or {}
+            if name not in available:
+                raise bad_request(f"unknown output; there are {', '.join(available)}")
+            if isinstance(of_part, dict) and of_part.get("classification"):
+                raise bad_request("the classification extension is not spoken here; /v1/predict gives labels")
+            wanted[name] = bool(of_part.get("binary_data", default)) if isinstance(of_part, dict) else default
+        return wanted
+
+    def answer(self, result: dict[str, np.ndarray]) -> tuple[list[tuple[bytes, bytes]], bytes]:
+        """(headers, body)."""
+        outputs, binary = [], []
+        for name, as_binary in self._outputs.items():
+            values = np.ascontiguousarray(result[name], dtype="<f4")
+            part: dict[str, Any] = {"name": name, "datatype": "FP32", "shape": list(values.shape)}
+            if as_binary:
+                binary.append(values.tobytes())
+                part["parameters"] = {"binary_data_size": values.nbytes}
+            else:
+                part["data"] = values.ravel().tolist()
+            outputs.append(part)
+        content: dict[str, Any] = {"model_name": self._model.name, "model_version": self._model.sha256[:12], "outputs": outputs}
+        if self.id is not None:
+            content["id"] = self.id
+        head = json.dumps(content).encode()
+        if not binary:
+            return [(b"content-type", b"application/json")], head
+        headers = [(b"content-type", b"application/octet-stream"), (HEADER_LENGTH, str(len(head)).encode())]
+        return headers, head + b"".join(binary)
+
+
+def _split(body: bytes, header_length: bytes | None) -> tuple[dict[str, Any], memoryview]:
+    view = memoryview(body)
+    length = len(body)
+    if header_length is not None:
+        if not header_length.isdigit() or len(header_length) > 10 or int(header_length) > len(body):
+            raise bad_request("Inference-Header-Content-Length is not a length within the body")
+        length = int(header_length)
+    return parse_json(body[:length]), view[length:]
+
+
+def parse_json(text: bytes) -> dict[str, Any]:
+    """A JSON object of a client. Raises ProblemError."""
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise bad_request("the body is not valid JSON") from error
+    if not isinstance(content, dict):
+        raise bad_request("the body must be a JSON object")
+    return content
+
+
+def _from_json(name: str, data: Any, dtype: np.dtype, shape: list[int], count: int) -> np.ndarray:
+    wrong = bad_request(f"{name!r}: data must be {count} numbers that its datatype holds")
+    if not isinstance(data, list):
+        raise wrong
+    try:
+        values = np.asarray(data)  # nested as the shape, or flat
+    except (ValueError, TypeError, OverflowError, RecursionError) as error:
+        raise wrong from error
+    if values.size != count or values.dtype.kind not in ("iu" if dtype.kind == "u" else "iuf"):
+        raise wrong
+    if dtype.kind == "u" and count and not (values.min() >= 0 and values.max() <= 255):
+        raise wrong
+    return values.astype(dtype).reshape(shape)

@@ -1,0 +1,186 @@
+"""The bundle says what it is, its files compute what torch computes, and a failed verification leaves nothing."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+
+from cibl_ray import export as module
+from cibl_ray.bundle import FILES, METADATA, file_sha256, open_bundle, read_card
+from cibl_ray.checkpoint import load_checkpoint
+from cibl_ray.evaluate import evaluate
+from cibl_ray.export import Options, export
+from cibl_ray.runtime import Runtime
+from pipelines.augment import Normalize
+from pipelines.batch import eval_reading, make_loader
+from pipelines.config import LoaderConfig
+from pipelines.errors import UserError
+from pipelines.prepare import ensure_prepared
+from tests.conftest import REPOSITORY
+from tests.exported import small_run
+
+
+def split_images(run_folder, count=40):
+    checkpoint = load_checkpoint(run_folder / "checkpoints" / "best.safetensors")
+    data = checkpoint.config.data
+    prepared = ensure_prepared(data, checkpoint.config.seed)
+    loader = make_loader(prepared, "test", eval_reading(data, count), LoaderConfig())
+    return next(iter(loader.epoch(0))).views[:, 0].numpy().copy(), checkpoint
+
+
+def torch_logits(checkpoint, images) -> np.ndarray:
+    normalize = Normalize(checkpoint.config.data)
+    with torch.inference_mode():
+        return checkpoint.network().eval().classify(normalize(torch.from_numpy(images)[:, None])).numpy()
+
+
+def test_bundle_says_what_it_is(bundle, run_folder):
+    opened = open_bundle(bundle)
+    checkpoint = load_checkpoint(run_folder / "checkpoints" / "best.safetensors")
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    assert {path.name for path in bundle.iterdir()} == {
+        "manifest.json", "model.onnx", "model.fp16.onnx", "model.int8.onnx", "README.md", "class_counts.png", "tail_shift.png",
+    }  # fmt: skip
+    assert opened.card.classes == checkpoint.classes
+    assert opened.card.train_counts == checkpoint.train_counts.tolist()
+    assert opened.card.groups == ["many" if n > 100 else "few" if n < 20 else "medium" for n in opened.card.train_counts]
+    assert manifest["source"]["run"] == "digits"
+    assert manifest["source"]["checkpoint_sha256"] == file_sha256(run_folder / "checkpoints" / "best.safetensors")
+    assert manifest["files"] == {path.name: file_sha256(path) for path in bundle.iterdir() if path.name != "manifest.json"}
+    for precision, file in FILES.items():
+        session = onnxruntime.InferenceSession(bundle / file, providers=["CPUExecutionProvider"])
+        card = read_card(session.get_modelmeta().custom_metadata_map[METADATA], file)
+        assert card.precision == precision
+        assert (card.classes, card.rule, card.accuracy) == (opened.card.classes, opened.card.rule, opened.card.accuracy)
+        assert [entry.name for entry in session.get_inputs()] == ["images"]
+        assert [entry.name for entry in session.get_overridable_initializers()] == ["tail_shift"]
+
+
+def test_accuracy_is_that_of_the_evaluation(bundle, run_folder):
+    measured = open_bundle(bundle).card.accuracy["fp32"]
+    scores = evaluate(load_checkpoint(run_folder / "checkpoints" / "best.safetensors"))
+    for name in ("overall", "many", "medium", "few", "worst"):
+        assert measured[name] == pytest.approx(getattr(scores, name), abs=0.006), name  # a tie of two classes at most
+    assert measured["samples"] == scores.samples
+    assert measured["split"] == "test"
+
+
+@pytest.mark.parametrize("size", [1, 2, 17, 40])
+def test_any_batch_gives_torchs_logits(bundle, run_folder, size):
+    images, checkpoint = split_images(run_folder)
+    logits, probabilities = Runtime(bundle / "model.onnx", "cpu")(images[:size])
+    expected = torch_logits(checkpoint, images[:size])
+    assert np.abs(logits - expected).max() < 1e-4
+    assert np.abs(probabilities - torch.from_numpy(expected).softmax(1).numpy()).max() < 1e-5
+
+
+def test_tail_shift_is_optional_and_of_each_image(bundle, run_folder):
+    images, checkpoint = split_images(run_folder)
+    runtime = Runtime(bundle / "model.onnx", "cpu")
+    (plain,) = runtime(images, outputs=("logits",))
+    log_prior = np.log(checkpoint.train_counts / checkpoint.train_counts.sum())
+    shifts = np.linspace(-1, 2, len(images)).astype(np.float32)
+    (of_each,) = runtime(images, shifts, ("logits",))
+    assert np.abs(of_each - (plain - shifts[:, None] * log_prior)).max() < 1e-4
+    (of_all,) = runtime(images, np.array([1.5], np.float32), ("logits",))
+    assert np.abs(of_all - (plain - 1.5 * log_prior)).max() < 1e-4
+
+
+def test_embedding_has_unit_norm_and_torchs_direction(bundle, run_folder):
+    images, checkpoint = split_images(run_folder)
+    (embedding,) = Runtime(bundle / "model.onnx", "cpu")(images, outputs=("embedding",))
+    with torch.inference_mode():
+        expected = checkpoint.network().eval()(Normalize(checkpoint.config.data)(torch.from_numpy(images)[:, None])).embeddings
+    assert np.abs(embedding - expected.numpy()).max() < 1e-4
+    assert np.abs(np.linalg.norm(embedding, axis=1) - 1).max() < 1e-5
+
+
+def test_int8_is_quantised_and_close(bundle, run_folder):
+    images, _ = split_images(run_folder)
+    kinds = {node.op_type for node in onnx.load(bundle / "model.int8.onnx").graph.node}
+    assert {"QuantizeLinear", "DequantizeLinear"} <= kinds
+    assert (bundle / "model.int8.onnx").stat().st_size < 0.5 * (bundle / "model.onnx").stat().st_size
+    fp32, int8 = (Runtime(bundle / FILES[name], "cpu")(images, outputs=("logits",))[0] for name in ("fp32", "int8"))
+    assert (fp32.argmax(1) == int8.argmax(1)).mean() > 0.8
+
+
+def test_cosine_head_and_other_losses_export(tmp_path):
+    run = small_run(tmp_path, "--loss.kind", "cross_entropy", "--network.head.kind", "cosine", "--epochs", "1")
+    export(run / "checkpoints" / "last.safetensors", tmp_path / "out", Options(provider="cpu", embedding=True))
+    assert open_bundle(tmp_path / "out").card.source["epoch"] == 1
+
+
+@pytest.mark.parametrize("fault", ["logits", "pixels", "int8"])
+def test_a_failed_verification_leaves_no_bundle(run_folder, tmp_path, monkeypatch, fault):
+    options = Options(provider="cpu")
+    if fault == "logits":
+        true = Runtime.__call__
+        monkeypatch.setattr(Runtime, "__call__", lambda *a, **k: [part + 0.01 for part in true(*a, **k)])
+        message = r"at batch 1 the logits of onnxruntime \(CPUExecutionProvider\) are 0.01 from torch's"
+    elif fault == "pixels":
+        from pipelines.pixels import EvalRule
+
+        true_rule, calls = EvalRule.__call__, []
+
+        def other(rule, image):
+            calls.append(image)
+            return true_rule(rule, image) ^ 1
+
+        # the server's way alone: digits lie as they are needed, so that the evaluation copies them
+        monkeypatch.setattr(EvalRule, "__call__", other)
+        message = "the server's pixels differ from those evaluated, by 1 at most"
+    else:
+        options = Options(precisions=("fp32", "int8"), calibration=10, max_drop=0.5, provider="cpu")
+        true_compare = module._Export._compare
+
+        def worse(self, scores):
+            from dataclasses import replace
+
+            true_compare(self, {**scores, "int8": replace(scores["fp32"], many=scores["fp32"].many - 0.007)})
+
+        monkeypatch.setattr(module._Export, "_compare", worse)
+        message = r"int8 refused: many falls from .* more than 0.5 points"
+    with pytest.raises(UserError, match=message):
+        export(run_folder / "checkpoints" / "best.safetensors", tmp_path / "out", options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_changed_file_is_noticed(bundle, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(bundle, copy)
+    with (copy / "model.onnx").open("r+b") as file:
+        file.seek(1000)
+        file.write(b"x")
+    with pytest.raises(UserError, match=r"model.onnx' is not the file that manifest.json lists"):
+        open_bundle(copy)
+
+
+def test_an_existing_folder_is_not_overwritten(run_folder, bundle):
+    with pytest.raises(UserError, match="exists; remove it, or name another folder"):
+        export(run_folder / "checkpoints" / "best.safetensors", bundle, Options())
+
+
+def test_a_provider_that_is_not_there_is_an_error(bundle):
+    if torch.cuda.is_available():
+        pytest.skip("this machine has CUDA")
+    with pytest.raises(UserError, match=r"provider 'cuda'"):
+        Runtime(bundle / "model.onnx", "cuda")
+    assert Runtime(bundle / "model.onnx", "auto").provider == "CPUExecutionProvider"
+
+
+def test_command(run_folder, tmp_path):
+    command = [sys.executable, "-m", "cibl_ray.export", str(run_folder), "--out", str(tmp_path / "b"), "--name", "digits-2"]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "CPUExecutionProvider" in done.stdout
+    assert "agrees with torch at batch 1, 2, 17" in done.stderr
+    assert open_bundle(tmp_path / "b").card.name == "digits-2"
+    refused = subprocess.run([*command[:-1], "../x"], cwd=REPOSITORY, capture_output=True, text=True)
+    assert refused.returncode == 2
+    assert len(refused.stderr.splitlines()) == 1

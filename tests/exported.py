@@ -1,0 +1,37 @@
+"""A small run on real digits and its bundle, made once for all tests that need one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from cibl_ray.config import build_config
+from cibl_ray.export import Options, export
+from cibl_ray.progress import Silent
+from cibl_ray.train import train
+from cibl_ray.world import World
+from pipelines.settings import find_config, read_config
+
+
+def small_run(folder: Path, *options: str) -> Path:
+    """Three epochs on long-tailed digits; the run's folder."""
+    arguments = ["--epochs", "3", "--warmup_epochs", "1", "--loader.kind", "torch", "--precision", "fp32"]
+    arguments += ["--prepared", str(folder / "prepared"), *options]
+    config = build_config(read_config(find_config("quickstart")), arguments, "test")
+    train(config, folder / "digits", False, World(), Silent())
+    return folder / "digits"
+
+
+@pytest.fixture(scope="session")
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_run(tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture(scope="session")
+def bundle(run_folder: Path) -> Path:
+    """fp32, fp16 and int8, with an embedding."""
+    out = run_folder / "bundle"
+    options = Options(precisions=("fp32", "fp16", "int8"), embedding=True, calibration=100, max_drop=100, provider="cpu")
+    export(run_folder / "checkpoints" / "best.safetensors", out, options)
+    return out

@@ -1,0 +1,339 @@
+"""Every route over real HTTP: what clients get, and what they get when they are wrong."""
+
+import base64
+import hashlib
+import json
+import shutil
+import socket
+import struct
+import threading
+import time
+import zlib
+
+import numpy as np
+import pytest
+
+from cibl_ray.bundle import open_bundle
+from cibl_ray.runtime import Runtime
+from pipelines.errors import UserError
+from pipelines.pixels import decode
+from tests.serve.conftest import encoded, serving, until
+
+
+def expected(bundle, data: bytes, shift: float = 0) -> np.ndarray:
+    runtime = Runtime(bundle / "model.onnx", "cpu")
+    return runtime(runtime.card.rule(decode(data))[None], np.array([shift], np.float32), ("probabilities",))[0][0]
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+def test_raw_bytes(server, bundle, kind):
+    data = encoded(kind, 3)
+    answer = server.ask("POST", "/v1/predict?top_k=3&tail_shift=0.5", data)
+    assert answer.status == 200, answer.body
+    content = answer.json()
+    probabilities = expected(bundle, data, 0.5)
+    card = open_bundle(bundle).card
+    (prediction,) = content["predictions"]
+    best = np.argsort(-probabilities)[:3]
+    assert [entry["label"] for entry in prediction["top"]] == [card.classes[i] for i in best]
+    assert [entry["group"] for entry in prediction["top"]] == [card.groups[i] for i in best]
+    assert [entry["probability"] for entry in prediction["top"]] == pytest.approx(probabilities[best].tolist(), abs=2e-6)
+    assert content["model"] == "digits"
+    assert content["sha256"] == open_bundle(bundle).models["fp32"].sha256
+
+
+def test_multipart_and_json_give_what_raw_bytes_give(server):
+    files = [encoded("PNG", n) for n in range(3)]
+    single = [server.ask("POST", "/v1/predict?top_k=2", data).json()["predictions"][0] for data in files]
+    body = b"".join(
+        b'--X\r\nContent-Disposition: form-data; name="image"; filename="%d.png"\r\n\r\n%b\r\n' % (n, data)
+        for n, data in enumerate(files)
+    )
+    body += b'--X\r\nContent-Disposition: form-data; name="top_k"\r\n\r\n2\r\n--X--\r\n'
+    form = server.ask("POST", "/v1/predict", body, Content_Type="multipart/form-data; boundary=X")
+    assert form.status == 200, form.body
+    text = json.dumps({"images": [base64.b64encode(data).decode() for data in files], "top_k": 2})
+    as_json = server.ask("POST", "/v1/predict", text, Content_Type="application/json")
+    assert as_json.status == 200, as_json.body
+    for answer in (form, as_json):
+        got = answer.json()["predictions"]
+        assert [[entry["label"] for entry in one["top"]] for one in got] == [
+            [entry["label"] for entry in one["top"]] for one in single
+        ]
+        flat = [entry["probability"] for one in got for entry in one["top"]]
+        assert flat == pytest.approx([entry["probability"] for one in single for entry in one["top"]], abs=1e-5)
+
+
+def png(width: int, height: int) -> bytes:
+    """A PNG whose header announces more than its few bytes hold."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(b"\0" * 1000)) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "headers", "status", "code"),
+    [
+        ("/v1/predict", b"", {}, 400, "invalid_request"),
+        ("/v1/predict", b"GIF89a" + bytes(50), {}, 415, "unsupported_image"),
+        ("/v1/predict", b"hello", {}, 415, "unsupported_image"),
+        ("/v1/predict", lambda: encoded("JPEG", size=200)[:-500], {}, 422, "invalid_image"),
+        ("/v1/predict", lambda: encoded("PNG")[:60], {}, 422, "invalid_image"),
+        ("/v1/predict", b"\xff\xd8\xff\xe0 not a JPEG at all", {}, 422, "invalid_image"),
+        ("/v1/predict", png(50_000, 50_000), {}, 422, "invalid_image"),
+        ("/v1/predict?top_k=0", b"x", {}, 400, "invalid_request"),
+        ("/v1/predict?tail_shift=nan", b"x", {}, 400, "invalid_request"),
+        ("/v1/predict?tail_shift=1e9", b"x", {}, 400, "invalid_request"),
+        ("/v1/predict?topk=1", b"x", {}, 400, "invalid_request"),
+        ("/v1/predict?model=other", lambda: encoded("PNG"), {}, 404, "no_model"),
+        ("/v1/predict", b"{", {"Content_Type": "application/json"}, 400, "invalid_request"),
+        ("/v1/predict", b"[" * 100_000, {"Content_Type": "application/json"}, 400, "invalid_request"),
+        ("/v1/predict", b'{"image": "*"}', {"Content_Type": "application/json"}, 400, "invalid_request"),
+        ("/v1/predict", b'{"images": []}', {"Content_Type": "application/json"}, 400, "invalid_request"),
+        ("/v1/predict", b"--X\r\n", {"Content_Type": "multipart/form-data"}, 400, "invalid_request"),
+        ("/v2/models/digits/infer", b"{}", {}, 400, "invalid_request"),
+        ("/v2/models/other/infer", b"{}", {}, 404, "no_model"),
+        ("/v2/models/..%2f..%2fetc/infer", b"{}", {}, 404, "not_found"),
+        ("/nowhere", b"", {}, 404, "not_found"),
+        ("/v1/models", b"", {}, 405, "method_not_allowed"),
+    ],
+)
+def test_errors_have_one_shape(server, path, body, headers, status, code):
+    answer = server.ask("POST", path, body() if callable(body) else body, **headers)
+    assert (answer.status, answer.json()["code"]) == (status, code), answer.body
+    assert set(answer.json()) == {"error", "code", "request_id"}
+    assert answer.headers["x-request-id"] == answer.json()["request_id"]
+
+
+def tensor(name, shape, datatype, data):
+    return {"name": name, "shape": shape, "datatype": datatype, "data": data}
+
+
+@pytest.mark.parametrize(
+    "inputs",
+    [
+        [tensor("images", [1, 16, 16, 4], "UINT8", [0] * 1024)],
+        [tensor("images", [1, 16, 16, 3], "FP32", [0] * 768)],
+        [tensor("images", [1, 16, 16, 3], "UINT8", [0] * 767)],
+        [tensor("images", [1, 16, 16, 3], "UINT8", [256] * 768)],
+        [tensor("images", [1, 16, 16, 3], "UINT8", [0.5] * 768)],
+        [tensor("images", [1, 16, 16, 3], "UINT8", ["a"] * 768)],
+        [tensor("images", [0, 16, 16, 3], "UINT8", [])],
+        [tensor("images", [-1, 16, 16, 3], "UINT8", [0] * 768)],
+        [tensor("images", [2**31, 2**31, 2**31, 3], "UINT8", [0])],
+        [tensor("images", [1, 16, 16, 3], "UINT8", [0] * 768)] * 2,
+        [tensor("images", [1, 16, 16, 3], "UINT8", [0] * 768), tensor("tail_shift", [2], "FP32", [0, 1])],
+        [tensor("images", [1, 16, 16, 3], "UINT8", [0] * 768), tensor("tail_shift", [1], "FP32", [1e30])],
+        [tensor("images", [1, 16, 16, 3], "UINT8", None)],
+        [{"name": "images", "shape": [1, 16, 16, 3], "datatype": "UINT8", "parameters": {"binary_data_size": 768}}],
+        "images",
+        [1],
+    ],
+)
+def test_wrong_tensors_are_400(server, inputs):
+    answer = server.ask("POST", "/v2/models/digits/infer", json.dumps({"inputs": inputs}))
+    assert answer.status == 400, answer.body
+
+
+def test_triton_client(server, bundle):
+    from tritonclient import http as triton
+
+    client = triton.InferenceServerClient(f"127.0.0.1:{server.port}")
+    assert client.is_server_live()
+    assert client.is_server_ready()
+    assert client.is_model_ready("digits")
+    assert client.get_model_metadata("digits")["inputs"][0]["shape"] == [-1, 16, 16, 3]
+    images = np.random.default_rng(0).integers(0, 256, (5, 16, 16, 3), dtype=np.uint8)
+    shift = np.linspace(0, 2, 5).astype(np.float32)
+    runtime = Runtime(bundle / "model.onnx", "cpu")
+    for binary in (True, False):
+        tensors = [triton.InferInput("images", images.shape, "UINT8"), triton.InferInput("tail_shift", [5], "FP32")]
+        tensors[0].set_data_from_numpy(images, binary_data=binary)
+        tensors[1].set_data_from_numpy(shift, binary_data=binary)
+        outputs = [triton.InferRequestedOutput(name, binary_data=binary) for name in ("logits", "probabilities", "embedding")]
+        for inputs, expected_of in ((tensors, shift), (tensors[:1], None)):
+            result = client.infer("digits", inputs, outputs=outputs)
+            for name, values in zip(
+                ("logits", "probabilities", "embedding"),
+                runtime(images, expected_of, ("logits", "probabilities", "embedding")),
+                strict=True,
+            ):
+                assert np.abs(result.as_numpy(name) - values).max() < 1e-4, name
+    with pytest.raises(Exception, match="no such model"):
+        client.infer("other", tensors)
+    client.close()
+
+
+def test_download_resumes_and_names_its_checksum(server, bundle):
+    whole = (bundle / "model.onnx").read_bytes()
+    sha256 = hashlib.sha256(whole).hexdigest()
+    path = "/v1/models/digits/fp32.onnx"
+    listed = server.ask("GET", "/v1/models").json()["models"][0]["files"]
+    assert listed["fp32"] == {"url": path, "sha256": sha256, "bytes": len(whole)}
+    assert set(listed) == {"fp32", "fp16", "int8"}
+    answer = server.ask("GET", path)
+    assert answer.body == whole
+    assert answer.headers["etag"] == f'"{sha256}"'
+    assert answer.headers["repr-digest"] == f"sha-256=:{base64.b64encode(bytes.fromhex(sha256)).decode()}:"
+    for wanted, part, first in (
+        ("bytes=0-99", whole[:100], 0),
+        ("bytes=500-", whole[500:], 500),
+        ("bytes=-7", whole[-7:], len(whole) - 7),
+    ):
+        answer = server.ask("GET", path, Range=wanted)
+        assert (answer.status, answer.body) == (206, part)
+        assert answer.headers["content-range"] == f"bytes {first}-{first + len(part) - 1}/{len(whole)}"
+    assert server.ask("GET", path, Range="bytes=0-99", If_Range='"other"').status == 200
+    assert server.ask("GET", path, Range=f"bytes={len(whole)}-").status == 416
+    assert server.ask("GET", path, If_None_Match=f'"{sha256}"').status == 304
+    head = server.ask("HEAD", path)
+    assert (head.status, head.body, head.headers["content-length"]) == (200, b"", str(len(whole)))
+    for other in ("fp64.onnx", "..%2fmanifest.json", "model.onnx", "%2e%2e", "README.md"):
+        assert server.ask("GET", f"/v1/models/digits/{other}").status == 404
+
+
+def test_metrics_docs_and_openapi(server):
+    server.ask("POST", "/v1/predict", encoded("PNG", 0))
+    text = server.ask("GET", "/metrics").body.decode()
+    for name in (
+        "cibl_ray_requests_total{",
+        "cibl_ray_request_seconds_bucket{",
+        "cibl_ray_batch_images_count{",
+        "cibl_ray_waiting_requests",
+        "cibl_ray_answers_total{",
+    ):
+        assert name in text, name
+    document = server.ask("GET", "/openapi.json").json()
+    assert "/v1/predict" in document["paths"]
+    assert b"/v2/models/{name}/infer" in server.ask("GET", "/docs").body
+
+
+def test_slow_senders_are_cut_off(server):
+    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
+        connection.sendall(b"POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\nabc")
+        begun = time.monotonic()
+        answer = connection.recv(4096)
+        assert b" 408 " in answer.splitlines()[0]
+        assert time.monotonic() - begun < 5
+
+
+def test_a_body_is_refused_before_it_is_sent(server):
+    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
+        connection.sendall(b"POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Length: 999999999\r\n\r\n")
+        assert b" 413 " in connection.recv(4096).splitlines()[0]
+
+
+def test_keys(bundle, tmp_path, monkeypatch):
+    (tmp_path / "keys").write_text("# ours\nsecret-one\n\n")
+    monkeypatch.setenv("CIBL_RAY_API_KEYS", "secret-two")
+    with serving([bundle], keys_file=tmp_path / "keys") as server:
+        assert server.ask("GET", "/v2/health/ready").status == 200
+        for path in ("/v1/models", "/metrics", "/docs", "/v1/models/digits/fp32.onnx", "/v2"):
+            refused = server.ask("GET", path)
+            assert (refused.status, refused.json()["code"]) == (401, "unauthorized")
+        assert server.ask("GET", "/v1/models", X_API_Key="secret").status == 401
+        assert server.ask("GET", "/v1/models", X_API_Key="secret-one").status == 200
+        assert server.ask("GET", "/v1/models", Authorization="Bearer secret-two").status == 200
+    (tmp_path / "keys").write_text("# none\n")
+    with pytest.raises(UserError, match="holds no key"), serving([bundle], keys_file=tmp_path / "keys"):
+        pass
+
+
+def test_a_full_queue_is_503_and_the_rest_is_answered(bundle):
+    with serving([bundle], max_queue=4, max_batch=1) as server:
+        engine = server.app.store.models["digits"].engine
+        true, gate = engine.runtime, threading.Event()
+        engine.runtime = lambda *a: gate.wait(10) and true(*a)
+        engine.runtime.card = true.card
+        data, answers = encoded("PNG"), []
+        threads = [threading.Thread(target=lambda: answers.append(server.ask("POST", "/v1/predict", data))) for _ in range(12)]
+        for thread in threads:
+            thread.start()
+        until(lambda: len(answers) == 8)
+        assert {answer.status for answer in answers} == {503}
+        assert {answer.headers["retry-after"] for answer in answers} == {"1"}
+        gate.set()
+        for thread in threads:
+            thread.join()
+        assert sorted(answer.status for answer in answers) == [200] * 4 + [503] * 8
+
+
+def test_waiting_requests_make_one_batch(bundle):
+    with serving([bundle], max_batch=32) as server:
+        engine = server.app.store.models["digits"].engine
+        true, gate, sizes = engine.runtime, threading.Event(), []
+
+        def gated(images, *more):
+            sizes.append(len(images))
+            gate.wait(10)
+            return true(images, *more)
+
+        gated.card = true.card
+        engine.runtime = gated
+        data, answers = encoded("PNG"), []
+        threads = [threading.Thread(target=lambda: answers.append(server.ask("POST", "/v1/predict", data))) for _ in range(9)]
+        for thread in threads:
+            thread.start()
+        until(lambda: server.app._waiting == 9)
+        gate.set()
+        for thread in threads:
+            thread.join()
+        assert [answer.status for answer in answers] == [200] * 9
+        assert sizes == [1, 8] or (sum(sizes) == 9 and len(sizes) <= 3)
+
+
+def test_several_models_and_a_swap_without_a_failed_request(bundle, run_folder, tmp_path):
+    from cibl_ray.export import Options, export
+
+    first, second = tmp_path / "first", tmp_path / "second"
+    shutil.copytree(bundle, first)
+    export(run_folder / "checkpoints" / "last.safetensors", second, Options(name="other", provider="cpu"))
+    new = tmp_path / "new"
+    export(run_folder / "checkpoints" / "previous.safetensors", new, Options(name="digits", provider="cpu"))
+    with serving([first, second], watch_seconds=0.1) as server:
+        assert {model["name"] for model in server.ask("GET", "/v1/models").json()["models"]} == {"digits", "other"}
+        assert server.ask("POST", "/v1/predict", encoded("PNG")).status == 400  # which?
+        answers, stop = [], threading.Event()
+
+        def ask() -> None:
+            while not stop.is_set():
+                answers.append(server.ask("POST", "/v1/predict?model=digits", encoded("PNG")))
+
+        threads = [threading.Thread(target=ask) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        time.sleep(0.3)
+        first.rename(tmp_path / "old")
+        new.rename(first)
+        wanted = open_bundle(first).models["fp32"].sha256
+        until(lambda: answers[-1].json().get("sha256") == wanted)
+        # A version that does not load is not taken up, and what was there goes on.
+        shutil.copytree(first, tmp_path / "broken")
+        (tmp_path / "broken" / "model.onnx").write_bytes(b"broken")
+        first.rename(tmp_path / "good")
+        (tmp_path / "broken").rename(first)
+        until(
+            lambda: next(m for m in server.ask("GET", "/v1/models").json()["models"] if m["name"] == "digits")["failed_update"]
+        )
+        time.sleep(0.2)
+        stop.set()
+        for thread in threads:
+            thread.join()
+    assert {answer.status for answer in answers} == {200}
+    assert {answer.json()["sha256"] for answer in answers} == {open_bundle(bundle).models["fp32"].sha256, wanted}
+
+
+def test_nothing_of_a_request_forges_a_log_line(bundle, tmp_path):
+    with serving([bundle], access_log=tmp_path / "log") as server:
+        server.ask("GET", "/x%0a%7b%22status%22:200%7d", X_Request_Id="mine-1")
+        server.ask("GET", "/y", X_Request_Id='"}{ evil')
+        server.ask("POST", "/v1/predict", encoded("PNG"))
+        (file,) = (tmp_path / "log").iterdir()
+        lines = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [line["status"] for line in lines] == [404, 404, 200]
+    assert lines[0]["request_id"] == "mine-1"
+    assert "evil" not in lines[1]["request_id"]
+    assert (lines[2]["route"], lines[2]["images"], lines[2]["model"]) == ("predict", 1, "digits")

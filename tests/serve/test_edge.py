@@ -1,0 +1,116 @@
+"""The edge client: verified, resumed, cached downloads; answers without the service, and without torch."""
+
+import io
+import json
+import subprocess
+import sys
+
+import pytest
+
+from cibl_ray.bundle import open_bundle
+from pipelines.errors import UserError
+from serve import edge
+from serve.edge import Edge, download, frames
+from tests.conftest import REPOSITORY
+from tests.serve.conftest import encoded, serving
+
+
+def test_downloads_once_and_answers_like_the_service(bundle, server, tmp_path):
+    url = f"http://127.0.0.1:{server.port}"
+    path = download(url, tmp_path, precision="int8")
+    assert path.name == f"{open_bundle(bundle).models['int8'].sha256}.onnx"
+    before = path.stat().st_mtime_ns
+    assert download(f"{url}/v1/models/digits/int8.onnx", tmp_path) == path
+    assert path.stat().st_mtime_ns == before
+    path = download(url, tmp_path)
+    data = encoded("PNG", 5)
+    here = Edge(path).classify(data, 3, 0.7)
+    there = server.ask("POST", "/v1/predict?top_k=3&tail_shift=0.7", data).json()["predictions"][0]["top"]
+    assert [entry["label"] for entry in here] == [entry["label"] for entry in there]
+    assert [entry["probability"] for entry in here] == pytest.approx([entry["probability"] for entry in there], abs=1e-5)
+
+
+def test_a_broken_download_goes_on_and_a_false_one_is_not_kept(bundle, server, tmp_path):
+    url, entry = f"http://127.0.0.1:{server.port}", open_bundle(bundle).models["fp32"]
+    whole = entry.path.read_bytes()
+    (tmp_path / f"{entry.sha256}.part").write_bytes(whole[:-100])
+    asked = []
+    true = edge._open
+
+    def opened(url, key, headers=None):
+        asked.append(headers)
+        return true(url, key, headers)
+
+    edge._open = opened
+    try:
+        assert download(url, tmp_path).read_bytes() == whole
+        assert asked[-1]["Range"] == f"bytes={len(whole) - 100}-"
+        other = tmp_path / "other"
+        other.mkdir()
+        (other / f"{entry.sha256}.part").write_bytes(b"x" * (len(whole) - 100))
+        with pytest.raises(UserError, match="another checksum"):
+            download(url, other)
+        assert not list(other.glob("*.onnx"))
+        assert download(url, other).read_bytes() == whole  # from the start
+    finally:
+        edge._open = true
+
+
+def test_without_the_service_what_was_downloaded_is_used(bundle, tmp_path, capsys):
+    with serving([bundle]) as server:
+        url = f"http://127.0.0.1:{server.port}"
+        path = download(url, tmp_path)
+    assert download(url, tmp_path) == path
+    assert "using the model that was downloaded before" in capsys.readouterr().err
+    with pytest.raises(UserError, match="does not answer"):
+        download(url, tmp_path / "empty")
+
+
+@pytest.mark.parametrize("url", ["ftp://x/y", "file:///etc/passwd", "nothing", "http://127.0.0.1:1/v1/models/../x"])
+def test_a_wrong_url_is_explained(url, tmp_path):
+    with pytest.raises(UserError):
+        download(url, tmp_path)
+
+
+def test_frames_of_a_stream():
+    pictures = [encoded("JPEG", n, size=60 + n, quality=95) for n in range(5)]
+    # One with a preview inside, as cameras write them.
+    preview = b"\xff\xe1" + (len(pictures[0]) + 2).to_bytes(2, "big") + pictures[0]
+    pictures.append(pictures[1][:2] + preview + pictures[1][2:])
+    stream = b"\r\n--boundary\r\n".join([b"", *pictures, b"\xff\xd8\xff\xe0cut short"])
+
+    class Slow(io.BytesIO):
+        def read1(self, size=-1):
+            return self.read(7)
+
+    assert list(frames(io.BytesIO(stream))) == pictures
+    assert list(frames(Slow(stream))) == pictures
+
+
+def test_command_needs_no_torch_no_ray(bundle, tmp_path):
+    (tmp_path / "images").mkdir()
+    for n in range(3):
+        (tmp_path / "images" / f"{n}.png").write_bytes(encoded("PNG", n))
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    allowed = "numpy PIL onnxruntime pipelines cibl_ray serve"
+    program = f"""
+import sys
+class Only:
+    def find_spec(self, name, path=None, target=None):
+        top = name.partition('.')[0]
+        if top not in sys.stdlib_module_names and top not in {allowed.split()!r}:
+            if top in ('torch', 'torchvision', 'ray', 'pydantic', 'yaml', 'tqdm', 'starlette', 'matplotlib', 'onnx', 'ffcv'):
+                raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Only())
+sys.argv = ['edge', *{[str(bundle / "model.onnx"), str(tmp_path / "images"), "--json", "--top", "2"]!r}]
+import runpy
+runpy.run_module('serve.edge', run_name='__main__')
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [len(line["top"]) for line in lines] == [2, 2, 2]
+    command = [sys.executable, "-m", "serve.edge", str(bundle / "model.onnx"), str(tmp_path / "bad.png")]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,236 @@
+"""`python -m serve` for real: Ray Serve, HAProxy, replicas; killed, swapped, ended."""
+
+import http.client
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import warnings
+from contextlib import suppress
+
+import psutil
+import pytest
+import yaml
+
+from cibl_ray.bundle import open_bundle
+from pipelines.errors import UserError
+from serve.front import rewrite
+from tests.conftest import REPOSITORY
+from tests.serve.conftest import encoded, until
+
+pytestmark = pytest.mark.timeout(420)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def ask(port: int, method: str, path: str, body: bytes | None = None) -> tuple[int, bytes]:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+    try:
+        connection.request(method, path, body)
+        answer = connection.getresponse()
+        return answer.status, answer.read()
+    finally:
+        connection.close()
+
+
+def ready(port: int) -> bool:
+    try:
+        return ask(port, "GET", "/v2/health/ready")[0] == 200
+    except OSError:
+        return False
+
+
+@pytest.fixture(scope="module")
+def place(bundle, tmp_path_factory):
+    """A copy of the bundle, to be replaced."""
+    folder = tmp_path_factory.mktemp("served") / "digits"
+    shutil.copytree(bundle, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def service(place):
+    port = free_port()
+    command = [
+        sys.executable,
+        "-m",
+        "serve",
+        str(place),
+        "--port",
+        str(port),
+        "--replicas",
+        "2",
+        "--access-log",
+        str(place.parent / "log"),
+    ]
+    process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    until(lambda: ready(port) or process.poll() is not None, 120)
+    assert process.poll() is None, process.stderr.read()
+    yield process, port
+    if process.poll() is None:
+        process.kill()
+
+
+def family(process: subprocess.Popen) -> list[psutil.Process]:
+    return psutil.Process(process.pid).children(recursive=True)
+
+
+def replicas(process: subprocess.Popen) -> list[psutil.Process]:
+    return [child for child in family(process) if "ServeReplica" in " ".join(child.cmdline())]
+
+
+def load(port: int, act, seconds: float = 4) -> list[int | str]:
+    """The statuses that 16 connections got while `act` happened."""
+    data, statuses, stop = encoded("PNG", 2), [], threading.Event()
+
+    def one() -> None:
+        while not stop.is_set():
+            try:
+                statuses.append(ask(port, "POST", "/v1/predict", data)[0])
+            except OSError as error:
+                statuses.append(type(error).__name__)
+
+    threads = [threading.Thread(target=one) for _ in range(16)]
+    for thread in threads:
+        thread.start()
+    time.sleep(1)
+    act()
+    time.sleep(seconds)
+    stop.set()
+    for thread in threads:
+        thread.join(30)
+        assert not thread.is_alive(), "a request hangs"
+    return statuses
+
+
+def test_answers_and_listens_on_loopback_alone(service):
+    process, port = service
+    status, body = ask(port, "POST", "/v1/predict?top_k=1", encoded("JPEG", 1, size=60))
+    assert status == 200, body
+    assert json.loads(body)["model"] == "digits"
+    listening = set()
+    for child in [psutil.Process(process.pid), *family(process)]:
+        with suppress(psutil.NoSuchProcess):
+            listening |= {found.laddr.ip for found in child.net_connections("inet") if found.status == psutil.CONN_LISTEN}
+    assert listening
+    assert listening <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+
+
+def test_metrics_are_of_all_replicas(service):
+    process, port = service
+    assert len(replicas(process)) == 2
+
+    def counted() -> float:
+        lines = ask(port, "GET", "/metrics")[1].decode().splitlines()
+        return sum(float(line.split()[-1]) for line in lines if line.startswith("cibl_ray_answers_total{"))
+
+    before = counted()
+    for _ in range(20):
+        assert ask(port, "POST", "/v1/predict", encoded("PNG"))[0] == 200
+    assert {counted() for _ in range(6)} == {before + 20}
+
+
+def test_a_new_version_comes_without_a_failed_request(service, place, run_folder, tmp_path):
+    from cibl_ray.export import Options, export
+
+    _, port = service
+    new = tmp_path / "new"
+    export(run_folder / "checkpoints" / "last.safetensors", new, Options(name="digits", provider="cpu"))
+    wanted = open_bundle(new).models["fp32"].sha256
+
+    def swap() -> None:
+        place.rename(place.with_name("old"))
+        new.rename(place)
+
+    assert set(load(port, swap)) == {200}
+    answers = {json.loads(ask(port, "POST", "/v1/predict", encoded("PNG"))[1])["sha256"] for _ in range(10)}
+    assert answers == {wanted}
+
+
+def test_a_killed_replica_costs_no_more_than_what_it_had(service):
+    process, port = service
+    victim = replicas(process)[0]
+    statuses = load(port, lambda: os.kill(victim.pid, signal.SIGKILL))
+    failed = [status for status in statuses if status != 200]
+    assert set(failed) <= {503}
+    assert len(failed) <= 16
+    until(lambda: len(replicas(process)) == 2, 90)
+
+
+def test_sigterm_answers_what_was_asked_and_leaves_no_process(service):
+    process, port = service
+    children = family(process)
+    statuses = []
+
+    def late() -> None:
+        statuses.append(ask(port, "POST", "/v1/predict", encoded("PNG"))[0])
+
+    thread = threading.Thread(target=late)
+    thread.start()
+    process.send_signal(signal.SIGTERM)
+    thread.join(30)
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert statuses == [200]
+    assert "serving digits (fp32)" in output
+    assert "Traceback" not in errors
+    until(lambda: not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children), 30)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere"], "'nowhere' is not a bundle"),
+        (["BUNDLE", "--replicas", "2-1"], "--replicas 2-1"),
+        (["BUNDLE", "--port", "PORT"], "Address already in use"),
+        (["BUNDLE", "--keys", "nowhere"], "cannot be read"),
+        (["BUNDLE", "--max-batch", "0"], "max_batch"),
+    ],
+)
+def test_mistakes_are_one_line(bundle, arguments, message):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        replaced = {"BUNDLE": str(bundle), "PORT": str(taken.getsockname()[1])}
+        command = [sys.executable, "-m", "serve", *(replaced.get(word, word) for word in arguments)]
+        done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_haproxys_own_pages_stay_on_loopback(tmp_path):
+    config = (
+        "defaults\n    mode http\n    option log-health-checks\n    errorfile 502 /x/500.http\n"
+        "frontend prometheus\n    bind :9101\nfrontend http_frontend\n    bind *:8000\nlisten stats\n  bind *:8404\n"
+    )
+    changed = rewrite(config, tmp_path / "lost.http", 8000)
+    assert "bind 127.0.0.1:9101" in changed
+    assert "bind 127.0.0.1:8404" in changed
+    assert "bind *:8000" in changed
+    assert f"errorfile 502 {tmp_path}/lost.http" in changed
+    assert changed.count("timeout http-request 10s") == 1
+
+
+def test_the_cluster_configuration_is_one_that_ray_serve_takes():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Ray's schema is written for an older pydantic
+        from ray.serve.schema import ServeDeploySchema
+
+    from serve.deployment import build
+
+    content = yaml.safe_load((REPOSITORY / "serve" / "config.yaml").read_text())
+    schema = ServeDeploySchema.model_validate(content)
+    assert str(schema.http_options.host) == "127.0.0.1"
+    build(content["applications"][0]["args"])
+    with pytest.raises(UserError, match="max_batch"):
+        build({**content["applications"][0]["args"], "max_batch": 0})
