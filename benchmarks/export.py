@@ -94,7 +94,7 @@ def _runtimes(folder: Path) -> dict[str, Runtime]:
     base = folder / "base.onnx"
     export_base(_network(), DataConfig(), False, base)
     to_fp16(base, folder / "fp16.onnx")
-    to_int8(base, folder / "int8.onnx", iter(np.split(_noise(128), 8)), this_machine())
+    to_int8(base, folder / "int8.onnx", _noise(128), this_machine())
     counts = np.arange(10, 0, -1)
     card = Runtime(bundle / "model.onnx", "cpu").card
     for precision in ("fp16", "int8"):

@@ -27,6 +27,7 @@ from pipelines.settings import validate
 log = logging.getLogger(__name__)
 
 FORMAT = 3
+_READ = (2, 3)  # 2: without steps within an epoch
 LAST, PREVIOUS, BEST = "last.safetensors", "previous.safetensors", "best.safetensors"
 _HEADER = "cibl_ray"
 
@@ -134,7 +135,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
         raise UserError(f"checkpoint {str(path)!r} is cut short or damaged: {error}") from error
     try:
         content: dict[str, Any] = json.loads(header or "")
-        if content["format"] != FORMAT:
+        if content["format"] not in _READ:
             raise UserError(f"checkpoint {str(path)!r} has format {content['format']}, this version reads {FORMAT}")
         return Checkpoint(
             config=validate(RunConfig, content["config"], str(path)),
@@ -142,7 +143,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
             train_counts=np.array(content["train_counts"], dtype=np.int64),
             data=content["data"],
             epoch=content["epoch"],
-            step=content["step"],
+            step=content.get("step", 0),
             best=content["best"],
             weights=_part(tensors, "weights."),
             momentum=_part(tensors, "momentum."),

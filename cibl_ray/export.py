@@ -177,8 +177,7 @@ class _Export:
             target = self.options.target or this_machine()
             calibration = self._calibration()
             log.info("calibrating int8 for %s on %d training images, as many of each class", target, len(calibration))
-            batches = (calibration[i : i + 16] for i in range(0, len(calibration), 16))
-            to_int8(bases["fp32"], bases["int8"], batches, target)
+            to_int8(bases["fp32"], bases["int8"], calibration, target)
             self.source = {**self.source, "int8": {"target": target, "calibration_images": len(calibration)}}
 
     def _finish(self, bases: dict[str, Path], accuracy: dict[str, Any]) -> dict[str, Any]:

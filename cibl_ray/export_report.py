@@ -84,7 +84,7 @@ def write_model_card(path: Path, manifest: dict[str, Any], sizes: dict[str, int]
         "```",
         "",
         f"Input `images`: uint8 (N, {manifest['rule']['size']}, {manifest['rule']['size']}, 3), any N. "
-        f"{manifest['input'].capitalize()}. "
+        f"{manifest['input'][0].upper()}{manifest['input'][1:]}. "
         "Input `tail_shift`, optional: float32 (1) or (N). Outputs: `logits`, `probabilities`, float32 (N, "
         f"{len(classes)}). The same is in the file's metadata under `cibl_ray`, as JSON.",
         "",

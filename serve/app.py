@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from cibl_ray.bundle import MANIFEST
 from serve import v2
 from serve.access import AccessLog
 from serve.downloads import file_of, send_file
@@ -203,8 +204,10 @@ class App:
 
     async def _v1_file(self, request: Request, send: Send, common: Headers) -> tuple[int, dict[str, Any]]:
         model = self._model(request.model)
-        path, sha256, content_type = file_of(model, request.file or "")
-        return await send_file(request, send, path, sha256, content_type, common), {"model": model.name}
+        if request.file == MANIFEST:
+            return await self._json(send, common, model.bundle.manifest)
+        file, sha256 = file_of(model, request.file or "")
+        return await send_file(request, send, file, sha256, common), {"model": model.name}
 
     async def _v2_server(self, request: Request, send: Send, common: Headers) -> tuple[int, dict[str, Any]]:
         return await self._json(send, common, {"name": "cibl-ray", "version": "2", "extensions": ["binary_tensor_data"]})

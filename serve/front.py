@@ -13,7 +13,12 @@ import sys
 from pathlib import Path
 
 _BINARY = "RAY_SERVE_HAPROXY_BINARY_PATH"
-_LOST = {"error": "the replica that had this request ended; send it again", "code": "replica_lost", "request_id": ""}
+# What HAProxy says by itself, in the shape of all other errors.
+_PAGES = {
+    400: ("Bad Request", "invalid_request", "this is not HTTP"),
+    408: ("Request Timeout", "too_slow", "the request did not arrive in time"),
+    503: ("Service Unavailable", "replica_lost", "no replica answered this request; send it again"),
+}
 
 
 def settle(folder: Path, port: int) -> None:
@@ -37,29 +42,30 @@ def settle(folder: Path, port: int) -> None:
     os.environ["RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S"] = "2"
 
 
-def rewrite(config: str, error_file: Path, port: int) -> str:
+def rewrite(config: str, pages: Path, port: int) -> str:
     """HAProxy's configuration with its own pages on loopback alone, slow requests cut off, and lost replicas told as 503.
 
     A request is sent on when it has arrived (as far as the buffer holds it): only then can it be sent again to another replica.
     """
     config = re.sub(rf"^(\s*bind\s+)\*?:(?!{port}\b)(\d+)", r"\g<1>127.0.0.1:\g<2>", config, flags=re.MULTILINE)
-    config = re.sub(r"^(\s*errorfile\s+50[234]\s+)\S+", rf"\g<1>{error_file}", config, flags=re.MULTILINE)
+    config = re.sub(r"^(\s*errorfile\s+50[234]\s+)\S+", rf"\g<1>{pages}/503.http", config, flags=re.MULTILINE)
     # On a connection that other clients' requests have used, HAProxy would close without an answer.
     config = config.replace("http-reuse always", "http-reuse safe")
     added = "    timeout http-request 10s\n    option http-buffer-request\n"
+    added += "".join(f"    errorfile {status} {pages}/{status}.http\n" for status in (400, 408))
     return re.sub(r"^(defaults\n\s*mode http\n)", rf"\g<1>{added}", config, count=1, flags=re.MULTILINE)
 
 
 def _script(folder: Path, port: int) -> Path:
-    body = json.dumps(_LOST)
-    error_file = folder / "lost.http"
-    head = "HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/json\r\nretry-after: 1\r\n"
-    error_file.write_text(f"{head}content-length: {len(body)}\r\n\r\n{body}", newline="")
+    for status, (reason, code, message) in _PAGES.items():
+        body = json.dumps({"error": message, "code": code, "request_id": ""})
+        head = f"HTTP/1.1 {status} {reason}\r\ncontent-type: application/json\r\nconnection: close\r\nretry-after: 1\r\n"
+        (folder / f"{status}.http").write_text(f"{head}content-length: {len(body)}\r\n\r\n{body}", newline="")
     script = folder / "haproxy"
     top = Path(__file__).resolve().parent.parent
     script.write_text(
         f"#!{sys.executable}\nimport sys\nsys.path.insert(0, {str(top)!r})\n"
-        f"from serve.front import start\nstart({_binary()!r}, {str(error_file)!r}, {port})\n"
+        f"from serve.front import start\nstart({_binary()!r}, {str(folder)!r}, {port})\n"
     )
     script.chmod(0o700)
     return script
@@ -72,10 +78,10 @@ def _binary() -> str:
     return str(get_haproxy_binary())
 
 
-def start(binary: str, error_file: str, port: int) -> None:
+def start(binary: str, pages: str, port: int) -> None:
     """Become HAProxy, with the configuration that the arguments name rewritten."""
     arguments = sys.argv[1:]
     if "-f" in arguments:
         path = Path(arguments[arguments.index("-f") + 1])
-        path.write_text(rewrite(path.read_text(), Path(error_file), port))
+        path.write_text(rewrite(path.read_text(), Path(pages), port))
     os.execv(binary, [binary, *arguments])  # noqa: S606  # no shell

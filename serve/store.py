@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import time
+import os
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,14 +22,18 @@ from serve.settings import ReplicaConfig
 log = logging.getLogger(__name__)
 
 
-@dataclass
+@dataclass(eq=False)
 class Model:
-    """A bundle at work. sha256: of the file that answers."""
+    """A bundle at work. sha256: of the file that answers. files: open descriptors by precision: what is downloaded stays this
+    version while another takes its place on disk."""
 
     bundle: Bundle
     engine: Engine
     sha256: str
-    loaded: float
+    files: dict[str, int]
+
+    def __post_init__(self) -> None:
+        weakref.finalize(self, _close, [*self.files.values()])
 
     @property
     def name(self) -> str:
@@ -97,7 +102,7 @@ class Store:
         """A model that has answered a real inference."""
         config = self._config
 
-        def load() -> tuple[Bundle, Runtime]:
+        def load() -> tuple[Bundle, Runtime, dict[str, int]]:
             bundle = open_bundle(path)
             if config.precision not in bundle.models:
                 raise UserError(f"{str(path)!r} has no {config.precision} model; it has {', '.join(bundle.models)}")
@@ -109,12 +114,12 @@ class Store:
                 raise UserError(f"{str(path)!r} does not answer: {error}") from error
             if probabilities.shape != (2, len(bundle.card.classes)) or not np.isfinite(probabilities).all():
                 raise UserError(f"{str(path)!r} gives no probabilities of its {len(bundle.card.classes)} classes")
-            return bundle, runtime
+            return bundle, runtime, {name: os.open(entry.path, os.O_RDONLY) for name, entry in bundle.models.items()}
 
-        bundle, runtime = await asyncio.to_thread(load)
+        bundle, runtime, files = await asyncio.to_thread(load)
         name = bundle.card.name
         engine = Engine(runtime, config.max_batch, lambda images: self._metrics.batch(name, images))
-        return Model(bundle, engine, bundle.models[config.precision].sha256, time.time())
+        return Model(bundle, engine, bundle.models[config.precision].sha256, files)
 
     def _retire(self, models: list[Model]) -> None:
         for model in models:
@@ -122,6 +127,11 @@ class Store:
 
     def close(self) -> None:
         self._retire([*self._at.values()])
+
+
+def _close(files: list[int]) -> None:
+    for file in files:
+        os.close(file)
 
 
 def _state(path: Path) -> tuple[int, int, int] | None:

@@ -156,6 +156,20 @@ def test_a_new_version_comes_without_a_failed_request(service, place, run_folder
     assert answers == {wanted}
 
 
+def test_slow_and_broken_requests_are_told_in_json(service):
+    _, port = service
+    with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
+        connection.sendall(b"POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\nabc")
+        head, _, body = connection.recv(4096).partition(b"\r\n\r\n")
+    assert b" 408 " in head.splitlines()[0]
+    assert json.loads(body)["code"] == "too_slow"
+    with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
+        connection.sendall(b"no HTTP at all\r\n\r\n")
+        head, _, body = connection.recv(4096).partition(b"\r\n\r\n")
+    assert b" 400 " in head.splitlines()[0]
+    assert json.loads(body)["code"] == "invalid_request"
+
+
 def test_a_killed_replica_costs_no_more_than_what_it_had(service):
     process, port = service
     victim = replicas(process)[0]
@@ -213,11 +227,12 @@ def test_haproxys_own_pages_stay_on_loopback(tmp_path):
         "defaults\n    mode http\n    option log-health-checks\n    errorfile 502 /x/500.http\n"
         "frontend prometheus\n    bind :9101\nfrontend http_frontend\n    bind *:8000\nlisten stats\n  bind *:8404\n"
     )
-    changed = rewrite(config, tmp_path / "lost.http", 8000)
+    changed = rewrite(config, tmp_path, 8000)
     assert "bind 127.0.0.1:9101" in changed
     assert "bind 127.0.0.1:8404" in changed
     assert "bind *:8000" in changed
-    assert f"errorfile 502 {tmp_path}/lost.http" in changed
+    assert f"errorfile 502 {tmp_path}/503.http" in changed
+    assert f"errorfile 408 {tmp_path}/408.http" in changed
     assert changed.count("timeout http-request 10s") == 1
 
 
