@@ -1,8 +1,8 @@
 """`python -m benchmarks.serve [--quick] [--images FOLDER]`: the service beside LitServe and beside onnxruntime alone.
 
-The same ONNX file (ResNet-32, 32x32), the same JPEG files, one onnxruntime thread each; `wrk` asks with 1, 16 and 64 connections,
-the sides in turn. LitServe gets each of three settings (each request alone; batches of 16 within 5 ms; the same over its faster
-queue), and the best counts. onnxruntime alone: a loop without decoding and without HTTP, at the fastest batch size.
+The same ONNX file (ResNet-32, 32x32), the same JPEG files, one onnxruntime thread each; `wrk` asks with 1, 16 and 64
+connections, the sides in turn. LitServe gets each of three settings (each request alone; batches of 16 within 5 ms; the same
+over its faster queue), and the best counts. onnxruntime alone: a loop without decoding and without HTTP, at the fastest batch.
 
 Then trouble: 64 connections while the model is swapped, while a replica is killed, while replicas are taken away.
 Needs `wrk` (apt-get install wrk) and `pip install litserve`.

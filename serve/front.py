@@ -15,7 +15,6 @@ from pathlib import Path
 _BINARY = "RAY_SERVE_HAPROXY_BINARY_PATH"
 # What HAProxy says by itself, in the shape of all other errors.
 _PAGES = {
-    400: ("Bad Request", "invalid_request", "this is not HTTP"),
     408: ("Request Timeout", "too_slow", "the request did not arrive in time"),
     503: ("Service Unavailable", "replica_lost", "no replica answered this request; send it again"),
 }
@@ -52,7 +51,7 @@ def rewrite(config: str, pages: Path, port: int) -> str:
     # On a connection that other clients' requests have used, HAProxy would close without an answer.
     config = config.replace("http-reuse always", "http-reuse safe")
     added = "    timeout http-request 10s\n    option http-buffer-request\n"
-    added += "".join(f"    errorfile {status} {pages}/{status}.http\n" for status in (400, 408))
+    added += f"    errorfile 408 {pages}/408.http\n"
     return re.sub(r"^(defaults\n\s*mode http\n)", rf"\g<1>{added}", config, count=1, flags=re.MULTILINE)
 
 

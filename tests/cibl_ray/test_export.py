@@ -105,7 +105,7 @@ def test_int8_is_quantised_and_close(bundle, run_folder):
     images, _ = split_images(run_folder)
     kinds = {node.op_type for node in onnx.load(bundle / "model.int8.onnx").graph.node}
     assert {"QuantizeLinear", "DequantizeLinear"} <= kinds
-    assert (bundle / "model.int8.onnx").stat().st_size < 0.5 * (bundle / "model.onnx").stat().st_size
+    assert (bundle / "model.int8.onnx").stat().st_size < 0.6 * (bundle / "model.onnx").stat().st_size
     fp32, int8 = (Runtime(bundle / FILES[name], "cpu")(images, outputs=("logits",))[0] for name in ("fp32", "int8"))
     assert (fp32.argmax(1) == int8.argmax(1)).mean() > 0.8
 

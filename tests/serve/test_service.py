@@ -156,18 +156,13 @@ def test_a_new_version_comes_without_a_failed_request(service, place, run_folder
     assert answers == {wanted}
 
 
-def test_slow_and_broken_requests_are_told_in_json(service):
+def test_slow_senders_are_told_in_json(service):
     _, port = service
     with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
         connection.sendall(b"POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\nabc")
-        head, _, body = connection.recv(4096).partition(b"\r\n\r\n")
+        head, _, body = connection.makefile("rb").read().partition(b"\r\n\r\n")
     assert b" 408 " in head.splitlines()[0]
     assert json.loads(body)["code"] == "too_slow"
-    with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
-        connection.sendall(b"no HTTP at all\r\n\r\n")
-        head, _, body = connection.recv(4096).partition(b"\r\n\r\n")
-    assert b" 400 " in head.splitlines()[0]
-    assert json.loads(body)["code"] == "invalid_request"
 
 
 def test_a_killed_replica_costs_no_more_than_what_it_had(service):
