@@ -1,8 +1,9 @@
 """`python -m benchmarks.serve [--quick] [--images FOLDER]`: the service beside LitServe and beside onnxruntime alone.
 
-The same ONNX file (ResNet-32, 32x32), the same JPEG files, one onnxruntime thread each; `wrk` asks with 1, 16 and 64
-connections, the sides in turn. LitServe gets each of three settings (each request alone; batches of 16 within 5 ms; the same
-over its faster queue), and the best counts. onnxruntime alone: a loop without decoding and without HTTP, at the fastest batch.
+The same ONNX file (ResNet-32, 32x32), the same JPEG files in base64 and JSON, one onnxruntime thread each; `wrk` asks with
+1, 16 and 64 connections, the sides in turn. LitServe gets each of three settings (each request alone; batches of 16 within
+5 ms; the same over its faster queue), and the best counts. onnxruntime alone: a loop without decoding and without HTTP, at
+the fastest batch.
 
 Then trouble: 64 connections while the model is swapped, while a replica is killed, while replicas are taken away.
 Needs `wrk` (apt-get install wrk) and `pip install litserve`.
@@ -94,7 +95,8 @@ def main() -> None:
         settings = SETTINGS if not arguments.quick else {"batches": SETTINGS["batches"]}
         for _ in range(rounds):
             with service(bundle) as base:
-                _measure(figures, "ours", f"{base}/v1/predict", scripts["raw"], connections, seconds)
+                _measure(figures, "ours", f"{base}/v1/predict", scripts["json"], connections, seconds)
+                _measure(figures, "ours_raw_bytes", f"{base}/v1/predict", scripts["raw"], connections, seconds)
             for name, setting in settings.items():
                 with _litserve(bundle, folder, *setting) as base:
                     _measure(figures, f"litserve_{name}", f"{base}/predict", scripts["json"], connections, seconds)
@@ -105,7 +107,8 @@ def main() -> None:
         side: {n: {key: round(statistics.median(row[key] for row in rows), 2) for key in rows[0]} for n, rows in by.items()}
         for side, by in figures.items()
     }
-    best = {n: max((medians[s][n] for s in medians if s != "ours"), key=lambda row: row["requests_per_s"]) for n in connections}
+    theirs = [side for side in medians if side.startswith("litserve")]
+    best = {n: max((medians[side][n] for side in theirs), key=lambda row: row["requests_per_s"]) for n in connections}
     ratios = {
         f"over_litserve_{n}": round(medians["ours"][n]["requests_per_s"] / best[n]["requests_per_s"], 2) for n in connections
     }
@@ -299,7 +302,7 @@ def swap():
     bundle.rename(bundle.with_name("old")); new.rename(bundle)
 
 def kill():
-    victims = [p for p in psutil.process_iter(["cmdline"]) if "ServeReplica" in " ".join(p.info["cmdline"] or [])]
+    victims = [p for p in psutil.Process().children(recursive=True) if "ServeReplica" in " ".join(p.cmdline())]
     os.kill(victims[0].pid, signal.SIGKILL)
 
 with running(args, "127.0.0.1", port, cpus=8) as deploy:

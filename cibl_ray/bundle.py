@@ -73,6 +73,8 @@ def read_card(content: Any, place: str) -> Card:
         card = Card(
             **{key: content[key] for key in Card.__dataclass_fields__ if key != "rule"}, rule=EvalRule(**content["rule"])
         )
+        if not isinstance(card.name, str):
+            raise TypeError("name")
         if not (len(card.classes) == len(card.train_counts) == len(card.groups) > 0):
             raise UserError(f"{place}: classes, training counts and groups differ in number")
         return card

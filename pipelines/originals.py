@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 from collections.abc import Iterator
 
 from PIL import Image
@@ -11,6 +12,8 @@ from pipelines.beton import RAW
 from pipelines.config import DataConfig
 from pipelines.prepare import Prepared, choose, subset_seed
 from pipelines.sources import open_source, source_present
+
+log = logging.getLogger(__name__)
 
 
 def original_images(prepared: Prepared, split: str, data: DataConfig, seed: int, count: int) -> Iterator[tuple[bytes, str]]:
@@ -25,6 +28,8 @@ def original_images(prepared: Prepared, split: str, data: DataConfig, seed: int,
         _, splits = choose(open_source(data.source), data, subset_seed(data, seed))
         if split in splits and splits[split].digest() == prepared.splits[split].source_digest:
             images = splits[split]
+    if images is None:
+        log.warning("the original images of the %s split are gone or have changed; the stored ones stand in for them", split)
     rows = {name: row for row, name in enumerate(images.names)} if images is not None else {}
     for row in range(min(count, len(beton))):
         if images is not None:

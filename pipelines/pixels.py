@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+_LONGEST = 65535  # pixels of a side, as JPEG has
+
 
 class BadImageError(ValueError):
     """The bytes are not an image, or only a part of one."""
@@ -27,7 +29,8 @@ def decode(data: bytes | np.ndarray, formats: tuple[str, ...] | None = None, max
         return Image.fromarray(data)
     try:
         image = Image.open(io.BytesIO(data), formats=formats)
-        if max_pixels is not None and image.width * image.height > max_pixels:
+        # A side of millions would make a resize cost gigabytes, however short the other one is.
+        if max_pixels is not None and (image.width * image.height > max_pixels or max(image.size) > _LONGEST):
             raise BadImageError(f"{image.width}x{image.height} pixels, {max_pixels:,} at most")
         image.load()
     except UnidentifiedImageError as error:

@@ -38,7 +38,14 @@ def main() -> None:
     parser.add_argument("--access-log", type=Path, metavar="FOLDER", help="JSON lines, one file a replica")
     arguments = parser.parse_args()
     least, most = _replicas(arguments.replicas)
-    names = [open_bundle(path).card.name for path in arguments.bundles]  # a mistake is told before anything is started
+    bundles = [open_bundle(path) for path in arguments.bundles]  # a mistake is told before anything is started
+    names = [bundle.card.name for bundle in bundles]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise UserError(f"two bundles have the name {twice!r}; export one under another: --name")
+    for bundle in bundles:
+        if arguments.precision not in bundle.models:
+            made = ", ".join(bundle.models)
+            raise UserError(f"{str(bundle.folder)!r} has no {arguments.precision} model; it has {made}: --precision")
     args: dict[str, Any] = {
         "bundles": [str(path.absolute()) for path in arguments.bundles],
         "precision": arguments.precision,

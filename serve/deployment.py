@@ -1,6 +1,7 @@
-"""The service as a Ray Serve application: `serve run serve.deployment:build bundles='["BUNDLE"]'`, or serve/config.yaml.
+"""The service as a Ray Serve application: `serve run serve/config.yaml`, or `serve deploy` of the same.
 
-Replicas answer HTTP themselves. A changed list of bundles (`serve deploy` again) is taken up without a restart.
+A new version in a bundle's place is taken up by each replica without a restart. Other arguments, deployed again, replace the
+replicas one after another, each when its successor answers.
 """
 
 from __future__ import annotations
@@ -58,15 +59,24 @@ class Service:
 
 
 def _listen_on_loopback() -> None:
-    """Replicas listen for each other on every interface, and Ray Serve has no setting for it."""
+    """Replicas listen for each other on every interface, and for HAProxy where that listens; Ray Serve has no setting for
+    it."""
     from ray.serve._private import replica
 
-    add = replica.add_port_to_grpc_server
+    add, start = replica.add_port_to_grpc_server, replica.start_asgi_http_server
     replica.add_port_to_grpc_server = lambda server, address: add(server, address.replace("[::]", "127.0.0.1"))
+    replica.start_asgi_http_server = lambda app, options, **more: start(
+        app, options.model_copy(update={"host": "127.0.0.1"}) if hasattr(options, "model_copy") else options, **more
+    )
 
 
-def build(args: dict[str, Any], metrics: Path | None = None) -> Application:
-    """The application of a configuration's `args`. metrics: where replicas of this machine add theirs up. Raises UserError."""
+def build(args: dict[str, Any]) -> Application:
+    """The application of a configuration's `args`. Raises UserError."""
+    return application(args, None)
+
+
+def application(args: dict[str, Any], metrics: Path | None) -> Application:
+    """The same where all replicas are on this machine, and add their metrics up in a folder. Raises UserError."""
     config = check(args)
     most = config.max_replicas
     scaling: dict[str, Any] = {"num_replicas": config.replicas}

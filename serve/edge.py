@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import http.client
 import json
 import os
 import re
@@ -114,9 +115,11 @@ def download(url: str, cache: Path, name: str | None = None, precision: str = "f
     remembered = cache / (hashlib.sha256(f"{base} {name} {precision}".encode()).hexdigest()[:16] + ".json")
     try:
         entry = _entry(base, name, precision, key)
-    except urllib.error.HTTPError as error:
-        raise UserError(f"{base}: {_reason(error)}") from error
-    except OSError as error:
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, StopIteration, http.client.HTTPException) as error:
+        if isinstance(error, urllib.error.HTTPError) and error.code < 500:
+            raise UserError(f"{base}: {_reason(error)}") from error
         if (kept := _remembered(remembered, cache)) is not None:
             print(f"{base} does not answer ({error}); using the model that was downloaded before", file=sys.stderr)
             return kept
@@ -128,7 +131,7 @@ def download(url: str, cache: Path, name: str | None = None, precision: str = "f
             _fetch(base + entry["url"], path, entry, key)
         except urllib.error.HTTPError as error:
             raise UserError(f"{base}: {_reason(error)}") from error
-        except OSError as error:
+        except (OSError, http.client.HTTPException) as error:
             raise UserError(f"the download broke off: {error}; the same command goes on with it") from error
     part = remembered.with_suffix(".part")
     part.write_text(json.dumps(entry))

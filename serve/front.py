@@ -31,7 +31,6 @@ def settle(folder: Path, port: int) -> None:
     os.environ["RAY_SERVE_HAPROXY_SERVER_STATE_BASE"] = str(folder)
     os.environ["RAY_SERVE_HAPROXY_SERVER_STATE_FILE"] = str(folder / "server-state")
     os.environ["RAY_SERVE_HAPROXY_METRICS_ENABLED"] = "0"  # the application has its own
-    os.environ["RAY_SERVE_HAPROXY_METRICS_PORT"] = str(port + 2)
     os.environ["RAY_SERVE_HAPROXY_NBTHREAD"] = "1"
     os.environ["RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S"] = "60"
     # Inference changes nothing, so what a lost replica had not answered may go to another one.
@@ -42,15 +41,19 @@ def settle(folder: Path, port: int) -> None:
 
 
 def rewrite(config: str, pages: Path, port: int) -> str:
-    """HAProxy's configuration with its own pages on loopback alone, slow requests cut off, and lost replicas told as 503.
+    """HAProxy's configuration with its own pages in a private folder, slow requests cut off, and lost replicas told as 503.
 
     A request is sent on when it has arrived (as far as the buffer holds it): only then can it be sent again to another replica.
     """
-    config = re.sub(rf"^(\s*bind\s+)\*?:(?!{port}\b)(\d+)", r"\g<1>127.0.0.1:\g<2>", config, flags=re.MULTILINE)
+    config = re.sub(rf"^(\s*bind\s+)\*?:(?!{port}\b)(\d+)", rf"\g<1>{pages}/\g<2>.sock", config, flags=re.MULTILINE)
+    config = re.sub(
+        r"^(frontend http_frontend\n)", r"\g<1>    http-request del-header x-forwarded-for\n", config, flags=re.MULTILINE
+    )
     config = re.sub(r"^(\s*errorfile\s+50[234]\s+)\S+", rf"\g<1>{pages}/503.http", config, flags=re.MULTILINE)
     # On a connection that other clients' requests have used, HAProxy would close without an answer.
     config = config.replace("http-reuse always", "http-reuse safe")
     added = "    timeout http-request 10s\n    option http-buffer-request\n"
+    added += "    option forwardfor\n"  # who asks, for the access log; what a client says of that is dropped
     added += f"    errorfile 408 {pages}/408.http\n"
     return re.sub(r"^(defaults\n\s*mode http\n)", rf"\g<1>{added}", config, count=1, flags=re.MULTILINE)
 

@@ -42,7 +42,10 @@ class Request:
 
     @property
     def query(self) -> dict[str, str]:
-        return dict(parse_qsl(self._query.decode("latin-1"), keep_blank_values=True, max_num_fields=32)) if self._query else {}
+        try:
+            return dict(parse_qsl(self._query.decode("latin-1"), keep_blank_values=True, max_num_fields=32))
+        except ValueError as error:
+            raise bad_request("the query has more than 32 fields") from error
 
     @property
     def content_type(self) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cibl_ray.ray_start import settle
+from pipelines.errors import UserError
 from serve import front
 from serve.settings import check
 
@@ -38,7 +39,7 @@ def running(args: dict[str, Any], host: str, port: int, cpus: int | None = None)
         from ray import serve
         from ray.serve.config import HTTPOptions
 
-        from serve.deployment import build
+        from serve.deployment import application
 
         check(args)
         most = max(args.get("max_replicas") or 0, args.get("replicas", 1)) * (args.get("threads") or 1)
@@ -54,9 +55,12 @@ def running(args: dict[str, Any], host: str, port: int, cpus: int | None = None)
             serve.start(http_options=HTTPOptions(host=host, port=port))
 
             def deploy(other: dict[str, Any]) -> None:
-                serve.run(build(other, folder / "metrics"), name=APPLICATION, route_prefix="/")
+                serve.run(application(other, folder / "metrics"), name=APPLICATION, route_prefix="/")
 
-            deploy(args)
+            try:
+                deploy(args)
+            except RuntimeError as error:  # of a replica that did not start
+                raise UserError(f"the service did not start: {' '.join(str(error).split())[-400:]}") from error
             yield deploy
             serve.delete(APPLICATION)  # replicas end after their last answer
         finally:

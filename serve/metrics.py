@@ -1,4 +1,4 @@
-"""What Prometheus scrapes: requests, latency, batches, queue, answers of each class; over all replicas of a node.
+"""What Prometheus scrapes: requests, latency, batches, queue, answers of each class.
 
 Replicas of one machine share a folder (PROMETHEUS_MULTIPROC_DIR), so that whichever is asked tells of all.
 """
@@ -6,6 +6,7 @@ Replicas of one machine share a folder (PROMETHEUS_MULTIPROC_DIR), so that which
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest, multiprocess
 
@@ -71,6 +72,10 @@ class Metrics:
         """The exposition format."""
         if not self._shared:
             return generate_latest(self._registry)
+        for path in Path(os.environ["PROMETHEUS_MULTIPROC_DIR"]).glob("gauge_live*_*.db"):
+            process = path.stem.rpartition("_")[2]
+            if not Path(f"/proc/{process}").exists():  # killed: nothing waits in it any more
+                multiprocess.mark_process_dead(int(process))
         registry = CollectorRegistry()
         multiprocess.MultiProcessCollector(registry)
         return generate_latest(registry)

@@ -37,7 +37,8 @@ class UnsupportedImageError(BadImageError):
 def pixels(data: bytes, rule: EvalRule, limits: Limits) -> np.ndarray:
     """uint8 (S, S, 3) of an image file, by the rule that evaluation followed. Raises BadImageError, or
     UnsupportedImageError."""
-    if not any(data.startswith(_SIGNATURES[name]) for name in limits.formats):
+    known = any(data.startswith(_SIGNATURES[name]) for name in limits.formats)
+    if not known or (data.startswith(b"RIFF") and data[8:12] != b"WEBP"):
         raise UnsupportedImageError(f"not an image of {', '.join(limits.formats)}")
     try:
         return rule(decode(data, limits.formats, limits.max_pixels))

@@ -57,6 +57,8 @@ def check(args: dict[str, Any]) -> ServiceConfig:
 def read_keys(config: ReplicaConfig) -> list[bytes]:
     """SHA-256 of each API key. Raises UserError where a file of keys is named that has none: nothing is open by mistake."""
     keys = [key.strip() for key in os.environ.get(KEYS, "").split(",") if key.strip()]
+    if KEYS in os.environ and not keys:
+        raise UserError(f"{KEYS} is set, but holds no key; unset it, or give keys separated by commas")
     if config.keys_file is not None:
         try:
             lines = [line.strip() for line in config.keys_file.read_text().splitlines()]

@@ -20,6 +20,7 @@ from serve.metrics import Metrics
 from serve.settings import ReplicaConfig
 
 log = logging.getLogger(__name__)
+_State = tuple[tuple[str, int, int, int], ...]
 
 
 @dataclass(eq=False)
@@ -33,7 +34,8 @@ class Model:
     files: dict[str, int]
 
     def __post_init__(self) -> None:
-        weakref.finalize(self, _close, [*self.files.values()])
+        # When the last request that took this model up has let go of it. The engine answers all that it was asked before.
+        weakref.finalize(self, _close, self.engine, [*self.files.values()])
 
     @property
     def name(self) -> str:
@@ -46,7 +48,7 @@ class Store:
     def __init__(self, config: ReplicaConfig, metrics: Metrics) -> None:
         self._config, self._metrics = config, metrics
         self._at: dict[Path, Model] = {}  # by the bundle's place
-        self._seen: dict[Path, tuple[int, int, int] | None] = {}
+        self._seen: dict[Path, _State | None] = {}
         self.failed: dict[str, str] = {}
         self._changing = asyncio.Lock()
 
@@ -68,9 +70,7 @@ class Store:
             names = [model.name for model in at.values()]
             if twice := next((name for name in names if names.count(name) > 1), None):
                 raise UserError(f"two bundles have the name {twice!r}; export one under another: --name")
-            gone = [model for path, model in self._at.items() if at.get(path) is not model]
             self._at, self._seen = at, {path: self._seen.get(path, state) for path, state in seen.items()}
-            self._retire(gone)
 
     async def watch(self) -> None:
         """Take up a bundle that another has replaced, when it has shown that it works; runs until cancelled."""
@@ -81,22 +81,23 @@ class Store:
                 if state is not None and state != self._seen.get(path):
                     await self._swap(path, state)
 
-    async def _swap(self, path: Path, state: tuple[int, int, int]) -> None:
+    async def _swap(self, path: Path, state: _State) -> None:
         async with self._changing:
+            if path not in self._at:  # taken away meanwhile
+                return
             before = self._at[path]
             self._seen[path] = state
             try:
                 model = await self._load(path)
                 if any(other.name == model.name for place, other in self._at.items() if place != path):
                     raise UserError(f"another bundle has the name {model.name!r}")
-            except UserError as error:
+            except Exception as error:  # whatever is wrong with it, the version that works goes on, and the watch too
                 self.failed[before.name] = str(error)
                 log.error("the new version of %s is not used: %s", before.name, error)
                 return
             self.failed.pop(before.name, None)
             self._at = {**self._at, path: model}
             log.warning("%s: now %s, before %s", model.name, model.sha256[:12], before.sha256[:12])
-            self._retire([before])
 
     async def _load(self, path: Path) -> Model:
         """A model that has answered a real inference."""
@@ -121,22 +122,21 @@ class Store:
         engine = Engine(runtime, config.max_batch, lambda images: self._metrics.batch(name, images))
         return Model(bundle, engine, bundle.models[config.precision].sha256, files)
 
-    def _retire(self, models: list[Model]) -> None:
-        for model in models:
-            model.engine.close()  # after all that it was asked before
-
     def close(self) -> None:
-        self._retire([*self._at.values()])
+        """Let go of all models."""
+        self._at = {}
 
 
-def _close(files: list[int]) -> None:
+def _close(engine: Engine, files: list[int]) -> None:
+    engine.close()
     for file in files:
         os.close(file)
 
 
-def _state(path: Path) -> tuple[int, int, int] | None:
-    """Changes when a manifest is replaced; None where there is none, as between two versions."""
-    with contextlib.suppress(OSError):
-        stat = (path / MANIFEST).stat()
-        return stat.st_ino, stat.st_mtime_ns, stat.st_size
+def _state(path: Path) -> _State | None:
+    """Changes when a file of the folder does, so that a bundle seen half copied is looked at again; None without a manifest."""
+    with contextlib.suppress(OSError), os.scandir(path) as entries:
+        stats = {entry.name: entry.stat() for entry in entries}
+        if MANIFEST in stats:
+            return tuple((name, stat.st_ino, stat.st_mtime_ns, stat.st_size) for name, stat in sorted(stats.items()))
     return None

@@ -6,6 +6,7 @@ https://github.com/kserve/open-inference-protocol and Triton's extension_binary_
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import numpy as np
@@ -91,9 +92,9 @@ class Inference:
                 raise bad_request(f"the shape of {name!r} must be a list of one to four numbers")
             parameters = part.get("parameters") or {}
             size = parameters.get("binary_data_size") if isinstance(parameters, dict) else None
-            count = 1
-            for n in shape:
-                count *= n
+            count = math.prod(shape)
+            if count == 0:
+                raise bad_request(f"{name!r} is empty: its shape is {shape}")
             if size is not None:
                 if type(size) is not int or size != count * dtype.itemsize or size > len(binary):
                     raise bad_request(f"{name!r}: binary_data_size is {size!r}, its shape and the body say otherwise")
@@ -168,16 +169,26 @@ def parse_json(text: bytes) -> dict[str, Any]:
     return content
 
 
-def _from_json(name: str, data: Any, dtype: np.dtype, shape: list[int], count: int) -> np.ndarray:
+def _from_json(name: str, data: Any, dtype: np.dtype[Any], shape: list[int], count: int) -> np.ndarray:
     wrong = bad_request(f"{name!r}: data must be {count} numbers that its datatype holds")
-    if not isinstance(data, list):
+    allowed = (int,) if dtype.kind == "u" else (int, float)
+    flat: list[int | float] = []
+    open_ = [iter(data)] if isinstance(data, list) else []
+    while open_:
+        for value in open_[-1]:  # a list nested as the shape, or flat; no more of it is taken than there may be
+            if type(value) is list and len(open_) < 8:
+                open_.append(iter(value))
+                break
+            if type(value) not in allowed or len(flat) == count:
+                raise wrong
+            flat.append(value)
+        else:
+            open_.pop()
+    if len(flat) != count:
+        raise wrong
+    if dtype.kind == "u" and not (min(flat) >= 0 and max(flat) <= 255):
         raise wrong
     try:
-        values = np.asarray(data)  # nested as the shape, or flat
-    except (ValueError, TypeError, OverflowError, RecursionError) as error:
+        return np.array(flat, dtype).reshape(shape)
+    except OverflowError as error:
         raise wrong from error
-    if values.size != count or values.dtype.kind not in ("iu" if dtype.kind == "u" else "iuf"):
-        raise wrong
-    if dtype.kind == "u" and count and not (values.min() >= 0 and values.max() <= 255):
-        raise wrong
-    return values.astype(dtype).reshape(shape)

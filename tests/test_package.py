@@ -32,9 +32,14 @@ def python(site: Path, *arguments: str, cwd: Path) -> subprocess.CompletedProces
 
 
 def test_wheel_imports_from_its_own_folder(installed, tmp_path):
-    done = python(installed, "-c", "import cibl_ray, pipelines; print(cibl_ray.__file__, pipelines.__file__)", cwd=tmp_path)
+    done = python(
+        installed,
+        "-c",
+        "import cibl_ray, pipelines, serve; print(cibl_ray.__file__, pipelines.__file__, serve.__file__)",
+        cwd=tmp_path,
+    )
     assert all(file.startswith(str(installed)) for file in done.stdout.split()), done.stderr
-    assert len(done.stdout.split()) == 2
+    assert len(done.stdout.split()) == 3
 
 
 def test_wheel_trains_from_any_folder(installed, tmp_path):
@@ -62,7 +67,8 @@ def readme_commands() -> list[str]:
 def test_readme_commands_name_real_modules_and_fields(command):
     words = shlex.split(command)
     module = words[words.index("-m") + 1]
-    assert (REPOSITORY / f"{module.replace('.', '/')}.py").exists()
+    path = REPOSITORY / module.replace(".", "/")
+    assert path.with_suffix(".py").exists() or (path / "__main__.py").exists()
     if module == "cibl_ray.train" and "--resume" not in words:
         flags = [word for word in words[words.index(module) + 2 :] if word != "--cluster"]
         for option in ("--name", "--workers", "--address"):

@@ -84,6 +84,9 @@ def png(width: int, height: int) -> bytes:
         ("/v1/predict", lambda: encoded("PNG")[:60], {}, 422, "invalid_image"),
         ("/v1/predict", b"\xff\xd8\xff\xe0 not a JPEG at all", {}, 422, "invalid_image"),
         ("/v1/predict", png(50_000, 50_000), {}, 422, "invalid_image"),
+        ("/v1/predict", png(900_000, 1), {}, 422, "invalid_image"),
+        ("/v1/predict", b"RIFF\x24\0\0\0WAVEfmt " + bytes(40), {}, 415, "unsupported_image"),
+        ("/v1/predict?" + "&".join(f"f{n}=1" for n in range(40)), b"x", {}, 400, "invalid_request"),
         ("/v1/predict?top_k=0", b"x", {}, 400, "invalid_request"),
         ("/v1/predict?tail_shift=nan", b"x", {}, 400, "invalid_request"),
         ("/v1/predict?tail_shift=1e9", b"x", {}, 400, "invalid_request"),
@@ -122,6 +125,11 @@ def tensor(name, shape, datatype, data):
         [tensor("images", [1, 16, 16, 3], "UINT8", [0.5] * 768)],
         [tensor("images", [1, 16, 16, 3], "UINT8", ["a"] * 768)],
         [tensor("images", [0, 16, 16, 3], "UINT8", [])],
+        [tensor("tail_shift", [0, 2**31 - 1, 2**31 - 1, 2**31 - 1], "FP32", [])],
+        [tensor("images", [1, 16, 16, 3], "UINT8", ["a" * 10_000] + [""] * 100_000)],
+        [tensor("images", [1, 16, 16, 3], "UINT8", [True] * 768)],
+        [tensor("images", [1, 16, 16, 3], "UINT8", [[[[[[[[[[0] * 768]]]]]]]]])],
+        [tensor("images", [1, 16, 16, 3], "UINT8", [0] * 768), tensor("tail_shift", [1], "FP32", [10**400])],
         [tensor("images", [-1, 16, 16, 3], "UINT8", [0] * 768)],
         [tensor("images", [2**31, 2**31, 2**31, 3], "UINT8", [0])],
         [tensor("images", [1, 16, 16, 3], "UINT8", [0] * 768)] * 2,
@@ -324,6 +332,31 @@ def test_several_models_and_a_swap_without_a_failed_request(bundle, run_folder, 
             thread.join()
     assert {answer.status for answer in answers} == {200}
     assert {answer.json()["sha256"] for answer in answers} == {open_bundle(bundle).models["fp32"].sha256, wanted}
+
+
+def test_a_request_that_is_being_read_during_a_swap_is_answered(bundle, run_folder, tmp_path):
+    from cibl_ray.export import Options, export
+
+    place, new = tmp_path / "place", tmp_path / "new"
+    shutil.copytree(bundle, place)
+    export(run_folder / "checkpoints" / "last.safetensors", new, Options(name="digits", provider="cpu"))
+    before, after = (open_bundle(path).models["fp32"].sha256 for path in (place, new))
+    body = json.dumps({"inputs": [tensor("images", [1, 16, 16, 3], "UINT8", [7] * 768)]}).encode()
+    with serving([place], watch_seconds=0.05) as server:
+        old = server.app.store.models["digits"].engine
+        with socket.create_connection(("127.0.0.1", server.port), timeout=15) as connection:
+            head = f"POST /v2/models/digits/infer HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+            connection.sendall(head.encode() + body[:100])
+            until(lambda: server.app._waiting == 1)
+            place.rename(tmp_path / "old")
+            new.rename(place)
+            until(lambda: server.app.store.models["digits"].sha256 == after)
+            assert old.alive
+            connection.sendall(body[100:])
+            answer = connection.recv(65536)
+        assert answer.startswith(b"HTTP/1.1 200"), answer
+        assert before[:12].encode() in answer
+        until(lambda: not old.alive)  # nobody needs it any more
 
 
 def test_nothing_of_a_request_forges_a_log_line(bundle, tmp_path):

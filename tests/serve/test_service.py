@@ -217,14 +217,14 @@ def test_mistakes_are_one_line(bundle, arguments, message):
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_haproxys_own_pages_stay_on_loopback(tmp_path):
+def test_haproxys_own_pages_stay_private(tmp_path):
     config = (
         "defaults\n    mode http\n    option log-health-checks\n    errorfile 502 /x/500.http\n"
         "frontend prometheus\n    bind :9101\nfrontend http_frontend\n    bind *:8000\nlisten stats\n  bind *:8404\n"
     )
     changed = rewrite(config, tmp_path, 8000)
-    assert "bind 127.0.0.1:9101" in changed
-    assert "bind 127.0.0.1:8404" in changed
+    assert f"bind {tmp_path}/9101.sock" in changed
+    assert f"bind {tmp_path}/8404.sock" in changed
     assert "bind *:8000" in changed
     assert f"errorfile 502 {tmp_path}/503.http" in changed
     assert f"errorfile 408 {tmp_path}/408.http" in changed
@@ -236,11 +236,62 @@ def test_the_cluster_configuration_is_one_that_ray_serve_takes():
         warnings.simplefilter("ignore")  # Ray's schema is written for an older pydantic
         from ray.serve.schema import ServeDeploySchema
 
+    from ray.serve._private.api import call_user_app_builder_with_args_if_necessary as called
+
     from serve.deployment import build
 
     content = yaml.safe_load((REPOSITORY / "serve" / "config.yaml").read_text())
     schema = ServeDeploySchema.model_validate(content)
     assert str(schema.http_options.host) == "127.0.0.1"
-    build(content["applications"][0]["args"])
+    called(build, content["applications"][0]["args"])
     with pytest.raises(UserError, match="max_batch"):
         build({**content["applications"][0]["args"], "max_batch": 0})
+
+
+def test_ray_serves_own_command_runs_the_configuration(bundle, tmp_path):
+    """`serve run` of the shipped configuration, with this machine's paths and port in it; Ray Serve's own proxy in front."""
+    port = free_port()
+    content = yaml.safe_load((REPOSITORY / "serve" / "config.yaml").read_text())
+    content["http_options"]["port"] = port
+    content["applications"][0]["args"] |= {"bundles": [str(bundle)], "max_replicas": 2}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(content))
+    command = [sys.executable, "-m", "ray.serve.scripts", "run", "--app-dir", str(REPOSITORY), str(tmp_path / "config.yaml")]
+    environment = {**os.environ, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=log, stderr=log, start_new_session=True)
+    try:
+        until(lambda: ready(port) or process.poll() is not None, 120)
+        assert process.poll() is None, (tmp_path / "log").read_text()
+        status, body = ask(port, "POST", "/v1/predict?top_k=1", encoded("PNG"))
+        assert status == 200
+        assert json.loads(body)["model"] == "digits"
+    finally:
+        process.send_signal(signal.SIGINT)
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+
+def test_the_service_needs_no_torch(bundle):
+    program = f"""
+import sys
+class No:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition('.')[0] in ('torch', 'torchvision', 'ffcv', 'sklearn', 'scipy', 'matplotlib', 'onnx'):
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, No())
+import asyncio
+from pathlib import Path
+from serve.app import App
+from serve.settings import ReplicaConfig
+import serve.deployment, serve.__main__
+async def main():
+    app = App(ReplicaConfig())
+    await app.start((Path({str(bundle)!r}),))
+    print(*app.store.models)
+    await app.stop()
+asyncio.run(main())
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.stdout.split() == ["digits"], done.stderr
