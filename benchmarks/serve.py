@@ -36,6 +36,7 @@ from benchmarks.measure import report
 from cibl_ray.runtime import Runtime
 
 PORT = 8971
+SETTLE = 6  # seconds after which a server has started all that it starts
 LITSERVE = """
 import base64, io, sys
 import litserve, numpy as np, onnxruntime
@@ -84,7 +85,7 @@ def main() -> None:
         if not there:
             sys.exit(f"{name} is not installed: {'apt-get install wrk' if name == 'wrk' else 'pip install litserve'}")
     folder = Path(tempfile.mkdtemp(prefix="cibl_ray_serve_bench_"))
-    rounds, seconds = (1, 2) if arguments.quick else (3, 8)
+    rounds, seconds = (1, 2) if arguments.quick else (3, 4)
     connections = (16, 64) if arguments.quick else (1, 16, 64)
     try:
         images = _images(arguments.images)
@@ -232,6 +233,7 @@ def _until_ready(url: str, process: subprocess.Popen) -> None:
         try:
             with urllib.request.urlopen(url, timeout=2) as answer:
                 if answer.status == 200:
+                    time.sleep(SETTLE)
                     return
         except OSError:
             pass

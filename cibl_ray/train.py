@@ -124,7 +124,7 @@ def train(
     except FileExistsError as error:
         raise UserError(f"run folder {str(folder)!r} has just been made by another process; choose another --name") from error
     # A worker that replaces a lost one may come before that has quite ended.
-    with lock_folder(folder, "training", patience=30 if world.size > 1 else 0), _stops_on_sigterm():
+    with lock_folder(folder, "training", patience=30 if world.size > 1 else 0), _stops_in_order(trainer):
         try:
             if mirror is not None:
                 trainer.after_save = mirror.upload
@@ -240,20 +240,25 @@ def lock_folder(folder: Path, doing: str, patience: float) -> IO[str]:
 
 
 @contextmanager
-def _stops_on_sigterm() -> Iterator[None]:
-    """A cluster's polite end is treated as Ctrl-C. Signals belong to the main thread; elsewhere nothing is changed."""
+def _stops_in_order(trainer: Trainer) -> Iterator[None]:
+    """A cluster's polite end is treated as Ctrl-C. Signals belong to the main thread; elsewhere nothing is changed.
+
+    The trainer is told as well: an exception that happens to be raised within a destructor or a callback is lost.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def stop(number: int, frame: FrameType | None) -> None:
+        trainer.asked_to_stop = True
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, stop)
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
 
 
 def _log_to(path: Path | None, progress: Progress) -> None:

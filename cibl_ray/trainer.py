@@ -79,6 +79,7 @@ class Trainer:
         self.epoch = self.step = 0
         self._saved = time.monotonic()
         self.after_save: Callable[[], None] = lambda: None
+        self.asked_to_stop = False  # from outside, by a signal
         self._spent = {"evaluation": 0.0, "checkpoint": 0.0}  # seconds since the last epoch's row
         self.best: dict[str, float] | None = None
         streams = readings(config.loss, config.data, batch, config.seed, world.share)
@@ -153,6 +154,8 @@ class Trainer:
         for batch in streams:
             waited += time.perf_counter() - before
             self._schedule(number + self.step / batches)
+            if self.asked_to_stop:
+                raise KeyboardInterrupt
             terms = self.train_step(batch, self.step)
             for name, value in terms.items():
                 totals[name] += value
