@@ -66,7 +66,7 @@ def _listen_on_loopback() -> None:
     add, start = replica.add_port_to_grpc_server, replica.start_asgi_http_server
     replica.add_port_to_grpc_server = lambda server, address: add(server, address.replace("[::]", "127.0.0.1"))
     replica.start_asgi_http_server = lambda app, options, **more: start(
-        app, options.model_copy(update={"host": "127.0.0.1"}) if hasattr(options, "model_copy") else options, **more
+        app, options.model_copy(update={"host": "127.0.0.1"}), **more
     )
 
 
