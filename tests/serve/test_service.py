@@ -76,8 +76,9 @@ def service(place):
     until(lambda: ready(port) or process.poll() is not None, 120)
     assert process.poll() is None, process.stderr.read()
     yield process, port
-    if process.poll() is None:
-        process.kill()
+    if process.poll() is None:  # the test that ends it was not among those chosen
+        process.terminate()
+        process.communicate(timeout=60)
 
 
 def family(process: subprocess.Popen) -> list[psutil.Process]:
