@@ -92,7 +92,7 @@ class BetonWriter:
 
 
 class Beton:
-    """A .beton file: `records` (a `SAMPLE` a row), `labels` (int64), and each image's stored bytes.
+    """A .beton file: `records` (a `SAMPLE` a row), `labels` and `sizes` (int64, bytes), and each image's stored bytes.
 
     Raises UserError where the file is missing, cut short, or not one that `BetonWriter` wrote.
     """
@@ -114,7 +114,7 @@ class Beton:
         self.records = np.fromfile(path, dtype=SAMPLE, count=samples, offset=_RECORDS_AT)
         if samples == 0 or self.labels.min() < 0:
             raise UserError(f"{str(path)!r} holds no labelled images; remove it and prepare again")
-        self._sizes = np.fromfile(path, dtype=ALLOCATION, count=samples, offset=table)["size"]
+        self.sizes = np.fromfile(path, dtype=ALLOCATION, count=samples, offset=table)["size"].astype(np.int64)
         self._bytes: np.ndarray | None = None
 
     def __len__(self) -> int:
@@ -129,11 +129,21 @@ class Beton:
         """The place of one image, for an error message: `train.files.txt` names its source in the same line."""
         return f"image {index} of {str(self.path)!r} (line {index + 1} of {self.path.stem}.files.txt)"
 
-    def image(self, index: int) -> np.ndarray:
-        """The stored bytes of one image: uint8 (height, width, 3) if raw, else the JPEG file, uint8 (bytes,)."""
+    @property
+    def stored(self) -> np.ndarray:
+        """The whole file, mapped into memory: uint8 (bytes,)."""
         if self._bytes is None:
             self._bytes = np.memmap(self.path, dtype=np.uint8, mode="r")
+        return self._bytes
+
+    @property
+    def addresses(self) -> np.ndarray:
+        """Where in memory each image's stored bytes begin, while this object lives: int64 (N,)."""
+        return self.records["f0"]["data_ptr"].astype(np.int64) + self.stored.ctypes.data
+
+    def image(self, index: int) -> np.ndarray:
+        """The stored bytes of one image: uint8 (height, width, 3) if raw, else the JPEG file, uint8 (bytes,)."""
         record = self.records["f0"][index]
         start = int(record["data_ptr"])
-        data = self._bytes[start : start + int(self._sizes[index])]
+        data = self.stored[start : start + int(self.sizes[index])]
         return data.reshape(record["height"], record["width"], 3) if record["mode"] == RAW else data

@@ -6,7 +6,6 @@ What is ours: the decoder below, the order, the draws (`pipelines.cuts`), and er
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -36,7 +35,8 @@ from ffcv.pipeline.compiler import Compiler  # noqa: E402
 from ffcv.pipeline.operation import Operation  # noqa: E402
 from ffcv.pipeline.state import State  # noqa: E402
 
-from ffcv.libffcv import imdecode, resize_crop  # noqa: E402  # isort: skip
+from pipelines.cut_kernel import PADDING, Table, Work, cut_batch, cut_pixels, make_work  # noqa: E402  # isort: skip
+from pipelines.turbojpeg import Decoders  # noqa: E402  # isort: skip
 
 torch.set_num_threads(_torch_threads)  # importing FFCV sets torch to one thread
 
@@ -44,8 +44,8 @@ torch.set_num_threads(_torch_threads)  # importing FFCV sets torch to one thread
 class CutViews(Operation):
     """Decode once, cut V views: uint8 (B, V, S, S, 3).
 
-    The epoch's table (image records, cuts, refused) arrives at run time in the place of FFCV's metadata, in the epoch's order,
-    so that the draws can change every epoch without compiling anew. `refused` is set where turbojpeg reports a problem.
+    The epoch's `Table` and the threads' `Work` arrive at run time in the place of FFCV's metadata, so that the draws can change
+    every epoch without compiling anew. The work is done by `cut_batch`, which numba keeps compiled between runs.
     """
 
     def __init__(self, views: int, size: int) -> None:
@@ -58,82 +58,26 @@ class CutViews(Operation):
         return replace(previous_state, jit_mode=True, shape=shape, dtype=dtype), AllocationQuery(shape, dtype)
 
     def generate_code(self) -> Callable[..., Any]:
-        read = self.memory_read
-        each = Compiler.get_iterator()
-        raw = RAW
-        decode_jpeg = Compiler.compile(imdecode)
-        cut_all = _compiled_cut()
-
-        def cut_views(positions, destination, table, storage):  # type: ignore[no-untyped-def]
-            records, cuts, refused = table
-            for i in each(len(positions)):
-                position = positions[i]
-                record = records[position]
-                data = read(record["data_ptr"], storage)
-                height, width = np.uint32(record["height"]), np.uint32(record["width"])
-                if record["mode"] == raw:
-                    image = data.reshape(height, width, 3)
-                else:
-                    image = np.empty((height, width, 3), np.uint8)
-                    status = decode_jpeg(data, image, height, width, height, width, 0, 0, 1, 1, False, False)
-                    refused[position] = status != 0
-                cut_all(image, cuts[position], destination[i])
+        def cut_views(positions, destination, metadata, storage):  # type: ignore[no-untyped-def]
+            table, work = metadata
+            cut_batch(positions, destination, table, work)
             return destination[: len(positions)]
 
-        cut_views.is_parallel = True  # type: ignore[attr-defined]
         return cut_views
-
-
-@functools.cache
-def _compiled_cut() -> Callable[[np.ndarray, np.ndarray, np.ndarray], None]:
-    """The function that cuts all views of a decoded image: image (H, W, 3), cuts (V, 5), out (V, S, S, 3)."""
-    resize, copy_box, mirror = (Compiler.compile(function) for function in (resize_crop, _copy_box, _mirror))
-
-    def cut_all(image, cuts, out):  # type: ignore[no-untyped-def]
-        size = out.shape[1]
-        for v in range(out.shape[0]):
-            top, left, h, w, flip = cuts[v]
-            if h == size and w == size:
-                copy_box(image, top, left, out[v])
-            else:
-                resize(image, top, top + h, left, left + w, out[v])
-            if flip:
-                mirror(out[v])
-
-    return Compiler.compile(cut_all)
-
-
-def _copy_box(image, top, left, out):  # type: ignore[no-untyped-def]
-    """The box at (top, left) of `out`'s size, black where it leaves the image."""
-    for y in range(out.shape[0]):
-        for x in range(out.shape[1]):
-            inside = 0 <= top + y < image.shape[0] and 0 <= left + x < image.shape[1]
-            for c in range(3):
-                out[y, x, c] = image[top + y, left + x, c] if inside else 0
-
-
-def _mirror(out):  # type: ignore[no-untyped-def]
-    width = out.shape[1]
-    for y in range(out.shape[0]):
-        for x in range(width // 2):
-            for c in range(3):
-                out[y, x, c], out[y, width - 1 - x, c] = out[y, width - 1 - x, c], out[y, x, c]
 
 
 class _Epoch(EpochIterator):
     """FFCV's pipeline thread over one epoch's table; an exception in it reaches the training process."""
 
     def __init__(
-        self, loader: FFCVFileLoader, positions: np.ndarray, order: np.ndarray, cuts: np.ndarray, beton: Beton
+        self, loader: FFCVFileLoader, positions: np.ndarray, order: np.ndarray, beton: Beton, table: Table, work: Work
     ) -> None:
-        self._beton, self._order, self._cuts = beton, order, cuts
-        self._refused = np.zeros(len(order), dtype=np.int32)  # not uint8: FFCV marks that array type read-only
-        self._table = {"f0": (beton.records["f0"][order], cuts, self._refused)}
+        self._beton, self._order, self._table, self._work = beton, order, table, work
         self._error: BaseException | None = None
         super().__init__(loader, positions)  # starts the thread
 
     def run(self) -> None:
-        self.metadata = self._table
+        self.metadata = {"f0": (self._table, self._work)}
         try:
             super().run()
         except BaseException as error:
@@ -143,18 +87,22 @@ class _Epoch(EpochIterator):
 
     def run_pipeline(self, b_ix: int, batch_indices: np.ndarray, batch_slot: int, cuda_event: Any) -> Any:
         result = super().run_pipeline(b_ix, batch_indices, batch_slot, cuda_event)
-        for place in np.flatnonzero(self._refused[batch_indices]):
+        for place in np.flatnonzero(self._table.refused[batch_indices]):
             self._second_opinion(int(batch_indices[place]), result[0][place])
         return result
 
     def _second_opinion(self, position: int, out: np.ndarray) -> None:
         """Decode by Pillow what turbojpeg refuses: it takes warnings, as of a few stray bytes, for errors."""
-        row = int(self._order[position])
+        row, table = int(self._order[position]), self._table
         try:
-            image = np.asarray(to_rgb(decode(self._beton.image(row).tobytes())))
+            image = to_rgb(decode(self._beton.image(row).tobytes()))
+            if image.size != (table.width[position], table.height[position]):
+                recorded = f"{table.width[position]}x{table.height[position]}"
+                raise BadImageError(f"{image.width}x{image.height} pixels, recorded as {recorded}")
         except BadImageError as error:
             raise UserError(f"{self._beton.where(row)} is damaged ({error}); remove the folder and prepare again") from error
-        _compiled_cut()(image, self._cuts[position], out)
+        pixels = np.frombuffer(image.tobytes() + bytes(PADDING), np.uint8)[: 3 * image.width * image.height]
+        cut_pixels(pixels.reshape(image.height, image.width, 3), table.cuts[position], out, self._work)
 
     def __next__(self) -> Any:
         if self.terminate_event.is_set():
@@ -189,22 +137,29 @@ class FFCVLoader:
         cores = usable_cores()
         # Copying small raw images keeps one thread idle most of the time; JPEG decoding needs all there are.
         workers = min(config.workers or (1 if all_raw else cores), cores)
+        records = beton.records["f0"]
+        self._decoders = Decoders(workers)
+        self._work = make_work(self._decoders.handles, reading.size, int(records["height"].max()), int(records["width"].max()))
         threads = torch.get_num_threads()
-        self._loader = FFCVFileLoader(
-            str(beton.path.resolve()),
-            batch_size=reading.own_batch,
-            num_workers=workers,
-            os_cache=True,
-            order=OrderOption.SEQUENTIAL,
-            drop_last=reading.drop_last,
-            batches_ahead=config.batches_ahead,
-            seed=0,  # unused: order and draws are ours
-            pipelines={
-                "image": PipelineSpec("image", decoder=CutViews(len(reading.views), reading.size), transforms=[]),
-                "label": None,
-            },
-        )
-        torch.set_num_threads(threads)  # FFCV sets torch's threads to its own
+        Compiler.set_enabled(False)  # what runs is compiled already; FFCV's own functions would take seconds, every time
+        try:
+            self._loader = FFCVFileLoader(
+                str(beton.path.resolve()),
+                batch_size=reading.own_batch,
+                num_workers=workers,
+                os_cache=True,
+                order=OrderOption.SEQUENTIAL,
+                drop_last=reading.drop_last,
+                batches_ahead=config.batches_ahead,
+                seed=0,  # unused: order and draws are ours
+                pipelines={
+                    "image": PipelineSpec("image", decoder=CutViews(len(reading.views), reading.size), transforms=[]),
+                    "label": None,
+                },
+            )
+        finally:
+            Compiler.set_enabled(True)
+            torch.set_num_threads(threads)  # FFCV sets torch's threads to its own
         self.name = f"FFCV loader, {workers} thread{'s' if workers > 1 else ''}"
         self._running: _Epoch | None = None
 
@@ -212,13 +167,21 @@ class FFCVLoader:
         reading = self._reading
         order = epoch_order(self._beton.labels, reading.sampling, reading.seed, epoch)
         records = self._beton.records["f0"][order]
-        cuts = draw_cuts(reading.views, reading.size, records["height"], records["width"], reading.seed, epoch)
+        table = Table(
+            self._beton.addresses[order],
+            self._beton.sizes[order],
+            (records["mode"] != RAW).astype(np.int32),
+            records["height"].astype(np.int32),
+            records["width"].astype(np.int32),
+            draw_cuts(reading.views, reading.size, records["height"], records["width"], reading.seed, epoch),
+            np.zeros(len(order), np.int32),
+        )
         positions = reading.positions(self.samples, start)
         if len(positions) == 0:
             return
-        self.close()
+        self._end_epoch()
         threads = torch.get_num_threads()
-        running = self._running = _Epoch(self._loader, positions.astype(np.uint64), order, cuts, self._beton)
+        running = self._running = _Epoch(self._loader, positions, order, self._beton, table, self._work)
         try:
             for number in itertools.count():
                 begin = number * reading.own_batch
@@ -233,7 +196,11 @@ class FFCVLoader:
         finally:
             running.end()
 
-    def close(self) -> None:
+    def _end_epoch(self) -> None:
         if self._running is not None:
             self._running.end()
             self._running = None
+
+    def close(self) -> None:
+        """End the threads. Another epoch begins anew."""
+        self._end_epoch()

@@ -70,15 +70,15 @@ def test_both_loaders_agree_to_the_bit_where_nothing_is_resized(digits, tmp_path
 
 @needs_ffcv
 def test_both_loaders_cut_alike_where_jpegs_are_resized(photos_prepared):
-    """Same boxes, flips and order; pixels differ by the resize (area against antialiased bilinear) alone."""
+    """Same boxes, flips and order; pixels differ by rounding and by where chroma is upsampled."""
     data, prepared = photos_prepared
     of = train_reading(data, 8, seed=1)
     ffcv, plain = (make_loader(prepared, "train", of, LoaderConfig(kind=kind, workers=2)) for kind in ("ffcv", "torch"))
     for a, b in zip(batches(ffcv, 2), batches(plain, 2), strict=True):
         assert torch.equal(a.index, b.index)
         difference = (a.views.float() - b.views.float()).abs().mean(dim=(2, 3, 4))
-        assert difference.max() < 8
-        assert difference.mean() < 3
+        assert difference.max() < 2
+        assert difference.mean() < 1
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -238,7 +238,7 @@ def test_a_jpeg_with_stray_bytes_is_read_as_pillow_reads_it(photo_folder, tmp_pa
     of = train_reading(data, 8, 0)
     ffcv, plain = (batches(make_loader(prepared, "train", of, LoaderConfig(kind=kind)), 0) for kind in ("ffcv", "torch"))
     for a, b in zip(ffcv, plain, strict=True):
-        assert (a.views.float() - b.views.float()).abs().mean(dim=(2, 3, 4)).max() < 2.0  # FFCV decodes by the fast DCT
+        assert (a.views.float() - b.views.float()).abs().mean(dim=(2, 3, 4)).max() < 2.0
 
 
 @needs_ffcv

@@ -1,0 +1,216 @@
+"""`python -m benchmarks.imagenet_loader --images FOLDER`: images/s with one, two and three views of 224 pixels from JPEG files.
+
+Four sides, in turn, on the same JPEG bytes and the same cores: this project's loader; FFCV's own way, a pipeline a view;
+torchvision's DataLoader, which decodes an image once (workers that stay alive, files in memory, v2 transforms on uint8; with
+Pillow's decoder and with torchvision's, the faster counts); and turbojpeg alone, decoding into one buffer a core: the limit.
+
+Two sets: the folder's files as they are, and the same pictures enlarged to the size of ImageNet's files (500 pixels, 110 KB).
+Each ratio is the lower one of the two sets.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import io
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torchvision
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import v2
+
+from benchmarks.measure import alternate, report
+from pipelines.batch import Reading
+from pipelines.beton import Beton, BetonWriter
+from pipelines.config import LoaderConfig, RandomResizedCrop, Store, View
+from pipelines.cores import usable_cores
+from pipelines.ffcv_loader import FFCVLoader
+from pipelines.images import pack
+from pipelines.sources import open_folder
+
+SIZE, BATCH = 224, 64
+SIDE, BYTES = 500, 110_000  # ImageNet's: most common longer side, mean size of a file
+FAST_DCT = 2048  # TJFLAG_FASTDCT, as FFCV decodes
+
+
+class _Peer(Dataset):
+    """V crops and flips of each image by torchvision, uint8 (V, 3, 224, 224): decoded once."""
+
+    def __init__(self, files: list[bytes], views: int, decoder: str) -> None:
+        self.files, self.views, self.decoder = files, views, decoder
+        self.transform = v2.Compose([v2.RandomResizedCrop(SIZE, antialias=True), v2.RandomHorizontalFlip()])
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        data = self.files[index]
+        if self.decoder == "pillow":
+            image = Image.open(io.BytesIO(data)).convert("RGB")
+            return torch.stack([v2.functional.pil_to_tensor(self.transform(image)) for _ in range(self.views)])
+        pixels = torchvision.io.decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+        return torch.stack([self.transform(pixels) for _ in range(self.views)])
+
+
+def enlarged(files: list[bytes]) -> list[bytes]:
+    """The same pictures with `SIDE` pixels on the longer side, at the JPEG quality whose files come nearest to `BYTES`."""
+    images = [Image.open(io.BytesIO(data)).convert("RGB") for data in files]
+    large = [im.resize([round(side * SIDE / max(im.size)) for side in im.size], Image.Resampling.LANCZOS) for im in images]
+
+    def encode(quality: int, chosen: list[Image.Image]) -> list[bytes]:
+        buffers = [io.BytesIO() for _ in chosen]
+        for image, buffer in zip(chosen, buffers, strict=True):
+            image.save(buffer, "JPEG", quality=quality)
+        return [buffer.getvalue() for buffer in buffers]
+
+    sample = large[:: max(1, len(large) // 50)]
+    quality = min(range(80, 101), key=lambda q: abs(np.mean([len(data) for data in encode(q, sample)]) - BYTES))
+    return encode(quality, large)
+
+
+def write(path: Path, files: list[bytes], repeats: int) -> list[bytes]:
+    """A .beton of the files, `repeats` times over; returns the stored bytes."""
+    packed = [pack(data, Store(max_side=SIDE)) for data in files] * repeats
+    with BetonWriter(path, len(packed)) as writer:
+        for number, image in enumerate(packed):
+            writer.append(image, number % 10)
+        writer.finish()
+    return [image.data for image in packed]
+
+
+def sides(path: Path, files: list[bytes], cores: int) -> dict[str, Callable[[], int]]:
+    beton = Beton(path)
+    runs: dict[str, Callable[[], int]] = {}
+    epochs = iter(range(10**6))
+
+    def ours(loader: FFCVLoader) -> int:
+        return sum(len(batch.labels) for batch in loader.epoch(next(epochs)))
+
+    def peer(loader: DataLoader) -> int:
+        return sum(len(views) for views in loader)
+
+    for views in (1, 2, 3):
+        cut = View(cut=RandomResizedCrop(kind="resized"))
+        reading = Reading((cut,) * views, SIZE, BATCH, 0, "instance", drop_last=True)
+        runs[f"ours_{views}"] = partial(ours, FFCVLoader(beton, reading, LoaderConfig(workers=cores)))
+        runs[f"ffcv_{views}"] = ffcv(path, views, cores)
+        for decoder in ("pillow", "torchvision"):
+            loader = DataLoader(
+                _Peer(files, views, decoder), BATCH, shuffle=True, drop_last=True, num_workers=cores, persistent_workers=True
+            )
+            runs[f"torchvision_{views}_{decoder}"] = partial(peer, loader)
+    runs["turbojpeg_alone"] = limit(beton, cores)
+    return runs
+
+
+def ffcv(path: Path, views: int, cores: int) -> Callable[[], int]:
+    """FFCV's own way to several views: a pipeline for each, which decodes anew."""
+    from ffcv.fields.rgb_image import RandomResizedCropRGBImageDecoder
+    from ffcv.loader import Loader, OrderOption
+    from ffcv.pipeline import PipelineSpec
+    from ffcv.transforms import RandomHorizontalFlip, ToTensor
+
+    def pipeline() -> PipelineSpec:
+        return PipelineSpec(
+            "image", RandomResizedCropRGBImageDecoder((SIZE, SIZE)), transforms=[RandomHorizontalFlip(), ToTensor()]
+        )
+
+    threads = torch.get_num_threads()
+    loader = Loader(
+        str(path.resolve()),
+        batch_size=BATCH,
+        num_workers=cores,
+        os_cache=True,
+        order=OrderOption.RANDOM,
+        drop_last=True,
+        seed=0,
+        pipelines={"image": None, "label": None, **{f"view{number}": pipeline() for number in range(views)}},
+    )
+    torch.set_num_threads(threads)
+    return lambda: sum(len(batch[0]) for batch in loader)
+
+
+def limit(beton: Beton, cores: int) -> Callable[[], int]:
+    """turbojpeg alone: every image decoded to RGB, nothing kept."""
+    library = ctypes.CDLL("libturbojpeg.so.0")
+    library.tjInitDecompress.restype = ctypes.c_void_p
+    records = beton.records["f0"]
+    jobs = list(
+        zip(beton.addresses.tolist(), beton.sizes.tolist(), records["width"].tolist(), records["height"].tolist(), strict=True)
+    )
+    room = 3 * int(records["width"].max()) * int(records["height"].max())
+
+    def decode(part: list[tuple[int, int, int, int]]) -> None:
+        decoder, pixels = ctypes.c_void_p(library.tjInitDecompress()), np.empty(room, np.uint8)
+        out = ctypes.c_void_p(pixels.ctypes.data)
+        for address, size, width, height in part:
+            data, length = ctypes.c_void_p(address), ctypes.c_ulong(size)
+            library.tjDecompress2(decoder, data, length, out, width, 0, height, 0, FAST_DCT)
+        library.tjDestroy(decoder)
+
+    def run() -> int:
+        with ThreadPoolExecutor(cores) as pool:
+            list(pool.map(decode, [jobs[core::cores] for core in range(cores)]))
+        return len(jobs)
+
+    return run
+
+
+def ratios(rates: dict[str, dict[str, float]]) -> dict[str, float]:
+    def rate(name: str) -> float:
+        return max(entry["median"] for key, entry in rates.items() if key.startswith(name))
+
+    return {
+        "one_view_over_ffcv": rate("ours_1") / rate("ffcv_1"),
+        "two_view_over_ffcv": rate("ours_2") / rate("ffcv_2"),
+        "three_view_over_ffcv": rate("ours_3") / rate("ffcv_3"),
+        "one_view_over_torchvision": rate("ours_1") / rate("torchvision_1"),
+        "two_view_over_torchvision": rate("ours_2") / rate("torchvision_2"),
+        "three_view_over_torchvision": rate("ours_3") / rate("torchvision_3"),
+        "one_view_over_limit": rate("ours_1") / rate("turbojpeg_alone"),
+        "two_view_over_limit": rate("ours_2") / rate("turbojpeg_alone"),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.imagenet_loader", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--images", type=Path, required=True, help="an image folder (train/CLASS/*) of natural JPEG files")
+    parser.add_argument("--quick", action="store_true", help="under a minute: the folder's files alone, fewer rounds")
+    arguments = parser.parse_args()
+    folder = arguments.images / "train"
+    images = open_folder(folder, sorted(path.name for path in folder.iterdir()))
+    natural = [images.read(number) for number in range(len(images))]
+    natural = natural[:256] if arguments.quick else natural
+    cores = usable_cores()
+    sets = {"natural": natural} if arguments.quick else {"natural": natural, "imagenet_sized": enlarged(natural)}
+    figures, of_set = {}, []
+    with tempfile.TemporaryDirectory() as place:
+        for name, files in sets.items():
+            stored = write(Path(place) / f"{name}.beton", files, repeats=1 if arguments.quick else 4)
+            rates = alternate(sides(Path(place) / f"{name}.beton", stored, cores), rounds=2 if arguments.quick else 5)
+            of_set.append(ratios(rates))
+            figures[name] = {
+                "images_per_s": rates,
+                "ratios": {key: round(ratio, 2) for key, ratio in of_set[-1].items()},
+                "mean_bytes": round(np.mean([len(data) for data in files])),
+                "mean_size": np.mean([Image.open(io.BytesIO(data)).size for data in files], axis=0).round().tolist(),
+            }
+    report(
+        sets=figures,
+        size=SIZE,
+        batch=BATCH,
+        ratios={key: round(min(entry[key] for entry in of_set), 2) for key in of_set[0]},
+    )
+
+
+if __name__ == "__main__":
+    main()
