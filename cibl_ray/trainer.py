@@ -34,7 +34,8 @@ from cibl_ray.runlog import RunLog
 from cibl_ray.schedules import lr_factor
 from cibl_ray.world import World
 from pipelines.augment import Augment, Normalize
-from pipelines.batch import Batch, Loader, eval_reading, make_loader
+from pipelines.batch import Batch, Loader, decide_cache, eval_reading, make_loader
+from pipelines.config import LoaderConfig
 from pipelines.errors import UserError
 from pipelines.prepare import Prepared
 from pipelines.seeding import torch_seed
@@ -53,8 +54,9 @@ class Trainer:
     """
 
     def __init__(self, config: RunConfig, prepared: Prepared, folder: Path, world: World | None = None) -> None:
-        self.config, self.prepared, self.folder = config, prepared, folder
         self.world = world = world or World()
+        config = config.model_copy(update={"loader": _decide_cache(config.loader, prepared, world, config.train.device)})
+        self.config, self.prepared, self.folder = config, prepared, folder
         batch = config.train.batch_size
         if batch < world.size:
             raise UserError(f"train.batch_size is {batch}, fewer than one image for each of {world.size} workers; raise it")
@@ -99,8 +101,7 @@ class Trainer:
         load_momentum(self.network, self.optimizer, checkpoint.momentum)
         self.objective.load(checkpoint.objective)
         self.epoch, self.step, self.best = checkpoint.epoch, checkpoint.step, checkpoint.best
-        before, now = checkpoint.config, self.config
-        if self.step and (before.train.batch_size, before.seed, before.data) != (now.train.batch_size, now.seed, now.data):
+        if self.step and _batches(checkpoint.config) != _batches(self.config):
             log.warning("batches are no longer those of the checkpoint, taken at step %d: its epoch begins anew", self.step)
             self.step = 0
 
@@ -303,6 +304,20 @@ class Trainer:
             load_weights(self.network, best)
             result["best"] = {"epoch": best.epoch, "scores": self.evaluate(split)}
         return result if self.world.first else {}
+
+
+def _decide_cache(config: LoaderConfig, prepared: Prepared, world: World, device: str) -> LoaderConfig:
+    """The cache for all workers: it decides the order of the images, so one whose memory is too small speaks for all."""
+    cache = decide_cache(prepared, "train", config).cache
+    small = float(world.sum(torch.tensor(float(cache == "process"), device=device)))
+    return config.model_copy(update={"cache": "process" if small else "os"})
+
+
+def _batches(config: RunConfig) -> tuple[object, ...]:
+    """What the batches of an epoch follow from."""
+    loader = config.loader
+    pages = loader.read_ahead_mb if loader.cache == "process" else None
+    return config.train.batch_size, config.seed, config.data, loader.part, pages
 
 
 def resolve(config: RunConfig) -> RunConfig:

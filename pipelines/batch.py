@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 import numpy as np
 import torch
 
+from pipelines.beton import PAGE, Beton
+from pipelines.cache import available_memory, by_pages, fits_into_memory
 from pipelines.config import CenterCrop, DataConfig, LoaderConfig, Sampling, View
-from pipelines.cuts import draw_cuts
+from pipelines.cuts import draw_cuts, epoch_order
 from pipelines.errors import UserError
 from pipelines.pixels import EvalRule
 from pipelines.prepare import Prepared
+from pipelines.seeding import stream
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +76,9 @@ class Reading:
     batch_size: of all workers together in training, of each in evaluation. sampling: how training draws an epoch. None, as for
     evaluation: every sample once, in the file's order. drop_last: true for training. share: in training every batch is shared
     out, so that the workers together see the batches that one would; in evaluation the samples are, each to one worker.
-    rule: of evaluation, what it shows of an image; None: the views, each cut by its draw.
+    rule: of evaluation, what it shows of an image; None: the views, each cut by its draw. part_batches: batches of an epoch
+    where each worker reads files of its own (`samples` and positions then count those alone); None: all read all.
+    group: of cache 'process', the pages within which the order is random; None: it is random throughout.
     """
 
     views: tuple[View, ...]
@@ -83,6 +89,8 @@ class Reading:
     drop_last: bool
     share: Share = Share()
     rule: EvalRule | None = None
+    part_batches: int | None = None
+    group: int | None = None
 
     @property
     def own_batch(self) -> int:
@@ -92,6 +100,8 @@ class Reading:
 
     def batches(self, samples: int) -> int:
         """This worker's batches of an epoch over `samples` of all workers."""
+        if self.part_batches is not None:
+            return self.part_batches
         return (
             len(self.positions(samples)) // self.own_batch
             if self.drop_last
@@ -100,11 +110,18 @@ class Reading:
 
     def positions(self, samples: int, start: int = 0) -> np.ndarray:
         """Where in an epoch's order this worker's samples stand, from its batch number `start` on: int64."""
+        if self.part_batches is not None:
+            return np.arange(start * self.own_batch, self.part_batches * self.own_batch)
         if not self.drop_last:
             own = self.share.of(samples)
             return np.arange(own.start + start * self.batch_size, own.stop)
         every = np.arange(start * self.batch_size, samples // self.batch_size * self.batch_size)
         return every.reshape(-1, self.batch_size)[:, self.share.of(self.batch_size)].ravel()
+
+    def order(self, beton: Beton, epoch: int) -> np.ndarray:
+        """An epoch's rows of `beton`, in order: int64."""
+        order = epoch_order(beton.labels, self.sampling, self.seed, epoch)
+        return order if self.group is None else by_pages(order, beton.pages, self.group, self.seed, epoch)
 
 
 def loader_kind(config: LoaderConfig) -> Literal["ffcv", "torch"]:
@@ -120,7 +137,14 @@ def loader_kind(config: LoaderConfig) -> Literal["ffcv", "torch"]:
 
 def make_loader(prepared: Prepared, split: str, reading: Reading, config: LoaderConfig) -> Loader:
     """A loader of one split of prepared data. Raises UserError where the data cannot be read so."""
-    beton = prepared.beton(split)
+    files = None
+    if reading.drop_last:
+        config = decide_cache(prepared, split, config)
+        if config.part == "shards" and reading.share.workers > 1:
+            files, reading = _own_files(prepared, split, reading)
+        if config.cache == "process":
+            reading = replace(reading, group=max(1, (config.read_ahead_mb << 20) // PAGE))
+    beton = prepared.beton(split, files)
     if reading.drop_last and reading.batches(len(beton)) == 0:
         raise UserError(
             f"the {split} split has {len(beton)} images, fewer than one batch of {reading.batch_size}; lower train.batch_size"
@@ -145,6 +169,43 @@ def make_loader(prepared: Prepared, split: str, reading: Reading, config: Loader
         loader = TorchLoader(beton, reading, config)
     log.info("%s: %s images, %s", split, f"{loader.samples:,}", loader.name)
     return loader
+
+
+def decide_cache(prepared: Prepared, split: str, config: LoaderConfig) -> LoaderConfig:
+    """`config` with cache 'auto' decided for this machine: by whether the split's files fit into its memory."""
+    if config.cache != "auto":
+        return config
+    size = prepared.splits[split].bytes
+    if config.part == "shards":  # this machine's processes read their own files only
+        size = size * int(os.environ.get("LOCAL_WORLD_SIZE", 1)) // int(os.environ.get("WORLD_SIZE", 1))
+    fits = fits_into_memory(size)
+    log.info(
+        "%s: %.1f GB %s into the %.1f GB of memory that are free: cache %r",
+        split,
+        size / 1e9,
+        "fit" if fits else "do not fit",
+        available_memory() / 1e9,
+        "os" if fits else "process",
+    )
+    return config.model_copy(update={"cache": "os" if fits else "process"})
+
+
+def _own_files(prepared: Prepared, split: str, reading: Reading) -> tuple[list[int], Reading]:
+    """The numbers of the files that this worker reads, and its reading of them: as many batches as every other worker's."""
+    shards, share = prepared.splits[split].shards, reading.share
+    if len(shards) < share.workers:
+        raise UserError(
+            f"loader.part is 'shards', but the {split} split has {len(shards)} files for {share.workers} workers; "
+            "set data.store.shard_mb lower, or loader.part: all"
+        )
+    batches = []
+    for worker in range(share.workers):
+        rows = share.of(reading.batch_size, worker)
+        batches.append(sum(shard.samples for shard in shards[worker :: share.workers]) // (rows.stop - rows.start))
+    # Position decides a draw, and every worker counts its own: each needs draws of its own.
+    seed = int(stream(reading.seed, "part", share.worker).integers(2**32))
+    files = list(range(share.worker, len(shards), share.workers))
+    return files, replace(reading, seed=seed, part_batches=min(batches))
 
 
 def train_reading(data: DataConfig, batch_size: int, seed: int, share: Share = Share()) -> Reading:

@@ -9,6 +9,7 @@ The file can be read by FFCV's Loader, and by `Beton` where FFCV cannot be built
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
@@ -34,52 +35,80 @@ ALLOCATION = np.dtype([("sample", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
 _RECORDS_AT = HEADER.itemsize + len(_FIELDS) * FIELD.itemsize
 
 
+@dataclass(frozen=True)
+class Written:
+    """What a `BetonWriter` has written so far: enough to go on in another process. next: the file's end, bytes."""
+
+    records: np.ndarray
+    allocations: np.ndarray
+    next: int
+
+
 class BetonWriter:
     """Writes `path` sample by sample; the file appears under its name only when `finish` has flushed all of it to disk.
 
     capacity: the number of samples at most; the records' place is set aside before the images are known.
+    before: what an earlier writer of the same path and capacity had written (`pause`); it is gone on with.
     """
 
-    def __init__(self, path: Path, capacity: int) -> None:
+    def __init__(self, path: Path, capacity: int, before: Written | None = None) -> None:
         self._path = path
-        self._part = path.with_name(path.name + ".part")
-        self._file: BinaryIO = self._part.open("wb")
+        self._part = part_of(path)
         self._records = np.zeros(capacity, dtype=SAMPLE)
         self._allocations = np.zeros(capacity, dtype=ALLOCATION)
         self.samples = 0
-        self._next = -(-(_RECORDS_AT + self._records.nbytes) // PAGE) * PAGE
+        self.next = -(-(_RECORDS_AT + self._records.nbytes) // PAGE) * PAGE
+        if before is not None:
+            self.samples, self.next = len(before.records), before.next
+            self._records[: self.samples], self._allocations[: self.samples] = before.records, before.allocations
+        self._file: BinaryIO = self._part.open("wb" if before is None else "r+b")
+
+    @property
+    def full(self) -> bool:
+        return self.samples == len(self._records)
 
     def append(self, image: Packed, label: int) -> None:
         """Add one sample. Raises UserError for an image larger than a page."""
         size = len(image.data)
         if size > PAGE:
             raise UserError(f"takes {size:,} bytes, {PAGE:,} at most; set data.store.max_side")
-        if self._next % PAGE + size > PAGE:
-            self._next += PAGE - self._next % PAGE
-        self._file.seek(self._next)
+        if self.next % PAGE + size > PAGE:
+            self.next += PAGE - self.next % PAGE
+        self._file.seek(self.next)
         self._file.write(image.data)
         mode = JPEG if image.jpeg else RAW
-        self._records[self.samples] = ((mode, image.width, image.height, self._next), label)
-        self._allocations[self.samples] = (self.samples, self._next, size)
-        self._next += size
+        self._records[self.samples] = ((mode, image.width, image.height, self.next), label)
+        self._allocations[self.samples] = (self.samples, self.next, size)
+        self.next += size
         self.samples += 1
+
+    def pause(self) -> Written:
+        """Flush to disk; from what this returns, another writer can go on."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        return Written(self._records[: self.samples].copy(), self._allocations[: self.samples].copy(), self.next)
 
     def finish(self) -> None:
         """Complete the file and give it its name."""
         header = np.zeros(1, dtype=HEADER)
-        header[0] = (VERSION, len(_FIELDS), PAGE, self.samples, self._next)
+        header[0] = (VERSION, len(_FIELDS), PAGE, self.samples, self.next)
         fields = np.zeros(len(_FIELDS), dtype=FIELD)
         for field, (name, type_id) in zip(fields, _FIELDS, strict=True):
             field["type"] = type_id
             field["name"][: len(name)] = np.frombuffer(name, dtype=np.uint8)
         self._file.seek(0)
         self._file.write(header.tobytes() + fields.tobytes() + self._records[: self.samples].tobytes())
-        self._file.seek(self._next)
+        self._file.seek(self.next)
         self._file.write(self._allocations[: self.samples].tobytes())
+        self._file.truncate()  # an earlier writer may have got further than it could tell
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
         self._part.replace(self._path)
+
+    def leave(self) -> None:
+        """Close, and keep what is written for another writer to go on with."""
+        self._file.close()
 
     def __enter__(self) -> BetonWriter:
         return self
@@ -91,31 +120,27 @@ class BetonWriter:
             self._part.unlink(missing_ok=True)
 
 
-class Beton:
-    """A .beton file: `records` (a `SAMPLE` a row), `labels` and `sizes` (int64, bytes), and each image's stored bytes.
+def part_of(path: Path) -> Path:
+    """The name under which a file is written until it is whole."""
+    return path.with_name(path.name + ".part")
 
-    Raises UserError where the file is missing, cut short, or not one that `BetonWriter` wrote.
+
+class Beton:
+    """One or several .beton files as one: `records` (a `SAMPLE` a row), `labels`, `sizes` (int64, bytes), each image's bytes.
+
+    paths: the files, in order. rows: each image's row in the split (int64), where these files are only a part of it; else 0 to
+    N - 1. shard: int32 (N,), which of the files holds it.
+    Raises UserError where a file is missing, cut short, or not one that `BetonWriter` wrote.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            size = path.stat().st_size
-            header = np.fromfile(path, dtype=HEADER, count=1)
-        except OSError as error:
-            raise UserError(f"prepared data {str(path)!r} cannot be read: {error}") from error
-        fields = np.fromfile(path, dtype=FIELD, count=len(_FIELDS), offset=HEADER.itemsize)
-        named = [(bytes(field["name"]).rstrip(b"\0"), int(field["type"])) for field in fields]
-        if len(header) != 1 or header["version"][0] != VERSION or header["fields"][0] != len(_FIELDS) or named != [*_FIELDS]:
-            raise UserError(f"{str(path)!r} is not a .beton file of images and labels; remove it and prepare again")
-        samples, table = int(header["samples"][0]), int(header["allocations"][0])
-        if size != table + samples * ALLOCATION.itemsize:
-            raise UserError(f"{str(path)!r} is cut short ({size:,} bytes); remove it and prepare again")
-        self.records = np.fromfile(path, dtype=SAMPLE, count=samples, offset=_RECORDS_AT)
-        if samples == 0 or self.labels.min() < 0:
-            raise UserError(f"{str(path)!r} holds no labelled images; remove it and prepare again")
-        self.sizes = np.fromfile(path, dtype=ALLOCATION, count=samples, offset=table)["size"].astype(np.int64)
-        self._bytes: np.ndarray | None = None
+    def __init__(self, *paths: Path, rows: np.ndarray | None = None) -> None:
+        self.paths = paths
+        parts = [_read(path) for path in paths]
+        self.records = np.concatenate([records for records, _ in parts])
+        self.sizes = np.concatenate([sizes for _, sizes in parts])
+        self.shard = np.repeat(np.arange(len(paths), dtype=np.int32), [len(records) for records, _ in parts])
+        self.rows = np.arange(len(self.records)) if rows is None else rows
+        self._maps: list[np.ndarray] | None = None
 
     def __len__(self) -> int:
         return len(self.records)
@@ -125,25 +150,63 @@ class Beton:
         """int64 (N,)."""
         return self.records["f1"]
 
+    @property
+    def pages(self) -> np.ndarray:
+        """A number for the `PAGE` bytes that each image lies in, in the order of files and places: int64 (N,)."""
+        within = self.records["f0"]["data_ptr"].astype(np.int64) // PAGE
+        return self.shard * (int(within.max()) + 1) + within
+
     def where(self, index: int) -> str:
-        """The place of one image, for an error message: `train.files.txt` names its source in the same line."""
-        return f"image {index} of {str(self.path)!r} (line {index + 1} of {self.path.stem}.files.txt)"
+        """The place of one image, for an error message: a line of `train.files.txt` names its source."""
+        path, row = self.paths[self.shard[index]], int(self.rows[index])
+        return f"image {row} of {str(path)!r} (line {row + 1} of {split_of(path)}.files.txt)"
 
     @property
-    def stored(self) -> np.ndarray:
-        """The whole file, mapped into memory: uint8 (bytes,)."""
-        if self._bytes is None:
-            self._bytes = np.memmap(self.path, dtype=np.uint8, mode="r")
-        return self._bytes
+    def stored(self) -> list[np.ndarray]:
+        """The whole files, mapped into memory: uint8 (bytes,) each."""
+        if self._maps is None:
+            self._maps = [np.memmap(path, dtype=np.uint8, mode="r") for path in self.paths]
+        return self._maps
 
     @property
     def addresses(self) -> np.ndarray:
         """Where in memory each image's stored bytes begin, while this object lives: int64 (N,)."""
-        return self.records["f0"]["data_ptr"].astype(np.int64) + self.stored.ctypes.data
+        bases = np.array([stored.ctypes.data for stored in self.stored], dtype=np.int64)
+        return self.records["f0"]["data_ptr"].astype(np.int64) + bases[self.shard]
 
     def image(self, index: int) -> np.ndarray:
         """The stored bytes of one image: uint8 (height, width, 3) if raw, else the JPEG file, uint8 (bytes,)."""
         record = self.records["f0"][index]
         start = int(record["data_ptr"])
-        data = self.stored[start : start + int(self.sizes[index])]
+        data = self.stored[self.shard[index]][start : start + int(self.sizes[index])]
         return data.reshape(record["height"], record["width"], 3) if record["mode"] == RAW else data
+
+
+def shard_name(split: str, number: int | None) -> str:
+    """The file name of a split's only .beton (None), or of one of several."""
+    return f"{split}.beton" if number is None else f"{split}-{number:05d}.beton"
+
+
+def split_of(path: Path) -> str:
+    """The split that a file belongs to."""
+    return path.stem.partition("-")[0]
+
+
+def _read(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """(records, sizes) of one file."""
+    try:
+        size = path.stat().st_size
+        header = np.fromfile(path, dtype=HEADER, count=1)
+    except OSError as error:
+        raise UserError(f"prepared data {str(path)!r} cannot be read: {error}") from error
+    fields = np.fromfile(path, dtype=FIELD, count=len(_FIELDS), offset=HEADER.itemsize)
+    named = [(bytes(field["name"]).rstrip(b"\0"), int(field["type"])) for field in fields]
+    if len(header) != 1 or header["version"][0] != VERSION or header["fields"][0] != len(_FIELDS) or named != [*_FIELDS]:
+        raise UserError(f"{str(path)!r} is not a .beton file of images and labels; remove it and prepare again")
+    samples, table = int(header["samples"][0]), int(header["allocations"][0])
+    if size != table + samples * ALLOCATION.itemsize:
+        raise UserError(f"{str(path)!r} is cut short ({size:,} bytes); remove it and prepare again")
+    records = np.fromfile(path, dtype=SAMPLE, count=samples, offset=_RECORDS_AT)
+    if samples == 0 or records["f1"].min() < 0:
+        raise UserError(f"{str(path)!r} holds no labelled images; remove it and prepare again")
+    return records, np.fromfile(path, dtype=ALLOCATION, count=samples, offset=table)["size"].astype(np.int64)

@@ -95,10 +95,13 @@ Profile = Annotated[NoProfile | ExpProfile | StepProfile | ListProfile | CountsP
 class Store(Settings):
     """How images lie in the .beton file."""
 
-    mode: Literal["auto", "raw", "jpeg"] = Field(
+    mode: Literal["auto", "raw", "jpeg", "mixed"] = Field(
         default="auto",
-        description="auto: raw pixels up to 64x64, JPEG above; original JPEG bytes are kept where they fit",
+        description="auto: raw pixels up to 64x64, JPEG above; original JPEG bytes are kept where they fit; "
+        "mixed: a share of the training images raw, which takes room and spares decoding",
     )
+    raw_share: float = Field(default=0.5, ge=0, le=1, description="of mode 'mixed'")
+    shard_mb: int | None = Field(default=None, ge=1, description="begin another file after so many MiB; None: one file a split")
     max_side: int | None = Field(default=500, ge=1, le=65535, description="longer images are scaled down to this")
     square: int | None = Field(default=None, ge=1, le=4096, description="resize every image to this width and height")
     quality: int = Field(default=92, ge=1, le=100, description="of re-encoded JPEGs")
@@ -255,5 +258,16 @@ class LoaderConfig(Settings):
     """Which loader feeds the network, and with how many threads."""
 
     kind: Literal["auto", "ffcv", "torch"] = "auto"
+    cache: Literal["auto", "os", "process"] = Field(
+        default="auto",
+        description="os: files mapped into memory, any image at any time, for data that fit into memory; process: pages are "
+        "read ahead in large pieces, and the order is random within `read_ahead_mb`; auto: by the size of memory",
+    )
+    read_ahead_mb: int = Field(default=1024, ge=16, description="of cache 'process': what a worker holds at once, MiB, twice")
+    part: Literal["all", "shards"] = Field(
+        default="all",
+        description="all: each worker reads any image; shards: worker r of R only the files r, r + R, ..., so that a node "
+        "needs no others (data.store.shard_mb)",
+    )
     workers: int | None = Field(default=None, ge=1, le=512, description="threads (ffcv) or processes (torch); None: what fits")
     batches_ahead: int = Field(default=3, ge=1, le=32)

@@ -17,9 +17,10 @@ import torch
 
 from pipelines.batch import Batch, Reading
 from pipelines.beton import RAW, Beton
+from pipelines.cache import PageReader
 from pipelines.config import LoaderConfig
 from pipelines.cores import usable_cores
-from pipelines.cuts import draw_cuts, epoch_order
+from pipelines.cuts import draw_cuts
 from pipelines.errors import UserError
 from pipelines.pixels import BadImageError, decode, to_rgb
 
@@ -70,9 +71,16 @@ class _Epoch(EpochIterator):
     """FFCV's pipeline thread over one epoch's table; an exception in it reaches the training process."""
 
     def __init__(
-        self, loader: FFCVFileLoader, positions: np.ndarray, order: np.ndarray, beton: Beton, table: Table, work: Work
+        self,
+        loader: FFCVFileLoader,
+        positions: np.ndarray,
+        order: np.ndarray,
+        beton: Beton,
+        table: Table,
+        work: Work,
+        pages: PageReader | None,
     ) -> None:
-        self._beton, self._order, self._table, self._work = beton, order, table, work
+        self._beton, self._order, self._table, self._work, self._pages = beton, order, table, work, pages
         self._error: BaseException | None = None
         super().__init__(loader, positions)  # starts the thread
 
@@ -86,6 +94,9 @@ class _Epoch(EpochIterator):
             self.output_queue.put(None)
 
     def run_pipeline(self, b_ix: int, batch_indices: np.ndarray, batch_slot: int, cuda_event: Any) -> Any:
+        if self._pages is not None:
+            first = b_ix * self.loader.batch_size
+            self._pages.need(first, first + len(batch_indices))
         result = super().run_pipeline(b_ix, batch_indices, batch_slot, cuda_event)
         for place in np.flatnonzero(self._table.refused[batch_indices]):
             self._second_opinion(int(batch_indices[place]), result[0][place])
@@ -123,6 +134,8 @@ class _Epoch(EpochIterator):
             while not self.output_queue.empty():
                 self.output_queue.get_nowait()
             self.join(timeout=0.05)
+        if self._pages is not None:
+            self._pages.close()
 
 
 class FFCVLoader:
@@ -144,7 +157,7 @@ class FFCVLoader:
         Compiler.set_enabled(False)  # what runs is compiled already; FFCV's own functions would take seconds, every time
         try:
             self._loader = FFCVFileLoader(
-                str(beton.path.resolve()),
+                str(beton.paths[0].resolve()),  # of several, the table knows where each image lies
                 batch_size=reading.own_batch,
                 num_workers=workers,
                 os_cache=True,
@@ -160,12 +173,13 @@ class FFCVLoader:
         finally:
             Compiler.set_enabled(True)
             torch.set_num_threads(threads)  # FFCV sets torch's threads to its own
-        self.name = f"FFCV loader, {workers} thread{'s' if workers > 1 else ''}"
+        cache = "files mapped into memory" if reading.group is None else f"{reading.group} pages read ahead"
+        self.name = f"FFCV loader, {workers} thread{'s' if workers > 1 else ''}, {cache}"
         self._running: _Epoch | None = None
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         reading = self._reading
-        order = epoch_order(self._beton.labels, reading.sampling, reading.seed, epoch)
+        order = reading.order(self._beton, epoch)
         records = self._beton.records["f0"][order]
         table = Table(
             self._beton.addresses[order],
@@ -181,7 +195,10 @@ class FFCVLoader:
             return
         self._end_epoch()
         threads = torch.get_num_threads()
-        running = self._running = _Epoch(self._loader, positions, order, self._beton, table, self._work)
+        pages = None
+        if reading.group is not None:
+            pages = PageReader(self._beton, order[positions], positions, table.address, reading.group, reading.seed, epoch)
+        running = self._running = _Epoch(self._loader, positions, order, self._beton, table, self._work, pages)
         try:
             for number in itertools.count():
                 begin = number * reading.own_batch
@@ -191,8 +208,8 @@ class FFCVLoader:
                     return
                 if number == 0:
                     torch.set_num_threads(threads)  # the thread has set it to its own by now
-                rows = torch.from_numpy(order[positions[begin : begin + len(views)]])
-                yield Batch(torch.from_numpy(views), self._labels[rows], rows)
+                rows = order[positions[begin : begin + len(views)]]
+                yield Batch(torch.from_numpy(views), self._labels[rows], torch.from_numpy(self._beton.rows[rows]))
         finally:
             running.end()
 

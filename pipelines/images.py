@@ -23,26 +23,40 @@ class Packed:
     width: int
     height: int
     data: bytes
+    kept: bool = False
+
+    @property
+    def how(self) -> str:
+        """What was done to the image, in words."""
+        return "raw pixels" if not self.jpeg else "as they were" if self.kept else "encoded anew"
 
 
-def pack(data: bytes | np.ndarray, store: Store, lossless: bool = False) -> Packed:
+def pack(data: bytes | np.ndarray, store: Store, lossless: bool = False, raw: bool = False) -> Packed:
     """`data` as `store` wants it. A JPEG file that already fits keeps its bytes, so nothing is lost. Raises BadImageError.
 
     lossless: for evaluation, which sees what a server would see: a JPEG file keeps its bytes whatever its size, and anything
-    else lies as raw pixels, scaled as `store` says.
+    else lies as raw pixels, scaled as `store` says. raw: in mode 'mixed', whether this image is one of those stored raw.
     """
     try:
-        return _pack(data, store, lossless)
+        return _pack(data, store, lossless, raw)
     except (BadImageError, MemoryError):
         raise
     except Exception as error:  # damaged files fail in many ways, deep in their decoders
         raise BadImageError(f"{len(data)} bytes, {error}") from error
 
 
-def _pack(data: bytes | np.ndarray, store: Store, lossless: bool) -> Packed:
+def _pack(data: bytes | np.ndarray, store: Store, lossless: bool, drawn: bool) -> Packed:
     image = decode(data)
     stored = stored_size(*image.size, store.square, store.max_side)
-    raw = store.mode == "raw" or (store.mode == "auto" and max(stored) <= RAW_SIDE)
+    match store.mode:
+        case "raw":
+            raw = True
+        case "jpeg":
+            raw = False
+        case "auto":
+            raw = max(stored) <= RAW_SIDE
+        case "mixed":
+            raw = drawn and not lossless
     keeps_bytes = (
         isinstance(data, bytes)
         and not raw
@@ -53,7 +67,7 @@ def _pack(data: bytes | np.ndarray, store: Store, lossless: bool) -> Packed:
     )
     if keeps_bytes:
         assert isinstance(data, bytes)
-        return Packed(True, *image.size, data)
+        return Packed(True, *image.size, data, kept=True)
     image = to_rgb(image)
     image = scaled(image, stored_size(*image.size, store.square, store.max_side))  # EXIF may have turned it
     if raw or lossless:

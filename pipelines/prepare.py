@@ -10,27 +10,20 @@ import fcntl
 import hashlib
 import importlib.util
 import json
-import os
 import sys
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
 from pydantic import Field
-from tqdm import tqdm
 
-from pipelines.beton import Beton, BetonWriter
+from pipelines.beton import Beton
 from pipelines.config import DataConfig
 from pipelines.errors import UserError, run_command
-from pipelines.images import Packed, pack
 from pipelines.longtail import apply_profile, carve_validation
 from pipelines.pictures import histogram_text, save_histogram
-from pipelines.pixels import BadImageError
-from pipelines.seeding import stream
 from pipelines.settings import (
     CommandParser,
     Settings,
@@ -43,21 +36,28 @@ from pipelines.settings import (
     validate,
 )
 from pipelines.sources import Dataset, Images, class_counts, open_folder, open_source, source_present
+from pipelines.writer import Progress, Shard, forget_journals, write_split
 
-FORMAT = 2  # 2: evaluation splits lie without loss
+FORMAT = 3  # 2: evaluation splits lie without loss; 3: a split may have several files
 SIDECAR = "prepared.json"
 
 
 @dataclass(frozen=True)
 class Split:
-    """One .beton file: `bytes` is its size; `skipped` names the unreadable images that were left out."""
+    """The .beton files of a split, and what they hold; `skipped` names the unreadable images that were left out."""
 
-    file: str
-    samples: int
-    bytes: int
+    shards: list[Shard]
     counts: list[int]
     source_digest: str
     skipped: list[str]
+
+    @property
+    def samples(self) -> int:
+        return sum(shard.samples for shard in self.shards)
+
+    @property
+    def bytes(self) -> int:
+        return sum(shard.bytes for shard in self.shards)
 
 
 @dataclass(frozen=True)
@@ -70,19 +70,24 @@ class Prepared:
     profile: dict[str, object]
     splits: dict[str, Split]
 
-    def beton(self, split: str) -> Beton:
-        """The open file of a split ('train', 'val' or 'test'), checked against the sidecar."""
+    def beton(self, split: str, only: list[int] | None = None) -> Beton:
+        """The open files of a split ('train', 'val' or 'test'), or some of them by number, checked against the sidecar."""
         entry = self.splits[split]
-        beton = Beton(self.folder / entry.file)
-        counts = class_counts(beton.labels, len(self.classes)) if len(beton) else np.zeros(0)
-        if beton.path.stat().st_size != entry.bytes or counts.tolist() != entry.counts:
+        numbers = list(range(len(entry.shards))) if only is None else only
+        firsts = np.cumsum([0, *(shard.samples for shard in entry.shards)])
+        rows = np.concatenate([np.arange(firsts[number], firsts[number + 1]) for number in numbers])
+        chosen = [entry.shards[number] for number in numbers]
+        beton = Beton(*(self.folder / shard.file for shard in chosen), rows=rows)
+        sizes = [path.stat().st_size for path in beton.paths]
+        whole = only is not None or class_counts(beton.labels, len(self.classes)).tolist() == entry.counts
+        if not whole or len(beton) != len(rows) or sizes != [shard.bytes for shard in chosen]:
             raise UserError(
-                f"{str(beton.path)!r} is not the file that {SIDECAR} describes; remove the folder and prepare again"
+                f"{str(beton.paths[0])!r} is not the file that {SIDECAR} describes; remove the folder and prepare again"
             )
         return beton
 
-    def path(self, split: str) -> Path:
-        return self.folder / self.splits[split].file
+    def paths(self, split: str) -> list[Path]:
+        return [self.folder / shard.file for shard in self.splits[split].shards]
 
     @property
     def train_counts(self) -> np.ndarray:
@@ -158,12 +163,12 @@ def choose(dataset: Dataset, data: DataConfig, seed: int) -> tuple[list[str], di
 def _matches(found: Prepared, chosen: Chosen) -> bool:
     classes, splits = chosen
     same = {name: images.digest() for name, images in splits.items()}
-    whole = all(_whole(found.path(name), split) for name, split in found.splits.items())
+    whole = all(_whole(found.folder / shard.file, shard) for split in found.splits.values() for shard in split.shards)
     return whole and found.classes == classes and same == {name: split.source_digest for name, split in found.splits.items()}
 
 
-def _whole(path: Path, split: Split) -> bool:
-    return path.is_file() and path.stat().st_size == split.bytes
+def _whole(path: Path, shard: Shard) -> bool:
+    return path.is_file() and path.stat().st_size == shard.bytes
 
 
 def _read_sidecar(folder: Path) -> Prepared | None:
@@ -171,7 +176,10 @@ def _read_sidecar(folder: Path) -> Prepared | None:
         content = json.loads((folder / SIDECAR).read_text())
         if content["format"] != FORMAT:
             return None
-        splits = {name: Split(**split) for name, split in content["splits"].items()}
+        splits = {
+            name: Split(**{**split, "shards": [Shard(**shard) for shard in split["shards"]]})
+            for name, split in content["splits"].items()
+        }
         return Prepared(folder, content["classes"], content["seed"], content["profile"], splits)
     except FileNotFoundError:
         return None
@@ -191,7 +199,7 @@ def _write(folder: Path, chosen: Chosen, data: DataConfig, seed: int) -> Prepare
     classes, splits = chosen
     (folder / SIDECAR).unlink(missing_ok=True)
     print(f"data: preparing {sum(len(images) for images in splits.values()):,} images in {folder}", file=sys.stderr)
-    written = {name: _write_split(folder, name, images, data, seed, classes) for name, images in splits.items()}
+    written = {name: _split(write_split(folder, name, images, data, seed), name, classes) for name, images in splits.items()}
     prepared = Prepared(folder, classes, seed, data.profile.model_dump(mode="json"), written)
     content = {
         "format": FORMAT,
@@ -203,6 +211,7 @@ def _write(folder: Path, chosen: Chosen, data: DataConfig, seed: int) -> Prepare
     part = folder / f"{SIDECAR}.part"
     part.write_text(json.dumps(content, indent=1))
     part.replace(folder / SIDECAR)
+    forget_journals(folder)
     skipped = {name: split.skipped for name, split in written.items() if split.skipped}
     for name, paths in skipped.items():
         print(f"data: {len(paths)} unreadable images left out of {name}, listed in {folder / SIDECAR}:", file=sys.stderr)
@@ -213,68 +222,11 @@ def _write(folder: Path, chosen: Chosen, data: DataConfig, seed: int) -> Prepare
     return prepared
 
 
-def _write_split(folder: Path, name: str, images: Images, data: DataConfig, seed: int, classes: list[str]) -> Split:
-    order = stream(seed, "write", name).permutation(len(images))
-    names: list[str] = []
-    skipped: list[str] = []
-    counts = np.zeros(len(classes), dtype=np.int64)
-    path = folder / f"{name}.beton"
-    with BetonWriter(path, len(images)) as writer:
-        packed = _pack_all(images, order, data, lossless=name != "train")
-        for index, result in tqdm(packed, total=len(order), desc=f"{name}.beton", unit="img", leave=False, disable=None):
-            if isinstance(result, BadImageError):
-                place = _place(images, index, name)
-                if data.on_bad_image == "error":
-                    raise UserError(f"{place}: unreadable image ({result}); mend or remove it, or set data.on_bad_image: skip")
-                skipped.append(place)
-                continue
-            try:
-                writer.append(result, int(images.labels[index]))
-            except UserError as error:
-                raise UserError(f"{_place(images, index, name)} {error}") from error
-            names.append(images.names[index])
-            counts[images.labels[index]] += 1
-        if name == "train" and not counts.all():
-            raise UserError(f"class {classes[int(counts.argmin())]!r} has no readable training image")
-        if writer.samples == 0:
-            raise UserError(f"the {name} split has no readable image")
-        writer.finish()
-    (folder / f"{name}.files.txt").write_text("".join(f"{line}\n" for line in names), errors="surrogateescape")
-    return Split(path.name, len(names), path.stat().st_size, counts.tolist(), images.digest(), skipped)
-
-
-def _place(images: Images, index: int, split: str) -> str:
-    return str(images.files[index]) if images.files else f"{split} image {images.names[index]}"
-
-
-def _pack_all(
-    images: Images, order: np.ndarray, data: DataConfig, lossless: bool
-) -> Iterator[tuple[int, Packed | BadImageError]]:
-    """Pack in threads (decoding and encoding leave Python's lock), a bounded number ahead, and yield in order."""
-
-    def work(index: int) -> Packed | BadImageError:
-        try:
-            return pack(images.read(index), data.store, lossless)
-        except BadImageError as error:
-            return error
-        except OSError as error:
-            return BadImageError(str(error.strerror))
-
-    workers = len(os.sched_getaffinity(0))
-    todo = iter(order.tolist())
-    with ThreadPoolExecutor(workers) as pool:
-        pending: list[tuple[int, Future[Packed | BadImageError]]] = [
-            (i, pool.submit(work, i)) for i in islice(todo, 16 * workers)
-        ]
-        try:
-            while pending:
-                index, future = pending.pop(0)
-                result = future.result()
-                pending += [(i, pool.submit(work, i)) for i in islice(todo, 1)]
-                yield index, result
-        finally:
-            for _, future in pending:
-                future.cancel()
+def _split(progress: Progress, name: str, classes: list[str]) -> Split:
+    counts = class_counts(progress.labels, len(classes))
+    if name == "train" and not counts.all():
+        raise UserError(f"class {classes[int(counts.argmin())]!r} has no readable training image")
+    return Split(progress.shards, counts.tolist(), progress.digest, progress.skipped)
 
 
 class _PrepareConfig(Settings):

@@ -13,7 +13,7 @@ from pipelines.batch import Batch, Reading
 from pipelines.beton import RAW, Beton
 from pipelines.config import LoaderConfig
 from pipelines.cores import usable_cores
-from pipelines.cuts import draw_cuts, epoch_order
+from pipelines.cuts import draw_cuts
 from pipelines.errors import UserError
 from pipelines.pixels import BadImageError, decode, to_rgb
 
@@ -23,7 +23,7 @@ class _Epoch(Dataset[tuple[torch.Tensor, int, int]]):
 
     def __init__(self, beton: Beton, reading: Reading, epoch: int) -> None:
         self.beton, self.size = beton, reading.size
-        self.order = epoch_order(beton.labels, reading.sampling, reading.seed, epoch)
+        self.order = reading.order(beton, epoch)
         self.records = beton.records["f0"][self.order]
         heights, widths = self.records["height"], self.records["width"]
         self.cuts = draw_cuts(reading.views, reading.size, heights, widths, reading.seed, epoch)
@@ -40,7 +40,7 @@ class _Epoch(Dataset[tuple[torch.Tensor, int, int]]):
             raise UserError(f"{self.beton.where(row)} is damaged ({error}); remove the folder and prepare again") from error
         image = torch.from_numpy(pixels.copy()).permute(2, 0, 1)
         views = [self._cut(image, *cut) for cut in self.cuts[position].tolist()]
-        return torch.stack(views).permute(0, 2, 3, 1), int(self.beton.labels[row]), row
+        return torch.stack(views).permute(0, 2, 3, 1), int(self.beton.labels[row]), int(self.beton.rows[row])
 
     def _cut(self, image: torch.Tensor, top: int, left: int, height: int, width: int, flip: int) -> torch.Tensor:
         view = tv.crop(image, top, left, height, width)  # black where the box leaves the image

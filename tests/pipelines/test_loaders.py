@@ -204,7 +204,7 @@ def test_a_damaged_jpeg_in_the_file_surfaces(photos_prepared, tmp_path, kind, wo
     data = photos_prepared[0].model_copy(update={"prepared": tmp_path})
     prepared = ensure_prepared(data, 0)
     record = prepared.beton("train").records["f0"][5]
-    with prepared.path("train").open("r+b") as file:
+    with prepared.paths("train")[0].open("r+b") as file:
         file.seek(int(record["data_ptr"]))
         file.write(b"\0" * 64)
     loader = make_loader(prepared, "train", train_reading(data, 8, 0), LoaderConfig(kind=kind, workers=workers))
@@ -297,6 +297,6 @@ def test_the_log_says_which_loader_runs(digits, tmp_path, caplog):
 
 def test_a_swapped_file_is_noticed(digits, tmp_path):
     prepared = ensure_prepared(digits_config(tmp_path), 0)
-    prepared.path("test").replace(prepared.path("train"))
+    prepared.paths("test")[0].replace(prepared.paths("train")[0])
     with pytest.raises(UserError, match=r"is not the file that prepared\.json describes"):
         make_loader(prepared, "train", reading(tmp_path), LoaderConfig())

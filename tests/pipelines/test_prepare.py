@@ -28,9 +28,11 @@ def test_sidecar_says_what_is_there(digits):
     assert set(content["splits"]) == {"train", "val", "test"}
     for split in content["splits"].values():
         assert len(split["source_digest"]) == 64
-        assert (digits.folder / split["file"]).stat().st_size == split["bytes"]
+        for shard in split["shards"]:
+            assert (digits.folder / shard["file"]).stat().st_size == shard["bytes"]
+        assert sum(shard["samples"] for shard in split["shards"]) == sum(split["counts"])
     assert (digits.folder / "class_counts.png").stat().st_size > 5000
-    assert not list(digits.folder.glob("*.part"))
+    assert not [*digits.folder.glob("*.part"), *digits.folder.glob("*.journal")]
 
 
 def test_rows_are_shuffled_and_named(digits):
@@ -43,9 +45,9 @@ def test_rows_are_shuffled_and_named(digits):
 def test_written_once_and_again_when_the_source_changes(image_folder, tmp_path):
     data = folder_config(image_folder, tmp_path)
     first = ensure_prepared(data, 0)
-    stamp = first.path("train").stat().st_mtime_ns
+    stamp = first.paths("train")[0].stat().st_mtime_ns
     assert ensure_prepared(data, 0) == first
-    assert first.path("train").stat().st_mtime_ns == stamp
+    assert first.paths("train")[0].stat().st_mtime_ns == stamp
     (image_folder / "train" / "one" / "0.png").unlink()
     again = ensure_prepared(data, 0)
     assert again.train_counts.tolist() == [8, 5, 5]
@@ -55,7 +57,7 @@ def test_written_once_and_again_when_the_source_changes(image_folder, tmp_path):
 def test_damaged_files_are_written_again(image_folder, tmp_path):
     data = folder_config(image_folder, tmp_path)
     prepared = ensure_prepared(data, 0)
-    os.truncate(prepared.path("train"), 1000)
+    os.truncate(prepared.paths("train")[0], 1000)
     assert len(ensure_prepared(data, 0).beton("train")) == 19
 
 

@@ -1,0 +1,256 @@
+"""One split into .beton files: packed in threads, in several files where one would be too large, and resumable.
+
+While it writes, a journal beside the files says every few seconds how far it has come. After a stop (Ctrl-C, a killed process)
+the same command goes on there; after an error nothing half-written is left.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import sys
+import time
+import zipfile
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from pipelines.beton import BetonWriter, Written, part_of, shard_name
+from pipelines.config import DataConfig, Store
+from pipelines.errors import UserError
+from pipelines.images import Packed, pack
+from pipelines.pixels import BadImageError
+from pipelines.seeding import stream
+from pipelines.sources import Images
+
+_JOURNAL_SECONDS = 10.0
+_SMALLEST = 1024  # bytes that an image takes at least, for the number of records set aside in one of several files
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One finished .beton file: its samples, and its size in bytes."""
+
+    file: str
+    samples: int
+    bytes: int
+
+
+@dataclass
+class Progress:
+    """How far a split is written. done: images of the split's order that are written or skipped. how: images by kind."""
+
+    digest: str
+    done: int = 0
+    shards: list[Shard] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
+    labels: list[int] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+    how: dict[str, int] = field(default_factory=dict)
+
+
+class _Files:
+    """The files of a split, one open at a time."""
+
+    def __init__(self, folder: Path, split: str, capacity: int, store: Store, digest: str) -> None:
+        self._folder, self._split, self._capacity = folder, split, capacity
+        self._limit = None if store.shard_mb is None else store.shard_mb << 20
+        self._journal = folder / f"{split}.journal"
+        self._writer: BetonWriter | None = None
+        self._saved = time.monotonic()
+        resumed = self._resume(digest)
+        if resumed is None:  # whatever lies there is of other images
+            for file in (*folder.glob(f"{split}*.beton"), *folder.glob(f"{split}*.part")):
+                file.unlink()
+        self.progress = resumed or Progress(digest)
+
+    def append(self, image: Packed, label: int, name: str) -> None:
+        if self._writer is None:
+            self._writer = BetonWriter(self._path(), self._room())
+        self._writer.append(image, label)
+        progress = self.progress
+        progress.names.append(name)
+        progress.labels.append(label)
+        progress.how[image.how] = progress.how.get(image.how, 0) + 1
+        if self._limit is not None and (self._writer.next >= self._limit or self._writer.full):
+            self._close_shard()
+
+    def step(self) -> None:
+        """One image is done, written or skipped."""
+        self.progress.done += 1
+        if time.monotonic() - self._saved > _JOURNAL_SECONDS:
+            self.save()
+
+    def save(self) -> None:
+        """Write the journal: everything before this moment is on disk."""
+        written = self._writer.pause() if self._writer is not None else Written(np.zeros(0), np.zeros(0), 0)
+        content = np.frombuffer(json.dumps(asdict(self.progress)).encode(), np.uint8)
+        buffer = io.BytesIO()
+        np.savez(buffer, progress=content, records=written.records, allocations=written.allocations, next=written.next)
+        part = part_of(self._journal)
+        part.write_bytes(buffer.getvalue())
+        part.replace(self._journal)
+        self._saved = time.monotonic()
+
+    def finish(self) -> None:
+        if self._writer is not None:
+            self._close_shard()
+        self.save()  # whole: not written again if another split fails
+
+    def stopped(self) -> None:
+        """Keep all for the next run."""
+        self.save()
+        if self._writer is not None:
+            self._writer.leave()
+
+    def failed(self) -> None:
+        """Leave nothing of the file that was being written."""
+        self._journal.unlink(missing_ok=True)
+        if self._writer is not None:
+            self._writer.__exit__(None, None, None)
+        for shard in self.progress.shards:
+            (self._folder / shard.file).unlink(missing_ok=True)
+
+    def _path(self) -> Path:
+        return self._folder / shard_name(self._split, None if self._limit is None else len(self.progress.shards))
+
+    def _room(self) -> int:
+        """Records set aside in the next file."""
+        left = self._capacity - len(self.progress.names)
+        return left if self._limit is None else min(left, max(1, self._limit // _SMALLEST))
+
+    def _close_shard(self) -> None:
+        assert self._writer is not None
+        path, samples = self._path(), self._writer.samples
+        self._writer.finish()
+        self._writer = None
+        self.progress.shards.append(Shard(path.name, samples, path.stat().st_size))
+        if self._limit is not None:
+            self.save()
+
+    def _resume(self, digest: str) -> Progress | None:
+        """What an earlier run has left, if it is of these images and whole."""
+        try:
+            with np.load(io.BytesIO(self._journal.read_bytes()), allow_pickle=False) as content:
+                kept = json.loads(content["progress"].tobytes())
+                written = Written(content["records"], content["allocations"], int(content["next"]))
+            kept["shards"] = [Shard(**shard) for shard in kept["shards"]]
+            progress = Progress(**kept)
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):  # a journal cut short is no journal
+            return None
+        self.progress = progress
+        whole = all(_size(self._folder / shard.file) == shard.bytes for shard in progress.shards)
+        if progress.digest != digest or not whole:
+            return None
+        if len(written.records):
+            if _size(part_of(self._path())) < written.next:
+                return None
+            # The same room as the first time: the records' place comes before the images.
+            progress.names, behind = progress.names[: -len(written.records)], progress.names[-len(written.records) :]
+            room = self._room()
+            progress.names += behind
+            self._writer = BetonWriter(self._path(), room, written)
+        return progress
+
+
+def forget_journals(folder: Path) -> None:
+    """The data are whole: there is nothing to go on with."""
+    for journal in folder.glob("*.journal"):
+        journal.unlink()
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else -1
+
+
+def write_split(folder: Path, split: str, images: Images, data: DataConfig, seed: int) -> Progress:
+    """The images of a split in a seeded order into `folder`. Raises UserError for a bad image that is not to be skipped."""
+    order = stream(seed, "write", split).permutation(len(images))
+    files = _Files(folder, split, len(images), data.store, images.digest())
+    progress = files.progress
+    began, first = time.monotonic(), progress.done
+    if first:
+        print(f"data: {split} goes on after {first:,} of {len(order):,} images", file=sys.stderr)
+    try:
+        packed = _pack_all(images, order[first:], data, seed, lossless=split != "train")
+        bar = tqdm(packed, total=len(order), initial=first, desc=f"{split}.beton", unit="img", leave=False, disable=None)
+        for index, result in bar:
+            if isinstance(result, BadImageError):
+                place = _place(images, index, split)
+                if data.on_bad_image == "error":
+                    raise UserError(f"{place}: unreadable image ({result}); mend or remove it, or set data.on_bad_image: skip")
+                progress.skipped.append(place)
+            else:
+                try:
+                    files.append(result, int(images.labels[index]), images.names[index])
+                except UserError as error:
+                    raise UserError(f"{_place(images, index, split)} {error}") from error
+            files.step()
+        if not progress.names:
+            raise UserError(f"the {split} split has no readable image")
+        files.finish()
+    except KeyboardInterrupt:
+        files.stopped()
+        raise
+    except OSError:  # a full disk: what the journal knows of stays, and the next run goes on with it
+        raise
+    except BaseException:
+        files.failed()
+        raise
+    (folder / f"{split}.files.txt").write_text("".join(f"{line}\n" for line in progress.names), errors="surrogateescape")
+    _report(split, progress, len(order) - first, time.monotonic() - began)
+    return progress
+
+
+def _report(split: str, progress: Progress, images: int, seconds: float) -> None:
+    size, count = sum(shard.bytes for shard in progress.shards), len(progress.names)
+    kinds = ", ".join(f"{number:,} {how}" for how, number in sorted(progress.how.items()))
+    files = f" in {len(progress.shards)} files" if len(progress.shards) > 1 else ""
+    print(
+        f"data: {split}: {count:,} images ({kinds}), {size / 1e6:,.1f} MB{files}, {size / count / 1e3:,.1f} kB an image, "
+        f"{seconds:,.1f} s ({images / max(seconds, 1e-9):,.0f} images/s)",
+        file=sys.stderr,
+    )
+
+
+def _place(images: Images, index: int, split: str) -> str:
+    return str(images.files[index]) if images.files else f"{split} image {images.names[index]}"
+
+
+def _pack_all(
+    images: Images, order: np.ndarray, data: DataConfig, seed: int, lossless: bool
+) -> Iterator[tuple[int, Packed | BadImageError]]:
+    """Pack in threads (decoding and encoding leave Python's lock), a bounded number ahead, and yield in order."""
+    draws = stream(seed, "raw").random(len(images))  # of mode 'mixed'
+
+    def work(index: int) -> Packed | BadImageError:
+        try:
+            return pack(images.read(index), data.store, lossless, raw=bool(draws[index] < data.store.raw_share))
+        except BadImageError as error:
+            return error
+        except OSError as error:
+            return BadImageError(str(error.strerror))
+
+    workers = len(os.sched_getaffinity(0))
+    todo = iter(order.tolist())
+    with ThreadPoolExecutor(workers) as pool:
+        pending: list[tuple[int, Future[Packed | BadImageError]]] = [
+            (i, pool.submit(work, i)) for i in islice(todo, 16 * workers)
+        ]
+        try:
+            while pending:
+                index, future = pending.pop(0)
+                result = future.result()
+                pending += [(i, pool.submit(work, i)) for i in islice(todo, 1)]
+                yield index, result
+        finally:
+            for _, future in pending:
+                future.cancel()
