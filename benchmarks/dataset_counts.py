@@ -27,7 +27,7 @@ def main() -> None:
         for imbalance in (100, 50, 10)
     }
     if arguments.imagenet_lt is not None:
-        counts["ImageNet-LT"] = _imagenet_lt(arguments.imagenet_lt)
+        counts["ImageNet-LT"] = imagenet_lt_counts(arguments.imagenet_lt)
     print(
         "| data set | training images | largest class | smallest class | many / medium / few classes |\n|---|---|---|---|---|"
     )
@@ -38,7 +38,7 @@ def main() -> None:
     print(json.dumps({name: int(of_class.sum()) for name, of_class in counts.items()}))
 
 
-def _imagenet_lt(path: Path) -> np.ndarray:
+def imagenet_lt_counts(path: Path) -> np.ndarray:
     if path.suffix == ".json":
         return np.array(json.loads(path.read_text()))
     _, labels = read_list(path)

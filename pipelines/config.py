@@ -26,6 +26,9 @@ class ListsSource(Settings):
     val: Path | None = None
     test: Path | None = None
     classes: Path | None = Field(default=None, description="class names, one a line, in label order")
+    expect: dict[Literal["train", "val", "test"], int] | None = Field(
+        default=None, description="images that each list must name: a list cut short or of another year is noticed"
+    )
 
 
 class Cifar10Source(Settings):

@@ -229,7 +229,7 @@ def _split(progress: Progress, name: str, classes: list[str]) -> Split:
     return Split(progress.shards, counts.tolist(), progress.digest, progress.skipped)
 
 
-class _PrepareConfig(Settings):
+class PrepareConfig(Settings):
     """The part of a run's configuration that preparing reads."""
 
     seed: int = Field(default=0, ge=0, le=2**32 - 1)
@@ -240,6 +240,16 @@ class _PrepareConfig(Settings):
 OTHER_PARTS = ("runs", "loader", "network", "loss", "optimizer", "schedule", "train")
 
 
+def load_data(name: str | None, overrides: list[str], command: str) -> PrepareConfig:
+    """The data of a configuration (a path, or a shipped one's name) with a command line's overrides."""
+    if name is None:
+        raise UserError(f"name a configuration first: {command} quickstart")
+    path = find_config(name)
+    content = {key: value for key, value in read_config(path).items() if key not in OTHER_PARTS}
+    pairs = parse_overrides(overrides, PrepareConfig)
+    return absolute(validate(PrepareConfig, override(content, pairs, PrepareConfig), str(path)))
+
+
 def main() -> None:
     parser = CommandParser(
         prog="python -m pipelines.prepare",
@@ -248,13 +258,7 @@ def main() -> None:
     )
     parser.add_argument("--count", action="store_true", help="only print the class counts; write nothing")
     name, arguments, rest = split_command_line(parser)
-    if name is None:
-        raise UserError("name a configuration first: python -m pipelines.prepare quickstart")
-    path = find_config(name)
-    content = {key: value for key, value in read_config(path).items() if key not in OTHER_PARTS}
-    config = absolute(
-        validate(_PrepareConfig, override(content, parse_overrides(rest, _PrepareConfig), _PrepareConfig), str(path))
-    )
+    config = load_data(name, rest, parser.prog)
     if arguments.count:
         classes, splits = choose(open_source(config.data.source), config.data, subset_seed(config.data, config.seed))
         counts = {name: class_counts(images.labels, len(classes)) for name, images in splits.items()}

@@ -179,7 +179,8 @@ def _lists(source: ListsSource) -> Dataset:
     if not source.root.is_dir():
         raise UserError(f"the lists' root folder {str(source.root)!r} does not exist; set data.source.root")
     named = {"train": source.train, "val": source.val, "test": source.test}
-    splits = {split: _list_split(source.root, path) for split, path in named.items() if path is not None}
+    expected = {str(split): count for split, count in (source.expect or {}).items()}
+    splits = {split: _list_split(source.root, path, expected.get(split)) for split, path in named.items() if path is not None}
     train = splits["train"]
     count = int(train.labels.max()) + 1
     if count < 2:
@@ -193,8 +194,13 @@ def _lists(source: ListsSource) -> Dataset:
     return Dataset(_class_names(source, train, count), train, splits.get("val"), splits.get("test"))
 
 
-def _list_split(root: Path, path: Path) -> Images:
+def _list_split(root: Path, path: Path, expected: int | None) -> Images:
     names, labels = read_list(path)
+    if expected is not None and len(names) != expected:
+        raise UserError(
+            f"split list {str(path)!r} names {len(names):,} images, {expected:,} are expected; fetch the list anew, "
+            "or, for a list of your own, set --data.source.expect null"
+        )
     files = [root / name for name in names]
     for number, file in enumerate(files):
         if not file.is_file():

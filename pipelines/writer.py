@@ -44,7 +44,10 @@ class Shard:
 
 @dataclass
 class Progress:
-    """How far a split is written. done: images of the split's order that are written or skipped. how: images by kind."""
+    """How far a split is written.
+
+    done: images of the split's order that are written or skipped. how: images by kind. stored: bytes of all images.
+    """
 
     digest: str
     done: int = 0
@@ -53,6 +56,7 @@ class Progress:
     labels: list[int] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
     how: dict[str, int] = field(default_factory=dict)
+    stored: int = 0
 
 
 class _Files:
@@ -77,6 +81,7 @@ class _Files:
         progress = self.progress
         progress.names.append(name)
         progress.labels.append(label)
+        progress.stored += len(image.data)
         progress.how[image.how] = progress.how.get(image.how, 0) + 1
         if self._limit is not None and (self._writer.next >= self._limit or self._writer.full):
             self._close_shard()
@@ -214,8 +219,9 @@ def _report(split: str, progress: Progress, images: int, seconds: float) -> None
     size, count = sum(shard.bytes for shard in progress.shards), len(progress.names)
     kinds = ", ".join(f"{number:,} {how}" for how, number in sorted(progress.how.items()))
     files = f" in {len(progress.shards)} files" if len(progress.shards) > 1 else ""
+    each = progress.stored / count / 1e3
     print(
-        f"data: {split}: {count:,} images ({kinds}), {size / 1e6:,.1f} MB{files}, {size / count / 1e3:,.1f} kB an image, "
+        f"data: {split}: {count:,} images ({kinds}), {size / 1e6:,.1f} MB{files}, {each:,.1f} kB an image, "
         f"{seconds:,.1f} s ({images / max(seconds, 1e-9):,.0f} images/s)",
         file=sys.stderr,
     )

@@ -125,3 +125,27 @@ def test_digits():
     assert isinstance(image, np.ndarray)
     assert image.shape == (8, 8, 3)
     assert image.max() == 239  # 15 of 16
+
+
+def test_a_list_of_another_length_than_expected(lists):
+    source, _ = lists
+    assert len(open_source(source.model_copy(update={"expect": {"train": 3, "test": 5}})).train) == 3
+    message = r"train\.txt' names 3 images, 115,846 are expected; .* --data\.source\.expect null"
+    with pytest.raises(UserError, match=message):
+        open_source(source.model_copy(update={"expect": {"train": 115846}}))
+
+
+@pytest.mark.parametrize("name", ["imagenet_lt", "recipes/imagenet_lt_90", "recipes/imagenet_lt_180"])
+def test_imagenet_lt_is_the_communitys(name, tmp_path):
+    """The lists' true names; one cut short is noticed before a single image is looked for."""
+    from pipelines.prepare import load_data
+
+    source = load_data(name, [], "test").data.source
+    assert [path.name for path in (source.train, source.val, source.test)] == [
+        f"ImageNet_LT_{split}.txt" for split in ("train", "val", "test")
+    ]
+    assert source.expect == {"train": 115_846, "val": 20_000, "test": 50_000}
+    short = tmp_path / "ImageNet_LT_train.txt"
+    short.write_text("train/n01440764/n01440764_190.JPEG 0\n" * 115_845)
+    with pytest.raises(UserError, match="names 115,845 images, 115,846 are expected"):
+        open_source(source.model_copy(update={"train": short, "root": tmp_path}))

@@ -1,0 +1,86 @@
+"""`python -m pipelines.preview CONFIG [--out FILE]`: the views of a few training images as the network sees them.
+
+A row an image: the stored one, then every view, cut, flipped and augmented by its own draw, before only the normalisation.
+The images are the first of the epoch that training would show, with the same draws.
+"""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+
+from pipelines.augment import Augment
+from pipelines.batch import make_loader, train_reading
+from pipelines.beton import RAW
+from pipelines.config import LoaderConfig
+from pipelines.errors import UserError, run_command
+from pipelines.pictures import shot_groups
+from pipelines.prepare import ensure_prepared, load_data
+from pipelines.settings import CommandParser, split_command_line
+
+_TILE, _GAP, _LINE = 160, 6, 16  # pixels of a tile's side, between tiles, of a line of text
+
+
+def main() -> None:
+    parser = CommandParser(
+        prog="python -m pipelines.preview",
+        usage="%(prog)s CONFIG [--out FILE] [--images N] [--epoch E] [--field value ...]",
+        description="A picture of what the network sees of the first training images of an epoch.",
+    )
+    parser.add_argument("--out", type=Path, default=Path("views.png"), help="the picture to write (views.png)")
+    parser.add_argument("--images", type=int, default=6, help="how many images, 1 to 64 (6)")
+    parser.add_argument("--epoch", type=int, default=0, help="whose draws are shown, from 0 on (0)")
+    name, arguments, rest = split_command_line(parser)
+    config = load_data(name, rest, parser.prog)
+    if not 1 <= arguments.images <= 64 or arguments.epoch < 0:
+        raise UserError(f"--images {arguments.images} --epoch {arguments.epoch}: 1 to 64 images, an epoch from 0 on")
+    if arguments.out.exists():
+        raise UserError(f"{str(arguments.out)!r} is there already; name another file with --out")
+    prepared = ensure_prepared(config.data, config.seed)
+    count = min(arguments.images, prepared.splits["train"].samples)
+    reading = train_reading(config.data, count, config.seed)
+    loader = make_loader(prepared, "train", reading, LoaderConfig())
+    epoch = loader.epoch(arguments.epoch)
+    batch = next(epoch)  # its views are the loader's own buffer, while `epoch` stands there
+    views = Augment(reading.views, reading.size, reading.seed)(batch.views, arguments.epoch, 0).clone()
+    beton, counts = prepared.beton("train"), prepared.train_counts
+    groups = shot_groups(counts)
+    rows = []
+    for number, (row, label) in enumerate(zip(batch.index.tolist(), batch.labels.tolist(), strict=True)):
+        stored = beton.image(row)
+        raw = beton.records["f0"]["mode"][row] == RAW
+        image = Image.fromarray(stored) if raw else Image.open(io.BytesIO(stored.tobytes())).convert("RGB")
+        text = f"{prepared.classes[label]}: {counts[label]:,} images ({groups[label]}), stored {image.width}x{image.height}"
+        rows.append((text, [image, *_images(views[number])]))
+    loader.close()
+    _grid(rows).save(arguments.out)
+    print(f"{count} images, {len(config.data.views)} views of {config.data.size}x{config.data.size}: {arguments.out}")
+
+
+def _images(views: torch.Tensor) -> list[Image.Image]:
+    return [Image.fromarray(np.asarray(view)) for view in views]
+
+
+def _grid(rows: list[tuple[str, list[Image.Image]]]) -> Image.Image:
+    """Each row's text above its images, fitted into tiles without changing their shape."""
+    columns, height = max(len(images) for _, images in rows), _TILE + _LINE + _GAP
+    canvas = Image.new("RGB", (columns * (_TILE + _GAP) + _GAP, len(rows) * height + _GAP), "white")
+    pen = ImageDraw.Draw(canvas)
+    for number, (text, images) in enumerate(rows):
+        top = _GAP + number * height
+        pen.text((_GAP, top), text.encode("latin-1", "replace").decode("latin-1"), fill="black")
+        for column, image in enumerate(images):
+            scale = _TILE / max(image.size)
+            size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+            # Small images are shown as the pixels they are.
+            tile = image.resize(size, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.BICUBIC)
+            canvas.paste(tile, (_GAP + column * (_TILE + _GAP), top + _LINE))
+    return canvas
+
+
+if __name__ == "__main__":
+    run_command(main)

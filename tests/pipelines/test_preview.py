@@ -1,0 +1,55 @@
+"""The preview shows what training sees."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.conftest import REPOSITORY
+
+
+def preview(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "pipelines.preview", *arguments], cwd=REPOSITORY, capture_output=True, text=True
+    )
+
+
+def test_a_picture_of_the_views(photo_folder, tmp_path):
+    out = tmp_path / "views.png"
+    data = ["--data.source.kind", "folder", "--data.source.path", str(photo_folder), "--prepared", str(tmp_path / "prepared")]
+    done = preview("recipes/imagenet_lt_90", *data, "--images", "4", "--out", str(out), "--data.size", "64")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"4 images, 2 views of 64x64: {out}\n"
+    picture = np.asarray(Image.open(out))
+    assert picture.shape == (4 * 182 + 6, 3 * 166 + 6, 3)
+    tiles = [
+        picture[22 + row * 182 : 182 + row * 182, 6 + column * 166 : 166 + column * 166]
+        for row in range(4)
+        for column in (1, 2)
+    ]
+    assert all(tile.std() > 5 for tile in tiles)  # a photograph in each
+    again = preview("recipes/imagenet_lt_90", *data, "--out", str(out))
+    assert again.returncode == 2
+    assert again.stderr == f"error: {str(out)!r} is there already; name another file with --out\n"
+
+
+def test_a_view_belongs_to_its_image(digits, tmp_path):
+    """The views of a digit are crops of it: the nearest of all stored images to each is its own."""
+    out = tmp_path / "views.png"
+    flags = ["--views", "[{cut: {kind: crop, padding: 0}, flip: 0}]", "--prepared", str(tmp_path)]
+    done = preview("quickstart", *flags, "--images", "20", "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    picture = np.asarray(Image.open(out)).astype(int)
+    for row in range(20):
+        stored, view = (picture[22 + row * 182 : 182 + row * 182, left : left + 160] for left in (6, 172))
+        assert (stored == view).all()
+
+
+@pytest.mark.parametrize(("flags", "message"), [(["--images", "0"], "1 to 64 images"), (["--nonsense", "1"], "unknown field")])
+def test_mistakes_are_one_line(tmp_path, flags, message):
+    done = preview("quickstart", *flags, "--out", str(tmp_path / "views.png"))
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
