@@ -13,15 +13,19 @@ from __future__ import annotations
 import argparse
 import ctypes
 import io
+import statistics
 import tempfile
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
+import numba
 import numpy as np
 import torch
 import torchvision
+from ffcv.libffcv import resize_crop
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
@@ -31,9 +35,12 @@ from pipelines.batch import Reading
 from pipelines.beton import Beton, BetonWriter
 from pipelines.config import LoaderConfig, RandomResizedCrop, Store, View
 from pipelines.cores import usable_cores
+from pipelines.cut_kernel import Table, cut_batch, make_work
+from pipelines.cuts import draw_cuts
 from pipelines.ffcv_loader import FFCVLoader
 from pipelines.images import pack
 from pipelines.sources import open_folder
+from pipelines.turbojpeg import Decoders
 
 SIZE, BATCH = 224, 64
 SIDE, BYTES = 500, 110_000  # ImageNet's: most common longer side, mean size of a file
@@ -163,6 +170,85 @@ def limit(beton: Beton, cores: int) -> Callable[[], int]:
     return run
 
 
+def profile(beton: Beton, rows: int = 256) -> dict[str, float]:
+    """Microseconds an image or a cut on one core: what a step of the loader takes, and what others take for the same."""
+    library = ctypes.CDLL("libturbojpeg.so.0")
+    library.tjInitDecompress.restype = ctypes.c_void_p
+    decoder, pixels = ctypes.c_void_p(library.tjInitDecompress()), np.empty(4 * (SIDE + 16) ** 2, np.uint8)
+    out, third = ctypes.c_void_p(pixels.ctypes.data), (SIDE + 16) ** 2
+    planes = (ctypes.c_void_p * 3)(*(pixels.ctypes.data + number * third for number in range(3)))
+    records, rows = beton.records["f0"][:rows], min(rows, len(beton))
+    heights, widths = records["height"].astype(np.int32), records["width"].astype(np.int32)
+    jobs = list(zip(beton.addresses.tolist(), beton.sizes.tolist(), widths.tolist(), heights.tolist(), strict=False))[:rows]
+    views = (View(cut=RandomResizedCrop(kind="resized")),) * 3
+    cuts = draw_cuts(views, SIZE, heights, widths, 0, 0)
+
+    def to_rgb() -> None:
+        for address, size, width, height in jobs:
+            data, length = ctypes.c_void_p(address), ctypes.c_ulong(size)
+            library.tjDecompress2(decoder, data, length, out, width, 0, height, 0, FAST_DCT)
+
+    def to_planes() -> None:
+        for address, size, width, height in jobs:
+            data, length = ctypes.c_void_p(address), ctypes.c_ulong(size)
+            library.tjDecompressToYUVPlanes(decoder, data, length, planes, width, None, height, 0)
+
+    decoders = Decoders(1)
+    work = make_work(decoders.handles, SIZE, int(heights.max()), int(widths.max()))
+    views_out = np.empty((rows, 3, SIZE, SIZE, 3), np.uint8)
+    ones, zeros = np.ones(rows, np.int32), np.zeros(rows, np.int32)
+
+    def cut(count: int) -> None:
+        table = Table(beton.addresses[:rows], beton.sizes[:rows], ones, heights, widths, cuts[:, :count].copy(), zeros)
+        cut_batch(np.arange(rows), views_out[:, :count].copy() if count < 3 else views_out, table, work)
+
+    images = [
+        torch.from_numpy(np.array(Image.open(io.BytesIO(beton.image(row).tobytes())).convert("RGB"))) for row in range(rows)
+    ]
+    small = np.empty((SIZE, SIZE, 3), np.uint8)
+
+    def opencv() -> None:
+        for image, (top, left, height, width, _) in zip(images, cuts[:, 0].tolist(), strict=True):
+            resize_crop(image.numpy(), top, top + height, left, left + width, small)
+
+    def torchvision_() -> None:
+        for image, (top, left, height, width, _) in zip(images, cuts[:, 0].tolist(), strict=True):
+            box = v2.functional.crop(image.permute(2, 0, 1), top, left, height, width)
+            v2.functional.resize(box, [SIZE, SIZE], antialias=True)
+
+    def draws() -> None:
+        stream = Reading(views[:2], SIZE, BATCH, 0, "instance", drop_last=True)
+        order = stream.order(beton, 1)
+        draw_cuts(views[:2], SIZE, beton.records["f0"]["height"][order], beton.records["f0"]["width"][order], 0, 1)
+
+    threads = torch.get_num_threads(), numba.get_num_threads()
+    torch.set_num_threads(1)
+    numba.set_num_threads(1)
+    steps = {
+        "decode to planes": (to_planes, rows),
+        "decode to RGB (FFCV)": (to_rgb, rows),
+        "cut of planes": (lambda: (cut(3), cut(1)), 2 * rows),
+        "resize by OpenCV's area (FFCV)": (opencv, rows),
+        "resize by torchvision, antialiased": (torchvision_, rows),
+        "order and draws, two views": (draws, len(beton)),
+    }
+    found = {}
+    for name, (run, units) in steps.items():
+        run()
+        spent = []
+        for _ in range(5):
+            began = time.perf_counter()
+            run()
+            spent.append((time.perf_counter() - began) / units * 1e6)
+        found[name] = statistics.median(spent)
+    # Decoded twice, and cut three times and once: four cuts and two decodings of each image.
+    found["cut of planes"] = (2 * found["cut of planes"] - 2 * found["decode to planes"]) / 4
+    library.tjDestroy(decoder)
+    torch.set_num_threads(threads[0])
+    numba.set_num_threads(threads[1])
+    return {name: round(value, 1) for name, value in found.items()}
+
+
 def ratios(rates: dict[str, dict[str, float]]) -> dict[str, float]:
     def rate(name: str) -> float:
         return max(entry["median"] for key, entry in rates.items() if key.startswith(name))
@@ -201,6 +287,7 @@ def main() -> None:
             figures[name] = {
                 "images_per_s": rates,
                 "ratios": {key: round(ratio, 2) for key, ratio in of_set[-1].items()},
+                "microseconds_on_one_core": profile(Beton(Path(place) / f"{name}.beton")),
                 "mean_bytes": round(np.mean([len(data) for data in files])),
                 "mean_size": np.mean([Image.open(io.BytesIO(data)).size for data in files], axis=0).round().tolist(),
             }

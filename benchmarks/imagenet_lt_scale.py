@@ -2,7 +2,7 @@
 
 FILE: ImageNet-LT's training list, or its class counts as JSON (1,000 classes, 115,846 images in all). The images are the JPEG
 files below FOLDER, over and over: small ones, so that what is measured is what grows with the number of images and classes:
-writing, counting, orders, draws, batches. Two views of 32 pixels, cut and resized. `benchmarks.imagenet_loader` measures decoding.
+writing, counting, orders, draws, batches. Two views of 32 pixels, cut and resized. Decoding: `benchmarks.imagenet_loader`.
 """
 
 from __future__ import annotations
