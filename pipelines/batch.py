@@ -180,9 +180,9 @@ def decide_cache(prepared: Prepared, split: str, config: LoaderConfig) -> Loader
         size = size * int(os.environ.get("LOCAL_WORLD_SIZE", 1)) // int(os.environ.get("WORLD_SIZE", 1))
     fits = fits_into_memory(size)
     log.info(
-        "%s: %.1f GB %s into the %.1f GB of memory that are free: cache %r",
+        "%s: %s MB %s into the %.1f GB of memory that are free: cache %r",
         split,
-        size / 1e9,
+        f"{size / 1e6:,.1f}",
         "fit" if fits else "do not fit",
         available_memory() / 1e9,
         "os" if fits else "process",
