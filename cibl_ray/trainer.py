@@ -86,7 +86,7 @@ class Trainer:
         self.best: dict[str, float] | None = None
         streams = readings(config.loss, config.data, batch, config.seed, world.share)
         self.augments = [Augment(reading.views, reading.size, reading.seed) for reading in streams]
-        self.train_loaders = [make_loader(prepared, "train", reading, config.loader) for reading in streams]
+        self.train_loaders = [make_loader(prepared, "train", reading, config.loader, self.device) for reading in streams]
         # Opened now, so that a damaged test set is not found out after the last epoch.
         held_out = eval_reading(config.data, config.train.eval_batch_size, world.share)
         self.eval_loaders: dict[str, Loader] = {

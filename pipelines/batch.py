@@ -124,6 +124,19 @@ class Reading:
         return order if self.group is None else by_pages(order, beton.pages, self.group, self.seed, epoch)
 
 
+def _resident(beton: Beton, config: LoaderConfig, device: torch.device) -> bool:
+    """Whether the images are to be held in the device's memory. Raises UserError where that is asked for and cannot be."""
+    from pipelines.resident_loader import why_not_resident
+
+    if config.kind == "auto":
+        # On the CPU FFCV's threads are as fast (benchmarks.resident); where it is absent, nothing else is.
+        pays = device.type == "cuda" or importlib.util.find_spec("ffcv") is None
+        return pays and config.part == "all" and why_not_resident(beton, device) is None
+    if config.kind == "resident" and (reason := why_not_resident(beton, device)) is not None:
+        raise UserError(f"loader.kind is 'resident', but {reason}; or set loader.kind: auto")
+    return config.kind == "resident"
+
+
 def loader_kind(config: LoaderConfig) -> Literal["ffcv", "torch"]:
     """The loader that `config` means on this machine. Raises UserError where FFCV is asked for and absent."""
     if config.kind == "torch":
@@ -135,8 +148,13 @@ def loader_kind(config: LoaderConfig) -> Literal["ffcv", "torch"]:
     return "torch"
 
 
-def make_loader(prepared: Prepared, split: str, reading: Reading, config: LoaderConfig) -> Loader:
-    """A loader of one split of prepared data. Raises UserError where the data cannot be read so."""
+def make_loader(
+    prepared: Prepared, split: str, reading: Reading, config: LoaderConfig, device: torch.device | None = None
+) -> Loader:
+    """A loader of one split of prepared data. Raises UserError where the data cannot be read so.
+
+    device: where training will want the batches; by default the CPU.
+    """
     files = None
     if reading.drop_last:
         config = decide_cache(prepared, split, config)
@@ -150,7 +168,9 @@ def make_loader(prepared: Prepared, split: str, reading: Reading, config: Loader
             f"the {split} split has {len(beton)} images, fewer than one batch of {reading.batch_size}; lower train.batch_size"
         )
     loader: Loader
-    kind = loader_kind(config)
+    device = device or torch.device("cpu")
+    held = reading.rule is None and _resident(beton, config, device)
+    kind = "resident" if held else loader_kind(config)
     if reading.rule is None:
         records = beton.records["f0"]
         # An image too small for its cut is told now.
@@ -159,6 +179,10 @@ def make_loader(prepared: Prepared, split: str, reading: Reading, config: Loader
         from pipelines.eval_loader import EvalLoader
 
         loader = EvalLoader(beton, reading, config)
+    elif kind == "resident":
+        from pipelines.resident_loader import ResidentLoader
+
+        loader = ResidentLoader(beton, reading, device)
     elif kind == "ffcv":
         from pipelines.ffcv_loader import FFCVLoader
 

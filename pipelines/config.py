@@ -260,7 +260,10 @@ class DataConfig(Settings):
 class LoaderConfig(Settings):
     """Which loader feeds the network, and with how many threads."""
 
-    kind: Literal["auto", "ffcv", "torch"] = "auto"
+    kind: Literal["auto", "resident", "ffcv", "torch"] = Field(
+        default="auto",
+        description="resident: all images in the memory of the device that trains; ffcv, torch: from files; auto: the fastest",
+    )
     cache: Literal["auto", "os", "process"] = Field(
         default="auto",
         description="os: files mapped into memory, any image at any time, for data that fit into memory; process: pages are "
