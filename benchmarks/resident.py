@@ -1,6 +1,6 @@
 """`python -m benchmarks.resident [--images FOLDER]`: training from images in memory, from FFCV, and by a plain PyTorch script.
 
-ResNet-32, CIFAR-10-LT, batch 128, two views of crop and flip, CIBL: the same network, loss and optimizer on all sides. The plain
+ResNet-32, CIFAR-10-LT, batch 128, two views of crop and flip, CIBL: the same network, loss, optimizer on all sides. The plain
 script is what people write: a DataLoader with a worker a core that stays alive, torchvision's v2 functions on uint8 tensors in
 memory (the fastest of three ways, see benchmarks.cifar_loader), normalisation in the workers, eager, contiguous, float32. It is
 measured once more with bf16 autocast, where this machine has bf16. Images a second, end to end. Further --field value pairs
