@@ -194,13 +194,13 @@ def profile(beton: Beton, rows: int = 256) -> dict[str, float]:
             library.tjDecompressToYUVPlanes(decoder, data, length, planes, width, None, height, 0)
 
     decoders = Decoders(1)
-    work = make_work(decoders.handles, SIZE, int(heights.max()), int(widths.max()))
-    views_out = np.empty((rows, 3, SIZE, SIZE, 3), np.uint8)
+    work = make_work(decoders.handles, SIZE, heights, widths)
+    outputs = {count: np.empty((rows, count, SIZE, SIZE, 3), np.uint8) for count in (1, 3)}
     ones, zeros = np.ones(rows, np.int32), np.zeros(rows, np.int32)
 
     def cut(count: int) -> None:
         table = Table(beton.addresses[:rows], beton.sizes[:rows], ones, heights, widths, cuts[:, :count].copy(), zeros)
-        cut_batch(np.arange(rows), views_out[:, :count].copy() if count < 3 else views_out, table, work)
+        cut_batch(np.arange(rows), outputs[count], table, work)
 
     images = [
         torch.from_numpy(np.array(Image.open(io.BytesIO(beton.image(row).tobytes())).convert("RGB"))) for row in range(rows)

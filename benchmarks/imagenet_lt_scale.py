@@ -53,7 +53,9 @@ def main() -> None:
         yield
         seconds[name] = round(time.perf_counter() - began, 2)
 
-    files = sorted(arguments.images.rglob("*.jp*g"))
+    files = sorted(path for path in arguments.images.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg"))
+    if not files:
+        parser.error(f"--images {arguments.images}: no JPEG files there")
     images = Images(
         [str(number) for number in range(total)],
         np.repeat(np.arange(len(counts)), counts),

@@ -36,7 +36,8 @@ _HEADER = "cibl_ray"
 class Checkpoint:
     """State after `epoch` whole epochs and `step` steps of the next.
 
-    data: the digest of each split's source. best: the best validation accuracy so far and its epoch, or None.
+    data: the digest of each split's source. workers: how many trained it (None: an older file does not say).
+    best: the best validation accuracy so far and its epoch, or None.
     weights: the network's state by name. momentum: SGD's buffers by parameter name; objective: what the loss carries from step
     to step (a queue, an averaged network); both empty in a best checkpoint.
     """
@@ -47,6 +48,7 @@ class Checkpoint:
     data: dict[str, str]
     epoch: int
     step: int
+    workers: int | None
     best: dict[str, float] | None
     weights: dict[str, torch.Tensor]
     momentum: dict[str, torch.Tensor]
@@ -99,6 +101,7 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint, keep_previous: bool = Fa
         "data": checkpoint.data,
         "epoch": checkpoint.epoch,
         "step": checkpoint.step,
+        "workers": checkpoint.workers,
         "best": checkpoint.best,
     }
     tensors = {f"weights.{name}": tensor for name, tensor in checkpoint.weights.items()}
@@ -144,6 +147,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
             data=content["data"],
             epoch=content["epoch"],
             step=content.get("step", 0),
+            workers=content.get("workers"),
             best=content["best"],
             weights=_part(tensors, "weights."),
             momentum=_part(tensors, "momentum."),

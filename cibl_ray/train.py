@@ -112,8 +112,12 @@ def train(
     prepared = ensure_prepared(config.data, config.seed)
     if world.first:
         _log_to(None, progress)
-    trainer = Trainer(config, prepared, folder, world)
     checkpoint = world.from_first(lambda: newest(folder / "checkpoints")) if resume else None
+    if checkpoint is not None and config.loader.cache == "auto":
+        # Decided when the run began: another order would not be the epoch that the checkpoint stands in.
+        loader = config.loader.model_copy(update={"cache": checkpoint.config.loader.cache})
+        config = config.model_copy(update={"loader": loader})
+    trainer = Trainer(config, prepared, folder, world)
     if checkpoint is not None:
         trainer.restore(checkpoint)
     if not world.first:

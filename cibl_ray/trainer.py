@@ -101,7 +101,9 @@ class Trainer:
         load_momentum(self.network, self.optimizer, checkpoint.momentum)
         self.objective.load(checkpoint.objective)
         self.epoch, self.step, self.best = checkpoint.epoch, checkpoint.step, checkpoint.best
-        if self.step and _batches(checkpoint.config) != _batches(self.config):
+        workers = checkpoint.workers or self.world.size
+        same = _batches(checkpoint.config, workers) == _batches(self.config, self.world.size)
+        if self.step and (not same or self.step >= self.train_loaders[0].batches):
             log.warning("batches are no longer those of the checkpoint, taken at step %d: its epoch begins anew", self.step)
             self.step = 0
 
@@ -285,6 +287,7 @@ class Trainer:
             data=self._data_digests(),
             epoch=self.epoch,
             step=self.step,
+            workers=self.world.size,
             best=self.best,
             weights=self.network.state_dict(),
             momentum=momentum,
@@ -313,11 +316,12 @@ def _decide_cache(config: LoaderConfig, prepared: Prepared, world: World, device
     return config.model_copy(update={"cache": "process" if small else "os"})
 
 
-def _batches(config: RunConfig) -> tuple[object, ...]:
+def _batches(config: RunConfig, workers: int) -> tuple[object, ...]:
     """What the batches of an epoch follow from."""
-    loader = config.loader
+    loader, data = config.loader, config.data.model_dump(mode="json")
+    data["source"].pop("expect", None)
     pages = loader.read_ahead_mb if loader.cache == "process" else None
-    return config.train.batch_size, config.seed, config.data, loader.part, pages
+    return config.train.batch_size, config.seed, data, pages, workers if loader.part == "shards" else None
 
 
 def resolve(config: RunConfig) -> RunConfig:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from pipelines.beton import PAGE, Beton
-from pipelines.cache import available_memory, by_pages, fits_into_memory
+from pipelines.cache import available_memory, by_pages, fits_into_memory, local_workers
 from pipelines.config import CenterCrop, DataConfig, LoaderConfig, Sampling, View
 from pipelines.cuts import draw_cuts, epoch_order
 from pipelines.errors import UserError
@@ -161,11 +161,13 @@ def make_loader(
         if config.part == "shards" and reading.share.workers > 1:
             files, reading = _own_files(prepared, split, reading)
         if config.cache == "process":
-            reading = replace(reading, group=max(1, (config.read_ahead_mb << 20) // PAGE))
+            reading = replace(reading, group=_pages_ahead(config))
     beton = prepared.beton(split, files)
     if reading.drop_last and reading.batches(len(beton)) == 0:
+        own = "" if files is None else f" in the files of worker {reading.share.worker} of {reading.share.workers}"
         raise UserError(
-            f"the {split} split has {len(beton)} images, fewer than one batch of {reading.batch_size}; lower train.batch_size"
+            f"the {split} split has {len(beton)} images{own}, fewer than one batch of {reading.batch_size}; "
+            "lower train.batch_size"
         )
     loader: Loader
     device = device or torch.device("cpu")
@@ -201,7 +203,7 @@ def decide_cache(prepared: Prepared, split: str, config: LoaderConfig) -> Loader
         return config
     size = prepared.splits[split].bytes
     if config.part == "shards":  # this machine's processes read their own files only
-        size = size * int(os.environ.get("LOCAL_WORLD_SIZE", 1)) // int(os.environ.get("WORLD_SIZE", 1))
+        size = size * local_workers() // int(os.environ.get("WORLD_SIZE", 1))
     fits = fits_into_memory(size)
     log.info(
         "%s: %s MB %s into the %.1f GB of memory that are free: cache %r",
@@ -212,6 +214,18 @@ def decide_cache(prepared: Prepared, split: str, config: LoaderConfig) -> Loader
         "os" if fits else "process",
     )
     return config.model_copy(update={"cache": "os" if fits else "process"})
+
+
+def _pages_ahead(config: LoaderConfig) -> int:
+    """Pages in a group. Raises UserError where a machine's workers could not hold two groups each."""
+    pages = max(1, (config.read_ahead_mb << 20) // PAGE)
+    needed, free = 2 * pages * PAGE * local_workers(), available_memory()
+    if needed > free:
+        raise UserError(
+            f"loader.read_ahead_mb {config.read_ahead_mb} takes {needed / 1e9:.1f} GB for {local_workers()} workers, of "
+            f"{free / 1e9:.1f} GB that are free; lower it"
+        )
+    return pages
 
 
 def _own_files(prepared: Prepared, split: str, reading: Reading) -> tuple[list[int], Reading]:
@@ -226,6 +240,15 @@ def _own_files(prepared: Prepared, split: str, reading: Reading) -> tuple[list[i
     for worker in range(share.workers):
         rows = share.of(reading.batch_size, worker)
         batches.append(sum(shard.samples for shard in shards[worker :: share.workers]) // (rows.stop - rows.start))
+    total, taken = sum(shard.samples for shard in shards), min(batches) * reading.batch_size
+    log.info(
+        "%s: each worker takes %d batches from its own files; an epoch shows %s of %s images (%.1f %%)",
+        split,
+        min(batches),
+        f"{taken:,}",
+        f"{total:,}",
+        100 * taken / total,
+    )
     # Position decides a draw, and every worker counts its own: each needs draws of its own.
     seed = int(stream(reading.seed, "part", share.worker).integers(2**32))
     files = list(range(share.worker, len(shards), share.workers))

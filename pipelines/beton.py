@@ -58,10 +58,16 @@ class BetonWriter:
         self._allocations = np.zeros(capacity, dtype=ALLOCATION)
         self.samples = 0
         self.next = -(-(_RECORDS_AT + self._records.nbytes) // PAGE) * PAGE
+        self._first = self.next
         if before is not None:
             self.samples, self.next = len(before.records), before.next
             self._records[: self.samples], self._allocations[: self.samples] = before.records, before.allocations
         self._file: BinaryIO = self._part.open("wb" if before is None else "r+b")
+
+    @property
+    def image_bytes(self) -> int:
+        """What the images take so far."""
+        return self.next - self._first
 
     @property
     def full(self) -> bool:

@@ -22,18 +22,39 @@ _AFTER = 64  # bytes after a group that vectors may read
 
 
 def available_memory() -> int:
-    """Bytes that this process may still use: what the machine has free, or its container, if that is less."""
+    """Bytes that this process may still use: what the machine has free, or what its control groups leave it, if that is less.
+
+    What is cached of files counts as free: it is given up when something else needs the room.
+    """
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     for line in _lines(Path("/proc/meminfo")):
         if line.startswith("MemAvailable:"):
             free = int(line.split()[1]) * 1024
-    group = Path("/sys/fs/cgroup")
-    limit, used = (_lines(group / name) for name in ("memory.max", "memory.current"))
-    if limit and used and limit[0].isdecimal():
-        # What the container has cached of files counts as used, and is given up when something else needs it.
-        cached = sum(int(line.split()[1]) for line in _lines(group / "memory.stat") if line.startswith("inactive_file "))
-        free = min(free, int(limit[0]) - int(used[0]) + cached)
-    return free
+    for line in _lines(Path("/proc/self/cgroup")):
+        _, controllers, place = line.split(":", 2)
+        if controllers == "":
+            top, names = Path("/sys/fs/cgroup"), ("memory.max", "memory.current")
+        elif "memory" in controllers.split(","):
+            top, names = Path("/sys/fs/cgroup/memory"), ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        else:
+            continue
+        group = top / place.lstrip("/")
+        # The least limit up the tree holds. In a container the path may be the host's: then only the top is there.
+        for folder in (group, *group.parents):
+            free = min(free, _left(folder, *names))
+            if folder == top:
+                break
+    return max(0, free)
+
+
+def _left(group: Path, limit_name: str, used_name: str) -> int:
+    limit, used = _lines(group / limit_name), _lines(group / used_name)
+    if not (limit and used and limit[0].isdecimal()):
+        return 1 << 62
+    stat = dict(line.split() for line in _lines(group / "memory.stat"))
+    names = ("inactive_file", "active_file", "slab_reclaimable")
+    cached = sum(int(stat.get(f"total_{name}", stat.get(name, 0))) for name in names)
+    return int(limit[0]) - int(used[0]) + cached
 
 
 def _lines(path: Path) -> list[str]:
@@ -46,6 +67,11 @@ def _lines(path: Path) -> list[str]:
 def fits_into_memory(size: int) -> bool:
     """Whether so many bytes of files can stay in this machine's memory beside training."""
     return size <= _SHARE * available_memory()
+
+
+def local_workers() -> int:
+    """How many training processes share this machine, as Ray Train and torchrun say."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def by_pages(order: np.ndarray, pages: np.ndarray, group: int, seed: int, epoch: int) -> np.ndarray:
@@ -120,16 +146,23 @@ class PageReader:
         start = self._beton.records["f0"]["data_ptr"][rows].astype(np.int64)
         self._addresses[self._positions[part]] = buffer.ctypes.data + place * PAGE + start % PAGE
         _, sample = np.unique(place, return_index=True)
+        ends = np.zeros(len(pages), np.int64)  # of each page's last image
+        np.maximum.at(ends, place, start % PAGE + self._beton.sizes[rows])
         self._coming[number] = [
-            self._pool.submit(self._page, int(self._beton.shard[rows[one]]), int(start[one]) // PAGE, buffer, slot)
+            self._pool.submit(
+                self._page, int(self._beton.shard[rows[one]]), int(start[one]) // PAGE, buffer, slot, int(ends[slot])
+            )
             for slot, one in enumerate(sample)
         ]
 
-    def _page(self, shard: int, page: int, buffer: np.ndarray, slot: int) -> None:
+    def _page(self, shard: int, page: int, buffer: np.ndarray, slot: int, end: int) -> None:
         file, done = self._files[shard], 0
         while done < PAGE:
             got = os.preadv(file, [buffer[slot * PAGE + done : (slot + 1) * PAGE].data], page * PAGE + done)
             if got == 0:  # the end of the file
                 break
             done += got
-        os.posix_fadvise(file, page * PAGE, PAGE, os.POSIX_FADV_DONTNEED)  # held here: the system need not keep it too
+        if done < end:
+            raise OSError(f"{str(self._beton.paths[shard])!r} ends before its images do: it was cut short while it was read")
+        if local_workers() == 1:  # held here, so the system need not keep it; a neighbour may be about to read it
+            os.posix_fadvise(file, page * PAGE, PAGE, os.POSIX_FADV_DONTNEED)

@@ -267,7 +267,7 @@ class LoaderConfig(Settings):
     cache: Literal["auto", "os", "process"] = Field(
         default="auto",
         description="os: files mapped into memory, any image at any time, for data that fit into memory; process: pages are "
-        "read ahead in large pieces, and the order is random within `read_ahead_mb`; auto: by the size of memory",
+        "read ahead in large pieces (by FFCV's loader), in an order random within `read_ahead_mb`; auto: by the size of memory",
     )
     read_ahead_mb: int = Field(default=1024, ge=16, description="of cache 'process': what a worker holds at once, MiB, twice")
     part: Literal["all", "shards"] = Field(

@@ -67,8 +67,10 @@ class Work(NamedTuple):
     weights: np.ndarray  # float32 (T, 4, taps, S')
 
 
-def make_work(decoders: np.ndarray, size: int, height: int, width: int) -> Work:
-    """Buffers for images of at most `height` by `width` pixels and cuts of `size`."""
+def make_work(decoders: np.ndarray, size: int, heights: np.ndarray, widths: np.ndarray) -> Work:
+    """Buffers for images of these heights and widths, and cuts of `size`."""
+    height, width = int(heights.max()), int(widths.max())
+    pixels = int(((heights.astype(np.int64) + LANES) * (widths.astype(np.int64) + LANES)).max())
     threads, padded = len(decoders), -(-size // LANES) * LANES
     row = 3 * (width + LANES) + PADDING
     taps = 2 * math.ceil(max(1.0, height / size, width / size)) + 3
@@ -76,7 +78,7 @@ def make_work(decoders: np.ndarray, size: int, height: int, width: int) -> Work:
         decoders,
         np.zeros((threads, 4), np.int32),
         np.zeros((threads, 3), np.int64),
-        np.empty((threads, 3 * (height + LANES) * (width + LANES) + PADDING), np.uint8),
+        np.empty((threads, 3 * pixels + PADDING), np.uint8),
         np.empty((threads, LANES, row), np.uint8),
         np.empty((threads, 3, row, LANES), np.uint8),
         np.empty((threads, 3 * padded, LANES), np.uint8),

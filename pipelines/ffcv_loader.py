@@ -94,6 +94,8 @@ class _Epoch(EpochIterator):
             self.output_queue.put(None)
 
     def run_pipeline(self, b_ix: int, batch_indices: np.ndarray, batch_slot: int, cuda_event: Any) -> Any:
+        if self.terminate_event.is_set():
+            raise StopIteration  # FFCV looks at the event only when nobody takes its batches
         if self._pages is not None:
             first = b_ix * self.loader.batch_size
             self._pages.need(first, first + len(batch_indices))
@@ -121,7 +123,7 @@ class _Epoch(EpochIterator):
         try:
             return super().__next__()
         except StopIteration:
-            if isinstance(self._error, UserError):
+            if isinstance(self._error, (UserError, OSError)):
                 raise self._error from None
             if self._error is not None:
                 raise RuntimeError(f"the FFCV pipeline stopped: {self._error}") from self._error
@@ -152,7 +154,7 @@ class FFCVLoader:
         workers = min(config.workers or (1 if all_raw else cores), cores)
         records = beton.records["f0"]
         self._decoders = Decoders(workers)
-        self._work = make_work(self._decoders.handles, reading.size, int(records["height"].max()), int(records["width"].max()))
+        self._work = make_work(self._decoders.handles, reading.size, records["height"], records["width"])
         threads = torch.get_num_threads()
         Compiler.set_enabled(False)  # what runs is compiled already; FFCV's own functions would take seconds, every time
         try:

@@ -98,6 +98,9 @@ class Prepared:
 def prepared_folder(data: DataConfig, seed: int) -> Path:
     """Where the data of this configuration belongs: what changes the stored images or their choice changes the name."""
     content = data.model_dump(mode="json", include={"source", "profile", "val_fraction", "on_bad_image", "store"})
+    content["source"].pop("expect", None)  # checks the lists, changes nothing
+    if data.store.mode != "mixed":
+        del content["store"]["raw_share"]
     content["seed"] = subset_seed(data, seed)
     return data.prepared / f"{data.source.kind}-{data.profile.kind}-{_key(content)}"
 

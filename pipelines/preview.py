@@ -1,7 +1,7 @@
 """`python -m pipelines.preview CONFIG [--out FILE]`: the views of a few training images as the network sees them.
 
 A row an image: the stored one, then every view, cut, flipped and augmented by its own draw, before only the normalisation.
-The images are the first of the epoch that training would show, with the same draws.
+Images, cuts and flips are the first of the epoch that training would show; colours are drawn for a batch of so many images.
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ def main() -> None:
     config = load_data(name, rest, parser.prog)
     if not 1 <= arguments.images <= 64 or arguments.epoch < 0:
         raise UserError(f"--images {arguments.images} --epoch {arguments.epoch}: 1 to 64 images, an epoch from 0 on")
+    if arguments.out.suffix.lower() not in Image.registered_extensions() or not arguments.out.parent.is_dir():
+        raise UserError(f"--out {str(arguments.out)!r}: name a file such as views.png in a folder that exists")
     if arguments.out.exists():
         raise UserError(f"{str(arguments.out)!r} is there already; name another file with --out")
     prepared = ensure_prepared(config.data, config.seed)

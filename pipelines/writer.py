@@ -1,15 +1,18 @@
 """One split into .beton files: packed in threads, in several files where one would be too large, and resumable.
 
 While it writes, a journal beside the files says every few seconds how far it has come. After a stop (Ctrl-C, a killed process)
-the same command goes on there; after an error nothing half-written is left.
+the same command goes on there, and after a full disk too; after a user's mistake nothing half-written is left.
 """
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
+import signal
 import sys
+import threading
 import time
 import zipfile
 from collections.abc import Iterator
@@ -17,6 +20,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -47,6 +52,7 @@ class Progress:
     """How far a split is written.
 
     done: images of the split's order that are written or skipped. how: images by kind. stored: bytes of all images.
+    sealed: done, names, skipped, stored and how as they were when the last of `shards` was finished.
     """
 
     digest: str
@@ -57,10 +63,25 @@ class Progress:
     skipped: list[str] = field(default_factory=list)
     how: dict[str, int] = field(default_factory=dict)
     stored: int = 0
+    sealed: tuple[int, int, int, int, dict[str, int]] = (0, 0, 0, 0, {})
+
+    def seal(self, shard: Shard) -> None:
+        self.shards.append(shard)
+        self.sealed = (self.done, len(self.names), len(self.skipped), self.stored, dict(self.how))
+
+    def back_to_shards(self) -> None:
+        """Forget what came after the last finished file."""
+        self.done, names, skipped, self.stored, self.how = self.sealed
+        self.names, self.labels, self.skipped = self.names[:names], self.labels[:names], self.skipped[:skipped]
+
+    def consistent(self, open_samples: int) -> bool:
+        """Whether all parts tell of the same moment, `open_samples` being in the file that is not finished."""
+        written = sum(shard.samples for shard in self.shards) + open_samples
+        return written == len(self.names) == len(self.labels) == self.done - len(self.skipped)
 
 
 class _Files:
-    """The files of a split, one open at a time."""
+    """The files of a split, one open at a time. Between two images (`step`) all parts tell of the same moment."""
 
     def __init__(self, folder: Path, split: str, capacity: int, store: Store, digest: str) -> None:
         self._folder, self._split, self._capacity = folder, split, capacity
@@ -83,13 +104,15 @@ class _Files:
         progress.labels.append(label)
         progress.stored += len(image.data)
         progress.how[image.how] = progress.how.get(image.how, 0) + 1
-        if self._limit is not None and (self._writer.next >= self._limit or self._writer.full):
-            self._close_shard()
 
     def step(self) -> None:
         """One image is done, written or skipped."""
         self.progress.done += 1
-        if time.monotonic() - self._saved > _JOURNAL_SECONDS:
+        writer = self._writer
+        if self._limit is not None and writer is not None and (writer.image_bytes >= self._limit or writer.full):
+            self._close_shard()
+            self.save()
+        elif time.monotonic() - self._saved > _JOURNAL_SECONDS:
             self.save()
 
     def save(self) -> None:
@@ -109,13 +132,18 @@ class _Files:
         self.save()  # whole: not written again if another split fails
 
     def stopped(self) -> None:
-        """Keep all for the next run."""
-        self.save()
+        """Keep all for the next run; between two moments, what the last journal knows of."""
+        if self.progress.consistent(0 if self._writer is None else self._writer.samples):
+            self.save()
+        self.leave()
+
+    def leave(self) -> None:
+        """Close the file in hand, and keep it."""
         if self._writer is not None:
             self._writer.leave()
 
     def failed(self) -> None:
-        """Leave nothing of the file that was being written."""
+        """Leave nothing of the split."""
         self._journal.unlink(missing_ok=True)
         if self._writer is not None:
             self._writer.__exit__(None, None, None)
@@ -126,8 +154,8 @@ class _Files:
         return self._folder / shard_name(self._split, None if self._limit is None else len(self.progress.shards))
 
     def _room(self) -> int:
-        """Records set aside in the next file."""
-        left = self._capacity - len(self.progress.names)
+        """Records set aside in the file after the finished ones."""
+        left = self._capacity - sum(shard.samples for shard in self.progress.shards)
         return left if self._limit is None else min(left, max(1, self._limit // _SMALLEST))
 
     def _close_shard(self) -> None:
@@ -135,9 +163,7 @@ class _Files:
         path, samples = self._path(), self._writer.samples
         self._writer.finish()
         self._writer = None
-        self.progress.shards.append(Shard(path.name, samples, path.stat().st_size))
-        if self._limit is not None:
-            self.save()
+        self.progress.seal(Shard(path.name, samples, path.stat().st_size))
 
     def _resume(self, digest: str) -> Progress | None:
         """What an earlier run has left, if it is of these images and whole."""
@@ -147,33 +173,27 @@ class _Files:
                 written = Written(content["records"], content["allocations"], int(content["next"]))
             kept["shards"] = [Shard(**shard) for shard in kept["shards"]]
             progress = Progress(**kept)
-        except FileNotFoundError:
+        except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):  # none, or one cut short
             return None
-        except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):  # a journal cut short is no journal
+        whole = all(_size(self._folder / shard.file) == shard.bytes for shard in progress.shards)
+        if progress.digest != digest or not whole or not progress.consistent(len(written.records)):
             return None
         self.progress = progress
-        whole = all(_size(self._folder / shard.file) == shard.bytes for shard in progress.shards)
-        if progress.digest != digest or not whole:
-            return None
-        if len(written.records):
-            if _size(part_of(self._path())) < written.next:
-                return None
-            # The same room as the first time: the records' place comes before the images.
-            progress.names, behind = progress.names[: -len(written.records)], progress.names[-len(written.records) :]
-            room = self._room()
-            progress.names += behind
-            self._writer = BetonWriter(self._path(), room, written)
+        if len(written.records) and _size(part_of(self._path())) >= written.next:
+            self._writer = BetonWriter(self._path(), self._room(), written)
+        elif len(written.records):  # the file was finished, or lost, after the journal
+            progress.back_to_shards()
         return progress
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else -1
 
 
 def forget_journals(folder: Path) -> None:
     """The data are whole: there is nothing to go on with."""
     for journal in folder.glob("*.journal"):
         journal.unlink()
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.is_file() else -1
 
 
 def write_split(folder: Path, split: str, images: Images, data: DataConfig, seed: int) -> Progress:
@@ -184,6 +204,7 @@ def write_split(folder: Path, split: str, images: Images, data: DataConfig, seed
     began, first = time.monotonic(), progress.done
     if first:
         print(f"data: {split} goes on after {first:,} of {len(order):,} images", file=sys.stderr)
+    stop = _Interrupt()
     try:
         packed = _pack_all(images, order[first:], data, seed, lossless=split != "train")
         bar = tqdm(packed, total=len(order), initial=first, desc=f"{split}.beton", unit="img", leave=False, disable=None)
@@ -199,20 +220,49 @@ def write_split(folder: Path, split: str, images: Images, data: DataConfig, seed
                 except UserError as error:
                     raise UserError(f"{_place(images, index, split)} {error}") from error
             files.step()
+            stop.check()
         if not progress.names:
             raise UserError(f"the {split} split has no readable image")
         files.finish()
+        stop.check()
     except KeyboardInterrupt:
         files.stopped()
         raise
     except OSError:  # a full disk: what the journal knows of stays, and the next run goes on with it
+        with contextlib.suppress(OSError):
+            files.leave()
         raise
     except BaseException:
         files.failed()
         raise
+    finally:
+        stop.end()
     (folder / f"{split}.files.txt").write_text("".join(f"{line}\n" for line in progress.names), errors="surrogateescape")
     _report(split, progress, len(order) - first, time.monotonic() - began)
     return progress
+
+
+class _Interrupt:
+    """Ctrl-C waits until the image in hand is done, so that what is kept tells of one moment."""
+
+    def __init__(self) -> None:
+        self._asked = False
+        self._before: Any = None
+        if threading.current_thread() is threading.main_thread():  # others cannot be interrupted
+            self._before = signal.signal(signal.SIGINT, self._ask)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self._asked:  # the second time at once
+            raise KeyboardInterrupt
+        self._asked = True
+
+    def check(self) -> None:
+        if self._asked:
+            raise KeyboardInterrupt
+
+    def end(self) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)
 
 
 def _report(split: str, progress: Progress, images: int, seconds: float) -> None:

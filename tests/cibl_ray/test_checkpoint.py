@@ -17,7 +17,7 @@ def checkpoint(epoch=3, flags=()):
     network = build_network(config.network, 3, needs(config.loss), seed=epoch)
     momentum = {name: torch.full_like(p, 0.5) for name, p in network.named_parameters()}
     return Checkpoint(
-        config, ["a", "b", "c"], np.array([9, 5, 2]), {"train": "x"}, epoch, 4, {"epoch": 2, "balanced": 0.5},
+        config, ["a", "b", "c"], np.array([9, 5, 2]), {"train": "x"}, epoch, 4, 2, {"epoch": 2, "balanced": 0.5},
         network.state_dict(), momentum, {"queue.written": torch.tensor(7)},
     )  # fmt: skip
 
@@ -29,6 +29,7 @@ def test_round_trip(tmp_path):
     assert loaded.config == saved.config
     assert (loaded.classes, loaded.train_counts.tolist(), loaded.epoch) == (["a", "b", "c"], [9, 5, 2], 3)
     assert loaded.best == {"epoch": 2, "balanced": 0.5}
+    assert (loaded.step, loaded.workers) == (4, 2)
     assert all(torch.equal(loaded.weights[name], tensor) for name, tensor in saved.weights.items())
     assert set(loaded.momentum) == set(saved.momentum)
     assert loaded.objective == {"queue.written": torch.tensor(7)}

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from cibl_ray.config import load_config
 from cibl_ray.runlog import read_metrics
 from cibl_ray.trainer import Trainer, resolve
 from pipelines.errors import UserError
+from pipelines.prepare import ensure_prepared
 from tests.conftest import REPOSITORY, needs_ffcv
 
 TINY = ["--epochs", "4", "--warmup_epochs", "1", "--batch_size", "64"]
@@ -311,3 +313,17 @@ def test_no_memory_is_told_with_the_batch(digits, tmp_path, monkeypatch):
     monkeypatch.setattr(trainer, "_run", full)
     with pytest.raises(UserError, match="out of memory in a step of .* images; lower train.batch_size"):
         trainer.train_epoch()
+
+
+def test_a_place_in_an_epoch_that_other_workers_had_means_nothing(tmp_path, caplog):
+    """Where every worker reads files of its own, their number decides the batches."""
+    flags = ["--prepared", str(tmp_path), "--loader.kind", "torch"]
+    for part, workers, step, expected in [("all", 3, 2, 2), ("shards", 1, 2, 2), ("shards", 3, 2, 0), ("all", 1, 99, 0)]:
+        config = resolve(load_config("quickstart", [*flags, "--loader.part", part]))
+        trainer = Trainer(config, ensure_prepared(config.data, 0), tmp_path / "run")
+        assert trainer.config.loader.cache == "os"  # decided: what is saved with the run does not ask again
+        checkpoint = replace(trainer._checkpoint({}, {}), workers=workers, step=step)
+        caplog.clear()
+        trainer.restore(checkpoint)
+        assert trainer.step == expected
+        assert ("its epoch begins anew" in caplog.text) == (expected == 0)

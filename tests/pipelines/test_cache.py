@@ -25,7 +25,7 @@ def photos_in_files(photo_folder, tmp_path_factory):
     data = data_config(
         source={"kind": "folder", "path": str(photo_folder)},
         prepared=str(tmp_path_factory.mktemp("prepared")),
-        store={"mode": "raw", "shard_mb": 9},
+        store={"mode": "raw", "shard_mb": 1},
         size=64,
         views=[{"cut": {"kind": "resized"}}] * 2,
     )
@@ -107,7 +107,7 @@ def test_a_file_that_cannot_be_read_is_told(photos_in_files, monkeypatch):
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(cache.os, "preadv", broken)
-    with pytest.raises(RuntimeError, match="Input/output error"):
+    with pytest.raises(OSError, match="Input/output error"):
         epoch(loader)
 
 
@@ -124,15 +124,31 @@ def test_the_cache_follows_from_memory_and_is_said(photos_in_files, monkeypatch,
     assert decide_cache(prepared, "train", LoaderConfig(cache="os")).cache == "os"
 
 
-def test_available_memory_is_that_of_the_container_if_less(tmp_path, monkeypatch):
-    real = cache.available_memory()
-    assert 1 << 26 < real < 1 << 50
+V2 = {
+    "/proc/self/cgroup": ["0::/job/step"],
+    "/sys/fs/cgroup/job/step/memory.max": ["max"],
+    "/sys/fs/cgroup/job/step/memory.current": ["1"],
+    "/sys/fs/cgroup/job/memory.max": ["1000000"],
+    "/sys/fs/cgroup/job/memory.current": ["800000"],
+    "/sys/fs/cgroup/job/memory.stat": ["anon 5", "inactive_file 100000", "active_file 200000", "slab_reclaimable 7"],
+}
+V1 = {
+    "/proc/self/cgroup": ["9:cpu,cpuacct:/x", "4:memory:/box"],
+    "/sys/fs/cgroup/memory/box/memory.limit_in_bytes": ["1000000"],
+    "/sys/fs/cgroup/memory/box/memory.usage_in_bytes": ["800000"],
+    "/sys/fs/cgroup/memory/box/memory.stat": ["inactive_file 1", "total_inactive_file 300000", "total_active_file 7"],
+}
+
+
+@pytest.mark.parametrize("files", [V1, V2], ids=["v1", "v2"])
+def test_available_memory_is_what_the_control_groups_leave(monkeypatch, files):
+    original = cache._lines
+    assert 1 << 26 < cache.available_memory() < 1 << 50
     assert fits_into_memory(1000)
     assert not fits_into_memory(1 << 50)
-    original = cache._lines
-    files = {"memory.max": ["1000000"], "memory.current": ["600000"], "memory.stat": ["anon 5", "inactive_file 100000"]}
-    monkeypatch.setattr(cache, "_lines", lambda path: files.get(path.name) or original(path))
-    assert cache.available_memory() == 500_000
+    real = {"/proc/meminfo": original(cache.Path("/proc/meminfo"))}
+    monkeypatch.setattr(cache, "_lines", lambda path: (files | real).get(str(path), []))
+    assert cache.available_memory() == 1_000_000 - 800_000 + 300_007
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -189,3 +205,24 @@ def test_fewer_files_than_workers(photos_in_files):
     data, prepared = photos_in_files
     with pytest.raises(UserError, match=r"files for 50 workers; set data\.store\.shard_mb lower, or loader\.part: all"):
         make_loader(prepared, "train", train_reading(data, 50, 0, Share(0, 50)), LoaderConfig(part="shards"))
+
+
+def test_workers_that_would_not_fit_are_told(photos_in_files, monkeypatch):
+    data, prepared = photos_in_files
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    monkeypatch.setattr("pipelines.batch.available_memory", lambda: 10 << 30)
+    config = LoaderConfig(kind="torch", cache="process")
+    with pytest.raises(
+        UserError, match=r"read_ahead_mb 1024 takes 17\.2 GB for 8 workers, of 10\.7 GB that are free; lower it"
+    ):
+        make_loader(prepared, "train", train_reading(data, 4, 0), config)
+
+
+@needs_ffcv
+def test_a_file_cut_short_while_it_is_read_is_told(photos_in_files, monkeypatch):
+    data, prepared = photos_in_files
+    loader = make_loader(prepared, "train", train_reading(data, 2, 0), LoaderConfig(kind="ffcv", cache="process"))
+    original = cache.os.preadv
+    monkeypatch.setattr(cache.os, "preadv", lambda file, buffers, at: original(file, buffers, at) if at % PAGE == 1 else 0)
+    with pytest.raises(OSError, match="ends before its images do"):
+        epoch(loader)

@@ -1,5 +1,6 @@
 """The compiled cut against torchvision's antialiased resize of what Pillow decodes, on photographs."""
 
+import ctypes
 import io
 from itertools import pairwise
 
@@ -79,11 +80,40 @@ def test_resize_is_torchvisions(photos, tmp_path, size):
     assert found.mean() < 1.0
 
 
-@pytest.mark.parametrize("kind", ["4:4:4", "4:2:2", "4:2:0", "progressive", "rgb"])
+def turbo(image: Image.Image, subsampling: int) -> Packed:
+    """A JPEG with chroma as Pillow cannot write it: TJSAMP_440 (4), TJSAMP_411 (5)."""
+    library = ctypes.CDLL("libturbojpeg.so.0")
+    library.tjInitCompress.restype = ctypes.c_void_p
+    handle, data, size = ctypes.c_void_p(library.tjInitCompress()), ctypes.c_void_p(), ctypes.c_ulong()
+    pixels = np.ascontiguousarray(image)
+    status = library.tjCompress2(
+        handle, ctypes.c_void_p(pixels.ctypes.data), image.width, 0, image.height, 0,
+        ctypes.byref(data), ctypes.byref(size), subsampling, 92, 0,
+    )  # fmt: skip
+    assert status == 0
+    packed = Packed(True, *image.size, ctypes.string_at(data.value, size.value))
+    library.tjFree(data)
+    library.tjDestroy(handle)
+    return packed
+
+
+@pytest.mark.parametrize("kind", ["4:4:4", "4:2:2", "4:2:0", "progressive", "rgb", 4, 5])
 def test_every_kind_of_jpeg(photos, tmp_path, kind):
     options = {"progressive": {"progressive": True}, "rgb": {"keep_rgb": True, "subsampling": "4:4:4"}}
-    images = [jpeg(image, **options.get(kind, {"subsampling": kind})) for image in crops(photos)]
+    if isinstance(kind, int):
+        images = [turbo(image, kind) for image in crops(photos)]
+    else:
+        images = [jpeg(image, **options.get(kind, {"subsampling": kind})) for image in crops(photos)]
     assert differences(write(tmp_path / "train.beton", images), 64, ANY).max() < 2.0
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 77), (77, 1), (2, 3), (17, 16), (15, 33)])
+@pytest.mark.parametrize("stored", ["4:2:0", "raw"])
+def test_tiny_images(photos, tmp_path, shape, stored):
+    whole = Image.open(photos[0]).convert("RGB")
+    images = [whole.crop((9 * n, 7 * n, 9 * n + shape[1], 7 * n + shape[0])) for n in range(8)]
+    packed = [jpeg(im) if stored != "raw" else Packed(False, *im.size, im.tobytes()) for im in images]
+    assert differences(write(tmp_path / "train.beton", packed), 5, ANY).max() < 4.0  # few pixels: rounding weighs more
 
 
 def test_a_grey_jpeg(photos, tmp_path):
@@ -107,12 +137,15 @@ def test_jpegs_are_cropped_without_resizing_as_pillow_decodes_them(photos, tmp_p
 
 @pytest.mark.parametrize("scale", [1, 2, 4, 8])
 def test_large_images_are_decoded_reduced(photos, tmp_path, scale):
-    from pipelines import cut_kernel
+    from pipelines.cut_kernel import OVERSAMPLING, _reduction
 
-    images = [image.resize((image.width * 3, image.height * 3), Image.Resampling.LANCZOS) for image in crops(photos, 4)]
+    images = [image.resize((image.width * 3, image.height * 3), Image.Resampling.LANCZOS) for image in crops(photos)]
     images = [image for image in images if min(image.size) > 600]
-    size = int(min(min(image.size) for image in images) * 0.6**0.5 * 0.75 / (cut_kernel.OVERSAMPLING * scale / 2))
+    size = int(min(min(image.size) for image in images) * 0.6**0.5 * 0.75 / (OVERSAMPLING * scale / 2))
     beton = write(tmp_path / "train.beton", [jpeg(image) for image in images])
+    records = beton.records["f0"][epoch_order(beton.labels, "instance", 0, 0)]
+    cuts = draw_cuts((LARGE, LARGE), size, records["height"], records["width"], 0, 0)
+    assert scale in {_reduction(of_image, size) for of_image in cuts}
     assert differences(beton, size, LARGE).max() < 2.0
 
 

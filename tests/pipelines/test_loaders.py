@@ -328,6 +328,26 @@ def test_memory_stays_flat_over_twenty_epochs(photos_prepared, store):
 
 
 @needs_ffcv
+def test_closing_does_not_decode_the_rest(photos_prepared, monkeypatch):
+    from pipelines import ffcv_loader
+
+    data, prepared = photos_prepared
+    loader = make_loader(prepared, "train", train_reading(data, 1, 0), LoaderConfig(kind="ffcv", batches_ahead=1))
+    done, original = [], ffcv_loader.cut_batch
+
+    def slow(*arguments):
+        done.append(1)
+        time.sleep(0.02)
+        original(*arguments)
+
+    monkeypatch.setattr(ffcv_loader, "cut_batch", slow)
+    epoch = loader.epoch(0)
+    next(epoch)
+    loader.close()
+    assert len(done) < 8  # of 24: what was ahead, no more
+
+
+@needs_ffcv
 def test_a_closed_loader_opens_again(photos_prepared):
     data, prepared = photos_prepared
     loader = make_loader(prepared, "train", train_reading(data, 8, 0), LoaderConfig(kind="ffcv"))
