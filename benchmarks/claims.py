@@ -18,16 +18,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import signal
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
-
 from benchmarks import claims_report
+from benchmarks.many_runs import Run, run_all
 from benchmarks.measure import report
 
 LAMBDAS = (0.0, 0.01, 0.05, 0.5, 5.0)
@@ -132,7 +127,7 @@ def main() -> None:
             for dataset in claims_report.TITLES
             if (folder := getattr(arguments, dataset)) is not None
         }
-        _run_all(every, runs, sources, budget.options, jobs)
+        run_all(_runs(every, sources, budget.options), runs, jobs)
     results = {cell: json.loads(path.read_text()) for cell in every if (path := runs / cell.name / "result.json").exists()}
     summary = claims_report.summarize(results)
     if not arguments.quick:
@@ -140,38 +135,15 @@ def main() -> None:
     report(runs=len(results), of=len(every), **summary)
 
 
-def _run_all(every: list[Cell], runs: Path, sources: dict[str, tuple[str, ...]], common: tuple[str, ...], jobs: int) -> None:
-    """Train what has no result yet, `jobs` at a time: single-threaded runs side by side waste less than one with every core."""
-    running: list[subprocess.Popen[bytes]] = []
-
-    def run(cell: Cell) -> None:
-        folder = runs / cell.name
-        if (folder / "result.json").exists():
-            return
-        fresh = [f"{cell.dataset}_lt", "--runs", str(runs), "--name", cell.name]
-        start = ["--resume", str(folder)] if folder.exists() else fresh
-        options = [*sources.get(cell.dataset, ()), *cell.options[-2:], *common, *cell.options[:-2], "--seed", str(cell.seed)]
-        threads = {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // jobs))}
-        process = subprocess.Popen(
-            [sys.executable, "-m", "cibl_ray.train", *start, *options],
-            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=os.environ | threads,
-        )  # fmt: skip
-        running.append(process)
-        _, errors = process.communicate()
-        running.remove(process)
-        if process.returncode:
-            raise RuntimeError(f"{cell.name}: {errors.decode().strip().splitlines()[-1]}")
-
-    runs.mkdir(parents=True, exist_ok=True)
-    with ThreadPoolExecutor(jobs) as pool:
-        try:
-            for _ in tqdm(pool.map(run, every), total=len(every), unit="run"):
-                pass
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            for process in running:
-                process.send_signal(signal.SIGINT)
-            raise
+def _runs(every: list[Cell], sources: dict[str, tuple[str, ...]], common: tuple[str, ...]) -> list[Run]:
+    return [
+        Run(
+            cell.name,
+            f"{cell.dataset}_lt",
+            (*sources.get(cell.dataset, ()), *cell.options[-2:], *common, *cell.options[:-2], "--seed", str(cell.seed)),
+        )
+        for cell in every
+    ]
 
 
 if __name__ == "__main__":

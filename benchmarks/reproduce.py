@@ -1,0 +1,142 @@
+"""`python -m benchmarks.reproduce TABLE [--budget gpu|cpu|smoke] [--seeds 3] [--jobs N]`: a table, from runs to docs/results/.
+
+TABLE: cifar10_lt, cifar100_lt (nine methods at imbalance factors 100, 50, 10), tail_skew, cosine_epochs, imagenet_lt.
+
+gpu: ResNet-32, 200 epochs, the published recipes, three runs at a time. cpu: ResNet-20, 5 epochs, imbalance factor 100, one
+short recipe for all methods, a run a core: it says how methods compare after so little training. smoke: one epoch of few
+images, in minutes, to see that all of it runs. Images come from torchvision's files in data/, or from an image folder
+(train/CLASS/*, test/CLASS/*): --cifar10 FOLDER, --cifar100 FOLDER.
+
+Scores are the last epoch's, on the test set, which chooses nothing. With --val 0.1 a tenth of each class is set aside, and the
+best epoch on it is scored too. What has a result is not run again, so a stopped measurement goes on. Every cell is a line of
+docs/results/TABLE-BUDGET.jsonl, with its command, commit and machine; Markdown and picture beside it are drawn from those.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import reproduce_report
+from benchmarks.many_runs import Run, run_all
+from benchmarks.measure import machine, report
+from benchmarks.reproduce_cells import BUDGETS, TABLES, Cell, cells
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def commit() -> str | None:
+    """The checked-out commit, marked where files differ from it; None outside a repository."""
+    found = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"], cwd=REPOSITORY, capture_output=True, text=True
+    )
+    return found.stdout.strip() or None
+
+
+def source(dataset: str, folder: Path | None) -> tuple[str, ...]:
+    if folder is None:
+        return ()
+    if dataset == "imagenet":
+        return ("--data.source.root", str(folder))
+    return ("--data.source.kind", "folder", "--data.source.path", str(folder))
+
+
+def record(cell: Cell, folder: Path, table: str, budget: str, of: str | None) -> dict[str, Any]:
+    """All that is needed to read a cell and to repeat it; no path of this machine."""
+    result = json.loads((folder / "result.json").read_text())
+    where = source(cell.dataset, Path("FOLDER"))
+    return {
+        "table": table,
+        "budget": budget,
+        "dataset": cell.dataset,
+        "imbalance": cell.imbalance,
+        "value": cell.value,
+        "seed": cell.seed,
+        "command": shlex.join(["python", "-m", "cibl_ray.train", cell.config, *where, *cell.options]),
+        "commit": of,
+        "machine": machine(),
+        "hardware": result["hardware"],
+        "seconds": round(result["seconds"], 1),
+        "images_per_s": round(result["images_per_s"], 1),
+        **{kind: _scores(result[kind]) for kind in ("last", "best") if kind in result},
+    }
+
+
+def _scores(entry: dict[str, Any]) -> dict[str, Any]:
+    names = ("overall", "many", "medium", "few", "head", "middle", "tail", "worst", "calibration_error")
+    scores = {name: entry["scores"][name] for name in names}
+    return {"epoch": entry["epoch"], **{name: None if value is None else round(value, 4) for name, value in scores.items()}}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.reproduce", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("table", choices=TABLES)
+    parser.add_argument("--budget", choices=BUDGETS, default="gpu" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--jobs", type=int, help="runs at a time; by default three on a GPU, one a core without")
+    parser.add_argument("--methods", nargs="+", metavar="ROW", help="only these rows of the table")
+    parser.add_argument("--val", type=float, default=0.0, help="share of each class set aside to choose the best epoch on (0)")
+    parser.add_argument("--cifar10", type=Path, help="CIFAR-10 as an image folder; by default torchvision's files in data/")
+    parser.add_argument("--cifar100", type=Path, help="CIFAR-100 likewise")
+    parser.add_argument("--imagenet", type=Path, help="the lists' root folder; by default data/imagenet")
+    parser.add_argument("--prepared", type=Path, default=Path("prepared"), help="folder for .beton files")
+    parser.add_argument("--runs", type=Path, default=Path("runs/reproduce"))
+    parser.add_argument("--docs", type=Path, default=Path("docs/results"))
+    parser.add_argument("--report-only", action="store_true", help="draw tables and pictures from the lines that are there")
+    arguments = parser.parse_args()
+    table, budget = arguments.table, arguments.budget
+    lines = arguments.docs / f"{table}-{budget}{'-val' if arguments.val else ''}.jsonl"
+    every = cells(table, budget, 1 if budget == "smoke" else arguments.seeds, arguments.val)
+    if arguments.methods is not None:
+        strange = set(arguments.methods) - {cell.value for cell in every}
+        if strange:
+            parser.error(f"no row {sorted(strange)[0]!r}; there are: {', '.join(sorted({cell.value for cell in every}))}")
+        every = [cell for cell in every if cell.value in arguments.methods]
+    if not arguments.report_only:
+        _train(every, arguments, lines)
+    rows = {(cell.dataset, cell.imbalance, cell.value): number for number, cell in reversed([*enumerate(every)])}
+    known = [line for line in reproduce_report.read(lines) if reproduce_report.key(line)[:3] in rows]
+    if not known:
+        parser.error(f"{lines} has no results yet")
+    results = sorted(known, key=lambda line: (rows[reproduce_report.key(line)[:3]], line["seed"]))
+    reproduce_report.write(lines, results, of=len(every))
+    report(table=table, budget=budget, runs=len(results), of=len(every), ratios={}, rows=reproduce_report.means(results))
+
+
+def _train(every: list[Cell], arguments: argparse.Namespace, lines: Path) -> None:
+    jobs = arguments.jobs or BUDGETS[arguments.budget].jobs or len(os.sched_getaffinity(0))
+    runs = arguments.runs / f"{arguments.budget}{'-val' if arguments.val else ''}" / arguments.table
+    at = commit()
+    by_name = {cell.name: cell for cell in every}
+    known = {reproduce_report.key(line) for line in reproduce_report.read(lines)}
+
+    def done(run: Run) -> None:
+        line = record(by_name[run.name], runs / run.name, arguments.table, arguments.budget, at)
+        reproduce_report.add(lines, line)
+
+    todo = [
+        Run(
+            cell.name,
+            cell.config,
+            (*source(cell.dataset, getattr(arguments, cell.dataset)), *cell.options, "--prepared", str(arguments.prepared)),
+        )
+        for cell in every
+        if (cell.dataset, cell.imbalance, cell.value, cell.seed) not in known
+    ]
+    for run in todo:
+        if (runs / run.name / "result.json").exists():  # stopped between the run and its line
+            done(run)
+    run_all(todo, runs, jobs, done)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,150 @@
+"""What `benchmarks.reproduce` trains: the cells of each table, under each budget, and the published numbers beside them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+TABLES = ("cifar10_lt", "cifar100_lt", "tail_skew", "cosine_epochs", "imagenet_lt")
+LAMBDAS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 5.0)
+
+# Top-1 on the balanced test set, %, by imbalance factor; ResNet-32. Leaderboards and READMEs of Bag of Tricks LT, MiSLAS, PaCo,
+# BCL and ProCo; Hybrid's from a table of its paper as others quote it. CIBL's own tables were not at hand.
+PUBLISHED: dict[str, dict[str, dict[int, float]]] = {
+    "cifar10": {
+        "CE": {100: 70.4, 50: 74.8, 10: 86.4},
+        "LDAM-DRW": {100: 77.0, 10: 88.2},
+        "balanced softmax": {100: 83.1, 10: 90.9},
+        "Hybrid-SC": {100: 81.40, 50: 85.36, 10: 91.12},
+        "Hybrid-PSC": {100: 78.82, 50: 83.86, 10: 90.06},
+    },
+    "cifar100": {
+        "CE": {100: 38.3, 50: 43.9, 10: 55.7},
+        "LDAM-DRW": {100: 42.0, 10: 58.7},
+        "balanced softmax": {100: 50.3, 10: 63.1},
+        "Hybrid-SC": {100: 46.72, 50: 51.87, 10: 63.05},
+        "Hybrid-PSC": {100: 44.97, 50: 48.93, 10: 62.37},
+        "PaCo": {100: 52.0, 50: 56.0, 10: 64.2},
+        "BCL": {100: 53.9, 50: 56.6, 10: 64.9},
+    },
+    "imagenet": {"PaCo": {0: 57.0}},
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run. imbalance: 0 where the lists decide it. value: what the table's rows are: a method, a λ, or epochs."""
+
+    dataset: str
+    imbalance: int
+    value: str
+    seed: int
+    config: str
+    options: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        value = self.value.replace(", ", "-").replace(" ", "_").replace("λ=", "")
+        return f"{self.dataset}-if{self.imbalance}-{value}-{self.seed}"
+
+
+@dataclass(frozen=True)
+class Budget:
+    """factors: imbalance factors. common: options of every run. averaging: momentum of PaCo's averaged network.
+
+    full: each method with the published recipe; else all on one short one, which compares methods and no published number.
+    """
+
+    factors: tuple[int, ...]
+    epochs: int
+    jobs: int | None
+    averaging: float
+    full: bool
+    common: tuple[str, ...] = ()
+
+
+_SHORT = ("--backbone", "resnet20", "--loader.kind", "resident")
+BUDGETS = {
+    "gpu": Budget((100, 50, 10), 200, 3, 0.999, full=True),
+    # PaCo's average over .999 would, in a run so short, be the initial network.
+    "cpu": Budget((100,), 5, None, 0.99, False, (*_SHORT, "--schedule", "{kind: cosine, warmup_epochs: 1}")),
+    "smoke": Budget((100,), 1, None, 0.99, False, (*_SHORT, "--schedule", "{kind: cosine, warmup_epochs: 0}")),
+}
+_SMOKE_PROFILE = "{kind: exp, imbalance: 100, largest: 100}"
+
+_LINEAR, _COSINE = ("--head", "{kind: linear}"), ("--head", "{kind: cosine}")
+_HYBRID_VIEW = "{cut: {kind: crop, padding: 4}, augment: [{kind: grayscale, probability: 0.2}]}"
+_HYBRID = (
+    *("--batch_size", "512", "--lr", "0.5", "--weight_decay", "1e-4", "--data.views", f"[{_HYBRID_VIEW}, {_HYBRID_VIEW}]"),
+    *("--schedule", "{kind: steps, warmup_epochs: 5, milestones: [0.6, 0.8]}"),
+)
+
+
+def methods(dataset: str, budget: Budget) -> dict[str, tuple[str, tuple[str, ...]]]:
+    """Each method's recipe ('plain', 'strong' or 'hybrid'), and its options."""
+    psc = 1.0 if dataset == "cifar10" else 0.1
+    return {
+        "CE": ("plain", (*_LINEAR, "--loss", "{kind: cross_entropy}")),
+        "LDAM-DRW": ("plain", ("--head", "{kind: cosine, scale: {start: 30}}", "--loss", "{kind: ldam}")),
+        "balanced softmax": ("strong", ("--loss", "{kind: balanced_softmax}")),
+        "Hybrid-SC": ("hybrid", (*_LINEAR, "--loss", "{kind: hybrid_sc, temperature: 0.1}")),
+        "Hybrid-PSC": ("hybrid", (*_LINEAR, "--loss", f"{{kind: hybrid_psc, temperature: {psc}}}")),
+        "BCL": ("strong", ("--loss", "{kind: bcl}")),
+        "PaCo": ("strong", ("--loss", f"{{kind: paco, momentum: {budget.averaging}}}")),
+        "CIBL, linear head": ("strong", (*_LINEAR, "--loss", "{kind: cibl, tail_skew: 0.05, kappa: 1}")),
+        "CIBL, cosine head": ("strong", (*_COSINE, "--loss", "{kind: cibl, tail_skew: 0.05, kappa: 1}")),
+    }
+
+
+def cells(table: str, name: str, seeds: int, val: float) -> list[Cell]:
+    """Every run of a table, first seeds first, so that a stopped measurement has something to say of each row."""
+    budget = BUDGETS[name]
+    common = budget.common + (("--val_fraction", str(val)) if val else ())
+    found = []
+    for seed in range(seeds):
+        match table:
+            case "imagenet_lt":
+                found += _imagenet(budget, seed, common)
+            case "cifar10_lt" | "cifar100_lt":
+                dataset = table.removesuffix("_lt")
+                for factor in budget.factors:
+                    for method, (recipe, options) in methods(dataset, budget).items():
+                        found.append(_cell(dataset, factor, method, seed, name, recipe, options, budget.epochs, common))
+            case "tail_skew":
+                for dataset in ("cifar10", "cifar100"):
+                    for skew in LAMBDAS:
+                        options = (*_LINEAR, "--loss", f"{{kind: cibl, tail_skew: {skew}}}")
+                        found.append(_cell(dataset, 100, f"λ={skew}", seed, name, "plain", options, budget.epochs, common))
+            case "cosine_epochs":
+                for dataset in ("cifar10", "cifar100"):
+                    for head, options in (("linear", _LINEAR), ("cosine", _COSINE)):
+                        for share in (0.25, 0.5, 0.75, 1.0) if head == "cosine" else (1.0,):
+                            epochs = max(1, round(budget.epochs * share))
+                            value, loss = f"{head}, {epochs}", ("--loss", "{kind: cibl, tail_skew: 0.05}")
+                            found.append(_cell(dataset, 100, value, seed, name, "plain", (*options, *loss), epochs, common))
+    return list({cell.name: cell for cell in found}.values())  # lengths of a short budget may fall together
+
+
+def _cell(
+    dataset: str, factor: int, value: str, seed: int, budget: str, recipe: str, options: tuple[str, ...], epochs: int,
+    common: tuple[str, ...],
+) -> Cell:  # fmt: skip
+    config, profile = f"{dataset}_lt", f"{{kind: exp, imbalance: {factor}}}"
+    if BUDGETS[budget].full and recipe == "strong":
+        config = f"recipes/{dataset}_lt_if{factor}_200"
+    elif BUDGETS[budget].full and recipe == "hybrid":
+        options = (*_HYBRID, *options)
+    if budget == "smoke":
+        profile = _SMOKE_PROFILE
+    every = ("--data.profile", profile, *options, *common, "--epochs", str(epochs), "--seed", str(seed))
+    return Cell(dataset, factor, value, seed, config, every)
+
+
+def _imagenet(budget: Budget, seed: int, common: tuple[str, ...]) -> list[Cell]:
+    """ResNet-50, 90 epochs: for those who have the images, and GPUs."""
+    epochs = "90" if budget.full else str(budget.epochs)
+    short = () if budget.full else common
+    chosen = {name: option for name, (recipe, option) in methods("imagenet", budget).items() if recipe == "strong"}
+    return [
+        Cell("imagenet", 0, method, seed, "recipes/imagenet_lt_90", (*options, *short, "--epochs", epochs, "--seed", str(seed)))
+        for method, options in chosen.items()
+    ]

@@ -1,0 +1,117 @@
+"""The tables' commands are configurations that exist, and their smoke budget runs from images to Markdown."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from benchmarks import reproduce_report
+from benchmarks.reproduce_cells import BUDGETS, TABLES, cells
+from cibl_ray.config import load_config
+from tests.conftest import REPOSITORY
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize("table", TABLES)
+def test_every_cell_is_a_configuration(table, budget):
+    every = cells(table, budget, 2, 0.0)
+    assert len({cell.name for cell in every}) == len(every)
+    for cell in every:
+        if cell.seed == 0:
+            config = load_config(cell.config, list(cell.options))
+            assert config.train.epochs <= 200
+            assert config.seed == 0
+
+
+def test_the_published_tables_are_whole():
+    for table in ("cifar10_lt", "cifar100_lt"):
+        every = cells(table, "gpu", 3, 0.0)
+        assert len(every) == 9 * 3 * 3
+        configs = {cell.value: load_config(cell.config, list(cell.options)) for cell in every if cell.imbalance == 100}
+        assert {config.network.backbone for config in configs.values()} == {"resnet32"}
+        assert {config.train.epochs for config in configs.values()} == {200}
+        assert (configs["Hybrid-SC"].train.batch_size, configs["Hybrid-SC"].optimizer.lr) == (512, 0.5)
+        assert configs["CIBL, linear head"].network.head.kind == "linear"
+        assert configs["CIBL, cosine head"].network.head.kind == "cosine"
+    assert load_config("cifar10_lt", list(cells("cifar10_lt", "gpu", 1, 0.1)[0].options)).data.val_fraction == 0.1
+
+
+@pytest.fixture(scope="module")
+def small_cifar(tmp_path_factory, photos):
+    """Ten classes of 100 training and 3 test images, 32 pixels wide, from photographs."""
+    root, random = tmp_path_factory.mktemp("small"), np.random.default_rng(0)
+    image = Image.open(photos[0]).convert("RGB")
+    for label in range(10):
+        for split, count in (("train", 100), ("test", 3)):
+            (root / split / str(label)).mkdir(parents=True)
+            for number in range(count):
+                left, top = random.integers(0, 600), random.integers(0, 390)
+                image.crop((left, top, left + 32, top + 32)).save(root / split / str(label) / f"{number}.png")
+    return root
+
+
+def test_smoke(small_cifar, tmp_path):
+    command = [sys.executable, "-m", "benchmarks.reproduce", "cifar10_lt", "--budget", "smoke", "--methods", "CE", "Hybrid-SC"]
+    places = ["--cifar10", str(small_cifar)]
+    places += [part for name in ("prepared", "runs", "docs") for part in (f"--{name}", str(tmp_path / name))]
+    done = subprocess.run([*command, *places], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert (found["runs"], found["of"]) == (2, 2)
+    lines = reproduce_report.read(tmp_path / "docs" / "cifar10_lt-smoke.jsonl")
+    assert {line["value"] for line in lines} == {"CE", "Hybrid-SC"}
+    assert str(tmp_path) not in (tmp_path / "docs" / "cifar10_lt-smoke.jsonl").read_text()
+    for line in lines:
+        assert line["command"].startswith(
+            "python -m cibl_ray.train cifar10_lt --data.source.kind folder --data.source.path FOLDER"
+        )
+        assert 0 <= line["last"]["overall"] <= 1
+        assert line["machine"]["torch"]
+    text = (tmp_path / "docs" / "cifar10_lt-smoke.md").read_text()
+    assert text.index("| CE |") < text.index("| Hybrid-SC |")
+    assert "no published number" in text
+    assert (tmp_path / "docs" / "cifar10_lt-smoke-cifar10-if100.png").stat().st_size > 5000
+    # Again: nothing is trained twice.
+    before = [path.stat().st_mtime_ns for path in sorted((tmp_path / "runs").rglob("result.json"))]
+    assert len(before) == 2
+    again = subprocess.run([*command, *places], cwd=REPOSITORY, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert [path.stat().st_mtime_ns for path in sorted((tmp_path / "runs").rglob("result.json"))] == before
+    assert reproduce_report.read(tmp_path / "docs" / "cifar10_lt-smoke.jsonl") == lines
+    wrong = subprocess.run([*command[:-2], "Nonsense", *places], cwd=REPOSITORY, capture_output=True, text=True)
+    assert wrong.returncode == 2
+    assert "no row 'Nonsense'; there are: BCL, CE" in wrong.stderr
+
+
+def line(value, seed, overall, table="cifar100_lt", budget="gpu", best=None):
+    names = ("overall", "many", "medium", "few", "head", "middle", "tail")
+    scores = {"epoch": 200, **dict.fromkeys(names, overall), "few": None}
+    found = {
+        "table": table, "budget": budget, "dataset": "cifar100", "imbalance": 100, "value": value, "seed": seed,
+        "command": "python", "commit": "abc", "machine": {"torch": "2"}, "hardware": "H100", "seconds": 90.0, "last": scores,
+    }  # fmt: skip
+    return found | ({"best": {**scores, "overall": best}} if best is not None else {})
+
+
+def test_ours_stands_beside_the_published_number(tmp_path):
+    lines = [line("Hybrid-SC", seed, overall, best=0.5) for seed, overall in enumerate((0.46, 0.47, 0.48))]
+    lines += [line("CIBL, cosine head", 0, 0.55)]
+    reproduce_report.write(tmp_path / "t.jsonl", lines, of=9)
+    text = (tmp_path / "t.md").read_text()
+    assert "4 of 9 runs" in text
+    assert "| Hybrid-SC | 47.0 ± 1.0 (3) |" in text
+    row = next(row for row in text.splitlines() if row.startswith("| Hybrid-SC"))
+    assert row.endswith("| 50.0 ± 0.0 (3) | 46.7 | 1.5 |")
+    assert "| – | – | 1.5 |" in next(row for row in text.splitlines() if row.startswith("| CIBL"))  # neither is published
+    assert "H100, torch 2. Commit: abc." in text
+
+
+def test_lines_are_read_back_and_the_last_of_a_cell_counts(tmp_path):
+    path = tmp_path / "t.jsonl"
+    assert reproduce_report.read(path) == []
+    for overall in (0.1, 0.2):
+        reproduce_report.add(path, line("CE", 0, overall))
+    assert [entry["last"]["overall"] for entry in reproduce_report.read(path)] == [0.2]
