@@ -30,13 +30,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import psutil
 from PIL import Image
 
 from benchmarks.measure import report
 from cibl_ray.runtime import Runtime
 
 PORT = 8971
-SETTLE = 6  # seconds after which a server has started all that it starts
+IDLE, PATIENCE = 8.0, 90  # percent of the CPUs below which a server has started all that it starts; seconds to wait for that
 LITSERVE = """
 import base64, io, sys
 import litserve, numpy as np, onnxruntime
@@ -233,13 +234,20 @@ def _until_ready(url: str, process: subprocess.Popen) -> None:
         try:
             with urllib.request.urlopen(url, timeout=2) as answer:
                 if answer.status == 200:
-                    time.sleep(SETTLE)
+                    _until_idle()
                     return
         except OSError:
             pass
         if process.poll() is not None or time.monotonic() > end:
             raise RuntimeError(f"{url} did not become ready: {process.stderr.read() if process.stderr else ''}")
         time.sleep(0.2)
+
+
+def _until_idle() -> None:
+    """Wait until what a start sets off is over: Ray's processes go on for a while after the first answer."""
+    end, quiet = time.monotonic() + PATIENCE, 0
+    while quiet < 3 and time.monotonic() < end:
+        quiet = quiet + 1 if psutil.cpu_percent(interval=1) < IDLE else 0
 
 
 def _measure(figures: dict, side: str, url: str, script: Path, connections: tuple[int, ...], seconds: int) -> None:

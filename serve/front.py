@@ -15,16 +15,20 @@ from pathlib import Path
 _BINARY = "RAY_SERVE_HAPROXY_BINARY_PATH"
 # What HAProxy says by itself, in the shape of all other errors.
 _PAGES = {
+    400: ("Bad Request", "invalid_request", "this is not an HTTP request"),
     408: ("Request Timeout", "too_slow", "the request did not arrive in time"),
     503: ("Service Unavailable", "replica_lost", "no replica answered this request; send it again"),
 }
 
 
-def settle(folder: Path, port: int) -> None:
-    """Prepare the environment that Ray Serve reads when it is imported. folder: private to this service."""
+def settle(folder: Path, host: str, port: int) -> None:
+    """Prepare the environment that Ray Serve reads when it is imported.
+
+    folder: private to this service. host, port: where HAProxy is to listen; all of Ray Serve's own stays on loopback.
+    """
     os.environ["RAY_SERVE_ENABLE_HA_PROXY"] = "1"
     os.environ["RAY_SERVE_THROUGHPUT_OPTIMIZED"] = "1"
-    os.environ[_BINARY] = str(_script(folder, port))
+    os.environ[_BINARY] = str(_script(folder, host, port))
     os.environ["RAY_SERVE_HAPROXY_CONFIG_FILE_LOC"] = str(folder / "haproxy.cfg")
     os.environ["RAY_SERVE_HAPROXY_SOCKET_PATH"] = str(folder / "admin.sock")
     os.environ["RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH"] = str(folder / "metrics.sock")
@@ -40,12 +44,16 @@ def settle(folder: Path, port: int) -> None:
     os.environ["RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S"] = "2"
 
 
-def rewrite(config: str, pages: Path, port: int) -> str:
+def rewrite(config: str, pages: Path, host: str, port: int) -> str:
     """HAProxy's configuration with its own pages in a private folder, slow requests cut off, and lost replicas told as 503.
 
     A request is sent on when it has arrived (as far as the buffer holds it): only then can it be sent again to another replica.
     """
     config = re.sub(rf"^(\s*bind\s+)\*?:(?!{port}\b)(\d+)", rf"\g<1>{pages}/\g<2>.sock", config, flags=re.MULTILINE)
+    # Ray Serve asks HAProxy for its health on loopback, wherever else it is to listen.
+    hosts = [host] if host in ("0.0.0.0", "127.0.0.1") else [host, "127.0.0.1"]  # noqa: S104  # what the user has asked for
+    binds = "".join(rf"\g<1>{name}:{port}\g<2>\n" for name in hosts).removesuffix("\\n")
+    config = re.sub(rf"^(\s*bind\s+)\S*:{port}\b(.*)$", binds, config, flags=re.MULTILINE)
     config = re.sub(
         r"^(frontend http_frontend\n)", r"\g<1>    http-request del-header x-forwarded-for\n", config, flags=re.MULTILINE
     )
@@ -54,20 +62,21 @@ def rewrite(config: str, pages: Path, port: int) -> str:
     config = config.replace("http-reuse always", "http-reuse safe")
     added = "    timeout http-request 10s\n    option http-buffer-request\n"
     added += "    option forwardfor\n"  # who asks, for the access log; what a client says of that is dropped
-    added += f"    errorfile 408 {pages}/408.http\n"
+    added += "".join(f"    errorfile {status} {pages}/{status}.http\n" for status in (400, 408))
     return re.sub(r"^(defaults\n\s*mode http\n)", rf"\g<1>{added}", config, count=1, flags=re.MULTILINE)
 
 
-def _script(folder: Path, port: int) -> Path:
+def _script(folder: Path, host: str, port: int) -> Path:
     for status, (reason, code, message) in _PAGES.items():
         body = json.dumps({"error": message, "code": code, "request_id": ""})
-        head = f"HTTP/1.1 {status} {reason}\r\ncontent-type: application/json\r\nconnection: close\r\nretry-after: 1\r\n"
+        head = f"HTTP/1.1 {status} {reason}\r\ncontent-type: application/json\r\nconnection: close\r\n"
+        head += "" if status == 400 else "retry-after: 1\r\n"
         (folder / f"{status}.http").write_text(f"{head}content-length: {len(body)}\r\n\r\n{body}", newline="")
     script = folder / "haproxy"
     top = Path(__file__).resolve().parent.parent
     script.write_text(
         f"#!{sys.executable}\nimport sys\nsys.path.insert(0, {str(top)!r})\n"
-        f"from serve.front import start\nstart({_binary()!r}, {str(folder)!r}, {port})\n"
+        f"from serve.front import start\nstart({_binary()!r}, {str(folder)!r}, {host!r}, {port})\n"
     )
     script.chmod(0o700)
     return script
@@ -80,10 +89,10 @@ def _binary() -> str:
     return str(get_haproxy_binary())
 
 
-def start(binary: str, pages: str, port: int) -> None:
+def start(binary: str, pages: str, host: str, port: int) -> None:
     """Become HAProxy, with the configuration that the arguments name rewritten."""
     arguments = sys.argv[1:]
     if "-f" in arguments:
         path = Path(arguments[arguments.index("-f") + 1])
-        path.write_text(rewrite(path.read_text(), Path(pages), port))
+        path.write_text(rewrite(path.read_text(), Path(pages), host, port))
     os.execv(binary, [binary, *arguments])  # noqa: S606  # no shell

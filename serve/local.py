@@ -30,7 +30,7 @@ def running(args: dict[str, Any], host: str, port: int, cpus: int | None = None)
     folder = Path(tempfile.mkdtemp(prefix="cibl-", dir="/tmp"))  # unique, mode 700
     try:
         settle(own=True)
-        front.settle(folder, port)
+        front.settle(folder, host, port)
         (folder / "metrics").mkdir()
         # Replicas and HAProxy's script find this code wherever they start.
         top = str(Path(__file__).resolve().parent.parent)
@@ -52,7 +52,7 @@ def running(args: dict[str, Any], host: str, port: int, cpus: int | None = None)
         )
         try:
             logging.getLogger("ray.serve").setLevel(logging.ERROR)
-            serve.start(http_options=HTTPOptions(host=host, port=port))
+            serve.start(http_options=HTTPOptions(host="127.0.0.1", port=port))  # HAProxy alone listens on `host`
 
             def deploy(other: dict[str, Any]) -> None:
                 serve.run(application(other, folder / "metrics"), name=APPLICATION, route_prefix="/")

@@ -223,10 +223,13 @@ def test_haproxys_own_pages_stay_private(tmp_path):
         "defaults\n    mode http\n    option log-health-checks\n    errorfile 502 /x/500.http\n"
         "frontend prometheus\n    bind :9101\nfrontend http_frontend\n    bind *:8000\nlisten stats\n  bind *:8404\n"
     )
-    changed = rewrite(config, tmp_path, 8000)
+    changed = rewrite(config, tmp_path, "0.0.0.0", 8000)
     assert f"bind {tmp_path}/9101.sock" in changed
     assert f"bind {tmp_path}/8404.sock" in changed
-    assert "bind *:8000" in changed
+    assert "    bind 0.0.0.0:8000\n" in changed
+    assert "    bind 127.0.0.1:8000\n" in rewrite(config, tmp_path, "127.0.0.1", 8000)
+    assert "    bind 10.0.0.5:8000\n    bind 127.0.0.1:8000\n" in rewrite(config, tmp_path, "10.0.0.5", 8000)
+    assert f"errorfile 400 {tmp_path}/400.http" in changed
     assert f"errorfile 502 {tmp_path}/503.http" in changed
     assert f"errorfile 408 {tmp_path}/408.http" in changed
     assert changed.count("timeout http-request 10s") == 1
