@@ -1,6 +1,8 @@
 """One model at work: whatever waits goes through onnxruntime in one call, and nobody waits for a batch to fill.
 
-A thread of its own runs the model, so batches grow with the load by themselves: while one runs, the next gathers.
+A thread of its own runs the model, so batches grow with the load by themselves: while one runs, the next gathers. On a CPU,
+where a longer batch is no more efficient, one ends after as many images as run in a few milliseconds: its answers leave, and
+their successors are decoded, while the next runs.
 """
 
 from __future__ import annotations
@@ -8,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import queue
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -17,6 +20,9 @@ from cibl_ray.bundle import EMBEDDING, LOGITS, PROBABILITIES
 from cibl_ray.runtime import Runtime
 
 Result = dict[str, np.ndarray]
+_CPU = "CPUExecutionProvider"
+_RUN_SECONDS = 0.003  # of one batch on a CPU, if that is at least
+_LEAST = 4  # images, below which a batch would cost more a piece
 
 
 @dataclass(eq=False)
@@ -34,6 +40,8 @@ class Engine:
         """observe: told the images of every call of onnxruntime, in the engine's thread."""
         self.runtime = runtime
         self._max_batch, self._observe = max_batch, observe
+        self._on_cpu = runtime.provider == _CPU
+        self._image_seconds: float | None = None  # that an image takes, lately
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._loop = asyncio.get_running_loop()
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
@@ -49,6 +57,13 @@ class Engine:
     def alive(self) -> bool:
         return self._thread.is_alive()
 
+    @property
+    def limit(self) -> int:
+        """Images after which a batch takes no more requests."""
+        if self._image_seconds is None or not self._on_cpu:
+            return self._max_batch
+        return min(self._max_batch, max(_LEAST, int(_RUN_SECONDS / self._image_seconds)))
+
     def close(self) -> None:
         """End after all that was submitted before."""
         self._jobs.put(None)
@@ -61,7 +76,7 @@ class Engine:
             while job is not None:
                 if not job.done.cancelled():  # its client has gone
                     jobs.append(job)
-                if sum(len(waiting.images) for waiting in jobs) >= self._max_batch:
+                if sum(len(waiting.images) for waiting in jobs) >= self.limit:
                     break
                 try:
                     job = self._jobs.get_nowait()
@@ -89,7 +104,9 @@ class Engine:
         parts = []
         for start in range(0, len(images), self._max_batch):
             rows_of = slice(start, start + self._max_batch)
+            begun = time.perf_counter()
             parts.append(self.runtime(images[rows_of], None if shift is None else shift[rows_of], names))
+            self._time((time.perf_counter() - begun) / len(images[rows_of]), len(images[rows_of]))
             self._observe(len(images[rows_of]))
         outputs = parts[0] if len(parts) == 1 else [np.concatenate(part) for part in zip(*parts, strict=True)]
         ends = np.cumsum([len(job.images) for job in jobs])
@@ -97,6 +114,12 @@ class Engine:
             {name: output[end - len(job.images) : end] for name, output in zip(names, outputs, strict=True)}
             for job, end in zip(jobs, ends, strict=True)
         ]
+
+    def _time(self, seconds: float, images: int) -> None:
+        """Remember what an image takes. A batch too small tells more of the call than of the images."""
+        if images >= _LEAST or self._image_seconds is None:
+            before = seconds if self._image_seconds is None else self._image_seconds
+            self._image_seconds = 0.9 * before + 0.1 * seconds
 
 
 def _resolve(jobs: list[_Job], answers: list[Result | Exception]) -> None:

@@ -1,5 +1,6 @@
 """Every route over real HTTP: what clients get, and what they get when they are wrong."""
 
+import asyncio
 import base64
 import hashlib
 import json
@@ -17,6 +18,7 @@ from cibl_ray.bundle import open_bundle
 from cibl_ray.runtime import Runtime
 from pipelines.errors import UserError
 from pipelines.pixels import decode
+from serve.engine import Engine
 from tests.serve.conftest import encoded, serving, until
 
 
@@ -293,6 +295,31 @@ def test_waiting_requests_make_one_batch(bundle):
         assert sizes == [1, 8] or (sum(sizes) == 9 and len(sizes) <= 3)
 
 
+@pytest.mark.parametrize(("provider", "expected"), [("CPUExecutionProvider", {4}), ("CUDAExecutionProvider", {31, 32})])
+def test_batches_on_a_cpu_end_when_their_answers_would_wait_too_long(provider, expected):
+    """Two milliseconds an image: four of them and no more, where a longer batch is no more efficient."""
+    sizes: list[int] = []
+
+    class Slow:
+        def __call__(self, images, shift, names):
+            sizes.append(len(images))
+            time.sleep(0.002 * len(images))
+            return [np.zeros((len(images), 3), np.float32) for _ in names]
+
+    async def ask() -> None:
+        runtime = Slow()
+        runtime.provider = provider
+        engine = Engine(runtime, 32)
+        images = np.zeros((1, 4, 4, 3), np.uint8)
+        await engine.submit(images)
+        await asyncio.gather(*(engine.submit(images) for _ in range(64)))
+        engine.close()
+
+    asyncio.run(ask())
+    assert sum(sizes) == 65
+    assert max(sizes) in expected
+
+
 def test_several_models_and_a_swap_without_a_failed_request(bundle, run_folder, tmp_path):
     from cibl_ray.export import Options, export
 
@@ -354,6 +381,8 @@ def test_a_request_that_is_being_read_during_a_swap_is_answered(bundle, run_fold
             assert old.alive
             connection.sendall(body[100:])
             answer = connection.recv(65536)
+            while before[:12].encode() not in answer and (more := connection.recv(65536)):
+                answer += more
         assert answer.startswith(b"HTTP/1.1 200"), answer
         assert before[:12].encode() in answer
         until(lambda: not old.alive)  # nobody needs it any more
