@@ -2,7 +2,7 @@
 
 TABLE: cifar10_lt, cifar100_lt (nine methods at imbalance factors 100, 50, 10), tail_skew, cosine_epochs, imagenet_lt.
 
-gpu: ResNet-32, 200 epochs, the published recipes, three runs at a time. cpu: ResNet-20, 5 epochs, imbalance factor 100, one
+gpu: ResNet-32, 200 epochs, the published recipes, three runs at a time. cpu: ResNet-20, 3 epochs, imbalance factor 100, one
 short recipe for all methods, a run a core: it says how methods compare after so little training. smoke: one epoch of few
 images, in minutes, to see that all of it runs. Images come from torchvision's files in data/, or from an image folder
 (train/CLASS/*, test/CLASS/*): --cifar10 FOLDER, --cifar100 FOLDER.

@@ -66,7 +66,7 @@ _SHORT = ("--backbone", "resnet20", "--loader.kind", "resident")
 BUDGETS = {
     "gpu": Budget((100, 50, 10), 200, 3, 0.999, full=True),
     # PaCo's average over .999 would, in a run so short, be the initial network.
-    "cpu": Budget((100,), 5, None, 0.99, False, (*_SHORT, "--schedule", "{kind: cosine, warmup_epochs: 1}")),
+    "cpu": Budget((100,), 3, None, 0.99, False, (*_SHORT, "--schedule", "{kind: cosine, warmup_epochs: 1}")),
     "smoke": Budget((100,), 1, None, 0.99, False, (*_SHORT, "--schedule", "{kind: cosine, warmup_epochs: 0}")),
 }
 _SMOKE_PROFILE = "{kind: exp, imbalance: 100, largest: 100}"
