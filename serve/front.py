@@ -15,7 +15,6 @@ from pathlib import Path
 _BINARY = "RAY_SERVE_HAPROXY_BINARY_PATH"
 # What HAProxy says by itself, in the shape of all other errors.
 _PAGES = {
-    400: ("Bad Request", "invalid_request", "this is not an HTTP request"),
     408: ("Request Timeout", "too_slow", "the request did not arrive in time"),
     503: ("Service Unavailable", "replica_lost", "no replica answered this request; send it again"),
 }
@@ -62,15 +61,14 @@ def rewrite(config: str, pages: Path, host: str, port: int) -> str:
     config = config.replace("http-reuse always", "http-reuse safe")
     added = "    timeout http-request 10s\n    option http-buffer-request\n"
     added += "    option forwardfor\n"  # who asks, for the access log; what a client says of that is dropped
-    added += "".join(f"    errorfile {status} {pages}/{status}.http\n" for status in (400, 408))
+    added += f"    errorfile 408 {pages}/408.http\n"
     return re.sub(r"^(defaults\n\s*mode http\n)", rf"\g<1>{added}", config, count=1, flags=re.MULTILINE)
 
 
 def _script(folder: Path, host: str, port: int) -> Path:
     for status, (reason, code, message) in _PAGES.items():
         body = json.dumps({"error": message, "code": code, "request_id": ""})
-        head = f"HTTP/1.1 {status} {reason}\r\ncontent-type: application/json\r\nconnection: close\r\n"
-        head += "" if status == 400 else "retry-after: 1\r\n"
+        head = f"HTTP/1.1 {status} {reason}\r\ncontent-type: application/json\r\nconnection: close\r\nretry-after: 1\r\n"
         (folder / f"{status}.http").write_text(f"{head}content-length: {len(body)}\r\n\r\n{body}", newline="")
     script = folder / "haproxy"
     top = Path(__file__).resolve().parent.parent

@@ -229,7 +229,6 @@ def test_haproxys_own_pages_stay_private(tmp_path):
     assert "    bind 0.0.0.0:8000\n" in changed
     assert "    bind 127.0.0.1:8000\n" in rewrite(config, tmp_path, "127.0.0.1", 8000)
     assert "    bind 10.0.0.5:8000\n    bind 127.0.0.1:8000\n" in rewrite(config, tmp_path, "10.0.0.5", 8000)
-    assert f"errorfile 400 {tmp_path}/400.http" in changed
     assert f"errorfile 502 {tmp_path}/503.http" in changed
     assert f"errorfile 408 {tmp_path}/408.http" in changed
     assert changed.count("timeout http-request 10s") == 1
