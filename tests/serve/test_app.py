@@ -394,6 +394,7 @@ def test_nothing_of_a_request_forges_a_log_line(bundle, tmp_path):
         server.ask("GET", "/y", X_Request_Id='"}{ evil')
         server.ask("POST", "/v1/predict", encoded("PNG"))
         (file,) = (tmp_path / "log").iterdir()
+        until(lambda: len(file.read_text().splitlines()) == 3)  # a line is written after its answer
         lines = [json.loads(line) for line in file.read_text().splitlines()]
     assert [line["status"] for line in lines] == [404, 404, 200]
     assert lines[0]["request_id"] == "mine-1"
