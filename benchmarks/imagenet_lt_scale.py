@@ -14,7 +14,6 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -140,7 +139,7 @@ def _two_processes(paths: tuple[Path, ...]) -> dict[str, float]:
     seen = [queue.get(timeout=600) for queue in queues]
     for worker in workers:
         worker.join()
-    one = replace(Reading((VIEW, VIEW), 32, BATCH, 0, "instance", drop_last=True))
+    one = Reading((VIEW, VIEW), 32, BATCH, 0, "instance", drop_last=True)
     order = one.order(Beton(*paths), 2)
     assert sorted(np.concatenate(seen).tolist()) == sorted(order[: len(order) // BATCH * BATCH].tolist())
     return {

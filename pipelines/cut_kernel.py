@@ -6,6 +6,8 @@ rows at a time, which stay in the first cache; decoders and buffers live as long
 much larger than the output, the decoder leaves out what the crops cannot show (its DCT scaling).
 
 The resize is torchvision's antialiased bilinear one: a triangle as wide as the reduction, at least one source pixel.
+
+All in one file, because numba takes a kept function for current as long as its own file has not changed.
 """
 
 from __future__ import annotations
