@@ -113,6 +113,10 @@ class TrainConfig(Settings):
         default="auto", description="auto: bf16 mixed precision on GPUs and on CPUs with bf16 arithmetic, else fp32"
     )
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    compile: bool = Field(
+        default=False,
+        description="the networks by torch.compile, on a GPU as CUDA graphs; half a minute at the start, needs a C++ compiler",
+    )
     checkpoint_every: int = Field(default=1, ge=1, description="epochs between checkpoints")
     checkpoint_minutes: float | None = Field(
         default=None,

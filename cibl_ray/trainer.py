@@ -6,6 +6,7 @@ import logging
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from cibl_ray.checkpoint import (
     momentum_of,
     save_checkpoint,
 )
+from cibl_ray.compiled import begin_step, compile_network, explained
 from cibl_ray.config import RunConfig
 from cibl_ray.evaluation import predict
 from cibl_ray.hardware import cpu_has_bf16
@@ -43,7 +45,7 @@ from pipelines.seeding import torch_seed
 log = logging.getLogger(__name__)
 
 _ASK_EVERY = 10  # steps between the workers' questions whether a checkpoint is due
-_CHECK_EVERY = 50  # steps between looks at whether the loss is finite: each look waits for the device
+_CHECK_EVERY = 50  # steps between looks at whether the loss is finite
 
 
 class Trainer:
@@ -85,6 +87,9 @@ class Trainer:
         self._spent = {"evaluation": 0.0, "checkpoint": 0.0}  # seconds since the last epoch's row
         self.best: dict[str, float] | None = None
         streams = readings(config.loss, config.data, batch, config.seed, world.share)
+        if config.train.compile:
+            for network in self.objective.networks:
+                compile_network(network, self.device)
         self.augments = [Augment(reading.views, reading.size, reading.seed) for reading in streams]
         self.train_loaders = [make_loader(prepared, "train", reading, config.loader, self.device) for reading in streams]
         # Opened now, so that a damaged test set is not found out after the last epoch.
@@ -153,6 +158,7 @@ class Trainer:
         saving = self._spent["checkpoint"]
         before = started
         first = self.step
+        watch: _Watch | None = None
         streams = zip(*(loader.epoch(number, first) for loader in self.train_loaders), strict=True)
         for batch in streams:
             waited += time.perf_counter() - before
@@ -163,8 +169,12 @@ class Trainer:
             for name, value in terms.items():
                 totals[name] += value
             self.step += 1
-            if self.step % _CHECK_EVERY == 0 or self.step == batches:
+            if self.step == batches:
                 self._check_finite(totals["loss"], self.step)
+            elif self.step % _CHECK_EVERY == 0:
+                if watch is not None:
+                    watch.look()
+                watch = _Watch(totals["loss"], partial(self._check_finite, step=self.step))
             if progress is not None:
                 progress.advance(batch_size)
             if self.step < batches:
@@ -198,8 +208,9 @@ class Trainer:
             ) from error
 
     def _optimize(self, streams: list[Images]) -> dict[str, torch.Tensor]:
+        self.optimizer.zero_grad(set_to_none=True)  # first: memory of CUDA graphs is used again in every step
+        begin_step(self.config.train.compile)
         terms = self.objective(self.network, self._run, streams, self.epoch / self.config.train.epochs)
-        self.optimizer.zero_grad(set_to_none=True)
         # Each worker's loss is the mean over its own images; the parts add up to the mean over the batch.
         (terms["loss"] * self.world.fraction(self.config.train.batch_size)).backward()
         self.world.sum_gradients(self.network.parameters())
@@ -215,7 +226,7 @@ class Trainer:
         return Images(pixels, batch.labels.to(self.device, non_blocking=True), batch.views.shape[1])
 
     def _run(self, network: nn.Module, pixels: torch.Tensor) -> Outputs:
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast), explained():
             outputs: Outputs = network(pixels)
         return outputs
 
@@ -307,6 +318,22 @@ class Trainer:
             load_weights(self.network, best)
             result["best"] = {"epoch": best.epoch, "scores": self.evaluate(split)}
         return result if self.world.first else {}
+
+
+class _Watch:
+    """A value on its way from the device, looked at when it has long arrived: training never waits for it."""
+
+    def __init__(self, value: torch.Tensor, check: Callable[[torch.Tensor], None]) -> None:
+        self._check = check
+        self._value = torch.empty((), pin_memory=value.is_cuda).copy_(value, non_blocking=True)
+        self._arrived = torch.cuda.Event() if value.is_cuda else None
+        if self._arrived is not None:
+            self._arrived.record()
+
+    def look(self) -> None:
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        self._check(self._value)
 
 
 def _decide_cache(config: LoaderConfig, prepared: Prepared, world: World, device: str) -> LoaderConfig:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from cibl_ray.losses.attraction import own_products, positive_sums
+from cibl_ray.losses.attraction import class_sizes, own_products, positive_sums
 from cibl_ray.losses.softmax import log_sum_exp, row_log_sum_exp, wide
 
 
@@ -29,7 +29,7 @@ class Contrast:
 
 def positive_counts(labels: torch.Tensor, contrast_labels: torch.Tensor, classes: int) -> torch.Tensor:
     """|P(m)|, the other members of m's class in the contrast set: int64 (M,)."""
-    return torch.bincount(contrast_labels, minlength=classes)[labels] - 1
+    return class_sizes(contrast_labels, classes)[labels] - 1
 
 
 def supcon(z: torch.Tensor, labels: torch.Tensor, contrast: Contrast, classes: int, temperature: float) -> torch.Tensor:
@@ -73,7 +73,7 @@ def balanced_contrastive(
     others = torch.cat((wide(contrast.embeddings), prototypes))
     other_labels = torch.cat((contrast.labels, torch.arange(classes, device=labels.device)))
     with_prototypes = Contrast(others, other_labels, contrast.own)
-    members = torch.bincount(other_labels, minlength=classes)
+    members = class_sizes(other_labels, classes)
     positives = members[labels] - 1
     attraction = positive_sums(z, labels, others, other_labels, contrast.own, classes) / (positives.to(z.dtype) * temperature)
     # A member of another class stands for 1/|class|; of the anchor's own class, without the anchor, 1/(|P|+1).

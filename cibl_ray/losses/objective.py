@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from cibl_ray.losses.classification import log_prior
 from cibl_ray.losses.config import AnyLoss, CIBLConfig, HybridPSCConfig, HybridSCConfig, PaCoConfig, PSCConfig
@@ -67,11 +67,12 @@ class Objective:
         self._network = network
         counts = torch.from_numpy(train_counts).to(device)
         self.tail = Tail(counts, log_prior(counts).float())
-        self.averaged: AveragedModel | None = None
+        self.averaged: HybridNetwork | None = None
         self.queue: LabelledQueue | None = None
         if isinstance(config, PaCoConfig | CIBLConfig):
             if config.momentum is not None:
-                self.averaged = AveragedModel(network, device, multi_avg_fn=get_ema_multi_avg_fn(config.momentum))
+                self.averaged = copy.deepcopy(network).requires_grad_(False)
+                self._momentum = config.momentum
             if config.queue:
                 assert network.projection is not None
                 self.queue = LabelledQueue(config.queue, network.projection.size, device)
@@ -142,14 +143,24 @@ class Objective:
     ) -> tuple[tuple[torch.Tensor, torch.Tensor], Images]:
         """Every view but the first embedded by the averaged network, (B*(V-1), d) with labels; and the first views."""
         assert self.averaged is not None
-        self.averaged.update_parameters(network)
-        self.averaged.train()
+        self._average(network)
         by_view = images.pixels.unflatten(0, (-1, images.views))
         with torch.no_grad():
             embeddings = run(self.averaged, _compact(by_view[:, 1:].flatten(0, 1))).embeddings
         assert embeddings is not None
         labels = self.world.gather(images.labels, self.batch).repeat_interleave(images.views - 1)
         return (self.world.gather(embeddings, self.batch), labels), Images(_compact(by_view[:, 0]), images.labels, 1)
+
+    @torch.no_grad()
+    def _average(self, network: HybridNetwork) -> None:
+        """The averaged network a step further: its parameters follow, its running statistics are the network's.
+
+        (torch's AveragedModel asks the device in every step whether it is the first.)
+        """
+        assert self.averaged is not None
+        torch._foreach_lerp_([*self.averaged.parameters()], [*network.parameters()], 1 - self._momentum)
+        torch._foreach_copy_([*self.averaged.buffers()], [*network.buffers()])
+        self.averaged.train()
 
     def _contrast(self, z: torch.Tensor, labels: torch.Tensor, keys: tuple[torch.Tensor, torch.Tensor] | None) -> Contrast:
         """The batch's embeddings, the averaged network's, the queue's; the queue then takes in this step's.

@@ -150,12 +150,22 @@ def _exponentials(
 def _weigh(block: torch.Tensor, weight: torch.Tensor, own_class: OwnClass, rows: slice) -> None:
     """Multiply each column by its weight, or by the row's where their labels agree."""
     labels, other_labels, own_weight = own_class
-    labels, own_weight = labels[rows], own_weight[rows]
-    if block.is_cuda:  # one fused pass, and no wait for a count
-        block.mul_(torch.where(labels[:, None] == other_labels, own_weight[:, None], weight))
-        return
+    weigh = _weigh_all if block.is_cuda else _weigh_agreeing
+    weigh(block, weight, labels[rows], other_labels, own_weight[rows])
+
+
+def _weigh_all(
+    block: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, other_labels: torch.Tensor, own_weight: torch.Tensor
+) -> None:
+    """In one pass over all pairs, which waits for no count."""
+    block.mul_(torch.where(labels[:, None] == other_labels, own_weight[:, None], weight))
+
+
+def _weigh_agreeing(
+    block: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, other_labels: torch.Tensor, own_weight: torch.Tensor
+) -> None:
+    """Under a long tail few pairs agree: they are named one by one instead of comparing all."""
     block.mul_(weight)
-    # Under a long tail few pairs agree: name them one by one instead of comparing all.
     members = torch.bincount(other_labels, minlength=int(labels.max()) + 1)
     by_class, first = other_labels.argsort(), members.cumsum(0) - members
     count = members[labels]

@@ -1,11 +1,16 @@
 """From images to terms: streams, views, momentum encoder and queue; every loss trains, and resumes to the bit."""
 
+import itertools
+import shutil
+
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cibl_ray.checkpoint import load_checkpoint
 from cibl_ray.config import RunConfig, load_config
+from cibl_ray.losses import softmax
 from cibl_ray.losses.config import needs
 from cibl_ray.losses.objective import Images, Objective, readings
 from cibl_ray.networks.network import build_network
@@ -57,6 +62,82 @@ def test_every_loss_trains_and_goes_on_to_the_bit(loss, digits, tmp_path):
     ):
         assert mine.keys() == theirs.keys()
         assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+class WaitsForTheDevice(TorchDispatchMode):
+    """Fails at what makes the host wait for a GPU, since the result's shape or a Python number depends on values there."""
+
+    names = ("nonzero", "_local_scalar_dense", "bincount", "_unique2", "masked_select", "repeat_interleave", "equal")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name.removeprefix("aten::")
+        by_mask = name in ("index", "index_put_") and any(at is not None and at.dtype == torch.bool for at in args[1])
+        assert name not in self.names, name
+        assert not by_mask, "an index by a mask"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_no_step_waits_for_the_device(loss, digits, tmp_path, monkeypatch):
+    monkeypatch.setattr(softmax, "_weigh_agreeing", softmax._weigh_all)  # as on a GPU
+    trainer = Trainer(config_of(loss), digits, tmp_path)
+    batches = [next(iter(loader.epoch(0))) for loader in trainer.train_loaders]
+    with WaitsForTheDevice():
+        trainer._schedule(0.5)
+        trainer.train_step(batches, 0)
+    with pytest.raises(AssertionError, match="_local_scalar_dense"), WaitsForTheDevice():
+        trainer.network.head.weight.sum().item()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("loss", LOSSES)
+def test_no_epoch_waits_for_a_gpu(loss, digits, tmp_path):
+    config = config_of(loss, "--loader.kind", "resident", "--device", "cuda")
+    trainer = Trainer(config, digits, tmp_path)
+    trainer.train_epoch()
+    streams = zip(*(loader.epoch(1) for loader in trainer.train_loaders), strict=True)
+    for step, batches in enumerate(streams):
+        torch.cuda.set_sync_debug_mode("error" if step else "default")  # the first copies the epoch's order
+        trainer._schedule(1.5)
+        trainer.train_step(batches, step)
+    torch.cuda.set_sync_debug_mode("default")
+
+
+def compiled_like_eager(device, digits, tmp_path):
+    """Two networks and two shapes: some steps, with and without torch.compile, end with about the same weights."""
+    weights = []
+    for compiled in ("true", "false"):
+        flags = ["--precision", "fp32", "--device", device, "--lr", "0.01", "--train.compile", compiled]
+        trainer = Trainer(config_of("cibl_with_everything", *flags), digits, tmp_path)
+        streams = zip(*(loader.epoch(0) for loader in trainer.train_loaders), strict=True)
+        for step, batches in enumerate(itertools.islice(streams, 3)):
+            assert trainer.train_step(batches, step)["loss"].isfinite()
+        assert trainer.objective.queue.written > 0
+        weights.append(trainer.network.state_dict())
+    assert weights[0].keys() == weights[1].keys()
+    for name in weights[0]:
+        assert torch.allclose(weights[0][name], weights[1][name], rtol=1e-3, atol=1e-3), name
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_compiled_networks_train_alike(digits, tmp_path):
+    compiled_like_eager("cpu", digits, tmp_path)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_compiled_networks_train_alike_on_a_gpu(digits, tmp_path):
+    compiled_like_eager("cuda", digits, tmp_path)
+
+
+def test_a_compiler_that_is_missing_is_told(digits, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, "/no/compiler"))
+    monkeypatch.setattr("torch._inductor.config.force_disable_caches", True)
+    trainer = Trainer(config_of("cross_entropy", "--train.compile", "true"), digits, tmp_path)
+    streams = zip(*(loader.epoch(0) for loader in trainer.train_loaders), strict=True)
+    with pytest.raises(UserError, match=r"cannot be compiled here \(.*C\+\+ compiler.*; set train.compile: false"):
+        trainer.train_step(next(streams), 0)
 
 
 @pytest.mark.parametrize("loss", ["cibl", "hybrid_sc", "paco"])
@@ -141,10 +222,10 @@ def test_the_averaged_network_embeds_the_other_views_and_feeds_the_queue():
     assert all(parameter.grad is None for parameter in objective.averaged.parameters())
     with torch.no_grad():
         network.head.weight.add_(1.0)
-    before = objective.averaged.module.head.weight.clone()
+    before = objective.averaged.head.weight.clone()
     objective(network, run, [images], progress=0.0)
     expected = 0.9 * before + 0.1 * network.head.weight
-    assert torch.allclose(objective.averaged.module.head.weight, expected, atol=1e-6)
+    assert torch.allclose(objective.averaged.head.weight, expected, atol=1e-6)
 
 
 def test_a_queue_partly_filled_counts_what_it_has():
