@@ -17,7 +17,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -25,16 +25,15 @@ from typing import Any
 import ray
 import ray.train
 from ray.exceptions import RayError
-from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
-from ray.train.torch import TorchConfig, TorchTrainer, get_device
-from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, get_device
 
 import cibl_ray
 import pipelines
 from cibl_ray import config as run_config
-from cibl_ray.board import Board, Posted, shown
+from cibl_ray.board import Address, Posted, shown
 from cibl_ray.progress import Progress, Silent, Terminal
+from cibl_ray.ray_trainer import LeanTrainer, StopOnError
 from cibl_ray.storage import Mirror, join
 from cibl_ray.world import PeerLostError, World
 from pipelines.cores import limit_cores
@@ -107,20 +106,12 @@ def fit(config: run_config.RunConfig, folder: Path, resume: bool, options: Optio
             ensure_prepared(config.data, config.seed)  # here, where its progress is seen; elsewhere once a node
         with polite_end():
             try:
-                shape = Shape(options.workers, cpus, gpus, options.failures)
+                shape = Shape(options.workers, cpus, gpus, options.failures, own=options.address is None)
                 launch(config, folder, resume, shape, Terminal(), options.storage)
             except (SystemExit, KeyboardInterrupt):
                 raise Interrupted(f"stopped; go on from the last checkpoint with: {options.again(folder)}") from None
             except LostError as error:
                 raise UserError(f"{error}; go on with: {options.again(folder)}") from None
-
-
-class _Trainer(TorchTrainer):
-    """Without the actor that shares out Ray's own data sets, of which there are none: it would wake the CPU for nothing."""
-
-    def _create_default_callbacks(self) -> list[Any]:
-        callbacks = super()._create_default_callbacks()  # type: ignore[misc]  # typed as the first version's
-        return [callback for callback in callbacks if not isinstance(callback, DatasetsCallback)]
 
 
 class LostError(RuntimeError):
@@ -129,12 +120,14 @@ class LostError(RuntimeError):
 
 @dataclass(frozen=True)
 class Shape:
-    """workers: at least and at most; cpus and gpus of each; failures: how often lost ones are replaced."""
+    """workers: at least and at most; cpus and gpus of each; failures: how often lost ones are replaced; own: whether
+    the cluster is this machine's own."""
 
     workers: tuple[int, int]
     cpus: int
     gpus: bool
     failures: int
+    own: bool = False
 
 
 def launch(
@@ -144,34 +137,31 @@ def launch(
 
     Raises UserError with the cause and its rank, where the training itself failed, and LostError.
     """
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    board = Board.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
     given = {"config": config.model_dump(mode="json"), "folder": str(folder), "resume": resume, "storage": storage}
     least, most = shape.workers
-    trainer = _Trainer(
-        _worker,
-        train_loop_config=given | {"board": board, "cpus": shape.cpus},
-        scaling_config=ScalingConfig(
-            num_workers=most if least == most else shape.workers,  # type: ignore[arg-type]  # typed as the first version's
-            use_gpu=shape.gpus,
-            resources_per_worker={"CPU": shape.cpus} | ({"GPU": 1} if shape.gpus else {}),
-            elastic_resize_monitor_interval_s=30,  # type: ignore[call-arg]  # likewise
-        ),
-        run_config=RunConfig(
-            name=f"{folder.name}-{time.time_ns()}",  # a name used before would go on with what Ray remembers of it
-            storage_path=join(storage, ".ray") if storage is not None else str(folder.parent / ".ray"),
-            failure_config=FailureConfig(max_failures=shape.failures),
-            callbacks=[_StopOnError()],  # type: ignore[list-item]  # likewise
-        ),
-        torch_config=TorchConfig(backend="nccl" if shape.gpus else "gloo", timeout_s=_EXCHANGE_TIMEOUT),
+    scaling = ScalingConfig(
+        num_workers=most if least == most else shape.workers,  # type: ignore[arg-type]  # typed as the first version's
+        use_gpu=shape.gpus,
+        resources_per_worker={"CPU": shape.cpus} | ({"GPU": 1} if shape.gpus else {}),
+        elastic_resize_monitor_interval_s=30,  # type: ignore[call-arg]  # likewise
     )
+    run = RunConfig(
+        name=f"{folder.name}-{time.time_ns()}",  # a name used before would go on with what Ray remembers of it
+        storage_path=join(storage, ".ray") if storage is not None else str(folder.parent / ".ray"),
+        failure_config=FailureConfig(max_failures=shape.failures),
+        callbacks=[StopOnError()],  # type: ignore[list-item]  # likewise
+    )
+    exchange = TorchConfig(backend="nccl" if shape.gpus else "gloo", timeout_s=_EXCHANGE_TIMEOUT)
 
     def waits() -> str | None:
         room = places([node["Resources"] for node in ray.nodes() if node["Alive"]], shape.cpus, shape.gpus)
         each = f"{shape.cpus} CPUs{' and a GPU' * shape.gpus} each"
         return f"waiting for nodes: there is room for {room} of {least} workers ({each})" if room < least else None
 
-    with shown(board, progress, waits):
+    with shown(ray.util.get_node_ip_address(), progress, waits) as board:
+        given |= {"board": asdict(board), "cpus": shape.cpus}
+        trainer = LeanTrainer(_worker, train_loop_config=given, scaling_config=scaling, run_config=run, torch_config=exchange)
+        trainer.alone = shape.own and least == most
         try:
             trainer.fit()
         except ray.train.ControllerError as error:
@@ -231,17 +221,6 @@ def _answers(address: str) -> None:
         raise UserError(f"--address {address}: {error}; give the head node's HOST:PORT (6379 by default), or 'auto'") from error
 
 
-class _StopOnError(UserCallback):
-    """Runs in Ray Train's controller: an error of the training itself is not tried again, a lost worker is."""
-
-    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        for rank, error in sorted(worker_exceptions.items()):
-            of_ray = type(error).__module__.partition(".")[0] == "ray"  # a dead process, a lost node, no answer
-            if not of_ray and not isinstance(error, PeerLostError):
-                name = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
-                raise UserError(f"rank {rank}: {name}{error}")
-
-
 def _worker(given: dict[str, Any]) -> None:
     """One worker's process: joins the others, trains, and goes on where an earlier group of workers was lost."""
     import torch
@@ -254,9 +233,11 @@ def _worker(given: dict[str, Any]) -> None:
     else:
         torch.set_num_threads(given["cpus"])
     limit_cores(given["cpus"])
+    if torch.distributed.get_world_size() == 1:
+        torch.distributed.destroy_process_group()  # nobody to talk to, and its thread wakes as often as Ray's
     world, folder = World(), Path(given["folder"])
-    board = given["board"]
-    progress = Posted(board) if world.first else Silent()
+    posted = Posted(Address(**given["board"]))
+    progress: Progress = posted if world.first else Silent()
     mirror = None
     if given["storage"] is not None and world.first:
         mirror = Mirror(folder, join(given["storage"], folder.name))
@@ -270,15 +251,16 @@ def _worker(given: dict[str, Any]) -> None:
     try:
         begun = world.from_first(lambda: (folder / "config.yaml").exists())
         train(config, folder, given["resume"] or begun or given["storage"] is not None, world, progress, mirror)
-        ray.get(board.post.remote([]))  # what was posted before has arrived
     except PeerLostError:
         time.sleep(5)  # the worker with the cause is heard first
         raise
     except UserError:
         raise
     except BaseException:
-        board.post.remote([("error", traceback.format_exc())])
+        posted.error(traceback.format_exc())
         raise
+    finally:
+        posted.finish()
 
 
 @contextmanager

@@ -89,8 +89,8 @@ def run(sweep: SweepConfig, folder: Path, address: str | None) -> None:
         _write(folder / TRIALS, "".join(json.dumps(asdict(trial)) + "\n" for trial in ended))  # without a line cut short
         left = sweep.trials - len(ended)
         if left > 0:
-            # ASHA asks Ray's state service, which lives in the dashboard, to stop a trial.
-            with cluster(address, dashboard=True), polite_end():
+            # ASHA asks Ray's state service, which lives in the dashboard, to stop a trial; else the cores are the trials'.
+            with cluster(address, dashboard=sweep.asha is not None), polite_end():
                 _search(sweep, base, folder, left)
         trials = read_trials(folder)
         if len(trials) < sweep.trials:  # Ray Tune itself ends in order on Ctrl-C

@@ -1,0 +1,55 @@
+"""Ray Train's trainer with what our runs need of it, and no more."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ray.train import UserCallback
+from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
+
+from cibl_ray.world import PeerLostError
+from pipelines.errors import UserError
+
+# One shares out Ray's own data sets, of which there are none; one asks every second whether the controller lives, to free its
+# place: our driver ends with it, and Ray then frees all that the job had.
+_NEEDLESS = (DatasetsCallback, PlacementGroupCleanerCallback)
+
+
+class LeanTrainer(TorchTrainer):
+    """Without actors that have nothing to do here: each would wake a hundred times a second, on the cores that train.
+
+    alone: on a cluster of this machine's own, with a fixed number of workers.
+    """
+
+    alone = False
+
+    def _create_default_callbacks(self) -> list[Any]:
+        callbacks = super()._create_default_callbacks()  # type: ignore[misc]  # typed as the first version's
+        return [callback for callback in callbacks if not isinstance(callback, _NEEDLESS)]
+
+    def _initialize_and_run_controller(self, **given: Any) -> Any:
+        if self.alone:
+            given["scaling_policy"] = _NoAutoscaler(self.scaling_config)  # type: ignore[arg-type]  # likewise
+        return super()._initialize_and_run_controller(**given)  # type: ignore[misc]  # likewise
+
+
+class _NoAutoscaler(FixedScalingPolicy):
+    """Workers on a cluster that does not grow: no actor that would pass on what they need."""
+
+    def after_controller_start(self, train_run_context: Any) -> None: ...
+
+    def _maybe_send_resource_request(self) -> None: ...
+
+
+class StopOnError(UserCallback):
+    """Runs in Ray Train's controller: an error of the training itself is not tried again, a lost worker is."""
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        for rank, error in sorted(worker_exceptions.items()):
+            of_ray = type(error).__module__.partition(".")[0] == "ray"  # a dead process, a lost node, no answer
+            if not of_ray and not isinstance(error, PeerLostError):
+                name = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+                raise UserError(f"rank {rank}: {name}{error}")
