@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import errno
 import hmac
 import json
 import logging
@@ -23,8 +24,11 @@ from cibl_ray.progress import Lines, Progress
 
 Note = tuple[str, Any]
 
-_LONGEST = 1 << 20  # bytes of a note: a traceback, a row of the log
+_LONGEST = 1 << 20  # bytes of a note
+_LONGEST_TEXT = 1 << 16  # characters of a line, or of a traceback, whose end says most
 _PATIENCE = 10.0  # seconds for a driver to take a note; training goes on without it
+_AGAIN = 30.0  # seconds before a driver that was lost is tried again
+_STRANGERS = threading.BoundedSemaphore(16)  # connections at a time that have not told the secret yet
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,7 @@ class Posted:
     def __init__(self, address: Address) -> None:
         self._address, self._images, self._told = address, 0, 0.0
         self._connection: socket.socket | None = None
-        self._gone = False
+        self._lost: float | None = None  # when the driver did not answer
         self._lock = threading.Lock()  # log messages come from any thread
 
     def begin(self, total: int, done: int) -> None:
@@ -57,11 +61,11 @@ class Posted:
         self._post("epoch", (row, text))
 
     def line(self, text: str) -> None:
-        self._post("line", text)
+        self._post("line", text[-_LONGEST_TEXT:])
 
     def error(self, text: str) -> None:
         """For the terminal's error stream."""
-        self._post("error", text)
+        self._post("error", text[-_LONGEST_TEXT:])
 
     def close(self) -> None:
         self._tell_images()
@@ -83,15 +87,19 @@ class Posted:
 
     def _post(self, kind: str, content: Any) -> None:
         with self._lock:
-            if self._gone:
+            if self._lost is not None and time.monotonic() - self._lost < _AGAIN:
                 return
             try:
                 if self._connection is None:
                     self._connection = socket.create_connection((self._address.host, self._address.port), timeout=_PATIENCE)
                     self._connection.sendall(self._address.token.encode() + b"\n")
                 self._connection.sendall(json.dumps([kind, content]).encode() + b"\n")
+                self._lost = None
             except OSError:
-                self._gone = True
+                self._lost = time.monotonic()
+                if self._connection is not None:
+                    self._connection.close()
+                self._connection = None
 
 
 @contextmanager
@@ -121,7 +129,7 @@ def shown(host: str, progress: Progress, waits: Callable[[], str | None]) -> Ite
             asked = False
             _tell(progress, note)
 
-    with socket.create_server((host, 0)) as server:
+    with _server(host) as server:
         address = Address(host, server.getsockname()[1], secrets.token_hex(16))
         threading.Thread(target=_listen, args=(server, address.token, arrived), daemon=True).start()
         thread = threading.Thread(target=watch, daemon=True)
@@ -129,6 +137,8 @@ def shown(host: str, progress: Progress, waits: Callable[[], str | None]) -> Ite
         try:
             yield address
         finally:
+            with suppress(OSError):
+                server.shutdown(socket.SHUT_RDWR)  # wakes who waits in accept(), which closing alone does not
             arrived.put(None)
             thread.join(timeout=10)
             progress.close()
@@ -136,23 +146,58 @@ def shown(host: str, progress: Progress, waits: Callable[[], str | None]) -> Ite
         raise failed[0]
 
 
+def _server(host: str) -> socket.socket:
+    """On any port of this node's own address; where that is one that others know it by alone, on all it has."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, 0), family=family)
+    except OSError as error:
+        if error.errno != errno.EADDRNOTAVAIL:
+            raise
+        return socket.create_server(("", 0), family=family)
+
+
 def _listen(server: socket.socket, token: str, arrived: queue.SimpleQueue[Note | None]) -> None:
-    with suppress(OSError):  # the server was closed: all is over
-        while True:
+    while True:
+        _STRANGERS.acquire()
+        try:
             connection, _ = server.accept()
-            threading.Thread(target=_read, args=(connection, token, arrived), daemon=True).start()
+        except OSError as error:
+            _STRANGERS.release()
+            if error.errno in (errno.EINVAL, errno.EBADF):  # shut down: all is over
+                return
+            time.sleep(0.1)  # no file handle is free, or who called is gone
+            continue
+        threading.Thread(target=_read, args=(connection, token, arrived), daemon=True).start()
 
 
 def _read(connection: socket.socket, token: str, arrived: queue.SimpleQueue[Note | None]) -> None:
     """One worker's notes, until it ends them; nothing from whom does not know the secret."""
-    with connection, connection.makefile("rb") as lines, suppress(OSError, ValueError):
-        connection.settimeout(_PATIENCE)
-        if not hmac.compare_digest(lines.readline(len(token) + 1), token.encode() + b"\n"):
+    with connection, suppress(OSError):
+        try:
+            known = _knows(connection, token)
+        finally:
+            _STRANGERS.release()
+        if not known:
             return
         connection.settimeout(None)
-        while line := lines.readline(_LONGEST):
-            kind, content = json.loads(line)
-            arrived.put((kind, content))
+        with connection.makefile("rb") as lines:
+            while line := lines.readline(_LONGEST):
+                with suppress(ValueError):  # cut short, as its writer was
+                    kind, content = json.loads(line)
+                    arrived.put((kind, content))
+
+
+def _knows(connection: socket.socket, token: str) -> bool:
+    """Whether the secret comes first, and soon."""
+    deadline, wanted, said = time.monotonic() + _PATIENCE, token.encode() + b"\n", b""
+    while len(said) < len(wanted) and (left := deadline - time.monotonic()) > 0:
+        connection.settimeout(left)
+        more = connection.recv(len(wanted) - len(said))
+        if not more:
+            return False
+        said += more
+    return hmac.compare_digest(said, wanted)
 
 
 def _tell(progress: Progress, note: Note) -> None:

@@ -33,9 +33,14 @@ def explained() -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, torch.OutOfMemoryError):
+            cause = cause.__cause__
+        if cause is not None:
+            raise cause from None
         if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             raise
-        cause = str(error).strip().partition("\n")[0]
+        reason = str(error).strip().partition("\n")[0]
         raise UserError(
-            f"train.compile: true, but the network cannot be compiled here ({cause}); set train.compile: false"
+            f"train.compile: true, but the network cannot be compiled here ({reason}); set train.compile: false"
         ) from error

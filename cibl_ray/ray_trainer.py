@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import ray
 from ray.train import UserCallback
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
@@ -12,10 +13,6 @@ from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
 
 from cibl_ray.world import PeerLostError
 from pipelines.errors import UserError
-
-# One shares out Ray's own data sets, of which there are none; one asks every second whether the controller lives, to free its
-# place: our driver ends with it, and Ray then frees all that the job had.
-_NEEDLESS = (DatasetsCallback, PlacementGroupCleanerCallback)
 
 
 class LeanTrainer(TorchTrainer):
@@ -27,8 +24,13 @@ class LeanTrainer(TorchTrainer):
     alone = False
 
     def _create_default_callbacks(self) -> list[Any]:
+        needless: tuple[type, ...] = (DatasetsCallback,)  # shares out Ray's own data sets, of which there are none
+        if ray.get_runtime_context().get_actor_id() is None:
+            # Frees the workers' place where their controller is lost. Where this process is the whole job it ends too, and Ray
+            # then frees all; a trial of a sweep may be stopped while the job goes on.
+            needless += (PlacementGroupCleanerCallback,)
         callbacks = super()._create_default_callbacks()  # type: ignore[misc]  # typed as the first version's
-        return [callback for callback in callbacks if not isinstance(callback, _NEEDLESS)]
+        return [callback for callback in callbacks if not isinstance(callback, needless)]
 
     def _initialize_and_run_controller(self, **given: Any) -> Any:
         if self.alone:

@@ -199,7 +199,8 @@ class Trainer:
     def optimize(self, streams: list[Images]) -> dict[str, torch.Tensor]:
         """The same on images that are ready for the network. Raises UserError where memory does not suffice."""
         try:
-            return self._optimize(streams)
+            with explained():
+                return self._optimize(streams)
         except RuntimeError as error:
             if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
                 raise
@@ -226,7 +227,7 @@ class Trainer:
         return Images(pixels, batch.labels.to(self.device, non_blocking=True), batch.views.shape[1])
 
     def _run(self, network: nn.Module, pixels: torch.Tensor) -> Outputs:
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast), explained():
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
             outputs: Outputs = network(pixels)
         return outputs
 
@@ -253,8 +254,10 @@ class Trainer:
         minutes = self.config.train.checkpoint_minutes
         if minutes is None or (self.world.size > 1 and self.step % _ASK_EVERY):
             return
-        due = torch.tensor(float(self.world.first and time.monotonic() - self._saved >= 60 * minutes), device=self.device)
-        if self.world.sum(due) == 0:
+        due = self.world.first and time.monotonic() - self._saved >= 60 * minutes
+        if self.world.size > 1:
+            due = bool(self.world.sum(torch.tensor(float(due), device=self.device)))
+        if not due:
             return
         self._check_finite(total, self.step)
         self.world.average_statistics(self.objective.networks)

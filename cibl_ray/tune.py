@@ -89,8 +89,9 @@ def run(sweep: SweepConfig, folder: Path, address: str | None) -> None:
         _write(folder / TRIALS, "".join(json.dumps(asdict(trial)) + "\n" for trial in ended))  # without a line cut short
         left = sweep.trials - len(ended)
         if left > 0:
-            # ASHA asks Ray's state service, which lives in the dashboard, to stop a trial; else the cores are the trials'.
-            with cluster(address, dashboard=sweep.asha is not None), polite_end():
+            # Whether the controller of a trial's workers still lives is asked of a service in Ray's dashboard; else the cores
+            # are the trials'.
+            with cluster(address, dashboard=sweep.workers > 1), polite_end():
                 _search(sweep, base, folder, left)
         trials = read_trials(folder)
         if len(trials) < sweep.trials:  # Ray Tune itself ends in order on Ctrl-C
@@ -255,11 +256,14 @@ def _in_workers(sweep: SweepConfig, config: RunConfig, run_folder: Path, progres
     import ray
 
     from cibl_ray.cluster import Shape, launch
+    from cibl_ray.runlog import read_metrics
 
     gpus = bool(ray.cluster_resources().get("GPU")) and config.train.device != "cpu"
     train = config.train.model_copy(update={"device": "cuda" if gpus else "cpu"})
     shape = Shape((sweep.workers, sweep.workers), sweep.cpus, gpus, failures=2)
     launch(config.model_copy(update={"train": train}), run_folder, run_folder.exists(), shape, progress)
+    for row in read_metrics(run_folder):  # scores that did not arrive on the way here
+        progress.epoch(row, "")
 
 
 class _Reported:

@@ -127,6 +127,8 @@ class Objective:
 
     def load(self, state: dict[str, torch.Tensor]) -> None:
         """Take over what `state` gave. Raises UserError where that was of another queue or average."""
+        # As torch's AveragedModel named them, in checkpoints of earlier versions.
+        state = {name.replace("averaged.module.", "averaged."): state[name] for name in state if name != "averaged.n_averaged"}
         shapes = {name: tensor.shape for name, tensor in self.state().items()}
         if shapes != {name: tensor.shape for name, tensor in state.items()}:
             raise UserError(
@@ -159,7 +161,8 @@ class Objective:
         """
         assert self.averaged is not None
         torch._foreach_lerp_([*self.averaged.parameters()], [*network.parameters()], 1 - self._momentum)
-        torch._foreach_copy_([*self.averaged.buffers()], [*network.buffers()])
+        for own, theirs in zip(self.averaged.buffers(), network.buffers(), strict=True):
+            own.copy_(theirs)
         self.averaged.train()
 
     def _contrast(self, z: torch.Tensor, labels: torch.Tensor, keys: tuple[torch.Tensor, torch.Tensor] | None) -> Contrast:

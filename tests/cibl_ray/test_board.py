@@ -76,6 +76,7 @@ def test_a_driver_that_is_gone_stops_no_training():
         posted.line("to nobody")
     posted.finish()
     assert time.monotonic() - begun < 5
+    assert posted._lost is not None  # refused: nobody listens any more
 
 
 def test_a_driver_that_does_not_read_stops_no_training(monkeypatch):

@@ -228,6 +228,16 @@ def test_the_averaged_network_embeds_the_other_views_and_feeds_the_queue():
     assert torch.allclose(objective.averaged.head.weight, expected, atol=1e-6)
 
 
+def test_an_average_that_an_earlier_version_saved_is_taken_over():
+    objective, _ = objective_of("cibl_with_everything")
+    other, _ = objective_of("cibl_with_everything")
+    with torch.no_grad():
+        objective.averaged.head.weight.add_(1.0)
+    named = {name.replace("averaged.", "averaged.module."): tensor for name, tensor in objective.state().items()}
+    other.load(named | {"averaged.n_averaged": torch.tensor(5)})
+    assert torch.equal(other.averaged.head.weight, objective.averaged.head.weight)
+
+
 def test_a_queue_partly_filled_counts_what_it_has():
     """The second step's positives: the batch's own, and the first step's embeddings of the class."""
     objective, network = objective_of("cibl_with_a_queue")

@@ -137,6 +137,16 @@ def test_two_workers_a_trial_and_two_objectives(folder):
         assert result["workers"] == 2
 
 
+def test_a_trial_of_several_workers_that_is_stopped_frees_its_place(folder):
+    """There is room for one trial at a time: what ASHA stops must not keep its CPUs."""
+    search = {"optimizer.lr": {"kind": "choice", "values": [0.1, 1e-6, 1e-5, 1e-4]}}
+    content = {**BASE, "trials": 4, "workers": 2, "search": search, "asha": {"grace": 1, "reduction": 4}, "algorithm": "random"}
+    ended(*start(folder, "places", content))
+    states = [trial.state for trial in read_trials(folder / "places")]
+    assert set(states) <= {"completed", "stopped"}, states
+    assert states.count("stopped") >= 1, states
+
+
 def test_front():
     points = np.array([[3.0, 1], [1, 3], [2, 2], [2, 1], [0, 0], [2, 2]])
     assert front(points).tolist() == [True, True, True, False, False, True]
