@@ -183,6 +183,9 @@ class _Gather(torch.autograd.Function):
 def join() -> World:
     """The world of this process: of torchrun's processes where it was started by torchrun, else itself alone."""
     if "TORCHELASTIC_RUN_ID" in os.environ and not dist.is_initialized():
+        # Its default arguments are the group there is when it is imported, and optimizers import it: `leave` would end nothing.
+        import torch.distributed.nn.functional
+
         cuda = torch.cuda.is_available()
         if cuda:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -192,6 +195,7 @@ def join() -> World:
 
 
 def leave() -> None:
-    """End what `join` began: the exchange's threads must not outlive Python."""
+    """End what `join` began: the exchange's threads must not outlive Python, which aborts where they still hold tensors."""
     if "TORCHELASTIC_RUN_ID" in os.environ and dist.is_initialized():
+        join()._cpu = None
         dist.destroy_process_group()

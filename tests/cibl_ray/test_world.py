@@ -151,6 +151,28 @@ def test_torchrun_starts_the_same_workers(tmp_path):
     assert json.loads((tmp_path / "two" / "result.json").read_text())["workers"] == 2
 
 
+def test_no_thread_of_the_exchange_outlives_leave(tmp_path):
+    """Left to the end of Python, it aborts now and then: it drops tensors when there is no interpreter any more."""
+    script = tmp_path / "script.py"
+    script.write_text("""
+from pathlib import Path
+from cibl_ray.world import join, leave
+
+def threads():
+    return {path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")}
+
+join()
+before = threads()
+import cibl_ray.trainer
+leave()
+print(any("gloo" in name for name in before), [name for name in threads() if "gloo" in name])
+""")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1", str(script)]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, env=environment)
+    assert (done.stdout, done.returncode) == ("True []\n", 0), done.stderr
+
+
 @pytest.mark.parametrize(("count", "workers"), [(7, 2), (2, 3), (0, 2), (128, 5)])
 def test_shares_are_the_whole_and_even(count, workers):
     parts = [range(count)[Share(worker, workers).of(count)] for worker in range(workers)]
