@@ -316,7 +316,10 @@ class Trainer:
         split = "test" if "test" in self.prepared.splits else "val"
         result: dict[str, Any] = {"split": split, "last": {"epoch": self.epoch, "scores": self.evaluate(split)}}
         path = self._checkpoints / BEST
-        best = self.world.from_first(lambda: load_checkpoint(path) if self.best is not None else None)
+        epoch = None if self.best is None else self.best["epoch"]  # known to rank 0 alone
+        if epoch == self.epoch:
+            result["best"] = result["last"]  # the same weights
+        best = self.world.from_first(lambda: load_checkpoint(path) if epoch not in (None, self.epoch) else None)
         if best is not None:
             load_weights(self.network, best)
             result["best"] = {"epoch": best.epoch, "scores": self.evaluate(split)}

@@ -27,6 +27,8 @@ from pipelines.pixels import BadImageError, decode, to_rgb
 # Two parallel loaders at once abort under numba's own threading layer ("workqueue").
 numba.config.THREADING_LAYER = "omp"  # type: ignore[attr-defined]
 _torch_threads = torch.get_num_threads()
+# FFCV compiles a table of two entries on import, 2.5 s in every process; it reads it as any dict.
+_typed_dict, numba.typed.Dict = numba.typed.Dict, dict
 from ffcv.loader import Loader as FFCVFileLoader  # noqa: E402
 from ffcv.loader.epoch_iterator import EpochIterator  # noqa: E402
 from ffcv.loader.loader import OrderOption  # noqa: E402
@@ -39,6 +41,7 @@ from ffcv.pipeline.state import State  # noqa: E402
 from pipelines.cut_kernel import PADDING, Table, Work, cut_batch, cut_pixels, make_work  # noqa: E402  # isort: skip
 from pipelines.turbojpeg import Decoders  # noqa: E402  # isort: skip
 
+numba.typed.Dict = _typed_dict
 torch.set_num_threads(_torch_threads)  # importing FFCV sets torch to one thread
 
 
