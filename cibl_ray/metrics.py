@@ -6,8 +6,6 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
-from scipy.stats import hmean
-from torchmetrics.functional.classification import multiclass_calibration_error, multiclass_confusion_matrix
 
 from pipelines.pictures import GROUPS, shot_groups
 
@@ -47,9 +45,10 @@ class Scores:
 def score(logits: torch.Tensor, labels: torch.Tensor, train_counts: np.ndarray) -> Scores:
     """Scores of logits float32 (N, C) against labels int64 (N,), N >= 1; train_counts int64 (C,) decides the groups."""
     classes = logits.shape[1]
-    confusion = multiclass_confusion_matrix(logits.argmax(1), labels, num_classes=classes).double().numpy()
-    present = confusion.sum(1) > 0
-    accuracy = np.divide(confusion.diagonal(), confusion.sum(1), out=np.zeros(classes), where=present)
+    right = logits.argmax(1) == labels
+    samples = np.bincount(labels.numpy(), minlength=classes)
+    present = samples > 0
+    accuracy = np.divide(np.bincount(labels[right].numpy(), minlength=classes), samples, out=np.zeros(classes), where=present)
     groups = np.array(shot_groups(train_counts))
     thirds = _thirds(train_counts)
 
@@ -58,19 +57,25 @@ def score(logits: torch.Tensor, labels: torch.Tensor, train_counts: np.ndarray) 
         return float(accuracy[members].mean()) if members.any() else None
 
     return Scores(
-        overall=float(confusion.trace() / confusion.sum()),
+        overall=float(right.double().mean()),
         balanced=float(accuracy[present].mean()),
         **{group: mean(groups == group) for group in GROUPS},
         **{third: mean(thirds == third) for third in ("head", "middle", "tail")},
         worst=float(accuracy[present].min()),
-        harmonic=float(hmean(accuracy[present])) if accuracy[present].all() else 0.0,
-        calibration_error=float(
-            multiclass_calibration_error(logits.softmax(1), labels, num_classes=classes, n_bins=CALIBRATION_BINS)
-        ),
+        harmonic=float(1 / (1 / accuracy[present]).mean()) if accuracy[present].all() else 0.0,
+        calibration_error=calibration_error(logits.softmax(1).amax(1), right),
         loss=float(torch.nn.functional.cross_entropy(logits, labels)),
         samples=len(labels),
         per_class=[float(value) if there else None for value, there in zip(accuracy, present, strict=True)],
     )
+
+
+def calibration_error(confidence: torch.Tensor, right: torch.Tensor) -> float:
+    """Expected calibration error: the gap between confidence (N,) and the share of right answers (N,), in bins of equal width,
+    averaged over the samples (Guo et al., On Calibration of Modern Neural Networks, eq. 3)."""
+    bins = (confidence * CALIBRATION_BINS).ceil().long().clamp(1, CALIBRATION_BINS).numpy()
+    gaps = np.bincount(bins, (confidence.double() - right.double()).numpy())
+    return float(np.abs(gaps).sum() / len(bins))
 
 
 def _thirds(train_counts: np.ndarray) -> np.ndarray:

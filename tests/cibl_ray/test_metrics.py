@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from torchmetrics.functional.classification import multiclass_accuracy, multiclass_calibration_error
 
-from cibl_ray.metrics import score, table
+from cibl_ray.metrics import CALIBRATION_BINS, score, table
 from pipelines.pictures import shot_groups
 
 
@@ -58,3 +59,13 @@ def test_thirds_of_ten_classes():
     predictions = [i if i in right else (i + 1) % 10 for i in range(10)]
     scores = score(logits_for(predictions, 10), labels, counts)
     assert (scores.head, scores.middle, scores.tail) == (1.0, 0.0, 0.0)
+
+
+@pytest.mark.parametrize("scale", [0.1, 1.0, 10.0])
+def test_scores_agree_with_torchmetrics(scale):
+    torch.manual_seed(0)
+    logits, labels = scale * torch.randn(2000, 7), torch.randint(0, 7, (2000,))
+    scores = score(logits, labels, np.arange(1, 8))
+    error = multiclass_calibration_error(logits.softmax(1), labels, num_classes=7, n_bins=CALIBRATION_BINS)
+    assert scores.calibration_error == pytest.approx(float(error), abs=1e-6)
+    assert scores.per_class == pytest.approx(multiclass_accuracy(logits, labels, num_classes=7, average=None).tolist())
