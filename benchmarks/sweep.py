@@ -1,7 +1,7 @@
 """`python -m benchmarks.sweep [--quick] [--images FOLDER]`: a sweep of 8 short trials beside the same 8 by a shell loop.
 
 The loop's runs have all cores each, one after another; the sweep's have one core each, side by side. Both start from prepared
-data alone, so that the starts of Ray and of each process count.
+data alone, so that the starts of Ray and of each process count: the longer a trial (`--epochs`), the less they do.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ from cibl_ray.sweep import read_trials
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.sweep", description=__doc__)
     add_arguments(parser)
+    parser.add_argument("--epochs", type=int, default=2, help="of each trial, of 2,478 images (default: %(default)s)")
     arguments = parser.parse_args()
-    count, epochs, largest = (2, "1", "100") if arguments.quick else (8, "4", "1000")
+    count, epochs, largest = (2, "1", "100") if arguments.quick else (8, str(arguments.epochs), "1000")
     folder = Path(tempfile.mkdtemp(prefix="cibl_ray_sweep_"))
     options = ["--backbone", "resnet20", "--epochs", epochs, "--warmup_epochs", "0", "--data.profile.largest", largest]
     config, _ = cifar10_lt(arguments.images, *options, "--val_fraction", "0.1", "--runs", str(folder))
