@@ -16,9 +16,18 @@ def class_sizes(labels: torch.Tensor, classes: int) -> torch.Tensor:
 
 def class_sums(x: torch.Tensor, labels: torch.Tensor, classes: int) -> torch.Tensor:
     """Σ of x (N, d) over the rows of each class: (C, d), 0 where a class has none. Deterministic on every device."""
-    members = class_sizes(labels, classes)
+    return group_sums(x, *grouped(labels, class_sizes(labels, classes)))
+
+
+def grouped(labels: torch.Tensor, members: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The rows of labels (N,) in the order of their classes, and where each class begins, (C,); members: `class_sizes`."""
+    return labels.argsort(stable=True), members.cumsum(0) - members
+
+
+def group_sums(x: torch.Tensor, order: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
+    """`class_sums` of rows that are `grouped`."""
     # A third of index_add's time on a CPU, and in a fixed order on a GPU.
-    return F.embedding_bag(labels.argsort(stable=True), x, members.cumsum(0) - members, mode="sum")
+    return F.embedding_bag(order, x, first, mode="sum")
 
 
 def positive_sums(

@@ -36,7 +36,7 @@ def cibl(
     classes cross-entropy teaches and not how much of it there is: λ → ∞ is then cross-entropy with weights ∝ 1/|P| beside
     SupCon.
 
-    Returns scalars: the loss, both terms unweighted, and the mean weight of cross-entropy. λ = 0 is cross-entropy to the bit.
+    Returns scalars: the loss, both terms unweighted, and the mean weight of cross-entropy. λ = 0 is `cross_entropy` to the bit.
     """
     positives = positive_counts(labels, contrast.labels, logits.shape[1])
     weight = contrastive_weight(positives, tail_skew).to(torch.promote_types(z.dtype, torch.float32))
@@ -45,11 +45,11 @@ def cibl(
         rest, chosen, chosen_labels = (each[::classify_every] for each in (rest, logits, labels))
     classified = cross_entropy(chosen, chosen_labels)
     contrastive = supcon(z, labels, contrast, logits.shape[1], temperature)
-    scale: torch.Tensor | float = 1.0
+    classification = (rest * classified).mean()
     if normalize_over is not None:
         counts = positive_counts(normalize_over, contrast.labels, logits.shape[1])
-        scale = (1 - contrastive_weight(counts, tail_skew)[::classify_every]).mean().to(rest.dtype)
-    loss = (rest * classified).mean() / scale + (weight * contrastive).mean()
+        classification = classification / (1 - contrastive_weight(counts, tail_skew)[::classify_every]).mean().to(rest.dtype)
+    loss = classification + (weight * contrastive).mean()
     return {
         "loss": loss,
         "cross_entropy": classified.detach().mean(),

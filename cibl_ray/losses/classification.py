@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from cibl_ray.losses.softmax import wide
+from cibl_ray.losses.softmax import row_exponentials, wide
 
 
 def log_prior(train_counts: torch.Tensor) -> torch.Tensor:
@@ -23,7 +23,7 @@ def adjusted(logits: torch.Tensor, prior: torch.Tensor, kappa: float) -> torch.T
 
 
 def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """-log softmax(f)_y, (M,): torch's cross_entropy without reduction, to the bit."""
+    """-log softmax(f)_y, (M,): torch's cross_entropy without reduction, to rounding."""
     logits = wide(logits)
     if logits.is_cuda:
         return F.cross_entropy(logits, labels, reduction="none")
@@ -32,22 +32,20 @@ def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """torch's own operations on the CPU with an (M, C) buffer less: fresh memory for it costs as much as the sums."""
+    """For the CPU: the exponentials are computed once, where torch computes them again on the way back."""
 
     @staticmethod
     def forward(ctx: Any, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        log_softmax = logits.log_softmax(1)
-        ctx.save_for_backward(log_softmax, labels)
-        return log_softmax.gather(1, labels[:, None]).squeeze(1).neg_()
+        exponentials, sums, shift = row_exponentials(logits)
+        ctx.save_for_backward(exponentials, sums, labels)
+        return sums.log().sub_(logits.gather(1, labels[:, None]).squeeze(1).sub_(shift))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        log_softmax, labels = ctx.saved_tensors
-        buffer = torch.zeros_like(log_softmax).scatter_(1, labels[:, None], -grad[:, None])
-        # It reads each row's sum before it writes the row, so that its result can take its input's place.
-        torch.ops.aten._log_softmax_backward_data.out(buffer, log_softmax, 1, log_softmax.dtype, out=buffer)
-        return buffer, None
+        exponentials, sums, labels = ctx.saved_tensors
+        result = exponentials * (grad / sums)[:, None]
+        return result.scatter_add_(1, labels[:, None], -grad[:, None]), None
 
 
 def ldam_margins(train_counts: torch.Tensor, max_margin: float) -> torch.Tensor:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from cibl_ray.losses.attraction import class_sizes, own_products, positive_sums
+from cibl_ray.losses.batch_supcon import batch_supcon, fits
 from cibl_ray.losses.softmax import log_sum_exp, row_log_sum_exp, wide
 
 
@@ -38,6 +39,8 @@ def supcon(z: torch.Tensor, labels: torch.Tensor, contrast: Contrast, classes: i
     l(m) = -1/|P(m)| · Σ_{p∈P(m)} log[ exp(z_m·z_p/τ) / Σ_{a≠m} exp(z_m·z_a/τ) ];  0 where P(m) is empty.
     """
     z, others = _widened(z, contrast)
+    if others is z and fits(z, temperature):
+        return batch_supcon(z, labels, classes, temperature)
     positives = positive_counts(labels, contrast.labels, classes)
     attraction = positive_sums(z, labels, others, contrast.labels, contrast.own, classes)
     attraction = attraction / (positives.clamp(min=1).to(z.dtype) * temperature)

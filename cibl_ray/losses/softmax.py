@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -11,8 +12,21 @@ from torch.autograd.function import once_differentiable
 # memory grows with the block and not with the square of the batch.
 KEEP = {"cpu": 2**22, "cuda": 2**26}
 BLOCK = {"cpu": 2**18, "cuda": 2**24}
+# exp(x) = 2^(BITS·x): torch's exp2 takes a third of the time of its exp, which on a CPU is MKL's, written for another maker's.
+BITS = math.log2(math.e)
 # exp(-LOWEST) is a normal float32. Similarities of unit vectors span 2/τ.
 LOWEST = 80
+
+
+def kept(z: torch.Tensor, others: torch.Tensor) -> bool:
+    """Whether the similarities of z (M, d) and others (A, d) are kept for the backward pass."""
+    return len(z) * len(others) <= KEEP["cuda" if z.is_cuda else "cpu"]
+
+
+def one_shift_serves(temperature: float) -> bool:
+    """Whether exp(s - 1/τ) is a normal number for all similarities s of unit vectors."""
+    return 2 / temperature < LOWEST
+
 
 OwnClass = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -62,15 +76,14 @@ class _LogSumExp(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.symmetric = symmetric
         ctx.temperature, ctx.exclude, ctx.weight, ctx.own_class = temperature, exclude, weight, own_class
-        kind = "cuda" if z.is_cuda else "cpu"
-        if len(z) * len(others) <= KEEP[kind]:
-            ctx.one_shift = symmetric and weight is None and own_class is None and 2 / temperature < LOWEST
+        if kept(z, others):
+            ctx.one_shift = symmetric and weight is None and own_class is None and one_shift_serves(temperature)
             block, shift = _exponentials(ctx, z, others, slice(None), None)
             sums = block.sum(1)
             result = shift + sums.log()
             ctx.save_for_backward(z, others, block, sums)
             return result
-        ctx.rows = max(1, BLOCK[kind] // len(others))
+        ctx.rows = max(1, BLOCK["cuda" if z.is_cuda else "cpu"] // len(others))
         result = z.new_empty(len(z))
         for rows in _blocks(len(z), ctx.rows):
             block, shift = _exponentials(ctx, z, others, rows, None)
@@ -89,9 +102,9 @@ class _LogSumExp(torch.autograd.Function):
                 block, sums = rest
                 grad = (grad / sums)[:, None]
                 if ctx.one_shift:
-                    return _matmul((grad + grad.T).mul_(block), others), None, None, None, None, None, None
-                grad_z = _matmul(block, others).mul_(grad)
-                grad_others = _matmul((grad * z).T.contiguous(), block).T if wants_others else None
+                    return matmul((grad + grad.T).mul_(block), others), None, None, None, None, None, None
+                grad_z = matmul(block, others).mul_(grad)
+                grad_others = matmul((grad * z).T.contiguous(), block).T if wants_others else None
             else:
                 (result,) = rest
                 grad_z = torch.empty_like(z)
@@ -99,9 +112,9 @@ class _LogSumExp(torch.autograd.Function):
                 for rows in _blocks(len(z), ctx.rows):
                     block, _ = _exponentials(ctx, z, others, rows, result[rows])
                     grad_rows = grad[rows, None]
-                    grad_z[rows] = _matmul(block, others).mul_(grad_rows)
+                    grad_z[rows] = matmul(block, others).mul_(grad_rows)
                     if grad_others is not None:
-                        grad_others.add_(_matmul((grad_rows * z[rows]).T.contiguous(), block).T)
+                        grad_others.add_(matmul((grad_rows * z[rows]).T.contiguous(), block).T)
         if ctx.symmetric and grad_others is not None:
             grad_z, grad_others = grad_z + grad_others, None
         return grad_z, grad_others, None, None, None, None, None
@@ -110,7 +123,7 @@ class _LogSumExp(torch.autograd.Function):
 _ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
-def _matmul(x: torch.Tensor, y: torch.Tensor, plus: float = 0.0) -> torch.Tensor:
+def matmul(x: torch.Tensor, y: torch.Tensor, plus: float = 0.0) -> torch.Tensor:
     """x (M, K) @ y (K, N) + plus. For float32 on a CPU by oneDNN, which on AMD is twice as fast as the MKL that torch takes."""
     if _ONEDNN and x.dtype == torch.float32 and not x.is_cuda:
         bias = x.new_full((y.shape[1],), plus) if plus else None
@@ -128,18 +141,18 @@ def _exponentials(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """w·exp(s - shift) of some rows, (R, A), and the shift (R,): 1/τ, the largest that similarities of unit vectors can be, or
     the row's largest where exp(-2/τ) would be no normal number; unless given."""
-    highest = 1 / ctx.temperature
-    one_shift = shift is None and 2 * highest < LOWEST
+    scale = BITS / ctx.temperature
+    one_shift = shift is None and one_shift_serves(ctx.temperature)
     with torch.autocast(z.device.type, enabled=False):
-        block = _matmul(z[rows] / ctx.temperature, others.T, -highest if one_shift else 0.0)
+        block = matmul(z[rows] * scale, others.T, -scale if one_shift else 0.0)
     if ctx.exclude is not None:
         block.scatter_(1, ctx.exclude[rows, None], float("-inf"))
     if one_shift:
-        shift = z.new_full((len(block),), highest)
+        shift = z.new_full((len(block),), 1 / ctx.temperature)
     else:
-        shift = block.amax(1) if shift is None else shift
-        block.sub_(shift[:, None])
-    block.exp_()
+        shift = block.amax(1) / BITS if shift is None else shift
+        block.sub_((shift * BITS)[:, None])
+    block.exp2_()
     if ctx.own_class is not None:
         _weigh(block, ctx.weight, ctx.own_class, rows)
     elif ctx.weight is not None:
@@ -175,6 +188,13 @@ def _weigh_agreeing(
     block.view(-1)[row * block.shape[1] + column] *= own_weight[row] / weight[column]
 
 
+def row_exponentials(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """exp(f - shift) of logits f (M, C), their sums (M,), and the shift (M,): each row's largest."""
+    shift = logits.amax(1)
+    exponentials = (logits - shift[:, None]).mul_(BITS).exp2_()
+    return exponentials, exponentials.sum(1), shift
+
+
 def row_log_sum_exp(logits: torch.Tensor) -> torch.Tensor:
     """log Σ_c exp(f_mc), (M,), of logits (M, C): torch's logsumexp with the exponentials computed once."""
     result: torch.Tensor = _RowLogSumExp.apply(logits)
@@ -184,9 +204,7 @@ def row_log_sum_exp(logits: torch.Tensor) -> torch.Tensor:
 class _RowLogSumExp(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: torch.Tensor) -> torch.Tensor:
-        shift = logits.amax(1)
-        exponentials = (logits - shift[:, None]).exp_()
-        sums = exponentials.sum(1)
+        exponentials, sums, shift = row_exponentials(logits)
         ctx.save_for_backward(exponentials, sums)
         return shift + sums.log()
 

@@ -331,10 +331,19 @@ def test_finite_where_features_oppose_each_other_and_temperature_is_low():
 def test_tail_skew_zero_is_cross_entropy_to_the_bit():
     e = Example("mixed", torch.float32, queued=True)
     ours = cibl(e.logits, e.z, e.labels, e.contrast(), 0.0, 0.1)["loss"]
-    plain = F.cross_entropy(e.logits, e.labels, reduction="none").mean()
+    plain = cross_entropy(e.logits, e.labels).mean()
     assert torch.equal(ours, plain)
     assert torch.equal(torch.autograd.grad(ours, e.logits)[0], torch.autograd.grad(plain, e.logits)[0])
     assert torch.equal(cibl(e.logits, e.z, e.labels, e.contrast(), 0.0, 0.1, normalize_over=e.labels)["loss"], plain)
+
+
+@pytest.mark.parametrize("scale", [0.1, 10.0, 1000.0])
+def test_cross_entropy_is_that_of_torch(scale):
+    logits, labels = (scale * torch.randn(64, 1000)).requires_grad_(), torch.randint(0, 1000, (64,))
+    ours, torchs = cross_entropy(logits, labels), F.cross_entropy(logits, labels, reduction="none")
+    torch.testing.assert_close(ours, torchs, rtol=1e-6, atol=1e-6)
+    gradients = [torch.autograd.grad(loss.sum(), logits)[0] for loss in (ours, torchs)]
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-6)
 
 
 def test_great_tail_skew_is_supcon_plus_the_remainder():
