@@ -149,7 +149,7 @@ def main() -> None:
 
 
 def _repeat(loss: Callable[..., torch.Tensor], leaves: list[torch.Tensor], size: int) -> Callable[[], int]:
-    repeats = max(3, 30 * 256**2 // size**2)
+    repeats = max(3, 120 * 256**2 // size**2)  # a training process runs one side alone: so long that both run warm
 
     def run() -> int:
         for _ in range(repeats):

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from cibl_ray.losses.softmax import row_exponentials, wide
+from cibl_ray.losses.softmax import BITS, row_exponents, wide
 
 
 def log_prior(train_counts: torch.Tensor) -> torch.Tensor:
@@ -36,9 +36,11 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        exponentials, sums, shift = row_exponentials(logits)
+        exponents, _ = row_exponents(logits)
+        own = exponents.gather(1, labels[:, None]).squeeze(1)
+        sums = (exponentials := exponents.exp2_()).sum(1)
         ctx.save_for_backward(exponentials, sums, labels)
-        return sums.log().sub_(logits.gather(1, labels[:, None]).squeeze(1).sub_(shift))
+        return sums.log2().sub_(own).div_(BITS)
 
     @staticmethod
     @once_differentiable

@@ -188,11 +188,10 @@ def _weigh_agreeing(
     block.view(-1)[row * block.shape[1] + column] *= own_weight[row] / weight[column]
 
 
-def row_exponentials(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """exp(f - shift) of logits f (M, C), their sums (M,), and the shift (M,): each row's largest."""
+def row_exponents(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of logits f (M, C): BITS·(f - shift), a new tensor, and the shift (M,), each row's largest."""
     shift = logits.amax(1)
-    exponentials = (logits - shift[:, None]).mul_(BITS).exp2_()
-    return exponentials, exponentials.sum(1), shift
+    return torch.add((-BITS * shift)[:, None], logits, alpha=BITS), shift
 
 
 def row_log_sum_exp(logits: torch.Tensor) -> torch.Tensor:
@@ -204,7 +203,8 @@ def row_log_sum_exp(logits: torch.Tensor) -> torch.Tensor:
 class _RowLogSumExp(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: torch.Tensor) -> torch.Tensor:
-        exponentials, sums, shift = row_exponentials(logits)
+        exponents, shift = row_exponents(logits)
+        sums = (exponentials := exponents.exp2_()).sum(1)
         ctx.save_for_backward(exponentials, sums)
         return shift + sums.log()
 
