@@ -30,7 +30,7 @@ class Contrast:
 
 def positive_counts(labels: torch.Tensor, contrast_labels: torch.Tensor, classes: int) -> torch.Tensor:
     """|P(m)|, the other members of m's class in the contrast set: int64 (M,)."""
-    return class_sizes(contrast_labels, classes)[labels] - 1
+    return class_sizes(contrast_labels, classes).index_select(0, labels) - 1
 
 
 def supcon(z: torch.Tensor, labels: torch.Tensor, contrast: Contrast, classes: int, temperature: float) -> torch.Tensor:
