@@ -25,7 +25,7 @@ from cibl_ray.sweep import read_trials
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.sweep", description=__doc__)
     add_arguments(parser)
-    parser.add_argument("--epochs", type=int, default=2, help="of each trial, of 2,478 images (default: %(default)s)")
+    parser.add_argument("--epochs", type=int, default=1, help="of each trial, of 2,478 images (default: %(default)s)")
     arguments = parser.parse_args()
     count, epochs, largest = (2, "1", "100") if arguments.quick else (8, str(arguments.epochs), "1000")
     folder = Path(tempfile.mkdtemp(prefix="cibl_ray_sweep_"))
