@@ -129,9 +129,15 @@ def open_folder(folder: Path, classes: list[str]) -> Images:
 
 
 def _image_files(folder: Path) -> list[str]:
-    """The image files anywhere below a folder, relative to it, in the order of their parts."""
-    found = []
-    for place, _, names in os.walk(folder):  # strings: a hundred thousand objects of pathlib take seconds
+    """The image files anywhere below a folder, relative to it, in the order of their parts; none where it is no folder."""
+
+    def refuse(error: OSError) -> None:
+        raise UserError(f"{error.filename!r} cannot be read: {error.strerror}; make it readable or take it out") from error
+
+    found: list[str] = []
+    if not folder.is_dir():
+        return found
+    for place, _, names in os.walk(folder, onerror=refuse):  # strings: a hundred thousand objects of pathlib take seconds
         inside = os.path.relpath(place, folder)
         images = [name for name in names if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")]
         found += images if inside == "." else [f"{inside}/{name}" for name in images]
@@ -153,7 +159,8 @@ def _folder_split(root: Path, split: str, classes: list[str], every_class: bool)
         if not found and every_class:
             folder = root / split / name
             raise UserError(f"class folder {str(folder)!r} has no images ({', '.join(sorted(IMAGE_SUFFIXES))}); remove it")
-        names += [f"{split}/{name}/{path}" for path in found]
+        place = (Path(split) / name).as_posix()  # split is empty where root is "."
+        names += [f"{place}/{path}" for path in found]
         labels += [label] * len(found)
     if not names:
         raise UserError(f"{str(root / split)!r} has no images; remove the folder or fill it")

@@ -100,7 +100,7 @@ class _LogSumExp(torch.autograd.Function):
         with torch.autocast(z.device.type, enabled=False):
             if len(rest) == 2:
                 block, sums = rest
-                grad = (grad / sums)[:, None]
+                grad = (grad / sums.clamp(min=torch.finfo(sums.dtype).tiny))[:, None]  # a lone row has nothing to sum
                 if ctx.one_shift:
                     return matmul((grad + grad.T).mul_(block), others), None, None, None, None, None, None
                 grad_z = matmul(block, others).mul_(grad)

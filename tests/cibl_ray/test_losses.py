@@ -337,6 +337,13 @@ def test_tail_skew_zero_is_cross_entropy_to_the_bit():
     assert torch.equal(cibl(e.logits, e.z, e.labels, e.contrast(), 0.0, 0.1, normalize_over=e.labels)["loss"], plain)
 
 
+def test_a_lone_sample_has_neither_loss_nor_gradient():
+    z, labels = F.normalize(torch.randn(1, 8), dim=1).requires_grad_(), torch.tensor([3])
+    loss = supcon(z, labels, Contrast(z, labels), 5, 0.1).sum()
+    assert loss.item() == 0
+    assert torch.autograd.grad(loss, z)[0].count_nonzero() == 0
+
+
 @pytest.mark.parametrize("scale", [0.1, 10.0, 1000.0])
 def test_cross_entropy_is_that_of_torch(scale):
     logits, labels = (scale * torch.randn(64, 1000)).requires_grad_(), torch.randint(0, 1000, (64,))

@@ -1,13 +1,15 @@
 """Sources list what is there, and say what is missing."""
 
+import os
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from pipelines.config import Cifar10Source, DigitsSource, FolderSource, ListsSource
 from pipelines.errors import UserError
-from pipelines.sources import class_counts, open_source
+from pipelines.sources import class_counts, open_folder, open_source
 
 
 def test_folder(image_folder):
@@ -149,3 +151,29 @@ def test_imagenet_lt_is_the_communitys(name, tmp_path):
     short.write_text("train/n01440764/n01440764_190.JPEG 0\n" * 115_845)
     with pytest.raises(UserError, match="names 115,845 images, 115,846 are expected"):
         open_source(source.model_copy(update={"train": short, "root": tmp_path}))
+
+
+def test_a_folder_that_cannot_be_read_is_refused(image_folder, monkeypatch):
+    """Skipped, its images would be missing without a word."""
+    scandir = os.scandir
+
+    def broken(path):
+        if str(path).endswith("inside"):
+            raise OSError(5, "Input/output error", str(path))
+        return scandir(path)
+
+    config = FolderSource(kind="folder", path=image_folder)
+    place = sorted((image_folder / "train").iterdir())[0] / "inside"
+    place.mkdir()
+    monkeypatch.setattr(os, "scandir", broken)
+    with pytest.raises(UserError, match=r"inside' cannot be read: Input/output error"):
+        open_source(config)
+
+
+def test_the_current_folder_has_images_like_any_other(image_folder, monkeypatch):
+    classes = sorted(entry.name for entry in (image_folder / "train").iterdir())
+    named = open_folder(image_folder / "train", classes)
+    monkeypatch.chdir(image_folder / "train")
+    here = open_folder(Path(), classes)
+    assert [f"train/{name}" for name in here.names] == named.names
+    assert [file.read_bytes() for file in here.files] == [file.read_bytes() for file in named.files]
