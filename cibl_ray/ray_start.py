@@ -13,9 +13,19 @@ def settle(own: bool) -> None:
     if own:
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
         # Every idle process of Ray wakes a hundred times a second, and a machine of its own shares its cores with training.
-        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-        os.environ.setdefault("RAY_enable_worker_prestart", "0")
-        os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
+        for needless in (
+            "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER",
+            "RAY_TRAIN_METRICS_ENABLED",
+            "RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING",
+            "RAY_enable_metrics_collection",  # nobody fetches them from a cluster that lives as long as its command
+            "RAY_event_stats",  # times of its own event loops
+            "RAY_task_events_report_interval_ms",  # 0: never
+            "RAY_enable_worker_prestart",
+            "RAY_prestart_worker_first_driver",
+            "RAY_LOG_MONITOR_MANY_FILES_THRESHOLD",  # from so many log files on, new ones are looked for only now and then:
+        ):
+            os.environ.setdefault(needless, "0")
+        os.environ.setdefault("LOG_NAME_UPDATE_INTERVAL_S", "60")
         # Training runs in a thread there, whose own heaps the C library would give back to the kernel in every step.
         os.environ.setdefault("MALLOC_ARENA_MAX", "1")
     os.environ.setdefault("RAY_AUTH_MODE", "token")

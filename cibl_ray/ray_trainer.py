@@ -9,8 +9,8 @@ from ray.train import UserCallback
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
-from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
 
+from cibl_ray import ray_alone
 from cibl_ray.world import PeerLostError
 from pipelines.errors import UserError
 
@@ -33,17 +33,9 @@ class LeanTrainer(TorchTrainer):
         return [callback for callback in callbacks if not isinstance(callback, needless)]
 
     def _initialize_and_run_controller(self, **given: Any) -> Any:
-        if self.alone:
-            given["scaling_policy"] = _NoAutoscaler(self.scaling_config)  # type: ignore[arg-type]  # likewise
+        if self.alone and ray.__version__.startswith(ray_alone.VERSION):
+            return ray_alone.train_here(self.scaling_config, **given)
         return super()._initialize_and_run_controller(**given)  # type: ignore[misc]  # likewise
-
-
-class _NoAutoscaler(FixedScalingPolicy):
-    """Workers on a cluster that does not grow: no actor that would pass on what they need."""
-
-    def after_controller_start(self, train_run_context: Any) -> None: ...
-
-    def _maybe_send_resource_request(self) -> None: ...
 
 
 class StopOnError(UserCallback):
