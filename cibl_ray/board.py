@@ -104,7 +104,8 @@ class Posted:
 
 @contextmanager
 def shown(host: str, progress: Progress, waits: Callable[[], str | None]) -> Iterator[Address]:
-    """Listen at an address of this node, and tell `progress` what arrives; after ten silent seconds also what `waits` says."""
+    """Listen at an address of this node, and tell `progress` what arrives; every ten silent seconds also what `waits` says,
+    where that is news."""
     arrived: queue.SimpleQueue[Note | None] = queue.SimpleQueue()
     failed: list[BaseException] = []
 
@@ -115,18 +116,18 @@ def shown(host: str, progress: Progress, waits: Callable[[], str | None]) -> Ite
             failed.append(error)
 
     def show() -> None:
-        asked = False
+        told = None
         while True:
             try:
-                note = arrived.get(timeout=None if asked else 10)
+                note = arrived.get(timeout=10)
             except queue.Empty:
-                if (text := waits()) is not None:
-                    asked = True
+                if (text := waits()) not in (None, told):
+                    told = text
                     progress.line(text)
                 continue
             if note is None:
                 return
-            asked = False
+            told = None
             _tell(progress, note)
 
     with _server(host) as server:

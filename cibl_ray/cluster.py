@@ -31,6 +31,7 @@ from ray.train.torch import TorchConfig, get_device
 import cibl_ray
 import pipelines
 from cibl_ray import config as run_config
+from cibl_ray import ray_alone
 from cibl_ray.board import Address, Posted, shown
 from cibl_ray.progress import Progress, Silent, Terminal
 from cibl_ray.ray_trainer import LeanTrainer, StopOnError
@@ -156,7 +157,9 @@ def launch(
     def waits() -> str | None:
         room = places([node["Resources"] for node in ray.nodes() if node["Alive"]], shape.cpus, shape.gpus)
         each = f"{shape.cpus} CPUs{' and a GPU' * shape.gpus} each"
-        return f"waiting for nodes: there is room for {room} of {least} workers ({each})" if room < least else None
+        if room < least:
+            return f"waiting for nodes: there is room for {room} of {least} workers ({each})"
+        return f"waiting for room: other work has some of what {least} workers need ({each})" if _in_line() else None
 
     with shown(ray.util.get_node_ip_address(), progress, waits) as board:
         given |= {"board": asdict(board), "cpus": shape.cpus}
@@ -171,6 +174,15 @@ def launch(
         except ray.train.WorkerGroupError as error:
             lost = ", ".join(f"rank {rank}" for rank in sorted(error.worker_failures))
             raise LostError(f"workers were lost {shape.failures + 1} times, at last {lost}") from None
+
+
+def _in_line() -> bool:
+    """Whether the workers that this driver asked for have no place yet."""
+    context = ray.get_runtime_context()
+    if context.get_actor_id() is not None:  # a trial, one of many that share the job
+        return False
+    groups = ray.util.placement_group_table()
+    return any(group["state"] == "PENDING" and name.endswith(context.get_job_id()) for name, group in groups.items())
 
 
 def fitting_cpus(nodes: list[dict[str, float]], workers: tuple[int, int], gpus: bool) -> int:
@@ -206,6 +218,8 @@ def cluster(address: str | None, dashboard: bool = False) -> Iterator[None]:
             raise
         raise UserError(f"--address {address}: {str(error).strip().partition(chr(10))[0]}") from error
     logging.getLogger("ray").setLevel(logging.ERROR)
+    if own and not dashboard and ray_alone.known():
+        ray_alone.end_needless()
     try:
         yield
     finally:

@@ -1,8 +1,8 @@
-"""Ray Train's controller in the driver's own process, for a fixed number of workers on a cluster of this machine's own.
+"""Less of Ray on a cluster of this machine's own, whose cores train: its idle processes wake up to a hundred times a second.
 
-As an actor it is a process more, and every process of Ray wakes a hundred times a second on the cores that train. On a cluster
-that has other nodes it stays an actor, of which Ray knows when it is gone; here the cluster ends with the driver anyway.
-Written for the insides of `VERSION`; any other Ray runs as it does by itself, a little slower.
+Ray Train's controller runs in the driver's own process. On a cluster that has other nodes it stays an actor, of which Ray knows
+when it is gone; here the cluster ends with the driver anyway. Written for the insides of one version of Ray (`known`); another
+runs as it does by itself, a little slower.
 """
 
 from __future__ import annotations
@@ -19,7 +19,19 @@ from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
 from ray.train.v2._internal.execution.worker_group import WorkerGroup
 
-VERSION = "2.60."
+
+def known() -> bool:
+    """Whether this is the Ray whose insides are known here."""
+    return ray.__version__.startswith("2.60.")
+
+
+def end_needless() -> None:
+    """End those services of the cluster just started here that nobody asks for anything: the log reader, whose lines no driver
+    shows; the autoscaler; and the dashboard's server, which runs, closed, even where none was asked for."""
+    node: Any = ray._private.worker._global_node
+    node.kill_log_monitor(check_alive=False)
+    node.kill_monitor(check_alive=False)
+    node.kill_dashboard(check_alive=False)
 
 
 def train_here(scaling_config: Any, **given: Any) -> Result:

@@ -22,10 +22,17 @@ def settle(own: bool) -> None:
             "RAY_task_events_report_interval_ms",  # 0: never
             "RAY_enable_worker_prestart",
             "RAY_prestart_worker_first_driver",
-            "RAY_LOG_MONITOR_MANY_FILES_THRESHOLD",  # from so many log files on, new ones are looked for only now and then:
         ):
             os.environ.setdefault(needless, "0")
-        os.environ.setdefault("LOG_NAME_UPDATE_INTERVAL_S", "60")
+        for often in (  # and what is left, once a second instead of ten times
+            "RAY_kill_idle_workers_interval_ms",
+            "RAY_local_fs_monitor_interval_ms",
+            "RAY_memory_monitor_refresh_ms",
+            "RAY_object_manager_timer_freq_ms",
+            "RAY_raylet_check_gc_period_milliseconds",
+        ):
+            os.environ.setdefault(often, "1000")
+        os.environ.setdefault("REPORTER_UPDATE_INTERVAL_MS", "60000")
         # Training runs in a thread there, whose own heaps the C library would give back to the kernel in every step.
         os.environ.setdefault("MALLOC_ARENA_MAX", "1")
     os.environ.setdefault("RAY_AUTH_MODE", "token")

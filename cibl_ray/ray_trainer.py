@@ -33,7 +33,7 @@ class LeanTrainer(TorchTrainer):
         return [callback for callback in callbacks if not isinstance(callback, needless)]
 
     def _initialize_and_run_controller(self, **given: Any) -> Any:
-        if self.alone and ray.__version__.startswith(ray_alone.VERSION):
+        if self.alone and ray_alone.known():
             return ray_alone.train_here(self.scaling_config, **given)
         return super()._initialize_and_run_controller(**given)  # type: ignore[misc]  # likewise
 

@@ -266,6 +266,29 @@ def test_a_run_of_fixed_size_waits_for_a_node_and_says_so(folder, two_nodes):
     assert load_checkpoint(run / LAST).epoch == 60
 
 
+HOLD = """
+import ray, sys, time
+
+ray.init(address=sys.argv[1], logging_level="ERROR")
+holder = ray.remote(num_cpus=1)(type("Holder", (), {"held": lambda self: True})).remote()
+ray.get(holder.held.remote())
+print("held", flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.timeout(600)
+def test_a_run_waits_for_others_work_and_says_so(folder, two_nodes):
+    cluster, _ = two_nodes
+    with subprocess.Popen([sys.executable, "-c", HOLD, cluster.address], stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"held\n"
+        process, log = start(folder, *new(folder, "in_line", "--epochs", "2", "--address", cluster.address))
+        wait_for_text("waiting for room: other work has some of what 2 workers need (1 CPUs each)", process, log)
+        other.kill()
+        ended(process, log)
+    assert load_checkpoint(folder / "runs" / "in_line" / LAST).epoch == 2
+
+
 @pytest.mark.parametrize(("text", "expected"), [("4", (4, 4)), ("2-8", (2, 8))])
 def test_workers(text, expected):
     assert parse_workers(text) == expected
