@@ -78,6 +78,14 @@ def workers_of(process):
     return [child for child in psutil.Process(process.pid).children(recursive=True) if "RayTrainWorker" in child.name()]
 
 
+def needless_of(process):
+    """Processes of Ray's that a cluster for one run does without."""
+    below = [" ".join(child.cmdline()) for child in psutil.Process(process.pid).children(recursive=True)]
+    assert any("raylet" in command for command in below)
+    needless = ("TrainController", "SynchronizationActor", "monitor.py", "dashboard.py")
+    return [command for command in below if any(part in command for part in needless)]
+
+
 def weights(run):
     checkpoint = load_checkpoint(run / LAST)
     assert checkpoint.epoch == EPOCHS
@@ -112,6 +120,7 @@ def test_a_killed_worker_is_replaced_and_nothing_changes(folder, undisturbed):
     process, log = start(folder, *new(folder, "killed"))
     run = folder / "runs" / "killed"
     wait_for_epoch(run, 2, process)
+    assert not needless_of(process)
     workers_of(process)[-1].kill()
     text = ended(process, log)
     assert "a worker was lost; going on from the last checkpoint" in text
