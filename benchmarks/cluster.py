@@ -84,7 +84,7 @@ def _timed(command: list[str], run: Path) -> tuple[float, float, list[dict]]:
                 first = time.time() - rows[0]["seconds"]["epoch"] - rows[0]["seconds"]["evaluation"]
             if len(rows) > len(spent):
                 with suppress(psutil.NoSuchProcess):  # at the end
-                    spent.append((time.monotonic(), _cpu_beside_training(process.pid)))
+                    spent.append((time.monotonic(), _cpu_beside_training(process.pid, command)))
         time.sleep(0.01 if first is None else 0.2)
     if process.returncode or first is None or len(spent) < 3:
         assert process.stderr is not None
@@ -94,13 +94,14 @@ def _timed(command: list[str], run: Path) -> tuple[float, float, list[dict]]:
     return first - begun, 1000 * (after - before) / (to - at), rows
 
 
-def _cpu_beside_training(pid: int) -> float:
-    """Seconds that the processes from `pid` down have run, without those that train."""
+def _cpu_beside_training(pid: int, command: list[str]) -> float:
+    """Seconds that the processes of a command have run, from `pid` down, without those that train."""
     root = psutil.Process(pid)
     below = root.children(recursive=True)
-    training = [process for process in below if "RayTrainWorker" in process.name()]
-    if not training:  # one plain process, or torchrun's
-        training = below or [root]
+    if "--cluster" in command:
+        training = [process for process in below if "RayTrainWorker" in process.name()]
+    else:
+        training = below if "torch.distributed.run" in command else [root, *below]
     times = [process.cpu_times() for process in (root, *below) if process not in training]
     return sum(time.user + time.system for time in times)
 

@@ -31,10 +31,9 @@ from ray.train.torch import TorchConfig, get_device
 import cibl_ray
 import pipelines
 from cibl_ray import config as run_config
-from cibl_ray import ray_alone
 from cibl_ray.board import Address, Posted, shown
 from cibl_ray.progress import Progress, Silent, Terminal
-from cibl_ray.ray_trainer import LeanTrainer, StopOnError
+from cibl_ray.ray_trainer import LeanTrainer, StopOnError, end_needless, known
 from cibl_ray.storage import Mirror, join
 from cibl_ray.world import PeerLostError, World
 from pipelines.cores import limit_cores
@@ -155,6 +154,12 @@ def launch(
     exchange = TorchConfig(backend="nccl" if shape.gpus else "gloo", timeout_s=_EXCHANGE_TIMEOUT)
 
     def waits() -> str | None:
+        try:
+            return _lacks()
+        except Exception:  # a head node that does not answer just now: the run itself says so, if it lasts
+            return None
+
+    def _lacks() -> str | None:
         room = places([node["Resources"] for node in ray.nodes() if node["Alive"]], shape.cpus, shape.gpus)
         each = f"{shape.cpus} CPUs{' and a GPU' * shape.gpus} each"
         if room < least:
@@ -218,8 +223,8 @@ def cluster(address: str | None, dashboard: bool = False) -> Iterator[None]:
             raise
         raise UserError(f"--address {address}: {str(error).strip().partition(chr(10))[0]}") from error
     logging.getLogger("ray").setLevel(logging.ERROR)
-    if own and not dashboard and ray_alone.known():
-        ray_alone.end_needless()
+    if own and not dashboard and known():
+        end_needless()
     try:
         yield
     finally:

@@ -1,8 +1,8 @@
-"""Less of Ray on a cluster of this machine's own, whose cores train: its idle processes wake up to a hundred times a second.
+"""Ray Train's controller in the driver's own process, for a fixed number of workers on a cluster of this machine's own.
 
-Ray Train's controller runs in the driver's own process. On a cluster that has other nodes it stays an actor, of which Ray knows
-when it is gone; here the cluster ends with the driver anyway. Written for the insides of one version of Ray (`known`); another
-runs as it does by itself, a little slower.
+An actor is a process that wakes a hundred times a second, on the cores that train. On a cluster that has other nodes the
+controller stays one, of which Ray knows when it is gone; here the cluster ends with the driver anyway. Only for the version of
+Ray whose insides this is written for (`ray_trainer.known`).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import asyncio
 import logging
 import signal
 import threading
+from contextlib import suppress
 from typing import Any
 
 import ray
@@ -20,32 +21,20 @@ from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
 from ray.train.v2._internal.execution.worker_group import WorkerGroup
 
 
-def known() -> bool:
-    """Whether this is the Ray whose insides are known here."""
-    return ray.__version__.startswith("2.60.")
-
-
-def end_needless() -> None:
-    """End those services of the cluster just started here that nobody asks for anything: the log reader, whose lines no driver
-    shows; the autoscaler; and the dashboard's server, which runs, closed, even where none was asked for."""
-    node: Any = ray._private.worker._global_node
-    node.kill_log_monitor(check_alive=False)
-    node.kill_monitor(check_alive=False)
-    node.kill_dashboard(check_alive=False)
-
-
 def train_here(scaling_config: Any, **given: Any) -> Result:
     """Run the controller until the training ends. Ctrl-C stops the workers and raises KeyboardInterrupt."""
     given["scaling_policy"] = _NoAutoscaler(scaling_config)
     controller = _Controller(**given)
-    logging.getLogger("ray.train").setLevel(logging.CRITICAL)  # what went wrong is in the result
+    logging.getLogger("ray.train").setLevel(logging.CRITICAL)  # it tells here what an actor tells its log file
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # also where the shell had it ignored
+        # At once, where asyncio's own handler waits for the controller's next pause; also where the shell had it ignored.
+        signal.signal(signal.SIGINT, lambda number, frame: signal.default_int_handler(number, frame))
     try:
         asyncio.run(controller.run())
     except KeyboardInterrupt:
         if (group := controller.get_worker_group()) is not None and group.has_started():
-            group.abort()
+            with suppress(Exception):  # of a cluster that ends at the same time
+                group.abort()
         raise
     return controller.get_result()
 
@@ -60,6 +49,15 @@ class _NoAutoscaler(FixedScalingPolicy):
 
 class _Group(WorkerGroup):
     """Workers that agree with each other through torch, not through an actor of Ray's, and whose controller is no actor."""
+
+    def _start(self) -> None:
+        try:
+            super()._start()
+        except BaseException:
+            if self._worker_group_state is not None:  # a worker was lost while they joined each other; the next need the place
+                self._worker_group_state.shutdown()
+                self._clear_state()
+            raise
 
     def _init_train_context_on_workers(self, workers: list[Any], sync_actor: Any, train_context_args: dict[str, Any]) -> None:
         ray.get(

@@ -12,19 +12,20 @@ def settle(own: bool) -> None:
     """
     if own:
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+        # These want a controller that is an actor.
+        os.environ["RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING"] = os.environ["RAY_TRAIN_ENABLE_STATE_TRACKING"] = "0"
         # Every idle process of Ray wakes a hundred times a second, and a machine of its own shares its cores with training.
         for needless in (
             "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER",
             "RAY_TRAIN_METRICS_ENABLED",
-            "RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING",
-            "RAY_enable_metrics_collection",  # nobody fetches them from a cluster that lives as long as its command
+            "RAY_enable_metrics_collection",  # Ray's own; nobody fetches them from a cluster that lives as long as its command
             "RAY_event_stats",  # times of its own event loops
             "RAY_task_events_report_interval_ms",  # 0: never
             "RAY_enable_worker_prestart",
             "RAY_prestart_worker_first_driver",
         ):
             os.environ.setdefault(needless, "0")
-        for often in (  # and what is left, once a second instead of ten times
+        for often in (  # and what is left, once a second instead of four to ten times
             "RAY_kill_idle_workers_interval_ms",
             "RAY_local_fs_monitor_interval_ms",
             "RAY_memory_monitor_refresh_ms",

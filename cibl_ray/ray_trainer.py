@@ -10,9 +10,22 @@ from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 
-from cibl_ray import ray_alone
 from cibl_ray.world import PeerLostError
 from pipelines.errors import UserError
+
+
+def known() -> bool:
+    """Whether this is the version whose insides are known. Another runs as it does by itself, a little slower."""
+    return ray.__version__.startswith("2.60.")
+
+
+def end_needless() -> None:
+    """End those services of the cluster just started here that nobody asks for anything: the log reader, whose lines no driver
+    shows; the autoscaler; and the dashboard's server, which runs, closed, even where none was asked for."""
+    node: Any = ray._private.worker._global_node
+    node.kill_log_monitor(check_alive=False)
+    node.kill_monitor(check_alive=False)
+    node.kill_dashboard(check_alive=False)
 
 
 class LeanTrainer(TorchTrainer):
@@ -33,8 +46,10 @@ class LeanTrainer(TorchTrainer):
         return [callback for callback in callbacks if not isinstance(callback, needless)]
 
     def _initialize_and_run_controller(self, **given: Any) -> Any:
-        if self.alone and ray_alone.known():
-            return ray_alone.train_here(self.scaling_config, **given)
+        if self.alone and known():
+            from cibl_ray.ray_alone import train_here
+
+            return train_here(self.scaling_config, **given)
         return super()._initialize_and_run_controller(**given)  # type: ignore[misc]  # likewise
 
 

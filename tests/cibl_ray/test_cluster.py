@@ -80,7 +80,10 @@ def workers_of(process):
 
 def needless_of(process):
     """Processes of Ray's that a cluster for one run does without."""
-    below = [" ".join(child.cmdline()) for child in psutil.Process(process.pid).children(recursive=True)]
+    below = []
+    for child in psutil.Process(process.pid).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            below.append(" ".join(child.cmdline()))
     assert any("raylet" in command for command in below)
     needless = ("TrainController", "SynchronizationActor", "monitor.py", "dashboard.py")
     return [command for command in below if any(part in command for part in needless)]
@@ -290,10 +293,12 @@ time.sleep(600)
 def test_a_run_waits_for_others_work_and_says_so(folder, two_nodes):
     cluster, _ = two_nodes
     with subprocess.Popen([sys.executable, "-c", HOLD, cluster.address], stdout=subprocess.PIPE) as other:
-        assert other.stdout.readline() == b"held\n"
-        process, log = start(folder, *new(folder, "in_line", "--epochs", "2", "--address", cluster.address))
-        wait_for_text("waiting for room: other work has some of what 2 workers need (1 CPUs each)", process, log)
-        other.kill()
+        try:
+            assert other.stdout.readline() == b"held\n"
+            process, log = start(folder, *new(folder, "in_line", "--epochs", "2", "--address", cluster.address))
+            wait_for_text("waiting for room: other work has some of what 2 workers need (1 CPUs each)", process, log)
+        finally:
+            other.kill()
         ended(process, log)
     assert load_checkpoint(folder / "runs" / "in_line" / LAST).epoch == 2
 
