@@ -97,7 +97,7 @@ def load(port: int, act, seconds: float = 4) -> list[int | str]:
         while not stop.is_set():
             try:
                 statuses.append(ask(port, "POST", "/v1/predict", data)[0])
-            except OSError as error:
+            except (OSError, http.client.HTTPException) as error:
                 statuses.append(type(error).__name__)
 
     threads = [threading.Thread(target=one) for _ in range(16)]
@@ -171,7 +171,7 @@ def test_a_killed_replica_costs_no_more_than_what_it_had(service):
     victim = replicas(process)[0]
     statuses = load(port, lambda: os.kill(victim.pid, signal.SIGKILL))
     failed = [status for status in statuses if status != 200]
-    assert set(failed) <= {503}
+    assert set(failed) <= {503, "IncompleteRead"}  # the second: killed between an answer's head and its body
     assert len(failed) <= 16
     until(lambda: len(replicas(process)) == 2, 90)
 
