@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
-TABLES = ("cifar10_lt", "cifar100_lt", "tail_skew", "cosine_epochs", "imagenet_lt")
+import yaml
+
+TABLES = ("cifar10_lt", "cifar100_lt", "tail_skew", "cosine_epochs", "recipe", "imagenet_lt")
 LAMBDAS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 5.0)
 
 # Top-1 on the balanced test set, %, by imbalance factor; ResNet-32. Leaderboards and READMEs of Bag of Tricks LT, MiSLAS, PaCo,
@@ -32,7 +35,8 @@ PUBLISHED: dict[str, dict[str, dict[int, float]]] = {
 
 @dataclass(frozen=True)
 class Cell:
-    """One run. imbalance: 0 where the lists decide it. value: what the table's rows are: a method, a λ, or epochs."""
+    """One run. imbalance: 0 where the lists decide it. value: what the table's rows are: a method, a λ, epochs, or what is
+    changed of a recipe."""
 
     dataset: str
     imbalance: int
@@ -43,13 +47,15 @@ class Cell:
 
     @property
     def name(self) -> str:
-        value = self.value.replace(", ", "-").replace(" ", "_").replace("λ=", "")
-        return f"{self.dataset}-if{self.imbalance}-{value}-{self.seed}"
+        value = self.value
+        for letter, word in (("λ", "lambda"), ("κ", "kappa"), ("τ", "tau")):
+            value = value.replace(letter, word)
+        return f"{self.dataset}-if{self.imbalance}-{re.sub('[^A-Za-z0-9.]+', '_', value)}-{self.seed}"
 
 
 @dataclass(frozen=True)
 class Budget:
-    """factors: imbalance factors. common: options of every run. averaging: momentum of PaCo's averaged network.
+    """factors: imbalance factors. common: options of every run. averaging: momentum of an averaged network.
 
     full: each method with the published recipe; else all on one short one, which compares methods and no published number.
     """
@@ -65,7 +71,7 @@ class Budget:
 _SHORT = ("--backbone", "resnet20", "--loader.kind", "resident")
 BUDGETS = {
     "gpu": Budget((100, 50, 10), 200, 3, 0.999, full=True),
-    # PaCo's average over .999 would, in a run so short, be the initial network.
+    # An average over .999 would, in a run so short, be the initial network.
     "cpu": Budget((100,), 3, None, 0.99, False, (*_SHORT, "--schedule", "{kind: cosine, warmup_epochs: 1}")),
     "smoke": Budget((100,), 1, None, 0.99, False, (*_SHORT, "--schedule", "{kind: cosine, warmup_epochs: 0}")),
 }
@@ -95,6 +101,54 @@ def methods(dataset: str, budget: Budget) -> dict[str, tuple[str, tuple[str, ...
     }
 
 
+_CROP, _RESIZED = "cut: {kind: crop, padding: 4}", "cut: {kind: resized, scale: [0.2, 1.0]}"
+_STRONG = (
+    f"{{{_CROP}, augment: [{{kind: auto_augment}}, {{kind: cutout, size: 16}}]}}",
+    f"{{{_RESIZED}, augment: [{{kind: color_jitter}}, {{kind: grayscale}}]}}",
+)
+
+
+def variants(budget: Budget) -> dict[str, tuple[int, tuple[str, ...]]]:
+    """Rows of the table `recipe`: CIBL's base recipe, and it with one thing changed. Epochs, as multiples, and options."""
+
+    def row(*options: str, head: str = "{kind: cosine}", times: int = 1, **loss: object) -> tuple[int, tuple[str, ...]]:
+        fields = {"kind": "cibl", "tail_skew": 0.05, "kappa": 1, **loss}
+        return times, ("--head", head, "--loss", yaml.safe_dump(fields, default_flow_style=True).strip(), *options)
+
+    def views(*each: str) -> tuple[str, str]:
+        return "--data.views", f"[{', '.join(each)}]"
+
+    plain = f"{{{_CROP}}}"
+    other = {"plain views": row(*views(plain, plain))} if budget.full else {"strong views": row(*views(*_STRONG))}
+    return {
+        "base": row(),
+        "λ = 0": row(tail_skew=0),
+        "λ = 0.01": row(tail_skew=0.01),
+        "λ = 0.2": row(tail_skew=0.2),
+        "κ = 0": row(kappa=0),
+        "κ = 0.5": row(kappa=0.5),
+        "normalised over the batch": row(normalize="batch"),
+        "normalised by class": row(normalize="class"),
+        "CE on the first view": row(classify="first"),
+        "τ = 0.07": row(temperature=0.07),
+        "τ = 0.2": row(temperature=0.2),
+        "queue of 1024": row(queue=1024),
+        "queue of 1024, averaged keys": row(queue=1024, momentum=budget.averaging),
+        "linear head": row(head="{kind: linear}"),
+        "scale 30": row(head="{kind: cosine, scale: {start: 30}}"),
+        "scale 8 to 24": row(head="{kind: cosine, scale: {start: 8, end: 24, shape: cosine}}"),
+        "learned scale": row(head="{kind: cosine, scale: {start: 16, learnable: true}}"),
+        "averaged weights": row("--train.average", str(budget.averaging)),
+        "square-root sampling": row("--data.sampling", "square_root"),
+        "three views": row(*views(*(_STRONG[0], _STRONG[1], _STRONG[1]) if budget.full else 3 * (plain,))),
+        **other,
+        "half the batch": row("--batch_size", "128" if budget.full else "64"),
+        "twice the learning rate": row("--lr", "0.3" if budget.full else "0.2"),
+        "weight decay 2e-4": row("--weight_decay", "2e-4"),
+        "twice the epochs": row(times=2),
+    }
+
+
 def cells(table: str, name: str, seeds: int, val: float) -> list[Cell]:
     """Every run of a table, first seeds first, so that a stopped measurement has something to say of each row."""
     budget = BUDGETS[name]
@@ -114,6 +168,11 @@ def cells(table: str, name: str, seeds: int, val: float) -> list[Cell]:
                     for skew in LAMBDAS:
                         options = (*_LINEAR, "--loss", f"{{kind: cibl, tail_skew: {skew}}}")
                         found.append(_cell(dataset, 100, f"λ={skew}", seed, name, "plain", options, budget.epochs, common))
+            case "recipe":
+                for dataset in ("cifar100", "cifar10"):
+                    epochs = 2 * budget.epochs if name == "cpu" else budget.epochs
+                    for value, (times, options) in variants(budget).items():
+                        found.append(_cell(dataset, 100, value, seed, name, "strong", options, times * epochs, common))
             case "cosine_epochs":
                 for dataset in ("cifar10", "cifar100"):
                     for head, options in (("linear", _LINEAR), ("cosine", _COSINE)):

@@ -16,6 +16,7 @@ TITLES = {"cifar10": "CIFAR-10-LT", "cifar100": "CIFAR-100-LT", "imagenet": "Ima
 COLUMNS = ("overall", "many", "medium", "few", "head", "middle", "tail")
 COLORS = {"overall": "black", "head": "#2a6f97", "middle": "#8a8a8a", "tail": "#c8553d"}
 Line = dict[str, Any]
+_SCORED = {"recipe": "a balanced validation split, a tenth of each class's images before the long tail is cut"}
 _lock = Lock()
 
 
@@ -61,9 +62,11 @@ def write(path: Path, lines: list[Line], of: int) -> None:
     text = [
         f"# {first['table']}, budget `{first['budget']}`",
         "",
-        f"{len(lines)} of {of} runs. Accuracy on the balanced test set, %, last epoch: mean ± deviation over seeds (how many).",
+        f"{len(lines)} of {of} runs. Accuracy on {_SCORED.get(first['table'], 'the balanced test set')}, %, last epoch: mean ± "
+        "deviation over seeds (how many).",
         "Nothing was chosen on the test set. many, medium, few: classes with more than 100, 20 to 100, fewer than 20 training",
-        "images; head, middle, tail: thirds of the classes. CIBL: λ = .05, in the table of methods with the log-prior (κ = 1).",
+        "images; head, middle, tail: thirds of the classes. CIBL: λ = .05, in the tables of methods and recipes with the "
+        "log-prior (κ = 1).",
     ]
     if first["budget"] != "gpu":
         text += ["", "**Short runs of a small network: they compare methods, and no published number.**"]
@@ -107,7 +110,7 @@ def _cell(values: list[float | None]) -> str:
 
 def _picture(path: Path, title: str, rows: dict[str, list[Line]], published: dict[str, float | None], table: str) -> None:
     """Means and ranges: rows below one another for methods, along an axis for λ and epochs."""
-    figure = Figure(figsize=(7.5, 4.2), layout="constrained")
+    figure = Figure(figsize=(7.5, max(4.2, 1.2 + 0.26 * len(rows))), layout="constrained")
     axes = figure.add_subplot()
     values, place = list(rows), np.arange(len(rows))
     by_method = table not in ("tail_skew", "cosine_epochs")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +26,11 @@ from pipelines.settings import validate
 
 log = logging.getLogger(__name__)
 
-FORMAT = 3
-_READ = (2, 3)  # 2: without steps within an epoch
+FORMAT = 4
+_READ = (2, 3, 4)  # 2: without steps within an epoch; 3: without an average of the weights
 LAST, PREVIOUS, BEST = "last.safetensors", "previous.safetensors", "best.safetensors"
 _HEADER = "cibl_ray"
+_PARTS = ("weights", "momentum", "objective", "average")  # the tensors of a Checkpoint
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,8 @@ class Checkpoint:
     data: the digest of each split's source. workers: how many trained it (None: an older file does not say).
     best: the best validation accuracy so far and its epoch, or None.
     weights: the network's state by name. momentum: SGD's buffers by parameter name; objective: what the loss carries from step
-    to step (a queue, an averaged network); both empty in a best checkpoint.
+    to step (a queue, an averaged network); average: the weights' average, where the run keeps one, by which the network is
+    judged; all three empty in a best checkpoint, whose weights are those that were judged.
     """
 
     config: RunConfig
@@ -51,21 +53,24 @@ class Checkpoint:
     workers: int | None
     best: dict[str, float] | None
     weights: dict[str, torch.Tensor]
-    momentum: dict[str, torch.Tensor]
-    objective: dict[str, torch.Tensor]
+    momentum: dict[str, torch.Tensor] = field(default_factory=dict)
+    objective: dict[str, torch.Tensor] = field(default_factory=dict)
+    average: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def network(self) -> HybridNetwork:
-        """The network that this checkpoint describes, with its weights."""
+        """The network that this checkpoint describes, with the weights to judge and to use it by."""
         network = build_network(self.config.network, len(self.classes), needs(self.config.loss), seed=0)
-        load_weights(network, self)
+        load_weights(network, self, averaged=True)
         return network
 
 
-def load_weights(network: HybridNetwork, checkpoint: Checkpoint) -> None:
-    """Put a checkpoint's weights into `network`. Raises UserError where it is of another architecture."""
+def load_weights(network: HybridNetwork, checkpoint: Checkpoint, averaged: bool = False) -> None:
+    """Put a checkpoint's weights (or their average, where it has one) into `network`. Raises UserError where it is of another
+    architecture."""
+    weights = (averaged and checkpoint.average) or checkpoint.weights
     state = network.state_dict()
-    strange = sorted(set(state) ^ set(checkpoint.weights))
-    strange += [name for name in state if name not in strange and state[name].shape != checkpoint.weights[name].shape]
+    strange = sorted(set(state) ^ set(weights))
+    strange += [name for name in state if name not in strange and state[name].shape != weights[name].shape]
     if strange:
         made_by, classes = checkpoint.config.network, len(checkpoint.classes)
         raise UserError(
@@ -73,7 +78,7 @@ def load_weights(network: HybridNetwork, checkpoint: Checkpoint) -> None:
             f"loss {checkpoint.config.loss.kind} and {classes} classes; "
             f"{len(strange)} tensors differ, the first is {strange[0]!r}"
         )
-    network.load_state_dict(checkpoint.weights)
+    network.load_state_dict(weights)
 
 
 def momentum_of(network: HybridNetwork, optimizer: torch.optim.SGD) -> dict[str, torch.Tensor]:
@@ -104,10 +109,11 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint, keep_previous: bool = Fa
         "workers": checkpoint.workers,
         "best": checkpoint.best,
     }
-    tensors = {f"weights.{name}": tensor for name, tensor in checkpoint.weights.items()}
-    tensors |= {f"momentum.{name}": tensor for name, tensor in checkpoint.momentum.items()}
-    tensors |= {f"objective.{name}": tensor for name, tensor in checkpoint.objective.items()}
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    tensors = {
+        f"{part}.{name}": tensor.detach().cpu().contiguous()
+        for part in _PARTS
+        for name, tensor in getattr(checkpoint, part).items()
+    }
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     try:
@@ -149,9 +155,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
             step=content.get("step", 0),
             workers=content.get("workers"),
             best=content["best"],
-            weights=_part(tensors, "weights."),
-            momentum=_part(tensors, "momentum."),
-            objective=_part(tensors, "objective."),
+            **{part: _part(tensors, f"{part}.") for part in _PARTS},
         )
     except (json.JSONDecodeError, KeyError, ValidationError) as error:
         raise UserError(f"{str(path)!r} is a safetensors file, but not a checkpoint of cibl-ray") from error

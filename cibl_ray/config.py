@@ -113,6 +113,13 @@ class TrainConfig(Settings):
         default="auto", description="auto: bf16 mixed precision on GPUs and on CPUs with bf16 arithmetic, else fp32"
     )
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    average: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="decay of an average of the weights over the steps (.999, say), by which the network is then evaluated and "
+        "exported; None: the weights themselves",
+    )
     compile: bool = Field(
         default=False,
         description="the networks by torch.compile, on a GPU as CUDA graphs; half a minute at the start, needs a C++ compiler",

@@ -30,7 +30,8 @@ from cibl_ray.hardware import cpu_has_bf16
 from cibl_ray.losses.config import needs
 from cibl_ray.losses.objective import Images, Objective, readings
 from cibl_ray.metrics import Scores, score
-from cibl_ray.networks.network import Outputs, build_network
+from cibl_ray.networks.average import WeightAverage
+from cibl_ray.networks.network import HybridNetwork, Outputs, build_network
 from cibl_ray.progress import Progress, Silent
 from cibl_ray.runlog import RunLog
 from cibl_ray.schedules import lr_factor
@@ -43,6 +44,8 @@ from pipelines.prepare import Prepared
 from pipelines.seeding import torch_seed
 
 log = logging.getLogger(__name__)
+
+_Tensors = dict[str, torch.Tensor]
 
 _ASK_EVERY = 10  # steps between the workers' questions whether a checkpoint is due
 _CHECK_EVERY = 50  # steps between looks at whether the loss is finite
@@ -66,6 +69,8 @@ class Trainer:
         self.autocast = config.train.precision == "bf16"
         self.network = build_network(config.network, len(prepared.classes), needs(config.loss), config.seed)
         self.network.to(self.device)
+        average = config.train.average
+        self.average = WeightAverage(self.network, average) if average is not None else None
         self.normalize = Normalize(config.data).to(self.device)
         self.objective = Objective(config.loss, self.network, prepared.train_counts, self.device, world, batch)
         decayed: dict[bool, list[nn.Parameter]] = {True: [], False: []}
@@ -105,6 +110,8 @@ class Trainer:
         load_weights(self.network, checkpoint)
         load_momentum(self.network, self.optimizer, checkpoint.momentum)
         self.objective.load(checkpoint.objective)
+        if self.average is not None:  # of the weights from here on, where the run kept none before
+            load_weights(self.average.network, checkpoint, averaged=True)
         self.epoch, self.step, self.best = checkpoint.epoch, checkpoint.step, checkpoint.best
         workers = checkpoint.workers or self.world.size
         same = _batches(checkpoint.config, workers) == _batches(self.config, self.world.size)
@@ -181,7 +188,7 @@ class Trainer:
                 self._save_if_due(totals["loss"])
             before = time.perf_counter()
         self.epoch, self.step = number + 1, 0
-        self.world.average_statistics(self.objective.networks)
+        self._average_statistics()
         own = torch.stack([total.float() for total in totals.values()]) * self.world.fraction(batch_size)
         means = (self.world.sum(own) / (batches - first)).tolist()
         seconds = time.perf_counter() - started - (self._spent["checkpoint"] - saving)
@@ -218,6 +225,8 @@ class Trainer:
         if self.config.optimizer.clip_norm is not None:
             nn.utils.clip_grad_norm_(self.network.parameters(), self.config.optimizer.clip_norm)
         self.optimizer.step()
+        if self.average is not None:
+            self.average.update(self.network, self.epoch * self.train_loaders[0].batches + self.step + 1)
         return {name: term.detach() for name, term in terms.items()}
 
     def _images(self, batch: Batch, augment: Augment, step: int) -> Images:
@@ -231,10 +240,15 @@ class Trainer:
             outputs: Outputs = network(pixels)
         return outputs
 
+    @property
+    def judged(self) -> HybridNetwork:
+        """The network that is evaluated and exported: the trained one, or its average."""
+        return self.network if self.average is None else self.average.network
+
     def evaluate(self, split: str) -> Scores | None:
         """Scores of the network as it is on 'val' or 'test', each sample once over all workers; rank 0's alone."""
         started = time.perf_counter()
-        logits, labels = predict(self.network, self.eval_loaders[split], self.normalize, self.device)
+        logits, labels = predict(self.judged, self.eval_loaders[split], self.normalize, self.device)
         logits, labels = self.world.collect(logits), self.world.collect(labels)
         scores = score(logits, labels, self.prepared.train_counts) if self.world.first else None
         self._spent["evaluation"] += time.perf_counter() - started
@@ -243,7 +257,12 @@ class Trainer:
     def save(self) -> None:
         """Write the checkpoint to go on from."""
         started = time.perf_counter()
-        whole = self._checkpoint(momentum_of(self.network, self.optimizer), self.objective.state())
+        whole = self._checkpoint(
+            self.network.state_dict(),
+            momentum=momentum_of(self.network, self.optimizer),
+            objective=self.objective.state(),
+            average=self.average.network.state_dict() if self.average is not None else {},
+        )
         save_checkpoint(self._checkpoints / LAST, whole, keep_previous=True)
         self.after_save()
         self._saved = time.monotonic()
@@ -260,9 +279,13 @@ class Trainer:
         if not due:
             return
         self._check_finite(total, self.step)
-        self.world.average_statistics(self.objective.networks)
+        self._average_statistics()
         if self.world.first:
             self.save()
+
+    def _average_statistics(self) -> None:
+        networks = self.objective.networks
+        self.world.average_statistics(networks if self.average is None else [*networks, self.average.network])
 
     @property
     def _checkpoints(self) -> Path:
@@ -291,9 +314,9 @@ class Trainer:
         # The class mean: a validation split carved out of unbalanced data must not favour the head.
         if self.best is None or scores.balanced > self.best["balanced"]:
             self.best = {"epoch": self.epoch, "balanced": scores.balanced}
-            save_checkpoint(self._checkpoints / BEST, self._checkpoint({}, {}))
+            save_checkpoint(self._checkpoints / BEST, self._checkpoint(self.judged.state_dict()))
 
-    def _checkpoint(self, momentum: dict[str, torch.Tensor], objective: dict[str, torch.Tensor]) -> Checkpoint:
+    def _checkpoint(self, weights: _Tensors, **more: _Tensors) -> Checkpoint:
         return Checkpoint(
             config=self.config,
             classes=self.prepared.classes,
@@ -303,9 +326,8 @@ class Trainer:
             step=self.step,
             workers=self.world.size,
             best=self.best,
-            weights=self.network.state_dict(),
-            momentum=momentum,
-            objective=objective,
+            weights=weights,
+            **more,
         )
 
     def _data_digests(self) -> dict[str, str]:
@@ -321,7 +343,7 @@ class Trainer:
             result["best"] = result["last"]  # the same weights
         best = self.world.from_first(lambda: load_checkpoint(path) if epoch not in (None, self.epoch) else None)
         if best is not None:
-            load_weights(self.network, best)
+            load_weights(self.judged, best)
             result["best"] = {"epoch": best.epoch, "scores": self.evaluate(split)}
         return result if self.world.first else {}
 

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from benchmarks import reproduce_report
+from benchmarks.reproduce import record
 from benchmarks.reproduce_cells import BUDGETS, TABLES, cells
 from cibl_ray.config import load_config
 from tests.conftest import REPOSITORY
@@ -22,8 +23,26 @@ def test_every_cell_is_a_configuration(table, budget):
     for cell in every:
         if cell.seed == 0:
             config = load_config(cell.config, list(cell.options))
-            assert config.train.epochs <= 200
+            assert config.train.epochs <= (400 if cell.value == "twice the epochs" else 200)
             assert config.seed == 0
+
+
+def test_recipes_change_one_thing_and_are_scored_on_validation(tmp_path):
+    every = {cell.value: load_config(cell.config, list(cell.options)) for cell in cells("recipe", "cpu", 1, 0.1)}
+    base = every.pop("base").model_dump(mode="json")
+    assert base["data"]["val_fraction"] == 0.1
+    for config in every.values():
+        changed = config.model_dump(mode="json")
+        assert sum(changed[part] != base[part] for part in base) == 1
+    # No score of the test set stands in the line of a run.
+    folder = tmp_path / "run"
+    folder.mkdir()
+    result = {"last": {"epoch": 6, "scores": {}}, "best": {"epoch": 5, "scores": {}}, "hardware": "CPU"}
+    (folder / "result.json").write_text(json.dumps({**result, "seconds": 9.0, "images_per_s": 1.0}))
+    (folder / "metrics.jsonl").write_text(json.dumps({"epoch": 6, "val": {"overall": 0.25, "head": 0.5}}) + "\n")
+    line = record(cells("recipe", "cpu", 1, 0.1)[0], folder, "recipe", "cpu", "abc")
+    assert (line["last"]["overall"], line["last"]["head"], line["last"]["few"]) == (0.25, 0.5, None)
+    assert "best" not in line
 
 
 def test_the_published_tables_are_whole():

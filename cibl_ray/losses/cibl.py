@@ -6,16 +6,29 @@ the two terms are weighted by how often a sample's class occurs in the batch; th
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 
+from cibl_ray.losses.attraction import class_sizes
 from cibl_ray.losses.classification import cross_entropy
 from cibl_ray.losses.contrastive import Contrast, positive_counts, supcon
 
+Normalization = Literal["none", "batch", "class"]
 
-def contrastive_weight(positives: torch.Tensor, tail_skew: float) -> torch.Tensor:
-    """w_m = λ·|P(m)| / (1 + λ·|P(m)|), float64 (M,): 0 for λ = 0 or a class that comes once, towards 1 for common classes."""
+
+def term_weights(positives: torch.Tensor, tail_skew: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """(w, 1 - w) with w_m = λ·|P(m)| / (1 + λ·|P(m)|), float64 (M,): w is 0 for λ = 0 or a class that comes once, towards 1 for
+    common classes. 1 - w is computed by itself: for large λ it keeps its digits where a difference would lose them."""
     weighted = tail_skew * positives.double()
-    return weighted / (1 + weighted)
+    return weighted / (1 + weighted), 1 / (1 + weighted)
+
+
+def class_shares(labels: torch.Tensor, everyone: torch.Tensor, classes: int) -> torch.Tensor:
+    """What makes a mean over all anchors (their labels: `everyone`) one over the classes among them of each class's mean:
+    M / (K·n_y), float64, of mean 1; K classes are present, n_y anchors are of class y."""
+    sizes = class_sizes(everyone, classes)
+    return len(everyone) / ((sizes > 0).sum() * sizes.index_select(0, labels)).double()
 
 
 def cibl(
@@ -26,29 +39,38 @@ def cibl(
     tail_skew: float,
     temperature: float,
     classify_every: int = 1,
-    normalize_over: torch.Tensor | None = None,
+    normalization: Normalization = "none",
+    everyone: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
     """loss = mean_m [ (1 - w_m)·CE_m ] + mean_m [ w_m·SupCon_m ].
 
     logits (M, C), where wanted with κ·log π added; z (M, d); labels int64 (M,). P(m), whose size decides w_m, counts the whole
     contrast set. `classify_every` = V takes the first mean over rows 0, V, 2V, ... alone: the first of V views.
-    `normalize_over` (the labels of all workers' anchors) divides it by the mean of their 1 - w_m, so that λ decides which
-    classes cross-entropy teaches and not how much of it there is: λ → ∞ is then cross-entropy with weights ∝ 1/|P| beside
-    SupCon.
+    `everyone`: the labels of all workers' anchors, where they are not `labels`.
+
+    normalization, readings of what the abstract leaves open: 'batch' divides the first mean by the mean of 1 - w_m, so that λ
+    decides which classes cross-entropy teaches and not how much of it there is: λ → ∞ is then cross-entropy with weights
+    ∝ 1/|P| beside SupCon. 'class' takes both means within each class first, then over the classes of the batch (so λ = 0 is
+    cross-entropy with each class of the batch weighing alike).
 
     Returns scalars: the loss, both terms unweighted, and the mean weight of cross-entropy. λ = 0 is `cross_entropy` to the bit.
     """
     positives = positive_counts(labels, contrast.labels, logits.shape[1])
-    weight = contrastive_weight(positives, tail_skew).to(torch.promote_types(z.dtype, torch.float32))
-    rest, chosen, chosen_labels = 1 - weight, logits, labels
+    weight, rest = term_weights(positives, tail_skew)
+    everyone = labels if everyone is None else everyone
+    if normalization == "class":
+        shares = class_shares(labels, everyone, logits.shape[1])
+        weight, rest = weight * shares, rest * shares
+    precision = torch.promote_types(z.dtype, torch.float32)
+    weight, rest, chosen, chosen_labels = weight.to(precision), rest.to(precision), logits, labels
     if classify_every > 1:  # a slice's way back is a copy of all logits, even where the slice is all of them
         rest, chosen, chosen_labels = (each[::classify_every] for each in (rest, logits, labels))
     classified = cross_entropy(chosen, chosen_labels)
     contrastive = supcon(z, labels, contrast, logits.shape[1], temperature)
     classification = (rest * classified).mean()
-    if normalize_over is not None:
-        counts = positive_counts(normalize_over, contrast.labels, logits.shape[1])
-        classification = classification / (1 - contrastive_weight(counts, tail_skew)[::classify_every]).mean().to(rest.dtype)
+    if normalization == "batch":
+        counts = positive_counts(everyone, contrast.labels, logits.shape[1])
+        classification = classification / term_weights(counts, tail_skew)[1][::classify_every].mean().to(precision)
     loss = classification + (weight * contrastive).mean()
     return {
         "loss": loss,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from pipelines.config import Sampling
 from pipelines.settings import Settings
@@ -109,6 +109,11 @@ class PaCoConfig(_Memory):
     momentum: float | None = Field(default=0.999, ge=0, lt=1)
 
 
+def _by_name(value: object) -> object:
+    """Earlier versions knew true and false."""
+    return {True: "batch", False: "none"}[value] if isinstance(value, bool) else value
+
+
 class CIBLConfig(_Memory):
     """Class instance balanced loss."""
 
@@ -117,7 +122,11 @@ class CIBLConfig(_Memory):
     temperature: Temperature = 0.1
     kappa: Kappa = 0.0
     classify: Literal["all", "first"] = Field(default="all", description="views that cross-entropy sees")
-    normalize: bool = Field(default=False, description="scale the cross-entropy weights 1-w to a mean of 1 over the batch")
+    normalize: Annotated[Literal["none", "batch", "class"], BeforeValidator(_by_name)] = Field(
+        default="none",
+        description="batch (or true): scale the cross-entropy weights 1-w to a mean of 1 over the batch; class: both terms are "
+        "means within each class first, then over the classes of the batch",
+    )
 
 
 AnyLoss = (

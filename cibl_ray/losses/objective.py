@@ -15,6 +15,7 @@ from cibl_ray.losses.config import AnyLoss, CIBLConfig, HybridPSCConfig, HybridS
 from cibl_ray.losses.contrastive import Contrast
 from cibl_ray.losses.memory import LabelledQueue
 from cibl_ray.losses.step import Seen, Tail, Terms, loss_terms
+from cibl_ray.networks.average import follow
 from cibl_ray.networks.network import HybridNetwork, Outputs
 from cibl_ray.world import World
 from pipelines.batch import Reading, Share, train_reading
@@ -155,12 +156,9 @@ class Objective:
 
     @torch.no_grad()
     def _average(self, network: HybridNetwork) -> None:
-        """The averaged network a step further: its parameters follow, its running statistics are the network's.
-
-        (torch's AveragedModel asks the device in every step whether it is the first.)
-        """
+        """The averaged network a step further: its parameters follow, its running statistics are the network's."""
         assert self.averaged is not None
-        torch._foreach_lerp_([*self.averaged.parameters()], [*network.parameters()], 1 - self._momentum)
+        follow(self.averaged, network, 1 - self._momentum)
         for own, theirs in zip(self.averaged.buffers(), network.buffers(), strict=True):
             own.copy_(theirs)
         self.averaged.train()

@@ -59,8 +59,9 @@ def loss_terms(config: kinds.AnyLoss, seen: Seen, tail: Tail, progress: float) -
             z, contrast = _embedded(seen)
             every = seen.views if config.classify == "first" else 1
             tilted = adjusted(logits, tail.log_prior, config.kappa)
-            total = seen.all_labels if config.normalize else None
-            return cibl(tilted, z, labels, contrast, config.tail_skew, config.temperature, every, total)
+            return cibl(
+                tilted, z, labels, contrast, config.tail_skew, config.temperature, every, config.normalize, seen.all_labels
+            )
         case kinds.PaCoConfig():
             z, contrast = _embedded(seen)
             tilted = adjusted(logits, tail.log_prior, config.kappa)

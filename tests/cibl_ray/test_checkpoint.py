@@ -12,13 +12,13 @@ from cibl_ray.networks.network import build_network
 from pipelines.errors import UserError
 
 
-def checkpoint(epoch=3, flags=()):
+def checkpoint(epoch=3, flags=(), average=None):
     config = load_config("quickstart", list(flags))
     network = build_network(config.network, 3, needs(config.loss), seed=epoch)
     momentum = {name: torch.full_like(p, 0.5) for name, p in network.named_parameters()}
     return Checkpoint(
         config, ["a", "b", "c"], np.array([9, 5, 2]), {"train": "x"}, epoch, 4, 2, {"epoch": 2, "balanced": 0.5},
-        network.state_dict(), momentum, {"queue.written": torch.tensor(7)},
+        network.state_dict(), momentum, {"queue.written": torch.tensor(7)}, average or {},
     )  # fmt: skip
 
 

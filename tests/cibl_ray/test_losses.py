@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from cibl_ray.losses import softmax
-from cibl_ray.losses.cibl import cibl, contrastive_weight
+from cibl_ray.losses.cibl import cibl, term_weights
 from cibl_ray.losses.classification import (
     adjusted,
     cross_entropy,
@@ -19,124 +19,20 @@ from cibl_ray.losses.classification import (
 from cibl_ray.losses.contrastive import Contrast, balanced_contrastive, paco, positive_counts, psc, supcon
 from cibl_ray.losses.hybrid import contrastive_share
 from cibl_ray.losses.memory import LabelledQueue
-
-CLASSES, WIDTH, QUEUED = 12, 7, 5  # more classes than the ten anchors
-COUNTS = torch.tensor([500, 300, 200, 90, 60, 40, 20, 10, 8, 6, 5, 5])
-LABELS = {
-    "mixed": [0, 0, 0, 1, 1, 2, 2, 0, 1, 0],
-    "a class without positives": [0, 0, 0, 1, 1, 1, 3, 0, 1, 0],
-    "one class": [2] * 10,
-    "no positives at all": list(range(10)),
-}
-
-
-def others_of(m, count):
-    return [a for a in range(count) if a != m]
-
-
-def plain_supcon(z, labels, everyone, all_labels, temperature):
-    """The anchors z are the first rows of `everyone`."""
-    losses = []
-    for m in range(len(z)):
-        others = others_of(m, len(everyone))
-        denominator = sum(torch.exp(z[m] @ everyone[a] / temperature) for a in others)
-        positives = [a for a in others if all_labels[a] == labels[m]]
-        terms = [torch.log(torch.exp(z[m] @ everyone[p] / temperature) / denominator) for p in positives]
-        losses.append(-sum(terms) / len(terms) if terms else z.sum() * 0)
-    return torch.stack(losses)
-
-
-def plain_psc(z, labels, prototypes, temperature, positive_in_denominator):
-    losses = []
-    for m, label in enumerate(labels.tolist()):
-        similar = torch.exp(prototypes @ z[m] / temperature)
-        denominator = sum(similar[j] for j in range(len(prototypes)) if positive_in_denominator or j != label)
-        losses.append(-torch.log(similar[label] / denominator))
-    return torch.stack(losses)
-
-
-def plain_balanced(z, labels, everyone, all_labels, prototypes, temperature):
-    losses = []
-    for m, label in enumerate(labels.tolist()):
-        members = {
-            c: [everyone[a] for a in others_of(m, len(everyone)) if all_labels[a] == c] + [prototypes[c]]
-            for c in range(len(prototypes))
-        }
-        denominator = sum(sum(torch.exp(z[m] @ x / temperature) for x in of) / len(of) for of in members.values())
-        terms = [torch.log(torch.exp(z[m] @ p / temperature) / denominator) for p in members[label]]
-        losses.append(-sum(terms) / len(terms))
-    return torch.stack(losses)
-
-
-def plain_paco(logits, z, labels, everyone, all_labels, temperature, alpha, beta):
-    losses = []
-    for m, label in enumerate(labels.tolist()):
-        others = others_of(m, len(everyone))
-        similar = {a: torch.exp(z[m] @ everyone[a] / temperature) for a in others}
-        denominator = sum(similar.values()) + sum(torch.exp(f) for f in logits[m])
-        positives = [a for a in others if all_labels[a] == label]
-        total = beta * torch.log(torch.exp(logits[m, label]) / denominator)
-        total = total + alpha * sum(torch.log(similar[p] / denominator) for p in positives)
-        losses.append(-total / (beta + alpha * len(positives)))
-    return torch.stack(losses)
-
-
-def plain_cross_entropy(logits, labels):
-    return torch.stack([-torch.log(torch.exp(f[y]) / sum(torch.exp(f))) for f, y in zip(logits, labels.tolist(), strict=True)])
-
-
-def plain_cibl(logits, z, labels, everyone, all_labels, tail_skew, temperature, every):
-    contrastive = plain_supcon(z, labels, everyone, all_labels, temperature)
-    classified = plain_cross_entropy(logits, labels)
-    rows, loss = range(0, len(z), every), 0
-    for m in range(len(z)):
-        positives = sum(int(all_labels[a] == labels[m]) for a in others_of(m, len(everyone)))
-        weight = tail_skew * positives / (1 + tail_skew * positives)
-        loss = loss + weight * contrastive[m] / len(z)
-        if m in rows:
-            loss = loss + (1 - weight) * classified[m] / len(rows)
-    return loss
-
-
-class Example:
-    """Ten anchors, logits, prototypes and a queue, drawn in float64 and rounded to `dtype`; leaves to differentiate by."""
-
-    def __init__(self, name, dtype, queued):
-        random = torch.Generator().manual_seed(0)
-
-        def draw(*shape):
-            drawn = torch.randn(*shape, generator=random, dtype=torch.float64)
-            return drawn if len(shape) < 2 else F.normalize(drawn, dim=1)
-
-        rounded = [x.to(dtype) for x in (3 * draw(10, CLASSES), draw(10, WIDTH), draw(CLASSES, WIDTH), draw(QUEUED, WIDTH))]
-        self.queue = rounded.pop()
-        self.leaves = [x.requires_grad_() for x in rounded]
-        self.logits, self.z, self.prototypes = self.leaves
-        self.labels = torch.tensor(LABELS[name])
-        self.queue_labels = torch.tensor([0, 2, 2, 7, 11])
-        if not queued:
-            self.queue, self.queue_labels = self.queue[:0], self.queue_labels[:0]
-
-    def everyone(self):
-        return torch.cat((self.z, self.queue)), torch.cat((self.labels, self.queue_labels))
-
-    def contrast(self):
-        return Contrast(*self.everyone())
-
-    def in_double(self):
-        return self._in(torch.float64)
-
-    def in_float(self):
-        return self._in(torch.float32)
-
-    def _in(self, dtype):
-        """The same numbers, leaves of their own."""
-        other = object.__new__(Example)
-        other.leaves = [leaf.detach().to(dtype).requires_grad_() for leaf in self.leaves]
-        other.logits, other.z, other.prototypes = other.leaves
-        other.labels, other.queue, other.queue_labels = self.labels, self.queue.to(dtype), self.queue_labels
-        return other
-
+from tests.cibl_ray.plain_losses import (
+    CLASSES,
+    COUNTS,
+    LABELS,
+    QUEUED,
+    WIDTH,
+    Example,
+    plain_balanced,
+    plain_cibl,
+    plain_cross_entropy,
+    plain_paco,
+    plain_psc,
+    plain_supcon,
+)
 
 PRIOR = log_prior(COUNTS)
 MARGINS = ldam_margins(COUNTS, 0.5)
@@ -179,6 +75,14 @@ LOSSES = {
     "cibl_first_view": (
         lambda e: cibl(e.logits, e.z, e.labels, e.contrast(), 0.3, 0.1, classify_every=2)["loss"],
         lambda e: plain_cibl(e.logits, e.z, e.labels, *e.everyone(), 0.3, 0.1, every=2),
+    ),
+    "cibl_normalised_over_the_batch": (
+        lambda e: cibl(e.logits, e.z, e.labels, e.contrast(), 0.3, 0.1, normalization="batch")["loss"],
+        lambda e: plain_cibl(e.logits, e.z, e.labels, *e.everyone(), 0.3, 0.1, 1, "batch"),
+    ),
+    "cibl_normalised_by_class": (
+        lambda e: cibl(e.logits, e.z, e.labels, e.contrast(), 0.3, 0.1, 2, "class")["loss"],
+        lambda e: plain_cibl(e.logits, e.z, e.labels, *e.everyone(), 0.3, 0.1, 2, "class"),
     ),
 }
 
@@ -334,7 +238,7 @@ def test_tail_skew_zero_is_cross_entropy_to_the_bit():
     plain = cross_entropy(e.logits, e.labels).mean()
     assert torch.equal(ours, plain)
     assert torch.equal(torch.autograd.grad(ours, e.logits)[0], torch.autograd.grad(plain, e.logits)[0])
-    assert torch.equal(cibl(e.logits, e.z, e.labels, e.contrast(), 0.0, 0.1, normalize_over=e.labels)["loss"], plain)
+    assert torch.equal(cibl(e.logits, e.z, e.labels, e.contrast(), 0.0, 0.1, normalization="batch")["loss"], plain)
 
 
 def test_a_lone_sample_has_neither_loss_nor_gradient():
@@ -353,19 +257,24 @@ def test_cross_entropy_is_that_of_torch(scale):
     torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-6)
 
 
-def test_great_tail_skew_is_supcon_plus_the_remainder():
-    """λ → ∞: SupCon plus cross-entropy over λ·|P|; normalised, plus cross-entropy with weights ∝ 1/|P|."""
+@pytest.mark.parametrize("skew", [1e6, 1e9])
+def test_great_tail_skew_is_supcon_plus_the_remainder(skew):
+    """λ → ∞: SupCon plus cross-entropy over λ·|P|; normalised, plus cross-entropy with weights ∝ 1/|P|, in float32 too."""
     e = Example("one class", torch.float64, queued=True)
     e.labels = torch.tensor([2, 2, 2, 2, 2, 2, 0, 0, 0, 0])
-    positives, skew = torch.tensor([7.0] * 6 + [4.0] * 4, dtype=torch.float64), 1e6  # with the queue's 0, 2, 2
+    positives = torch.tensor([7.0] * 6 + [4.0] * 4, dtype=torch.float64)  # with the queue's 0, 2, 2
     contrastive = supcon(e.z, e.labels, e.contrast(), CLASSES, 0.1)
     classified = F.cross_entropy(e.logits, e.labels, reduction="none")
     ours = cibl(e.logits, e.z, e.labels, e.contrast(), skew, 0.1)["loss"]
     remainder = (classified - contrastive) / (skew * positives)
     assert ours.item() == pytest.approx((contrastive + remainder).mean().item(), rel=1e-10)
-    ours = cibl(e.logits, e.z, e.labels, e.contrast(), skew, 0.1, normalize_over=e.labels)["loss"]
     expected = contrastive.mean() + (classified / positives).sum() / (1 / positives).sum()
-    assert ours.item() == pytest.approx(expected.item(), rel=1e-5)
+    for example in (e, e.in_float()):
+        ours = cibl(example.logits, example.z, e.labels, example.contrast(), skew, 0.1, normalization="batch")["loss"]
+        assert ours.item() == pytest.approx(expected.item(), rel=1e-5)
+        slope = torch.autograd.grad(ours, example.logits)[0]
+        wanted = torch.autograd.grad(expected, e.logits, retain_graph=True)[0]
+        assert torch.allclose(slope.double(), wanted, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -374,7 +283,7 @@ def test_great_tail_skew_is_supcon_plus_the_remainder():
 )
 def test_weights_at_the_expected_number_of_positives(skew, expected):
     """Cross-entropy's weight for CIFAR-100-LT, batch 128, queue 1024: E|P| = 59.9 head, 6.7 middle, 1.6 tail."""
-    weights = 1 - contrastive_weight(torch.tensor([59.9, 6.7, 1.6]), skew)
+    weights = term_weights(torch.tensor([59.9, 6.7, 1.6]), skew)[1]
     assert weights.tolist() == pytest.approx(expected, abs=0.011)
 
 

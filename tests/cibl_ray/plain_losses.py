@@ -1,0 +1,133 @@
+"""The losses as plain loops, written from their formulas; and a small example to hold ours against them."""
+
+import torch
+import torch.nn.functional as F
+
+from cibl_ray.losses.contrastive import Contrast
+
+CLASSES, WIDTH, QUEUED = 12, 7, 5  # more classes than the ten anchors
+COUNTS = torch.tensor([500, 300, 200, 90, 60, 40, 20, 10, 8, 6, 5, 5])
+LABELS = {
+    "mixed": [0, 0, 0, 1, 1, 2, 2, 0, 1, 0],
+    "a class without positives": [0, 0, 0, 1, 1, 1, 3, 0, 1, 0],
+    "one class": [2] * 10,
+    "no positives at all": list(range(10)),
+}
+
+
+def others_of(m, count):
+    return [a for a in range(count) if a != m]
+
+
+def plain_supcon(z, labels, everyone, all_labels, temperature):
+    """The anchors z are the first rows of `everyone`."""
+    losses = []
+    for m in range(len(z)):
+        others = others_of(m, len(everyone))
+        denominator = sum(torch.exp(z[m] @ everyone[a] / temperature) for a in others)
+        positives = [a for a in others if all_labels[a] == labels[m]]
+        terms = [torch.log(torch.exp(z[m] @ everyone[p] / temperature) / denominator) for p in positives]
+        losses.append(-sum(terms) / len(terms) if terms else z.sum() * 0)
+    return torch.stack(losses)
+
+
+def plain_psc(z, labels, prototypes, temperature, positive_in_denominator):
+    losses = []
+    for m, label in enumerate(labels.tolist()):
+        similar = torch.exp(prototypes @ z[m] / temperature)
+        denominator = sum(similar[j] for j in range(len(prototypes)) if positive_in_denominator or j != label)
+        losses.append(-torch.log(similar[label] / denominator))
+    return torch.stack(losses)
+
+
+def plain_balanced(z, labels, everyone, all_labels, prototypes, temperature):
+    losses = []
+    for m, label in enumerate(labels.tolist()):
+        members = {
+            c: [everyone[a] for a in others_of(m, len(everyone)) if all_labels[a] == c] + [prototypes[c]]
+            for c in range(len(prototypes))
+        }
+        denominator = sum(sum(torch.exp(z[m] @ x / temperature) for x in of) / len(of) for of in members.values())
+        terms = [torch.log(torch.exp(z[m] @ p / temperature) / denominator) for p in members[label]]
+        losses.append(-sum(terms) / len(terms))
+    return torch.stack(losses)
+
+
+def plain_paco(logits, z, labels, everyone, all_labels, temperature, alpha, beta):
+    losses = []
+    for m, label in enumerate(labels.tolist()):
+        others = others_of(m, len(everyone))
+        similar = {a: torch.exp(z[m] @ everyone[a] / temperature) for a in others}
+        denominator = sum(similar.values()) + sum(torch.exp(f) for f in logits[m])
+        positives = [a for a in others if all_labels[a] == label]
+        total = beta * torch.log(torch.exp(logits[m, label]) / denominator)
+        total = total + alpha * sum(torch.log(similar[p] / denominator) for p in positives)
+        losses.append(-total / (beta + alpha * len(positives)))
+    return torch.stack(losses)
+
+
+def plain_cross_entropy(logits, labels):
+    return torch.stack([-torch.log(torch.exp(f[y]) / sum(torch.exp(f))) for f, y in zip(logits, labels.tolist(), strict=True)])
+
+
+def plain_cibl(logits, z, labels, everyone, all_labels, tail_skew, temperature, every, normalization="none"):
+    contrastive = plain_supcon(z, labels, everyone, all_labels, temperature)
+    classified = plain_cross_entropy(logits, labels)
+    rows = range(0, len(z), every)
+    weights = []
+    for m in range(len(z)):
+        positives = sum(int(all_labels[a] == labels[m]) for a in others_of(m, len(everyone)))
+        weights.append(tail_skew * positives / (1 + tail_skew * positives))
+    if normalization == "class":
+        loss, present = 0, sorted(set(labels.tolist()))
+        for c in present:
+            members = [m for m in range(len(z)) if labels[m] == c]
+            loss = loss + sum(weights[m] * contrastive[m] for m in members) / len(members) / len(present)
+            # Of the first views alone: every class has the same share of them as of all views.
+            seen = sum((1 - weights[m]) * classified[m] for m in members if m in rows)
+            loss = loss + seen * every / len(members) / len(present)
+        return loss
+    scale = sum(1 - weights[m] for m in rows) / len(rows) if normalization == "batch" else 1
+    attracted = sum(weights[m] * contrastive[m] for m in range(len(z))) / len(z)
+    return attracted + sum((1 - weights[m]) * classified[m] for m in rows) / len(rows) / scale
+
+
+class Example:
+    """Ten anchors, logits, prototypes and a queue, drawn in float64 and rounded to `dtype`; leaves to differentiate by."""
+
+    def __init__(self, name, dtype, queued):
+        random = torch.Generator().manual_seed(0)
+
+        def draw(*shape):
+            drawn = torch.randn(*shape, generator=random, dtype=torch.float64)
+            return drawn if len(shape) < 2 else F.normalize(drawn, dim=1)
+
+        rounded = [x.to(dtype) for x in (3 * draw(10, CLASSES), draw(10, WIDTH), draw(CLASSES, WIDTH), draw(QUEUED, WIDTH))]
+        self.queue = rounded.pop()
+        self.leaves = [x.requires_grad_() for x in rounded]
+        self.logits, self.z, self.prototypes = self.leaves
+        self.labels = torch.tensor(LABELS[name])
+        self.queue_labels = torch.tensor([0, 2, 2, 7, 11])
+        if not queued:
+            self.queue, self.queue_labels = self.queue[:0], self.queue_labels[:0]
+
+    def everyone(self):
+        return torch.cat((self.z, self.queue)), torch.cat((self.labels, self.queue_labels))
+
+    def contrast(self):
+        """Without a queue the anchors are the very tensor of the set, as in training."""
+        return Contrast(*self.everyone()) if len(self.queue) else Contrast(self.z, self.labels)
+
+    def in_double(self):
+        return self._in(torch.float64)
+
+    def in_float(self):
+        return self._in(torch.float32)
+
+    def _in(self, dtype):
+        """The same numbers, leaves of their own."""
+        other = object.__new__(Example)
+        other.leaves = [leaf.detach().to(dtype).requires_grad_() for leaf in self.leaves]
+        other.logits, other.z, other.prototypes = other.leaves
+        other.labels, other.queue, other.queue_labels = self.labels, self.queue.to(dtype), self.queue_labels
+        return other

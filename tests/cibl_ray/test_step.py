@@ -1,0 +1,116 @@
+"""What each configuration composes of the losses, against plain float64 loops: value, gradient, and the terms by name."""
+
+import pytest
+import torch
+
+from cibl_ray.config import load_config
+from cibl_ray.losses.classification import log_prior
+from cibl_ray.losses.step import Seen, Tail, loss_terms
+from tests.cibl_ray.plain_losses import (
+    CLASSES,
+    COUNTS,
+    Example,
+    plain_balanced,
+    plain_cibl,
+    plain_cross_entropy,
+    plain_paco,
+    plain_psc,
+    plain_supcon,
+)
+
+PRIOR = torch.log(COUNTS.double() / COUNTS.sum())
+SECOND = torch.tensor([11, 10, 3, 0, 7, 5])  # labels of the classifier's own stream
+SCALE = 4.0
+
+
+def second_logits(e):
+    """Six rows made of the example's own, so that their gradient arrives at the same leaves."""
+    return e.logits[:6] * torch.linspace(0.5, 1.5, 6, dtype=torch.float64)[:, None]
+
+
+def ldam(e, weights):
+    margins = 0.5 * (5 / COUNTS.double()) ** 0.25
+    lowered = e.logits - SCALE * torch.nn.functional.one_hot(e.labels, CLASSES) * margins
+    each = plain_cross_entropy(lowered, e.labels)
+    weighed = [weights[label] * loss for label, loss in zip(e.labels.tolist(), each, strict=True)]
+    return sum(weighed) / sum(weights[label] for label in e.labels.tolist())
+
+
+def hybrid(share, contrastive, e, kappa):
+    return share * contrastive.mean() + (1 - share) * plain_cross_entropy(second_logits(e) + kappa * PRIOR, SECOND).mean()
+
+
+EFFECTIVE = [(1 - 0.99) / (1 - 0.99**count) for count in COUNTS.tolist()]
+# Configuration, t/T, and the loss as a loop. Every example has labels "mixed", and for some a queue.
+CASES = {
+    "cross_entropy": ("{kind: cross_entropy}", 0.5, lambda e: plain_cross_entropy(e.logits, e.labels).mean()),
+    "balanced_softmax": (
+        "{kind: balanced_softmax, kappa: 0.7}", 0.5, lambda e: plain_cross_entropy(e.logits + 0.7 * PRIOR, e.labels).mean(),
+    ),
+    "ldam, before its re-weighting": ("{kind: ldam, beta: 0.99}", 0.5, lambda e: ldam(e, [1] * CLASSES)),
+    "ldam, re-weighted": ("{kind: ldam, beta: 0.99}", 0.9, lambda e: ldam(e, EFFECTIVE)),
+    "supcon": (
+        "{kind: supcon}", 0.5,
+        lambda e: plain_supcon(e.z, e.labels, *e.everyone(), 0.1).mean() + plain_cross_entropy(e.logits, e.labels).mean(),
+    ),
+    "psc": (
+        "{kind: psc, positive_in_denominator: true}", 0.5,
+        lambda e: plain_psc(e.z, e.labels, e.prototypes, 0.1, True).mean() + plain_cross_entropy(e.logits, e.labels).mean(),
+    ),
+    "hybrid_sc, parabolic": (
+        "{kind: hybrid_sc}", 0.5, lambda e: hybrid(0.75, plain_supcon(e.z, e.labels, *e.everyone(), 0.1), e, 0),
+    ),
+    "hybrid_sc, constant, with the prior": (
+        "{kind: hybrid_sc, curve: constant, share: 0.2, kappa: 1}", 0.9,
+        lambda e: hybrid(0.2, plain_supcon(e.z, e.labels, *e.everyone(), 0.1), e, 1),
+    ),
+    "hybrid_psc, linear": (
+        "{kind: hybrid_psc, curve: linear, temperature: 0.5}", 0.9,
+        lambda e: hybrid(0.1, plain_psc(e.z, e.labels, e.prototypes, 0.5, False), e, 0),
+    ),
+    "bcl": (
+        "{kind: bcl}", 0.5,
+        lambda e: 0.6 * plain_balanced(e.z, e.labels, *e.everyone(), e.prototypes, 0.1).mean()
+        + 2.0 * plain_cross_entropy(e.logits + PRIOR, e.labels).mean(),
+    ),
+    "paco": (
+        "{kind: paco, alpha: 0.02, beta: 0.9}", 0.5,
+        lambda e: plain_paco(e.logits + PRIOR, e.z, e.labels, *e.everyone(), 0.07, 0.02, 0.9).mean(),
+    ),
+    "cibl": (
+        "{kind: cibl, tail_skew: 0.3, kappa: 0.5, classify: first}", 0.5,
+        lambda e: plain_cibl(e.logits + 0.5 * PRIOR, e.z, e.labels, *e.everyone(), 0.3, 0.1, 2),
+    ),
+    "cibl, normalised over the batch": (
+        "{kind: cibl, tail_skew: 2, normalize: true}", 0.5,
+        lambda e: plain_cibl(e.logits, e.z, e.labels, *e.everyone(), 2, 0.1, 1, "batch"),
+    ),
+    "cibl, normalised by class": (
+        "{kind: cibl, tail_skew: 2, normalize: class}", 0.5,
+        lambda e: plain_cibl(e.logits, e.z, e.labels, *e.everyone(), 2, 0.1, 1, "class"),
+    ),
+}  # fmt: skip
+
+
+def seen(e):
+    return Seen(
+        logits=e.logits, labels=e.labels, all_labels=e.labels, views=2, embeddings=e.z, contrast=e.contrast(),
+        prototypes=e.prototypes, scale=SCALE, classified=(second_logits(e), SECOND),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("queued", [False, True])
+@pytest.mark.parametrize("case", CASES)
+def test_a_configuration_composes_what_its_formula_says(case, queued):
+    text, progress, plain = CASES[case]
+    head = ["--head", "{kind: cosine}"] if "ldam" in text else []
+    config = load_config("quickstart", ["--loss", text, *head]).loss
+    e = Example("mixed", torch.float64, queued)
+    terms = loss_terms(config, seen(e), Tail(COUNTS, log_prior(COUNTS)), progress)
+    reference = plain(e)
+    assert terms["loss"].item() == pytest.approx(reference.item(), rel=1e-6)
+    ours, theirs = (torch.autograd.grad(loss, e.leaves, allow_unused=True) for loss in (terms["loss"], reference))
+    for mine, wanted in zip(ours, theirs, strict=True):
+        assert (mine is None) == (wanted is None)
+        assert wanted is None or torch.allclose(mine, wanted, rtol=1e-6, atol=1e-10)
+    assert [name for name, term in terms.items() if term.requires_grad] == ["loss"]
