@@ -7,10 +7,12 @@ copies in data/ are used. Four questions:
 2. Cosine head: how many epochs, in whole runs of that length, until it has the linear head's final accuracy?
 3. Methods: CIBL beside cross-entropy, balanced softmax, Hybrid-SC, Hybrid-PSC, BCL and PaCo at equal epochs.
 4. Readings of the loss, where the paper's text leaves them open: a log-prior in its logits, a queue, cross-entropy weights
-   normalised to a mean of 1. With which does λ move accuracy to the tail?
+   normalised to a mean of 1, means within each class first. With which does λ move accuracy to the tail?
 
-Everything else is equal: images, views, schedule, initial weights. Scores are the last epoch's, on the test set. Runs that have
-a result are not run again, so a stopped measurement goes on. Writes tables and pictures to docs/claims/.
+Everything else is equal: images, views, schedule, initial weights (with --budget gpu each method has its published recipe).
+Scores are the last epoch's, on the test set. Runs that have a result are not run again, so a stopped measurement goes on. The
+CPU budget begins no run that would end after two hours (--hours); what is left then, the same command does. Writes tables and
+pictures to docs/claims/.
 """
 
 from __future__ import annotations
@@ -18,46 +20,59 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks import claims_report
-from benchmarks.many_runs import Run, run_all
+from benchmarks.many_runs import Run, RunsFailedError, run_all
 from benchmarks.measure import report
+from benchmarks.reproduce_cells import HYBRID
+from pipelines.errors import UserError, run_command
 
 LAMBDAS = (0.0, 0.01, 0.05, 0.5, 5.0)
-READINGS = {"log-prior": "kappa: 1", "queue": "queue: 1024", "normalised": "normalize: true"}
+READINGS = {
+    "log-prior": "kappa: 1",
+    "queue": "queue: 1024",
+    "normalised": "normalize: batch",
+    "normalised by class": "normalize: class",
+}
 READ_AT = (0.05, 0.5, 5.0)  # λ of the readings: CIFAR-100-LT, where λ moves least to the tail, and the first seed only
 
 
 @dataclass(frozen=True)
 class Budget:
-    """epochs: of a full run. cosine: epochs of each of the cosine head's runs. averaging: momentum of PaCo's network."""
+    """epochs: of a full run. cosine: epochs of each of the cosine head's runs. averaging: momentum of PaCo's network. full: by
+    the published recipes. hours: after which no run begins that would end later; None: all of them."""
 
     epochs: int
     cosine: tuple[int, ...]
     averaging: float
     seeds: int
     options: tuple[str, ...]
+    full: bool = False
+    hours: float | None = None
 
 
 CPU = ("--backbone", "resnet20", "--schedule", "{kind: cosine, warmup_epochs: 1}", "--loader.kind", "torch")
 BUDGETS = {
     # PaCo's average over .999 would, in a run so short, be the initial network.
-    "cpu": Budget(5, (2, 3, 5), 0.99, 3, CPU),
-    "gpu": Budget(200, (50, 100, 150, 200), 0.999, 3, ()),
+    "cpu": Budget(5, (2, 3, 5), 0.99, 3, CPU, hours=2),
+    "gpu": Budget(200, (50, 100, 150, 200), 0.999, 3, (), full=True),
     "quick": Budget(1, (1,), 0.99, 1, (*CPU, "--warmup_epochs", "0", "--data.profile.largest", "100")),
 }
 
 
-def methods(budget: Budget) -> dict[str, str]:
-    """`loss` of each method compared, beside cross-entropy and CIBL, which the sweep over λ has."""
+def methods(budget: Budget, dataset: str) -> dict[str, tuple[str, ...]]:
+    """Options of each method compared, beside cross-entropy and CIBL, which the sweep over λ has."""
+    temperature = 1.0 if dataset == "cifar10" else 0.1  # of the prototypes, as Wang et al. 2021 set it
+    hybrid = HYBRID if budget.full else ()
     return {
-        "balanced softmax": "{kind: balanced_softmax}",
-        "Hybrid-SC": "{kind: hybrid_sc}",
-        "Hybrid-PSC": "{kind: hybrid_psc}",
-        "BCL": "{kind: bcl}",
-        "PaCo": f"{{kind: paco, momentum: {budget.averaging}}}",
+        "balanced softmax": ("--loss", "{kind: balanced_softmax}"),
+        "Hybrid-SC": (*hybrid, "--loss", "{kind: hybrid_sc}"),
+        "Hybrid-PSC": (*hybrid, "--loss", f"{{kind: hybrid_psc, temperature: {temperature}}}"),
+        "BCL": ("--loss", "{kind: bcl}"),
+        "PaCo": ("--loss", f"{{kind: paco, momentum: {budget.averaging}}}"),
     }
 
 
@@ -86,8 +101,8 @@ def cells(budget: Budget, datasets: list[str]) -> list[Cell]:
             for tail_skew in LAMBDAS:
                 loss = f"{{kind: cibl, tail_skew: {tail_skew}}}"
                 listed.append(Cell(dataset, "lambda", str(tail_skew), seed, ("--loss", loss, *length)))
-            for method, loss in methods(budget).items():
-                listed.append(Cell(dataset, "method", method, seed, ("--loss", loss, *length)))
+            for method, options in methods(budget, dataset).items():
+                listed.append(Cell(dataset, "method", method, seed, (*options, *length)))
             for epochs in budget.cosine:
                 options = ("--head", "{kind: cosine}", "--loss", "{kind: cibl, tail_skew: 0.05}", "--epochs", str(epochs))
                 listed.append(Cell(dataset, "cosine", str(epochs), seed, options))
@@ -108,6 +123,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/claims"))
     parser.add_argument("--docs", type=Path, default=Path("docs/claims"))
     parser.add_argument("--jobs", type=int, help="runs at a time; by default one a core (cpu), one (gpu)")
+    parser.add_argument("--hours", type=float, help="begin no run that would end later; by default 2 with --budget cpu")
     parser.add_argument("--report-only", action="store_true", help="write the tables from the runs that are there")
     arguments = parser.parse_args()
     name = "quick" if arguments.quick else arguments.budget
@@ -120,26 +136,35 @@ def main() -> None:
             for cell in every
             if (cell.dataset, cell.value) in (("cifar10", "0.0"), ("cifar10", "0.05"), ("cifar100", "BCL"))
         ]
-    runs = arguments.runs / name
+    runs, summary, failed = arguments.runs / name, {}, None
     if not arguments.report_only:
         sources = {
             dataset: ("--data.source.kind", "folder", "--data.source.path", str(folder))
             for dataset in claims_report.TITLES
             if (folder := getattr(arguments, dataset)) is not None
         }
-        run_all(_runs(every, sources, budget.options), runs, jobs)
+        hours = arguments.hours or budget.hours
+        started = time.monotonic()
+        try:
+            run_all(_runs(every, sources, budget), runs, jobs, seconds=None if hours is None else 3600 * hours)
+        except RunsFailedError as error:
+            failed = error
+        summary["minutes"] = round((time.monotonic() - started) / 60, 1)
     results = {cell: json.loads(path.read_text()) for cell in every if (path := runs / cell.name / "result.json").exists()}
-    summary = claims_report.summarize(results)
+    summary |= claims_report.summarize(results)
     if not arguments.quick:
         claims_report.write(arguments.docs, name, summary, results, len(every))
+    if failed is not None:
+        raise UserError(f"{failed}; the tables have the others")
     report(runs=len(results), of=len(every), **summary)
 
 
-def _runs(every: list[Cell], sources: dict[str, tuple[str, ...]], common: tuple[str, ...]) -> list[Run]:
+def _runs(every: list[Cell], sources: dict[str, tuple[str, ...]], budget: Budget) -> list[Run]:
+    common = (*budget.options, "--head", "{kind: linear}") if budget.full else budget.options
     return [
         Run(
             cell.name,
-            f"{cell.dataset}_lt",
+            f"recipes/{cell.dataset}_lt_if100_200" if budget.full else f"{cell.dataset}_lt",
             (*sources.get(cell.dataset, ()), *cell.options[-2:], *common, *cell.options[:-2], "--seed", str(cell.seed)),
         )
         for cell in every
@@ -147,4 +172,4 @@ def _runs(every: list[Cell], sources: dict[str, tuple[str, ...]], common: tuple[
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -43,9 +43,10 @@ def summarize(results: Results) -> dict[str, Any]:
                 third: round(float(spearmanr(skews, reached[:, i]).statistic), 3) for i, third in enumerate(THIRDS)
             }
             summary["best_lambda"][dataset] = max(swept, key=lambda value: swept[value][:, 0].mean())
-        ratio = _epochs_ratio(accuracies(results, dataset, "cosine"), swept.get(DEFAULT), _epochs(results, dataset))
-        if ratio is not None:
-            summary["ratios"][f"{dataset}_cosine_epochs_over_linear"] = ratio
+        ratios = _epochs_ratios(accuracies(results, dataset, "cosine"), swept.get(DEFAULT), _epochs(results, dataset))
+        if ratios:
+            summary["ratios"][f"{dataset}_cosine_epochs_over_linear"] = ratios[0]
+            summary["ratios"][f"{dataset}_cosine_epochs_over_linear_by_seed"] = ratios[1:]
     return summary
 
 
@@ -54,17 +55,23 @@ def _epochs(results: Results, dataset: str) -> int:
     return max(result["last"]["epoch"] for cell, result in results.items() if cell.dataset == dataset)
 
 
-def _epochs_ratio(cosine: Accuracies, linear: np.ndarray | None, epochs: int) -> float | None:
-    """Epochs of the cosine head's runs, interpolated between their lengths, at the linear head's final accuracy, over its own.
+def _epochs_ratios(cosine: Accuracies, linear: np.ndarray | None, epochs: int) -> list[float | None]:
+    """Epochs of the cosine head's runs, interpolated between their lengths, at the linear head's final accuracy, over its own:
+    of the means over the seeds first, then seed by seed.
 
-    None where there are no runs, or where the longest does not reach it; the shortest run's share where even that is above it.
+    Empty where there are no runs; None where the longest does not reach it; the shortest run's share where even that is above.
     """
     if linear is None or not cosine:
-        return None
+        return []
     lengths = sorted(map(int, cosine))
-    reached = np.maximum.accumulate([cosine[str(length)][:, 0].mean() for length in lengths])
-    goal = linear[:, 0].mean()
-    return round(float(np.interp(goal, reached, lengths)) / epochs, 2) if reached[-1] >= goal else None
+    seeds = min(len(linear), *(len(of) for of in cosine.values()))
+
+    def ratio(goal: float, reached: list[float]) -> float | None:
+        best = np.maximum.accumulate(reached)
+        return round(float(np.interp(goal, best, lengths)) / epochs, 2) if best[-1] >= goal else None
+
+    means = ratio(linear[:, 0].mean(), [cosine[str(length)][:, 0].mean() for length in lengths])
+    return [means, *(ratio(linear[seed, 0], [cosine[str(length)][seed, 0] for length in lengths]) for seed in range(seeds))]
 
 
 def write(docs: Path, budget: str, summary: dict[str, Any], results: Results, of: int) -> None:

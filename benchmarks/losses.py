@@ -26,6 +26,7 @@ from cibl_ray.losses.objective import Images
 from cibl_ray.trainer import Trainer, resolve
 
 SIZES = ((256, 128, 100), (512, 128, 1000), (4096, 128, 1000))  # M, d, C
+LARGER = 8192  # beyond the threshold: memory at this size over that at the largest above, 2 where it grows like M, 4 like M²
 TEMPERATURE, TAIL_SKEW, ALPHA, BETA = 0.1, 0.05, 0.05, 1.0
 
 
@@ -119,21 +120,12 @@ def main() -> None:
     parser.add_argument("--no-step", action="store_true", help="leave out the training step, which needs CIFAR-10")
     arguments = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    ratios, milliseconds, megabytes = {}, {}, {}
+    ratios, spread, milliseconds, megabytes, growth = {}, {}, {}, {}, {}
     # A training process has freed large activations, after which glibc keeps blocks below 32 MB instead of handing them back;
     # without that, either side pays at random for fresh pages. The plain matrices at M = 4096 are larger, there as in training.
     torch.empty(31 * 2**20, dtype=torch.uint8)
     for size, width, classes in SIZES:
-        random = torch.Generator().manual_seed(0)
-        # Class frequencies of a long tail, imbalance 100.
-        frequency = 0.01 ** (torch.arange(classes) / (classes - 1))
-        labels = torch.multinomial(frequency, size, replacement=True, generator=random).to(device)
-        tensors = [
-            F.normalize(torch.randn(size, width, generator=random), dim=1),
-            torch.randn(size, classes, generator=random),
-            F.normalize(torch.randn(classes, width, generator=random), dim=1),
-        ]
-        leaves = [tensor.to(device).requires_grad_() for tensor in tensors]
+        labels, leaves = _example(size, width, classes, device)
         losses = pairs(labels, classes)
         sides = {}
         for name, (ours, plain) in losses.items():
@@ -145,11 +137,38 @@ def main() -> None:
         for name, (ours, plain) in losses.items():
             key, two = f"{name}_{size}", {side: rates[f"{name} {side}"]["median"] for side in ("ours", "plain")}
             milliseconds[key] = {side: round(1000 / rate, 3) for side, rate in two.items()}
-            megabytes[key] = {side: round(_peak(loss, leaves) / 2**20, 1) for side, loss in (("ours", ours), ("plain", plain))}
+            megabytes[key] = {
+                side: round(peak_bytes(loss, leaves) / 2**20, 1) for side, loss in (("ours", ours), ("plain", plain))
+            }
             ratios[key] = round(two["ours"] / two["plain"], 2)
+            slowest, fastest = (rates[f"{name} ours"][end] / rates[f"{name} plain"][end] for end in ("lowest", "highest"))
+            spread[key] = [round(slowest, 2), round(fastest, 2)]
+    labels, leaves = _example(LARGER, width, classes, device)
+    for name, (ours, _) in pairs(labels, classes).items():
+        growth[name] = round(peak_bytes(ours, leaves) / 2**20 / megabytes[f"{name}_{size}"]["ours"], 2)
     if not arguments.no_step:
         ratios["cibl_step_over_ce_step"] = _step_ratio(arguments.images, arguments.quick)
-    report(milliseconds=milliseconds, peak_megabytes=megabytes, sizes=SIZES, ratios=ratios)
+    report(
+        milliseconds=milliseconds,
+        peak_megabytes=megabytes,
+        memory_growth={f"{size}_to_{LARGER}": growth},
+        sizes=SIZES,
+        ratios_of_slowest_and_fastest_rounds=spread,
+        ratios=ratios,
+    )
+
+
+def _example(size: int, width: int, classes: int, device: str) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Labels of a long tail, imbalance 100; and embeddings, logits and prototypes, to differentiate by."""
+    random = torch.Generator().manual_seed(0)
+    frequency = 0.01 ** (torch.arange(classes) / (classes - 1))
+    labels = torch.multinomial(frequency, size, replacement=True, generator=random).to(device)
+    tensors = [
+        F.normalize(torch.randn(size, width, generator=random), dim=1),
+        torch.randn(size, classes, generator=random),
+        F.normalize(torch.randn(classes, width, generator=random), dim=1),
+    ]
+    return labels, [tensor.to(device).requires_grad_() for tensor in tensors]
 
 
 def _repeat(loss: Callable[..., torch.Tensor], leaves: list[torch.Tensor], size: int) -> Callable[[], int]:
@@ -166,7 +185,7 @@ def _repeat(loss: Callable[..., torch.Tensor], leaves: list[torch.Tensor], size:
     return run
 
 
-def _peak(loss: Callable[..., torch.Tensor], leaves: list[torch.Tensor]) -> float:
+def peak_bytes(loss: Callable[..., torch.Tensor], leaves: list[torch.Tensor]) -> float:
     """The most bytes held at a time by one forward and backward, the leaves aside."""
     if leaves[0].is_cuda:
         torch.cuda.reset_peak_memory_stats()

@@ -6,12 +6,21 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
+
+from cibl_ray.config import RunConfig, load_config
+from cibl_ray.train import CONFIG
+from cibl_ray.trainer import resolve
+from pipelines.errors import UserError
+from pipelines.prepare import ensure_prepared, prepared_folder
+from pipelines.settings import read_config
 
 
 @dataclass(frozen=True)
@@ -22,39 +31,95 @@ class Run:
     config: str
     options: tuple[str, ...]
 
+    def configuration(self, runs: Path) -> RunConfig:
+        """What its folder's config.yaml says, or will say."""
+        return resolve(load_config(self.config, ["--runs", str(runs), *self.options]))
 
-def run_all(every: Sequence[Run], runs: Path, jobs: int, done: Callable[[Run], None] = lambda run: None) -> None:
-    """Train what has no result yet, `jobs` at a time, the cores shared out; `done` is called after each, in a thread.
 
-    Ctrl-C, or one that fails, stops all in order: each keeps a checkpoint to go on from.
+class RunsFailedError(RuntimeError):
+    """Some runs failed; the others went on."""
+
+
+def run_all(
+    every: Sequence[Run],
+    runs: Path,
+    jobs: int,
+    done: Callable[[Run, float | None], None] = lambda run, seconds: None,
+    seconds: float | None = None,
+) -> None:
+    """Train what has no result yet, `jobs` at a time, the cores shared out.
+
+    `done` is called after each, in a thread, with the seconds that it took as a whole (None: it had been begun before). No run
+    is begun that would end later than `seconds` from now, if it took as long as the longest yet. Those that fail are told when
+    the others are done, as `RunsFailedError`. Ctrl-C stops all in order: each keeps a checkpoint to go on from.
+    Raises UserError where a folder holds a run of another configuration.
     """
     running: list[subprocess.Popen[bytes]] = []
     threads = {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // jobs))}
+    started, longest, failed = time.monotonic(), 0.0, []
+    todo = [run for run in every if not (runs / run.name / "result.json").exists()]
+    configs = {run.name: run.configuration(runs) for run in todo}
+    for run in todo:
+        refuse_another(runs / run.name, configs[run.name])
+    # Now, not by several processes at once: what is downloaded goes to one place.
+    for config in {prepared_folder(config.data, config.seed): config for config in configs.values()}.values():
+        ensure_prepared(config.data, config.seed)
 
     def train(run: Run) -> None:
-        folder = runs / run.name
-        if (folder / "result.json").exists():
+        nonlocal longest
+        begun, folder = time.monotonic(), runs / run.name
+        if seconds is not None and begun - started + longest > seconds:
             return
-        fresh = [run.config, "--runs", str(runs), "--name", run.name]
-        start = ["--resume", str(folder)] if folder.exists() else fresh
+        fresh = not folder.exists()
+        start = [run.config, "--runs", str(runs), "--name", run.name, *run.options] if fresh else ["--resume", str(folder)]
         process = subprocess.Popen(
-            [sys.executable, "-m", "cibl_ray.train", *start, *run.options],
+            [sys.executable, "-m", "cibl_ray.train", *start],
             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=os.environ | threads,
         )  # fmt: skip
         running.append(process)
         _, errors = process.communicate()
         running.remove(process)
         if process.returncode:
-            raise RuntimeError(f"{run.name}: {(errors.decode().strip().splitlines() or ['it was killed'])[-1]}")
-        done(run)
+            failed.append(f"{run.name}: {(errors.decode().strip().splitlines() or ['it was killed'])[-1]}")
+            return
+        took = time.monotonic() - begun
+        longest = max(longest, took)
+        done(run, took if fresh else None)
 
     runs.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(jobs) as pool:
         try:
-            for _ in tqdm(pool.map(train, every), total=len(every), unit="run", disable=None):
+            for _ in tqdm(pool.map(train, todo), total=len(todo), unit="run", disable=None):
                 pass
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             for process in running:
                 process.send_signal(signal.SIGINT)
             raise
+    if failed:
+        raise RunsFailedError(f"{len(failed)} of {len(todo)} runs failed: " + "; ".join(failed))
+
+
+def computed(content: dict[str, Any]) -> dict[str, Any]:
+    """Of a configuration's content, what decides a run's result: not the places of its files, nor how it is executed."""
+    content = {part: dict(values) if isinstance(values, dict) else values for part, values in content.items()}
+    for part, name in (("data", "prepared"), *(("train", name) for name in _EXECUTION)):
+        content[part].pop(name, None)
+    return {part: values for part, values in content.items() if part not in ("runs", "loader")}
+
+
+_EXECUTION = ("device", "checkpoint_every", "checkpoint_minutes", "eval_batch_size")
+
+
+def refuse_another(folder: Path, config: RunConfig) -> None:
+    """Raises UserError where `folder` holds a run of another configuration: its result would stand under this one's name."""
+    path = folder / CONFIG
+    if not path.exists():
+        return
+    there, wanted = computed(read_config(path)), computed(config.model_dump(mode="json"))
+    changed = sorted(part for part in wanted if there.get(part) != wanted[part])
+    if changed:
+        raise UserError(
+            f"{str(folder)!r} holds a run of another configuration ({', '.join(changed)} differ): "
+            "remove it, or choose another --runs"
+        )

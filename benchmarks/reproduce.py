@@ -16,6 +16,7 @@ docs/results/TABLE-BUDGET.jsonl, with its command, commit and machine; Markdown 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import shlex
@@ -26,10 +27,14 @@ from typing import Any
 import torch
 
 from benchmarks import reproduce_report
-from benchmarks.many_runs import Run, run_all
+from benchmarks.many_runs import Run, RunsFailedError, computed, refuse_another, run_all
 from benchmarks.measure import machine, report
 from benchmarks.reproduce_cells import BUDGETS, TABLES, Cell, cells
+from cibl_ray.config import RunConfig
 from cibl_ray.runlog import read_metrics
+from cibl_ray.train import CONFIG
+from pipelines.errors import UserError, run_command
+from pipelines.settings import read_config, validate
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -50,14 +55,24 @@ def source(dataset: str, folder: Path | None) -> tuple[str, ...]:
     return ("--data.source.kind", "folder", "--data.source.path", str(folder))
 
 
-def record(cell: Cell, folder: Path, table: str, budget: str, of: str | None) -> dict[str, Any]:
-    """All that is needed to read a cell and to repeat it; no path of this machine."""
+def recipe(config: RunConfig) -> str:
+    """A short name of what a configuration computes, wherever its images lie: a line of another recipe is of no use."""
+    content = computed(config.model_dump(mode="json"))
+    content["data"].pop("source")
+    content["train"].pop("precision")  # 'auto' differs from machine to machine; a line says what it was
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def record(
+    cell: Cell, folder: Path, table: str, budget: str, of: str | None, wall_seconds: float | None = None
+) -> dict[str, Any]:
+    """All that is needed to read a cell and to repeat it; no path of this machine. wall_seconds: of its process as a whole."""
     result = json.loads((folder / "result.json").read_text())
     if table == "recipe":  # recipes are chosen by these scores, so the test set stays out of them
         last = read_metrics(folder)[-1]
         result = {**result, "last": {"epoch": last["epoch"], "scores": last["val"]}}
         result.pop("best", None)
-    where = source(cell.dataset, Path("FOLDER"))
+    where, config = source(cell.dataset, Path("FOLDER")), validate(RunConfig, read_config(folder / CONFIG), str(folder))
     return {
         "table": table,
         "budget": budget,
@@ -66,10 +81,16 @@ def record(cell: Cell, folder: Path, table: str, budget: str, of: str | None) ->
         "value": cell.value,
         "seed": cell.seed,
         "command": shlex.join(["python", "-m", "cibl_ray.train", cell.config, *where, *cell.options]),
+        "recipe": recipe(config),
+        "precision": config.train.precision,
+        "compile": config.train.compile,
+        "loader": result["loader"],
+        "data": result["data"],
         "commit": of,
         "machine": machine(),
         "hardware": result["hardware"],
         "seconds": round(result["seconds"], 1),
+        "wall_seconds": None if wall_seconds is None else round(wall_seconds, 1),
         "images_per_s": round(result["images_per_s"], 1),
         **{kind: _scores(result[kind]) for kind in ("last", "best") if kind in result},
     }
@@ -111,42 +132,48 @@ def main() -> None:
         if strange:
             parser.error(f"no row {sorted(strange)[0]!r}; there are: {', '.join(sorted({cell.value for cell in every}))}")
         every = [cell for cell in every if cell.value in arguments.methods]
-    if not arguments.report_only:
-        _train(every, arguments, lines)
+    failed = None if arguments.report_only else _train(every, arguments, lines)
     rows = {(cell.dataset, cell.imbalance, cell.value): number for number, cell in reversed([*enumerate(every)])}
     known = [line for line in reproduce_report.read(lines) if reproduce_report.key(line)[:3] in rows]
     if not known:
         parser.error(f"{lines} has no results yet")
     results = sorted(known, key=lambda line: (rows[reproduce_report.key(line)[:3]], line["seed"]))
     reproduce_report.write(lines, results, of=len(every))
+    if failed is not None:
+        raise UserError(f"{failed}; the table has the others")
     report(table=table, budget=budget, runs=len(results), of=len(every), ratios={}, rows=reproduce_report.means(results))
 
 
-def _train(every: list[Cell], arguments: argparse.Namespace, lines: Path) -> None:
+def _train(every: list[Cell], arguments: argparse.Namespace, lines: Path) -> RunsFailedError | None:
+    """Train every cell that has no line; returns what failed."""
     jobs = arguments.jobs or BUDGETS[arguments.budget].jobs or len(os.sched_getaffinity(0))
     runs = arguments.runs / f"{arguments.budget}{'-val' if arguments.val else ''}" / arguments.table
     at = commit()
     by_name = {cell.name: cell for cell in every}
-    known = {reproduce_report.key(line) for line in reproduce_report.read(lines)}
+    known = {reproduce_report.key(line): line.get("recipe") for line in reproduce_report.read(lines)}
 
-    def done(run: Run) -> None:
-        line = record(by_name[run.name], runs / run.name, arguments.table, arguments.budget, at)
+    def done(run: Run, seconds: float | None) -> None:
+        line = record(by_name[run.name], runs / run.name, arguments.table, arguments.budget, at, seconds)
         reproduce_report.add(lines, line)
 
-    todo = [
-        Run(
-            cell.name,
-            cell.config,
-            (*source(cell.dataset, getattr(arguments, cell.dataset)), *cell.options, "--prepared", str(arguments.prepared)),
-        )
-        for cell in every
-        if (cell.dataset, cell.imbalance, cell.value, cell.seed) not in known
-    ]
+    todo = []
+    for cell in every:
+        key = cell.dataset, cell.imbalance, cell.value, cell.seed
+        place = source(cell.dataset, getattr(arguments, cell.dataset))
+        run = Run(cell.name, cell.config, (*place, *cell.options, "--prepared", str(arguments.prepared)))
+        # Lines of earlier versions do not name their recipe.
+        if key not in known or known[key] not in (None, recipe(run.configuration(runs))):
+            todo.append(run)
     for run in todo:
         if (runs / run.name / "result.json").exists():  # stopped between the run and its line
-            done(run)
-    run_all(todo, runs, jobs, done)
+            refuse_another(runs / run.name, run.configuration(runs))
+            done(run, None)
+    try:
+        run_all(todo, runs, jobs, done)
+    except RunsFailedError as failed:
+        return failed
+    return None
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -70,42 +70,66 @@ class Budget:
 
 _SHORT = ("--backbone", "resnet20", "--loader.kind", "resident")
 BUDGETS = {
-    "gpu": Budget((100, 50, 10), 200, 3, 0.999, full=True),
+    # A checkpoint an epoch would cost as much as evaluation; ten epochs are some seconds.
+    "gpu": Budget((100, 50, 10), 200, 3, 0.999, True, ("--checkpoint_every", "10", "--eval_batch_size", "2000")),
     # An average over .999 would, in a run so short, be the initial network.
     "cpu": Budget((100,), 3, None, 0.99, False, (*_SHORT, "--schedule", "{kind: cosine, warmup_epochs: 1}")),
-    "smoke": Budget((100,), 1, None, 0.99, False, (*_SHORT, "--schedule", "{kind: cosine, warmup_epochs: 0}")),
+    # The recipes of the GPU budget, but for what few images and one epoch do not allow.
+    "smoke": Budget((100,), 1, None, 0.99, True, (*_SHORT, "--batch_size", "64", "--warmup_epochs", "0")),
 }
 _SMOKE_PROFILE = "{kind: exp, imbalance: 100, largest: 100}"
 
 _LINEAR, _COSINE = ("--head", "{kind: linear}"), ("--head", "{kind: cosine}")
-_HYBRID_VIEW = "{cut: {kind: crop, padding: 4}, augment: [{kind: grayscale, probability: 0.2}]}"
-_HYBRID = (
-    *("--batch_size", "512", "--lr", "0.5", "--weight_decay", "1e-4", "--data.views", f"[{_HYBRID_VIEW}, {_HYBRID_VIEW}]"),
+_CROP, _RESIZED = "cut: {kind: crop, padding: 4}", "cut: {kind: resized, scale: [0.2, 1.0]}"
+_PLAIN = f"{{{_CROP}}}"
+_STRONG = f"{{{_CROP}, augment: [{{kind: auto_augment}}, {{kind: cutout, size: 16}}]}}"
+_OTHER = f"{{{_RESIZED}, augment: [{{kind: color_jitter}}, {{kind: grayscale}}]}}"
+_BLURRED = f"{{{_RESIZED}, augment: [{{kind: color_jitter}}, {{kind: grayscale}}, {{kind: blur}}]}}"
+_HYBRID_VIEW = f"{{{_CROP}, augment: [{{kind: grayscale, probability: 0.2}}]}}"
+
+
+def _views(*each: str) -> tuple[str, str]:
+    return "--data.views", f"[{', '.join(each)}]"
+
+
+HYBRID = (
+    *("--batch_size", "512", "--lr", "0.5", "--weight_decay", "1e-4", *_views(_HYBRID_VIEW, _HYBRID_VIEW)),
     *("--schedule", "{kind: steps, warmup_epochs: 5, milestones: [0.6, 0.8]}"),
 )
 
 
-def methods(dataset: str, budget: Budget) -> dict[str, tuple[str, tuple[str, ...]]]:
-    """Each method's recipe ('plain', 'strong' or 'hybrid'), and its options."""
-    psc = 1.0 if dataset == "cifar10" else 0.1
+# LDAM's code, for cross-entropy too: one view, ×.01 at 160 and 180 of 200 epochs.
+_LDAM = (*_views(_PLAIN), "--weight_decay", "2e-4", "--schedule", "{kind: steps, warmup_epochs: 5, gamma: 0.01}")
+
+
+def _paco(factor: int) -> tuple[str, ...]:
+    """PaCo's code for CIFAR-LT, but for its projection: there of width 64, with batch normalisation. 400 epochs, as there."""
+    rate, alpha = ("0.05", 0.01) if factor == 10 else ("0.02", 0.02)
+    return (
+        *_LINEAR, *_views(_STRONG, _BLURRED), "--batch_size", "128", "--lr", rate, "--optimizer.nesterov", "false",
+        "--schedule", "{kind: steps, warmup_epochs: 10}", "--loss", f"{{kind: paco, temperature: 0.05, alpha: {alpha}}}",
+    )  # fmt: skip
+
+
+def methods(dataset: str, budget: Budget, factor: int) -> dict[str, tuple[str, tuple[str, ...]]]:
+    """Each method's recipe ('plain', 'strong' or 'hybrid'), and its options: its authors' where the budget is full."""
+    psc, full = 1.0 if dataset == "cifar10" else 0.1, budget.full
+    paco = _paco(factor) if full else ("--loss", f"{{kind: paco, momentum: {budget.averaging}}}")
+    # CE on the first view alone; BCL's own code contrasts the other two, ours all three.
+    bcl = (*_views(_STRONG, _OTHER, _OTHER), "--loss", "{kind: bcl, classify: first}") if full else ("--loss", "{kind: bcl}")
     return {
-        "CE": ("plain", (*_LINEAR, "--loss", "{kind: cross_entropy}")),
-        "LDAM-DRW": ("plain", ("--head", "{kind: cosine, scale: {start: 30}}", "--loss", "{kind: ldam}")),
-        "balanced softmax": ("strong", ("--loss", "{kind: balanced_softmax}")),
+        "CE": ("plain", (*_LINEAR, *(_LDAM if full else ()), "--loss", "{kind: cross_entropy}")),
+        "LDAM-DRW": (
+            "plain", ("--head", "{kind: cosine, scale: {start: 30}}", *(_LDAM if full else ()), "--loss", "{kind: ldam}"),
+        ),
+        "balanced softmax": ("strong", (*(_views(_STRONG) if full else ()), "--loss", "{kind: balanced_softmax}")),
         "Hybrid-SC": ("hybrid", (*_LINEAR, "--loss", "{kind: hybrid_sc, temperature: 0.1}")),
         "Hybrid-PSC": ("hybrid", (*_LINEAR, "--loss", f"{{kind: hybrid_psc, temperature: {psc}}}")),
-        "BCL": ("strong", ("--loss", "{kind: bcl}")),
-        "PaCo": ("strong", ("--loss", f"{{kind: paco, momentum: {budget.averaging}}}")),
+        "BCL": ("strong", bcl),
+        "PaCo": ("strong", paco),
         "CIBL, linear head": ("strong", (*_LINEAR, "--loss", "{kind: cibl, tail_skew: 0.05, kappa: 1}")),
         "CIBL, cosine head": ("strong", (*_COSINE, "--loss", "{kind: cibl, tail_skew: 0.05, kappa: 1}")),
-    }
-
-
-_CROP, _RESIZED = "cut: {kind: crop, padding: 4}", "cut: {kind: resized, scale: [0.2, 1.0]}"
-_STRONG = (
-    f"{{{_CROP}, augment: [{{kind: auto_augment}}, {{kind: cutout, size: 16}}]}}",
-    f"{{{_RESIZED}, augment: [{{kind: color_jitter}}, {{kind: grayscale}}]}}",
-)
+    }  # fmt: skip
 
 
 def variants(budget: Budget) -> dict[str, tuple[int, tuple[str, ...]]]:
@@ -115,11 +139,7 @@ def variants(budget: Budget) -> dict[str, tuple[int, tuple[str, ...]]]:
         fields = {"kind": "cibl", "tail_skew": 0.05, "kappa": 1, **loss}
         return times, ("--head", head, "--loss", yaml.safe_dump(fields, default_flow_style=True).strip(), *options)
 
-    def views(*each: str) -> tuple[str, str]:
-        return "--data.views", f"[{', '.join(each)}]"
-
-    plain = f"{{{_CROP}}}"
-    other = {"plain views": row(*views(plain, plain))} if budget.full else {"strong views": row(*views(*_STRONG))}
+    other = {"plain views": row(*_views(_PLAIN, _PLAIN))} if budget.full else {"strong views": row(*_views(_STRONG, _OTHER))}
     return {
         "base": row(),
         "λ = 0": row(tail_skew=0),
@@ -140,7 +160,7 @@ def variants(budget: Budget) -> dict[str, tuple[int, tuple[str, ...]]]:
         "learned scale": row(head="{kind: cosine, scale: {start: 16, learnable: true}}"),
         "averaged weights": row("--train.average", str(budget.averaging)),
         "square-root sampling": row("--data.sampling", "square_root"),
-        "three views": row(*views(*(_STRONG[0], _STRONG[1], _STRONG[1]) if budget.full else 3 * (plain,))),
+        "three views": row(*_views(*(_STRONG, _OTHER, _OTHER) if budget.full else 3 * (_PLAIN,))),
         **other,
         "half the batch": row("--batch_size", "128" if budget.full else "64"),
         "twice the learning rate": row("--lr", "0.3" if budget.full else "0.2"),
@@ -161,8 +181,9 @@ def cells(table: str, name: str, seeds: int, val: float) -> list[Cell]:
             case "cifar10_lt" | "cifar100_lt":
                 dataset = table.removesuffix("_lt")
                 for factor in budget.factors:
-                    for method, (recipe, options) in methods(dataset, budget).items():
-                        found.append(_cell(dataset, factor, method, seed, name, recipe, options, budget.epochs, common))
+                    for method, (recipe, options) in methods(dataset, budget, factor).items():
+                        epochs = budget.epochs * (2 if method == "PaCo" and budget.full else 1)
+                        found.append(_cell(dataset, factor, method, seed, name, recipe, options, epochs, common))
             case "tail_skew":
                 for dataset in ("cifar10", "cifar100"):
                     for skew in LAMBDAS:
@@ -191,7 +212,7 @@ def _cell(
     if BUDGETS[budget].full and recipe == "strong":
         config = f"recipes/{dataset}_lt_if{factor}_200"
     elif BUDGETS[budget].full and recipe == "hybrid":
-        options = (*_HYBRID, *options)
+        options = (*HYBRID, *options)
     if budget == "smoke":
         profile = _SMOKE_PROFILE
     every = ("--data.profile", profile, *options, *common, "--epochs", str(epochs), "--seed", str(seed))
@@ -200,9 +221,16 @@ def _cell(
 
 def _imagenet(budget: Budget, seed: int, common: tuple[str, ...]) -> list[Cell]:
     """ResNet-50, 90 epochs: for those who have the images, and GPUs."""
-    epochs = "90" if budget.full else str(budget.epochs)
-    short = () if budget.full else common
-    chosen = {name: option for name, (recipe, option) in methods("imagenet", budget).items() if recipe == "strong"}
+    whole = budget.epochs == BUDGETS["gpu"].epochs
+    epochs, short = ("90", ()) if whole else (str(budget.epochs), common)
+    kappa = ("--loss.kappa", "1")
+    chosen = {
+        "balanced softmax": ("--loss", "{kind: balanced_softmax}"),
+        "BCL": ("--loss", "{kind: bcl, temperature: 0.07, cross_entropy_weight: 1, contrastive_weight: 0.35, classify: first}"),
+        "PaCo": ("--lr", "0.02", *_LINEAR, "--loss", "{kind: paco, temperature: 0.2, queue: 8192}"),
+        "CIBL, linear head": (*_LINEAR, *kappa),
+        "CIBL, cosine head": kappa,
+    }
     return [
         Cell("imagenet", 0, method, seed, "recipes/imagenet_lt_90", (*options, *short, "--epochs", epochs, "--seed", str(seed)))
         for method, options in chosen.items()

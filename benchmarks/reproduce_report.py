@@ -83,7 +83,8 @@ def write(path: Path, lines: list[Line], of: int) -> None:
             if published:
                 number = published.get(value, {}).get(factor)
                 cells.append("–" if number is None else f"{number:.1f}")
-            cells.append(f"{np.mean([line['seconds'] for line in of_row]) / 60:.1f}")
+            # Of the process as a whole, start and evaluation included, where that was taken; else of the epochs alone.
+            cells.append(f"{np.mean([line.get('wall_seconds') or line['seconds'] for line in of_row]) / 60:.1f}")
             text.append("| " + " | ".join(cells) + " |")
         picture = path.with_name(f"{path.stem}-{dataset}{f'-if{factor}' if factor else ''}.png")
         _picture(picture, title, rows, {row: of_it.get(factor) for row, of_it in published.items()}, first["table"])

@@ -23,10 +23,12 @@ def predict(
     was_training = network.training
     network.eval()
     logits, labels = [], []
-    for batch in loader.epoch(0):
-        parts = batch.views.split(_at_once(batch.views.shape[2]) if device.type == "cpu" else len(batch.views))
-        logits += [network.classify(normalize(part.to(device, non_blocking=True))).cpu() for part in parts]
-        labels.append(batch.labels.clone())
+    # On GPUs torch lets convolutions round to TF32 unless told otherwise.
+    with torch.backends.cudnn.flags(enabled=True, benchmark=torch.backends.cudnn.benchmark, allow_tf32=False):
+        for batch in loader.epoch(0):
+            parts = batch.views.split(_at_once(batch.views.shape[2]) if device.type == "cpu" else len(batch.views))
+            logits += [network.classify(normalize(part.to(device, non_blocking=True))).cpu() for part in parts]
+            labels.append(batch.labels.clone())
     network.train(was_training)
     if not logits:  # fewer images than workers
         return torch.empty(0, network.classes), torch.empty(0, dtype=torch.int64)

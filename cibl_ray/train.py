@@ -173,6 +173,8 @@ def _fit(trainer: Trainer, progress: Progress) -> dict[str, Any]:
         "time": _time(rows),
         "images_per_s": statistics.median(row["rate"]["images_per_s"] for row in rows),
         "workers": trainer.world.size,
+        "loader": trainer.train_loaders[0].name,
+        "data": trainer.digests,
         "hardware": describe(config.train.device),
     }
     part = folder / f"{RESULT}.part"

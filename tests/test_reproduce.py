@@ -3,15 +3,17 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from benchmarks import reproduce_report
+from benchmarks.many_runs import Run, RunsFailedError, run_all
 from benchmarks.reproduce import record
 from benchmarks.reproduce_cells import BUDGETS, TABLES, cells
-from cibl_ray.config import load_config
+from cibl_ray.config import load_config, save_config
 from tests.conftest import REPOSITORY
 
 
@@ -23,7 +25,7 @@ def test_every_cell_is_a_configuration(table, budget):
     for cell in every:
         if cell.seed == 0:
             config = load_config(cell.config, list(cell.options))
-            assert config.train.epochs <= (400 if cell.value == "twice the epochs" else 200)
+            assert config.train.epochs <= (400 if cell.value in ("twice the epochs", "PaCo") else 200)
             assert config.seed == 0
 
 
@@ -37,10 +39,18 @@ def test_recipes_change_one_thing_and_are_scored_on_validation(tmp_path):
     # No score of the test set stands in the line of a run.
     folder = tmp_path / "run"
     folder.mkdir()
-    result = {"last": {"epoch": 6, "scores": {}}, "best": {"epoch": 5, "scores": {}}, "hardware": "CPU"}
+    cell = cells("recipe", "cpu", 1, 0.1)[0]
+    save_config(load_config(cell.config, list(cell.options)), folder / "config.yaml")
+    result = {
+        "last": {"epoch": 6, "scores": {}},
+        "best": {"epoch": 5, "scores": {}},
+        "hardware": "CPU",
+        "loader": "x",
+        "data": {},
+    }
     (folder / "result.json").write_text(json.dumps({**result, "seconds": 9.0, "images_per_s": 1.0}))
     (folder / "metrics.jsonl").write_text(json.dumps({"epoch": 6, "val": {"overall": 0.25, "head": 0.5}}) + "\n")
-    line = record(cells("recipe", "cpu", 1, 0.1)[0], folder, "recipe", "cpu", "abc")
+    line = record(cell, folder, "recipe", "cpu", "abc")
     assert (line["last"]["overall"], line["last"]["head"], line["last"]["few"]) == (0.25, 0.5, None)
     assert "best" not in line
 
@@ -51,7 +61,8 @@ def test_the_published_tables_are_whole():
         assert len(every) == 9 * 3 * 3
         configs = {cell.value: load_config(cell.config, list(cell.options)) for cell in every if cell.imbalance == 100}
         assert {config.network.backbone for config in configs.values()} == {"resnet32"}
-        assert {config.train.epochs for config in configs.values()} == {200}
+        assert {config.train.epochs for name, config in configs.items() if name != "PaCo"} == {200}
+        assert configs["PaCo"].train.epochs == 400
         assert (configs["Hybrid-SC"].train.batch_size, configs["Hybrid-SC"].optimizer.lr) == (512, 0.5)
         assert configs["CIBL, linear head"].network.head.kind == "linear"
         assert configs["CIBL, cosine head"].network.head.kind == "cosine"
@@ -100,9 +111,43 @@ def test_smoke(small_cifar, tmp_path):
     assert again.returncode == 0, again.stderr
     assert [path.stat().st_mtime_ns for path in sorted((tmp_path / "runs").rglob("result.json"))] == before
     assert reproduce_report.read(tmp_path / "docs" / "cifar10_lt-smoke.jsonl") == lines
+    # Another recipe under the same name is neither taken for this one's result nor written over.
+    lines_file = tmp_path / "docs" / "cifar10_lt-smoke.jsonl"
+    assert all(entry["wall_seconds"] > entry["seconds"] > 0 for entry in lines)
+    old = [entry if entry["value"] != "CE" else entry | {"recipe": "another"} for entry in lines]
+    lines_file.write_text("".join(json.dumps(entry) + "\n" for entry in old))
+    path = next((tmp_path / "runs").rglob("*CE-0/config.yaml"))
+    text = path.read_text()
+    path.write_text(text.replace("weight_decay: 0.0002", "weight_decay: 0.3"))
+    changed = subprocess.run([*command, *places], cwd=REPOSITORY, capture_output=True, text=True)
+    assert changed.returncode == 2
+    assert "holds a run of another configuration (optimizer differ): remove it" in changed.stderr
+    path.write_text(text)
+    mended = subprocess.run([*command, *places], cwd=REPOSITORY, capture_output=True, text=True)
+    assert mended.returncode == 0, mended.stderr
+    assert {entry["recipe"] for entry in reproduce_report.read(lines_file)} == {entry["recipe"] for entry in lines}
     wrong = subprocess.run([*command[:-2], "Nonsense", *places], cwd=REPOSITORY, capture_output=True, text=True)
     assert wrong.returncode == 2
     assert "no row 'Nonsense'; there are: BCL, CE" in wrong.stderr
+
+
+def test_a_run_that_fails_is_told_and_the_others_go_on(small_cifar, tmp_path, capfd):
+    place = ("--data.source.kind", "folder", "--data.source.path", str(small_cifar), "--prepared", str(tmp_path / "prepared"))
+    tiny = (*place, "--epochs", "1", "--warmup_epochs", "0", "--backbone", "resnet20", "--data.profile.largest", "70")
+    every = [
+        Run("diverges", "cifar10_lt", (*tiny, "--lr", "1e30", "--batch_size", "32")),
+        Run("good", "cifar10_lt", (*tiny, "--batch_size", "32")),
+    ]
+    took = {}
+    with pytest.raises(RunsFailedError, match=r"1 of 2 runs failed: diverges: error: the loss is not finite"):
+        run_all(every, tmp_path / "runs", 1, lambda run, seconds: took.update({run.name: seconds}))
+    assert list(took) == ["good"]
+    assert took["good"] > 1
+    # No time left: nothing is begun; and what has a result is not run again.
+    run_all(every[1:], tmp_path / "runs", 1, lambda run, seconds: took.clear())
+    run_all([replace(every[1], name="late")], tmp_path / "runs", 1, seconds=-1)
+    assert list(took) == ["good"]
+    assert not (tmp_path / "runs" / "late").exists()
 
 
 def line(value, seed, overall, table="cifar100_lt", budget="gpu", best=None):

@@ -83,6 +83,7 @@ class BCLConfig(Settings):
     kappa: Kappa = 1.0
     cross_entropy_weight: float = Field(default=2.0, ge=0)
     contrastive_weight: float = Field(default=0.6, ge=0)
+    classify: Literal["all", "first"] = Field(default="all", description="views that cross-entropy sees")
 
 
 class _Memory(Settings):

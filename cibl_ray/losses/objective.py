@@ -72,7 +72,7 @@ class Objective:
         self.queue: LabelledQueue | None = None
         if isinstance(config, PaCoConfig | CIBLConfig):
             if config.momentum is not None:
-                self.averaged = copy.deepcopy(network).requires_grad_(False)
+                self.averaged = copy.deepcopy(network).requires_grad_(False).train()
                 self._momentum = config.momentum
             if config.queue:
                 assert network.projection is not None
@@ -159,9 +159,7 @@ class Objective:
         """The averaged network a step further: its parameters follow, its running statistics are the network's."""
         assert self.averaged is not None
         follow(self.averaged, network, 1 - self._momentum)
-        for own, theirs in zip(self.averaged.buffers(), network.buffers(), strict=True):
-            own.copy_(theirs)
-        self.averaged.train()
+        torch._foreach_copy_([*self.averaged.buffers()], [*network.buffers()])
 
     def _contrast(self, z: torch.Tensor, labels: torch.Tensor, keys: tuple[torch.Tensor, torch.Tensor] | None) -> Contrast:
         """The batch's embeddings, the averaged network's, the queue's; the queue then takes in this step's.

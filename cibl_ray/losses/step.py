@@ -70,6 +70,8 @@ def loss_terms(config: kinds.AnyLoss, seen: Seen, tail: Tail, progress: float) -
             z, contrast = _embedded(seen)
             assert seen.prototypes is not None
             contrastive = balanced_contrastive(z, labels, contrast, seen.prototypes, config.temperature).mean()
+            if config.classify == "first":
+                logits, labels = logits[:: seen.views], labels[:: seen.views]
             classified = cross_entropy(adjusted(logits, tail.log_prior, config.kappa), labels).mean()
             return _weighted(config.contrastive_weight, contrastive, config.cross_entropy_weight, classified)
         case kinds.SupConConfig() | kinds.PSCConfig():

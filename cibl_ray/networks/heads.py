@@ -12,7 +12,8 @@ from torch import nn
 class CosineHead(nn.Module):
     """f_c = s · (w_c/|w_c|) · (h/|h|): features (M, d_h) to logits (M, C). Norms, larger for common classes, play no part.
 
-    s, `scale`, is set from outside as a schedule goes, or learned (as its logarithm, so that it stays positive).
+    s, `scale`, is set from outside as a schedule goes, or learned (as its logarithm, so that it stays positive). Computed in
+    float32 under autocast too: s would multiply bf16's rounding of a cosine to an error of .1 in a logit.
     """
 
     def __init__(self, features: int, classes: int, scale: float, learnable: bool = False) -> None:
@@ -33,6 +34,9 @@ class CosineHead(nn.Module):
         self.log_scale.fill_(math.log(scale))
 
     def forward(self, h: torch.Tensor) -> torch.Tensor:
+        if torch.is_autocast_enabled(h.device.type):
+            with torch.autocast(h.device.type, enabled=False):
+                return self.forward(h.float())
         return self.scale * F.linear(F.normalize(h, dim=1), F.normalize(self.weight, dim=1))
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from benchmarks.losses import pairs, peak_bytes
 from cibl_ray.losses import softmax
 from cibl_ray.losses.cibl import cibl, term_weights
 from cibl_ray.losses.classification import (
@@ -162,6 +163,22 @@ def test_blocks_keep_memory_below_the_square():
         softmax.log_sum_exp(z, z, 0.1, exclude=torch.arange(2500))
     assert kept
     assert max(kept) <= z.numel()
+
+
+@pytest.mark.parametrize("loss", ["supcon", "psc", "bcl", "paco", "cibl"])
+def test_memory_grows_like_the_batch_and_not_like_its_square(loss, monkeypatch):
+    """Forward and backward, everything counted, beyond the threshold."""
+    monkeypatch.setitem(softmax.KEEP, "cpu", 2**15)
+    monkeypatch.setitem(softmax.BLOCK, "cpu", 2**13)
+    held = []
+    for size in (600, 1200):
+        random = torch.Generator().manual_seed(0)
+        labels = torch.randint(0, 100, (size,), generator=random)
+        leaves = [torch.randn(*shape, generator=random).requires_grad_() for shape in ((size, 16), (size, 100), (100, 16))]
+        ours, _ = pairs(labels, 100)[loss]
+        held.append(peak_bytes(lambda z, f, p, ours=ours: ours(F.normalize(z, dim=1), f, F.normalize(p, dim=1)), leaves))
+    assert held[1] < 2.5 * held[0]
+    assert held[1] < 4 * 1200**2 / 2
 
 
 @pytest.mark.parametrize("loss", ["supcon", "bcl", "paco", "cibl"])

@@ -73,6 +73,11 @@ CASES = {
         lambda e: 0.6 * plain_balanced(e.z, e.labels, *e.everyone(), e.prototypes, 0.1).mean()
         + 2.0 * plain_cross_entropy(e.logits + PRIOR, e.labels).mean(),
     ),
+    "bcl, cross-entropy on the first views": (
+        "{kind: bcl, classify: first, contrastive_weight: 0.3}", 0.5,
+        lambda e: 0.3 * plain_balanced(e.z, e.labels, *e.everyone(), e.prototypes, 0.1).mean()
+        + 2.0 * plain_cross_entropy(e.logits + PRIOR, e.labels)[::2].mean(),
+    ),
     "paco": (
         "{kind: paco, alpha: 0.02, beta: 0.9}", 0.5,
         lambda e: plain_paco(e.logits + PRIOR, e.z, e.labels, *e.everyone(), 0.07, 0.02, 0.9).mean(),
