@@ -10,6 +10,7 @@ override the configuration.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -56,7 +57,10 @@ def plain_script(config: RunConfig, prepared: Prepared, bf16: bool) -> Callable[
     images = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
     batch = config.train.batch_size
     data = _Views(images, torch.from_numpy(beton.labels.copy()), config)
-    loader = DataLoader(data, batch, shuffle=True, drop_last=True, num_workers=usable_cores(), persistent_workers=True)
+    loader = DataLoader(
+        data, batch, shuffle=True, drop_last=True, num_workers=usable_cores(), persistent_workers=True,
+        pin_memory=device.type == "cuda",
+    )  # fmt: skip
     network = build_network(config.network, len(prepared.classes), needs(config.loss), seed=0).to(device)
     network = network.to(memory_format=torch.contiguous_format)
     objective = Objective(config.loss, network, prepared.train_counts, device, World(), batch)
@@ -71,7 +75,7 @@ def plain_script(config: RunConfig, prepared: Prepared, bf16: bool) -> Callable[
         network.train()
         seen = 0
         for views, labels in loader:
-            stream = Images(views.flatten(0, 1).to(device), labels.to(device), 2)
+            stream = Images(views.flatten(0, 1).to(device, non_blocking=True), labels.to(device, non_blocking=True), 2)
             loss = objective(network, run, [stream], 0.0)["loss"]
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -106,9 +110,10 @@ def main() -> None:
     config = resolve(config)
     sides = {
         "resident": trainer_side(config, prepared, "resident"),
-        "ffcv": trainer_side(config, prepared, "ffcv"),
         "plain_script": plain_script(config, prepared, bf16=False),
     }
+    if importlib.util.find_spec("ffcv") is not None:
+        sides["ffcv"] = trainer_side(config, prepared, "ffcv")
     if config.train.precision == "bf16":
         sides["plain_script_bf16"] = plain_script(config, prepared, bf16=True)
     rates = alternate(sides, rounds=2 if arguments.quick else 5)

@@ -93,31 +93,36 @@ def test_no_step_waits_for_the_device(loss, digits, tmp_path, monkeypatch):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("loss", LOSSES)
 def test_no_epoch_waits_for_a_gpu(loss, digits, tmp_path):
-    config = config_of(loss, "--loader.kind", "resident", "--device", "cuda")
+    second = "{cut: {kind: resized}, augment: [{kind: color_jitter}]}"
+    views = ("--data.views", f"[{{cut: {{kind: crop, padding: 2}}}}, {second}]")
+    config = config_of(loss, "--loader.kind", "resident", "--device", "cuda", "--train.average", "0.9", *views)
     trainer = Trainer(config, digits, tmp_path)
     trainer.train_epoch()
     streams = zip(*(loader.epoch(1) for loader in trainer.train_loaders), strict=True)
-    for step, batches in enumerate(streams):
-        torch.cuda.set_sync_debug_mode("error" if step else "default")  # the first copies the epoch's order
-        trainer._schedule(1.5)
-        trainer.train_step(batches, step)
-    torch.cuda.set_sync_debug_mode("default")
+    try:
+        for step, batches in enumerate(streams):
+            torch.cuda.set_sync_debug_mode("error" if step else "default")  # the first copies the epoch's order
+            trainer._schedule(1.5)
+            trainer.train_step(batches, step)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
-def compiled_like_eager(device, digits, tmp_path):
+def compiled_like_eager(device, digits, tmp_path, loss="cibl_with_everything", precision="fp32"):
     """Two networks and two shapes: some steps, with and without torch.compile, end with about the same weights."""
     weights = []
     for compiled in ("true", "false"):
-        flags = ["--precision", "fp32", "--device", device, "--lr", "0.01", "--train.compile", compiled]
-        trainer = Trainer(config_of("cibl_with_everything", *flags), digits, tmp_path)
+        flags = ["--precision", precision, "--device", device, "--lr", "0.01", "--train.compile", compiled]
+        trainer = Trainer(config_of(loss, *flags), digits, tmp_path)
         streams = zip(*(loader.epoch(0) for loader in trainer.train_loaders), strict=True)
         for step, batches in enumerate(itertools.islice(streams, 3)):
             assert trainer.train_step(batches, step)["loss"].isfinite()
-        assert trainer.objective.queue.written > 0
+        assert trainer.objective.queue is None or trainer.objective.queue.written > 0
         weights.append(trainer.network.state_dict())
     assert weights[0].keys() == weights[1].keys()
     for name in weights[0]:
-        assert torch.allclose(weights[0][name], weights[1][name], rtol=1e-3, atol=1e-3), name
+        tolerance = 1e-3 if precision == "fp32" else 2e-2
+        assert torch.allclose(weights[0][name], weights[1][name], rtol=tolerance, atol=tolerance), name
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
@@ -127,8 +132,10 @@ def test_compiled_networks_train_alike(digits, tmp_path):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_compiled_networks_train_alike_on_a_gpu(digits, tmp_path):
-    compiled_like_eager("cuda", digits, tmp_path)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("loss", ["cibl_with_everything", "paco", "hybrid_sc"])
+def test_compiled_networks_train_alike_on_a_gpu(loss, precision, digits, tmp_path):
+    compiled_like_eager("cuda", digits, tmp_path, loss, precision)
 
 
 def test_a_compiler_that_is_missing_is_told(digits, tmp_path, monkeypatch):

@@ -48,8 +48,8 @@ def crops(photos, count: int = 12, most: int = 427) -> list[Image.Image]:
     return found
 
 
-def differences(beton: Beton, size: int, view: View, views: int = 2, epoch: int = 0) -> np.ndarray:
-    """Mean absolute difference to torchvision of each view of each image, of 255."""
+def differences(beton: Beton, size: int, view: View, views: int = 2, epoch: int = 0, over=torch.mean) -> np.ndarray:
+    """Mean (or greatest: `over` is torch.max) absolute difference to torchvision of each view of each image, of 255."""
     from pipelines.ffcv_loader import FFCVLoader
 
     of = Reading((view,) * views, size, len(beton), 0, "instance", drop_last=True)
@@ -68,7 +68,7 @@ def differences(beton: Beton, size: int, view: View, views: int = 2, epoch: int 
             if (height, width) != (size, size):
                 expected = tv.resize(expected, [size, size], antialias=True)
             expected = (tv.horizontal_flip(expected) if flip else expected).permute(1, 2, 0)
-            found.append((expected.float() - batch.views[position, number].float()).abs().mean().item())
+            found.append(over((expected.float() - batch.views[position, number].float()).abs()).item())
     return np.array(found)
 
 
@@ -121,11 +121,22 @@ def test_a_grey_jpeg(photos, tmp_path):
     assert differences(write(tmp_path / "train.beton", images), 64, ANY).max() < 1.0
 
 
+def test_a_small_image_as_raw_pixels(photos, tmp_path):
+    """As CIFAR lies: 32x32, resized boxes of a fifth of it and more."""
+    whole = Image.open(photos[0]).convert("RGB")
+    images = [whole.crop((29 * n, 17 * n, 29 * n + 32, 17 * n + 32)) for n in range(20)]
+    beton = write(tmp_path / "train.beton", [Packed(False, 32, 32, image.tobytes()) for image in images])
+    small = View(cut=RandomResizedCrop(kind="resized", scale=(0.2, 1.0)))
+    assert differences(beton, 32, small).max() < 0.5
+    assert differences(beton, 32, small, over=torch.max).max() <= 1
+
+
 @pytest.mark.parametrize("size", [48, 30])
 def test_raw_pixels_differ_by_rounding_alone(photos, tmp_path, size):
     images = [Packed(False, *image.size, image.tobytes()) for image in crops(photos)]
     beton = write(tmp_path / "train.beton", images)
     assert differences(beton, size, ANY).max() < 0.5
+    assert differences(beton, size, ANY, over=torch.max).max() <= 4
     assert differences(beton, size, View(cut=RandomCrop(kind="crop"))).max() == 0  # copied, not resized
 
 
