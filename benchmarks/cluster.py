@@ -1,16 +1,17 @@
 """`python -m benchmarks.cluster [--quick] [--images FOLDER]`: what Ray Train costs, and how long a start takes.
 
-Two Ray workers beside two torchrun processes, one Ray worker beside one plain process: the same command, data and threads.
-Images a second are the median over the epochs after the first; the runs take turns. A start is the time from the command to the
-first step of the first epoch, FFCV's compilation included where it is not cached. Beside it: the CPU time a second of all
-processes but those that train (Ray's services and the driver, torchrun's agent), between the ends of the
-first and of the last but one epoch.
+Two Ray workers beside two torchrun processes, one Ray worker beside one plain process: the same command, data and threads. A
+machine's own speed may change by a tenth within minutes, so the two sides of a pair are started once and then take turns every
+few seconds: all processes of the other side are stopped meanwhile (SIGSTOP), and images a second count the time in turn alone.
+A start is the time from the command to the first step of the first epoch, FFCV's compilation included where it is not cached.
+Beside it: the CPU time a second of all processes but those that train (Ray's services and the driver, torchrun's agent).
 """
 
 from __future__ import annotations
 
 import argparse
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 import psutil
 
 from benchmarks.data import add_arguments, cifar10_lt
@@ -26,84 +28,144 @@ from benchmarks.measure import report
 from cibl_ray.config import save_config
 from cibl_ray.runlog import METRICS, read_metrics
 
+TURN, LARGEST = 12.0, 300  # seconds: some epochs of a data set whose largest class has so many images
+
+
+class Side:
+    """A training command that runs for ever, in turns."""
+
+    def __init__(self, command: list[str], run: Path) -> None:
+        self._command, self._run = command, run
+        begun = time.time()
+        self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        self.start = 0.0
+        while self._done() < 3:  # the first epochs warm up
+            self._alive()
+            time.sleep(0.02)
+            if not self.start and self._done():
+                self.start = time.time() - begun - read_metrics(run)[0]["seconds"]["epoch"]
+        self.active = self.beside = 0.0
+        self.epochs: list[tuple[float, int]] = []  # time in turn, epochs done by then
+        self._all(signal.SIGSTOP)
+
+    def turn(self, seconds: float) -> None:
+        """Run for so long, and note when each epoch ends."""
+        before, known = self._cpu_beside_training(), self._done()
+        self._all(signal.SIGCONT)
+        begun = time.monotonic()
+        while (passed := time.monotonic() - begun) < seconds:
+            if (now := self._done()) > known:
+                self.epochs.append((self.active + passed, now))
+                known = now
+            time.sleep(0.05)
+        self._all(signal.SIGSTOP)
+        self.active += time.monotonic() - begun
+        self.beside += self._cpu_beside_training() - before
+        self._alive()
+
+    def end(self) -> None:
+        self._all(signal.SIGCONT)
+        self._process.send_signal(signal.SIGINT)
+        with suppress(subprocess.TimeoutExpired):
+            self._process.communicate(timeout=60)
+        for process in self._tree():
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+
+    def _done(self) -> int:
+        """Epochs, counted without much work: the side in turn wants both cores."""
+        path = self._run / METRICS
+        return path.read_bytes().count(b"\n") if path.exists() else 0
+
+    def _alive(self) -> None:
+        if self._process.poll() is not None:
+            assert self._process.stderr is not None
+            raise RuntimeError(f"{' '.join(self._command)}: {self._process.stderr.read()}")
+
+    def _tree(self) -> list[psutil.Process]:
+        try:
+            root = psutil.Process(self._process.pid)
+            return [root, *root.children(recursive=True)]
+        except psutil.NoSuchProcess:
+            return []
+
+    def _all(self, number: signal.Signals) -> None:
+        for process in self._tree():
+            with suppress(psutil.NoSuchProcess):
+                process.send_signal(number)
+
+    def _cpu_beside_training(self) -> float:
+        """Seconds that the processes of the command have run, without those that train."""
+        root, *below = self._tree()
+        if "--cluster" in self._command:
+            training = [process for process in below if "RayTrainWorker" in process.name()]
+        else:
+            training = below if "torch.distributed.run" in self._command else [root, *below]
+        times = [process.cpu_times() for process in (root, *below) if process not in training]
+        return sum(time.user + time.system for time in times)
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cluster", description=__doc__)
     add_arguments(parser)
+    parser.add_argument("--turns", type=int, help=f"of {TURN:g} s of each side; by default 15")
     arguments = parser.parse_args()
+    turn, largest, turns = (3.0, 100, 2) if arguments.quick else (TURN, LARGEST, arguments.turns or 15)
     train = [sys.executable, "-m", "cibl_ray.train"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "cibl_ray.train"]
-    sides = {
-        "ray2": (train, ["--cluster", "--workers", "2"]),
-        "torchrun2": (torchrun, []),
-        "ray1": (train, ["--cluster", "--workers", "1"]),
-        "plain": (train, []),
+    pairs = {
+        ("ray2", "torchrun2"): ((train, ["--cluster", "--workers", "2"]), (torchrun, [])),
+        ("ray1", "plain"): ((train, ["--cluster", "--workers", "1"]), (train, [])),
     }
     folder = Path(tempfile.mkdtemp(prefix="cibl_ray_cluster_"))
-    epochs, largest = ("4", "200") if arguments.quick else ("6", "1000")
-    options = ["--backbone", "resnet20", "--epochs", epochs, "--warmup_epochs", "0", "--data.profile.largest", largest]
-    config, _ = cifar10_lt(arguments.images, *options, "--runs", str(folder))
+    options = ["--backbone", "resnet20", "--epochs", "100000", "--warmup_epochs", "0", "--checkpoint_every", "100000"]
+    config, prepared = cifar10_lt(arguments.images, *options, "--data.profile.largest", str(largest), "--runs", str(folder))
     save_config(config, folder / "config.yaml")
-    rates: dict[str, list[float]] = {side: [] for side in sides}
-    starts: dict[str, list[float]] = {side: [] for side in sides}
-    others: dict[str, list[float]] = {side: [] for side in sides}
+    size = config.train.batch_size
+    images = int(prepared.train_counts.sum()) // size * size
+    rates, spread, starts, beside = {}, {}, {}, {}
     try:
-        for number in range(1 if arguments.quick else 5):
-            for side, (command, more) in sides.items():
-                run = folder / f"{side}-{number}"
-                start, other, rows = _timed([*command, str(folder / "config.yaml"), "--name", run.name, *more], run)
-                others[side].append(other)
-                starts[side].append(start)
-                rates[side].append(statistics.median(row["rate"]["images_per_s"] for row in rows[1:]))
+        for names, commands in pairs.items():
+            sides: dict[str, Side] = {}
+            try:
+                for name, (command, more) in zip(names, commands, strict=True):
+                    arguments_of = [*command, str(folder / "config.yaml"), "--name", name, *more]
+                    sides[name] = Side(arguments_of, folder / name)
+                for number in range(turns):
+                    # ABBA: neither side always follows the other.
+                    for side in [*sides.values()][:: 1 if number % 2 == 0 else -1]:
+                        side.turn(turn)
+            finally:
+                for side in sides.values():
+                    side.end()
+            key = "_over_".join(names)
+            rates[key], spread[key] = _ratio(*sides.values())
+            for name, side in sides.items():
+                (begun, first), (ended, last) = side.epochs[0], side.epochs[-1]
+                starts[name] = round(side.start, 1)
+                beside[name] = round(1000 * side.beside / side.active, 1)
+                rates[name] = round((last - first) * images / (ended - begun), 1)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    images = {side: round(statistics.median(values), 1) for side, values in rates.items()}
-
-    def ratio(ours: str, theirs: str) -> float:
-        """Round by round, of sides that ran one after the other: a machine that is slower for minutes is so for both."""
-        return round(statistics.median(a / b for a, b in zip(rates[ours], rates[theirs], strict=True)), 3)
-
-    pairs = (("ray2", "torchrun2"), ("ray1", "plain"))
     report(
-        images_per_s=images,
-        images_per_s_rounds={side: [round(value, 1) for value in values] for side, values in rates.items()},
-        seconds_to_first_step={side: round(statistics.median(values), 1) for side, values in starts.items()},
-        cpu_ms_per_s_beside_training={side: round(statistics.median(values), 1) for side, values in others.items()},
-        ratios={f"{ours}_over_{theirs}": ratio(ours, theirs) for ours, theirs in pairs},
+        images_per_s={name: rates[name] for names in pairs for name in names},
+        seconds_to_first_step=starts,
+        cpu_ms_per_s_beside_training=beside,
+        turns=turns,
+        ratio_with_95_percent_interval=spread,
+        ratios={key: round(rates[key], 3) for key in spread},
     )
 
 
-def _timed(command: list[str], run: Path) -> tuple[float, float, list[dict]]:
-    """Seconds from the command to its first step, ms of CPU time a second beside training, and the rows of all epochs."""
-    begun = time.time()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    first, spent = None, []
-    while process.poll() is None:
-        if (run / METRICS).exists() and (rows := read_metrics(run)):
-            if first is None:
-                first = time.time() - rows[0]["seconds"]["epoch"] - rows[0]["seconds"]["evaluation"]
-            if len(rows) > len(spent):
-                with suppress(psutil.NoSuchProcess):  # at the end
-                    spent.append((time.monotonic(), _cpu_beside_training(process.pid, command)))
-        time.sleep(0.01 if first is None else 0.2)
-    if process.returncode or first is None or len(spent) < 3:
-        assert process.stderr is not None
-        raise RuntimeError(f"{' '.join(command)}: {process.stderr.read()}")
-    rows = read_metrics(run)
-    (at, before), (to, after) = spent[0], spent[-2]  # with the last epoch, processes begin to end
-    return first - begun, 1000 * (after - before) / (to - at), rows
-
-
-def _cpu_beside_training(pid: int, command: list[str]) -> float:
-    """Seconds that the processes of a command have run, from `pid` down, without those that train."""
-    root = psutil.Process(pid)
-    below = root.children(recursive=True)
-    if "--cluster" in command:
-        training = [process for process in below if "RayTrainWorker" in process.name()]
-    else:
-        training = below if "torch.distributed.run" in command else [root, *below]
-    times = [process.cpu_times() for process in (root, *below) if process not in training]
-    return sum(time.user + time.system for time in times)
+def _ratio(ours: Side, theirs: Side) -> tuple[float, list[float]]:
+    """The ratio of the rates over all turns, and an interval of it: by resampling the turns (bootstrap)."""
+    seconds = [
+        np.diff([time for time, _ in side.epochs]) / np.diff([done for _, done in side.epochs]) for side in (ours, theirs)
+    ]
+    random = np.random.default_rng(0)
+    drawn = [[random.choice(each, len(each)).mean() for each in seconds] for _ in range(2000)]
+    low, high = np.percentile([theirs_s / ours_s for ours_s, theirs_s in drawn], [2.5, 97.5])
+    return statistics.mean(seconds[1]) / statistics.mean(seconds[0]), [round(float(low), 3), round(float(high), 3)]
 
 
 if __name__ == "__main__":
