@@ -54,12 +54,13 @@ class Augment(nn.Module):
         return stages
 
     def forward(
-        self, views: torch.Tensor, epoch: int, step: int, rows: slice | None = None, batch: int | None = None
+        self, views: torch.Tensor, epoch: int, step: int, rows: slice | None = None, batch: int | None = None, steps: int = 1
     ) -> torch.Tensor:
         """views uint8 (B, V, S, S, 3) to new ones of the same shape; the very same tensor where no view has a recipe.
 
         rows, batch: where several processes share a batch of `batch` samples, these views are its `rows`; their draws are
-        then those that one process would make for the whole.
+        then those that one process would make for the whole. steps: the views are those of so many steps, from `step` on, one
+        after the other: each keeps its draws, and a GPU launches as many kernels for all as for one.
         """
         if not any(self.recipes):
             return views
@@ -70,10 +71,11 @@ class Augment(nn.Module):
                 result[:, number] = views[:, number]
                 continue
             planes = views[:, number].permute(0, 3, 1, 2).contiguous()  # each channel by itself: what follows runs on vectors
-            stages = self.draw(number, epoch, step, len(views) if batch is None else batch)
+            whole = len(views) // steps if batch is None else batch
+            drawn = [self.draw(number, epoch, step + more, whole) for more in range(steps)]
             if rows is not None:
-                stages = [stage.rows(rows) for stage in stages]
-            planes = apply(stages, planes)
+                drawn = [[stage.rows(rows) for stage in stages] for stages in drawn]
+            planes = apply([Stage.join(same) for same in zip(*drawn, strict=True)] if steps > 1 else drawn[0], planes)
             for channel in range(3):
                 result[:, number, ..., channel] = planes[:, channel]
         return result

@@ -7,6 +7,7 @@ the same one.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import assert_never
@@ -56,6 +57,11 @@ class Stage:
 
     def rows(self, part: slice) -> Stage:
         return Stage(self.op[part], self.value[part], self.size)
+
+    @staticmethod
+    def join(parts: Sequence[Stage]) -> Stage:
+        """The same step of a recipe for several batches, one after the other."""
+        return Stage(np.concatenate([part.op for part in parts]), np.concatenate([part.value for part in parts]), parts[0].size)
 
 
 def draw(augmentation: Augmentation, size: int, batch: int, random: np.random.Generator) -> list[Stage]:

@@ -32,7 +32,8 @@ class Batch:
     labels: int64 (B,).
     index: int64 (B,), the samples' rows in the .beton file (line numbers, from 0, of its `.files.txt`).
 
-    The tensors are the loader's own buffers: they hold until the next batch is taken. Copy what must last longer.
+    Unless the loader is `lasting`, the tensors are its own buffers: they hold until the next batch is taken. Copy what must
+    last longer.
     """
 
     views: torch.Tensor
@@ -41,9 +42,13 @@ class Batch:
 
 
 class Loader(Protocol):
-    """Batches of one split. Two loaders of different kinds give the same batches for the same seed and epoch."""
+    """Batches of one split. Two loaders of different kinds give the same batches for the same seed and epoch.
+
+    lasting: its batches stay as they are when the next is taken.
+    """
 
     name: str
+    lasting: bool
     samples: int
     batches: int
 

@@ -20,6 +20,8 @@ class EvalLoader:
     """`pipelines.batch.Loader` for evaluation, whichever loader trains. Pillow decodes and resizes in threads, outside Python's
     lock; images that lie as they are needed are copied."""
 
+    lasting = True
+
     def __init__(self, beton: Beton, reading: Reading, config: LoaderConfig) -> None:
         assert reading.rule is not None
         self._beton, self._reading, self._rule = beton, reading, reading.rule

@@ -146,6 +146,8 @@ class _Epoch(EpochIterator):
 class FFCVLoader:
     """`pipelines.batch.Loader` by FFCV. The whole file is memory-mapped; the operating system caches it."""
 
+    lasting = False
+
     def __init__(self, beton: Beton, reading: Reading, config: LoaderConfig) -> None:
         self._reading = reading
         self._beton, self._labels = beton, torch.from_numpy(beton.labels.copy())

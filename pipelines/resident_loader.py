@@ -72,6 +72,8 @@ class _Pixels:
 class ResidentLoader:
     """`pipelines.batch.Loader` of images that lie in `device`'s memory; its batches lie there too."""
 
+    lasting = True
+
     def __init__(self, beton: Beton, reading: Reading, device: torch.device) -> None:
         self._beton, self._reading, self._device = beton, reading, device
         self._margin = max((view.cut.padding for view in reading.views if isinstance(view.cut, RandomCrop)), default=0)

@@ -52,6 +52,8 @@ class _Epoch(Dataset[tuple[torch.Tensor, int, int]]):
 class TorchLoader:
     """`pipelines.batch.Loader` by a DataLoader. Equal to FFCV's for raw images that are not resized, else close."""
 
+    lasting = False
+
     def __init__(self, beton: Beton, reading: Reading, config: LoaderConfig) -> None:
         self._beton, self._reading = beton, reading
         self.samples = len(beton)

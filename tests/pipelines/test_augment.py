@@ -373,6 +373,16 @@ def test_processes_that_share_a_batch_draw_as_one():
     assert torch.equal(torch.cat(halves), whole)
 
 
+@pytest.mark.parametrize("rows", [None, slice(2, 6)])
+def test_several_steps_at_once_draw_as_one_after_the_other(rows):
+    augment = full()
+    steps = views_of(crops(24, 32), 2).split(8)
+    own = slice(None) if rows is None else rows
+    one_by_one = [augment(views[own], 3, 5 + number, rows, 8) for number, views in enumerate(steps)]
+    together = augment(torch.cat([views[own] for views in steps]), 3, 5, rows, None if rows is None else 8, steps=3)
+    assert torch.equal(together, torch.cat(one_by_one))
+
+
 def test_views_are_laid_out_as_the_network_expects():
     """Channels last in, channels last out, each view by its own recipe, in the recipe's order."""
     images = crops(20, 32)
