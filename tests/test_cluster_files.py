@@ -11,9 +11,26 @@ import pytest
 import yaml
 
 from cibl_ray.checkpoint import load_checkpoint
+from cibl_ray.config import load_config
 from tests.conftest import REPOSITORY
 
 FILES = REPOSITORY / "configs" / "cluster"
+
+
+def assert_trains(command, root):
+    """The command's configuration is one, and all that it reads and writes lies below `root`."""
+    assert command[:3] == ["python", "-m", "cibl_ray.train"]
+    assert "--cluster --address auto" in " ".join(command)
+    options = [*command[4:]]
+    options.remove("--cluster")
+    for name in ("--address", "--workers", "--name", "--max-failures", "--storage"):
+        if name in options:
+            at = options.index(name)
+            del options[at : at + 2]
+    config = load_config(command[3], options)
+    source = config.data.source
+    places = [source.root, source.train, source.val, source.test, config.data.prepared]
+    assert all(str(place).startswith(root) for place in places), places
 
 
 def test_ray_up_file_keeps_rays_schema():
@@ -23,6 +40,9 @@ def test_ray_up_file_keeps_rays_schema():
     validate_config(content)
     assert content["available_node_types"][content["head_node_type"]]["max_workers"] == 0
     assert any("requirements.lock" in command for command in content["setup_commands"])
+    lines = [line.lstrip("# ").rstrip("\\ ") for line in (FILES / "ray_up.yaml").read_text().splitlines()]
+    first = next(number for number, line in enumerate(lines) if line.startswith("python -m"))
+    assert_trains(" ".join(lines[first : first + 3]).split(), "/data/")
 
 
 def test_rayjob_manifest_has_what_kuberay_asks_for():
@@ -37,7 +57,7 @@ def test_rayjob_manifest_has_what_kuberay_asks_for():
         for container in pod["containers"]:
             assert container["image"] == "IMAGE"
             assert {mount["name"] for mount in container["volumeMounts"]} <= volumes
-    assert "--cluster --address auto" in content["spec"]["entrypoint"]
+    assert_trains(content["spec"]["entrypoint"].split(), "/shared/")
 
 
 def test_slurm_script_is_a_script():

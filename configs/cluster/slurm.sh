@@ -21,7 +21,8 @@ port=$((20000 + SLURM_JOB_ID % 20000)) # two jobs of one user may share a node
 gpus=${SLURM_GPUS_ON_NODE:-0}
 
 start() { # node, then the options of `ray start`
-  srun --nodes=1 --ntasks=1 --overlap -w "$1" ray start --block --num-cpus="$SLURM_CPUS_PER_TASK" --num-gpus="$gpus" "${@:2}" &
+  # srun does not take --cpus-per-task over from sbatch: without it Ray and all its workers could be bound to one core.
+  srun --nodes=1 --ntasks=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" --overlap -w "$1" ray start --block --num-cpus="$SLURM_CPUS_PER_TASK" --num-gpus="$gpus" "${@:2}" &
 }
 start "$head" --head --node-ip-address="$address" --port="$port" --dashboard-host=127.0.0.1
 for _ in $(seq 60); do
