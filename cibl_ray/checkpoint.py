@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -124,12 +125,24 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint, keep_previous: bool = Fa
     except OSError:
         part.unlink(missing_ok=True)
         raise
-    if keep_previous and path.exists():
-        # A second name, not a move: at no moment is there no file under the first one.
-        previous = path.with_name(PREVIOUS)
-        previous.unlink(missing_ok=True)
-        previous.hardlink_to(path)
+    if keep_previous and _whole(path):  # a damaged one must not take the place of the good one before it
+        second = path.with_name(PREVIOUS + ".part")
+        second.unlink(missing_ok=True)
+        try:
+            second.hardlink_to(path)  # a second name, not a move: at no moment is there no file under the first one
+        except OSError:  # a file system without hard links
+            shutil.copyfile(path, second)
+        second.replace(path.with_name(PREVIOUS))
     part.replace(path)
+
+
+def _whole(path: Path) -> bool:
+    """Whether a safetensors file is there and as long as its head says: little is read of it."""
+    try:
+        with safe_open(path, framework="pt"):
+            return True
+    except (SafetensorError, OSError):
+        return False
 
 
 def load_checkpoint(path: Path) -> Checkpoint:

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import signal
 import socket
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Iterator
@@ -33,7 +35,8 @@ import pipelines
 from cibl_ray import config as run_config
 from cibl_ray.board import Address, Posted, shown
 from cibl_ray.progress import Progress, Silent, Terminal
-from cibl_ray.ray_trainer import LeanTrainer, StopOnError, end_needless, known
+from cibl_ray.ray_start import own_cluster
+from cibl_ray.ray_trainer import LeanTrainer, OneMachineConfig, StopOnError, end_needless, known, reason
 from cibl_ray.storage import Mirror, join
 from cibl_ray.world import PeerLostError, World
 from pipelines.cores import limit_cores
@@ -109,9 +112,16 @@ def fit(config: run_config.RunConfig, folder: Path, resume: bool, options: Optio
                 shape = Shape(options.workers, cpus, gpus, options.failures, own=options.address is None)
                 launch(config, folder, resume, shape, Terminal(), options.storage)
             except (SystemExit, KeyboardInterrupt):
-                raise Interrupted(f"stopped; go on from the last checkpoint with: {options.again(folder)}") from None
+                again = f"go on from the last checkpoint with: {options.again(folder)}"
+                raise Interrupted(f"stopped; {again}" if begun(folder, place) else "stopped; nothing was trained yet") from None
             except LostError as error:
-                raise UserError(f"{error}; go on with: {options.again(folder)}") from None
+                again = f"; go on with: {options.again(folder)}" if begun(folder, place) else ""
+                raise UserError(f"{error}{again}") from None
+
+
+def begun(folder: Path, place: str | None) -> bool:
+    """Whether there is a run to go on with, here or in its store."""
+    return (folder / "config.yaml").exists() or (place is not None and Mirror(folder, place).exists())
 
 
 class LostError(RuntimeError):
@@ -145,13 +155,7 @@ def launch(
         resources_per_worker={"CPU": shape.cpus} | ({"GPU": 1} if shape.gpus else {}),
         elastic_resize_monitor_interval_s=30,  # type: ignore[call-arg]  # likewise
     )
-    run = RunConfig(
-        name=f"{folder.name}-{time.time_ns()}",  # a name used before would go on with what Ray remembers of it
-        storage_path=join(storage, ".ray") if storage is not None else str(folder.parent / ".ray"),
-        failure_config=FailureConfig(max_failures=shape.failures),
-        callbacks=[StopOnError()],  # type: ignore[list-item]  # likewise
-    )
-    exchange = TorchConfig(backend="nccl" if shape.gpus else "gloo", timeout_s=_EXCHANGE_TIMEOUT)
+    exchange: dict[str, Any] = {"backend": "nccl" if shape.gpus else "gloo", "timeout_s": _EXCHANGE_TIMEOUT}
 
     def waits() -> str | None:
         try:
@@ -166,9 +170,21 @@ def launch(
             return f"waiting for nodes: there is room for {room} of {least} workers ({each})"
         return f"waiting for room: other work has some of what {least} workers need ({each})" if _in_line() else None
 
-    with shown(ray.util.get_node_ip_address(), progress, waits) as board:
-        given |= {"board": asdict(board), "cpus": shape.cpus}
-        trainer = LeanTrainer(_worker, train_loop_config=given, scaling_config=scaling, run_config=run, torch_config=exchange)
+    with (
+        shown(ray.util.get_node_ip_address(), progress, waits) as board,
+        tempfile.TemporaryDirectory(prefix="cibl_ray_") as meeting,
+        _mark(folder, storage) as mark,
+    ):
+        given |= {"board": asdict(board), "cpus": shape.cpus, "mark": mark}
+        run = RunConfig(
+            name=f"{folder.name}-{time.time_ns()}",  # a name used before would go on with what Ray remembers of it
+            storage_path=join(storage, ".ray") if storage is not None else str(folder.parent / ".ray"),
+            failure_config=FailureConfig(max_failures=shape.failures),
+            callbacks=[StopOnError(board)],  # type: ignore[list-item]  # likewise
+        )
+        one_machine = own_cluster() and known()
+        joined = OneMachineConfig(**exchange, folder=meeting) if one_machine else TorchConfig(**exchange)
+        trainer = LeanTrainer(_worker, train_loop_config=given, scaling_config=scaling, run_config=run, torch_config=joined)
         trainer.alone = shape.own and least == most
         try:
             trainer.fit()
@@ -177,8 +193,24 @@ def launch(
                 raise error.controller_failure from None
             raise
         except ray.train.WorkerGroupError as error:
-            lost = ", ".join(f"rank {rank}" for rank in sorted(error.worker_failures))
+            lost = ", ".join(f"rank {rank} ({reason(cause)})" for rank, cause in sorted(error.worker_failures.items()))
             raise LostError(f"workers were lost {shape.failures + 1} times, at last {lost}") from None
+
+
+@contextmanager
+def _mark(folder: Path, storage: str | None) -> Iterator[str | None]:
+    """A file beside the run folder, while the run lasts, by which rank 0 finds out whether its node sees what this one sees.
+    None where a store keeps the run."""
+    if storage is not None:
+        yield None
+        return
+    mark = folder.parent / ".ray" / f"{folder.name}.{secrets.token_hex(8)}.mark"
+    mark.parent.mkdir(parents=True, exist_ok=True)
+    mark.touch()
+    try:
+        yield str(mark)
+    finally:
+        mark.unlink(missing_ok=True)
 
 
 def _in_line() -> bool:
@@ -263,13 +295,12 @@ def _worker(given: dict[str, Any]) -> None:
         mirror.claim(given["resume"])
         if mirror.exists():
             mirror.download()
-    # The driver has made sure that a new run has no folder yet: one that is there is this run's, of lost workers.
-    started = world.from_first(lambda: (folder / "checkpoints").exists())
-    if started and not given["resume"] and world.first:
-        progress.line("a worker was lost; going on from the last checkpoint")
     try:
-        begun = world.from_first(lambda: (folder / "config.yaml").exists())
-        train(config, folder, given["resume"] or begun or given["storage"] is not None, world, progress, mirror)
+        world.from_first(lambda: _same_folder(folder, given["mark"]))
+        # The driver has made sure that a new run has no folder yet: one that is there is this run's, of lost workers.
+        there = world.from_first(lambda: begun(folder, None))
+        resume = given["resume"] or there or given["storage"] is not None
+        train(config, folder, resume, world, progress, mirror, patience=30)  # the process of a lost worker may end later
     except PeerLostError:
         time.sleep(5)  # the worker with the cause is heard first
         raise
@@ -280,6 +311,15 @@ def _worker(given: dict[str, Any]) -> None:
         raise
     finally:
         posted.finish()
+
+
+def _same_folder(folder: Path, mark: str | None) -> None:
+    """Raise UserError where this node does not see the driver's files: a run begun here would be lost with the node."""
+    if mark is not None and not Path(mark).exists():
+        raise UserError(
+            f"{socket.gethostname()} does not see {str(folder.parent)!r} as the driver does; give --runs a folder that all "
+            "nodes share, or --storage URI"
+        )
 
 
 @contextmanager

@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import os
 
+_OWN = "CIBL_RAY_OWN_CLUSTER"  # the cluster's processes inherit it
+
+
+def own_cluster() -> bool:
+    """Whether the cluster is this machine's own, started for the command that this process belongs to."""
+    return os.environ.get(_OWN) == "1"
+
 
 def settle(own: bool) -> None:
     """own: a cluster of this machine alone will be started, and all its services shall listen on loopback.
 
     (The variable's name tells where Ray does so by itself; it works on Linux too.) Every cluster asks for a token.
     """
+    os.environ[_OWN] = "1" if own else "0"
     if own:
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+        # What workers send each other: torch would take the interface that the machine's name leads to.
+        os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = "lo"
         # These want a controller that is an actor.
         os.environ["RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING"] = os.environ["RAY_TRAIN_ENABLE_STATE_TRACKING"] = "0"
         # Every idle process of Ray wakes a hundred times a second, and a machine of its own shares its cores with training.

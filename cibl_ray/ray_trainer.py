@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
 from ray.train import UserCallback
-from ray.train.torch import TorchTrainer
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch.config import _set_torch_distributed_env_vars, _setup_torch_process_group, _TorchBackend
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 
+from cibl_ray.board import Address, Posted
 from cibl_ray.world import PeerLostError
 from pipelines.errors import UserError
 
@@ -53,12 +58,59 @@ class LeanTrainer(TorchTrainer):
         return super()._initialize_and_run_controller(**given)  # type: ignore[misc]  # likewise
 
 
+@dataclass
+class OneMachineConfig(TorchConfig):
+    """Workers of one machine join each other by a file in `folder`: torch's TCPStore would listen on every interface."""
+
+    folder: str = ""
+
+    @property
+    def backend_cls(self) -> type[_TorchBackend]:
+        return _ByFile
+
+
+class _ByFile(_TorchBackend):
+    def on_start(self, worker_group: Any, backend_config: Any) -> None:
+        meeting = Path(tempfile.mkdtemp(dir=backend_config.folder)) / "store"  # of its own for every group that starts
+        worker_group.execute(_set_torch_distributed_env_vars)
+        ray.get(
+            [
+                worker_group.execute_single_async(
+                    rank,
+                    _setup_torch_process_group,
+                    backend=backend_config.backend,
+                    world_rank=rank,
+                    world_size=len(worker_group),
+                    init_method=meeting.as_uri(),
+                    timeout_s=backend_config.timeout_s,
+                )
+                for rank in range(len(worker_group))
+            ]
+        )
+
+
 class StopOnError(UserCallback):
-    """Runs in Ray Train's controller: an error of the training itself is not tried again, a lost worker is."""
+    """Runs in Ray Train's controller: an error of the training itself is not tried again, a lost worker is, and is told."""
+
+    def __init__(self, board: Address) -> None:
+        self._board = board
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        lost = []
         for rank, error in sorted(worker_exceptions.items()):
             of_ray = type(error).__module__.partition(".")[0] == "ray"  # a dead process, a lost node, no answer
-            if not of_ray and not isinstance(error, PeerLostError):
+            if of_ray:
+                lost.append(f"rank {rank}: {reason(error)}")
+            elif not isinstance(error, PeerLostError):
                 name = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
                 raise UserError(f"rank {rank}: {name}{error}")
+        if worker_exceptions:
+            posted = Posted(self._board)
+            posted.line("a worker was lost; going on from the last checkpoint" + (f" ({'; '.join(lost)})" if lost else ""))
+            posted.finish()
+
+
+def reason(error: BaseException) -> str:
+    """An error of Ray's in a line: its first that says something, without the actor's particulars."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:300] if lines else type(error).__name__

@@ -94,11 +94,18 @@ def main() -> None:
 
 
 def train(
-    config: Any, folder: Path, resume: bool, world: World, progress: Progress, mirror: Mirror | None = None
+    config: Any,
+    folder: Path,
+    resume: bool,
+    world: World,
+    progress: Progress,
+    mirror: Mirror | None = None,
+    patience: float = 0,
 ) -> dict[str, Any]:
     """Run a configuration in `folder`, new or (with `resume`) an earlier run's; returns the result that result.json holds.
 
     Every worker of `world` calls it; rank 0 alone writes, and has a result. mirror: where rank 0 keeps a copy of the folder.
+    patience: seconds to wait for another process that works in the folder: a lost worker's may end after it is replaced.
     """
     from cibl_ray.checkpoint import newest
     from cibl_ray.hardware import keep_freed_memory
@@ -127,8 +134,7 @@ def train(
         folder.mkdir(parents=True, exist_ok=resume)
     except FileExistsError as error:
         raise UserError(f"run folder {str(folder)!r} has just been made by another process; choose another --name") from error
-    # A worker that replaces a lost one may come before that has quite ended.
-    with lock_folder(folder, "training", patience=30 if world.size > 1 else 0), _stops_in_order(trainer):
+    with lock_folder(folder, "training", max(patience, 30 if world.size > 1 else 0)), _stops_in_order(trainer):
         try:
             if mirror is not None:
                 trainer.after_save = mirror.upload
@@ -170,7 +176,7 @@ def _fit(trainer: Trainer, progress: Progress) -> dict[str, Any]:
     result |= {name: {**result[name], "scores": asdict(result[name]["scores"])} for name in kinds}
     result |= {
         "seconds": sum(row["seconds"]["epoch"] for row in rows),
-        "time": _time(rows),
+        "time": {name: seconds + trainer.spent.get(name, 0.0) for name, seconds in _time(rows).items()},
         "images_per_s": statistics.median(row["rate"]["images_per_s"] for row in rows),
         "workers": trainer.world.size,
         "loader": trainer.train_loaders[0].name,
@@ -196,7 +202,7 @@ def _workers(count: int) -> str:
 
 
 def _time(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Where rank 0's seconds went, over all epochs. A checkpoint's stand in the row of the epoch after it."""
+    """Where rank 0's seconds went, over all epochs, without what came after the last one's row."""
     time = {
         name: sum(row["seconds"][name] for row in rows) for name in ("data_wait", "communication", "evaluation", "checkpoint")
     }

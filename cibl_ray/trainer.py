@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,7 @@ _Tensors = dict[str, torch.Tensor]
 
 _ASK_EVERY = 10  # steps between the workers' questions whether a checkpoint is due
 _CHECK_EVERY = 50  # steps between looks at whether the loss is finite
+_SMALL, _STEPS_AT_ONCE = 64, 8  # pixels of a side up to which a GPU augments so many steps at once
 
 
 class Trainer:
@@ -92,7 +94,7 @@ class Trainer:
         self._saved = time.monotonic()
         self.after_save: Callable[[], None] = lambda: None
         self.asked_to_stop = False  # from outside, by a signal
-        self._spent = {"evaluation": 0.0, "checkpoint": 0.0}  # seconds since the last epoch's row
+        self.spent = {"evaluation": 0.0, "checkpoint": 0.0}  # seconds since the last epoch's row
         self.best: dict[str, float] | None = None
         streams = readings(config.loss, config.data, batch, config.seed, world.share)
         if config.train.compile:
@@ -137,8 +139,8 @@ class Trainer:
                 row = self.train_epoch(progress)
                 if "val" in self.prepared.splits:
                     self._validate(row)
-                row["seconds"] |= self._spent
-                self._spent = dict.fromkeys(self._spent, 0.0)
+                row["seconds"] |= self.spent
+                self.spent = dict.fromkeys(self.spent, 0.0)
                 if run_log is not None:
                     run_log.write(row)  # before the checkpoint: a resumed run drops rows beyond it, and misses none
                     if self.epoch % self.config.train.checkpoint_every == 0 or self.epoch == epochs:
@@ -164,18 +166,15 @@ class Trainer:
         self.network.train()
         totals: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros((), device=self.device))
         started = time.perf_counter()
-        waited = self.world.seconds = 0.0
-        saving = self._spent["checkpoint"]
-        before = started
+        self._waited = self.world.seconds = 0.0
+        saving = self.spent["checkpoint"]
         first = self.step
         watch: _Watch | None = None
-        streams = zip(*(loader.epoch(number, first) for loader in self.train_loaders), strict=True)
-        for batch in streams:
-            waited += time.perf_counter() - before
+        for images in zip(*(self._stream(*pair) for pair in zip(self.train_loaders, self.augments, strict=True)), strict=True):
             self._schedule(number + self.step / batches)
             if self.asked_to_stop:
                 raise KeyboardInterrupt
-            terms = self.train_step(batch, self.step)
+            terms = self.optimize([*images])
             for name, value in terms.items():
                 totals[name] += value
             self.step += 1
@@ -189,22 +188,23 @@ class Trainer:
                 progress.advance(batch_size)
             if self.step < batches:
                 self._save_if_due(totals["loss"])
-            before = time.perf_counter()
         self.epoch, self.step = number + 1, 0
         self._average_statistics()
         own = torch.stack([total.float() for total in totals.values()]) * self.world.fraction(batch_size)
         means = (self.world.sum(own) / (batches - first)).tolist()
-        seconds = time.perf_counter() - started - (self._spent["checkpoint"] - saving)
+        seconds = time.perf_counter() - started - (self.spent["checkpoint"] - saving)
         return {
             "epoch": self.epoch,
             "train": dict(zip(totals, means, strict=True)),
             "rate": {"lr": self.optimizer.param_groups[0]["lr"], "images_per_s": (batches - first) * batch_size / seconds},
-            "seconds": {"epoch": seconds, "data_wait": waited, "communication": self.world.seconds},
+            "seconds": {"epoch": seconds, "data_wait": self._waited, "communication": self.world.seconds},
         }
 
     def train_step(self, batches: Sequence[Batch], step: int) -> dict[str, torch.Tensor]:
         """One step of the optimizer on a batch of each stream, number `step` of the epoch; returns detached scalars by name."""
-        return self.optimize([self._images(*pair, step) for pair in zip(batches, self.augments, strict=True)])
+        return self.optimize(
+            [self._images([batch], augment, step)[0] for batch, augment in zip(batches, self.augments, strict=True)]
+        )
 
     def optimize(self, streams: list[Images]) -> dict[str, torch.Tensor]:
         """The same on images that are ready for the network. Raises UserError where memory does not suffice."""
@@ -232,11 +232,32 @@ class Trainer:
             self.average.update(self.network, self.epoch * self.train_loaders[0].batches + self.step + 1)
         return {name: term.detach() for name, term in terms.items()}
 
-    def _images(self, batch: Batch, augment: Augment, step: int) -> Images:
-        size = self.config.train.batch_size
-        views = batch.views.to(self.device, non_blocking=True)
-        pixels = self.normalize(augment(views, self.epoch, step, self.world.share.of(size), size))
-        return Images(pixels, batch.labels.to(self.device, non_blocking=True), batch.views.shape[1])
+    def _stream(self, loader: Loader, augment: Augment) -> Iterator[Images]:
+        """The images of the epoch's steps from here on, ready for the network."""
+        step, batches = self.step, iter(loader.epoch(self.epoch, self.step))
+        at_once = self._steps_at_once(loader, augment)
+        while True:
+            before = time.perf_counter()
+            taken = [*islice(batches, at_once)]
+            self._waited += time.perf_counter() - before
+            if not taken:
+                return
+            yield from self._images(taken, augment, step)
+            step += len(taken)
+
+    def _steps_at_once(self, loader: Loader, augment: Augment) -> int:
+        """Small images on a GPU: what augmentation costs is its launches, which are as many for several steps as for one."""
+        small = self.config.data.size <= _SMALL and any(augment.recipes)
+        return _STEPS_AT_ONCE if self.device.type == "cuda" and loader.lasting and small else 1
+
+    def _images(self, batches: list[Batch], augment: Augment, step: int) -> list[Images]:
+        """What the network sees in so many steps, from number `step` of the epoch on."""
+        size, each = self.config.train.batch_size, len(batches[0].labels)
+        parts = [batch.views.to(self.device, non_blocking=True) for batch in batches]
+        views = torch.cat(parts) if len(parts) > 1 else parts[0]
+        pixels = self.normalize(augment(views, self.epoch, step, self.world.share.of(size), size, len(batches)))
+        labels = [batch.labels.to(self.device, non_blocking=True) for batch in batches]
+        return [Images(*pair, views.shape[1]) for pair in zip(pixels.split(each * views.shape[1]), labels, strict=True)]
 
     def _run(self, network: nn.Module, pixels: torch.Tensor) -> Outputs:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
@@ -254,7 +275,7 @@ class Trainer:
         logits, labels = predict(self.judged, self.eval_loaders[split], self.normalize, self.device)
         logits, labels = self.world.collect(logits), self.world.collect(labels)
         scores = score(logits, labels, self.prepared.train_counts) if self.world.first else None
-        self._spent["evaluation"] += time.perf_counter() - started
+        self.spent["evaluation"] += time.perf_counter() - started
         return scores
 
     def save(self) -> None:
@@ -269,7 +290,7 @@ class Trainer:
         save_checkpoint(self._checkpoints / LAST, whole, keep_previous=True)
         self.after_save()
         self._saved = time.monotonic()
-        self._spent["checkpoint"] += time.perf_counter() - started
+        self.spent["checkpoint"] += time.perf_counter() - started
 
     def _save_if_due(self, total: torch.Tensor) -> None:
         """Within an epoch: rank 0's clock decides, and all ranks hear of it, because they average their statistics first."""
@@ -317,7 +338,9 @@ class Trainer:
         # The class mean: a validation split carved out of unbalanced data must not favour the head.
         if self.best is None or scores.balanced > self.best["balanced"]:
             self.best = {"epoch": self.epoch, "balanced": scores.balanced}
+            started = time.perf_counter()
             save_checkpoint(self._checkpoints / BEST, self._checkpoint(self.judged.state_dict()))
+            self.spent["checkpoint"] += time.perf_counter() - started
 
     def _checkpoint(self, weights: _Tensors, **more: _Tensors) -> Checkpoint:
         return Checkpoint(
@@ -346,11 +369,20 @@ class Trainer:
         epoch = None if self.best is None else self.best["epoch"]  # known to rank 0 alone
         if epoch == self.epoch:
             result["best"] = result["last"]  # the same weights
-        best = self.world.from_first(lambda: load_checkpoint(path) if epoch not in (None, self.epoch) else None)
+        best = self.world.from_first(lambda: _readable(path) if epoch not in (None, self.epoch) else None)
         if best is not None:
             load_weights(self.judged, best)
             result["best"] = {"epoch": best.epoch, "scores": self.evaluate(split)}
         return result if self.world.first else {}
+
+
+def _readable(path: Path) -> Checkpoint | None:
+    """The best checkpoint, where it is whole: the last one's scores do not depend on it."""
+    try:
+        return load_checkpoint(path)
+    except UserError as error:
+        log.warning("%s; the result is the last epoch's alone", error)
+        return None
 
 
 class _Watch:

@@ -109,6 +109,15 @@ def _write(path: Path, text: str) -> None:
     part.replace(path)
 
 
+def _read(path: Path) -> dict[str, Any] | None:
+    """A trial's parameters; None where a full disk cut them short: the search proposes others in their stead."""
+    try:
+        content = json.loads(path.read_text())
+    except ValueError:
+        return None
+    return content if isinstance(content, dict) else None
+
+
 def _search(sweep: SweepConfig, base: dict[str, Any], folder: Path, left: int) -> None:
     import optuna
     import ray
@@ -133,7 +142,7 @@ def _search(sweep: SweepConfig, base: dict[str, Any], folder: Path, left: int) -
     proposed = _proposed(storage)
     ended = {trial.name for trial in read_trials(folder)}
     waiting = [trial.system_attrs.get("fixed_params") for trial in proposed if trial.state.name == "WAITING"]
-    begun = [json.loads(path.read_text()) for path in sorted((folder / "trials").glob("*.json"))]
+    begun = [params for path in sorted((folder / "trials").glob("*.json")) if (params := _read(path)) is not None]
     unfinished = [params for params in begun if trial_name(params) not in ended and params not in waiting]
     seed = sweep.seed + len(proposed)  # what was proposed before an interruption is not proposed again
     sampler: Any = {
@@ -228,12 +237,12 @@ def _trial(params: dict[str, Any], given: dict[str, Any]) -> None:
     name = trial_name(params)
     run_folder = Path(given["folder"]) / "trials" / name
     run_folder.parent.mkdir(parents=True, exist_ok=True)
-    run_folder.with_suffix(".json").write_text(json.dumps(params))
+    _write(run_folder.with_suffix(".json"), json.dumps(params))
     failed = run_folder.with_suffix(".error")
     failed.unlink(missing_ok=True)
-    progress = _Reported(sweep)
     try:
         config = trial_config(given["base"], params)
+        progress = _Reported(sweep, config.train.epochs)
         # The same parameters may be proposed twice: the second waits, and tells what the first has done.
         with run_folder.with_suffix(".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
@@ -243,6 +252,7 @@ def _trial(params: dict[str, Any], given: dict[str, Any]) -> None:
                 train(config, run_folder, run_folder.exists(), World(), progress)
             else:
                 _in_workers(sweep, config, run_folder, progress)
+            progress.finish()
     except Exception as error:
         # Told to the driver by way of a file, not raised: Ray Tune then tries again what a lost process left, and that alone.
         kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
@@ -267,10 +277,14 @@ def _in_workers(sweep: SweepConfig, config: RunConfig, run_folder: Path, progres
 
 
 class _Reported:
-    """`Progress` of a trial: every epoch's scores for Ray Tune."""
+    """`Progress` of a trial of `epochs`: every epoch's scores for Ray Tune.
 
-    def __init__(self, sweep: SweepConfig) -> None:
-        self._sweep, self._told = sweep, 0
+    The last one's when all is written (`finish`): ASHA may end a trial at any report, and this one is complete.
+    """
+
+    def __init__(self, sweep: SweepConfig, epochs: int) -> None:
+        self._sweep, self._epochs, self._told = sweep, epochs, 0
+        self._last: dict[str, Any] | None = None
 
     def begin(self, total: int, done: int) -> None: ...
 
@@ -284,15 +298,25 @@ class _Reported:
         return logging.NullHandler()
 
     def epoch(self, row: dict[str, Any], text: str) -> None:
-        from ray import tune
-
-        from cibl_ray.sweep import objectives
-
         if row["epoch"] <= self._told:
             return
         if "val" not in row:
             raise UserError("no validation split, and a sweep must not choose on the test set; set data.val_fraction: 0.1")
         self._told = row["epoch"]
+        if row["epoch"] == self._epochs:
+            self._last = row
+        else:
+            self._report(row)
+
+    def finish(self) -> None:
+        if self._last is not None:
+            self._report(self._last)
+
+    def _report(self, row: dict[str, Any]) -> None:
+        from ray import tune
+
+        from cibl_ray.sweep import objectives
+
         values = {f"objective_{number}": value for number, value in enumerate(objectives(self._sweep, row["val"]))}
         tune.report({"epoch": row["epoch"], "scores": row["val"]} | values)
 

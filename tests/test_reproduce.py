@@ -133,7 +133,7 @@ def test_smoke(small_cifar, tmp_path):
 
 def test_a_run_that_fails_is_told_and_the_others_go_on(small_cifar, tmp_path, capfd):
     place = ("--data.source.kind", "folder", "--data.source.path", str(small_cifar), "--prepared", str(tmp_path / "prepared"))
-    tiny = (*place, "--epochs", "1", "--warmup_epochs", "0", "--backbone", "resnet20", "--data.profile.largest", "70")
+    tiny = (*place, "--epochs", "1", "--warmup_epochs", "0", "--backbone", "resnet20", "--data.profile.largest", "100")
     every = [
         Run("diverges", "cifar10_lt", (*tiny, "--lr", "1e30", "--batch_size", "32")),
         Run("good", "cifar10_lt", (*tiny, "--batch_size", "32")),

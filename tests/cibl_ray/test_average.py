@@ -18,6 +18,7 @@ FLAGS = ["--epochs", "2", "--warmup_epochs", "0", "--loader.kind", "torch"]
 
 
 def trainer(digits, folder, *more):
+    folder.mkdir(exist_ok=True)
     return Trainer(resolve(load_config("quickstart", [*FLAGS, *more])), digits, folder)
 
 
@@ -87,6 +88,7 @@ def test_a_decay_that_is_none(value):
 def test_evaluate_from_the_checkpoint(tmp_path):
     flags = ["--data.prepared", str(tmp_path / "prepared"), "--train.average", "0.95"]
     config = resolve(load_config("quickstart", [*FLAGS, *flags]))
+    (tmp_path / "run").mkdir()
     run = Trainer(config, ensure_prepared(config.data, config.seed), tmp_path / "run")
     result = run.fit()
     again = evaluate(load_checkpoint(tmp_path / "run" / "checkpoints" / "last.safetensors"))

@@ -63,6 +63,31 @@ def test_cut_short_falls_back_to_the_one_before(tmp_path, caplog):
         newest(tmp_path)
 
 
+def test_a_damaged_one_never_takes_the_place_of_the_good_one_before(tmp_path):
+    """The run that fell back saves again, and is then cut short once more."""
+    for epoch in (1, 2):
+        save_checkpoint(tmp_path / "last.safetensors", checkpoint(epoch), keep_previous=True)
+    for epoch in (3, 4):
+        whole = (tmp_path / "last.safetensors").read_bytes()
+        (tmp_path / "last.safetensors").write_bytes(whole[: len(whole) // 2])
+        save_checkpoint(tmp_path / "last.safetensors", checkpoint(epoch), keep_previous=True)
+        assert load_checkpoint(tmp_path / "last.safetensors").epoch == epoch
+        assert load_checkpoint(tmp_path / "previous.safetensors").epoch == 1
+    save_checkpoint(tmp_path / "last.safetensors", checkpoint(5), keep_previous=True)
+    assert load_checkpoint(tmp_path / "previous.safetensors").epoch == 4
+    assert {file.name for file in tmp_path.iterdir()} == {"last.safetensors", "previous.safetensors"}
+
+
+def test_a_file_system_without_hard_links(tmp_path, monkeypatch):
+    def refuse(self, target):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr("pathlib.Path.hardlink_to", refuse)
+    for epoch in (1, 2):
+        save_checkpoint(tmp_path / "last.safetensors", checkpoint(epoch), keep_previous=True)
+    assert [load_checkpoint(tmp_path / f"{name}.safetensors").epoch for name in ("previous", "last")] == [1, 2]
+
+
 def test_killed_between_the_two_renames(tmp_path):
     save_checkpoint(tmp_path / "last.safetensors", checkpoint(4))
     (tmp_path / "last.safetensors").rename(tmp_path / "previous.safetensors")

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -22,7 +23,7 @@ from tests.conftest import REPOSITORY
 
 settle(own=True)
 
-from cibl_ray.cluster import Options, fitting_cpus, parse_workers, places  # noqa: E402
+from cibl_ray.cluster import Options, _mark, _same_folder, fitting_cpus, parse_workers, places  # noqa: E402
 
 EPOCHS = 12
 OPTIONS = ["--epochs", EPOCHS, "--warmup_epochs", "1", "--batch_size", "62", "--loader.kind", "torch"]
@@ -126,7 +127,7 @@ def test_a_killed_worker_is_replaced_and_nothing_changes(folder, undisturbed):
     assert not needless_of(process)
     workers_of(process)[-1].kill()
     text = ended(process, log)
-    assert "a worker was lost; going on from the last checkpoint" in text
+    assert "a worker was lost; going on from the last checkpoint (rank 1: " in text
     assert same(run, undisturbed[0])
     assert [row["epoch"] for row in read_metrics(run)] == [*range(1, EPOCHS + 1)]
 
@@ -146,6 +147,72 @@ def test_a_killed_driver_and_a_checkpoint_cut_short(folder, undisturbed):
     assert "is cut short or damaged" in text
     assert "going on from the one before" in text
     assert same(run, undisturbed[0])
+
+
+PROBE = """
+import ray, sys
+ray.init(address=sys.argv[1], logging_level="CRITICAL")
+print("joined", ray.nodes())
+"""
+
+
+def test_a_cluster_of_its_own_listens_on_loopback_alone_and_asks_for_its_token(folder):
+    process, log = start(folder, *new(folder, "ports", "--epochs", "500"))
+    try:
+        wait_for_epoch(folder / "runs" / "ports", 1, process)
+        below = psutil.Process(process.pid).children(recursive=True)
+        listening, workers, address = set(), 0, ""
+        for child in [psutil.Process(process.pid), *below]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                ports = [found.laddr.ip for found in child.net_connections("inet") if found.status == psutil.CONN_LISTEN]
+                listening |= set(ports)
+                workers += "RayTrainWorker" in child.name() and bool(ports)
+                address = next((part for part in child.cmdline() if part.startswith("--gcs-address=")), address)
+        assert workers == 2  # they talk to each other by sockets
+        assert listening <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+        probe = [sys.executable, "-c", PROBE, address.partition("=")[2]]
+        stranger = os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}
+        done = subprocess.run(probe, env=stranger, capture_output=True, text=True, timeout=120)
+        assert done.returncode != 0
+        assert "joined" not in done.stdout
+        assert "nauthenticated" in done.stderr or "token" in done.stderr, done.stderr
+    finally:
+        process.send_signal(signal.SIGINT)
+        ended(process, log, 130)
+
+
+def test_a_read_only_folder_is_told(folder, tmp_path):
+    place = tmp_path / "read_only"
+    place.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", place], capture_output=True).returncode:
+        pytest.skip("only root may mount a read-only folder, and root may write to any other")
+    try:
+        text = ended(*start(folder, *new(folder, "read_only"), "--runs", place / "runs"), 2)
+    finally:
+        subprocess.run(["umount", place], check=True)
+    (error,) = [line for line in text.splitlines() if line.startswith("error: ")]
+    assert "Read-only file system" in error
+    assert str(place) in error
+    assert "Traceback" not in text
+
+
+def test_stopped_before_anything_was_trained(folder):
+    process, log = start(folder, *new(folder, "early"))
+    wait_for_text("data: ", process, log) if not (folder / "prepared").exists() else time.sleep(5)
+    process.send_signal(signal.SIGINT)
+    text = ended(process, log, 130)
+    assert "--resume" not in text
+    assert not (folder / "runs" / "early").exists()
+
+
+def test_a_node_that_does_not_see_the_run_folder_is_refused(tmp_path):
+    with pytest.raises(UserError, match="does not see .* as the driver does; give --runs a folder that all nodes share"):
+        _same_folder(tmp_path / "runs" / "a", str(tmp_path / "elsewhere.mark"))
+    with _mark(tmp_path / "runs" / "a", None) as mark:
+        _same_folder(tmp_path / "runs" / "a", mark)
+    assert not Path(mark).exists()
+    with _mark(tmp_path / "runs" / "a", "s3://bucket") as mark:
+        _same_folder(tmp_path / "runs" / "a", mark)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -262,6 +329,25 @@ def test_an_elastic_run_goes_on_with_the_nodes_that_are_left(folder, two_nodes):
     assert "a worker was lost" in text
     assert "one process; from epoch" in text
     assert load_checkpoint(run / LAST).epoch == 60
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_an_elastic_run_grows_and_loses_nothing(folder, two_nodes):
+    cluster, second = two_nodes
+    cluster.remove_node(second)
+    options = new(folder, "grows", "--epochs", "4000", "--address", cluster.address)
+    process, log = start(folder, *options, workers="1-2")
+    try:
+        wait_for_text("one process; from epoch 1", process, log)
+        cluster.add_node(num_cpus=1)
+        wait_for_text("2 workers; from epoch", process, log)
+        assert "a worker was lost" not in log.read_text()
+    finally:
+        process.send_signal(signal.SIGINT)
+    ended(process, log, 130)
+    epochs = [row["epoch"] for row in read_metrics(folder / "runs" / "grows")]
+    assert epochs == [*range(1, len(epochs) + 1)]
 
 
 @pytest.mark.timeout(600)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pytest
 import torch
 import yaml
 
-from cibl_ray.checkpoint import load_checkpoint
+from cibl_ray.checkpoint import load_checkpoint, save_checkpoint
 from cibl_ray.config import load_config
 from cibl_ray.runlog import read_metrics
 from cibl_ray.trainer import Trainer, resolve
@@ -160,8 +161,29 @@ def test_train_mistakes(finished, folders):
 
 def test_resuming_a_finished_run_repeats_its_result(finished):
     before = json.loads((finished[0] / "result.json").read_text())
+    assert before["time"]["evaluation"] > sum(
+        row["seconds"]["evaluation"] for row in read_metrics(finished[0])
+    )  # the test set's
+    assert before["time"]["checkpoint"] > 0
     assert run("train", "--resume", finished[0]).returncode == 0
-    assert json.loads((finished[0] / "result.json").read_text()) == before
+    after = json.loads((finished[0] / "result.json").read_text())
+    assert {**after, "time": None} == {**before, "time": None}
+
+
+def test_a_damaged_best_checkpoint_costs_its_scores_alone(finished, tmp_path):
+    folder = tmp_path / "whole"
+    shutil.copytree(finished[0], folder)
+    path = folder / "checkpoints" / "best.safetensors"
+    if load_checkpoint(path).epoch == 4:  # the last: nothing is read again
+        last = load_checkpoint(folder / "checkpoints" / "last.safetensors")
+        save_checkpoint(folder / "checkpoints" / "last.safetensors", replace(last, best={"epoch": 3, "balanced": 2.0}))
+    path.write_bytes(path.read_bytes()[:-100])
+    done = run("train", "--resume", folder)
+    assert done.returncode == 0, done.stderr
+    assert "is cut short or damaged" in done.stderr + done.stdout
+    result = json.loads((folder / "result.json").read_text())
+    assert "best" not in result
+    assert result["last"] == json.loads((finished[0] / "result.json").read_text())["last"]
 
 
 @pytest.mark.parametrize("kind", [pytest.param("ffcv", marks=needs_ffcv), "torch"])
@@ -322,7 +344,7 @@ def test_a_place_in_an_epoch_that_other_workers_had_means_nothing(tmp_path, capl
         config = resolve(load_config("quickstart", [*flags, "--loader.part", part]))
         trainer = Trainer(config, ensure_prepared(config.data, 0), tmp_path / "run")
         assert trainer.config.loader.cache == "os"  # decided: what is saved with the run does not ask again
-        checkpoint = replace(trainer._checkpoint({}, {}), workers=workers, step=step)
+        checkpoint = replace(trainer._checkpoint(trainer.network.state_dict()), workers=workers, step=step)
         caplog.clear()
         trainer.restore(checkpoint)
         assert trainer.step == expected

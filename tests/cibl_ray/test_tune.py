@@ -87,6 +87,8 @@ def test_a_sweep_with_more_trials_than_slots_and_one_that_fails(folder):
     assert "the loss is not finite" in failed[0].error
     others = [trial for trial in trials if trial.state != "failed"]
     assert {trial.epochs for trial in others} <= {2, 4}
+    for trial in others:  # grace 2, reduction 2: ASHA compares after the last epoch too
+        assert (folder / "whole" / "trials" / trial.name / "result.json").exists() == (trial.epochs == 4)
     assert all(trial.state == ("completed" if trial.epochs == 4 else "stopped") for trial in others)
     assert "The front, validation, in %" in text
     with (folder / "whole" / "trials.csv").open() as file:
@@ -110,6 +112,8 @@ def test_an_interrupted_sweep_goes_on(folder):
         assert process.poll() is None, log.read_text()
         time.sleep(0.1)
     children = psutil.Process(process.pid).children(recursive=True)
+    # As a full disk leaves it; the search then proposes others.
+    (folder / "stopped" / "trials" / "0.json").write_text("")
     process.send_signal(signal.SIGINT)
     text = ended(process, log, 130)
     assert f"--resume {folder / 'stopped'}" in text
@@ -117,6 +121,7 @@ def test_an_interrupted_sweep_goes_on(folder):
     before = read_trials(folder / "stopped")
     assert len(before) < 5
     text = ended(*command(folder, "--resume", folder / "stopped"))
+    (folder / "stopped" / "trials" / "0.json").unlink()
     after = read_trials(folder / "stopped")
     assert len({trial.name for trial in after}) == 5
     assert after[: len(before)] == before
