@@ -22,13 +22,14 @@ from cibl_ray.trainer import Trainer, resolve
 from cibl_ray.world import World
 
 LOSSES = {
-    "cross_entropy": "{kind: cross_entropy}",
-    "hybrid_psc": "{kind: hybrid_psc}",
-    "cibl": "{kind: cibl}",
-    "hybrid_sc": "{kind: hybrid_sc}",
-    "bcl": "{kind: bcl}",
+    **{kind: f"{{kind: {kind}}}" for kind in ("cross_entropy", "balanced_softmax", "ldam", "psc", "hybrid_psc")},
+    **{kind: f"{{kind: {kind}}}" for kind in ("supcon", "hybrid_sc", "bcl", "cibl")},
+    "cibl, queue": "{kind: cibl, queue: 1024}",
+    "cibl, queue, averaged keys": "{kind: cibl, queue: 1024, momentum: 0.99}",
     "paco": "{kind: paco}",
 }
+_OWN_ALONE = ("cross_entropy", "balanced_softmax", "ldam", "psc", "hybrid_psc")  # compare no embeddings with each other
+_AVERAGED = ("cibl, queue, averaged keys", "paco")  # embed every view but the first by an averaged network
 STEPS, BATCH, VIEWS, WIDTH = 10, 128, 2, 128
 
 
@@ -37,9 +38,9 @@ def formula(loss: str, parameters: int, workers: int, batch: int = BATCH, views:
     share = (workers - 1) / workers
     gradients, labels = 2 * share * 4 * parameters, share * 8 * batch
     embedding = share * 4 * batch * width  # a view of every sample, gathered
-    if loss in ("cross_entropy", "hybrid_psc"):
+    if loss in _OWN_ALONE:
         return gradients + labels
-    if loss == "paco":  # one view with a gradient, the others, and their labels, without
+    if loss in _AVERAGED:  # one view with a gradient, the others, and their labels, without
         return gradients + 2 * labels + 3 * embedding + (views - 1) * embedding
     return gradients + labels + 3 * views * embedding  # gathered, and gradients summed over the whole set
 
@@ -67,7 +68,8 @@ def _work(images: Path | None, rank: int, store: str) -> None:
     world = World()
     bytes_: dict[str, dict[str, float]] = {}
     for name, loss in LOSSES.items():
-        config, prepared = cifar10_lt(images, "--loss", loss, "--backbone", "resnet20", "--loader.kind", "torch")
+        head = ("--head", "{kind: cosine}") if name == "ldam" else ()
+        config, prepared = cifar10_lt(images, "--loss", loss, *head, "--backbone", "resnet20", "--loader.kind", "torch")
         trainer = Trainer(resolve(config), prepared, Path(tempfile.gettempdir()), world)
         streams = []
         for loader in trainer.train_loaders:
