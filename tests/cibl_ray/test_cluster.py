@@ -198,7 +198,9 @@ def test_a_read_only_folder_is_told(folder, tmp_path):
 
 def test_stopped_before_anything_was_trained(folder):
     process, log = start(folder, *new(folder, "early"))
-    wait_for_text("data: ", process, log) if not (folder / "prepared").exists() else time.sleep(5)
+    while not workers_of(process):  # they are there, and have yet to import what they need
+        assert process.poll() is None, log.read_text()
+        time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     text = ended(process, log, 130)
     assert "--resume" not in text
