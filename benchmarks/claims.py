@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks import claims_report
-from benchmarks.many_runs import Run, RunsFailedError, run_all
+from benchmarks.many_runs import Run, RunsFailedError, refuse_another, run_all
 from benchmarks.measure import report
 from benchmarks.reproduce_cells import HYBRID
 from pipelines.errors import UserError, run_command
@@ -137,12 +137,15 @@ def main() -> None:
             if (cell.dataset, cell.value) in (("cifar10", "0.0"), ("cifar10", "0.05"), ("cifar100", "BCL"))
         ]
     runs, summary, failed = arguments.runs / name, {}, None
-    if not arguments.report_only:
-        sources = {
-            dataset: ("--data.source.kind", "folder", "--data.source.path", str(folder))
-            for dataset in claims_report.TITLES
-            if (folder := getattr(arguments, dataset)) is not None
-        }
+    sources = {
+        dataset: ("--data.source.kind", "folder", "--data.source.path", str(folder))
+        for dataset in claims_report.TITLES
+        if (folder := getattr(arguments, dataset)) is not None
+    }
+    if arguments.report_only:
+        for run in _runs(every, sources, budget):
+            refuse_another(runs / run.name, run.configuration(runs))
+    else:
         hours = arguments.hours or budget.hours
         started = time.monotonic()
         try:

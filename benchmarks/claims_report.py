@@ -34,6 +34,7 @@ def accuracies(results: Results, dataset: str, claim: str) -> Accuracies:
 def summarize(results: Results) -> dict[str, Any]:
     """Figures of each data set: rank correlation of λ with each third's accuracy over all runs, and the ratio of epochs."""
     summary: dict[str, Any] = {"rank_correlation": {}, "best_lambda": {}, "ratios": {}}
+    summary["cosine_epochs_over_linear_by_seed"] = {}
     for dataset in sorted({cell.dataset for cell in results}):
         swept = accuracies(results, dataset, "lambda")
         if len(swept) > 2:
@@ -43,10 +44,14 @@ def summarize(results: Results) -> dict[str, Any]:
                 third: round(float(spearmanr(skews, reached[:, i]).statistic), 3) for i, third in enumerate(THIRDS)
             }
             summary["best_lambda"][dataset] = max(swept, key=lambda value: swept[value][:, 0].mean())
-        ratios = _epochs_ratios(accuracies(results, dataset, "cosine"), swept.get(DEFAULT), _epochs(results, dataset))
-        if ratios:
-            summary["ratios"][f"{dataset}_cosine_epochs_over_linear"] = ratios[0]
-            summary["ratios"][f"{dataset}_cosine_epochs_over_linear_by_seed"] = ratios[1:]
+        ratio = _epochs_ratio(accuracies(results, dataset, "cosine"), swept.get(DEFAULT), _epochs(results, dataset))
+        if ratio is not None:
+            summary["ratios"][f"{dataset}_cosine_epochs_over_linear"] = ratio
+        for seed in sorted({cell.seed for cell in results}):
+            own = {cell: result for cell, result in results.items() if cell.seed == seed}
+            linear = accuracies(own, dataset, "lambda").get(DEFAULT)
+            ratio = _epochs_ratio(accuracies(own, dataset, "cosine"), linear, _epochs(results, dataset))
+            summary["cosine_epochs_over_linear_by_seed"].setdefault(dataset, {})[seed] = ratio
     return summary
 
 
@@ -55,23 +60,17 @@ def _epochs(results: Results, dataset: str) -> int:
     return max(result["last"]["epoch"] for cell, result in results.items() if cell.dataset == dataset)
 
 
-def _epochs_ratios(cosine: Accuracies, linear: np.ndarray | None, epochs: int) -> list[float | None]:
-    """Epochs of the cosine head's runs, interpolated between their lengths, at the linear head's final accuracy, over its own:
-    of the means over the seeds first, then seed by seed.
+def _epochs_ratio(cosine: Accuracies, linear: np.ndarray | None, epochs: int) -> float | None:
+    """Epochs of the cosine head's runs, interpolated between their lengths, at the linear head's final accuracy, over its own.
 
-    Empty where there are no runs; None where the longest does not reach it; the shortest run's share where even that is above.
+    None where there are no runs, or where the longest does not reach it; the shortest run's share where even that is above it.
     """
     if linear is None or not cosine:
-        return []
+        return None
     lengths = sorted(map(int, cosine))
-    seeds = min(len(linear), *(len(of) for of in cosine.values()))
-
-    def ratio(goal: float, reached: list[float]) -> float | None:
-        best = np.maximum.accumulate(reached)
-        return round(float(np.interp(goal, best, lengths)) / epochs, 2) if best[-1] >= goal else None
-
-    means = ratio(linear[:, 0].mean(), [cosine[str(length)][:, 0].mean() for length in lengths])
-    return [means, *(ratio(linear[seed, 0], [cosine[str(length)][seed, 0] for length in lengths]) for seed in range(seeds))]
+    reached = np.maximum.accumulate([cosine[str(length)][:, 0].mean() for length in lengths])
+    goal = linear[:, 0].mean()
+    return round(float(np.interp(goal, reached, lengths)) / epochs, 2) if reached[-1] >= goal else None
 
 
 def write(docs: Path, budget: str, summary: dict[str, Any], results: Results, of: int) -> None:
@@ -104,7 +103,11 @@ def write(docs: Path, budget: str, summary: dict[str, Any], results: Results, of
         if len(swept) > 1:
             lines += ["", f"![accuracy against λ]({budget}-{dataset}.png)"]
             _picture(docs / f"{budget}-{dataset}.png", swept, dataset)
-    lines += ["", f"Rank correlation with λ (Spearman): {summary['rank_correlation']}.", f"Ratios: {summary['ratios']}."]
+    lines += [
+        "",
+        f"Rank correlation with λ (Spearman): {summary['rank_correlation']}.",
+        f"Ratios: {summary['ratios']}; by seed: {summary['cosine_epochs_over_linear_by_seed']}.",
+    ]
     lines += ["", f"{machine()['cpu']}, {machine()['cores']} cores, GPU: {machine()['gpu']}."]
     (docs / f"{budget}.md").write_text("\n".join(lines) + "\n")
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -39,12 +38,17 @@ class Side:
         begun = time.time()
         self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         self.start = 0.0
-        while self._done() < 3:  # the first epochs warm up
-            self._alive()
-            time.sleep(0.02)
-            if not self.start and self._done():
-                self.start = time.time() - begun - read_metrics(run)[0]["seconds"]["epoch"]
+        try:
+            while self._done() < 3:  # the first epochs warm up
+                self._alive()
+                time.sleep(0.02)
+                if not self.start and self._done():
+                    self.start = time.time() - begun - read_metrics(run)[0]["seconds"]["epoch"]
+        except BaseException:
+            self.end()
+            raise
         self.active = self.beside = 0.0
+        self._bounds = [0.0]  # time in turn, where one ends
         self.epochs: list[tuple[float, int]] = []  # time in turn, epochs done by then
         self._all(signal.SIGSTOP)
 
@@ -60,15 +64,26 @@ class Side:
             time.sleep(0.05)
         self._all(signal.SIGSTOP)
         self.active += time.monotonic() - begun
+        self._bounds.append(self.active)
         self.beside += self._cpu_beside_training() - before
         self._alive()
 
+    def by_turn(self) -> tuple[np.ndarray, np.ndarray]:
+        """Epochs done in each turn (parts of one too) and its seconds; without what lies before the first epoch's end seen in
+        turn, and after the last's."""
+        if len(self.epochs) < 2:
+            raise RuntimeError(f"too few epochs end within the turns: give more --turns than {len(self._bounds) - 1}")
+        times, done = (np.array(each, dtype=float) for each in zip(*self.epochs, strict=True))
+        bounds = np.clip(self._bounds, times[0], times[-1])
+        return np.diff(np.interp(bounds, times, done)), np.diff(bounds)
+
     def end(self) -> None:
+        below = self._tree()
         self._all(signal.SIGCONT)
         self._process.send_signal(signal.SIGINT)
         with suppress(subprocess.TimeoutExpired):
             self._process.communicate(timeout=60)
-        for process in self._tree():
+        for process in below:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
 
@@ -141,10 +156,10 @@ def main() -> None:
             key = "_over_".join(names)
             rates[key], spread[key] = _ratio(*sides.values())
             for name, side in sides.items():
-                (begun, first), (ended, last) = side.epochs[0], side.epochs[-1]
+                done, seconds = side.by_turn()
                 starts[name] = round(side.start, 1)
                 beside[name] = round(1000 * side.beside / side.active, 1)
-                rates[name] = round((last - first) * images / (ended - begun), 1)
+                rates[name] = round(float(done.sum() / seconds.sum()) * images, 1)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     report(
@@ -158,14 +173,17 @@ def main() -> None:
 
 
 def _ratio(ours: Side, theirs: Side) -> tuple[float, list[float]]:
-    """The ratio of the rates over all turns, and an interval of it: by resampling the turns (bootstrap)."""
-    seconds = [
-        np.diff([time for time, _ in side.epochs]) / np.diff([done for _, done in side.epochs]) for side in (ours, theirs)
-    ]
-    random = np.random.default_rng(0)
-    drawn = [[random.choice(each, len(each)).mean() for each in seconds] for _ in range(2000)]
-    low, high = np.percentile([theirs_s / ours_s for ours_s, theirs_s in drawn], [2.5, 97.5])
-    return statistics.mean(seconds[1]) / statistics.mean(seconds[0]), [round(float(low), 3), round(float(high), 3)]
+    """The ratio of the rates over all turns, and its 95 % interval: the pairs of turns resampled (bootstrap)."""
+    both = ours.by_turn(), theirs.by_turn()
+
+    def ratio(chosen: np.ndarray) -> float:
+        rate, other = (epochs[chosen].sum() / seconds[chosen].sum() for epochs, seconds in both)
+        return float(rate / other)
+
+    random, count = np.random.default_rng(0), len(both[0][0])
+    drawn = [ratio(random.integers(count, size=count)) for _ in range(2000)]
+    low, high = np.percentile(drawn, [2.5, 97.5])
+    return ratio(np.arange(count)), [round(float(low), 3), round(float(high), 3)]
 
 
 if __name__ == "__main__":

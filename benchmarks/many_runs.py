@@ -20,7 +20,7 @@ from cibl_ray.train import CONFIG
 from cibl_ray.trainer import resolve
 from pipelines.errors import UserError
 from pipelines.prepare import ensure_prepared, prepared_folder
-from pipelines.settings import read_config
+from pipelines.settings import read_config, validate
 
 
 @dataclass(frozen=True)
@@ -57,12 +57,12 @@ def run_all(
     running: list[subprocess.Popen[bytes]] = []
     threads = {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // jobs))}
     started, longest, failed = time.monotonic(), 0.0, []
-    todo = [run for run in every if not (runs / run.name / "result.json").exists()]
-    configs = {run.name: run.configuration(runs) for run in todo}
-    for run in todo:
+    configs = {run.name: run.configuration(runs) for run in every}
+    for run in every:
         refuse_another(runs / run.name, configs[run.name])
+    todo = [run for run in every if not (runs / run.name / "result.json").exists()]
     # Now, not by several processes at once: what is downloaded goes to one place.
-    for config in {prepared_folder(config.data, config.seed): config for config in configs.values()}.values():
+    for config in {prepared_folder(one.data, one.seed): one for one in (configs[run.name] for run in todo)}.values():
         ensure_prepared(config.data, config.seed)
 
     def train(run: Run) -> None:
@@ -100,12 +100,13 @@ def run_all(
         raise RunsFailedError(f"{len(failed)} of {len(todo)} runs failed: " + "; ".join(failed))
 
 
-def computed(content: dict[str, Any]) -> dict[str, Any]:
-    """Of a configuration's content, what decides a run's result: not the places of its files, nor how it is executed."""
-    content = {part: dict(values) if isinstance(values, dict) else values for part, values in content.items()}
-    for part, name in (("data", "prepared"), *(("train", name) for name in _EXECUTION)):
-        content[part].pop(name, None)
-    return {part: values for part, values in content.items() if part not in ("runs", "loader")}
+def computed(config: RunConfig, defaults: bool = True) -> dict[str, Any]:
+    """Of a configuration, what decides a run's result: not the places of its files, nor how it is executed. defaults: also
+    what is as by default."""
+    content = config.model_dump(mode="json", exclude_defaults=not defaults, exclude={"runs", "loader"})
+    for part, name in (("data", "prepared"), ("data", "source"), *(("train", name) for name in _EXECUTION)):
+        content.get(part, {}).pop(name, None)
+    return content
 
 
 _EXECUTION = ("device", "checkpoint_every", "checkpoint_minutes", "eval_batch_size")
@@ -116,8 +117,8 @@ def refuse_another(folder: Path, config: RunConfig) -> None:
     path = folder / CONFIG
     if not path.exists():
         return
-    there, wanted = computed(read_config(path)), computed(config.model_dump(mode="json"))
-    changed = sorted(part for part in wanted if there.get(part) != wanted[part])
+    there, wanted = computed(validate(RunConfig, read_config(path), str(path))), computed(config)
+    changed = sorted(part for part in wanted if there[part] != wanted[part])
     if changed:
         raise UserError(
             f"{str(folder)!r} holds a run of another configuration ({', '.join(changed)} differ): "

@@ -56,10 +56,10 @@ def source(dataset: str, folder: Path | None) -> tuple[str, ...]:
 
 
 def recipe(config: RunConfig) -> str:
-    """A short name of what a configuration computes, wherever its images lie: a line of another recipe is of no use."""
-    content = computed(config.model_dump(mode="json"))
-    content["data"].pop("source")
-    content["train"].pop("precision")  # 'auto' differs from machine to machine; a line says what it was
+    """A short name of what a configuration computes, wherever its images lie: a line of another recipe is of no use. Of what
+    is not as by default, so that a field which is new changes no name."""
+    content = computed(config, defaults=False)
+    content.get("train", {}).pop("precision", None)  # 'auto' differs from machine to machine; a line says what it was
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -161,8 +161,9 @@ def _train(every: list[Cell], arguments: argparse.Namespace, lines: Path) -> Run
         key = cell.dataset, cell.imbalance, cell.value, cell.seed
         place = source(cell.dataset, getattr(arguments, cell.dataset))
         run = Run(cell.name, cell.config, (*place, *cell.options, "--prepared", str(arguments.prepared)))
-        # Lines of earlier versions do not name their recipe.
-        if key not in known or known[key] not in (None, recipe(run.configuration(runs))):
+        # Lines of earlier versions do not name their recipe; those of the CPU budget have it still.
+        same = (recipe(run.configuration(runs)), *((None,) if arguments.budget == "cpu" else ()))
+        if key not in known or known[key] not in same:
             todo.append(run)
     for run in todo:
         if (runs / run.name / "result.json").exists():  # stopped between the run and its line

@@ -8,6 +8,7 @@ run goes on from its last checkpoint; an error of the training itself ends it, a
 
 from __future__ import annotations
 
+import glob
 import logging
 import os
 import secrets
@@ -206,6 +207,8 @@ def _mark(folder: Path, storage: str | None) -> Iterator[str | None]:
         return
     mark = folder.parent / ".ray" / f"{folder.name}.{secrets.token_hex(8)}.mark"
     mark.parent.mkdir(parents=True, exist_ok=True)
+    for left in mark.parent.glob(f"{glob.escape(folder.name)}.*.mark"):  # of a driver that was killed
+        left.unlink(missing_ok=True)
     mark.touch()
     try:
         yield str(mark)
@@ -299,6 +302,8 @@ def _worker(given: dict[str, Any]) -> None:
         world.from_first(lambda: _same_folder(folder, given["mark"]))
         # The driver has made sure that a new run has no folder yet: one that is there is this run's, of lost workers.
         there = world.from_first(lambda: begun(folder, None))
+        if there and world.first and (folder / "checkpoints").exists():
+            progress.line("going on from the last checkpoint")
         resume = given["resume"] or there or given["storage"] is not None
         train(config, folder, resume, world, progress, mirror, patience=30)  # the process of a lost worker may end later
     except PeerLostError:

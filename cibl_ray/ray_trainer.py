@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import tempfile
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import ray
+import torch.distributed as dist
 from ray.train import UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
-from ray.train.torch.config import _set_torch_distributed_env_vars, _setup_torch_process_group, _TorchBackend
+from ray.train.torch.config import _set_torch_distributed_env_vars, _TorchBackend
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 
@@ -73,27 +75,21 @@ class _ByFile(_TorchBackend):
     def on_start(self, worker_group: Any, backend_config: Any) -> None:
         meeting = Path(tempfile.mkdtemp(dir=backend_config.folder)) / "store"  # of its own for every group that starts
         worker_group.execute(_set_torch_distributed_env_vars)
-        ray.get(
-            [
-                worker_group.execute_single_async(
-                    rank,
-                    _setup_torch_process_group,
-                    backend=backend_config.backend,
-                    world_rank=rank,
-                    world_size=len(worker_group),
-                    init_method=meeting.as_uri(),
-                    timeout_s=backend_config.timeout_s,
-                )
-                for rank in range(len(worker_group))
-            ]
-        )
+        size, timeout = len(worker_group), timedelta(seconds=backend_config.timeout_s)
+        given = (str(meeting), size, backend_config.backend, timeout)
+        ray.get([worker_group.execute_single_async(rank, _meet, rank, *given) for rank in range(size)])
+
+
+def _meet(rank: int, path: str, size: int, backend: str, timeout: timedelta) -> None:
+    store = dist.FileStore(path, size)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
 
 
 class StopOnError(UserCallback):
     """Runs in Ray Train's controller: an error of the training itself is not tried again, a lost worker is, and is told."""
 
     def __init__(self, board: Address) -> None:
-        self._board = board
+        self._board, self._told = board, ""
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         lost = []
@@ -104,9 +100,11 @@ class StopOnError(UserCallback):
             elif not isinstance(error, PeerLostError):
                 name = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
                 raise UserError(f"rank {rank}: {name}{error}")
-        if worker_exceptions:
+        text = "a worker was lost" + (f" ({'; '.join(lost)})" if lost else "")
+        if worker_exceptions and text != self._told:  # Ray may ask again while the others end
+            self._told = text
             posted = Posted(self._board)
-            posted.line("a worker was lost; going on from the last checkpoint" + (f" ({'; '.join(lost)})" if lost else ""))
+            posted.line(text)
             posted.finish()
 
 

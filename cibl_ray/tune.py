@@ -104,7 +104,7 @@ def run(sweep: SweepConfig, folder: Path, address: str | None) -> None:
 
 
 def _write(path: Path, text: str) -> None:
-    part = path.with_name(path.name + ".part")
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")  # two trials of the same parameters may begin together
     part.write_text(text)
     part.replace(path)
 

@@ -127,7 +127,8 @@ def test_a_killed_worker_is_replaced_and_nothing_changes(folder, undisturbed):
     assert not needless_of(process)
     workers_of(process)[-1].kill()
     text = ended(process, log)
-    assert "a worker was lost; going on from the last checkpoint (rank 1: " in text
+    assert "a worker was lost (rank 1: " in text
+    assert "going on from the last checkpoint" in text
     assert same(run, undisturbed[0])
     assert [row["epoch"] for row in read_metrics(run)] == [*range(1, EPOCHS + 1)]
 
