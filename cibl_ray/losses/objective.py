@@ -159,7 +159,8 @@ class Objective:
         """The averaged network a step further: its parameters follow, its running statistics are the network's."""
         assert self.averaged is not None
         follow(self.averaged, network, 1 - self._momentum)
-        torch._foreach_copy_([*self.averaged.buffers()], [*network.buffers()])
+        if buffers := [*network.buffers()]:  # a network may have none
+            torch._foreach_copy_([*self.averaged.buffers()], buffers)
 
     def _contrast(self, z: torch.Tensor, labels: torch.Tensor, keys: tuple[torch.Tensor, torch.Tensor] | None) -> Contrast:
         """The batch's embeddings, the averaged network's, the queue's; the queue then takes in this step's.

@@ -42,4 +42,5 @@ class WeightAverage:
                 current.append(theirs)
             else:
                 own.copy_(theirs)
-        torch._foreach_lerp_(averaged, current, share)
+        if averaged:  # a network may normalise nothing
+            torch._foreach_lerp_(averaged, current, share)
