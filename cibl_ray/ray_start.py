@@ -44,7 +44,6 @@ def settle(own: bool) -> None:
         ):
             os.environ.setdefault(often, "1000")
         os.environ.setdefault("REPORTER_UPDATE_INTERVAL_MS", "60000")
-        os.environ.setdefault("RAY_worker_niceness", "0")  # by default 15, and everything else on the machine goes first
         # Training runs in a thread there, whose own heaps the C library would give back to the kernel in every step.
         os.environ.setdefault("MALLOC_ARENA_MAX", "1")
     os.environ.setdefault("RAY_AUTH_MODE", "token")
