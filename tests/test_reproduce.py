@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks import reproduce_report
+from benchmarks import claims, reproduce_report
 from benchmarks.many_runs import Run, RunsFailedError, run_all
 from benchmarks.reproduce import record
 from benchmarks.reproduce_cells import BUDGETS, TABLES, cells
@@ -27,6 +27,22 @@ def test_every_cell_is_a_configuration(table, budget):
             config = load_config(cell.config, list(cell.options))
             assert config.train.epochs <= (400 if cell.value in ("twice the epochs", "PaCo") else 200)
             assert config.seed == 0
+
+
+@pytest.mark.parametrize("name", claims.BUDGETS)
+def test_every_cell_of_the_claims_is_a_configuration(name):
+    budget = claims.BUDGETS[name]
+    every = claims.cells(budget, ["cifar10", "cifar100"])
+    configs = {run.name: load_config(run.config, list(run.options)) for run in claims._runs(every, {}, budget)}
+    assert len(configs) == len(every)
+    assert configs["cifar10-method-Hybrid-PSC-0"].loss.temperature == 1.0  # as its authors set it there
+    assert configs["cifar100-method-Hybrid-PSC-0"].loss.temperature == 0.1
+    assert {config.network.backbone for config in configs.values()} == {"resnet32" if budget.full else "resnet20"}
+    heads = {name: config.network.head.kind for name, config in configs.items()}
+    assert all(head == ("cosine" if "-cosine-" in name else "linear") for name, head in heads.items())
+    if budget.full:
+        assert configs["cifar100-method-Hybrid-SC-0"].train.batch_size == 512
+        assert configs["cifar100-method-BCL-0"].data.views[0].augment
 
 
 def test_recipes_change_one_thing_and_are_scored_on_validation(tmp_path):
