@@ -36,6 +36,7 @@ import pipelines
 from cibl_ray import config as run_config
 from cibl_ray.board import Address, Posted, shown
 from cibl_ray.progress import Progress, Silent, Terminal
+from cibl_ray.ray_doze import main_thread_dozes
 from cibl_ray.ray_start import own_cluster
 from cibl_ray.ray_trainer import LeanTrainer, OneMachineConfig, StopOnError, end_needless, known, reason
 from cibl_ray.storage import Mirror, join
@@ -305,7 +306,8 @@ def _worker(given: dict[str, Any]) -> None:
         if there and world.first and (folder / "checkpoints").exists():
             progress.line("going on from the last checkpoint")
         resume = given["resume"] or there or given["storage"] is not None
-        train(config, folder, resume, world, progress, mirror, patience=30)  # the process of a lost worker may end later
+        with main_thread_dozes():
+            train(config, folder, resume, world, progress, mirror, patience=30)  # the process of a lost worker may end later
     except PeerLostError:
         time.sleep(5)  # the worker with the cause is heard first
         raise

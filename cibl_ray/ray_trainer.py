@@ -17,6 +17,7 @@ from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 
 from cibl_ray.board import Address, Posted
+from cibl_ray.ray_doze import Doze
 from cibl_ray.world import PeerLostError
 from pipelines.errors import UserError
 
@@ -50,7 +51,7 @@ class LeanTrainer(TorchTrainer):
             # then frees all; a trial of a sweep may be stopped while the job goes on.
             needless += (PlacementGroupCleanerCallback,)
         callbacks = super()._create_default_callbacks()  # type: ignore[misc]  # typed as the first version's
-        return [callback for callback in callbacks if not isinstance(callback, needless)]
+        return [*(callback for callback in callbacks if not isinstance(callback, needless)), Doze()]
 
     def _initialize_and_run_controller(self, **given: Any) -> Any:
         if self.alone and known():

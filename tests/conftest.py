@@ -7,6 +7,9 @@ import os
 import zipfile
 from pathlib import Path
 
+# Several processes share the cores: a thread of OpenMP's that waits for others must sleep, not spin. Read as torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -18,6 +21,16 @@ from pipelines.settings import validate
 REPOSITORY = Path(__file__).resolve().parent.parent
 pytest_plugins = ["tests.exported"]
 needs_ffcv = pytest.mark.skipif(importlib.util.find_spec("ffcv") is None, reason="FFCV is not installed")
+
+CLUSTERS = ("test_cluster", "test_tune", "test_service")  # start Ray: one after the other, and first, for they take longest
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where tests run in several processes (`make test`), a file's stay together, and share what it prepares."""
+    for item in items:
+        name = item.path.stem
+        item.add_marker(pytest.mark.xdist_group("clusters" if name in CLUSTERS else name))
+    items.sort(key=lambda item: item.path.stem not in CLUSTERS)
 
 
 def archive(name: str) -> Path:

@@ -79,6 +79,18 @@ def workers_of(process):
     return [child for child in psutil.Process(process.pid).children(recursive=True) if "RayTrainWorker" in child.name()]
 
 
+def wakes(process, seconds):
+    """How often the process's main thread went to sleep in that time."""
+    status = Path(f"/proc/{process.pid}/task/{process.pid}/status")
+
+    def count():
+        return int(status.read_text().partition("\nvoluntary_ctxt_switches:")[2].split()[0])
+
+    before = count()
+    time.sleep(seconds)
+    return count() - before
+
+
 def needless_of(process):
     """Processes of Ray's that a cluster for one run does without."""
     below = []
@@ -170,6 +182,7 @@ def test_a_cluster_of_its_own_listens_on_loopback_alone_and_asks_for_its_token(f
                 workers += "RayTrainWorker" in child.name() and bool(ports)
                 address = next((part for part in child.cmdline() if part.startswith("--gcs-address=")), address)
         assert workers == 2  # they talk to each other by sockets
+        assert max(wakes(worker, seconds=2) for worker in workers_of(process)) < 100  # Ray's own signal checks: 200
         assert listening <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
         probe = [sys.executable, "-c", PROBE, address.partition("=")[2]]
         stranger = os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}
@@ -180,6 +193,36 @@ def test_a_cluster_of_its_own_listens_on_loopback_alone_and_asks_for_its_token(f
     finally:
         process.send_signal(signal.SIGINT)
         ended(process, log, 130)
+
+
+DOZE = """
+import threading, time
+from cibl_ray.ray_doze import Doze, main_thread_dozes
+
+def rounds():  # of a loop like Ray's, while another thread trains
+    ended, count = threading.Event(), 0
+    def train():
+        with main_thread_dozes():
+            time.sleep(2)
+        ended.set()
+    threading.Thread(target=train).start()
+    while not ended.is_set():
+        time.sleep(0.01)
+        count += 1
+    return count
+
+before = rounds()
+Doze().after_init_train_context()
+print(before, rounds(), rounds())
+"""
+
+
+def test_a_workers_main_thread_dozes_while_it_trains():
+    done = subprocess.run([sys.executable, "-c", DOZE], capture_output=True, text=True, cwd=REPOSITORY, timeout=120)
+    assert done.returncode == 0, done.stderr
+    before, *dozing = map(int, done.stdout.split())
+    assert before > 2 * max(dozing)
+    assert max(dozing) <= 2 / 0.25 + 4
 
 
 def test_a_read_only_folder_is_told(folder, tmp_path):
