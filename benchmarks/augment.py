@@ -3,7 +3,8 @@
 The same recipes on the same images, uint8 in and uint8 out, crop and flip on neither side:
 - cifar: AutoAugment (CIFAR-10 policy) and Cutout 16, CIFAR-10 at 32x32, batch 256;
 - simclr: color jitter with probability .8 and grayscale with .2, the same images;
-- imagenet: simclr's and a Gaussian blur of 23 taps with probability .5, crops of photographs at 224x224, batch 32.
+- imagenet: simclr's and a Gaussian blur of 23 taps with probability .5, crops of photographs at 224x224, batch 32;
+- randaugment: two operations of magnitude 10, the same crops.
 
 Ours runs in the training process, on the CPU that both sides share. The peer gets two worker processes that stay alive, one
 torch thread each, and images held in memory; of uint8 tensors and PIL images the one that measures best counts.
@@ -26,7 +27,7 @@ from benchmarks.data import add_arguments, cifar10_lt
 from benchmarks.measure import alternate, report
 from pipelines.augment import Augment
 from pipelines.augment_draws import taps
-from pipelines.config import Augmentation, AutoAugment, Blur, ColorJitter, Cutout, Grayscale, View
+from pipelines.config import Augmentation, AutoAugment, Blur, ColorJitter, Cutout, Grayscale, RandAugment, View
 
 WORKERS = 2
 JITTER, GRAY, BLUR = ColorJitter(kind="color_jitter"), Grayscale(kind="grayscale"), Blur(kind="blur")
@@ -34,8 +35,9 @@ RECIPES: dict[str, tuple[Augmentation, ...]] = {
     "cifar": (AutoAugment(kind="auto_augment"), Cutout(kind="cutout")),
     "simclr": (JITTER, GRAY),
     "imagenet": (JITTER, GRAY, BLUR),
+    "randaugment": (RandAugment(kind="rand_augment"),),
 }
-BATCH = {"cifar": 256, "simclr": 256, "imagenet": 32}
+BATCH = {"cifar": 256, "simclr": 256, "imagenet": 32, "randaugment": 32}
 
 
 class _Cutout(torch.nn.Module):
@@ -64,6 +66,8 @@ def _peer_transform(recipe: tuple[Augmentation, ...], size: int) -> Callable:
         match part:
             case AutoAugment():
                 steps.append(v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10))
+            case RandAugment():
+                steps.append(v2.RandAugment(part.count, part.magnitude))
             case Cutout():
                 steps.append(_Cutout(part.size))
             case ColorJitter():
@@ -141,7 +145,7 @@ def main() -> None:
     large = _photographs(64 if arguments.quick else 256, 224)
     rates, ratios = {}, {}
     for recipe in RECIPES:
-        rates[recipe] = _rates(recipe, large if recipe == "imagenet" else small, rounds=3 if arguments.quick else 7)
+        rates[recipe] = _rates(recipe, large if BATCH[recipe] == 32 else small, rounds=3 if arguments.quick else 7)
         peer = max(rate["median"] for side, rate in rates[recipe].items() if side != "batched")
         ratios[recipe] = round(rates[recipe]["batched"]["median"] / peer, 2)
     report(images_per_s=rates, batch=BATCH, ratios={"batched_over_torchvision": min(ratios.values()), **ratios})

@@ -9,7 +9,8 @@ copies in data/ are used. Four questions:
 4. Readings of the loss, where the paper's text leaves them open: a log-prior in its logits, a queue, cross-entropy weights
    normalised to a mean of 1, means within each class first. With which does λ move accuracy to the tail?
 
-Everything else is equal: images, views, schedule, initial weights (with --budget gpu each method has its published recipe).
+Everything else is equal: images, views, schedule, initial weights (with --budget gpu all have the field's common recipe, the
+Hybrids their own; `benchmarks.reproduce` gives each method its authors').
 Scores are the last epoch's, on the test set. Runs that have a result are not run again, so a stopped measurement goes on. The
 CPU budget begins no run that would end after two hours (--hours); what is left then, the same command does. Writes tables and
 pictures to docs/claims/.
@@ -43,7 +44,7 @@ READ_AT = (0.05, 0.5, 5.0)  # λ of the readings: CIFAR-100-LT, where λ moves l
 @dataclass(frozen=True)
 class Budget:
     """epochs: of a full run. cosine: epochs of each of the cosine head's runs. averaging: momentum of PaCo's network. full: by
-    the published recipes. hours: after which no run begins that would end later; None: all of them."""
+    the field's recipe and length. hours: after which no run begins that would end later; None: all of them."""
 
     epochs: int
     cosine: tuple[int, ...]
@@ -106,6 +107,13 @@ def cells(budget: Budget, datasets: list[str]) -> list[Cell]:
             for epochs in budget.cosine:
                 options = ("--head", "{kind: cosine}", "--loss", "{kind: cibl, tail_skew: 0.05}", "--epochs", str(epochs))
                 listed.append(Cell(dataset, "cosine", str(epochs), seed, options))
+        if seed == 0:
+            listed += _readings(budget)
+    return listed
+
+
+def _readings(budget: Budget) -> list[Cell]:
+    listed = []
     for reading, option in READINGS.items():
         for tail_skew in READ_AT:
             loss = f"{{kind: cibl, tail_skew: {tail_skew}, {option}}}"

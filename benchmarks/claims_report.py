@@ -106,6 +106,7 @@ def write(docs: Path, budget: str, summary: dict[str, Any], results: Results, of
     lines += [
         "",
         f"Rank correlation with λ (Spearman): {summary['rank_correlation']}.",
+        f"Best λ overall: {summary['best_lambda']}.",
         f"Ratios: {summary['ratios']}; by seed: {summary['cosine_epochs_over_linear_by_seed']}.",
     ]
     lines += ["", f"{machine()['cpu']}, {machine()['cores']} cores, GPU: {machine()['gpu']}."]

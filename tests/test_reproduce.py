@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from benchmarks import claims, reproduce_report
-from benchmarks.many_runs import Run, RunsFailedError, run_all
+from benchmarks.many_runs import Run, RunsFailedError, computed, run_all
 from benchmarks.reproduce import record
 from benchmarks.reproduce_cells import BUDGETS, TABLES, cells
 from cibl_ray.config import load_config, save_config
@@ -83,6 +83,17 @@ def test_the_published_tables_are_whole():
         assert configs["CIBL, linear head"].network.head.kind == "linear"
         assert configs["CIBL, cosine head"].network.head.kind == "cosine"
     assert load_config("cifar10_lt", list(cells("cifar10_lt", "gpu", 1, 0.1)[0].options)).data.val_fraction == 0.1
+
+
+@pytest.mark.parametrize("dataset", ["cifar10", "cifar100"])
+def test_hybrids_recipe_is_the_tables(dataset):
+    """The shipped file says what the table trains."""
+    every = {cell.value: cell for cell in cells(f"{dataset}_lt", "gpu", 1, 0.0) if cell.imbalance == 100}
+    for value in ("Hybrid-SC", "Hybrid-PSC"):
+        cell = every[value]
+        loss = ["--loss", cell.options[cell.options.index("--loss") + 1]] if value == "Hybrid-PSC" else []
+        shipped, trained = load_config(f"recipes/hybrid_{dataset}_lt", loss), load_config(cell.config, list(cell.options))
+        assert computed(shipped) == computed(trained)
 
 
 @pytest.fixture(scope="module")

@@ -122,7 +122,9 @@ class CIBLConfig(_Memory):
     tail_skew: float = Field(default=0.05, ge=0, description="λ: 0 is cross-entropy; more moves accuracy to rare classes")
     temperature: Temperature = 0.1
     kappa: Kappa = 0.0
-    classify: Literal["all", "first"] = Field(default="all", description="views that cross-entropy sees")
+    classify: Literal["all", "first"] = Field(
+        default="all", description="views that cross-entropy sees; with momentum always the first"
+    )
     normalize: Annotated[Literal["none", "batch", "class"], BeforeValidator(_by_name)] = Field(
         default="none",
         description="batch (or true): scale the cross-entropy weights 1-w to a mean of 1 over the batch; class: both terms are "

@@ -95,20 +95,28 @@ def paco(
     temperature: float,
     alpha: float,
     beta: float,
-) -> torch.Tensor:
-    """Parametric contrastive loss, (M,) (Cui et al. 2021, equation 4); logits f (M, C), where wanted with κ·log π added.
+) -> dict[str, torch.Tensor]:
+    """Parametric contrastive loss (Cui et al. 2021, equation 4); logits f (M, C), where wanted with κ·log π added.
 
     The class centres and the embeddings share one softmax: with D = Σ_c exp(f_c) + Σ_{a≠m} exp(z_m·z_a/τ),
 
         l(m) = -[ β·log(exp(f_y)/D) + α·Σ_{p∈P(m)} log(exp(z_m·z_p/τ)/D) ] / (β + α·|P(m)|).
+
+    Scalars: 'loss', the mean of l; detached 'center', the mean of -log(exp(f_y)/D), and 'contrastive', that of the positives'
+    mean, over the anchors that have any.
     """
     logits, (z, others) = wide(logits), _widened(z, contrast)
     classes = logits.shape[1]
     positives = positive_counts(labels, contrast.labels, classes)
     normalizer = torch.logaddexp(row_log_sum_exp(logits), log_sum_exp(z, others, temperature, exclude=contrast.rows_of(z)))
     attraction = positive_sums(z, labels, others, contrast.labels, contrast.own, classes) / temperature
-    centre = logits.gather(1, labels[:, None]).squeeze(1)
-    return normalizer - (beta * centre + alpha * attraction) / (beta + alpha * positives.to(z.dtype))
+    center, count = logits.gather(1, labels[:, None]).squeeze(1), positives.to(z.dtype)
+    losses = normalizer - (beta * center + alpha * attraction) / (beta + alpha * count)
+    with torch.no_grad():
+        has = (count > 0).to(z.dtype)
+        contrasted = (has * (normalizer - attraction / count.clamp(min=1))).sum() / has.sum().clamp(min=1)
+        parts = {"center": (normalizer - center).mean(), "contrastive": contrasted}
+    return {"loss": losses.mean()} | parts
 
 
 def _widened(z: torch.Tensor, contrast: Contrast) -> tuple[torch.Tensor, torch.Tensor]:

@@ -32,6 +32,7 @@ LOSSES = {
     "paco": "{kind: paco, queue: 100}",
     "cibl": "{kind: cibl}",
     "cibl_with_everything": "{kind: cibl, queue: 90, momentum: 0.9, kappa: 1, classify: first, normalize: true}",
+    "cibl_by_class": "{kind: cibl, normalize: class, classify: first}",
     "cibl_with_a_queue": "{kind: cibl, queue: 200, classify: first}",
 }
 

@@ -9,6 +9,7 @@ from cibl_ray.losses.step import Seen, Tail, loss_terms
 from tests.cibl_ray.plain_losses import (
     CLASSES,
     COUNTS,
+    LABELS,
     Example,
     plain_balanced,
     plain_cibl,
@@ -41,7 +42,7 @@ def hybrid(share, contrastive, e, kappa):
 
 
 EFFECTIVE = [(1 - 0.99) / (1 - 0.99**count) for count in COUNTS.tolist()]
-# Configuration, t/T, and the loss as a loop. Every example has labels "mixed", and for some a queue.
+# Configuration, t/T, and the loss as a loop.
 CASES = {
     "cross_entropy": ("{kind: cross_entropy}", 0.5, lambda e: plain_cross_entropy(e.logits, e.labels).mean()),
     "balanced_softmax": (
@@ -105,12 +106,13 @@ def seen(e):
 
 
 @pytest.mark.parametrize("queued", [False, True])
+@pytest.mark.parametrize("name", LABELS)
 @pytest.mark.parametrize("case", CASES)
-def test_a_configuration_composes_what_its_formula_says(case, queued):
+def test_a_configuration_composes_what_its_formula_says(case, name, queued):
     text, progress, plain = CASES[case]
     head = ["--head", "{kind: cosine}"] if "ldam" in text else []
     config = load_config("quickstart", ["--loss", text, *head]).loss
-    e = Example("mixed", torch.float64, queued)
+    e = Example(name, torch.float64, queued)
     terms = loss_terms(config, seen(e), Tail(COUNTS, log_prior(COUNTS)), progress)
     reference = plain(e)
     assert terms["loss"].item() == pytest.approx(reference.item(), rel=1e-6)
@@ -119,3 +121,24 @@ def test_a_configuration_composes_what_its_formula_says(case, queued):
         assert (mine is None) == (wanted is None)
         assert wanted is None or torch.allclose(mine, wanted, rtol=1e-6, atol=1e-10)
     assert [name for name, term in terms.items() if term.requires_grad] == ["loss"]
+
+
+@pytest.mark.parametrize("queued", [False, True])
+@pytest.mark.parametrize("name", LABELS)
+def test_the_terms_of_paco_add_up_to_its_loss(name, queued):
+    """Where all anchors have as many positives, the loss is their mean, weighed by β and α·|P|."""
+    e = Example(name, torch.float64, queued)
+    alpha, beta = 0.02, 0.9
+    config = load_config("quickstart", ["--loss", f"{{kind: paco, alpha: {alpha}, beta: {beta}}}"]).loss
+    terms = loss_terms(config, seen(e), Tail(COUNTS, log_prior(COUNTS)), 0.5)
+    assert list(terms) == ["loss", "center", "contrastive"]
+    center = plain_paco(e.logits + PRIOR, e.z, e.labels, *e.everyone(), 0.07, 0.0, 1.0).mean()
+    assert terms["center"].item() == pytest.approx(center.item(), rel=1e-6)
+    labels = e.everyone()[1]
+    positives = {int((labels == label).sum()) - 1 for label in e.labels.tolist()}
+    if len(positives) == 1:
+        (count,) = positives
+        whole = (beta * terms["center"] + alpha * count * terms["contrastive"]) / (beta + alpha * count)
+        assert terms["loss"].item() == pytest.approx(whole.item(), rel=1e-6)
+    else:
+        assert 0 < terms["contrastive"].item() < 1000

@@ -35,6 +35,7 @@ LOSSES = {
     "cibl": "{kind: cibl}",
     "cibl_with_everything": "{kind: cibl, queue: 20, momentum: 0.9, kappa: 1, classify: first, normalize: true}",
     "cibl_first_view": "{kind: cibl, classify: first, normalize: true}",
+    "cibl_by_class": "{kind: cibl, tail_skew: 2, normalize: class}",
 }
 
 
