@@ -8,10 +8,9 @@ run goes on from its last checkpoint; an error of the training itself ends it, a
 
 from __future__ import annotations
 
-import glob
 import logging
 import os
-import secrets
+import shlex
 import signal
 import socket
 import sys
@@ -27,7 +26,7 @@ from typing import Any
 
 import ray
 import ray.train
-from ray.exceptions import RayError
+from ray.exceptions import RayActorError, RayError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, get_device
 
@@ -39,6 +38,7 @@ from cibl_ray.progress import Progress, Silent, Terminal
 from cibl_ray.ray_doze import main_thread_dozes
 from cibl_ray.ray_start import own_cluster
 from cibl_ray.ray_trainer import LeanTrainer, OneMachineConfig, StopOnError, end_needless, known, reason
+from cibl_ray.shared_folder import mark_beside, same_folder
 from cibl_ray.storage import Mirror, join
 from cibl_ray.world import PeerLostError, World
 from pipelines.cores import limit_cores
@@ -47,6 +47,7 @@ from pipelines.prepare import ensure_prepared
 from pipelines.settings import validate
 
 _EXCHANGE_TIMEOUT = 600  # seconds without an answer after which a worker counts as lost
+FAILURES = 3  # lost workers replaced, by default
 
 
 @dataclass(frozen=True)
@@ -68,8 +69,11 @@ class Options:
         """The command that goes on with a run."""
         least, most = self.workers
         workers = f"{least}-{most}" if most > least else least
-        address = f" --address {self.address}" if self.address else ""
-        return f"python -m cibl_ray.train --resume {self.place(folder) or folder} --cluster --workers {workers}{address}"
+        run = shlex.quote(str(self.place(folder) or folder))
+        more = f" --address {self.address}" if self.address else ""
+        more += f" --cpus-per-worker {self.cpus}" if self.cpus else ""
+        more += f" --max-failures {self.failures}" if self.failures != FAILURES else ""
+        return f"python -m cibl_ray.train --resume {run} --cluster --workers {workers}{more}"
 
 
 def parse_workers(text: str) -> tuple[int, int]:
@@ -107,10 +111,10 @@ def fit(config: run_config.RunConfig, folder: Path, resume: bool, options: Optio
             )
         train = config.train.model_copy(update={"device": "cuda" if gpus else "cpu"})
         config = config.model_copy(update={"train": train})
-        if options.address is None:
-            ensure_prepared(config.data, config.seed)  # here, where its progress is seen; elsewhere once a node
         with polite_end():
             try:
+                if options.address is None:
+                    ensure_prepared(config.data, config.seed)  # here, where its progress is seen; elsewhere once a node
                 shape = Shape(options.workers, cpus, gpus, options.failures, own=options.address is None)
                 launch(config, folder, resume, shape, Terminal(), options.storage)
             except (SystemExit, KeyboardInterrupt):
@@ -175,7 +179,7 @@ def launch(
     with (
         shown(ray.util.get_node_ip_address(), progress, waits) as board,
         tempfile.TemporaryDirectory(prefix="cibl_ray_") as meeting,
-        _mark(folder, storage) as mark,
+        mark_beside(folder, storage) as mark,
     ):
         given |= {"board": asdict(board), "cpus": shape.cpus, "mark": mark}
         run = RunConfig(
@@ -197,24 +201,8 @@ def launch(
         except ray.train.WorkerGroupError as error:
             lost = ", ".join(f"rank {rank} ({reason(cause)})" for rank, cause in sorted(error.worker_failures.items()))
             raise LostError(f"workers were lost {shape.failures + 1} times, at last {lost}") from None
-
-
-@contextmanager
-def _mark(folder: Path, storage: str | None) -> Iterator[str | None]:
-    """A file beside the run folder, while the run lasts, by which rank 0 finds out whether its node sees what this one sees.
-    None where a store keeps the run."""
-    if storage is not None:
-        yield None
-        return
-    mark = folder.parent / ".ray" / f"{folder.name}.{secrets.token_hex(8)}.mark"
-    mark.parent.mkdir(parents=True, exist_ok=True)
-    for left in mark.parent.glob(f"{glob.escape(folder.name)}.*.mark"):  # of a driver that was killed
-        left.unlink(missing_ok=True)
-    mark.touch()
-    try:
-        yield str(mark)
-    finally:
-        mark.unlink(missing_ok=True)
+        except RayActorError as error:
+            raise LostError(f"what ran the workers was lost: {reason(error)}") from None
 
 
 def _in_line() -> bool:
@@ -300,14 +288,15 @@ def _worker(given: dict[str, Any]) -> None:
         if mirror.exists():
             mirror.download()
     try:
-        world.from_first(lambda: _same_folder(folder, given["mark"]))
+        same_folder(folder, given["mark"])  # on every node: any may be the first after a loss
         # The driver has made sure that a new run has no folder yet: one that is there is this run's, of lost workers.
         there = world.from_first(lambda: begun(folder, None))
         if there and world.first and (folder / "checkpoints").exists():
             progress.line("going on from the last checkpoint")
         resume = given["resume"] or there or given["storage"] is not None
         with main_thread_dozes():
-            train(config, folder, resume, world, progress, mirror, patience=30)  # the process of a lost worker may end later
+            # The process of a lost worker may end later; a lock that a lost node held on a network's disk lasts minutes.
+            train(config, folder, resume, world, progress, mirror, patience=30 if own_cluster() else 180)
     except PeerLostError:
         time.sleep(5)  # the worker with the cause is heard first
         raise
@@ -318,15 +307,6 @@ def _worker(given: dict[str, Any]) -> None:
         raise
     finally:
         posted.finish()
-
-
-def _same_folder(folder: Path, mark: str | None) -> None:
-    """Raise UserError where this node does not see the driver's files: a run begun here would be lost with the node."""
-    if mark is not None and not Path(mark).exists():
-        raise UserError(
-            f"{socket.gethostname()} does not see {str(folder.parent)!r} as the driver does; give --runs a folder that all "
-            "nodes share, or --storage URI"
-        )
 
 
 @contextmanager

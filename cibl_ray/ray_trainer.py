@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import ray
 import torch.distributed as dist
+from ray.exceptions import GetTimeoutError, RayTaskError
 from ray.train import UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.torch.config import _set_torch_distributed_env_vars, _TorchBackend
@@ -51,7 +53,8 @@ class LeanTrainer(TorchTrainer):
             # then frees all; a trial of a sweep may be stopped while the job goes on.
             needless += (PlacementGroupCleanerCallback,)
         callbacks = super()._create_default_callbacks()  # type: ignore[misc]  # typed as the first version's
-        return [*(callback for callback in callbacks if not isinstance(callback, needless)), Doze()]
+        kept = [callback for callback in callbacks if not isinstance(callback, needless)]
+        return [*kept, Doze()] if known() else kept
 
     def _initialize_and_run_controller(self, **given: Any) -> Any:
         if self.alone and known():
@@ -78,7 +81,14 @@ class _ByFile(_TorchBackend):
         worker_group.execute(_set_torch_distributed_env_vars)
         size, timeout = len(worker_group), timedelta(seconds=backend_config.timeout_s)
         given = (str(meeting), size, backend_config.backend, timeout)
-        ray.get([worker_group.execute_single_async(rank, _meet, rank, *given) for rank in range(size)])
+        joined = [worker_group.execute_single_async(rank, _meet, rank, *given) for rank in range(size)]
+        try:
+            ray.get(joined)
+        except RayTaskError:
+            for one in joined:  # a worker that fails because another has died: the death is the cause, and is survived
+                with suppress(RayTaskError, GetTimeoutError):
+                    ray.get(one, timeout=10)
+            raise
 
 
 def _meet(rank: int, path: str, size: int, backend: str, timeout: timedelta) -> None:

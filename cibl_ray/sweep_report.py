@@ -105,7 +105,11 @@ def _over_skew(path: Path, trials: list[Trial], names: tuple[str, str]) -> None:
         plot.scatter([], [], color=color, label=name)
     if any(trial.state == "stopped" for trial in searched):
         plot.scatter([], [], edgecolors="black", facecolors="none", label="stopped early")
-    plot.set(xlabel="tail-skew weight λ", ylabel="validation, %", xscale="log")
+    if min(skews) > 0:
+        plot.set_xscale("log")
+    else:  # λ = 0 is cross-entropy: it stands left of the others
+        plot.set_xscale("symlog", linthresh=min((skew for skew in skews if skew > 0), default=1.0))
+    plot.set(xlabel="tail-skew weight λ", ylabel="validation, %")
     plot.set_ylim(bottom=0)
     plot.legend(frameon=False)
     plot.spines[["top", "right"]].set_visible(False)

@@ -39,7 +39,7 @@ def main() -> None:
     parser = CommandParser(
         prog="python -m cibl_ray.train",
         usage="%(prog)s CONFIG [--name NAME] [--cluster] [--field value ...]\n"
-        "       %(prog)s --resume RUN [--cluster] [--field value ...]",
+        "       %(prog)s [CONFIG] --resume RUN [--cluster] [--field value ...]",
         description=__doc__,
     )
     parser.add_argument("--name", help="of the run folder; by default the configuration's name and the time")
@@ -52,7 +52,7 @@ def main() -> None:
     cluster.add_argument("--cpus-per-worker", type=int, metavar="N", help="by default what fits")
     cluster.add_argument("--max-failures", type=int, metavar="N", help="lost workers to replace (default: 3)")
     name, arguments, overrides = split_command_line(parser)
-    if (name is None) == (arguments.resume is None):
+    if name is None and arguments.resume is None:
         raise UserError("name a configuration first (quickstart, say) to start a run, or --resume RUN to go on with one")
     for option in ("workers", "address", "storage", "cpus_per_worker", "max_failures"):
         if getattr(arguments, option) is not None and not arguments.cluster:
@@ -63,9 +63,9 @@ def main() -> None:
         if not arguments.cluster:
             raise UserError(f"--resume {arguments.resume}: a run in an object store goes on with --cluster: add that")
         storage, folder = _fetched(arguments.resume)
-        config, folder = _resumed(folder, overrides)
+        config, folder = _resumed(folder, overrides, name)
     elif arguments.resume is not None:
-        config, folder = _resumed(Path(arguments.resume), overrides)
+        config, folder = _resumed(Path(arguments.resume), overrides, name)
     else:
         from cibl_ray.config import load_config
 
@@ -74,9 +74,9 @@ def main() -> None:
         folder = config.runs / (arguments.name or f"{Path(name).stem}-{time.strftime('%Y%m%d-%H%M%S')}")
     if arguments.cluster:
         settle(own=arguments.address is None)
-        from cibl_ray.cluster import Options, fit, parse_workers
+        from cibl_ray.cluster import FAILURES, Options, fit, parse_workers
 
-        failures = 3 if arguments.max_failures is None else arguments.max_failures
+        failures = FAILURES if arguments.max_failures is None else arguments.max_failures
         options = Options(
             parse_workers(arguments.workers or "1"), arguments.address, arguments.cpus_per_worker, failures, storage
         )
@@ -228,13 +228,25 @@ def _fetched(uri: str) -> tuple[str, Path]:
     return storage, folder
 
 
-def _resumed(folder: Path, overrides: list[str]) -> tuple[Any, Path]:
-    from cibl_ray.config import build_config
+def _resumed(folder: Path, overrides: list[str], name: str | None) -> tuple[Any, Path]:
+    """The run's configuration with `overrides`; where `name` is given too, as in the command that began it, it must agree."""
+    from cibl_ray.config import build_config, load_config
     from pipelines.settings import read_config
 
     if not (folder / CONFIG).is_file():
         raise UserError(f"--resume {folder}: not a run folder, it has no {CONFIG}")
-    return build_config(read_config(folder / CONFIG), overrides, str(folder / CONFIG)), folder.absolute()
+    config = build_config(read_config(folder / CONFIG), overrides, str(folder / CONFIG))
+    if name is not None:
+        # How it is executed is decided as a run begins, and stands in the run's own file.
+        execution: Any = {"runs": True, "loader": True, "train": {"device", "precision"}, "data": {"prepared"}}
+        wanted, there = (one.model_dump(mode="json", exclude=execution) for one in (load_config(name, overrides), config))
+        changed = sorted(part for part in wanted if wanted[part] != there[part])
+        if changed:
+            raise UserError(
+                f"--resume {folder}: that run is of another configuration than {name} ({', '.join(changed)} differ); "
+                f"leave {name} out to go on with the run's own, or start a new one without --resume"
+            )
+    return config, folder.absolute()
 
 
 def lock_folder(folder: Path, doing: str, patience: float) -> IO[str]:

@@ -11,6 +11,7 @@ import fcntl
 import json
 import logging
 import os
+import shlex
 import time
 import traceback
 from dataclasses import asdict
@@ -70,18 +71,17 @@ def main() -> None:
 
 def run(sweep: SweepConfig, folder: Path, address: str | None) -> None:
     """Do what is left of a sweep in `folder`, and write its result."""
+    import ray
+
     from cibl_ray import sweep_report
     from cibl_ray.cluster import cluster, polite_end
-    from cibl_ray.sweep import base_content, check_metrics, read_trials, trial_config
+    from cibl_ray.shared_folder import mark_beside
+    from cibl_ray.sweep import base_content, check_metrics, read_trials
     from cibl_ray.train import lock_folder
-    from pipelines.pictures import shot_groups
-    from pipelines.prepare import ensure_prepared
 
     base = base_content(sweep)  # a mistake is found before anything is started or written
     if address is None:
-        config = trial_config(base, {})
-        prepared = ensure_prepared(config.data, config.seed)  # once: all trials share it
-        check_metrics(sweep, set(shot_groups(prepared.train_counts)), "val" in prepared.splits)
+        check_metrics(sweep, *_prepared(base))  # once: all trials share it
     folder.mkdir(parents=True, exist_ok=True)
     with lock_folder(folder, "sweeping", patience=0):
         _write(folder / SWEEP, json.dumps(sweep.model_dump(mode="json"), indent=1))
@@ -91,16 +91,47 @@ def run(sweep: SweepConfig, folder: Path, address: str | None) -> None:
         if left > 0:
             # Whether the controller of a trial's workers still lives is asked of a service in Ray's dashboard; else the cores
             # are the trials'.
-            with cluster(address, dashboard=sweep.workers > 1), polite_end():
-                _search(sweep, base, folder, left)
+            with cluster(address, dashboard=sweep.workers > 1), polite_end(), mark_beside(folder, None) as mark:
+                if address is not None:
+                    _check_nodes(folder, mark)
+                    check_metrics(sweep, *ray.get(ray.remote(_prepared).remote(base)))
+                _search(sweep, base, folder, left, mark)
         trials = read_trials(folder)
         if len(trials) < sweep.trials:  # Ray Tune itself ends in order on Ctrl-C
-            raise Interrupted(f"stopped; go on with: python -m cibl_ray.tune --resume {folder}")
+            at = f" --address {address}" if address is not None else ""
+            raise Interrupted(f"stopped; go on with: python -m cibl_ray.tune --resume {shlex.quote(str(folder))}{at}")
         table = sweep_report.write(folder, sweep, base, trials)
     states = {state: sum(trial.state == state for trial in trials) for state in ("completed", "stopped", "failed")}
     print(f"\n{len(trials)} trials: " + ", ".join(f"{count} {state}" for state, count in states.items()))
     print(f"\nThe front, validation, in %:\n\n{table}\n")
-    print(f"Sweep folder: {folder}\n              trials.csv, best.yaml, best.safetensors, trade_off.png, tail_skew.png")
+    pictures = [name for name in ("trade_off.png", "tail_skew.png") if (folder / name).exists()]
+    print(f"Sweep folder: {folder}\n              trials.csv, best.yaml, best.safetensors, {', '.join(pictures)}")
+
+
+def _prepared(base: dict[str, Any]) -> tuple[set[str], bool]:
+    """Prepare the data of a sweep: the groups by shot that it has, and whether there is a validation split."""
+    from cibl_ray.sweep import trial_config
+    from pipelines.pictures import shot_groups
+    from pipelines.prepare import ensure_prepared
+
+    config = trial_config(base, {})
+    prepared = ensure_prepared(config.data, config.seed)
+    return set(shot_groups(prepared.train_counts)), "val" in prepared.splits
+
+
+def _check_nodes(folder: Path, mark: str | None) -> None:
+    """Raise UserError where a node of the cluster does not see the sweep's folder, in which trials leave their results."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    from cibl_ray.shared_folder import same_folder
+
+    check: Any = ray.remote(same_folder)
+    nodes = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in ray.nodes() if node["Alive"]]
+    try:
+        ray.get([check.options(num_cpus=0, scheduling_strategy=node).remote(folder, mark, "--sweeps") for node in nodes])
+    except ray.exceptions.RayTaskError as error:
+        raise (error.cause if isinstance(error.cause, UserError) else error) from None
 
 
 def _write(path: Path, text: str) -> None:
@@ -118,7 +149,7 @@ def _read(path: Path) -> dict[str, Any] | None:
     return content if isinstance(content, dict) else None
 
 
-def _search(sweep: SweepConfig, base: dict[str, Any], folder: Path, left: int) -> None:
+def _search(sweep: SweepConfig, base: dict[str, Any], folder: Path, left: int, mark: str | None) -> None:
     import optuna
     import ray
     from optuna.storages import JournalStorage
@@ -169,7 +200,7 @@ def _search(sweep: SweepConfig, base: dict[str, Any], folder: Path, left: int) -
             grace_period=sweep.asha.grace,
             reduction_factor=sweep.asha.reduction,
         )
-    given = {"sweep": sweep.model_dump(mode="json"), "base": base, "folder": str(folder), "cpus": sweep.cpus}
+    given = {"sweep": sweep.model_dump(mode="json"), "base": base, "folder": str(folder), "cpus": sweep.cpus, "mark": mark}
     tuner = tune.Tuner(
         tune.with_resources(
             tune.with_parameters(_trial, given=given),
@@ -225,6 +256,7 @@ def _trial(params: dict[str, Any], given: dict[str, Any]) -> None:
     import torch
 
     from cibl_ray.runlog import read_metrics
+    from cibl_ray.shared_folder import same_folder
     from cibl_ray.sweep import SweepConfig, trial_config, trial_name
     from cibl_ray.train import train
     from cibl_ray.world import World
@@ -235,6 +267,7 @@ def _trial(params: dict[str, Any], given: dict[str, Any]) -> None:
     limit_cores(given["cpus"])
     sweep = validate(SweepConfig, given["sweep"], "the sweep")
     name = trial_name(params)
+    same_folder(Path(given["folder"]), given["mark"], "--sweeps")  # a node that has joined since the sweep began
     run_folder = Path(given["folder"]) / "trials" / name
     run_folder.parent.mkdir(parents=True, exist_ok=True)
     _write(run_folder.with_suffix(".json"), json.dumps(params))

@@ -17,13 +17,14 @@ import torch
 from cibl_ray.checkpoint import load_checkpoint
 from cibl_ray.ray_start import settle
 from cibl_ray.runlog import read_metrics
+from cibl_ray.shared_folder import mark_beside, same_folder
 from cibl_ray.storage import Mirror, join, split
 from pipelines.errors import UserError
 from tests.conftest import REPOSITORY
 
 settle(own=True)
 
-from cibl_ray.cluster import Options, _mark, _same_folder, fitting_cpus, parse_workers, places  # noqa: E402
+from cibl_ray.cluster import Options, fitting_cpus, parse_workers, places  # noqa: E402
 
 EPOCHS = 12
 OPTIONS = ["--epochs", EPOCHS, "--warmup_epochs", "1", "--batch_size", "62", "--loader.kind", "torch"]
@@ -253,12 +254,17 @@ def test_stopped_before_anything_was_trained(folder):
 
 def test_a_node_that_does_not_see_the_run_folder_is_refused(tmp_path):
     with pytest.raises(UserError, match="does not see .* as the driver does; give --runs a folder that all nodes share"):
-        _same_folder(tmp_path / "runs" / "a", str(tmp_path / "elsewhere.mark"))
-    with _mark(tmp_path / "runs" / "a", None) as mark:
-        _same_folder(tmp_path / "runs" / "a", mark)
+        same_folder(tmp_path / "runs" / "a", str(tmp_path / "elsewhere.mark"))
+    with mark_beside(tmp_path / "runs" / "a", None) as mark:
+        same_folder(tmp_path / "runs" / "a", mark)
+        for killed in (f"a.{16 * '0'}.mark", f"a.5.{16 * '0'}.mark"):
+            (Path(mark).parent / killed).touch()
+        with mark_beside(tmp_path / "runs" / "a", None):  # the same run begun again: the first goes on
+            same_folder(tmp_path / "runs" / "a", mark)
+        assert sorted(path.name for path in Path(mark).parent.iterdir()) == sorted([Path(mark).name, f"a.5.{16 * '0'}.mark"])
     assert not Path(mark).exists()
-    with _mark(tmp_path / "runs" / "a", "s3://bucket") as mark:
-        _same_folder(tmp_path / "runs" / "a", mark)
+    with mark_beside(tmp_path / "runs" / "a", "s3://bucket") as mark:
+        same_folder(tmp_path / "runs" / "a", mark)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -462,3 +468,5 @@ def test_the_way_to_go_on_names_the_cluster():
     options = Options((2, 8), "head:6379", None, 3)
     assert options.again(Path("runs/a")).endswith("--resume runs/a --cluster --workers 2-8 --address head:6379")
     assert Options((2, 2), None, None, 3).again(Path("a")).endswith("--resume a --cluster --workers 2")
+    command = Options((2, 2), None, 4, 100, "s3://bucket/?region=x").again(Path("runs/a"))
+    assert command.endswith("--resume 's3://bucket/a?region=x' --cluster --workers 2 --cpus-per-worker 4 --max-failures 100")

@@ -148,6 +148,10 @@ def test_train_mistakes(finished, folders):
         (["quickstart", "--epoch", "3"], "did you mean 'train.epochs'?"),
         (["quickstart", "--name", "whole", *folders], "already exists; go on with --resume"),
         (["--resume", "nowhere"], "not a run folder"),
+        (
+            ["quickstart", *TINY, *folders, "--tail_skew", "3", "--resume", finished[0]],
+            "of another configuration than quickstart (loss",
+        ),
         (["--resume", finished[0], "--backbone", "resnet32"], "another architecture"),
         (["quickstart", "--lr", "1e9", "--name", "diverged", *TINY, *folders], "the loss is not finite in epoch"),
     ):
@@ -165,7 +169,8 @@ def test_resuming_a_finished_run_repeats_its_result(finished):
         row["seconds"]["evaluation"] for row in read_metrics(finished[0])
     )  # the test set's
     assert before["time"]["checkpoint"] > 0
-    assert run("train", "--resume", finished[0]).returncode == 0
+    # The command that began it, with --resume, is as good as --resume alone.
+    assert run("train", "quickstart", "--name", "whole", *TINY, *folders, "--resume", finished[0]).returncode == 0
     after = json.loads((finished[0] / "result.json").read_text())
     assert {**after, "time": None} == {**before, "time": None}
 

@@ -16,6 +16,7 @@ import yaml
 from cibl_ray import sweep_report
 from cibl_ray.checkpoint import load_checkpoint
 from cibl_ray.config import RunConfig, load_config
+from cibl_ray.ray_start import settle
 from cibl_ray.sweep import (
     SweepConfig,
     Trial,
@@ -51,11 +52,11 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("tune")
 
 
-def start(folder, name, content):
+def start(folder, name, content, *more):
     file = folder / f"{name}.yaml"
     content = {**content, "set": {**content["set"], "data.prepared": str(folder / "prepared")}}
     file.write_text(yaml.safe_dump(content))
-    return command(folder, file, "--sweeps", folder, "--name", name)
+    return command(folder, file, "--sweeps", folder, "--name", name, *more)
 
 
 def command(folder, *arguments):
@@ -155,6 +156,28 @@ def test_a_trial_of_several_workers_that_is_lost_frees_its_place(folder):
     lost[0].kill()
     ended(process, log)
     assert [trial.state for trial in read_trials(folder / "places")] == ["completed"] * 2
+
+
+def test_a_sweep_joins_a_cluster_and_names_it(folder):
+    settle(own=True)
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+    try:
+        content = {**BASE, "set": {**BASE["set"], "train.epochs": 8}, "trials": 2, "asha": None}
+        process, log = start(folder, "joined", content, "--address", cluster.address)
+        while not [*(folder / "joined" / "trials").glob("*/metrics.jsonl")]:
+            assert process.poll() is None, log.read_text()
+            time.sleep(0.1)
+        assert len([*(folder / ".ray").glob("joined.*.mark")]) == 1
+        process.send_signal(signal.SIGINT)
+        text = ended(process, log, 130)
+        assert f"--resume {folder / 'joined'} --address {cluster.address}" in text
+        ended(*command(folder, "--resume", folder / "joined", "--address", cluster.address))
+        assert [trial.state for trial in read_trials(folder / "joined")] == ["completed"] * 2
+    finally:
+        cluster.shutdown()
+    assert not [*(folder / ".ray").glob("joined.*.mark")]
 
 
 def test_front():

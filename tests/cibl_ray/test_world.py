@@ -112,7 +112,8 @@ def test_two_workers_compute_what_one_does(loss, two_workers):
         assert torch.allclose(theirs.pop("losses"), alone["losses"], rtol=1e-5)
         whole = torch.cat([gradient.flatten() for name, gradient in alone.items() if name != "losses"]).norm()
         for name, gradient in theirs.items():
-            assert (gradient - alone[name]).norm() <= 1e-5 * whole, (name, gradient, alone[name])
+            # Each parameter's by its own norm; where that is next to nothing, sums cancel in it.
+            assert (gradient - alone[name]).norm() <= 1e-5 * max(alone[name].norm(), 0.01 * whole), name
 
 
 def test_gathered_gradients_are_sums_over_workers(two_workers):
