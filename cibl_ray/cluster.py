@@ -240,7 +240,8 @@ def cluster(address: str | None, dashboard: bool = False) -> Iterator[None]:
             log_to_driver=False,
             logging_level=logging.ERROR,
             num_cpus=len(os.sched_getaffinity(0)) if own else None,
-            runtime_env=None if own else {"py_modules": packages},
+            # One heap, as `settle` sets it for a cluster of this machine's own.
+            runtime_env=None if own else {"py_modules": packages, "env_vars": {"MALLOC_ARENA_MAX": "1"}},
         )
     except (ConnectionError, RayError, ValueError) as error:
         if own:
