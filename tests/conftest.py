@@ -13,6 +13,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import numpy as np
 import pytest
 from PIL import Image
+from xdist.scheduler import LoadScopeScheduling
 
 from pipelines.config import DataConfig
 from pipelines.prepare import Prepared, ensure_prepared
@@ -22,15 +23,24 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 pytest_plugins = ["tests.exported"]
 needs_ffcv = pytest.mark.skipif(importlib.util.find_spec("ffcv") is None, reason="FFCV is not installed")
 
-CLUSTERS = ("test_cluster", "test_tune", "test_service")  # start Ray: one after the other, and first, for they take longest
+CLUSTERS = ("test_cluster.py", "test_cluster_files.py", "test_tune.py", "test_service.py")  # start Ray, one after the other
+
+
+class ByFile(LoadScopeScheduling):
+    """Where tests run in several processes (`make test`), a file's stay together, and share what it prepares."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        return "clusters" if file.endswith(CLUSTERS) else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> LoadScopeScheduling:
+    config.option.loadscopereorder = False
+    return ByFile(config, log)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where tests run in several processes (`make test`), a file's stay together, and share what it prepares."""
-    for item in items:
-        name = item.path.stem
-        item.add_marker(pytest.mark.xdist_group("clusters" if name in CLUSTERS else name))
-    items.sort(key=lambda item: item.path.stem not in CLUSTERS)
+    items.sort(key=lambda item: item.path.name not in CLUSTERS)  # what takes longest begins first
 
 
 def archive(name: str) -> Path:
