@@ -26,7 +26,7 @@ settle(own=True)
 
 from cibl_ray.cluster import Options, fitting_cpus, parse_workers, places  # noqa: E402
 
-EPOCHS = 12
+EPOCHS = 8
 OPTIONS = ["--epochs", EPOCHS, "--warmup_epochs", "1", "--batch_size", "62", "--loader.kind", "torch"]
 LAST = Path("checkpoints") / "last.safetensors"
 
@@ -281,18 +281,19 @@ def test_ctrl_c_keeps_a_checkpoint_and_leaves_no_process(folder, number):
 
 def test_an_error_in_one_rank_ends_all_and_is_named(folder):
     """One image is damaged, which one of the two workers reads."""
-    prepared = folder / "damaged"
-    options = [*new(folder, "damaged"), "--prepared", prepared, "--store", "{square: 16, mode: jpeg}", "--epochs", "1"]
-    ended(*start(folder, *options))
+    from cibl_ray.config import load_config
     from pipelines.beton import Beton
+    from pipelines.prepare import ensure_prepared
 
-    path = next(prepared.glob("*/train.beton"))
+    place = ["--prepared", str(folder / "damaged"), "--store", "{square: 16, mode: jpeg}"]
+    config = load_config("quickstart", place)
+    ensure_prepared(config.data, config.seed)
+    path = next((folder / "damaged").glob("*/train.beton"))
     record = Beton(path).records["f0"][5]
     with path.open("r+b") as file:
         file.seek(int(record["data_ptr"]))
         file.write(b"\0" * 64)
-    options[options.index("damaged")] = "damaged-2"
-    text = ended(*start(folder, *options), 2)
+    text = ended(*start(folder, *new(folder, "damaged"), *place, "--epochs", "1"), 2)
     (error,) = [line for line in text.splitlines() if line.startswith("error: ")]
     assert error.startswith("error: rank ")
     assert "is damaged" in error
@@ -301,10 +302,10 @@ def test_an_error_in_one_rank_ends_all_and_is_named(folder):
 
 def test_a_full_disk_ends_the_run_and_keeps_what_was_there(folder, undisturbed):
     run = folder / "runs" / "full"
-    ended(*start(folder, *new(folder, "full", "--epochs", "2")))
+    shutil.copytree(undisturbed[0], run)
     before = (run / LAST).read_bytes()
     (run / LAST).with_name("last.safetensors.part").symlink_to("/dev/full")
-    text = ended(*start(folder, "--resume", run, "--epochs", "3"), 2)
+    text = ended(*start(folder, "--resume", run, "--epochs", EPOCHS + 1), 2)
     assert "error: rank 0: OSError: [Errno 28] No space left on device" in text
     assert (run / LAST).read_bytes() == before
 
@@ -371,7 +372,7 @@ def two_nodes():
 @pytest.mark.timeout(600)
 def test_an_elastic_run_goes_on_with_the_nodes_that_are_left(folder, two_nodes):
     cluster, second = two_nodes
-    options = new(folder, "elastic", "--epochs", "60", "--address", cluster.address)
+    options = new(folder, "elastic", "--epochs", "16", "--address", cluster.address)
     process, log = start(folder, *options, workers="1-2")
     run = folder / "runs" / "elastic"
     wait_for_epoch(run, 2, process)
@@ -380,7 +381,7 @@ def test_an_elastic_run_goes_on_with_the_nodes_that_are_left(folder, two_nodes):
     text = ended(process, log)
     assert "a worker was lost" in text
     assert "one process; from epoch" in text
-    assert load_checkpoint(run / LAST).epoch == 60
+    assert load_checkpoint(run / LAST).epoch == 16
 
 
 @pytest.mark.slow
@@ -405,7 +406,7 @@ def test_an_elastic_run_grows_and_loses_nothing(folder, two_nodes):
 @pytest.mark.timeout(600)
 def test_a_run_of_fixed_size_waits_for_a_node_and_says_so(folder, two_nodes):
     cluster, second = two_nodes
-    process, log = start(folder, *new(folder, "fixed", "--epochs", "60", "--address", cluster.address))
+    process, log = start(folder, *new(folder, "fixed", "--epochs", "16", "--address", cluster.address))
     run = folder / "runs" / "fixed"
     wait_for_epoch(run, 2, process)
     cluster.remove_node(second, allow_graceful=False)
@@ -413,7 +414,7 @@ def test_a_run_of_fixed_size_waits_for_a_node_and_says_so(folder, two_nodes):
     cluster.add_node(num_cpus=1)
     text = ended(process, log)
     assert text.count("2 workers; from epoch") == 2
-    assert load_checkpoint(run / LAST).epoch == 60
+    assert load_checkpoint(run / LAST).epoch == 16
 
 
 HOLD = """

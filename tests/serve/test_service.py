@@ -259,7 +259,7 @@ def test_ray_serves_own_command_runs_the_configuration(bundle, tmp_path):
     content["applications"][0]["args"] |= {"bundles": [str(bundle)], "max_replicas": 2}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(content))
     command = [sys.executable, "-m", "ray.serve.scripts", "run", "--app-dir", str(REPOSITORY), str(tmp_path / "config.yaml")]
-    environment = {**os.environ, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+    environment = {**os.environ, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_ADDRESS": "local"}  # not another test's
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=log, stderr=log, start_new_session=True)
     try:
