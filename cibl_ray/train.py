@@ -235,18 +235,19 @@ def _resumed(folder: Path, overrides: list[str], name: str | None) -> tuple[Any,
 
     if not (folder / CONFIG).is_file():
         raise UserError(f"--resume {folder}: not a run folder, it has no {CONFIG}")
-    config = build_config(read_config(folder / CONFIG), overrides, str(folder / CONFIG))
+    content = read_config(folder / CONFIG)
     if name is not None:
+        begun = build_config(content, [], str(folder / CONFIG))
         # How it is executed is decided as a run begins, and stands in the run's own file.
         execution: Any = {"runs": True, "loader": True, "train": {"device", "precision"}, "data": {"prepared"}}
-        wanted, there = (one.model_dump(mode="json", exclude=execution) for one in (load_config(name, overrides), config))
+        wanted, there = (one.model_dump(mode="json", exclude=execution) for one in (load_config(name, overrides), begun))
         changed = sorted(part for part in wanted if wanted[part] != there[part])
         if changed:
             raise UserError(
                 f"--resume {folder}: that run is of another configuration than {name} ({', '.join(changed)} differ); "
                 f"leave {name} out to go on with the run's own, or start a new one without --resume"
             )
-    return config, folder.absolute()
+    return build_config(content, overrides, str(folder / CONFIG)), folder.absolute()
 
 
 def lock_folder(folder: Path, doing: str, patience: float) -> IO[str]:

@@ -163,7 +163,7 @@ def test_train_mistakes(finished, folders):
     assert not (Path(folders[1]) / "big").exists()
 
 
-def test_resuming_a_finished_run_repeats_its_result(finished):
+def test_resuming_a_finished_run_repeats_its_result(finished, folders):
     before = json.loads((finished[0] / "result.json").read_text())
     assert before["time"]["evaluation"] > sum(
         row["seconds"]["evaluation"] for row in read_metrics(finished[0])
