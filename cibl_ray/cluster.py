@@ -34,6 +34,7 @@ import cibl_ray
 import pipelines
 from cibl_ray import config as run_config
 from cibl_ray.board import Address, Posted, shown
+from cibl_ray.hardware import TIMER_LAG, let_timers_lag
 from cibl_ray.progress import Progress, Silent, Terminal
 from cibl_ray.ray_doze import main_thread_dozes
 from cibl_ray.ray_start import own_cluster
@@ -47,6 +48,7 @@ from pipelines.prepare import ensure_prepared
 from pipelines.settings import validate
 
 _EXCHANGE_TIMEOUT = 600  # seconds without an answer after which a worker counts as lost
+_SERVICES_LAG = 0.25  # seconds
 FAILURES = 3  # lost workers replaced, by default
 
 
@@ -233,6 +235,10 @@ def cluster(address: str | None, dashboard: bool = False) -> Iterator[None]:
     if address is not None and address != "auto":
         _answers(address)
     packages = [str(Path(package.__file__ or "").parent) for package in (cibl_ray, pipelines)]
+    if own:
+        # Ray's processes are made of threads that look four times a second whether there is anything to do, each at a moment of
+        # its own, on the cores that train. What they are asked for wakes them at once all the same.
+        let_timers_lag(_SERVICES_LAG)
     try:
         ray.init(
             address=address or "local",
@@ -247,6 +253,8 @@ def cluster(address: str | None, dashboard: bool = False) -> Iterator[None]:
         if own:
             raise
         raise UserError(f"--address {address}: {str(error).strip().partition(chr(10))[0]}") from error
+    finally:
+        let_timers_lag(TIMER_LAG)
     logging.getLogger("ray").setLevel(logging.ERROR)
     if own and not dashboard and known():
         end_needless()

@@ -108,11 +108,12 @@ def train(
     patience: seconds to wait for another process that works in the folder: a lost worker's may end after it is replaced.
     """
     from cibl_ray.checkpoint import newest
-    from cibl_ray.hardware import keep_freed_memory
+    from cibl_ray.hardware import TIMER_LAG, keep_freed_memory, let_timers_lag
     from cibl_ray.trainer import Trainer, resolve
     from pipelines.prepare import ensure_prepared
 
     keep_freed_memory()
+    let_timers_lag(TIMER_LAG)  # a cluster of this machine's own has left more
     config = world.from_first(lambda: resolve(config))
     if world.first and not resume and folder.exists():
         raise UserError(f"run folder {str(folder)!r} already exists; go on with --resume {folder}, or choose another --name")

@@ -442,6 +442,26 @@ def test_a_run_waits_for_others_work_and_says_so(folder, two_nodes):
     assert load_checkpoint(folder / "runs" / "in_line" / LAST).epoch == 2
 
 
+CODE = """
+import os, sys
+from cibl_ray.ray_start import settle
+settle(own=False)
+import ray
+from cibl_ray.cluster import cluster
+with cluster(sys.argv[1]):
+    print(*ray.get(ray.remote(lambda: (__import__("cibl_ray").__file__, os.environ["MALLOC_ARENA_MAX"])).remote()))
+"""
+
+
+def test_the_drivers_code_reaches_the_nodes(two_nodes, tmp_path):
+    done = subprocess.run([sys.executable, "-c", CODE, two_nodes[0].address], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    file, heaps = done.stdout.split()[-2:]
+    assert Path(file) != REPOSITORY / "cibl_ray" / "__init__.py"  # a copy that the cluster was sent
+    assert "runtime_resources" in file
+    assert heaps == "1"
+
+
 @pytest.mark.parametrize(("text", "expected"), [("4", (4, 4)), ("2-8", (2, 8))])
 def test_workers(text, expected):
     assert parse_workers(text) == expected
