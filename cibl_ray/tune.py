@@ -94,7 +94,7 @@ def run(sweep: SweepConfig, folder: Path, address: str | None) -> None:
             with cluster(address, dashboard=sweep.workers > 1), polite_end(), mark_beside(folder, None) as mark:
                 if address is not None:
                     _check_nodes(folder, mark)
-                    check_metrics(sweep, *ray.get(ray.remote(_prepared).remote(base)))
+                    check_metrics(sweep, *_told(ray.remote(_prepared).remote(base)))
                 _search(sweep, base, folder, left, mark)
         trials = read_trials(folder)
         if len(trials) < sweep.trials:  # Ray Tune itself ends in order on Ctrl-C
@@ -128,8 +128,15 @@ def _check_nodes(folder: Path, mark: str | None) -> None:
 
     check: Any = ray.remote(same_folder)
     nodes = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in ray.nodes() if node["Alive"]]
+    _told([check.options(num_cpus=0, scheduling_strategy=node).remote(folder, mark, "--sweeps") for node in nodes])
+
+
+def _told(tasks: Any) -> Any:
+    """What Ray's tasks return; a user's mistake that one of them finds is raised as such."""
+    import ray
+
     try:
-        ray.get([check.options(num_cpus=0, scheduling_strategy=node).remote(folder, mark, "--sweeps") for node in nodes])
+        return ray.get(tasks)
     except ray.exceptions.RayTaskError as error:
         raise (error.cause if isinstance(error.cause, UserError) else error) from None
 
