@@ -23,7 +23,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 pytest_plugins = ["tests.exported"]
 needs_ffcv = pytest.mark.skipif(importlib.util.find_spec("ffcv") is None, reason="FFCV is not installed")
 
-CLUSTERS = ("test_cluster.py", "test_cluster_files.py", "test_tune.py", "test_service.py")  # start Ray, one after the other
+CLUSTERS = ("test_cluster.py", "test_cluster_files.py", "test_tune.py")  # start Ray clusters, one after the other
 
 
 class ByFile(LoadScopeScheduling):
