@@ -73,24 +73,3 @@ class _PositiveSums(torch.autograd.Function):
         if ctx.itself:
             grad_z, grad_others = grad_z.add_(grad_others), None
         return grad_z, grad_others, None, None, None, None, None
-
-
-def own_products(z: torch.Tensor, labels: torch.Tensor, prototypes: torch.Tensor) -> torch.Tensor:
-    """z_m·p_y, (M,), differentiable in z (M, d) and prototypes p (C, d)."""
-    result: torch.Tensor = _OwnProducts.apply(z, prototypes, labels)
-    return result
-
-
-class _OwnProducts(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, z: torch.Tensor, prototypes: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        own = prototypes.index_select(0, labels)
-        ctx.classes = len(prototypes)
-        ctx.save_for_backward(z, own, labels)
-        return (z * own).sum(1)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
-        z, own, labels = ctx.saved_tensors
-        return grad[:, None] * own, class_sums(grad[:, None] * z, labels, ctx.classes), None

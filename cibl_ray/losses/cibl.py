@@ -12,7 +12,7 @@ import torch
 
 from cibl_ray.losses.attraction import class_sizes
 from cibl_ray.losses.classification import cross_entropy
-from cibl_ray.losses.contrastive import Contrast, positive_counts, supcon
+from cibl_ray.losses.contrastive import Contrast, positive_counts, supcon_of
 
 Normalization = Literal["none", "batch", "class"]
 
@@ -66,7 +66,7 @@ def cibl(
     if classify_every > 1:  # a slice's way back is a copy of all logits, even where the slice is all of them
         rest, chosen, chosen_labels = (each[::classify_every] for each in (rest, logits, labels))
     classified = cross_entropy(chosen, chosen_labels)
-    contrastive = supcon(z, labels, contrast, logits.shape[1], temperature)
+    contrastive = supcon_of(z, labels, contrast, positives, logits.shape[1], temperature)
     classification = (rest * classified).mean()
     if normalization == "batch":
         counts = positive_counts(everyone, contrast.labels, logits.shape[1])

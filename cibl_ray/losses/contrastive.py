@@ -10,9 +10,11 @@ from dataclasses import dataclass
 
 import torch
 
-from cibl_ray.losses.attraction import class_sizes, own_products, positive_sums
-from cibl_ray.losses.batch_supcon import batch_supcon, fits
-from cibl_ray.losses.softmax import log_sum_exp, row_log_sum_exp, wide
+from cibl_ray.losses.attraction import class_sizes, positive_sums
+from cibl_ray.losses.prototypes import prototype_pairs
+from cibl_ray.losses.softmax import PairWeights, log_sum_exp, row_log_sum_exp
+from cibl_ray.losses.within import fits, pairs_within
+from cibl_ray.precision import wide
 
 
 @dataclass(frozen=True)
@@ -38,14 +40,15 @@ def supcon(z: torch.Tensor, labels: torch.Tensor, contrast: Contrast, classes: i
 
     l(m) = -1/|P(m)| · Σ_{p∈P(m)} log[ exp(z_m·z_p/τ) / Σ_{a≠m} exp(z_m·z_a/τ) ];  0 where P(m) is empty.
     """
-    z, others = _widened(z, contrast)
-    if others is z and fits(z, temperature):
-        return batch_supcon(z, labels, classes, temperature)
-    positives = positive_counts(labels, contrast.labels, classes)
-    attraction = positive_sums(z, labels, others, contrast.labels, contrast.own, classes)
-    attraction = attraction / (positives.clamp(min=1).to(z.dtype) * temperature)
-    loss = log_sum_exp(z, others, temperature, exclude=contrast.rows_of(z)) - attraction
-    return torch.where(positives > 0, loss, torch.zeros_like(loss))
+    return supcon_of(z, labels, contrast, positive_counts(labels, contrast.labels, classes), classes, temperature)
+
+
+def supcon_of(
+    z: torch.Tensor, labels: torch.Tensor, contrast: Contrast, positives: torch.Tensor, classes: int, temperature: float
+) -> torch.Tensor:
+    """`supcon` where `positive_counts` are known."""
+    normalizer, attraction = _pairs(z, labels, contrast, classes, temperature)
+    return (normalizer - attraction / positives.clamp(min=1).to(attraction.dtype)).masked_fill(positives == 0, 0.0)
 
 
 def psc(
@@ -57,8 +60,8 @@ def psc(
     may be negative; with `positive_in_denominator` the sum runs over all j.
     """
     z, prototypes = wide(z), wide(prototypes)
-    attraction = own_products(z, labels, prototypes) / temperature
-    return log_sum_exp(z, prototypes, temperature, exclude=None if positive_in_denominator else labels) - attraction
+    normalizer, attraction = prototype_pairs(z, labels, prototypes, temperature, exclude_own=not positive_in_denominator)
+    return normalizer - attraction
 
 
 def balanced_contrastive(
@@ -71,20 +74,19 @@ def balanced_contrastive(
 
         l(m) = -1/(|P(m)|+1) · Σ_{p∈P(m)∪{p_y}} log[ exp(z_m·p/τ) / Σ_c 1/(|A_c(m)|+1) · Σ_{a∈A_c(m)∪{p_c}} exp(z_m·a/τ) ].
     """
-    z, prototypes = wide(z), wide(prototypes)
+    prototypes = wide(prototypes)
     classes = len(prototypes)
-    others = torch.cat((wide(contrast.embeddings), prototypes))
-    other_labels = torch.cat((contrast.labels, torch.arange(classes, device=labels.device)))
-    with_prototypes = Contrast(others, other_labels, contrast.own)
-    members = class_sizes(other_labels, classes)
-    positives = members[labels] - 1
-    attraction = positive_sums(z, labels, others, other_labels, contrast.own, classes) / (positives.to(z.dtype) * temperature)
+    members = class_sizes(contrast.labels, classes) + 1  # with the prototype
+    per_member, own_members = 1 / members.to(prototypes.dtype), members.index_select(0, labels)
+    positives = (own_members - 1).to(prototypes.dtype)
     # A member of another class stands for 1/|class|; of the anchor's own class, without the anchor, 1/(|P|+1).
-    normalizer = log_sum_exp(
-        z, others, temperature, with_prototypes.rows_of(z), weight=1 / members[other_labels].to(z.dtype),
-        own_class=(labels, other_labels, 1 / positives.to(z.dtype)),
-    )  # fmt: skip
-    return normalizer - attraction
+    more = 1 / (positives * own_members)
+    everyone = per_member.index_select(0, contrast.labels)
+    weights = PairWeights(labels, contrast.labels, everyone, more)
+    normalizer, attraction = _pairs(z, labels, contrast, classes, temperature, weights)
+    to_prototypes = PairWeights(labels, torch.arange(classes, device=labels.device), per_member, more)
+    second, own = prototype_pairs(wide(z), labels, prototypes, temperature, to_prototypes)
+    return torch.logaddexp(normalizer, second) - (attraction + own) / positives
 
 
 def paco(
@@ -105,21 +107,33 @@ def paco(
     Scalars: 'loss', the mean of l; detached 'center', the mean of -log(exp(f_y)/D), and 'contrastive', that of the positives'
     mean, over the anchors that have any.
     """
-    logits, (z, others) = wide(logits), _widened(z, contrast)
+    logits = wide(logits)
     classes = logits.shape[1]
-    positives = positive_counts(labels, contrast.labels, classes)
-    normalizer = torch.logaddexp(row_log_sum_exp(logits), log_sum_exp(z, others, temperature, exclude=contrast.rows_of(z)))
-    attraction = positive_sums(z, labels, others, contrast.labels, contrast.own, classes) / temperature
-    center, count = logits.gather(1, labels[:, None]).squeeze(1), positives.to(z.dtype)
+    normalizer, attraction = _pairs(z, labels, contrast, classes, temperature)
+    normalizer = torch.logaddexp(row_log_sum_exp(logits), normalizer)
+    center = logits.gather(1, labels[:, None]).squeeze(1)
+    count = positive_counts(labels, contrast.labels, classes).to(center.dtype)
     losses = normalizer - (beta * center + alpha * attraction) / (beta + alpha * count)
     with torch.no_grad():
-        has = (count > 0).to(z.dtype)
+        has = (count > 0).to(count.dtype)
         contrasted = (has * (normalizer - attraction / count.clamp(min=1))).sum() / has.sum().clamp(min=1)
         parts = {"center": (normalizer - center).mean(), "contrastive": contrasted}
     return {"loss": losses.mean()} | parts
 
 
-def _widened(z: torch.Tensor, contrast: Contrast) -> tuple[torch.Tensor, torch.Tensor]:
-    """Anchors and contrast set in at least float32: one tensor where the anchors are the whole set."""
+def _pairs(
+    z: torch.Tensor,
+    labels: torch.Tensor,
+    contrast: Contrast,
+    classes: int,
+    temperature: float,
+    weights: PairWeights | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """log Σ_{a≠m} w_ma·exp(z_m·z_a/τ) over the contrast set and Σ_{p∈P(m)} z_m·z_p/τ, (M,) each, in at least float32."""
     anchors = wide(z)
-    return anchors, anchors if contrast.embeddings is z else wide(contrast.embeddings)
+    # One tensor where the anchors are the whole set.
+    others = anchors if contrast.embeddings is z else wide(contrast.embeddings)
+    if others is anchors and fits(anchors, temperature):
+        return pairs_within(anchors, labels, classes, temperature, weights)
+    attraction = positive_sums(anchors, labels, others, contrast.labels, contrast.own, classes)
+    return log_sum_exp(anchors, others, temperature, contrast.rows_of(anchors), weights), attraction / temperature

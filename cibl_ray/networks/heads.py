@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from cibl_ray.precision import wide
+
 
 class CosineHead(nn.Module):
     """f_c = s · (w_c/|w_c|) · (h/|h|): features (M, d_h) to logits (M, C). Norms, larger for common classes, play no part.
@@ -49,7 +51,7 @@ class Projection(nn.Module):
         self.layers = nn.Sequential(nn.Linear(features, hidden), nn.ReLU(inplace=True), nn.Linear(hidden, size))
 
     def forward(self, h: torch.Tensor) -> torch.Tensor:
-        return F.normalize(self.layers(h).float(), dim=1)
+        return F.normalize(wide(self.layers(h)), dim=1)
 
 
 class LearnedPrototypes(nn.Module):
@@ -60,7 +62,7 @@ class LearnedPrototypes(nn.Module):
         self.weight = nn.Parameter(F.normalize(torch.randn(classes, size), dim=1))
 
     def forward(self, classifier: torch.Tensor) -> torch.Tensor:
-        return F.normalize(self.weight.float(), dim=1)
+        return F.normalize(wide(self.weight), dim=1)
 
 
 class ProjectedPrototypes(Projection):

@@ -12,6 +12,7 @@ from cibl_ray.config import CosineHeadConfig, LinearHeadConfig, NetworkConfig
 from cibl_ray.losses.config import Needs
 from cibl_ray.networks.heads import CosineHead, LearnedPrototypes, ProjectedPrototypes, Projection
 from cibl_ray.networks.resnet_cifar import CifarResNet
+from cibl_ray.precision import wide
 from cibl_ray.schedules import head_scale
 from pipelines.seeding import torch_seed
 
@@ -48,7 +49,7 @@ class HybridNetwork(nn.Module):
     def forward(self, x: torch.Tensor) -> Outputs:
         h = self.backbone(x)
         return Outputs(
-            logits=self.head(h.detach() if self.detached_head else h).float(),
+            logits=wide(self.head(h.detach() if self.detached_head else h)),
             embeddings=self.projection(h) if self.projection is not None else None,
             prototypes=self.prototypes(self.head.weight) if self.prototypes is not None else None,
             scale=self.head.scale if isinstance(self.head, CosineHead) else 1.0,
@@ -56,7 +57,7 @@ class HybridNetwork(nn.Module):
 
     def classify(self, x: torch.Tensor) -> torch.Tensor:
         """Logits alone, float32 (M, C): what evaluation and serving need."""
-        return self.head(self.backbone(x)).float()
+        return wide(self.head(self.backbone(x)))
 
     def schedule(self, epoch: float, epochs: int) -> None:
         """Set what changes over a run of `epochs`: a cosine head's scale, where it is not learned."""

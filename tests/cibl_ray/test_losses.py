@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.losses import pairs, peak_bytes
-from cibl_ray.losses import softmax
+from cibl_ray.losses import softmax, within
 from cibl_ray.losses.cibl import cibl, term_weights
 from cibl_ray.losses.classification import (
     adjusted,
@@ -20,7 +20,7 @@ from cibl_ray.losses.classification import (
 from cibl_ray.losses.contrastive import Contrast, balanced_contrastive, paco, positive_counts, psc, supcon
 from cibl_ray.losses.hybrid import contrastive_share
 from cibl_ray.losses.memory import LabelledQueue
-from cibl_ray.losses.softmax import wide
+from cibl_ray.precision import wide
 from tests.cibl_ray.plain_losses import (
     CLASSES,
     COUNTS,
@@ -141,13 +141,6 @@ def test_blocks_change_nothing(loss, rows, monkeypatch):
         assert (mine is None and theirs is None) or torch.allclose(mine, theirs, rtol=1e-10, atol=1e-13)
 
 
-@pytest.mark.parametrize("name", LABELS)
-def test_columns_weighed_as_on_a_gpu(name, monkeypatch):
-    """Balanced contrastive learning weighs all pairs at once there: the same value and gradient."""
-    monkeypatch.setattr(softmax, "_weigh_agreeing", softmax._weigh_all)
-    test_loss_is_the_formula_value_and_gradient("bcl", name, queued=True, precision="float64")
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("keep", [2**26, 0])
@@ -171,27 +164,54 @@ def test_a_gpu_computes_the_same(loss, name, keep, monkeypatch):
         assert other is None or agree(one.cpu(), other, 1e-6)
 
 
-@pytest.mark.parametrize("keep", [2**22, 0])
+@pytest.mark.parametrize("temperature", [0.1, 0.02])
+@pytest.mark.parametrize("tile", [None, 3, 16])
 @pytest.mark.parametrize("name", LABELS)
-def test_anchors_compared_with_themselves_have_both_gradients(name, keep, monkeypatch):
-    """The short way where the contrast set is the very tensor of the anchors, as in training without a queue."""
-    monkeypatch.setitem(softmax.KEEP, "cpu", keep)
-    monkeypatch.setitem(softmax.BLOCK, "cpu", 30)
+@pytest.mark.parametrize("loss", ["supcon", "bcl", "paco", "cibl"])
+def test_anchors_compared_with_themselves_have_both_gradients(loss, name, tile, temperature, monkeypatch):
+    """The short ways where the contrast set is the very tensor of the anchors, as in training without a queue: all pairs at
+    once, or in tiles."""
+    if tile is not None:
+        monkeypatch.setitem(within.AT_ONCE, "cpu", 0)
+        monkeypatch.setitem(within.TILE, "cpu", tile)
     e = Example(name, torch.float64, queued=False)
-    weights = torch.rand(10, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    same = supcon(e.z, e.labels, Contrast(e.z, e.labels), CLASSES, 0.1)
-    plain = plain_supcon(e.z, e.labels, e.z, e.labels, 0.1)
-    gradients = [torch.autograd.grad((loss * weights).sum(), e.z)[0] for loss in (same, plain)]
-    assert torch.allclose(same, plain, rtol=1e-9)
-    assert torch.allclose(*gradients, rtol=1e-9, atol=1e-12)
+    contrast, everyone = Contrast(e.z, e.labels), (e.z, e.labels)
+    ours, plain = {
+        "supcon": (
+            lambda: supcon(e.z, e.labels, contrast, CLASSES, temperature),
+            lambda: plain_supcon(e.z, e.labels, *everyone, temperature),
+        ),
+        "bcl": (
+            lambda: balanced_contrastive(e.z, e.labels, contrast, e.prototypes, temperature),
+            lambda: plain_balanced(e.z, e.labels, *everyone, e.prototypes, temperature),
+        ),
+        "paco": (
+            lambda: paco(e.logits, e.z, e.labels, contrast, temperature, 0.05, 1.0)["loss"],
+            lambda: plain_paco(e.logits, e.z, e.labels, *everyone, temperature, 0.05, 1.0).mean(),
+        ),
+        "cibl": (
+            lambda: cibl(e.logits, e.z, e.labels, contrast, 0.3, temperature)["loss"],
+            lambda: plain_cibl(e.logits, e.z, e.labels, *everyone, 0.3, temperature, every=1),
+        ),
+    }[loss]
+    values = ours(), plain()
+    assert torch.allclose(*values, rtol=1e-9)
+    weights = torch.rand(values[0].shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    for mine, theirs in zip(
+        *(torch.autograd.grad((value * weights).sum(), e.leaves, allow_unused=True) for value in values), strict=True
+    ):
+        assert (mine is None) == (theirs is None)
+        assert mine is None or torch.allclose(mine, theirs, rtol=1e-9, atol=1e-11)
 
 
 def test_blocks_keep_memory_below_the_square():
     """Beyond the block's size nothing of M x M is kept for the backward pass."""
     z = F.normalize(torch.randn(2500, 8), dim=1).requires_grad_()
+    labels = torch.arange(2500) % 7
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
         softmax.log_sum_exp(z, z, 0.1, exclude=torch.arange(2500))
+        supcon(z, labels, Contrast(z, labels), 7, 0.1)
     assert kept
     assert max(kept) <= z.numel()
 
@@ -201,6 +221,8 @@ def test_memory_grows_like_the_batch_and_not_like_its_square(loss, monkeypatch):
     """Forward and backward, everything counted, beyond the threshold."""
     monkeypatch.setitem(softmax.KEEP, "cpu", 2**15)
     monkeypatch.setitem(softmax.BLOCK, "cpu", 2**13)
+    monkeypatch.setitem(within.AT_ONCE, "cpu", 2**15)
+    monkeypatch.setitem(within.TILE, "cpu", 64)
     held = []
     for size in (600, 1200):
         random = torch.Generator().manual_seed(0)

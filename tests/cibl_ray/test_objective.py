@@ -10,7 +10,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cibl_ray.checkpoint import load_checkpoint
 from cibl_ray.config import RunConfig, load_config
-from cibl_ray.losses import softmax
 from cibl_ray.losses.config import needs
 from cibl_ray.losses.objective import Images, Objective, readings
 from cibl_ray.networks.network import build_network
@@ -79,8 +78,7 @@ class WaitsForTheDevice(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_no_step_waits_for_the_device(loss, digits, tmp_path, monkeypatch):
-    monkeypatch.setattr(softmax, "_weigh_agreeing", softmax._weigh_all)  # as on a GPU
+def test_no_step_waits_for_the_device(loss, digits, tmp_path):
     trainer = Trainer(config_of(loss), digits, tmp_path)
     batches = [next(iter(loader.epoch(0))) for loader in trainer.train_loaders]
     with WaitsForTheDevice():
