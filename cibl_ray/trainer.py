@@ -5,9 +5,8 @@ from __future__ import annotations
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from cibl_ray.checkpoint import (
 from cibl_ray.compiled import begin_step, compile_network, explained
 from cibl_ray.config import RunConfig
 from cibl_ray.evaluation import predict
+from cibl_ray.feed import Feed
 from cibl_ray.hardware import cpu_has_bf16
 from cibl_ray.losses.config import needs
 from cibl_ray.losses.objective import Images, Objective, readings
@@ -37,7 +37,7 @@ from cibl_ray.progress import Progress, Silent
 from cibl_ray.runlog import RunLog
 from cibl_ray.schedules import lr_factor
 from cibl_ray.world import World
-from pipelines.augment import Augment, Normalize
+from pipelines.augment import Normalize
 from pipelines.batch import Batch, Loader, decide_cache, eval_reading, make_loader
 from pipelines.config import LoaderConfig
 from pipelines.errors import UserError
@@ -50,7 +50,6 @@ _Tensors = dict[str, torch.Tensor]
 
 _ASK_EVERY = 10  # steps between the workers' questions whether a checkpoint is due
 _CHECK_EVERY = 50  # steps between looks at whether the loss is finite
-_SMALL, _STEPS_AT_ONCE = 64, 8  # pixels of a side up to which a GPU augments so many steps at once
 
 
 class Trainer:
@@ -100,8 +99,11 @@ class Trainer:
         if config.train.compile:
             for network in self.objective.networks:
                 compile_network(network, self.device)
-        self.augments = [Augment(reading.views, reading.size, reading.seed) for reading in streams]
         self.train_loaders = [make_loader(prepared, "train", reading, config.loader, self.device) for reading in streams]
+        self.feeds = [
+            Feed(loader, reading, self.normalize, self.device, world.share.of(batch), batch)
+            for loader, reading in zip(self.train_loaders, streams, strict=True)
+        ]
         # Opened now, so that a damaged test set is not found out after the last epoch.
         held_out = eval_reading(config.data, config.train.eval_batch_size, world.share)
         self.eval_loaders: dict[str, Loader] = {
@@ -166,11 +168,11 @@ class Trainer:
         self.network.train()
         totals: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros((), device=self.device))
         started = time.perf_counter()
-        self._waited = self.world.seconds = 0.0
+        self.world.seconds, waited = 0.0, sum(feed.waited for feed in self.feeds)
         saving = self.spent["checkpoint"]
         first = self.step
         watch: _Watch | None = None
-        for images in zip(*(self._stream(*pair) for pair in zip(self.train_loaders, self.augments, strict=True)), strict=True):
+        for images in zip(*(feed.steps(number, self.step) for feed in self.feeds), strict=True):
             self._schedule(number + self.step / batches)
             if self.asked_to_stop:
                 raise KeyboardInterrupt
@@ -197,13 +199,17 @@ class Trainer:
             "epoch": self.epoch,
             "train": dict(zip(totals, means, strict=True)),
             "rate": {"lr": self.optimizer.param_groups[0]["lr"], "images_per_s": (batches - first) * batch_size / seconds},
-            "seconds": {"epoch": seconds, "data_wait": self._waited, "communication": self.world.seconds},
+            "seconds": {
+                "epoch": seconds,
+                "data_wait": sum(feed.waited for feed in self.feeds) - waited,
+                "communication": self.world.seconds,
+            },
         }
 
     def train_step(self, batches: Sequence[Batch], step: int) -> dict[str, torch.Tensor]:
         """One step of the optimizer on a batch of each stream, number `step` of the epoch; returns detached scalars by name."""
         return self.optimize(
-            [self._images([batch], augment, step)[0] for batch, augment in zip(batches, self.augments, strict=True)]
+            [feed.ready([batch], self.epoch, step)[0] for batch, feed in zip(batches, self.feeds, strict=True)]
         )
 
     def optimize(self, streams: list[Images]) -> dict[str, torch.Tensor]:
@@ -231,33 +237,6 @@ class Trainer:
         if self.average is not None:
             self.average.update(self.network, self.epoch * self.train_loaders[0].batches + self.step + 1)
         return {name: term.detach() for name, term in terms.items()}
-
-    def _stream(self, loader: Loader, augment: Augment) -> Iterator[Images]:
-        """The images of the epoch's steps from here on, ready for the network."""
-        step, batches = self.step, iter(loader.epoch(self.epoch, self.step))
-        at_once = self._steps_at_once(loader, augment)
-        while True:
-            before = time.perf_counter()
-            taken = [*islice(batches, at_once)]
-            self._waited += time.perf_counter() - before
-            if not taken:
-                return
-            yield from self._images(taken, augment, step)
-            step += len(taken)
-
-    def _steps_at_once(self, loader: Loader, augment: Augment) -> int:
-        """Small images on a GPU: what augmentation costs is its launches, which are as many for several steps as for one."""
-        small = self.config.data.size <= _SMALL and any(augment.recipes)
-        return _STEPS_AT_ONCE if self.device.type == "cuda" and loader.lasting and small else 1
-
-    def _images(self, batches: list[Batch], augment: Augment, step: int) -> list[Images]:
-        """What the network sees in so many steps, from number `step` of the epoch on."""
-        size, each = self.config.train.batch_size, len(batches[0].labels)
-        parts = [batch.views.to(self.device, non_blocking=True) for batch in batches]
-        views = torch.cat(parts) if len(parts) > 1 else parts[0]
-        pixels = self.normalize(augment(views, self.epoch, step, self.world.share.of(size), size, len(batches)))
-        labels = [batch.labels.to(self.device, non_blocking=True) for batch in batches]
-        return [Images(*pair, views.shape[1]) for pair in zip(pixels.split(each * views.shape[1]), labels, strict=True)]
 
     def _run(self, network: nn.Module, pixels: torch.Tensor) -> Outputs:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):

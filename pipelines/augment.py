@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
+from functools import cache
+from types import ModuleType
+
 import torch
 from torch import nn
 
@@ -65,17 +69,32 @@ class Augment(nn.Module):
         if not any(self.recipes):
             return views
         assert views.shape[1:] == (len(self.recipes), self.size, self.size, 3), f"views of shape {tuple(views.shape)}"
-        result = torch.empty_like(views)
+        result = torch.empty_like(views, memory_format=torch.contiguous_format)
         for number, recipe in enumerate(self.recipes):
             if not recipe:
                 result[:, number] = views[:, number]
                 continue
-            planes = views[:, number].permute(0, 3, 1, 2).contiguous()  # each channel by itself: what follows runs on vectors
             whole = len(views) // steps if batch is None else batch
             drawn = [self.draw(number, epoch, step + more, whole) for more in range(steps)]
             if rows is not None:
                 drawn = [[stage.rows(rows) for stage in stages] for stages in drawn]
-            planes = apply([Stage.join(same) for same in zip(*drawn, strict=True)] if steps > 1 else drawn[0], planes)
+            stages = [Stage.join(same) for same in zip(*drawn, strict=True)] if steps > 1 else drawn[0]
+            kernel = _kernel() if views.device.type == "cpu" else None
+            if kernel is not None and kernel.serves(stages):
+                kernel.augment(views.contiguous(), result, number, stages)
+                continue
+            planes = views[:, number].permute(0, 3, 1, 2).contiguous()  # each channel by itself: what follows runs on vectors
+            planes = apply(stages, planes)
             for channel in range(3):
                 result[:, number, ..., channel] = planes[:, channel]
         return result
+
+
+@cache
+def _kernel() -> ModuleType | None:
+    """`pipelines.pixel_kernel`, where numba is installed."""
+    if importlib.util.find_spec("numba") is None:
+        return None
+    from pipelines import pixel_kernel
+
+    return pixel_kernel

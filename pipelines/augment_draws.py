@@ -1,8 +1,8 @@
 """What augmentation does to each sample of a batch: drawn on the CPU in small arrays, from named streams.
 
 A recipe unrolls to stages. In a stage each sample undergoes one operation or none, with one number that says how much. The
-draw is apart from its application (pipelines.augment_apply), so that every device, and torchvision in the tests, can apply
-the same one.
+draw is apart from its application (pipelines.augment_apply, and pipelines.pixel_kernel for bytes on a CPU), so that every
+device, and torchvision in the tests, can apply the same one.
 """
 
 from __future__ import annotations

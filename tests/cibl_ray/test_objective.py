@@ -320,15 +320,16 @@ def test_recipes_reach_the_network_and_go_on_to_the_bit(digits, tmp_path):
     )
 
 
-def test_several_steps_augmented_at_once_train_the_same_network(digits, tmp_path, monkeypatch):
+def test_several_steps_augmented_at_once_train_the_same_network(digits, tmp_path):
     """As on a GPU that holds the images: the draws, and so the weights, are those of a step at a time; from any step on."""
     cut = "cut: {kind: crop, padding: 2}"
     views = f"[{{{cut}, augment: [{{kind: auto_augment}}, {{kind: cutout, size: 6}}]}}, {{{cut}, augment: [{{kind: blur}}]}}]"
     config = config_of("hybrid_sc", "--data.views", views, "--loader.kind", "resident")
     single, several = (Trainer(config, digits, tmp_path) for _ in range(2))
     assert all(loader.lasting for loader in several.train_loaders)
-    assert several._steps_at_once(several.train_loaders[0], several.augments[0]) == 1  # on a CPU nothing is launched
-    monkeypatch.setattr(several, "_steps_at_once", lambda loader, augment: 4)
+    assert all(feed.at_once == 1 for feed in several.feeds)  # on a CPU nothing is launched
+    for feed in several.feeds:
+        feed.at_once = 4
     assert several.train_loaders[0].batches % 4
     for trainer in (single, several):
         trainer.step = 1

@@ -7,6 +7,7 @@ Equal to the byte, but for these, of which the tests state the distance:
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections import Counter
 
@@ -17,8 +18,8 @@ from torch import nn
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tv
 
+from pipelines import augment_apply
 from pipelines.augment import Augment
-from pipelines.augment_apply import apply
 from pipelines.augment_draws import CIFAR10_POLICY, RAND_AUGMENT_OPS, Op, Stage, draw, taps
 from pipelines.config import AutoAugment, Blur, ColorJitter, Cutout, Grayscale, RandAugment, View
 from pipelines.errors import UserError
@@ -83,6 +84,23 @@ def cut_out(image: torch.Tensor, centre: int, width: int) -> torch.Tensor:
     left, right = np.clip([x - width // 2, x + width // 2], 0, size)
     mask[top:bottom, left:right] = 0
     return image * torch.from_numpy(mask)
+
+
+def apply(stages: list[Stage], planes: torch.Tensor) -> torch.Tensor:
+    """The stages as a GPU applies them; what is compiled for a CPU gives the same bytes, if it knows all their operations."""
+    result = augment_apply.apply(stages, planes)
+    if importlib.util.find_spec("numba") is not None:
+        from pipelines import pixel_kernel
+
+        known = not any(np.isin(stage.op, [Op.HUE, Op.BLUR]).any() for stage in stages)
+        assert pixel_kernel.serves(stages) == known
+        if known:
+            views = planes.permute(0, 2, 3, 1).unsqueeze(1).repeat(1, 2, 1, 1, 1)
+            compiled = torch.zeros_like(views)
+            pixel_kernel.augment(views, compiled, 1, stages)
+            assert torch.equal(compiled[:, 1].permute(0, 3, 1, 2), result)
+            assert not compiled[:, 0].any()
+    return result
 
 
 def one_by_one(planes: torch.Tensor, stages: list[Stage]) -> torch.Tensor:
@@ -198,9 +216,9 @@ def test_whole_recipes_are_torchvisions(kind, size, count):
     assert greatest <= 4
 
 
-def test_large_images_are_computed_in_pieces_of_one_group():
+def test_large_images_are_computed_in_pieces_of_one_group_or_by_several_threads():
     images = crops(12, 224)
-    for kind in ("color_jitter", "blur", "rand_augment"):
+    for kind in ("color_jitter", "blur", "rand_augment", "auto_augment"):
         stages = draw(RECIPES[kind], 224, 12, stream(1, kind))
         assert distance(apply(stages, images), one_by_one(images, stages))[1] <= 4
 

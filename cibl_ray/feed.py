@@ -1,0 +1,53 @@
+"""A stream of images on its way to the network."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from itertools import islice
+
+import torch
+
+from cibl_ray.losses.objective import Images
+from pipelines.augment import Augment, Normalize
+from pipelines.batch import Batch, Loader, Reading
+
+_SMALL, _STEPS_AT_ONCE = 64, 8  # pixels of a side up to which a GPU augments so many steps at once
+
+
+class Feed:
+    """What the network sees of one stream, step by step: the loader's views, augmented and normalised on the device.
+
+    rows: this worker's of each step's `batch` samples. waited: seconds spent waiting for the loader, counted up.
+    """
+
+    def __init__(
+        self, loader: Loader, reading: Reading, normalize: Normalize, device: torch.device, rows: slice, batch: int
+    ) -> None:
+        self.loader, self.normalize, self.device, self.rows, self.batch = loader, normalize, device, rows, batch
+        self.augment = Augment(reading.views, reading.size, reading.seed)
+        self.waited = 0.0
+        # Small images on a GPU: what augmentation costs is its launches, which are as many for several steps as for one.
+        small = reading.size <= _SMALL and any(self.augment.recipes)
+        self.at_once = _STEPS_AT_ONCE if device.type == "cuda" and loader.lasting and small else 1
+
+    def steps(self, epoch: int, step: int) -> Iterator[Images]:
+        """The images of the epoch's steps from `step` on."""
+        batches = iter(self.loader.epoch(epoch, step))
+        while True:
+            before = time.perf_counter()
+            taken = [*islice(batches, self.at_once)]
+            self.waited += time.perf_counter() - before
+            if not taken:
+                return
+            yield from self.ready(taken, epoch, step)
+            step += len(taken)
+
+    def ready(self, batches: list[Batch], epoch: int, step: int) -> list[Images]:
+        """The images of so many steps, from number `step` of the epoch on."""
+        each = len(batches[0].labels)
+        parts = [batch.views.to(self.device, non_blocking=True) for batch in batches]
+        views = torch.cat(parts) if len(parts) > 1 else parts[0]
+        pixels = self.normalize(self.augment(views, epoch, step, self.rows, self.batch, len(batches)))
+        labels = [batch.labels.to(self.device, non_blocking=True) for batch in batches]
+        return [Images(*pair, views.shape[1]) for pair in zip(pixels.split(each * views.shape[1]), labels, strict=True)]

@@ -1,0 +1,254 @@
+"""Augmentation of bytes on a CPU: compiled by numba, kept between runs, several threads, without Python's lock.
+
+Each image goes through its whole recipe while it lies in the cache, as the loader laid it out. On a GPU, and where numba is not
+installed, `pipelines.augment_apply` does the same; both ways give the same bytes. Hue and blur are floats throughout, for
+which torch has vectors: recipes with these are left to it.
+
+All in one file, because numba takes a kept function for current as long as its own file has not changed.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from numba import njit, types
+from numba.extending import intrinsic
+
+from pipelines.augment_draws import Op, Stage
+from pipelines.spatial_ops import inverse_affine
+
+_LEFT_OUT = (Op.HUE, Op.BLUR)
+_WORTH_A_THREAD = 2**18  # bytes: waking one takes about as long as it needs for these
+# No fast mathematics: rounding decides which pixel is taken, and which byte.
+_OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "cache": True}
+
+# As numba reads them: plain numbers, fixed when it compiles.
+_IDENTITY, _BRIGHTNESS, _CONTRAST, _POSTERIZE, _SOLARIZE = 0, 1, 2, 3, 4
+_INVERT, _AUTO_CONTRAST, _EQUALIZE, _ROTATE = 5, 6, 7, 12
+_SATURATION, _GRAYSCALE, _SHARPNESS, _CUTOUT = 13, 15, 16, 18
+for _name in ("IDENTITY", "BRIGHTNESS", "CONTRAST", "POSTERIZE", "SOLARIZE", "INVERT", "AUTO_CONTRAST", "EQUALIZE"):
+    assert globals()[f"_{_name}"] == Op[_name]
+for _name in ("ROTATE", "SATURATION", "GRAYSCALE", "SHARPNESS", "CUTOUT"):
+    assert globals()[f"_{_name}"] == Op[_name]
+
+
+def serves(stages: list[Stage]) -> bool:
+    """Whether `augment` knows all the operations of these stages."""
+    return not any(np.isin(stage.op, _LEFT_OUT).any() for stage in stages)
+
+
+def augment(views: torch.Tensor, result: torch.Tensor, number: int, stages: list[Stage]) -> None:
+    """View `number` of views after the stages, into the same place of result: both uint8 (B, V, S, S, 3), contiguous."""
+    size, samples = views.shape[2], len(views)
+    ops, values = (np.stack(each) for each in zip(*((stage.op, stage.value) for stage in stages), strict=True))
+    moves = [inverse_affine(stage.op, stage.value, size).astype(np.float32).reshape(-1, 6) for stage in stages]
+    scaled = np.stack(moves) / np.float32(0.5 * size)
+    widths = np.array([stage.size for stage in stages])
+    work: tuple[Any, ...] = (views.numpy(), result.numpy(), number, ops, values, widths, scaled)
+    threads = max(1, min(torch.get_num_threads(), samples, samples * size * size * 3 // _WORTH_A_THREAD))
+    bounds = np.linspace(0, samples, threads + 1).astype(int).tolist()
+    others = [_pool(threads).submit(_augment, *work, *part) for part in pairwise(bounds[1:])]
+    _augment(*work, *bounds[:2])
+    for other in others:
+        other.result()
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    # Not numba's own threads: those wait actively beside torch's.
+    return ThreadPoolExecutor(threads - 1, thread_name_prefix="augment")
+
+
+@intrinsic
+def _multiply_add(typing: Any, x: Any, y: Any, z: Any) -> Any:
+    """x·y + z, rounded once, as torch adds with a factor."""
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.fma(*arguments)
+
+    return types.float32(types.float32, types.float32, types.float32), code
+
+
+@njit(**_OPTIONS)
+def _augment(views, result, number, ops, values, widths, scaled, start, stop):  # type: ignore[no-untyped-def]
+    size = views.shape[2]
+    table = np.empty((3, 256), np.float32)
+    counts = np.empty((3, 256), np.int64)
+    source = np.zeros(3 * size * size + 3, np.uint8)  # the last pixel is what lies outside
+    for sample in range(start, stop):
+        image = result[sample, number]
+        pixels = image.reshape(-1)
+        pixels[:] = views[sample, number].reshape(-1)
+        for stage in range(len(ops)):
+            op, value = ops[stage, sample], values[stage, sample]
+            if op == _IDENTITY:
+                continue
+            if op <= _EQUALIZE:
+                if op <= _INVERT:
+                    _table_by_value(op, value, _mean_luma(pixels) if op == _CONTRAST else np.float32(0), table)
+                else:
+                    _count(pixels, counts)
+                    for channel in range(3):
+                        if op == _AUTO_CONTRAST:
+                            _stretch(counts[channel], table[channel])
+                        else:
+                            _equalize(counts[channel], len(pixels) // 3, table[channel])
+                _look_up(pixels, table)
+            elif op <= _ROTATE:
+                source[: len(pixels)] = pixels
+                _move(source, image, scaled[stage, sample])
+            elif op == _SATURATION:
+                _saturate(pixels, value)
+            elif op == _GRAYSCALE:
+                for place in range(0, len(pixels), 3):
+                    pixels[place : place + 3] = np.uint8(_luma(pixels, place))
+            elif op == _SHARPNESS:
+                source[: len(pixels)] = pixels
+                _sharpen(source, image, value)
+            elif op == _CUTOUT:
+                middle, width = int(value), widths[stage]
+                top, left = middle // size - width // 2, middle % size - width // 2
+                image[max(0, top) : max(0, top + width), max(0, left) : max(0, left + width)] = 0
+
+
+@njit(inline="always")
+def _clamped(value):  # type: ignore[no-untyped-def]
+    return min(max(value, np.float32(0)), np.float32(255))
+
+
+@njit(inline="always")
+def _luma(pixels, place):  # type: ignore[no-untyped-def]
+    grey = np.float32(pixels[place]) * np.float32(0.2989)
+    grey = _multiply_add(np.float32(pixels[place + 1]), np.float32(0.587), grey)
+    return np.floor(_multiply_add(np.float32(pixels[place + 2]), np.float32(0.114), grey))
+
+
+@njit(**_OPTIONS)
+def _mean_luma(pixels):  # type: ignore[no-untyped-def]
+    total = 0.0
+    for place in range(0, len(pixels), 3):
+        total += _luma(pixels, place)
+    return np.float32(total) / np.float32(len(pixels) // 3)
+
+
+@njit(**_OPTIONS)
+def _table_by_value(op, value, mean, table):  # type: ignore[no-untyped-def]
+    factor, rest = np.float32(value), np.float32(1 - value)
+    for number in range(256):
+        level = np.float32(number)
+        if op == _BRIGHTNESS:
+            new = _clamped(level * factor)
+        elif op == _CONTRAST:
+            new = _clamped(_multiply_add(mean, rest, level * factor))
+        elif op == _POSTERIZE:
+            new = np.floor(level / factor) * factor
+        elif op == _SOLARIZE:
+            new = np.float32(255) - level if level >= factor else level
+        else:
+            new = np.float32(255) - level
+        table[:, number] = new
+
+
+@njit(**_OPTIONS)
+def _stretch(counts, table):  # type: ignore[no-untyped-def]
+    least, greatest = 0, 255
+    while counts[least] == 0:
+        least += 1
+    while counts[greatest] == 0:
+        greatest -= 1
+    span = np.float32(greatest - least) * np.float32(1 / 255)
+    for number in range(256):
+        if least == greatest:
+            table[number] = np.float32(number)
+        else:
+            table[number] = _clamped(np.float32(number - least) / span)
+
+
+@njit(**_OPTIONS)
+def _equalize(counts, pixels, table):  # type: ignore[no-untyped-def]
+    greatest = 255
+    while counts[greatest] == 0:
+        greatest -= 1
+    step, below = (pixels - counts[greatest]) // 255, 0
+    for number in range(256):
+        table[number] = np.float32(number if step == 0 else min((below + step // 2) // step, 255))
+        below += counts[number]
+
+
+@njit(**_OPTIONS)
+def _count(pixels, counts):  # type: ignore[no-untyped-def]
+    # Neighbours are often alike: two counts in turns, so that fewer additions wait for the one before.
+    second = np.zeros((3, 256), np.int64)
+    counts[:] = 0
+    whole = len(pixels) // 6 * 6
+    for place in range(0, whole, 6):
+        for channel in range(3):
+            counts[channel, pixels[place + channel]] += 1
+            second[channel, pixels[place + 3 + channel]] += 1
+    for place in range(whole, len(pixels)):
+        counts[place - whole, pixels[place]] += 1
+    counts += second
+
+
+@njit(**_OPTIONS)
+def _look_up(pixels, table):  # type: ignore[no-untyped-def]
+    red, green, blue = (table[0].astype(np.uint8), table[1].astype(np.uint8), table[2].astype(np.uint8))
+    for place in range(0, len(pixels), 3):
+        pixels[place] = red[pixels[place]]
+        pixels[place + 1] = green[pixels[place + 1]]
+        pixels[place + 2] = blue[pixels[place + 2]]
+
+
+@njit(**_OPTIONS)
+def _move(source, image, scaled):  # type: ignore[no-untyped-def]
+    """Each pixel's nearest in `source`, black where that lies outside, in torchvision's order of roundings."""
+    size = len(image)
+    one, half, wide, last = np.float32(1), np.float32(0.5), np.float32(size), np.float32(size - 1)
+    outside = np.int32(size * size)
+    middle = (np.arange(size) - (size - 1) * 0.5).astype(np.float32)
+    place = np.empty(size, np.int32)
+    a, b, c, d, e, f = scaled
+    for row in range(size):
+        right, below = b * middle[row], e * middle[row]
+        for column in range(size):
+            across = np.rint(((a * middle[column] + right + c + one) * wide - one) * half)
+            down = np.rint(((d * middle[column] + below + f + one) * wide - one) * half)
+            inside = (across >= 0) & (across <= last) & (down >= 0) & (down <= last)
+            place[column] = 3 * (np.int32(down * wide + across) if inside else outside)
+        for column in range(size):
+            first = place[column]
+            image[row, column, 0] = source[first]
+            image[row, column, 1] = source[first + 1]
+            image[row, column, 2] = source[first + 2]
+
+
+@njit(**_OPTIONS)
+def _saturate(pixels, value):  # type: ignore[no-untyped-def]
+    factor, rest = np.float32(value), np.float32(1 - value)
+    for place in range(0, len(pixels), 3):
+        grey = _luma(pixels, place)
+        for channel in range(3):
+            coloured = np.float32(pixels[place + channel]) * factor
+            pixels[place + channel] = np.uint8(_clamped(_multiply_add(grey, rest, coloured)))
+
+
+@njit(**_OPTIONS)
+def _sharpen(source, image, value):  # type: ignore[no-untyped-def]
+    """Between `source` smoothed with [[1 1 1] [1 5 1] [1 1 1]]/13 (0) and itself (1), or beyond; the border stays."""
+    rest, width = np.float32(1 - value), 3 * len(image)
+    sums = np.empty(width, np.int32)
+    for row in range(1, len(image) - 1):
+        above, here, below = source[(row - 1) * width :], source[row * width :], source[(row + 1) * width :]
+        target = image[row].reshape(-1)
+        for place in range(width):
+            sums[place] = np.int32(above[place]) + np.int32(here[place]) + np.int32(below[place])
+        for place in range(3, width - 3):
+            old = np.float32(here[place])
+            total = sums[place - 3] + sums[place] + sums[place + 3] + 4 * np.int32(here[place])
+            smooth = np.rint(np.float32(total) / np.float32(13))
+            target[place] = np.uint8(_clamped(_multiply_add(smooth - old, rest, old)))
