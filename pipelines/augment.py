@@ -80,7 +80,7 @@ class Augment(nn.Module):
                 drawn = [[stage.rows(rows) for stage in stages] for stages in drawn]
             stages = [Stage.join(same) for same in zip(*drawn, strict=True)] if steps > 1 else drawn[0]
             kernel = _kernel() if views.device.type == "cpu" else None
-            if kernel is not None and kernel.serves(stages):
+            if kernel is not None:
                 kernel.augment(views.contiguous(), result, number, stages)
                 continue
             planes = views[:, number].permute(0, 3, 1, 2).contiguous()  # each channel by itself: what follows runs on vectors

@@ -9,6 +9,8 @@ from pathlib import Path
 
 # Several processes share the cores: a thread of OpenMP's that waits for others must sleep, not spin. Read as torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# Ray's workers yield to everything else by default: beside another process of tests they would stand still.
+os.environ.setdefault("RAY_worker_niceness", "0")
 
 import numpy as np
 import pytest

@@ -105,11 +105,16 @@ def test_a_sweep_with_more_trials_than_slots_and_one_that_fails(folder):
     assert done.returncode == 0, done.stderr
 
 
+def epochs_done(folder):
+    return sum(len(path.read_text().splitlines()) for path in (folder / "trials").glob("*/metrics.jsonl"))
+
+
 def test_an_interrupted_sweep_goes_on(folder):
+    """After Ctrl-C, and again after its driver was killed."""
     content = {**BASE, "set": {**BASE["set"], "train.epochs": 8}, "asha": None}
     process, log = start(folder, "stopped", content)
     # Before any has ended, so that only the journal knows what was proposed.
-    while len([*(folder / "stopped" / "trials").glob("*/metrics.jsonl")]) < 1:
+    while epochs_done(folder / "stopped") < 1:
         assert process.poll() is None, log.read_text()
         time.sleep(0.1)
     children = psutil.Process(process.pid).children(recursive=True)
@@ -121,6 +126,15 @@ def test_an_interrupted_sweep_goes_on(folder):
     assert not psutil.wait_procs(children, timeout=60)[1]
     before = read_trials(folder / "stopped")
     assert len(before) < 5
+    reached = epochs_done(folder / "stopped")
+    process, log = command(folder, "--resume", folder / "stopped")
+    while epochs_done(folder / "stopped") <= reached:
+        assert process.poll() is None, log.read_text()
+        time.sleep(0.1)
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    process.wait()
+    assert not psutil.wait_procs(children, timeout=60)[1]
     text = ended(*command(folder, "--resume", folder / "stopped"))
     (folder / "stopped" / "trials" / "0.json").unlink()
     after = read_trials(folder / "stopped")

@@ -87,19 +87,17 @@ def cut_out(image: torch.Tensor, centre: int, width: int) -> torch.Tensor:
 
 
 def apply(stages: list[Stage], planes: torch.Tensor) -> torch.Tensor:
-    """The stages as a GPU applies them; what is compiled for a CPU gives the same bytes, if it knows all their operations."""
+    """The stages as a GPU applies them; what is compiled for a CPU gives the same bytes, but for a blur's."""
     result = augment_apply.apply(stages, planes)
     if importlib.util.find_spec("numba") is not None:
         from pipelines import pixel_kernel
 
-        known = not any(np.isin(stage.op, [Op.HUE, Op.BLUR]).any() for stage in stages)
-        assert pixel_kernel.serves(stages) == known
-        if known:
-            views = planes.permute(0, 2, 3, 1).unsqueeze(1).repeat(1, 2, 1, 1, 1)
-            compiled = torch.zeros_like(views)
-            pixel_kernel.augment(views, compiled, 1, stages)
-            assert torch.equal(compiled[:, 1].permute(0, 3, 1, 2), result)
-            assert not compiled[:, 0].any()
+        views = planes.permute(0, 2, 3, 1).unsqueeze(1).repeat(1, 2, 1, 1, 1)
+        compiled = torch.zeros_like(views)
+        pixel_kernel.augment(views, compiled, 1, stages)
+        blurred = any((stage.op == Op.BLUR).any() for stage in stages)
+        assert distance(compiled[:, 1].permute(0, 3, 1, 2), result)[1] <= blurred
+        assert not compiled[:, 0].any()
     return result
 
 
