@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 from functools import cache
 from types import ModuleType
 
@@ -14,6 +15,8 @@ from pipelines.augment_draws import Stage, draw, taps
 from pipelines.config import Blur, DataConfig, View
 from pipelines.errors import UserError
 from pipelines.seeding import stream
+
+log = logging.getLogger(__name__)
 
 
 class Normalize(nn.Module):
@@ -69,7 +72,8 @@ class Augment(nn.Module):
         if not any(self.recipes):
             return views
         assert views.shape[1:] == (len(self.recipes), self.size, self.size, 3), f"views of shape {tuple(views.shape)}"
-        result = torch.empty_like(views, memory_format=torch.contiguous_format)
+        views = views.contiguous()
+        result = torch.empty_like(views)
         for number, recipe in enumerate(self.recipes):
             if not recipe:
                 result[:, number] = views[:, number]
@@ -81,7 +85,7 @@ class Augment(nn.Module):
             stages = [Stage.join(same) for same in zip(*drawn, strict=True)] if steps > 1 else drawn[0]
             kernel = _kernel() if views.device.type == "cpu" else None
             if kernel is not None:
-                kernel.augment(views.contiguous(), result, number, stages)
+                kernel.augment(views, result, number, stages)
                 continue
             planes = views[:, number].permute(0, 3, 1, 2).contiguous()  # each channel by itself: what follows runs on vectors
             planes = apply(stages, planes)
@@ -92,9 +96,12 @@ class Augment(nn.Module):
 
 @cache
 def _kernel() -> ModuleType | None:
-    """`pipelines.pixel_kernel`, where numba is installed."""
+    """`pipelines.pixel_kernel`, where numba is installed and works."""
     if importlib.util.find_spec("numba") is None:
         return None
-    from pipelines import pixel_kernel
-
+    try:
+        from pipelines import pixel_kernel
+    except (ImportError, RuntimeError) as error:  # no place to keep what it compiles, or another NumPy than it knows
+        log.warning("augmentation runs without numba, more slowly: %s", str(error).partition("\n")[0])
+        return None
     return pixel_kernel

@@ -1,8 +1,9 @@
 """Augmentation of bytes on a CPU: compiled by numba, kept between runs, several threads, without Python's lock.
 
 Each image goes through its whole recipe while it lies in the cache, as the loader laid it out. On a GPU, and where numba is not
-installed, `pipelines.augment_apply` does the same. Both ways give the same bytes, but for a blur's: its taps end where this
-image's are nothing, not where the widest of a group's are, so that a byte may differ by 1.
+installed, `pipelines.augment_apply` does the same. Where torch's own code multiplies and adds in one rounding (AVX2 and later),
+both ways give the same bytes, but for a blur's: its taps end where this image's are nothing, not where the widest of a group's
+are, so that a byte may differ by 1.
 
 All in one file, because numba takes a kept function for current as long as its own file has not changed.
 """
@@ -10,6 +11,7 @@ All in one file, because numba takes a kept function for current as long as its 
 from __future__ import annotations
 
 import math
+import os
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any
@@ -39,13 +41,23 @@ for _name in ("ROTATE", "SATURATION", "HUE", "GRAYSCALE", "SHARPNESS", "BLUR", "
 
 
 def augment(views: torch.Tensor, result: torch.Tensor, number: int, stages: list[Stage]) -> None:
-    """View `number` of views after the stages, into the same place of result: both uint8 (B, V, S, S, 3), contiguous."""
+    """View `number` of views after the stages, into the same place of result: both uint8 (B, V, S, S, 3), contiguous.
+
+    Raises ValueError where stages and tensors are not of one batch: the compiled code looks at no bounds.
+    """
     size, samples = views.shape[2], len(views)
+    fit = views.shape == result.shape == (samples, views.shape[1], size, size, 3) and 0 <= number < views.shape[1]
+    bytes_in_order = all(each.dtype == torch.uint8 and each.is_contiguous() for each in (views, result))
+    if not (fit and bytes_in_order and all(len(stage.op) == len(stage.value) == samples for stage in stages)):
+        raise ValueError(f"stages of {[len(stage.op) for stage in stages]} samples for views of {tuple(views.shape)}")
+    if not samples:
+        return
     ops, values = (np.stack(each) for each in zip(*((stage.op, stage.value) for stage in stages), strict=True))
     moves = [inverse_affine(stage.op, stage.value, size).astype(np.float32).reshape(-1, 6) for stage in stages]
     scaled = np.stack(moves) / np.float32(0.5 * size)
     widths = np.array([stage.size for stage in stages])
-    taps = np.stack([_taps(stage, int(widths.max()) // 2) for stage in stages])
+    radius = max((stage.size // 2 for stage in stages if (stage.op == Op.BLUR).any()), default=0)
+    taps = np.stack([_taps(stage, radius) for stage in stages])
     work: tuple[Any, ...] = (views.numpy(), result.numpy(), number, ops, values, widths, scaled, taps)
     threads = max(1, min(torch.get_num_threads(), samples, samples * size * size * 3 // _WORTH_A_THREAD))
     piece = max(1, samples // (_PIECES * threads)) if threads > 1 else samples
@@ -77,6 +89,10 @@ def _taps(stage: Stage, radius: int) -> np.ndarray:
 def _pool(threads: int) -> ThreadPoolExecutor:
     # Not numba's own threads: those wait actively beside torch's.
     return ThreadPoolExecutor(threads - 1, thread_name_prefix="augment")
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_pool.cache_clear)  # a forked process has the pool, and none of its threads
 
 
 @intrinsic

@@ -1,4 +1,4 @@
-"""The numerator of every contrastive loss, with its gradient: a sum over positives without a mask of all pairs."""
+"""Sums over the positives of any set of embeddings, with their gradient, without a mask of all pairs."""
 
 from __future__ import annotations
 

@@ -59,7 +59,8 @@ def psc(
     l(m) = -log[ exp(z_m·p_y/τ) / Σ_{j≠y} exp(z_m·p_j/τ) ]. The paper leaves the positive out of the denominator, so the loss
     may be negative; with `positive_in_denominator` the sum runs over all j.
     """
-    z, prototypes = wide(z), wide(prototypes)
+    z = wide(z)
+    prototypes = prototypes.to(z.dtype)
     normalizer, attraction = prototype_pairs(z, labels, prototypes, temperature, exclude_own=not positive_in_denominator)
     return normalizer - attraction
 
@@ -74,7 +75,8 @@ def balanced_contrastive(
 
         l(m) = -1/(|P(m)|+1) · Σ_{p∈P(m)∪{p_y}} log[ exp(z_m·p/τ) / Σ_c 1/(|A_c(m)|+1) · Σ_{a∈A_c(m)∪{p_c}} exp(z_m·a/τ) ].
     """
-    prototypes = wide(prototypes)
+    anchors = wide(z)
+    prototypes = prototypes.to(anchors.dtype)
     classes = len(prototypes)
     members = class_sizes(contrast.labels, classes) + 1  # with the prototype
     per_member, own_members = 1 / members.to(prototypes.dtype), members.index_select(0, labels)
@@ -85,7 +87,7 @@ def balanced_contrastive(
     weights = PairWeights(labels, contrast.labels, everyone, more)
     normalizer, attraction = _pairs(z, labels, contrast, classes, temperature, weights)
     to_prototypes = PairWeights(labels, torch.arange(classes, device=labels.device), per_member, more)
-    second, own = prototype_pairs(wide(z), labels, prototypes, temperature, to_prototypes)
+    second, own = prototype_pairs(anchors, labels, prototypes, temperature, to_prototypes)
     return torch.logaddexp(normalizer, second) - (attraction + own) / positives
 
 

@@ -1,4 +1,4 @@
-"""The denominator of every contrastive loss, with its gradient, in blocks that stay in the cache."""
+"""Softmax over the similarities to any set of embeddings, in blocks that stay in the cache, and what all losses share."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class PairWeights:
 
 
 def agreeing(labels: torch.Tensor, others: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """1 where labels (M,) and others (A,) agree, else 0: (M, A). Labels are below 2**24."""
+    """1 where labels (M,) and others (A,) agree, else 0: (M, A). Labels are below 2**24, as many classes as no data set has."""
     # Compared as numbers of the result's type, on a CPU a sixteenth of the time of comparing integers and converting.
     numbers = labels.to(dtype)
     result = numbers.new_empty((len(labels), len(others)))
@@ -143,8 +143,8 @@ def transposed_matmul(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 def row_blocks(z: torch.Tensor, others: torch.Tensor) -> list[slice]:
     """All rows of z where their similarities to others are kept; else so many at a time that BLOCK similarities are held."""
-    size = len(z) if kept(z, others) else max(1, BLOCK["cuda" if z.is_cuda else "cpu"] // len(others))
-    return [slice(start, min(start + size, len(z))) for start in range(0, len(z), size)]
+    size = max(1, len(z)) if kept(z, others) else max(1, BLOCK["cuda" if z.is_cuda else "cpu"] // len(others))
+    return [slice(start, min(start + size, len(z))) for start in range(0, max(1, len(z)), size)]
 
 
 def _exponentials(
@@ -156,7 +156,7 @@ def _exponentials(
         block = matmul(z[rows] * (BITS / ctx.temperature), others.T)
     block.scatter_(1, ctx.exclude[rows, None], float("-inf"))
     if shift is None and not no_shift_needed(ctx.temperature):
-        shift = block.amax(1) / BITS
+        shift = block.amax(1).clamp_(min=torch.finfo(block.dtype).min) / BITS  # a lone row has no largest
     if shift is not None:
         block.sub_((shift * BITS)[:, None])
     block.exp2_()

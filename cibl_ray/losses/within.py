@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from cibl_ray.losses.attraction import positive_sums
 from cibl_ray.losses.softmax import BITS, PairWeights, agreeing, matmul, no_shift_needed, transposed_matmul
 
-# Up to so many pairs are taken at once; beyond, TILE x TILE at a time.
+# Up to so many pairs are taken at once, and two matrices of them kept; beyond, TILE x TILE at a time.
 AT_ONCE = {"cpu": 2**20, "cuda": 2**26}
 TILE = {"cpu": 512, "cuda": 4096}
 

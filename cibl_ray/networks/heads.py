@@ -43,7 +43,7 @@ class CosineHead(nn.Module):
 
 
 class Projection(nn.Module):
-    """z = MLP(h)/|MLP(h)|: features (M, d_h) to embeddings (M, d_z) of unit norm, in float32."""
+    """z = MLP(h)/|MLP(h)|: features (M, d_h) to embeddings (M, d_z) of unit norm, in at least float32."""
 
     def __init__(self, features: int, hidden: int, size: int) -> None:
         super().__init__()

@@ -19,8 +19,8 @@ from pipelines.seeding import torch_seed
 
 @dataclass(frozen=True)
 class Outputs:
-    """logits: float32 (M, C). embeddings: float32 (M, d_z) of unit norm, prototypes: float32 (C, d_z) of unit norm; None where
-    the network has none. scale: s of a cosine head, else 1."""
+    """logits (M, C). embeddings (M, d_z) of unit norm, prototypes (C, d_z) of unit norm; None where the network has none. All
+    in at least float32. scale: s of a cosine head, else 1."""
 
     logits: torch.Tensor
     embeddings: torch.Tensor | None
@@ -56,7 +56,7 @@ class HybridNetwork(nn.Module):
         )
 
     def classify(self, x: torch.Tensor) -> torch.Tensor:
-        """Logits alone, float32 (M, C): what evaluation and serving need."""
+        """Logits alone, (M, C), in at least float32: what evaluation and serving need."""
         return wide(self.head(self.backbone(x)))
 
     def schedule(self, epoch: float, epochs: int) -> None:

@@ -143,13 +143,15 @@ def test_blocks_change_nothing(loss, rows, monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("queued", [False, True])
 @pytest.mark.parametrize("keep", [2**26, 0])
 @pytest.mark.parametrize("name", LABELS)
 @pytest.mark.parametrize("loss", LOSSES)
-def test_a_gpu_computes_the_same(loss, name, keep, monkeypatch):
-    monkeypatch.setitem(softmax.KEEP, "cuda", keep)
+def test_a_gpu_computes_the_same(loss, name, keep, queued, monkeypatch):
+    for limits, limit in ((softmax.KEEP, keep), (within.AT_ONCE, keep), (within.TILE, 3)):
+        monkeypatch.setitem(limits, "cuda", limit)
     ours, plain = LOSSES[loss]
-    example, double = Example(name, torch.float64, queued=True), Example(name, torch.float64, queued=True).in_double()
+    example, double = Example(name, torch.float64, queued), Example(name, torch.float64, queued).in_double()
     for part in ("logits", "z", "prototypes", "queue", "labels", "queue_labels"):
         tensor = getattr(example, part).detach().cuda()
         setattr(example, part, tensor.requires_grad_() if tensor.is_floating_point() and part != "queue" else tensor)
@@ -164,13 +166,16 @@ def test_a_gpu_computes_the_same(loss, name, keep, monkeypatch):
         assert other is None or agree(one.cpu(), other, 1e-6)
 
 
-@pytest.mark.parametrize("temperature", [0.1, 0.02])
-@pytest.mark.parametrize("tile", [None, 3, 16])
+@pytest.mark.parametrize(
+    ("temperature", "tile", "keep"), [(0.1, None, 0), (0.1, 3, 0), (0.1, 16, 0), (0.02, None, 2**22), (0.02, None, 0)]
+)
 @pytest.mark.parametrize("name", LABELS)
 @pytest.mark.parametrize("loss", ["supcon", "bcl", "paco", "cibl"])
-def test_anchors_compared_with_themselves_have_both_gradients(loss, name, tile, temperature, monkeypatch):
-    """The short ways where the contrast set is the very tensor of the anchors, as in training without a queue: all pairs at
-    once, or in tiles."""
+def test_anchors_compared_with_themselves_have_both_gradients(loss, name, temperature, tile, keep, monkeypatch):
+    """Where the contrast set is the very tensor of the anchors, as in training without a queue: all pairs at once, in tiles,
+    and where the temperature asks for shifts, kept or in blocks of two rows."""
+    monkeypatch.setitem(softmax.KEEP, "cpu", keep)
+    monkeypatch.setitem(softmax.BLOCK, "cpu", 20)
     if tile is not None:
         monkeypatch.setitem(within.AT_ONCE, "cpu", 0)
         monkeypatch.setitem(within.TILE, "cpu", tile)
@@ -202,6 +207,27 @@ def test_anchors_compared_with_themselves_have_both_gradients(loss, name, tile, 
     ):
         assert (mine is None) == (theirs is None)
         assert mine is None or torch.allclose(mine, theirs, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize(("rows", "temperature"), [(0, 0.1), (1, 0.1), (1, 0.02)])
+def test_one_row_or_none(rows, temperature):
+    """Nothing to compare with is no error and no NaN: balanced contrastive learning has its prototypes, others give 0."""
+    z = F.normalize(torch.randn(rows, WIDTH, generator=torch.Generator().manual_seed(0)), dim=1).requires_grad_()
+    prototypes = F.normalize(torch.randn(CLASSES, WIDTH, generator=torch.Generator().manual_seed(1)), dim=1).double()
+    labels = torch.arange(rows)
+    contrast = Contrast(z, labels)
+    losses = (
+        supcon(z, labels, contrast, CLASSES, temperature),
+        psc(z, labels, prototypes, temperature),
+        balanced_contrastive(z, labels, contrast, prototypes, temperature),
+    )
+    for loss in losses:
+        assert loss.shape == (rows,)
+        assert loss.isfinite().all()
+        assert torch.autograd.grad(loss.sum(), z)[0].isfinite().all()
+    if rows:
+        plain = plain_balanced(z.double(), labels, z.double(), labels, prototypes, temperature)
+        assert losses[2].item() == pytest.approx(plain.item(), rel=1e-4)
 
 
 def test_blocks_keep_memory_below_the_square():

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import sys
 from collections import Counter
 
 import numpy as np
@@ -19,7 +20,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tv
 
 from pipelines import augment_apply
-from pipelines.augment import Augment
+from pipelines.augment import Augment, _kernel
 from pipelines.augment_draws import CIFAR10_POLICY, RAND_AUGMENT_OPS, Op, Stage, draw, taps
 from pipelines.config import AutoAugment, Blur, ColorJitter, Cutout, Grayscale, RandAugment, View
 from pipelines.errors import UserError
@@ -214,7 +215,8 @@ def test_whole_recipes_are_torchvisions(kind, size, count):
     assert greatest <= 4
 
 
-def test_large_images_are_computed_in_pieces_of_one_group_or_by_several_threads():
+def test_large_images_are_computed_in_pieces_of_one_group_or_by_several_threads(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     images = crops(12, 224)
     for kind in ("color_jitter", "blur", "rand_augment", "auto_augment"):
         stages = draw(RECIPES[kind], 224, 12, stream(1, kind))
@@ -346,6 +348,42 @@ FULL = (*RECIPES.values(),)
 
 def full(seed: int = 0) -> Augment:
     return Augment((View(augment=FULL), View(augment=FULL)), 32, seed)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("numba") is None, reason="numba is not installed")
+def test_compiled_code_takes_what_fits_alone():
+    """It looks at no bounds, so that is done before."""
+    from pipelines import pixel_kernel
+
+    views = crops(4, 32).permute(0, 2, 3, 1).unsqueeze(1).contiguous()
+    short = Stage(np.full(3, Op.INVERT, np.int8), np.zeros(3))
+    right = Stage(np.full(4, Op.INVERT, np.int8), np.zeros(4))
+    for stages, given, result in (
+        ([short], views, torch.empty_like(views)),
+        ([right], views, torch.empty_like(views[:3])),
+        ([right], views.float(), torch.empty_like(views)),
+        ([right], views.permute(0, 1, 3, 2, 4), torch.empty_like(views)),
+    ):
+        with pytest.raises(ValueError, match="samples for views"):
+            pixel_kernel.augment(given, result, 0, stages)
+    pixel_kernel.augment(views[:0], views[:0], 0, [Stage(right.op[:0], right.value[:0])])
+    augment = Augment((View(augment=(RECIPES["rand_augment"],)),), 32, seed=0)
+    with pytest.raises(ValueError, match="samples for views"):
+        augment(views, 0, 0, slice(0, 3), 8)
+
+
+def test_without_numba_or_where_it_fails_the_bytes_are_the_same(monkeypatch, caplog):
+    views = crops(6, 32).permute(0, 2, 3, 1).unsqueeze(1).contiguous()
+    augment = Augment((View(augment=(RECIPES["auto_augment"],)),), 32, seed=0)
+    compiled = augment(views, 0, 0)
+    monkeypatch.setitem(sys.modules, "pipelines.pixel_kernel", None)
+    monkeypatch.delattr("pipelines.pixel_kernel", raising=False)
+    _kernel.cache_clear()
+    try:
+        assert torch.equal(augment(views, 0, 0), compiled)
+    finally:
+        _kernel.cache_clear()
+    assert importlib.util.find_spec("numba") is None or "without numba" in caplog.text
 
 
 def test_without_a_recipe_the_very_same_tensor_comes_back():
