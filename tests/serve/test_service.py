@@ -86,7 +86,12 @@ def family(process: subprocess.Popen) -> list[psutil.Process]:
 
 
 def replicas(process: subprocess.Popen) -> list[psutil.Process]:
-    return [child for child in family(process) if "ServeReplica" in " ".join(child.cmdline())]
+    found = []
+    for child in family(process):
+        with suppress(psutil.NoSuchProcess):  # one that ends meanwhile
+            if "ServeReplica" in " ".join(child.cmdline()):
+                found.append(child)
+    return found
 
 
 def load(port: int, act, seconds: float = 4) -> list[int | str]:
@@ -271,9 +276,10 @@ def test_ray_serves_own_command_runs_the_configuration(bundle, tmp_path):
     finally:
         process.send_signal(signal.SIGINT)
         try:
-            process.wait(60)
+            process.wait(150)
         except subprocess.TimeoutExpired:
             process.kill()
+            process.wait()
 
 
 def test_the_service_needs_no_torch(bundle):
