@@ -276,7 +276,7 @@ def test_ray_serves_own_command_runs_the_configuration(bundle, tmp_path):
     finally:
         process.send_signal(signal.SIGINT)
         try:
-            process.wait(150)
+            process.wait(60)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
