@@ -191,9 +191,9 @@ def cells(table: str, name: str, seeds: int, val: float) -> list[Cell]:
                         found.append(_cell(dataset, 100, f"λ={skew}", seed, name, "plain", options, budget.epochs, common))
             case "recipe":
                 for dataset in ("cifar100", "cifar10"):
-                    epochs = 2 * budget.epochs if name == "cpu" else budget.epochs
                     for value, (times, options) in variants(budget).items():
-                        found.append(_cell(dataset, 100, value, seed, name, "strong", options, times * epochs, common))
+                        epochs = times * budget.epochs
+                        found.append(_cell(dataset, 100, value, seed, name, "strong", options, epochs, common))
             case "cosine_epochs":
                 for dataset in ("cifar10", "cifar100"):
                     for head, options in (("linear", _LINEAR), ("cosine", _COSINE)):
