@@ -15,7 +15,6 @@ os.environ.setdefault("RAY_worker_niceness", "0")
 import numpy as np
 import pytest
 from PIL import Image
-from xdist.scheduler import LoadScopeScheduling
 
 from pipelines.config import DataConfig
 from pipelines.prepare import Prepared, ensure_prepared
@@ -25,24 +24,12 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 pytest_plugins = ["tests.exported"]
 needs_ffcv = pytest.mark.skipif(importlib.util.find_spec("ffcv") is None, reason="FFCV is not installed")
 
-CLUSTERS = ("test_cluster.py", "test_cluster_files.py", "test_tune.py")  # start Ray clusters, one after the other
-
-
-class ByFile(LoadScopeScheduling):
-    """Where tests run in several processes (`make test`), a file's stay together, and share what it prepares."""
-
-    def _split_scope(self, nodeid: str) -> str:
-        file = nodeid.partition("::")[0]
-        return "clusters" if file.endswith(CLUSTERS) else file
-
-
-def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> LoadScopeScheduling:
-    config.option.loadscopereorder = False
-    return ByFile(config, log)
+# What takes longest begins first, where files are shared out among several processes (`make test`).
+LONGEST = ("test_cluster", "test_tune", "test_train", "test_nodes", "test_objective", "test_service", "test_reproduce")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: item.path.name not in CLUSTERS)  # what takes longest begins first
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
 
 
 def archive(name: str) -> Path:
