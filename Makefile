@@ -22,7 +22,7 @@ lint: setup
 	$(VENV) -m mypy
 
 test: lint
-	$(VENV) -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+	$(VENV) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lock: setup
 	$(VENV) -m pip install --quiet uv

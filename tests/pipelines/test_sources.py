@@ -2,6 +2,8 @@
 
 import os
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,7 @@ import pytest
 from pipelines.config import Cifar10Source, DigitsSource, FolderSource, ListsSource
 from pipelines.errors import UserError
 from pipelines.sources import class_counts, open_folder, open_source
+from tests.conftest import REPOSITORY
 
 
 def test_folder(image_folder):
@@ -177,3 +180,20 @@ def test_the_current_folder_has_images_like_any_other(image_folder, monkeypatch)
     here = open_folder(Path(), classes)
     assert [f"train/{name}" for name in here.names] == named.names
     assert [file.read_bytes() for file in here.files] == [file.read_bytes() for file in named.files]
+
+
+def test_digits_are_read_without_importing_scikit_learn():
+    code = """
+import sys
+from pipelines.config import DigitsSource
+from pipelines.sources import open_source
+digits = open_source(DigitsSource(kind="digits"))
+assert "sklearn" not in sys.modules
+from sklearn.datasets import load_digits
+whole = load_digits()
+assert len(digits.train) + len(digits.test) == len(whole.target) == 1797
+assert (digits.train.pixels[0, ..., 0] == (whole.images[0] * 255 / 16).round()).all()
+assert digits.train.labels[:10].tolist() == whole.target[:10].tolist()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY)
+    assert done.returncode == 0, done.stderr
