@@ -274,8 +274,8 @@ def _digits() -> Dataset:
 
 
 def _digits_table() -> np.ndarray:
-    """Pixels from 0 to 16 and label of each digit, (1797, 65). From scikit-learn's file, which its own function reads: importing
-    that takes two seconds, in every process of a run."""
+    """Pixels from 0 to 16 and label of each digit, (1797, 65). From scikit-learn's file, which its function reads too: to
+    import scikit-learn takes two seconds, in every process of a run."""
     package = find_spec("sklearn")
     file = Path(package.origin if package and package.origin else "").parent / "datasets" / "data" / "digits.csv.gz"
     if file.exists():
