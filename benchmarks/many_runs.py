@@ -18,6 +18,7 @@ from tqdm import tqdm
 from cibl_ray.config import RunConfig, load_config
 from cibl_ray.train import CONFIG
 from cibl_ray.trainer import resolve
+from pipelines.cores import CORES, usable_cores
 from pipelines.errors import UserError
 from pipelines.prepare import ensure_prepared, prepared_folder
 from pipelines.settings import read_config, validate
@@ -55,7 +56,8 @@ def run_all(
     Raises UserError where a folder holds a run of another configuration.
     """
     running: list[subprocess.Popen[bytes]] = []
-    threads = {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // jobs))}
+    cores = str(max(1, usable_cores() // jobs))
+    threads = {"OMP_NUM_THREADS": cores, CORES: cores}  # the network's and the loader's
     started, longest, failed = time.monotonic(), 0.0, []
     configs = {run.name: run.configuration(runs) for run in every}
     for run in every:
@@ -80,7 +82,7 @@ def run_all(
         _, errors = process.communicate()
         running.remove(process)
         if process.returncode:
-            failed.append(f"{run.name}: {(errors.decode().strip().splitlines() or ['it was killed'])[-1]}")
+            failed.append(f"{run.name}: {(errors.decode(errors='replace').strip().splitlines() or ['it was killed'])[-1]}")
             return
         took = time.monotonic() - begun
         longest = max(longest, took)
@@ -109,7 +111,7 @@ def computed(config: RunConfig, defaults: bool = True) -> dict[str, Any]:
     return content
 
 
-_EXECUTION = ("device", "checkpoint_every", "checkpoint_minutes", "eval_batch_size")
+_EXECUTION = ("device", "compile", "checkpoint_every", "checkpoint_minutes", "eval_batch_size")
 
 
 def refuse_another(folder: Path, config: RunConfig) -> None:

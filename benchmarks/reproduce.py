@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import shlex
 import subprocess
 from pathlib import Path
@@ -33,18 +32,24 @@ from benchmarks.reproduce_cells import BUDGETS, TABLES, Cell, cells
 from cibl_ray.config import RunConfig
 from cibl_ray.runlog import read_metrics
 from cibl_ray.train import CONFIG
+from pipelines.cores import usable_cores
 from pipelines.errors import UserError, run_command
 from pipelines.settings import read_config, validate
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
+CODE = ("benchmarks", "cibl_ray", "configs", "pipelines")  # what decides a result
+
+
 def commit() -> str | None:
-    """The checked-out commit, marked where files differ from it; None outside a repository."""
-    found = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"], cwd=REPOSITORY, capture_output=True, text=True
-    )
-    return found.stdout.strip() or None
+    """The checked-out commit, marked where its code has been changed; None outside a repository."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=REPOSITORY, capture_output=True, text=True).stdout.strip()
+
+    found = git("rev-parse", "--short=12", "HEAD")
+    return found + ("-dirty" if git("status", "--porcelain", "--", *CODE) else "") if found else None
 
 
 def source(dataset: str, folder: Path | None) -> tuple[str, ...]:
@@ -64,15 +69,17 @@ def recipe(config: RunConfig) -> str:
 
 
 def record(
-    cell: Cell, folder: Path, table: str, budget: str, of: str | None, wall_seconds: float | None = None
+    cell: Cell, folder: Path, table: str, budget: str, of: str | None, images: Path | None, wall_seconds: float | None = None
 ) -> dict[str, Any]:
-    """All that is needed to read a cell and to repeat it; no path of this machine. wall_seconds: of its process as a whole."""
+    """All that is needed to read a cell and to repeat it; no path of this machine. images: the folder of the data set, where it
+    was not torchvision's files. wall_seconds: of its process as a whole."""
     result = json.loads((folder / "result.json").read_text())
     if table == "recipe":  # recipes are chosen by these scores, so the test set stays out of them
         last = read_metrics(folder)[-1]
         result = {**result, "last": {"epoch": last["epoch"], "scores": last["val"]}}
         result.pop("best", None)
-    where, config = source(cell.dataset, Path("FOLDER")), validate(RunConfig, read_config(folder / CONFIG), str(folder))
+    where = source(cell.dataset, None if images is None else Path("FOLDER"))
+    config = validate(RunConfig, read_config(folder / CONFIG), str(folder))
     return {
         "table": table,
         "budget": budget,
@@ -80,6 +87,7 @@ def record(
         "imbalance": cell.imbalance,
         "value": cell.value,
         "seed": cell.seed,
+        "source": config.data.source.kind,
         "command": shlex.join(["python", "-m", "cibl_ray.train", cell.config, *where, *cell.options]),
         "recipe": recipe(config),
         "precision": config.train.precision,
@@ -110,7 +118,10 @@ def main() -> None:
     parser.add_argument("--budget", choices=BUDGETS, default="gpu" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, help="runs at a time; by default three on a GPU, one a core without")
-    parser.add_argument("--methods", nargs="+", metavar="ROW", help="only these rows of the table")
+    parser.add_argument("--methods", nargs="+", metavar="ROW", help="train only these rows of the table")
+    parser.add_argument("--datasets", nargs="+", choices=("cifar10", "cifar100"), help="train only on these")
+    parser.add_argument("--factors", nargs="+", type=int, metavar="IF", help="train only at these imbalance factors")
+    parser.add_argument("--compile", action="store_true", help="train with torch.compile, on a GPU as CUDA graphs")
     parser.add_argument(
         "--val", type=float, default=0.0, help="share of each class set aside to choose the best epoch on (0; recipe: 0.1)"
     )
@@ -126,15 +137,25 @@ def main() -> None:
     lines = arguments.docs / f"{table}-{budget}{'-val' if arguments.val else ''}.jsonl"
     if table == "recipe":
         arguments.val = arguments.val or 0.1
+    if table == "imagenet_lt" and budget != "gpu":
+        parser.error("imagenet_lt is ResNet-50 at 224 pixels, 90 epochs: it has the budget gpu alone")
     every = cells(table, budget, 1 if budget == "smoke" else arguments.seeds, arguments.val)
-    if arguments.methods is not None:
-        strange = set(arguments.methods) - {cell.value for cell in every}
-        if strange:
-            parser.error(f"no row {sorted(strange)[0]!r}; there are: {', '.join(sorted({cell.value for cell in every}))}")
-        every = [cell for cell in every if cell.value in arguments.methods]
-    failed = None if arguments.report_only else _train(every, arguments, lines)
-    rows = {(cell.dataset, cell.imbalance, cell.value): number for number, cell in reversed([*enumerate(every)])}
-    known = [line for line in reproduce_report.read(lines) if reproduce_report.key(line)[:3] in rows]
+    wanted = every
+    for option, name in (("methods", "value"), ("datasets", "dataset"), ("factors", "imbalance")):
+        if (chosen := getattr(arguments, option)) is not None:
+            there = {getattr(cell, name) for cell in every}
+            if strange := sorted({*chosen} - there):
+                parser.error(f"--{option}: no row {strange[0]!r}; there are: {', '.join(map(str, sorted(there)))}")
+            wanted = [cell for cell in wanted if getattr(cell, name) in chosen]
+    failed = None if arguments.report_only else _train(wanted, arguments, lines)
+    # The table is always the whole one: of every line that still says what its cell would train.
+    rows = {reproduce_report.row(cell): number for number, cell in reversed([*enumerate(every)])}
+    by_key = {(*reproduce_report.row(cell), cell.seed): cell for cell in every}
+    known = []
+    for line in reproduce_report.read(lines):
+        cell = by_key.get(reproduce_report.key(line))
+        if cell is not None and line_is_of(line, cell, recipe(Run(cell.name, cell.config, cell.options).configuration(Path()))):
+            known.append(line)
     if not known:
         parser.error(f"{lines} has no results yet")
     results = sorted(known, key=lambda line: (rows[reproduce_report.key(line)[:3]], line["seed"]))
@@ -144,26 +165,35 @@ def main() -> None:
     report(table=table, budget=budget, runs=len(results), of=len(every), ratios={}, rows=reproduce_report.means(results))
 
 
+def line_is_of(line: dict[str, Any], cell: Cell, wanted: str) -> bool:
+    """Whether a line is of the recipe that the cell has now, named `wanted`. Older lines have their command alone."""
+    if "recipe" in line:
+        return bool(line["recipe"] == wanted)
+    return bool(line["command"].endswith(shlex.join(["", *cell.options])[2:]))
+
+
 def _train(every: list[Cell], arguments: argparse.Namespace, lines: Path) -> RunsFailedError | None:
     """Train every cell that has no line; returns what failed."""
-    jobs = arguments.jobs or BUDGETS[arguments.budget].jobs or len(os.sched_getaffinity(0))
+    alone = arguments.table == "imagenet_lt"  # three such runs at once do not fit into a GPU's memory
+    jobs = arguments.jobs or (1 if alone else BUDGETS[arguments.budget].jobs) or usable_cores()
+    compiled = ("--train.compile", "true") if arguments.compile else ()
     runs = arguments.runs / f"{arguments.budget}{'-val' if arguments.val else ''}" / arguments.table
     at = commit()
     by_name = {cell.name: cell for cell in every}
-    known = {reproduce_report.key(line): line.get("recipe") for line in reproduce_report.read(lines)}
+    known = {reproduce_report.key(line): line for line in reproduce_report.read(lines)}
 
     def done(run: Run, seconds: float | None) -> None:
-        line = record(by_name[run.name], runs / run.name, arguments.table, arguments.budget, at, seconds)
+        cell = by_name[run.name]
+        images = getattr(arguments, cell.dataset)
+        line = record(cell, runs / run.name, arguments.table, arguments.budget, at, images, seconds)
         reproduce_report.add(lines, line)
 
     todo = []
     for cell in every:
         key = cell.dataset, cell.imbalance, cell.value, cell.seed
         place = source(cell.dataset, getattr(arguments, cell.dataset))
-        run = Run(cell.name, cell.config, (*place, *cell.options, "--prepared", str(arguments.prepared)))
-        # Lines of earlier versions do not name their recipe; those of the CPU budget have it still.
-        same = (recipe(run.configuration(runs)), *((None,) if arguments.budget == "cpu" else ()))
-        if key not in known or known[key] not in same:
+        run = Run(cell.name, cell.config, (*place, *cell.options, *compiled, "--prepared", str(arguments.prepared)))
+        if key not in known or not line_is_of(known[key], cell, recipe(run.configuration(runs))):
             todo.append(run)
     for run in todo:
         if (runs / run.name / "result.json").exists():  # stopped between the run and its line

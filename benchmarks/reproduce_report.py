@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from benchmarks.reproduce_cells import PUBLISHED
+from benchmarks.reproduce_cells import BEST_PUBLISHED, PUBLISHED, Cell
 
 TITLES = {"cifar10": "CIFAR-10-LT", "cifar100": "CIFAR-100-LT", "imagenet": "ImageNet-LT"}
 COLUMNS = ("overall", "many", "medium", "few", "head", "middle", "tail")
@@ -24,20 +24,30 @@ def key(line: Line) -> tuple[str, int, str, int]:
     return line["dataset"], line["imbalance"], line["value"], line["seed"]
 
 
+def row(cell: Cell) -> tuple[str, int, str]:
+    """The row of a cell: `key` without the seed."""
+    return cell.dataset, cell.imbalance, cell.value
+
+
 def read(path: Path) -> list[Line]:
-    """The lines of a file, the last of each cell."""
-    if not path.exists():
-        return []
-    lines = [json.loads(text) for text in path.read_text().splitlines() if text.strip()]
-    return list({key(line): line for line in lines}.values())
+    """The lines of a file, the last of each cell; one that a full disk or a power cut left unfinished counts as absent."""
+    found: dict[tuple[str, int, str, int], Line] = {}
+    for text in path.read_text().splitlines() if path.exists() else ():
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError:
+            continue
+        found[key(line)] = line
+    return list(found.values())
 
 
 def add(path: Path, line: Line) -> None:
     """Append one line, whole."""
     with _lock:
         path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.exists() and not path.read_bytes().endswith((b"", b"\n")[path.stat().st_size > 0])
         with path.open("a") as file:
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            file.write("\n" * unfinished + json.dumps(line, ensure_ascii=False) + "\n")
 
 
 def groups(lines: list[Line]) -> dict[tuple[str, int], dict[str, list[Line]]]:
@@ -71,7 +81,8 @@ def write(path: Path, lines: list[Line], of: int) -> None:
     if first["budget"] != "gpu":
         text += ["", "**Short runs of a small network: they compare methods, and no published number.**"]
     for (dataset, factor), rows in groups(lines).items():
-        published = PUBLISHED.get(dataset, {}) if first["budget"] == "gpu" else {}
+        of_methods = first["budget"] == "gpu" and first["table"] in ("cifar10_lt", "cifar100_lt")
+        published = PUBLISHED[dataset] if of_methods else {}
         title = TITLES[dataset] + (f", imbalance factor {factor}" if factor else "")
         with_best = any("best" in line for of_row in rows.values() for line in of_row)
         head = ["", *COLUMNS, *(["best on validation"] if with_best else []), *(["published"] if published else []), "minutes"]
@@ -88,17 +99,28 @@ def write(path: Path, lines: list[Line], of: int) -> None:
             text.append("| " + " | ".join(cells) + " |")
         picture = path.with_name(f"{path.stem}-{dataset}{f'-if{factor}' if factor else ''}.png")
         _picture(picture, title, rows, {row: of_it.get(factor) for row, of_it in published.items()}, first["table"])
+        if of_methods and factor in BEST_PUBLISHED[dataset]:
+            text += ["", f"The best published number with this network is ProCo's: {BEST_PUBLISHED[dataset][factor]:.1f}."]
         text += ["", f"![{title}]({picture.name})"]
+        mixed = [value for value, of_row in rows.items() if len({_images(line) for line in of_row}) > 1]
+        if mixed:
+            text += ["", f"**Seeds of other images or another precision stand in one row: {', '.join(mixed)}.**"]
     places = sorted({f"{line['hardware']}, torch {line['machine']['torch']}" for line in lines})
+    again = f"{first['table']} --budget {first['budget']} --seeds {len({line['seed'] for line in lines})}"
+    again += " --val 0.1" if path.stem.endswith("-val") else ""
     text += [
         "",
         f"Machine: {'; '.join(places)}. Commit: {', '.join(sorted({str(line['commit']) for line in lines}))}.",
         "",
         f"Every run's command, scores and machine: [{path.name}]({path.name}). All of it again: "
-        f"`python -m benchmarks.reproduce {first['table']} --budget {first['budget']}`, with image folders `--cifar10 FOLDER "
-        "--cifar100 FOLDER`.",
+        f"`python -m benchmarks.reproduce {again}`, with image folders `--cifar10 FOLDER --cifar100 FOLDER`.",
     ]
     path.with_suffix(".md").write_text("\n".join(text) + "\n")
+
+
+def _images(line: Line) -> tuple[Any, ...]:
+    """What seeds of one row must share: the kind of source, the test images, and the precision."""
+    return line.get("source"), (line.get("data") or {}).get("test"), line.get("precision")
 
 
 def _cell(values: list[float | None]) -> str:
@@ -115,6 +137,7 @@ def _picture(path: Path, title: str, rows: dict[str, list[Line]], published: dic
     axes = figure.add_subplot()
     values, place = list(rows), np.arange(len(rows))
     by_method = table not in ("tail_skew", "cosine_epochs")
+    accuracy = f"{'validation' if table in _SCORED else 'test'} accuracy, %"
     for name, color in COLORS.items():
         columns = [100 * np.array([line["last"][name] for line in rows[value]]) for value in values]
         middle = np.array([column.mean() for column in columns])
@@ -131,11 +154,11 @@ def _picture(path: Path, title: str, rows: dict[str, list[Line]], published: dic
             axes.plot(*zip(*numbers, strict=True), "D", mfc="none", color="black", ms=8, label="published, overall")
         axes.set_yticks(place, values)
         axes.invert_yaxis()
-        axes.set_xlabel("test accuracy, %")
+        axes.set_xlabel(accuracy)
         axes.grid(axis="x", alpha=0.3)
     else:
         axes.set_xticks(place, [value.removeprefix("λ=") for value in values], rotation=30 if table == "cosine_epochs" else 0)
-        axes.set(ylabel="test accuracy, %", xlabel="tail-skew weight λ" if table == "tail_skew" else "head, epochs")
+        axes.set(ylabel=accuracy, xlabel="tail-skew weight λ" if table == "tail_skew" else "head, epochs")
     axes.set_title(f"{title}: mean and range over the seeds", fontsize=10)
     figure.legend(loc="outside lower center", ncols=5, frameon=False)
     axes.spines[["top", "right"]].set_visible(False)

@@ -11,12 +11,14 @@ from typing import Any
 
 import ray
 import torch.distributed as dist
+from ray._common.constants import HEAD_NODE_RESOURCE_NAME
 from ray.exceptions import GetTimeoutError, RayTaskError
 from ray.train import UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.torch.config import _set_torch_distributed_env_vars, _TorchBackend
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.execution.controller.placement_group_cleaner import PlacementGroupCleaner
 
 from cibl_ray.board import Address, Posted
 from cibl_ray.ray_doze import Doze
@@ -54,7 +56,9 @@ class LeanTrainer(TorchTrainer):
             needless += (PlacementGroupCleanerCallback,)
         callbacks = super()._create_default_callbacks()  # type: ignore[misc]  # typed as the first version's
         kept = [callback for callback in callbacks if not isinstance(callback, needless)]
-        return [*kept, Doze()] if known() else kept
+        if not known():
+            return kept
+        return [*(_Cleaner() if type(one) is PlacementGroupCleanerCallback else one for one in kept), Doze()]
 
     def _initialize_and_run_controller(self, **given: Any) -> Any:
         if self.alone and known():
@@ -62,6 +66,26 @@ class LeanTrainer(TorchTrainer):
 
             return train_here(self.scaling_config, **given)
         return super()._initialize_and_run_controller(**given)  # type: ignore[misc]  # likewise
+
+
+class _Cleaner(PlacementGroupCleanerCallback):
+    """Ray's, whose actor frees the workers' place where their controller is lost. It asks whether the controller lives by an
+    interface that looks for any cluster on the machine, and gives up where it finds several: so it is told which is its own."""
+
+    def after_controller_start(self, train_run_context: Any) -> None:
+        context = ray.get_runtime_context()
+        self._controller_actor_id = context.get_actor_id()
+        cleaner: Any = (
+            ray.remote(num_cpus=0)(PlacementGroupCleaner)
+            .options(
+                lifetime="detached",
+                resources={HEAD_NODE_RESOURCE_NAME: 0.001},
+                runtime_env={"env_vars": {"RAY_ADDRESS": context.gcs_address}},
+            )
+            .remote(self._controller_actor_id, self._check_interval_s, self._get_actor_timeout_s, self._stop_timeout)
+        )
+        self._cleaner = cleaner
+        cleaner.start_monitoring.remote()
 
 
 @dataclass

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
@@ -129,15 +129,17 @@ class Reading:
         return order if self.group is None else by_pages(order, beton.pages, self.group, self.seed, epoch)
 
 
-def _resident(beton: Beton, config: LoaderConfig, device: torch.device) -> bool:
+def _resident(beton: Beton, views: Sequence[View], config: LoaderConfig, device: torch.device) -> bool:
     """Whether the images are to be held in the device's memory. Raises UserError where that is asked for and cannot be."""
-    from pipelines.resident_loader import why_not_resident
+    from pipelines.resident_loader import margin_of, why_not_resident
+
+    margin = margin_of(views)
 
     if config.kind == "auto":
         # On the CPU FFCV's threads are as fast (benchmarks.resident); where it is absent, nothing else is.
         pays = device.type == "cuda" or importlib.util.find_spec("ffcv") is None
-        return pays and config.part == "all" and why_not_resident(beton, device) is None
-    if config.kind == "resident" and (reason := why_not_resident(beton, device)) is not None:
+        return pays and config.part == "all" and why_not_resident(beton, device, margin) is None
+    if config.kind == "resident" and (reason := why_not_resident(beton, device, margin)) is not None:
         raise UserError(f"loader.kind is 'resident', but {reason}; or set loader.kind: auto")
     return config.kind == "resident"
 
@@ -176,7 +178,7 @@ def make_loader(
         )
     loader: Loader
     device = device or torch.device("cpu")
-    held = reading.rule is None and _resident(beton, config, device)
+    held = reading.rule is None and _resident(beton, reading.views, config, device)
     kind = "resident" if held else loader_kind(config)
     if reading.rule is None:
         records = beton.records["f0"]

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 
-_VARIABLE = "CIBL_RAY_CORES"
+CORES = "CIBL_RAY_CORES"
 
 
 def usable_cores() -> int:
     """The CPUs given to this process by `limit_cores` or, without that, those that the operating system lets it use."""
-    return int(os.environ.get(_VARIABLE, 0)) or len(os.sched_getaffinity(0))
+    return int(os.environ.get(CORES, 0)) or len(os.sched_getaffinity(0))
 
 
 def limit_cores(count: int) -> None:
     """Tell loaders, here and in child processes, that other workers share this machine."""
-    os.environ[_VARIABLE] = str(count)
+    os.environ[CORES] = str(count)

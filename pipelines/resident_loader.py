@@ -8,7 +8,7 @@ the bit.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -18,21 +18,27 @@ import torch
 from pipelines.batch import Batch, Reading
 from pipelines.beton import RAW, Beton
 from pipelines.cache import available_memory
-from pipelines.config import RandomCrop
+from pipelines.config import RandomCrop, View
 from pipelines.cuts import FLIP, HEIGHT, LEFT, TOP, WIDTH, draw_cuts
 
 _SHARE = 0.25  # of the device's free memory, for the images
-_LARGEST = 4 << 30  # bytes: beyond, holding them gains nothing
+_LARGEST = 8 << 30  # bytes: beyond, holding them gains nothing
+_AT_ONCE = 1024  # images read together
 
 
-def why_not_resident(beton: Beton, device: torch.device) -> str | None:
-    """Why these images cannot be held in the device's memory; None: they can."""
+def margin_of(views: Sequence[View]) -> int:
+    """The black pixels around an image, that a random crop may reach."""
+    return max((view.cut.padding for view in views if isinstance(view.cut, RandomCrop)), default=0)
+
+
+def why_not_resident(beton: Beton, device: torch.device, margin: int = 0) -> str | None:
+    """Why these images cannot be held in the device's memory with a margin around each; None: they can."""
     records = beton.records["f0"]
     if (records["mode"] != RAW).any():
         return "the images are stored as JPEG (data.store.mode: raw stores pixels)"
     if len(np.unique(records["height"])) > 1 or len(np.unique(records["width"])) > 1:
         return "the images have different sizes (data.store.square makes them alike)"
-    size = 3 * len(beton) * int(records["height"][0]) * int(records["width"][0])
+    size = 4 * len(beton) * (int(records["height"][0]) + 2 * margin) * (int(records["width"][0]) + 2 * margin)
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
     if size > min(_LARGEST, _SHARE * free):
         return f"they take {size / 1e9:.1f} GB, and {device.type} has {free / 1e9:.1f} GB free"
@@ -54,7 +60,8 @@ class _Pixels:
         self.height, self.width = (int(beton.records["f0"][side][0]) for side in ("height", "width"))
         whole = torch.zeros(len(beton), self.height + 2 * margin, self.width + 2 * margin, 4, dtype=torch.uint8)
         inner = whole[:, margin : margin + self.height, margin : margin + self.width, :3]
-        inner.copy_(torch.from_numpy(np.stack([beton.image(row) for row in range(len(beton))])))
+        for rows in torch.arange(len(beton)).split(_AT_ONCE):  # a copy of all would be half as much again
+            inner[rows[0] : rows[-1] + 1] = torch.from_numpy(np.stack([beton.image(int(row)) for row in rows]))
         self.padded = whole.to(device)
         self.words = self.padded.view(torch.int32).view(-1)
         self.labels = torch.from_numpy(beton.labels.copy()).to(device)
@@ -76,7 +83,7 @@ class ResidentLoader:
 
     def __init__(self, beton: Beton, reading: Reading, device: torch.device) -> None:
         self._beton, self._reading, self._device = beton, reading, device
-        self._margin = max((view.cut.padding for view in reading.views if isinstance(view.cut, RandomCrop)), default=0)
+        self._margin = margin_of(reading.views)
         self._pixels = _Pixels.of(beton, device, self._margin)
         self.samples = len(beton)
         self.batches = reading.batches(self.samples)

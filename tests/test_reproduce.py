@@ -1,6 +1,7 @@
 """The tables' commands are configurations that exist, and their smoke budget runs from images to Markdown."""
 
 import json
+import shlex
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,7 +12,7 @@ from PIL import Image
 
 from benchmarks import claims, reproduce_report
 from benchmarks.many_runs import Run, RunsFailedError, computed, run_all
-from benchmarks.reproduce import record
+from benchmarks.reproduce import line_is_of, record
 from benchmarks.reproduce_cells import BUDGETS, TABLES, cells
 from cibl_ray.config import load_config, save_config
 from tests.conftest import REPOSITORY
@@ -66,7 +67,9 @@ def test_recipes_change_one_thing_and_are_scored_on_validation(tmp_path):
     }
     (folder / "result.json").write_text(json.dumps({**result, "seconds": 9.0, "images_per_s": 1.0}))
     (folder / "metrics.jsonl").write_text(json.dumps({"epoch": 6, "val": {"overall": 0.25, "head": 0.5}}) + "\n")
-    line = record(cell, folder, "recipe", "cpu", "abc")
+    line = record(cell, folder, "recipe", "cpu", "abc", None)
+    assert "--data.source" not in line["command"]  # torchvision's files, as the configuration has them
+    assert line["source"] == "cifar100"
     assert (line["last"]["overall"], line["last"]["head"], line["last"]["few"]) == (0.25, 0.5, None)
     assert "best" not in line
 
@@ -117,7 +120,7 @@ def test_smoke(small_cifar, tmp_path):
     done = subprocess.run([*command, *places], cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
-    assert (found["runs"], found["of"]) == (2, 2)
+    assert (found["runs"], found["of"]) == (2, 9)
     lines = reproduce_report.read(tmp_path / "docs" / "cifar10_lt-smoke.jsonl")
     assert {line["value"] for line in lines} == {"CE", "Hybrid-SC"}
     assert str(tmp_path) not in (tmp_path / "docs" / "cifar10_lt-smoke.jsonl").read_text()
@@ -153,6 +156,15 @@ def test_smoke(small_cifar, tmp_path):
     mended = subprocess.run([*command, *places], cwd=REPOSITORY, capture_output=True, text=True)
     assert mended.returncode == 0, mended.stderr
     assert {entry["recipe"] for entry in reproduce_report.read(lines_file)} == {entry["recipe"] for entry in lines}
+    # The table is drawn of all lines, whichever rows are asked for; and of none whose recipe is another by now.
+    stale = [entry if entry["value"] != "CE" else entry | {"recipe": "another"} for entry in lines]
+    lines_file.write_text("".join(json.dumps(entry) + "\n" for entry in stale) + '{"table": "cifar10_lt", "bud')
+    drawn = subprocess.run([*command[:-1], *places, "--report-only"], cwd=REPOSITORY, capture_output=True, text=True)
+    assert drawn.returncode == 0, drawn.stderr
+    text = (tmp_path / "docs" / "cifar10_lt-smoke.md").read_text()
+    assert "1 of 9 runs" in text
+    assert "| Hybrid-SC |" in text
+    assert "| CE |" not in text
     wrong = subprocess.run([*command[:-2], "Nonsense", *places], cwd=REPOSITORY, capture_output=True, text=True)
     assert wrong.returncode == 2
     assert "no row 'Nonsense'; there are: BCL, CE" in wrong.stderr
@@ -206,3 +218,28 @@ def test_lines_are_read_back_and_the_last_of_a_cell_counts(tmp_path):
     for overall in (0.1, 0.2):
         reproduce_report.add(path, line("CE", 0, overall))
     assert [entry["last"]["overall"] for entry in reproduce_report.read(path)] == [0.2]
+
+
+def test_a_line_after_one_that_was_cut_short_is_whole(tmp_path):
+    path = tmp_path / "t.jsonl"
+    reproduce_report.add(path, line("CE", 0, 0.1))
+    path.write_text(path.read_text() + '{"table": "cif')
+    reproduce_report.add(path, line("CE", 1, 0.2))
+    assert [entry["seed"] for entry in reproduce_report.read(path)] == [0, 1]
+
+
+def test_shipped_recipes_are_the_tables():
+    for dataset in ("cifar10", "cifar100"):
+        for cell in cells(f"{dataset}_lt", "gpu", 1, 0.0):
+            if cell.value == "CIBL, cosine head":
+                shipped = load_config(f"recipes/{dataset}_lt_if{cell.imbalance}_200", [])
+                assert computed(shipped) == computed(load_config(cell.config, list(cell.options)))
+
+
+def test_old_lines_count_while_their_command_is_the_cells():
+    cell = cells("cifar10_lt", "cpu", 1, 0.0)[0]
+    old = {"command": shlex.join(["python", "-m", "cibl_ray.train", cell.config, *cell.options])}
+    assert line_is_of(old, cell, "abc")
+    assert not line_is_of(old, replace(cell, options=(*cell.options[:-1], "7")), "abc")
+    assert line_is_of({**old, "recipe": "abc"}, cell, "abc")
+    assert not line_is_of({**old, "recipe": "abc"}, cell, "d")

@@ -153,7 +153,18 @@ def test_an_interrupted_sweep_goes_on(folder):
     assert {path.stem for path in begun} == {trial.name for trial in after}
 
 
-def test_a_trial_of_two_workers_that_is_lost_frees_its_place(folder):
+@pytest.fixture
+def neighbour():
+    """Another cluster on this machine."""
+    settle(own=True)
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    yield cluster
+    cluster.shutdown()
+
+
+def test_a_trial_of_two_workers_that_is_lost_frees_its_place(folder, neighbour):
     """There is room for one trial at a time: it is tried again, and the next one starts, where the first one's CPUs were."""
     objective = [{"metric": "many"}, {"metric": "few"}]
     content = {**BASE, "trials": 2, "workers": 2, "objective": objective, "asha": None, "algorithm": "nsga2"}
