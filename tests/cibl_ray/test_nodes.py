@@ -23,15 +23,19 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("nodes")
 
 
-@pytest.fixture
-def two_nodes():
-    """A cluster of two nodes of one CPU on this machine: (cluster, second node)."""
+@pytest.fixture(scope="module")
+def cluster():
     from ray.cluster_utils import Cluster
 
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-    second = cluster.add_node(num_cpus=1)
-    yield cluster, second
+    yield cluster
     cluster.shutdown()
+
+
+@pytest.fixture
+def two_nodes(cluster):
+    """A cluster of two nodes of one CPU on this machine: (cluster, second node)."""
+    return cluster, next(iter(cluster.worker_nodes), None) or cluster.add_node(num_cpus=1)
 
 
 def test_an_elastic_run_goes_on_with_the_nodes_that_are_left(folder, two_nodes):

@@ -191,7 +191,7 @@ def test_a_damaged_best_checkpoint_costs_its_scores_alone(finished, tmp_path):
     assert result["last"] == json.loads((finished[0] / "result.json").read_text())["last"]
 
 
-@pytest.mark.parametrize("kind", [pytest.param("ffcv", marks=needs_ffcv), "torch"])
+@pytest.mark.parametrize("kind", [pytest.param("ffcv", marks=needs_ffcv), pytest.param("torch", marks=pytest.mark.slow)])
 def test_a_killed_run_ends_with_the_same_weights(folders, kind):
     """SIGKILL in mid-run, --resume: every weight and momentum equals those of a run that was left alone, bit for bit."""
     flags = ["quickstart", "--epochs", "6", "--warmup_epochs", "1", *folders, "--loader.kind", kind]
@@ -215,7 +215,7 @@ def test_a_killed_run_ends_with_the_same_weights(folders, kind):
     assert rows[0] == rows[1]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_interrupted(folders, number):
     folder = Path(folders[1]) / f"stopped-{number}"
     flags = ["quickstart", "--epochs", "500", *folders, "--name", folder.name]

@@ -72,7 +72,11 @@ def command(folder, *arguments):
 
 
 def ended(process, log, status=0):
-    assert process.wait(timeout=240) == status, log.read_text()
+    try:
+        assert process.wait(timeout=240) == status, log.read_text()
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
     return log.read_text()
 
 
