@@ -80,6 +80,7 @@ class _Cleaner(PlacementGroupCleanerCallback):
             .options(
                 lifetime="detached",
                 resources={HEAD_NODE_RESOURCE_NAME: 0.001},
+                scheduling_strategy="DEFAULT",  # not in the trial's own place
                 runtime_env={"env_vars": {"RAY_ADDRESS": context.gcs_address}},
             )
             .remote(self._controller_actor_id, self._check_interval_s, self._get_actor_timeout_s, self._stop_timeout)

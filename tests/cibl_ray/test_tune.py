@@ -73,7 +73,7 @@ def command(folder, *arguments):
 
 def ended(process, log, status=0):
     try:
-        assert process.wait(timeout=240) == status, log.read_text()
+        assert process.wait(timeout=400) == status, log.read_text()
     except subprocess.TimeoutExpired:
         process.kill()
         raise
@@ -168,6 +168,7 @@ def neighbour():
     cluster.shutdown()
 
 
+@pytest.mark.timeout(600)
 def test_a_trial_of_two_workers_that_is_lost_frees_its_place(folder, neighbour):
     """There is room for one trial at a time: it is tried again, and the next one starts, where the first one's CPUs were."""
     objective = [{"metric": "many"}, {"metric": "few"}]
