@@ -65,7 +65,9 @@ def plain_script(config: RunConfig, prepared: Prepared, bf16: bool) -> Callable[
     network = network.to(memory_format=torch.contiguous_format)
     objective = Objective(config.loss, network, prepared.train_counts, device, World(), batch)
     rates = config.optimizer
-    optimizer = torch.optim.SGD(network.parameters(), rates.lr, rates.momentum, weight_decay=rates.weight_decay)
+    optimizer = torch.optim.SGD(
+        network.parameters(), rates.lr, rates.momentum, weight_decay=rates.weight_decay, nesterov=rates.nesterov
+    )
 
     def run(model: torch.nn.Module, x: torch.Tensor) -> object:
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
