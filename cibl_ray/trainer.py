@@ -33,6 +33,7 @@ from cibl_ray.losses.objective import Images, Objective, readings
 from cibl_ray.metrics import Scores, score
 from cibl_ray.networks.average import WeightAverage
 from cibl_ray.networks.network import HybridNetwork, Outputs, build_network
+from cibl_ray.optimizer import Sgd
 from cibl_ray.progress import Progress, Silent
 from cibl_ray.runlog import RunLog
 from cibl_ray.schedules import lr_factor
@@ -79,7 +80,7 @@ class Trainer:
         decayed: dict[bool, list[nn.Parameter]] = {True: [], False: []}
         for name, parameter in self.network.named_parameters():
             decayed[self.network.decays(name)].append(parameter)
-        self.optimizer = torch.optim.SGD(
+        self.optimizer = Sgd(
             [
                 {"params": decayed[True], "weight_decay": config.optimizer.weight_decay},
                 {"params": decayed[False], "weight_decay": 0.0},

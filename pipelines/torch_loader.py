@@ -7,7 +7,6 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms.v2 import functional as tv
 
 from pipelines.batch import Batch, Reading
 from pipelines.beton import RAW, Beton
@@ -43,10 +42,25 @@ class _Epoch(Dataset[tuple[torch.Tensor, int, int]]):
         return torch.stack(views).permute(0, 2, 3, 1), int(self.beton.labels[row]), int(self.beton.rows[row])
 
     def _cut(self, image: torch.Tensor, top: int, left: int, height: int, width: int, flip: int) -> torch.Tensor:
-        view = tv.crop(image, top, left, height, width)  # black where the box leaves the image
+        view = _crop(image, top, left, height, width)
         if (height, width) != (self.size, self.size):
-            view = tv.resize(view, [self.size, self.size], antialias=True)
-        return tv.horizontal_flip(view) if flip else view
+            # Here, because importing torchvision brings torch's compiler along, which takes seconds.
+            from torchvision.transforms.v2 import functional
+
+            view = functional.resize(view, [self.size, self.size], antialias=True)
+        return view.flip(-1) if flip else view
+
+
+def _crop(image: torch.Tensor, top: int, left: int, height: int, width: int) -> torch.Tensor:
+    """A box of an image (3, H, W), black where it leaves the image."""
+    bottom, right = top + height, left + width
+    if min(top, left) >= 0 and bottom <= image.shape[1] and right <= image.shape[2]:
+        return image[:, top:bottom, left:right]
+    view = image.new_zeros(3, height, width)
+    inside = image[:, max(top, 0) : max(bottom, 0), max(left, 0) : max(right, 0)]
+    y, x = max(-top, 0), max(-left, 0)
+    view[:, y : y + inside.shape[1], x : x + inside.shape[2]] = inside
+    return view
 
 
 class TorchLoader:

@@ -323,7 +323,8 @@ def test_memory_stays_flat_over_twenty_epochs(photos_prepared, store):
         return process.memory_info().rss
 
     warm = held(0, 5)
-    assert held(5, 25) - warm < 8 << 20  # an epoch's batches are 2 MiB, its pages 8: one leaked a round would be 40 to 160
+    # An epoch's batches are 2 MiB, its pages 8: one leaked a round would be 40 to 160. The allocator itself grows by up to 12.
+    assert held(5, 25) - warm < 24 << 20
     assert threading.active_count() <= before
 
 
