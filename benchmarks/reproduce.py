@@ -69,17 +69,19 @@ def recipe(config: RunConfig) -> str:
 
 
 def record(
-    cell: Cell, folder: Path, table: str, budget: str, of: str | None, images: Path | None, wall_seconds: float | None = None
+    cell: Cell, folder: Path, table: str, budget: str, of: str | None, wall_seconds: float | None = None
 ) -> dict[str, Any]:
-    """All that is needed to read a cell and to repeat it; no path of this machine. images: the folder of the data set, where it
-    was not torchvision's files. wall_seconds: of its process as a whole."""
+    """All that is needed to read a cell and to repeat it; no path of this machine. wall_seconds: of its process as a whole."""
     result = json.loads((folder / "result.json").read_text())
     if table == "recipe":  # recipes are chosen by these scores, so the test set stays out of them
         last = read_metrics(folder)[-1]
         result = {**result, "last": {"epoch": last["epoch"], "scores": last["val"]}}
         result.pop("best", None)
-    where = source(cell.dataset, None if images is None else Path("FOLDER"))
     config = validate(RunConfig, read_config(folder / CONFIG), str(folder))
+    # What the run itself read, whatever this command was given; the lists of ImageNet have a root for every user.
+    elsewhere = config.data.source.kind in ("folder", "lists")
+    where = source(cell.dataset, Path("FOLDER") if elsewhere else None)
+    compiled = ("--train.compile", "true") if config.train.compile else ()
     return {
         "table": table,
         "budget": budget,
@@ -88,7 +90,7 @@ def record(
         "value": cell.value,
         "seed": cell.seed,
         "source": config.data.source.kind,
-        "command": shlex.join(["python", "-m", "cibl_ray.train", cell.config, *where, *cell.options]),
+        "command": shlex.join(["python", "-m", "cibl_ray.train", cell.config, *where, *cell.options, *compiled]),
         "recipe": recipe(config),
         "precision": config.train.precision,
         "compile": config.train.compile,
@@ -134,13 +136,15 @@ def main() -> None:
     parser.add_argument("--report-only", action="store_true", help="draw tables and pictures from the lines that are there")
     arguments = parser.parse_args()
     table, budget = arguments.table, arguments.budget
-    lines = arguments.docs / f"{table}-{budget}{'-val' if arguments.val else ''}.jsonl"
+    lines = arguments.docs / f"{table}-{budget}{'-val' if arguments.val else ''}{_suffix(arguments)}.jsonl"
     if table == "recipe":
         arguments.val = arguments.val or 0.1
     if table == "imagenet_lt" and budget != "gpu":
         parser.error("imagenet_lt is ResNet-50 at 224 pixels, 90 epochs: it has the budget gpu alone")
-    every = cells(table, budget, 1 if budget == "smoke" else arguments.seeds, arguments.val)
-    wanted = every
+    seeds = 1 if budget == "smoke" else arguments.seeds
+    known_seeds = [1 + line["seed"] for line in reproduce_report.read(lines)]
+    every = cells(table, budget, max([seeds, *known_seeds]), arguments.val)
+    wanted = [cell for cell in every if cell.seed < seeds]
     for option, name in (("methods", "value"), ("datasets", "dataset"), ("factors", "imbalance")):
         if (chosen := getattr(arguments, option)) is not None:
             there = {getattr(cell, name) for cell in every}
@@ -156,6 +160,8 @@ def main() -> None:
         cell = by_key.get(reproduce_report.key(line))
         if cell is not None and line_is_of(line, cell, recipe(Run(cell.name, cell.config, cell.options).configuration(Path()))):
             known.append(line)
+    if failed is not None and not known:
+        raise UserError(str(failed))
     if not known:
         parser.error(f"{lines} has no results yet")
     results = sorted(known, key=lambda line: (rows[reproduce_report.key(line)[:3]], line["seed"]))
@@ -163,6 +169,10 @@ def main() -> None:
     if failed is not None:
         raise UserError(f"{failed}; the table has the others")
     report(table=table, budget=budget, runs=len(results), of=len(every), ratios={}, rows=reproduce_report.means(results))
+
+
+def _suffix(arguments: argparse.Namespace) -> str:
+    return "-compiled" if arguments.compile else ""
 
 
 def line_is_of(line: dict[str, Any], cell: Cell, wanted: str) -> bool:
@@ -177,15 +187,14 @@ def _train(every: list[Cell], arguments: argparse.Namespace, lines: Path) -> Run
     alone = arguments.table == "imagenet_lt"  # three such runs at once do not fit into a GPU's memory
     jobs = arguments.jobs or (1 if alone else BUDGETS[arguments.budget].jobs) or usable_cores()
     compiled = ("--train.compile", "true") if arguments.compile else ()
-    runs = arguments.runs / f"{arguments.budget}{'-val' if arguments.val else ''}" / arguments.table
+    # Compiled runs have folders, lines and a table of their own.
+    runs = arguments.runs / f"{arguments.budget}{'-val' if arguments.val else ''}{_suffix(arguments)}" / arguments.table
     at = commit()
     by_name = {cell.name: cell for cell in every}
     known = {reproduce_report.key(line): line for line in reproduce_report.read(lines)}
 
     def done(run: Run, seconds: float | None) -> None:
-        cell = by_name[run.name]
-        images = getattr(arguments, cell.dataset)
-        line = record(cell, runs / run.name, arguments.table, arguments.budget, at, images, seconds)
+        line = record(by_name[run.name], runs / run.name, arguments.table, arguments.budget, at, seconds)
         reproduce_report.add(lines, line)
 
     todo = []

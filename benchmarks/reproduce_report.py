@@ -32,10 +32,10 @@ def row(cell: Cell) -> tuple[str, int, str]:
 def read(path: Path) -> list[Line]:
     """The lines of a file, the last of each cell; one that a full disk or a power cut left unfinished counts as absent."""
     found: dict[tuple[str, int, str, int], Line] = {}
-    for text in path.read_text().splitlines() if path.exists() else ():
+    for text in path.read_bytes().split(b"\n") if path.exists() else ():
         try:
             line = json.loads(text)
-        except json.JSONDecodeError:
+        except ValueError:
             continue
         found[key(line)] = line
     return list(found.values())
@@ -106,8 +106,8 @@ def write(path: Path, lines: list[Line], of: int) -> None:
         if mixed:
             text += ["", f"**Seeds of other images or another precision stand in one row: {', '.join(mixed)}.**"]
     places = sorted({f"{line['hardware']}, torch {line['machine']['torch']}" for line in lines})
-    again = f"{first['table']} --budget {first['budget']} --seeds {len({line['seed'] for line in lines})}"
-    again += " --val 0.1" if path.stem.endswith("-val") else ""
+    again = f"{first['table']} --budget {first['budget']} --seeds {1 + max(line['seed'] for line in lines)}"
+    again += (" --val SHARE" if "-val" in path.stem else "") + (" --compile" if path.stem.endswith("-compiled") else "")
     text += [
         "",
         f"Machine: {'; '.join(places)}. Commit: {', '.join(sorted({str(line['commit']) for line in lines}))}.",

@@ -158,8 +158,8 @@ def launch(
     given = {"config": config.model_dump(mode="json"), "folder": str(folder), "resume": resume, "storage": storage}
     least, most = shape.workers
     if least < most:
-        # Such a run asks for what it believes is free. Where that fails, a node is gone that Ray had not missed yet: it asks
-        # again, for fewer, after so long instead of a minute.
+        # Such a run asks for what it believes is there. Where that fails, as a rule because Ray had not yet missed a node that
+        # is gone, it looks and asks again after so long instead of a minute.
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "15")
     scaling = ScalingConfig(
         num_workers=most if least == most else shape.workers,  # type: ignore[arg-type]  # typed as the first version's

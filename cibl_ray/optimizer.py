@@ -6,24 +6,19 @@ first call: two to three seconds of every process that trains. We compile networ
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-
-def _bare(method: Callable[..., Any]) -> Callable[..., Any]:
-    """The function below torch's wrapper, or, in a version that has none, the method itself."""
-    bare: Callable[..., Any] = getattr(method, "__wrapped__", method)
-    return bare
-
-
+_bare: Callable[..., Callable[..., Any]] = inspect.unwrap  # the function below torch's wrappers, where there are any
 _add, _zero = _bare(torch.optim.Optimizer.add_param_group), _bare(torch.optim.Optimizer.zero_grad)
 _step = _bare(torch.optim.SGD.step)
 
 
 class Sgd(torch.optim.SGD):
-    """`torch.optim.SGD`, to the bit."""
+    """`torch.optim.SGD`, to the bit; without closures and `differentiable`."""
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         _add(self, param_group)
@@ -32,5 +27,5 @@ class Sgd(torch.optim.SGD):
         _zero(self, set_to_none)
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]  # a closure would want gradients
+    def step(self) -> None:  # type: ignore[override]
         _step(self)

@@ -70,7 +70,8 @@ class LeanTrainer(TorchTrainer):
 
 class _Cleaner(PlacementGroupCleanerCallback):
     """Ray's, whose actor frees the workers' place where their controller is lost. It asks whether the controller lives by an
-    interface that looks for any cluster on the machine, and gives up where it finds several: so it is told which is its own."""
+    interface that looks for any cluster on the machine, and where there are several gives up, or asks another: so it is told
+    which is its own."""
 
     def after_controller_start(self, train_run_context: Any) -> None:
         context = ray.get_runtime_context()
@@ -81,7 +82,7 @@ class _Cleaner(PlacementGroupCleanerCallback):
                 lifetime="detached",
                 resources={HEAD_NODE_RESOURCE_NAME: 0.001},
                 scheduling_strategy="DEFAULT",  # not in the trial's own place
-                runtime_env={"env_vars": {"RAY_ADDRESS": context.gcs_address}},
+                runtime_env={"env_vars": {"RAY_ADDRESS": context.gcs_address, "RAY_API_SERVER_ADDRESS": ""}},
             )
             .remote(self._controller_actor_id, self._check_interval_s, self._get_actor_timeout_s, self._stop_timeout)
         )

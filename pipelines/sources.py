@@ -277,9 +277,10 @@ def _digits_table() -> np.ndarray:
     """Pixels from 0 to 16 and label of each digit, (1797, 65). From scikit-learn's file, which its function reads too: to
     import scikit-learn takes two seconds, in every process of a run."""
     package = find_spec("sklearn")
-    file = Path(package.origin if package and package.origin else "").parent / "datasets" / "data" / "digits.csv.gz"
-    if file.exists():
-        return np.loadtxt(file, delimiter=",")
+    if package is not None and package.origin is not None:
+        file = Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz"
+        if file.exists():
+            return np.loadtxt(file, delimiter=",")
     from sklearn.datasets import load_digits
 
     digits = load_digits()

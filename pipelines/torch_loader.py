@@ -12,7 +12,7 @@ from pipelines.batch import Batch, Reading
 from pipelines.beton import RAW, Beton
 from pipelines.config import LoaderConfig
 from pipelines.cores import usable_cores
-from pipelines.cuts import draw_cuts
+from pipelines.cuts import HEIGHT, WIDTH, draw_cuts
 from pipelines.errors import UserError
 from pipelines.pixels import BadImageError, decode, to_rgb
 
@@ -26,6 +26,10 @@ class _Epoch(Dataset[tuple[torch.Tensor, int, int]]):
         self.records = beton.records["f0"][self.order]
         heights, widths = self.records["height"], self.records["width"]
         self.cuts = draw_cuts(reading.views, reading.size, heights, widths, reading.seed, epoch)
+
+    @property
+    def resizes(self) -> bool:
+        return bool(((self.cuts[..., HEIGHT] != self.size) | (self.cuts[..., WIDTH] != self.size)).any())
 
     def __len__(self) -> int:
         return len(self.order)
@@ -81,6 +85,8 @@ class TorchLoader:
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         reading = self._reading
         dataset = _Epoch(self._beton, reading, epoch)
+        if self._workers and dataset.resizes:
+            import torchvision.transforms.v2  # noqa: F401  # here once, not in every worker of every epoch
         loader = DataLoader(
             dataset,
             batch_size=reading.own_batch,

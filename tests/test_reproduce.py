@@ -67,7 +67,7 @@ def test_recipes_change_one_thing_and_are_scored_on_validation(tmp_path):
     }
     (folder / "result.json").write_text(json.dumps({**result, "seconds": 9.0, "images_per_s": 1.0}))
     (folder / "metrics.jsonl").write_text(json.dumps({"epoch": 6, "val": {"overall": 0.25, "head": 0.5}}) + "\n")
-    line = record(cell, folder, "recipe", "cpu", "abc", None)
+    line = record(cell, folder, "recipe", "cpu", "abc")
     assert "--data.source" not in line["command"]  # torchvision's files, as the configuration has them
     assert line["source"] == "cifar100"
     assert (line["last"]["overall"], line["last"]["head"], line["last"]["few"]) == (0.25, 0.5, None)
