@@ -45,7 +45,7 @@ def add(path: Path, line: Line) -> None:
     """Append one line, whole."""
     with _lock:
         path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.exists() and not path.read_bytes().endswith((b"", b"\n")[path.stat().st_size > 0])
+        unfinished = path.exists() and not path.read_bytes().endswith(b"\n")
         with path.open("a") as file:
             file.write("\n" * unfinished + json.dumps(line, ensure_ascii=False) + "\n")
 

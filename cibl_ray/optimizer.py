@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 
-_bare: Callable[..., Callable[..., Any]] = inspect.unwrap  # the function below torch's wrappers, where there are any
-_add, _zero = _bare(torch.optim.Optimizer.add_param_group), _bare(torch.optim.Optimizer.zero_grad)
-_step = _bare(torch.optim.SGD.step)
+# The functions below torch's wrappers, where there are any.
+_add: Callable[..., None] = inspect.unwrap(torch.optim.Optimizer.add_param_group)
+_zero: Callable[..., None] = inspect.unwrap(torch.optim.Optimizer.zero_grad)
+_step: Callable[..., Any] = inspect.unwrap(torch.optim.SGD.step)
 
 
 class Sgd(torch.optim.SGD):
