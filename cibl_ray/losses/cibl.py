@@ -12,16 +12,17 @@ import torch
 
 from cibl_ray.losses.attraction import class_sizes
 from cibl_ray.losses.classification import cross_entropy
-from cibl_ray.losses.contrastive import Contrast, positive_counts, supcon_of
+from cibl_ray.losses.contrastive import Contrast, positive_counts, supcon_and_positives
 
 Normalization = Literal["none", "batch", "class"]
 
 
 def term_weights(positives: torch.Tensor, tail_skew: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """(w, 1 - w) with w_m = λ·|P(m)| / (1 + λ·|P(m)|), float64 (M,): w is 0 for λ = 0 or a class that comes once, towards 1 for
-    common classes. 1 - w is computed by itself: for large λ it keeps its digits where a difference would lose them."""
-    weighted = tail_skew * positives.double()
-    return weighted / (1 + weighted), 1 / (1 + weighted)
+    """(w, 1 - w) with w_m = λ·|P(m)| / (1 + λ·|P(m)|), (M,), of counts as floats: w is 0 for λ = 0 or a class that comes once,
+    towards 1 for common classes. 1 - w is computed by itself, which keeps its digits for large λ."""
+    weighted = tail_skew * positives
+    rest = (1 + weighted).reciprocal_()
+    return weighted * rest, rest
 
 
 def class_shares(labels: torch.Tensor, everyone: torch.Tensor, classes: int) -> torch.Tensor:
@@ -55,23 +56,21 @@ def cibl(
 
     Returns scalars: the loss, both terms unweighted, and the mean weight of cross-entropy. λ = 0 is `cross_entropy` to the bit.
     """
-    positives = positive_counts(labels, contrast.labels, logits.shape[1])
+    contrastive, positives = supcon_and_positives(z, labels, contrast, logits.shape[1], temperature)
     weight, rest = term_weights(positives, tail_skew)
     everyone = labels if everyone is None else everyone
     if normalization == "class":
-        shares = class_shares(labels, everyone, logits.shape[1])
+        shares = class_shares(labels, everyone, logits.shape[1]).to(weight.dtype)
         weight, rest = weight * shares, rest * shares
-    precision = torch.promote_types(z.dtype, torch.float32)
-    weight, rest, chosen, chosen_labels = weight.to(precision), rest.to(precision), logits, labels
+    chosen, chosen_labels = logits, labels
     if classify_every > 1:  # a slice's way back is a copy of all logits, even where the slice is all of them
         rest, chosen, chosen_labels = (each[::classify_every] for each in (rest, logits, labels))
     classified = cross_entropy(chosen, chosen_labels)
-    contrastive = supcon_of(z, labels, contrast, positives, logits.shape[1], temperature)
     classification = (rest * classified).mean()
     if normalization == "batch":
-        counts = positive_counts(everyone, contrast.labels, logits.shape[1])
-        classification = classification / term_weights(counts, tail_skew)[1][::classify_every].mean().to(precision)
-    loss = classification + (weight * contrastive).mean()
+        counts = positive_counts(everyone, contrast.labels, logits.shape[1]).to(rest.dtype)
+        classification = classification / term_weights(counts, tail_skew)[1][::classify_every].mean()
+    loss = classification + torch.dot(weight, contrastive) / len(z)
     return {
         "loss": loss,
         "cross_entropy": classified.detach().mean(),

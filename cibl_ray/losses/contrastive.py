@@ -13,7 +13,7 @@ import torch
 from cibl_ray.losses.attraction import class_sizes, positive_sums
 from cibl_ray.losses.prototypes import prototype_pairs
 from cibl_ray.losses.softmax import PairWeights, log_sum_exp, row_log_sum_exp
-from cibl_ray.losses.within import fits, pairs_within
+from cibl_ray.losses.within import few, fits, pairs_within, supcon_within
 from cibl_ray.precision import wide
 
 
@@ -40,15 +40,19 @@ def supcon(z: torch.Tensor, labels: torch.Tensor, contrast: Contrast, classes: i
 
     l(m) = -1/|P(m)| · Σ_{p∈P(m)} log[ exp(z_m·z_p/τ) / Σ_{a≠m} exp(z_m·z_a/τ) ];  0 where P(m) is empty.
     """
-    return supcon_of(z, labels, contrast, positive_counts(labels, contrast.labels, classes), classes, temperature)
+    return supcon_and_positives(z, labels, contrast, classes, temperature)[0]
 
 
-def supcon_of(
-    z: torch.Tensor, labels: torch.Tensor, contrast: Contrast, positives: torch.Tensor, classes: int, temperature: float
-) -> torch.Tensor:
-    """`supcon` where `positive_counts` are known."""
+def supcon_and_positives(
+    z: torch.Tensor, labels: torch.Tensor, contrast: Contrast, classes: int, temperature: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`supcon`, and |P(m)| in its type, (M,)."""
+    anchors = wide(z)
+    if contrast.embeddings is z and few(anchors) and fits(anchors, temperature):
+        return supcon_within(anchors, labels, temperature)
     normalizer, attraction = _pairs(z, labels, contrast, classes, temperature)
-    return (normalizer - attraction / positives.clamp(min=1).to(attraction.dtype)).masked_fill(positives == 0, 0.0)
+    positives = positive_counts(labels, contrast.labels, classes).to(attraction.dtype)
+    return (normalizer - attraction / positives.clamp(min=1)).masked_fill(positives == 0, 0.0), positives
 
 
 def psc(
