@@ -126,10 +126,12 @@ def methods(dataset: str, budget: Budget, factor: int) -> dict[str, tuple[str, t
     # CE on the first view alone; BCL's own code contrasts the other two, ours all three.
     three = (*_SCALE_30, *_views(_STRONG, _OTHER, _OTHER), "--loss", "{kind: bcl, classify: first}")
     bcl = three if full else ("--loss", "{kind: bcl}")
+    # Re-weighting begins in the last fifth of the epochs; three have no last fifth, so there it is the third one.
+    ldam = "{kind: ldam}" if full else "{kind: ldam, reweight_from: 0.6}"
     return {
         "CE": ("plain", (*_LINEAR, *(_LDAM if full else ()), "--loss", "{kind: cross_entropy}")),
         "LDAM-DRW": (
-            "plain", (*_SCALE_30, *(_LDAM if full else ()), "--loss", "{kind: ldam}"),
+            "plain", (*_SCALE_30, *(_LDAM if full else ()), "--loss", ldam),
         ),
         "balanced softmax": (
             "strong", (*((*_LINEAR, *_views(_STRONG)) if full else ()), "--loss", "{kind: balanced_softmax}"),

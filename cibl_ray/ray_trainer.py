@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from contextlib import suppress
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ from cibl_ray.board import Address, Posted
 from cibl_ray.ray_doze import Doze
 from cibl_ray.world import PeerLostError
 from pipelines.errors import UserError
+
+log = logging.getLogger(__name__)
 
 
 def known() -> bool:
@@ -76,18 +79,22 @@ class _Cleaner(PlacementGroupCleanerCallback):
     def after_controller_start(self, train_run_context: Any) -> None:
         context = ray.get_runtime_context()
         self._controller_actor_id = context.get_actor_id()
-        cleaner: Any = (
-            ray.remote(num_cpus=0)(PlacementGroupCleaner)
-            .options(
-                lifetime="detached",
-                resources={HEAD_NODE_RESOURCE_NAME: 0.001},
-                scheduling_strategy="DEFAULT",  # not in the trial's own place
-                runtime_env={"env_vars": {"RAY_ADDRESS": context.gcs_address, "RAY_API_SERVER_ADDRESS": ""}},
+        try:
+            cleaner: Any = (
+                ray.remote(num_cpus=0)(PlacementGroupCleaner)
+                .options(
+                    lifetime="detached",
+                    resources={HEAD_NODE_RESOURCE_NAME: 0.001},
+                    scheduling_strategy="DEFAULT",  # not in the trial's own place
+                    runtime_env={"env_vars": {"RAY_ADDRESS": context.gcs_address, "RAY_API_SERVER_ADDRESS": ""}},
+                )
+                .remote(self._controller_actor_id, self._check_interval_s, self._get_actor_timeout_s, self._stop_timeout)
             )
-            .remote(self._controller_actor_id, self._check_interval_s, self._get_actor_timeout_s, self._stop_timeout)
-        )
+            cleaner.start_monitoring.remote()
+        except Exception as error:  # training is worth more than a place that stays taken if it is killed
+            log.warning("should this run be killed, its place stays taken until the cluster ends: %s", error)
+            return
         self._cleaner = cleaner
-        cleaner.start_monitoring.remote()
 
 
 @dataclass
