@@ -85,7 +85,7 @@ def main() -> None:
         "our_torch_loader": lambda: run_ours("torch", repeats=1),
         **{f"torchvision_{way}": (lambda way=way: run_peer(way)) for way in peers},
     }
-    rates = alternate(sides, rounds=3 if arguments.quick else 7)
+    rates = alternate(sides, rounds=2 if arguments.quick else 7)
     best = max((rate["median"], name) for name, rate in rates.items() if name.startswith("torchvision"))
     report(
         batches_per_s=rates,

@@ -135,7 +135,7 @@ def main() -> None:
             for side, loss in (("ours", ours), ("plain", plain)):
                 sides[f"{name} {side}"] = _repeat(loss, leaves, size, arguments.quick)
         # All losses take turns, so that a disturbance of the machine is spread over them.
-        rates = alternate(sides, 3 if arguments.quick else 11 if size > 1000 else 21)
+        rates = alternate(sides, 2 if arguments.quick else 11 if size > 1000 else 21)
         for name, (ours, plain) in losses.items():
             key, two = f"{name}_{size}", {side: rates[f"{name} {side}"]["median"] for side in ("ours", "plain")}
             milliseconds[key] = {side: round(1000 / rate, 3) for side, rate in two.items()}
@@ -220,7 +220,7 @@ def _step_ratio(images: Path | None, quick: bool) -> float:
         Images(trainer.normalize(batch.views.to(trainer.device)), batch.labels.clone().to(trainer.device), batch.views.shape[1])
     ]
     seconds: dict[str, list[float]] = {kind: [] for kind in trainers}
-    for _ in range(10 if quick else 40):  # a step at a time, so that both see the same machine
+    for _ in range(6 if quick else 40):  # a step at a time, so that both see the same machine
         for kind, one in trainers.items():
             started = time.perf_counter()
             one.optimize(ready)["loss"].item()

@@ -107,7 +107,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.resident", description=__doc__)
     add_arguments(parser)
     arguments, flags = parser.parse_known_args()
-    size = ["--data.profile.largest", "250" if arguments.quick else "2000"]
+    size = ["--data.profile.largest", "160" if arguments.quick else "2000"]
     config, prepared = cifar10_lt(arguments.images, *size, *flags)
     config = resolve(config)
     sides = {

@@ -24,7 +24,7 @@ def main() -> None:
     add_arguments(parser)
     arguments, flags = parser.parse_known_args()  # any field of the configuration, as for training
     # The quick one trains on fewer images, so that its rounds are short.
-    config, prepared = cifar10_lt(arguments.images, *(["--data.profile.largest", "1000"] if arguments.quick else []), *flags)
+    config, prepared = cifar10_lt(arguments.images, *(["--data.profile.largest", "160"] if arguments.quick else []), *flags)
     config = resolve(config)
     trainer = Trainer(config, prepared, Path(tempfile.gettempdir()))
     batches = []

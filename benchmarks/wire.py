@@ -52,10 +52,11 @@ def main() -> None:
     parser.add_argument("--store", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.rank is not None:
-        _work(arguments.images, arguments.rank, arguments.store)
+        _work(arguments.images, arguments.rank, arguments.store, 1 if arguments.quick else STEPS)
         return
     with tempfile.TemporaryDirectory() as folder:
         images = ["--images", str(arguments.images)] if arguments.images else []
+        images += ["--quick"] if arguments.quick else []
         command = [sys.executable, "-m", "benchmarks.wire", "--store", f"{folder}/store", *images]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         other = subprocess.Popen([*command, "--rank", "1"], env=environment)
@@ -63,13 +64,14 @@ def main() -> None:
         other.wait()
 
 
-def _work(images: Path | None, rank: int, store: str) -> None:
+def _work(images: Path | None, rank: int, store: str, steps: int) -> None:
     dist.init_process_group("gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2)
     world = World()
     bytes_: dict[str, dict[str, float]] = {}
     for name, loss in LOSSES.items():
         head = ("--head", "{kind: cosine}") if name == "ldam" else ()
-        config, prepared = cifar10_lt(images, "--loss", loss, *head, "--backbone", "resnet20", "--loader.kind", "torch")
+        flags = (*head, "--backbone", "resnet20", "--loader.kind", "torch", "--device", "cpu")
+        config, prepared = cifar10_lt(images, "--loss", loss, *flags)
         trainer = Trainer(resolve(config), prepared, Path(tempfile.gettempdir()), world)
         streams = []
         for loader in trainer.train_loaders:
@@ -78,11 +80,11 @@ def _work(images: Path | None, rank: int, store: str) -> None:
         trainer.optimize(streams)
         dist.barrier()
         before = _sent()
-        for _ in range(STEPS):
+        for _ in range(steps):
             trainer.optimize(streams)
         dist.barrier()
         parameters = sum(parameter.numel() for parameter in trainer.network.parameters())
-        measured = (_sent() - before) / STEPS / 2  # both workers' go through the one interface
+        measured = (_sent() - before) / steps / 2  # both workers' go through the one interface
         bytes_[name] = {"formula": round(formula(name, parameters, 2)), "measured": round(measured)}
         bytes_[name]["measured_over_formula"] = round(measured / bytes_[name]["formula"], 3)
     if world.first:

@@ -110,7 +110,8 @@ class TrainConfig(Settings):
     batch_size: int = Field(default=128, ge=2, description="images a step; each gives data.views views")
     eval_batch_size: int = Field(default=500, ge=1)
     precision: Literal["auto", "fp32", "bf16"] = Field(
-        default="auto", description="auto: bf16 mixed precision on GPUs and on CPUs with bf16 arithmetic, else fp32"
+        default="auto",
+        description="auto: bf16 mixed precision where GPU or CPU have it, else fp32 (on GPUs torch's: TF32 in convolutions)",
     )
     device: Literal["auto", "cpu", "cuda"] = "auto"
     average: float | None = Field(

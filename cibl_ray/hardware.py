@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import platform
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+
+from pipelines.errors import UserError
 
 
 def describe(device: str) -> str:
@@ -27,6 +30,17 @@ def cpu_has_bf16() -> bool:
     """Whether this CPU multiplies bf16 in hardware (AVX512-BF16 or AMX); elsewhere bf16 is slower than float32."""
     flags = _cpuinfo()
     return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+@contextlib.contextmanager
+def enough_memory(task: str, remedy: str) -> Iterator[None]:
+    """Too little memory for a task, the machine's or the device's, as a UserError that names the remedy."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and not any(sign in str(error) for sign in _NO_MEMORY):
+            raise
+        raise UserError(f"out of memory in {task}; {remedy}") from error
 
 
 def keep_freed_memory() -> None:
@@ -51,6 +65,8 @@ TIMER_LAG = 50e-6  # Linux's default, seconds
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _PR_SET_TIMERSLACK = 29
+# What PyTorch's CPU allocator, CUDA itself and its libraries say; the last two where several processes share a GPU.
+_NO_MEMORY = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
 
 
 def _cpuinfo() -> str:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import io
+from contextlib import redirect_stdout
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -65,6 +68,8 @@ def _open(model: Path, provider: Provider, threads: int | None) -> onnxruntime.I
             )
         # Full float32 on GPUs: TF32 is not what was verified.
         settings = {"use_tf32": "0"} if name == "cuda" else {}
+        if name != "cpu":
+            _load_cuda()
         try:
             session = onnxruntime.InferenceSession(str(model), options, providers=[(full, settings)])
         except Exception as error:  # onnxruntime's own exceptions share no base class
@@ -77,6 +82,14 @@ def _open(model: Path, provider: Provider, threads: int | None) -> onnxruntime.I
                 f"provider {name!r} does not run on this machine (onnxruntime fell back); use 'cpu', or mend its libraries"
             )
     raise UserError(f"no provider of onnxruntime runs {str(model)!r} here")
+
+
+@cache
+def _load_cuda() -> None:
+    """CUDA's libraries from Python packages that are not on the loader's path, where torch has not loaded them yet. What is not
+    found is printed there; a session that misses it says so itself."""
+    with redirect_stdout(io.StringIO()):
+        onnxruntime.preload_dlls()
 
 
 def usable(provider: str) -> bool:

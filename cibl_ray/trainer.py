@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,7 @@ from cibl_ray.compiled import begin_step, compile_network, explained
 from cibl_ray.config import RunConfig
 from cibl_ray.evaluation import predict
 from cibl_ray.feed import Feed
-from cibl_ray.hardware import cpu_has_bf16
+from cibl_ray.hardware import cpu_has_bf16, enough_memory
 from cibl_ray.losses.config import needs
 from cibl_ray.losses.objective import Images, Objective, readings
 from cibl_ray.metrics import Scores, score
@@ -139,7 +141,8 @@ class Trainer:
         progress.begin(epochs * images, self.epoch * images + self.step * self.config.train.batch_size)
         try:
             while self.epoch < epochs:
-                row = self.train_epoch(progress)
+                with self._enough_memory():  # for what comes before a step, too
+                    row = self.train_epoch(progress)
                 if "val" in self.prepared.splits:
                     self._validate(row)
                 row["seconds"] |= self.spent
@@ -215,15 +218,8 @@ class Trainer:
 
     def optimize(self, streams: list[Images]) -> dict[str, torch.Tensor]:
         """The same on images that are ready for the network. Raises UserError where memory does not suffice."""
-        try:
-            with explained():
-                return self._optimize(streams)
-        except RuntimeError as error:
-            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
-                raise
-            raise UserError(
-                f"out of memory in a step of {self.config.train.batch_size} images; lower train.batch_size, or use more workers"
-            ) from error
+        with self._enough_memory(), explained():
+            return self._optimize(streams)
 
     def _optimize(self, streams: list[Images]) -> dict[str, torch.Tensor]:
         self.optimizer.zero_grad(set_to_none=True)  # first: memory of CUDA graphs is used again in every step
@@ -239,6 +235,10 @@ class Trainer:
             self.average.update(self.network, self.epoch * self.train_loaders[0].batches + self.step + 1)
         return {name: term.detach() for name, term in terms.items()}
 
+    def _enough_memory(self) -> AbstractContextManager[None]:
+        size = self.config.train.batch_size
+        return enough_memory(f"a step of {size} images", "lower train.batch_size, or use more workers")
+
     def _run(self, network: nn.Module, pixels: torch.Tensor) -> Outputs:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
             outputs: Outputs = network(pixels)
@@ -252,7 +252,8 @@ class Trainer:
     def evaluate(self, split: str) -> Scores | None:
         """Scores of the network as it is on 'val' or 'test', each sample once over all workers; rank 0's alone."""
         started = time.perf_counter()
-        logits, labels = predict(self.judged, self.eval_loaders[split], self.normalize, self.device)
+        with enough_memory(f"evaluation, {self.config.train.eval_batch_size} images at once", "lower train.eval_batch_size"):
+            logits, labels = predict(self.judged, self.eval_loaders[split], self.normalize, self.device)
         logits, labels = self.world.collect(logits), self.world.collect(labels)
         scores = score(logits, labels, self.prepared.train_counts) if self.world.first else None
         self.spent["evaluation"] += time.perf_counter() - started
@@ -403,9 +404,14 @@ def resolve(config: RunConfig) -> RunConfig:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     elif device == "cuda" and not torch.cuda.is_available():
         raise UserError("train.device is 'cuda', but no CUDA device is visible; set it to 'cpu' or 'auto'")
+    started = int(os.environ["LOCAL_WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else 1
+    if device == "cuda" and started > (gpus := torch.cuda.device_count()):
+        raise UserError(f"torchrun started {started} processes for {gpus} GPUs; --nproc-per-node {gpus}, or --device cpu")
     precision = config.train.precision
     if precision == "auto":
-        precision = "bf16" if device == "cuda" or cpu_has_bf16() else "fp32"
+        # A GPU without bf16 arithmetic has it emulated, slower than float32.
+        has = torch.cuda.is_bf16_supported(including_emulation=False) if device == "cuda" else cpu_has_bf16()
+        precision = "bf16" if has else "fp32"
     return config.model_copy(update={"train": config.train.model_copy(update={"device": device, "precision": precision})})
 
 

@@ -188,7 +188,9 @@ def join() -> World:
 
         cuda = torch.cuda.is_available()
         if cuda:
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            rank = int(os.environ["LOCAL_RANK"])
+            if rank < torch.cuda.device_count():  # `resolve` refuses the others, unless train.device is the CPU
+                torch.cuda.set_device(rank)
         # Both, where there is a GPU: train.device may be the CPU all the same.
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(minutes=10))
     return World()

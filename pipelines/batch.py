@@ -199,7 +199,7 @@ def make_loader(
     else:
         from pipelines.torch_loader import TorchLoader
 
-        loader = TorchLoader(beton, reading, config)
+        loader = TorchLoader(beton, reading, config, device)
     log.info("%s: %s images, %s", split, f"{loader.samples:,}", loader.name)
     return loader
 

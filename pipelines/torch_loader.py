@@ -72,8 +72,9 @@ class TorchLoader:
 
     lasting = False
 
-    def __init__(self, beton: Beton, reading: Reading, config: LoaderConfig) -> None:
+    def __init__(self, beton: Beton, reading: Reading, config: LoaderConfig, device: torch.device) -> None:
         self._beton, self._reading = beton, reading
+        self._pinned = device.type == "cuda"
         self.samples = len(beton)
         self.batches = reading.batches(self.samples)
         all_raw = bool((beton.records["f0"]["mode"] == RAW).all())
@@ -93,7 +94,7 @@ class TorchLoader:
             sampler=reading.positions(self.samples, start).tolist(),
             num_workers=self._workers,
             prefetch_factor=self._ahead if self._workers else None,
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=self._pinned,
         )
         try:
             for views, labels, rows in loader:

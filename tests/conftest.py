@@ -28,6 +28,12 @@ needs_ffcv = pytest.mark.skipif(importlib.util.find_spec("ffcv") is None, reason
 LONGEST = ("test_cluster", "test_tune", "test_train", "test_nodes", "test_objective", "test_service", "test_reproduce")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Without the marker `gpu`, what is tested runs where it runs everywhere: on the CPU."""
+    if "gpu" not in config.option.markexpr.replace("not gpu", ""):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
 

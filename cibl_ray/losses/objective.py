@@ -15,7 +15,7 @@ from cibl_ray.losses.config import AnyLoss, CIBLConfig, HybridPSCConfig, HybridS
 from cibl_ray.losses.contrastive import Contrast
 from cibl_ray.losses.memory import LabelledQueue
 from cibl_ray.losses.step import Seen, Tail, Terms, loss_terms
-from cibl_ray.networks.average import follow
+from cibl_ray.networks.average import copy_buffers, follow
 from cibl_ray.networks.network import HybridNetwork, Outputs
 from cibl_ray.world import World
 from pipelines.batch import Reading, Share, train_reading
@@ -159,8 +159,7 @@ class Objective:
         """The averaged network a step further: its parameters follow, its running statistics are the network's."""
         assert self.averaged is not None
         follow(self.averaged, network, 1 - self._momentum)
-        if buffers := [*network.buffers()]:  # a network may have none
-            torch._foreach_copy_([*self.averaged.buffers()], buffers)
+        copy_buffers(self.averaged.buffers(), network.buffers())
 
     def _contrast(self, z: torch.Tensor, labels: torch.Tensor, keys: tuple[torch.Tensor, torch.Tensor] | None) -> Contrast:
         """The batch's embeddings, the averaged network's, the queue's; the queue then takes in this step's.

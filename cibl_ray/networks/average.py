@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 
 import torch
 from torch import nn
@@ -17,6 +18,18 @@ def follow(average: nn.Module, network: nn.Module, share: float) -> None:
     (torch's AveragedModel asks it in every step whether it is the first.)
     """
     torch._foreach_lerp_([*average.parameters()], [*network.parameters()], share)
+
+
+@torch.no_grad()
+def copy_buffers(own: Iterable[torch.Tensor], theirs: Iterable[torch.Tensor]) -> None:
+    """own ← theirs; few launches on a GPU, where tensors of one type are copied together."""
+    by_type: dict[torch.dtype, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
+    for mine, other in zip(own, theirs, strict=True):
+        pair = by_type.setdefault(mine.dtype, ([], []))
+        pair[0].append(mine)
+        pair[1].append(other)
+    for mine_of_type, others in by_type.values():
+        torch._foreach_copy_(mine_of_type, others)
 
 
 class WeightAverage:
@@ -35,12 +48,9 @@ class WeightAverage:
         """`network` has just made step number `step` of the run, from 1 on."""
         share = 1 - min(self.decay, (1 + step) / (10 + step))
         follow(self.network, network, share)
-        averaged, current = [], []
-        for (name, own), theirs in zip(self.network.named_buffers(), network.buffers(), strict=True):
-            if name.endswith(("running_mean", "running_var")):
-                averaged.append(own)
-                current.append(theirs)
-            else:
-                own.copy_(theirs)
-        if averaged:  # a network may normalise nothing
-            torch._foreach_lerp_(averaged, current, share)
+        named = [*zip(self.network.named_buffers(), network.buffers(), strict=True)]
+        running = [(own, theirs) for (name, own), theirs in named if name.endswith(("running_mean", "running_var"))]
+        rest = [(own, theirs) for (name, own), theirs in named if not name.endswith(("running_mean", "running_var"))]
+        if running:  # a network may normalise nothing
+            torch._foreach_lerp_([own for own, _ in running], [theirs for _, theirs in running], share)
+        copy_buffers((own for own, _ in rest), (theirs for _, theirs in rest))

@@ -331,15 +331,36 @@ def test_too_small_an_image_leaves_no_folder(folders):
     assert not (Path(folders[1]) / "small").exists()
 
 
-def test_no_memory_is_told_with_the_batch(digits, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        torch.AcceleratorError("CUDA error: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+    ],
+)
+def test_no_memory_is_told_with_what_to_lower(error, digits, tmp_path, monkeypatch):
     trainer = Trainer(resolve(load_config("quickstart", ["--loader.kind", "torch"])), digits, tmp_path)
 
     def full(*arguments):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise error
 
-    monkeypatch.setattr(trainer, "_run", full)
-    with pytest.raises(UserError, match="out of memory in a step of .* images; lower train.batch_size"):
-        trainer.train_epoch()
+    for place in (trainer.network.__class__, "forward"), (trainer.feeds[0], "ready"):  # in a step, and before it
+        with monkeypatch.context() as patch:
+            patch.setattr(*place, full)
+            with pytest.raises(UserError, match="^out of memory in a step of 64 images; lower train.batch_size, or use more"):
+                trainer.fit()
+    monkeypatch.setattr(trainer.network, "classify", full)
+    with pytest.raises(UserError, match="^out of memory in evaluation, .* images at once; lower train.eval_batch_size"):
+        trainer.evaluate("test")
+
+
+def test_an_error_that_is_not_of_memory_stays_what_it_is(digits, tmp_path, monkeypatch):
+    trainer = Trainer(resolve(load_config("quickstart", ["--loader.kind", "torch"])), digits, tmp_path)
+    monkeypatch.setattr(trainer.network, "forward", lambda pixels: torch.zeros(2) @ torch.zeros(3))
+    with pytest.raises(RuntimeError, match="size"):
+        trainer.fit()
 
 
 def test_a_place_in_an_epoch_that_other_workers_had_means_nothing(tmp_path, caplog):
