@@ -356,6 +356,17 @@ def test_no_memory_is_told_with_what_to_lower(error, digits, tmp_path, monkeypat
         trainer.evaluate("test")
 
 
+def test_more_processes_of_torchrun_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    config = load_config("quickstart", ["--precision", "fp32"])
+    assert resolve(config).train.device == "cuda"  # Ray's workers may share a GPU
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    with pytest.raises(UserError, match="started 2 processes for 1 GPUs; --nproc-per-node 1, or --device cpu"):
+        resolve(config)
+
+
 def test_an_error_that_is_not_of_memory_stays_what_it_is(digits, tmp_path, monkeypatch):
     trainer = Trainer(resolve(load_config("quickstart", ["--loader.kind", "torch"])), digits, tmp_path)
     monkeypatch.setattr(trainer.network, "forward", lambda pixels: torch.zeros(2) @ torch.zeros(3))

@@ -1,0 +1,45 @@
+"""Images on their way from the loader's buffers to the network."""
+
+import pytest
+import torch
+
+from cibl_ray.config import load_config
+from cibl_ray.feed import Feed
+from pipelines.augment import Normalize
+from pipelines.batch import Batch, train_reading
+
+SAMPLES, BATCHES = 64, 6
+
+
+class OneBuffer:
+    """Every batch in the same memory, page-locked as FFCV's is where there is a GPU; batch n is of the value n."""
+
+    name, lasting, samples, batches = "one buffer", False, SAMPLES * BATCHES, BATCHES
+
+    def __init__(self, device, size):
+        self.views = torch.empty((SAMPLES, 2, size, size, 3), dtype=torch.uint8, pin_memory=device.type == "cuda")
+
+    def epoch(self, epoch, start=0):
+        for number in range(start, BATCHES):
+            self.views.fill_(number)
+            yield Batch(self.views, torch.full((SAMPLES,), number), torch.arange(SAMPLES))
+
+    def close(self):
+        pass
+
+
+@pytest.mark.parametrize("name", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_loader_may_fill_its_buffer_anew_while_steps_wait(name):
+    """The GPU is still busy with earlier steps when the loader writes its next batch."""
+    device, config = torch.device(name), load_config("quickstart", [])
+    normalize = Normalize(config.data).to(device)
+    reading = train_reading(config.data, SAMPLES, 0)
+    feed = Feed(OneBuffer(device, reading.size), reading, normalize, device, slice(0, SAMPLES), SAMPLES)
+    if device.type == "cuda":
+        torch.cuda._sleep(10**9)  # about half a second
+    seen = list(feed.steps(0, 0))
+    assert len(seen) == BATCHES
+    for number, images in enumerate(seen):
+        expected = normalize(torch.full((SAMPLES, 2, reading.size, reading.size, 3), number, dtype=torch.uint8, device=device))
+        assert torch.equal(images.pixels, expected)
+        assert (images.labels == number).all()
