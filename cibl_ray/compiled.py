@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from cibl_ray.hardware import out_of_memory
 from pipelines.errors import UserError
 
 
@@ -34,7 +35,7 @@ def explained() -> Iterator[None]:
         yield
     except Exception as error:
         cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, torch.OutOfMemoryError):
+        while cause is not None and not out_of_memory(cause):
             cause = cause.__cause__
         if cause is not None:
             raise cause from None

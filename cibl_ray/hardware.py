@@ -37,10 +37,16 @@ def enough_memory(task: str, remedy: str) -> Iterator[None]:
     """Too little memory for a task, the machine's or the device's, as a UserError that names the remedy."""
     try:
         yield
-    except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and not any(sign in str(error) for sign in _NO_MEMORY):
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error) and not out_of_memory(error.__cause__):
             raise
         raise UserError(f"out of memory in {task}; {remedy}") from error
+
+
+def out_of_memory(error: BaseException | None) -> bool:
+    """Whether an error says that memory, the machine's or the device's, did not suffice."""
+    known = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    return known or (isinstance(error, RuntimeError) and any(sign in str(error) for sign in _NO_MEMORY))
 
 
 def keep_freed_memory() -> None:

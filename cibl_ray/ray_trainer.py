@@ -90,11 +90,10 @@ class _Cleaner(PlacementGroupCleanerCallback):
                 )
                 .remote(self._controller_actor_id, self._check_interval_s, self._get_actor_timeout_s, self._stop_timeout)
             )
+            self._cleaner = cleaner
             cleaner.start_monitoring.remote()
         except Exception as error:  # training is worth more than a place that stays taken if it is killed
             log.warning("should this run be killed, its place stays taken until the cluster ends: %s", error)
-            return
-        self._cleaner = cleaner
 
 
 @dataclass

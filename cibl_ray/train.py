@@ -110,11 +110,13 @@ def train(
     from cibl_ray.checkpoint import newest
     from cibl_ray.hardware import TIMER_LAG, keep_freed_memory, let_timers_lag
     from cibl_ray.trainer import Trainer, resolve
+    from cibl_ray.world import need_own_device
     from pipelines.prepare import ensure_prepared
 
     keep_freed_memory()
     let_timers_lag(TIMER_LAG)  # a cluster of this machine's own has left more
     config = world.from_first(lambda: resolve(config))
+    need_own_device(config.train.device)
     if world.first and not resume and folder.exists():
         raise UserError(f"run folder {str(folder)!r} already exists; go on with --resume {folder}, or choose another --name")
     prepared = ensure_prepared(config.data, config.seed)

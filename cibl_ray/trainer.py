@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -404,9 +403,6 @@ def resolve(config: RunConfig) -> RunConfig:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     elif device == "cuda" and not torch.cuda.is_available():
         raise UserError("train.device is 'cuda', but no CUDA device is visible; set it to 'cpu' or 'auto'")
-    started = int(os.environ["LOCAL_WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else 1
-    if device == "cuda" and started > (gpus := torch.cuda.device_count()):
-        raise UserError(f"torchrun started {started} processes for {gpus} GPUs; --nproc-per-node {gpus}, or --device cpu")
     precision = config.train.precision
     if precision == "auto":
         # A GPU without bf16 arithmetic has it emulated, slower than float32.

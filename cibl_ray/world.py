@@ -189,11 +189,19 @@ def join() -> World:
         cuda = torch.cuda.is_available()
         if cuda:
             rank = int(os.environ["LOCAL_RANK"])
-            if rank < torch.cuda.device_count():  # `resolve` refuses the others, unless train.device is the CPU
+            if rank < torch.cuda.device_count():  # the others can train on the CPU
                 torch.cuda.set_device(rank)
         # Both, where there is a GPU: train.device may be the CPU all the same.
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(minutes=10))
     return World()
+
+
+def need_own_device(device: str) -> None:
+    """Raises UserError where torchrun started more processes on this machine than it has GPUs for."""
+    if device == "cuda" and "TORCHELASTIC_RUN_ID" in os.environ:
+        started, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+        if started > gpus:
+            raise UserError(f"torchrun started {started} processes for {gpus} GPUs; --nproc-per-node {gpus}, or --device cpu")
 
 
 def leave() -> None:

@@ -119,7 +119,7 @@ class CIBLConfig(_Memory):
     """Class instance balanced loss."""
 
     kind: Literal["cibl"] = "cibl"
-    tail_skew: float = Field(default=0.05, ge=0, description="λ: 0 is cross-entropy; more moves accuracy to rare classes")
+    tail_skew: float = Field(default=0.05, ge=0, le=1e9, description="λ: 0 is cross-entropy; more moves accuracy to the tail")
     temperature: Temperature = 0.1
     kappa: Kappa = 0.0
     classify: Literal["all", "first"] = Field(

@@ -28,16 +28,22 @@ class OneBuffer:
         pass
 
 
-@pytest.mark.parametrize("name", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+@pytest.mark.parametrize("name", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_gpu])])
 def test_a_loader_may_fill_its_buffer_anew_while_steps_wait(name):
     """The GPU is still busy with earlier steps when the loader writes its next batch."""
     device, config = torch.device(name), load_config("quickstart", [])
     normalize = Normalize(config.data).to(device)
     reading = train_reading(config.data, SAMPLES, 0)
     feed = Feed(OneBuffer(device, reading.size), reading, normalize, device, slice(0, SAMPLES), SAMPLES)
+    list(feed.steps(0, 0))  # loads every kernel
     if device.type == "cuda":
+        torch.cuda.synchronize()
         torch.cuda._sleep(10**9)  # about half a second
     seen = list(feed.steps(0, 0))
+    assert device.type == "cpu" or not torch.cuda.current_stream().query()  # it is still busy
     assert len(seen) == BATCHES
     for number, images in enumerate(seen):
         expected = normalize(torch.full((SAMPLES, 2, reading.size, reading.size, 3), number, dtype=torch.uint8, device=device))

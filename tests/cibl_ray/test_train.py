@@ -18,6 +18,7 @@ from cibl_ray.checkpoint import load_checkpoint, save_checkpoint
 from cibl_ray.config import load_config
 from cibl_ray.runlog import read_metrics
 from cibl_ray.trainer import Trainer, resolve
+from cibl_ray.world import need_own_device
 from pipelines.errors import UserError
 from pipelines.prepare import ensure_prepared
 from tests.conftest import REPOSITORY, needs_ffcv
@@ -338,6 +339,7 @@ def test_too_small_an_image_leaves_no_folder(folders):
         torch.AcceleratorError("CUDA error: out of memory"),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
         RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+        MemoryError("Unable to allocate 3.00 GiB"),
     ],
 )
 def test_no_memory_is_told_with_what_to_lower(error, digits, tmp_path, monkeypatch):
@@ -357,14 +359,13 @@ def test_no_memory_is_told_with_what_to_lower(error, digits, tmp_path, monkeypat
 
 
 def test_more_processes_of_torchrun_than_gpus_are_refused(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    config = load_config("quickstart", ["--precision", "fp32"])
-    assert resolve(config).train.device == "cuda"  # Ray's workers may share a GPU
+    need_own_device("cuda")  # Ray's workers may share a GPU
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    need_own_device("cpu")
     with pytest.raises(UserError, match="started 2 processes for 1 GPUs; --nproc-per-node 1, or --device cpu"):
-        resolve(config)
+        need_own_device("cuda")
 
 
 def test_an_error_that_is_not_of_memory_stays_what_it_is(digits, tmp_path, monkeypatch):

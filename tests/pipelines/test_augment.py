@@ -507,6 +507,7 @@ def test_a_kernel_wider_than_the_mirrored_image_is_refused():
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_a_gpu_gives_what_the_cpu_gives():
     views = views_of(crops(64, 32), 2)
     mean, greatest = distance(full().cuda()(views.cuda(), 0, 0).cpu(), full()(views, 0, 0))

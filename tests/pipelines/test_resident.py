@@ -92,6 +92,7 @@ def test_auto_holds_the_images_where_ffcv_is_absent(digits, tmp_path, monkeypatc
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_on_a_gpu(digits, tmp_path):
     reading = train_reading(digits_config(tmp_path), 50, 7)
     device = torch.device("cuda")
