@@ -277,10 +277,7 @@ class Trainer:
         minutes = self.config.train.checkpoint_minutes
         if minutes is None or (self.world.size > 1 and self.step % _ASK_EVERY):
             return
-        due = self.world.first and time.monotonic() - self._saved >= 60 * minutes
-        if self.world.size > 1:
-            due = bool(self.world.sum(torch.tensor(float(due), device=self.device)))
-        if not due:
+        if not self.world.from_first(lambda: time.monotonic() - self._saved >= 60 * minutes):  # asks no GPU
             return
         self._check_finite(total, self.step)
         self._average_statistics()
