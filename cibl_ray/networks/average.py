@@ -48,9 +48,10 @@ class WeightAverage:
         """`network` has just made step number `step` of the run, from 1 on."""
         share = 1 - min(self.decay, (1 + step) / (10 + step))
         follow(self.network, network, share)
-        named = [*zip(self.network.named_buffers(), network.buffers(), strict=True)]
-        running = [(own, theirs) for (name, own), theirs in named if name.endswith(("running_mean", "running_var"))]
-        rest = [(own, theirs) for (name, own), theirs in named if not name.endswith(("running_mean", "running_var"))]
+        running: list[tuple[torch.Tensor, torch.Tensor]] = []
+        rest: list[tuple[torch.Tensor, torch.Tensor]] = []
+        for (name, own), theirs in zip(self.network.named_buffers(), network.buffers(), strict=True):
+            (running if name.endswith(("running_mean", "running_var")) else rest).append((own, theirs))
         if running:  # a network may normalise nothing
             torch._foreach_lerp_([own for own, _ in running], [theirs for _, theirs in running], share)
         copy_buffers((own for own, _ in rest), (theirs for _, theirs in rest))
