@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -130,9 +131,9 @@ def _rates(recipe: str, images: torch.Tensor, rounds: int) -> dict[str, dict[str
         way: DataLoader(_Peer(images, transform, way == "pil"), batch, num_workers=WORKERS, persistent_workers=True)
         for way in ("tensor", "pil")
     }
-    sides = {
+    sides: dict[str, Callable[[], int]] = {
         "batched": run_ours,
-        **{f"torchvision_{way}": (lambda loader=loader: run_peer(loader)) for way, loader in peers.items()},
+        **{f"torchvision_{way}": partial(run_peer, loader) for way, loader in peers.items()},
     }
     return alternate(sides, rounds)
 

@@ -9,6 +9,8 @@ PIL images.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -80,10 +82,10 @@ def main() -> None:
     def run_peer(way: str) -> int:
         return sum(1 for _ in peers[way])
 
-    sides = {
+    sides: dict[str, Callable[[], int]] = {
         "ffcv": lambda: run_ours("ffcv", repeats=4),  # one epoch is over in a blink
         "our_torch_loader": lambda: run_ours("torch", repeats=1),
-        **{f"torchvision_{way}": (lambda way=way: run_peer(way)) for way in peers},
+        **{f"torchvision_{way}": partial(run_peer, way) for way in peers},
     }
     rates = alternate(sides, rounds=2 if arguments.quick else 7)
     best = max((rate["median"], name) for name, rate in rates.items() if name.startswith("torchvision"))

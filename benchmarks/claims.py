@@ -22,6 +22,7 @@ import argparse
 import json
 import os
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -170,7 +171,7 @@ def main() -> None:
     report(runs=len(results), of=len(every), **summary)
 
 
-def _runs(every: list[Cell], sources: dict[str, tuple[str, ...]], budget: Budget) -> list[Run]:
+def _runs(every: list[Cell], sources: Mapping[str, tuple[str, ...]], budget: Budget) -> list[Run]:
     common = (*budget.options, "--head", "{kind: linear}") if budget.full else budget.options
     return [
         Run(

@@ -128,7 +128,7 @@ def main() -> None:
     turn, largest, turns = (3.0, 100, 2) if arguments.quick else (TURN, LARGEST, arguments.turns or 15)
     train = [sys.executable, "-m", "cibl_ray.train"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "cibl_ray.train"]
-    pairs = {
+    pairs: dict[tuple[str, str], tuple] = {
         ("ray2", "torchrun2"): ((train, ["--cluster", "--workers", "2"]), (torchrun, [])),
         ("ray1", "plain"): ((train, ["--cluster", "--workers", "1"]), (train, [])),
     }

@@ -21,7 +21,7 @@ from benchmarks.serve import make_bundle
 from cibl_ray.bundle import FILES
 from cibl_ray.config import NetworkConfig
 from cibl_ray.losses.config import Needs
-from cibl_ray.networks.network import build_network
+from cibl_ray.networks.network import HybridNetwork, build_network
 from cibl_ray.onnx_graph import export_base, finish, this_machine, to_fp16, to_int8
 from cibl_ray.runtime import Runtime
 from pipelines.augment import Normalize
@@ -80,7 +80,7 @@ def main() -> None:
     )
 
 
-def _network() -> torch.nn.Module:
+def _network() -> HybridNetwork:
     needs = Needs(projection=False, prototypes=None, detached_head=False)
     return build_network(NetworkConfig(backbone="resnet32"), 10, needs, 0).eval()
 

@@ -25,7 +25,7 @@ from benchmarks.measure import alternate, report
 from cibl_ray.config import RunConfig
 from cibl_ray.losses.config import needs
 from cibl_ray.losses.objective import Images, Objective
-from cibl_ray.networks.network import build_network
+from cibl_ray.networks.network import Outputs, build_network
 from cibl_ray.trainer import Trainer, resolve
 from cibl_ray.world import World
 from pipelines.cores import usable_cores
@@ -69,7 +69,7 @@ def plain_script(config: RunConfig, prepared: Prepared, bf16: bool) -> Callable[
         network.parameters(), rates.lr, rates.momentum, weight_decay=rates.weight_decay, nesterov=rates.nesterov
     )
 
-    def run(model: torch.nn.Module, x: torch.Tensor) -> object:
+    def run(model: torch.nn.Module, x: torch.Tensor) -> Outputs:
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             return model(x)
 

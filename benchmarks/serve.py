@@ -26,6 +26,7 @@ import sys
 import tempfile
 import time
 import urllib.request
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -198,7 +199,7 @@ def _onnxruntime(model: Path, images: list[bytes]) -> float:
 
 
 @contextmanager
-def service(bundle: Path, *options: str):
+def service(bundle: Path, *options: str) -> Iterator[str]:
     """Our server in its own processes; yields its URL."""
     command = [sys.executable, "-m", "serve", str(bundle), "--port", str(PORT), *options]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
@@ -211,7 +212,7 @@ def service(bundle: Path, *options: str):
 
 
 @contextmanager
-def _litserve(bundle: Path, folder: Path, batch: int, wait: float, fast: bool):
+def _litserve(bundle: Path, folder: Path, batch: int, wait: float, fast: bool) -> Iterator[str]:
     names = [f"class {i}" for i in range(10)]
     (folder / "litserve_app.py").write_text(LITSERVE.format(batch=batch, wait=wait, fast=fast, port=PORT + 20, names=names))
     command = [sys.executable, str(folder / "litserve_app.py"), str(bundle / "model.onnx")]
