@@ -58,11 +58,12 @@ class _Pixels:
 
     def __init__(self, beton: Beton, device: torch.device, margin: int) -> None:
         self.height, self.width = (int(beton.records["f0"][side][0]) for side in ("height", "width"))
-        whole = torch.zeros(len(beton), self.height + 2 * margin, self.width + 2 * margin, 4, dtype=torch.uint8)
-        inner = whole[:, margin : margin + self.height, margin : margin + self.width, :3]
-        for rows in torch.arange(len(beton)).split(_AT_ONCE):  # a copy of all would be half as much again
-            inner[rows[0] : rows[-1] + 1] = torch.from_numpy(np.stack([beton.image(int(row)) for row in rows]))
-        self.padded = whole.to(device)
+        shape = (len(beton), self.height + 2 * margin, self.width + 2 * margin, 4)
+        self.padded = torch.zeros(shape, dtype=torch.uint8, device=device)
+        inner = self.padded[:, margin : margin + self.height, margin : margin + self.width, :3]
+        for rows in torch.arange(len(beton)).split(_AT_ONCE):  # the host holds no second copy of all
+            pixels = torch.from_numpy(np.stack([beton.image(int(row)) for row in rows]))
+            inner[rows[0] : rows[-1] + 1] = pixels.to(device)
         self.words = self.padded.view(torch.int32).view(-1)
         self.labels = torch.from_numpy(beton.labels.copy()).to(device)
         self.rows = torch.from_numpy(beton.rows).to(device)
