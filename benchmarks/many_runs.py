@@ -38,7 +38,12 @@ class Run:
 
 
 class RunsFailedError(RuntimeError):
-    """Some runs failed; the others went on."""
+    """Some runs failed; the others went on. reasons: each one's last words, by its name."""
+
+    def __init__(self, reasons: dict[str, str], of: int) -> None:
+        told = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+        super().__init__(f"{len(reasons)} of {of} runs failed: {told}")
+        self.reasons = reasons
 
 
 def run_all(
@@ -58,7 +63,8 @@ def run_all(
     running: list[subprocess.Popen[bytes]] = []
     cores = str(max(1, usable_cores() // jobs))
     threads = {"OMP_NUM_THREADS": cores, CORES: cores}  # the network's and the loader's
-    started, longest, failed = time.monotonic(), 0.0, []
+    started, longest = time.monotonic(), 0.0
+    failed: dict[str, str] = {}
     configs = {run.name: run.configuration(runs) for run in every}
     for run in every:
         refuse_another(runs / run.name, configs[run.name])
@@ -82,7 +88,7 @@ def run_all(
         _, errors = process.communicate()
         running.remove(process)
         if process.returncode:
-            failed.append(f"{run.name}: {(errors.decode(errors='replace').strip().splitlines() or ['it was killed'])[-1]}")
+            failed[run.name] = (errors.decode(errors="replace").strip().splitlines() or ["it was killed"])[-1]
             return
         took = time.monotonic() - begun
         longest = max(longest, took)
@@ -99,15 +105,14 @@ def run_all(
                 process.send_signal(signal.SIGINT)
             raise
     if failed:
-        raise RunsFailedError(f"{len(failed)} of {len(todo)} runs failed: " + "; ".join(failed))
+        raise RunsFailedError(failed, len(todo))
 
 
-def computed(config: RunConfig, defaults: bool = True) -> dict[str, Any]:
-    """Of a configuration, what decides a run's result: not the places of its files, nor how it is executed. defaults: also
-    what is as by default."""
-    content = config.model_dump(mode="json", exclude_defaults=not defaults, exclude={"runs", "loader"})
+def computed(config: RunConfig) -> dict[str, Any]:
+    """Of a configuration, what decides a run's result: not the places of its files, nor how it is executed."""
+    content = config.model_dump(mode="json", exclude={"runs", "loader"})
     for part, name in (("data", "prepared"), ("data", "source"), *(("train", name) for name in _EXECUTION)):
-        content.get(part, {}).pop(name, None)
+        content[part].pop(name)
     return content
 
 
@@ -119,8 +124,11 @@ def refuse_another(folder: Path, config: RunConfig) -> None:
     path = folder / CONFIG
     if not path.exists():
         return
-    there, wanted = computed(validate(RunConfig, read_config(path), str(path))), computed(config)
+    other = validate(RunConfig, read_config(path), str(path))
+    there, wanted = computed(other), computed(config)
     changed = sorted(part for part in wanted if there[part] != wanted[part])
+    if other.data.source.kind != config.data.source.kind:  # the same data set in another encoding has other pixels
+        changed.append("data.source.kind")
     if changed:
         raise UserError(
             f"{str(folder)!r} holds a run of another configuration ({', '.join(changed)} differ): "

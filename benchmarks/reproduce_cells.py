@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import yaml
 
+from pipelines.longtail import exp_counts
+
 TABLES = ("cifar10_lt", "cifar100_lt", "tail_skew", "cosine_epochs", "recipe", "imagenet_lt")
 LAMBDAS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 5.0)
 
@@ -29,11 +31,14 @@ PUBLISHED: dict[str, dict[str, dict[int, float]]] = {
         "PaCo": {100: 52.0, 50: 56.0, 10: 64.2},
         "BCL": {100: 53.9, 50: 56.6, 10: 64.9},
     },
+    "imagenet": {"PaCo": {0: 57.0}},
 }
-# ProCo's, the best with the same network as far as known: what CIBL is to pass.
-BEST_PUBLISHED: dict[str, dict[int, float]] = {
-    "cifar10": {100: 85.9, 50: 88.2, 10: 91.9},
-    "cifar100": {100: 54.2, 50: 57.1, 10: 65.5},
+PUBLISHED_EPOCHS = {("imagenet", "PaCo"): 400}  # where they are not ours
+# ProCo's, the best with the same network as far as known, and its epochs: what CIBL is to pass.
+BEST_PUBLISHED: dict[str, dict[int, tuple[float, int]]] = {
+    "cifar10": {100: (85.9, 200), 50: (88.2, 200), 10: (91.9, 200)},
+    "cifar100": {100: (54.2, 400), 50: (57.1, 200), 10: (65.5, 200)},
+    "imagenet": {0: (57.3, 90)},
 }
 
 
@@ -119,6 +124,33 @@ def _paco(factor: int) -> tuple[str, ...]:
     )  # fmt: skip
 
 
+# Balanced softmax's code: 13,000 steps of 512 images, the rate rises for 800 of them and falls along a cosine.
+_BALANCED_STEPS, _BALANCED_WARMUP, _BALANCED_BATCH = 13_000, 800, 512
+
+
+def _balanced_epochs(dataset: str, factor: int, steps: int) -> int:
+    """Epochs of so many of balanced softmax's steps, rounded up."""
+    classes, largest = {"cifar10": (10, 5000), "cifar100": (100, 500)}[dataset]
+    return -(-steps // (int(exp_counts(classes, largest, factor).sum()) // _BALANCED_BATCH))
+
+
+def _balanced(dataset: str, factor: int) -> tuple[str, ...]:
+    """Balanced softmax's code for CIFAR-LT: one strong view; there the warm-up begins at half the rate, here at none."""
+    warmup = _balanced_epochs(dataset, factor, _BALANCED_WARMUP)
+    return (
+        *_LINEAR, *_views(_STRONG), "--batch_size", str(_BALANCED_BATCH), "--lr", "0.1", "--optimizer.nesterov", "false",
+        "--schedule", f"{{kind: cosine, warmup_epochs: {warmup}}}",
+    )  # fmt: skip
+
+
+def _epochs(method: str, dataset: str, budget: Budget, factor: int) -> int:
+    """The budget's, longer where a method's published number took more than 200 epochs."""
+    if not budget.full:
+        return budget.epochs
+    of_200 = {"PaCo": 400, "balanced softmax": _balanced_epochs(dataset, factor, _BALANCED_STEPS)}.get(method, 200)
+    return of_200 * budget.epochs // 200 or 1
+
+
 def methods(dataset: str, budget: Budget, factor: int) -> dict[str, tuple[str, tuple[str, ...]]]:
     """Each method's recipe ('plain', 'strong' or 'hybrid'), and its options: its authors' where the budget is full."""
     psc, full = 1.0 if dataset == "cifar10" else 0.1, budget.full
@@ -134,7 +166,7 @@ def methods(dataset: str, budget: Budget, factor: int) -> dict[str, tuple[str, t
             "plain", (*_SCALE_30, *(_LDAM if full else ()), "--loss", ldam),
         ),
         "balanced softmax": (
-            "strong", (*((*_LINEAR, *_views(_STRONG)) if full else ()), "--loss", "{kind: balanced_softmax}"),
+            "strong", (*(_balanced(dataset, factor) if full else ()), "--loss", "{kind: balanced_softmax}"),
         ),
         "Hybrid-SC": ("hybrid", (*_LINEAR, "--loss", "{kind: hybrid_sc, temperature: 0.1}")),
         "Hybrid-PSC": ("hybrid", (*_LINEAR, "--loss", f"{{kind: hybrid_psc, temperature: {psc}}}")),
@@ -198,7 +230,7 @@ def cells(table: str, name: str, seeds: int, val: float) -> list[Cell]:
                 dataset = table.removesuffix("_lt")
                 for factor in budget.factors:
                     for method, (recipe, options) in methods(dataset, budget, factor).items():
-                        epochs = budget.epochs * (2 if method == "PaCo" and budget.full else 1)
+                        epochs = _epochs(method, dataset, budget, factor)
                         found.append(_cell(dataset, factor, method, seed, name, recipe, options, epochs, common))
             case "tail_skew":
                 for dataset in ("cifar10", "cifar100"):

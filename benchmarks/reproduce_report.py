@@ -5,17 +5,24 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from threading import Lock
-from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 
-from benchmarks.reproduce_cells import BEST_PUBLISHED, PUBLISHED, Cell
+from benchmarks.reproduce_cells import BEST_PUBLISHED, PUBLISHED, PUBLISHED_EPOCHS, Cell
+from benchmarks.reproduce_lines import Line, source_of
 
 TITLES = {"cifar10": "CIFAR-10-LT", "cifar100": "CIFAR-100-LT", "imagenet": "ImageNet-LT"}
 COLUMNS = ("overall", "many", "medium", "few", "head", "middle", "tail")
 COLORS = {"overall": "black", "head": "#2a6f97", "middle": "#8a8a8a", "tail": "#c8553d"}
-Line = dict[str, Any]
+_OF_METHODS = (
+    "No epoch is chosen on the test set. CIBL's λ = .05 and κ = 1 looked best in docs/claims: in five epochs, on the test set."
+)
+_CHOICE = {
+    "recipe": "No score here is of the test set: recipes are chosen by these. CIBL: λ = .05, κ = 1.",
+    "tail_skew": "No epoch is chosen on the test set. CIBL without the log-prior (κ = 0).",
+    "cosine_epochs": "No epoch is chosen on the test set. CIBL: λ = .05, κ = 0.",
+}
 _SCORED = {"recipe": "a balanced validation split, a tenth of each class's images before the long tail is cut"}
 _lock = Lock()
 
@@ -58,69 +65,123 @@ def groups(lines: list[Line]) -> dict[tuple[str, int], dict[str, list[Line]]]:
     return found
 
 
-def means(lines: list[Line]) -> dict[str, float]:
-    return {
-        f"{dataset} IF {factor} {value}": round(100 * float(np.mean([line["last"]["overall"] for line in of])), 2)
-        for (dataset, factor), rows in groups(lines).items()
-        for value, of in rows.items()
-    }
+def means(lines: list[Line]) -> dict[str, dict[str, float | int | None]]:
+    """Of each row: mean and deviation of the overall accuracy, %, and of how many seeds."""
+    found: dict[str, dict[str, float | int | None]] = {}
+    for (dataset, factor), rows in groups(lines).items():
+        for value, of in rows.items():
+            scores = 100 * np.array([line["last"]["overall"] for line in of])
+            spread = round(float(scores.std(ddof=1)), 2) if len(of) > 1 else None
+            found[f"{dataset} IF {factor} {value}"] = {
+                "mean": round(float(scores.mean()), 2),
+                "spread": spread,
+                "seeds": len(of),
+            }
+    return found
 
 
-def write(path: Path, lines: list[Line], of: int) -> None:
-    """`path` with the suffix .md, and a picture for each data set and factor."""
+def write(path: Path, known: list[Line], of: int) -> None:
+    """`path` with the suffix .md, and a picture for each data set and factor. known: the lines of runs that ended or failed."""
+    lines, failed = [line for line in known if "failed" not in line], [line for line in known if "failed" in line]
     first = lines[0]
+    table, full = first["table"], first["budget"] == "gpu"
     text = [
-        f"# {first['table']}, budget `{first['budget']}`",
+        f"# {table}, budget `{first['budget']}`",
         "",
-        f"{len(lines)} of {of} runs. Accuracy on {_SCORED.get(first['table'], 'the balanced test set')}, %, last epoch: mean ± "
+        f"{len(lines)} of {of} runs. Accuracy on {_SCORED.get(table, 'the balanced test set')}, %, last epoch: mean ± "
         "deviation over seeds (how many).",
-        "Nothing was chosen on the test set. many, medium, few: classes with more than 100, 20 to 100, fewer than 20 training",
-        "images; head, middle, tail: thirds of the classes. CIBL: λ = .05, in the tables of methods and recipes with the "
-        "log-prior (κ = 1).",
+        "many, medium, few: classes with more than 100, 20 to 100, fewer than 20 training images; head, middle, tail: thirds",
+        "of the classes. minutes: of the epochs, evaluation apart.",
+        _CHOICE.get(table, _OF_METHODS),
     ]
-    if first["budget"] != "gpu":
+    if not full:
         text += ["", "**Short runs of a small network: they compare methods, and no published number.**"]
     for (dataset, factor), rows in groups(lines).items():
-        of_methods = first["budget"] == "gpu" and first["table"] in ("cifar10_lt", "cifar100_lt")
-        published = PUBLISHED[dataset] if of_methods else {}
+        compared = full and table in ("cifar10_lt", "cifar100_lt", "imagenet_lt")
+        published = {name: by_factor.get(factor) for name, by_factor in PUBLISHED[dataset].items()} if compared else {}
         title = TITLES[dataset] + (f", imbalance factor {factor}" if factor else "")
-        with_best = any("best" in line for of_row in rows.values() for line in of_row)
-        head = ["", *COLUMNS, *(["best on validation"] if with_best else []), *(["published"] if published else []), "minutes"]
-        text += ["", f"## {title}", "", "| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-        for value, of_row in rows.items():
-            cells = [value, *(_cell([line["last"][name] for line in of_row]) for name in COLUMNS)]
-            if with_best:
-                cells.append(_cell([line["best"]["overall"] for line in of_row if "best" in line]))
-            if published:
-                number = published.get(value, {}).get(factor)
-                cells.append("–" if number is None else f"{number:.1f}")
-            # Of the process as a whole, start and evaluation included, where that was taken; else of the epochs alone.
-            cells.append(f"{np.mean([line.get('wall_seconds') or line['seconds'] for line in of_row]) / 60:.1f}")
-            text.append("| " + " | ".join(cells) + " |")
+        text += ["", f"## {title}", "", *_table(dataset, rows, published)]
+        for line in failed:
+            if (line["dataset"], line["imbalance"]) == (dataset, factor):
+                text += ["", f"**Failed: {line['value']}, seed {line['seed']}: {line['failed']}**"]
         picture = path.with_name(f"{path.stem}-{dataset}{f'-if{factor}' if factor else ''}.png")
-        _picture(picture, title, rows, {row: of_it.get(factor) for row, of_it in published.items()}, first["table"])
-        if of_methods and factor in BEST_PUBLISHED[dataset]:
-            text += ["", f"The best published number with this network is ProCo's: {BEST_PUBLISHED[dataset][factor]:.1f}."]
-        text += ["", f"![{title}]({picture.name})"]
-        mixed = [value for value, of_row in rows.items() if len({_images(line) for line in of_row}) > 1]
-        if mixed:
-            text += ["", f"**Seeds of other images or another precision stand in one row: {', '.join(mixed)}.**"]
-    places = sorted({f"{line['hardware']}, torch {line['machine']['torch']}" for line in lines})
-    again = f"{first['table']} --budget {first['budget']} --seeds {1 + max(line['seed'] for line in lines)}"
+        _picture(picture, title, rows, published, table)
+        if compared and factor in BEST_PUBLISHED[dataset]:
+            number, epochs = BEST_PUBLISHED[dataset][factor]
+            text += ["", f"The best published number with this network is ProCo's: {number:.1f}, in {epochs} epochs."]
+        text += [*_unlike(rows), "", f"![{title}]({picture.name})"]
+    again = f"{table} --budget {first['budget']} --seeds {1 + max(line['seed'] for line in lines)}"
     again += (" --val SHARE" if "-val" in path.stem else "") + (" --compile" if path.stem.endswith("-compiled") else "")
     text += [
         "",
-        f"Machine: {'; '.join(places)}. Commit: {', '.join(sorted({str(line['commit']) for line in lines}))}.",
+        f"Machine: {'; '.join(sorted({_machine(line) for line in lines}))}. Code: {_code(lines)}.",
         "",
-        f"Every run's command, scores and machine: [{path.name}]({path.name}). All of it again: "
-        f"`python -m benchmarks.reproduce {again}`, with image folders `--cifar10 FOLDER --cifar100 FOLDER`.",
+        f"Every run's command, configuration, scores and machine: [{path.name}]({path.name}). All of it again: "
+        f"`python -m benchmarks.reproduce {again} --docs FOLDER --runs FOLDER`, with image folders `--cifar10 FOLDER "
+        "--cifar100 FOLDER`.",
     ]
     path.with_suffix(".md").write_text("\n".join(text) + "\n")
 
 
-def _images(line: Line) -> tuple[Any, ...]:
-    """What seeds of one row must share: the kind of source, the test images, and the precision."""
-    return line.get("source"), (line.get("data") or {}).get("test"), line.get("precision")
+def _table(dataset: str, rows: dict[str, list[Line]], published: dict[str, float | None]) -> list[str]:
+    """Markdown: a row's scores, beside what its authors published."""
+    with_best = any("best" in line for of_row in rows.values() for line in of_row)
+    head = ["", *COLUMNS, *(["best on validation"] if with_best else [])]
+    head += [*(["published", "difference"] if published else []), "minutes"]
+    text = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for value, of_row in rows.items():
+        cells = [value, *(_cell([line["last"][name] for line in of_row]) for name in COLUMNS)]
+        if with_best:
+            cells.append(_cell([line["best"]["overall"] for line in of_row if "best" in line]))
+        if published:
+            number, epochs = published.get(value), PUBLISHED_EPOCHS.get((dataset, value))
+            ours = 100 * np.mean([line["last"]["overall"] for line in of_row])
+            cells.append("–" if number is None else f"{number:.1f}" + (f" ({epochs} epochs)" if epochs else ""))
+            cells.append("–" if number is None else f"{ours - number:+.1f}")
+        cells.append(f"{np.mean([line['seconds'] for line in of_row]) / 60:.1f}")
+        text.append("| " + " | ".join(cells) + " |")
+    return text
+
+
+def _unlike(rows: dict[str, list[Line]]) -> list[str]:
+    """Which rows had other images, precision or machine than others: a part of their difference may be due to that."""
+    made = {(value, line["seed"]): _conditions(line) for value, of_row in rows.items() for line in of_row}
+    differing = [name for name in next(iter(made.values())) if len({conditions[name] for conditions in made.values()}) > 1]
+    if not differing:
+        return []
+    alike: dict[str, dict[str, list[int]]] = {}
+    for (value, seed), conditions in made.items():
+        named = ", ".join(f"{name} {conditions[name]}" for name in differing)
+        alike.setdefault(named, {}).setdefault(value, []).append(seed)
+    text = ["", "**Not all runs were made alike; a part of their difference may be due to that:**", ""]
+    for named, values in alike.items():
+        parts = [
+            value + ("" if len(seeds) == len(rows[value]) else f" (seed {', '.join(map(str, seeds))})")
+            for value, seeds in values.items()
+        ]
+        text.append(f"- {named}: {', '.join(parts)}")
+    return text
+
+
+def _conditions(line: Line) -> dict[str, str]:
+    """What runs that are compared should share."""
+    return {
+        "images from": source_of(line),
+        "test images": str((line.get("data") or {}).get("test", "not recorded"))[:12],
+        "precision": line.get("precision", "not recorded"),
+        "machine": _machine(line),
+    }
+
+
+def _machine(line: Line) -> str:
+    return f"{line['hardware']}, torch {line['machine']['torch']}"
+
+
+def _code(lines: list[Line]) -> str:
+    """The commits of the code that trained, or, where none is known to have it, its digests."""
+    commits = sorted({f"commit {line['commit']}" for line in lines if line["commit"]})
+    digests = sorted({f"digest {digest}" for line in lines if not line["commit"] for digest in line["code"]})
+    return ", ".join(commits + digests)
 
 
 def _cell(values: list[float | None]) -> str:

@@ -184,6 +184,7 @@ def _fit(trainer: Trainer, progress: Progress) -> dict[str, Any]:
         "workers": trainer.world.size,
         "loader": trainer.train_loaders[0].name,
         "data": trainer.digests,
+        "code": sorted({row.get("code", "unknown") for row in rows}),
         "hardware": describe(config.train.device),
     }
     part = folder / f"{RESULT}.part"

@@ -28,6 +28,7 @@ from cibl_ray.compiled import begin_step, compile_network, explained
 from cibl_ray.config import RunConfig
 from cibl_ray.evaluation import predict
 from cibl_ray.feed import Feed
+from cibl_ray.fingerprint import code_digest
 from cibl_ray.hardware import cpu_has_bf16, enough_memory
 from cibl_ray.losses.config import needs
 from cibl_ray.losses.objective import Images, Objective, readings
@@ -65,6 +66,7 @@ class Trainer:
         self.world = world = world or World()
         config = config.model_copy(update={"loader": _decide_cache(config.loader, prepared, world, config.train.device)})
         self.config, self.prepared, self.folder = config, prepared, folder
+        self.code = code_digest()  # before a long run's source files can change
         batch = config.train.batch_size
         if batch < world.size:
             raise UserError(f"train.batch_size is {batch}, fewer than one image for each of {world.size} workers; raise it")
@@ -200,6 +202,7 @@ class Trainer:
         seconds = time.perf_counter() - started - (self.spent["checkpoint"] - saving)
         return {
             "epoch": self.epoch,
+            "code": self.code,
             "train": dict(zip(totals, means, strict=True)),
             "rate": {"lr": self.optimizer.param_groups[0]["lr"], "images_per_s": (batches - first) * batch_size / seconds},
             "seconds": {

@@ -1,7 +1,6 @@
 """The tables' commands are configurations that exist, and their smoke budget runs from images to Markdown."""
 
 import json
-import shlex
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,11 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks import claims, reproduce_report
+from benchmarks import claims, reproduce_lines, reproduce_report
 from benchmarks.many_runs import Run, RunsFailedError, computed, run_all
-from benchmarks.reproduce import line_is_of, record
 from benchmarks.reproduce_cells import BUDGETS, TABLES, cells
+from benchmarks.reproduce_lines import failed, is_of, of_cell, record
 from cibl_ray.config import load_config, save_config
+from cibl_ray.fingerprint import code_digest
 from tests.conftest import REPOSITORY
 
 
@@ -26,7 +26,8 @@ def test_every_cell_is_a_configuration(table, budget):
     for cell in every:
         if cell.seed == 0:
             config = load_config(cell.config, list(cell.options))
-            assert config.train.epochs <= (400 if cell.value in ("twice the epochs", "PaCo") else 200)
+            longer = {"twice the epochs": 400, "PaCo": 400, "balanced softmax": 620}
+            assert config.train.epochs <= longer.get(cell.value, 200)
             assert config.seed == 0
 
 
@@ -64,10 +65,12 @@ def test_recipes_change_one_thing_and_are_scored_on_validation(tmp_path):
         "hardware": "CPU",
         "loader": "x",
         "data": {},
+        "code": ["0123456789ab"],
     }
     (folder / "result.json").write_text(json.dumps({**result, "seconds": 9.0, "images_per_s": 1.0}))
     (folder / "metrics.jsonl").write_text(json.dumps({"epoch": 6, "val": {"overall": 0.25, "head": 0.5}}) + "\n")
-    line = record(cell, folder, "recipe", "cpu", "abc")
+    line = record(cell, folder, "recipe", "cpu")
+    assert (line["commit"], line["code"]) == (None, ["0123456789ab"])  # not the code that is checked out
     assert "--data.source" not in line["command"]  # torchvision's files, as the configuration has them
     assert line["source"] == "cifar100"
     assert (line["last"]["overall"], line["last"]["head"], line["last"]["few"]) == (0.25, 0.5, None)
@@ -80,8 +83,10 @@ def test_the_published_tables_are_whole():
         assert len(every) == 9 * 3 * 3
         configs = {cell.value: load_config(cell.config, list(cell.options)) for cell in every if cell.imbalance == 100}
         assert {config.network.backbone for config in configs.values()} == {"resnet32"}
-        assert {config.train.epochs for name, config in configs.items() if name != "PaCo"} == {200}
-        assert configs["PaCo"].train.epochs == 400
+        longer = {name: config.train.epochs for name, config in configs.items() if config.train.epochs != 200}
+        assert longer == {"PaCo": 400, "balanced softmax": 542 if table == "cifar10_lt" else 620}
+        steps = {"cifar10_lt": 12406, "cifar100_lt": 10847}[table] // 512 * longer["balanced softmax"]
+        assert 13000 <= steps < 13050
         assert (configs["Hybrid-SC"].train.batch_size, configs["Hybrid-SC"].optimizer.lr) == (512, 0.5)
         assert configs["CIBL, linear head"].network.head.kind == "linear"
         assert configs["CIBL, cosine head"].network.head.kind == "cosine"
@@ -141,10 +146,16 @@ def test_smoke(small_cifar, tmp_path):
     assert again.returncode == 0, again.stderr
     assert [path.stat().st_mtime_ns for path in sorted((tmp_path / "runs").rglob("result.json"))] == before
     assert reproduce_report.read(tmp_path / "docs" / "cifar10_lt-smoke.jsonl") == lines
-    # Another recipe under the same name is neither taken for this one's result nor written over.
+    # Images from another kind of source are not these.
     lines_file = tmp_path / "docs" / "cifar10_lt-smoke.jsonl"
+    lines_file.write_text("".join(json.dumps(entry | {"source": "cifar10"}) + "\n" for entry in lines))
+    mixed = subprocess.run([*command, *places], cwd=REPOSITORY, capture_output=True, text=True)
+    assert mixed.returncode == 2
+    assert "of images from 'cifar10', this command reads 'folder': choose another --docs" in mixed.stderr
+    # Another recipe under the same name is neither taken for this one's result nor written over.
     assert all(entry["wall_seconds"] > entry["seconds"] > 0 for entry in lines)
-    old = [entry if entry["value"] != "CE" else entry | {"recipe": "another"} for entry in lines]
+    another = {**lines[0]["config"], "seed": 7}
+    old = [entry if entry["value"] != "CE" else entry | {"config": another} for entry in lines]
     lines_file.write_text("".join(json.dumps(entry) + "\n" for entry in old))
     path = next((tmp_path / "runs").rglob("*CE-0/config.yaml"))
     text = path.read_text()
@@ -155,9 +166,9 @@ def test_smoke(small_cifar, tmp_path):
     path.write_text(text)
     mended = subprocess.run([*command, *places], cwd=REPOSITORY, capture_output=True, text=True)
     assert mended.returncode == 0, mended.stderr
-    assert {entry["recipe"] for entry in reproduce_report.read(lines_file)} == {entry["recipe"] for entry in lines}
+    assert [entry["config"] for entry in reproduce_report.read(lines_file)] == [entry["config"] for entry in lines]
     # The table is drawn of all lines, whichever rows are asked for; and of none whose recipe is another by now.
-    stale = [entry if entry["value"] != "CE" else entry | {"recipe": "another"} for entry in lines]
+    stale = [entry if entry["value"] != "CE" else entry | {"config": another} for entry in lines]
     lines_file.write_text("".join(json.dumps(entry) + "\n" for entry in stale) + '{"table": "cifar10_lt", "bud')
     drawn = subprocess.run([*command[:-1], *places, "--report-only"], cwd=REPOSITORY, capture_output=True, text=True)
     assert drawn.returncode == 0, drawn.stderr
@@ -207,9 +218,50 @@ def test_ours_stands_beside_the_published_number(tmp_path):
     assert "4 of 9 runs" in text
     assert "| Hybrid-SC | 47.0 ± 1.0 (3) |" in text
     row = next(row for row in text.splitlines() if row.startswith("| Hybrid-SC"))
-    assert row.endswith("| 50.0 ± 0.0 (3) | 46.7 | 1.5 |")
-    assert "| – | – | 1.5 |" in next(row for row in text.splitlines() if row.startswith("| CIBL"))  # neither is published
-    assert "H100, torch 2. Commit: abc." in text
+    assert row.endswith("| 50.0 ± 0.0 (3) | 46.7 | +0.3 | 1.5 |")
+    assert "| – | – | – | 1.5 |" in next(row for row in text.splitlines() if row.startswith("| CIBL"))  # neither is published
+    assert "H100, torch 2. Code: commit abc." in text
+    assert "ProCo's: 54.2, in 400 epochs" in text
+    assert "made alike" not in text
+    assert reproduce_report.means(lines)["cifar100 IF 100 Hybrid-SC"] == {"mean": 47.0, "spread": 1.0, "seeds": 3}
+
+
+def test_runs_of_other_images_precision_or_machines_are_named(tmp_path):
+    lines = [line("CE", seed, 0.4) | {"precision": "bf16"} for seed in range(2)]
+    lines += [line("BCL", 0, 0.5) | {"precision": "fp32"}, line("BCL", 1, 0.5) | {"precision": "bf16"}]
+    reproduce_report.write(tmp_path / "t.jsonl", lines, of=9)
+    text = (tmp_path / "t.md").read_text()
+    assert "- precision bf16: CE, BCL (seed 1)\n- precision fp32: BCL (seed 0)\n" in text
+    for entry in lines:
+        entry["precision"] = "bf16"
+    lines[0]["data"] = {"test": "f" * 64}
+    reproduce_report.write(tmp_path / "t.jsonl", lines, of=9)
+    assert "- test images ffffffffffff: CE (seed 0)\n" in (tmp_path / "t.md").read_text()
+
+
+def test_a_seed_that_failed_stands_in_the_table(tmp_path):
+    cell = next(cell for cell in cells("cifar100_lt", "gpu", 2, 0.0) if cell.seed == 1)
+    lost = failed(cell, "cifar100_lt", "gpu", load_config(cell.config, list(cell.options)), "the loss is not finite")
+    reproduce_report.write(tmp_path / "t.jsonl", [line("CE", 0, 0.4), lost], of=2)
+    text = (tmp_path / "t.md").read_text()
+    assert "1 of 2 runs" in text
+    assert "**Failed: CE, seed 1: the loss is not finite**" in text
+
+
+def test_a_commit_is_that_of_the_code_that_trained(tmp_path, monkeypatch):
+    cell = cells("cifar10_lt", "cpu", 1, 0.0)[0]
+    save_config(load_config(cell.config, list(cell.options)), tmp_path / "config.yaml")
+    (tmp_path / "metrics.jsonl").write_text("")
+    result = {"last": {"epoch": 3, "scores": {}}, "hardware": "CPU", "loader": "x", "data": {}, "seconds": 1, "images_per_s": 1}
+    monkeypatch.setattr(reproduce_lines, "commit", lambda: "abc")
+    for code, of in (([code_digest()], "abc"), ([code_digest(), "other"], None)):
+        (tmp_path / "result.json").write_text(json.dumps({**result, "code": code}))
+        assert record(cell, tmp_path, "cifar10_lt", "cpu", jobs=2)["commit"] == of
+
+
+def test_without_git_there_is_no_commit(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert reproduce_lines.commit() is None
 
 
 def test_lines_are_read_back_and_the_last_of_a_cell_counts(tmp_path):
@@ -236,10 +288,20 @@ def test_shipped_recipes_are_the_tables():
                 assert computed(shipped) == computed(load_config(cell.config, list(cell.options)))
 
 
-def test_old_lines_count_while_their_command_is_the_cells():
-    cell = cells("cifar10_lt", "cpu", 1, 0.0)[0]
-    old = {"command": shlex.join(["python", "-m", "cibl_ray.train", cell.config, *cell.options])}
-    assert line_is_of(old, cell, "abc")
-    assert not line_is_of(old, replace(cell, options=(*cell.options[:-1], "7")), "abc")
-    assert line_is_of({**old, "recipe": "abc"}, cell, "abc")
-    assert not line_is_of({**old, "recipe": "abc"}, cell, "d")
+def test_a_line_counts_while_its_cell_computes_the_same():
+    cell = cells("cifar10_lt", "cpu", 1, 0.0)[-1]
+    config = load_config(cell.config, list(cell.options))
+    entry = of_cell(cell, "cifar10_lt", "cpu", config)
+    assert config.loss.kind == "cibl"
+    assert is_of(entry, config)
+    assert not is_of(entry, config.model_copy(update={"seed": 7}))
+    elsewhere = ["--data.source.kind", "folder", "--data.source.path", "x", "--train.precision", "fp32"]
+    assert is_of(entry, load_config(cell.config, [*cell.options, *elsewhere]))
+    # A field that has come since has its default; one that is no more, or whose default has changed, is a difference.
+    older = {**entry, "config": {**entry["config"], "loss": dict(entry["config"]["loss"])}}
+    assert older["config"]["loss"].pop("normalize") == "none"
+    assert is_of(older, config)
+    older["config"]["loss"]["gone"] = 1
+    assert not is_of(older, config)
+    changed = config.model_copy(update={"loss": config.loss.model_copy(update={"temperature": 0.05})})
+    assert not is_of(entry, changed)
