@@ -1,6 +1,7 @@
 """The tables' commands are configurations that exist, and their smoke budget runs from images to Markdown."""
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -106,16 +107,45 @@ def test_hybrids_recipe_is_the_tables(dataset):
 
 @pytest.fixture(scope="module")
 def small_cifar(tmp_path_factory, photos):
-    """Ten classes of 100 training and 3 test images, 32 pixels wide, from photographs."""
+    """Ten classes of 120 training and 3 test images, 32 pixels wide, from photographs."""
     root, random = tmp_path_factory.mktemp("small"), np.random.default_rng(0)
     image = Image.open(photos[0]).convert("RGB")
     for label in range(10):
-        for split, count in (("train", 100), ("test", 3)):
+        for split, count in (("train", 120), ("test", 3)):
             (root / split / str(label)).mkdir(parents=True)
             for number in range(count):
                 left, top = random.integers(0, 600), random.integers(0, 390)
                 image.crop((left, top, left + 32, top + 32)).save(root / split / str(label) / f"{number}.png")
     return root
+
+
+@pytest.fixture(scope="module")
+def small_cifar100(small_cifar, tmp_path_factory):
+    """A hundred classes, of the ten's images: 60 for training and 3 for testing each."""
+    root, random = tmp_path_factory.mktemp("small100"), np.random.default_rng(0)
+    for split, count in (("train", 60), ("test", 3)):
+        for label in range(100):
+            (root / split / f"{label:02}").mkdir(parents=True)
+            images = sorted((small_cifar / split / str(label % 10)).iterdir())
+            for number, chosen in enumerate(random.permutation(len(images))[:count]):
+                shutil.copy(images[chosen], root / split / f"{label:02}" / f"{number}.png")
+    return root
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("table", [table for table in TABLES if table != "imagenet_lt"])
+def test_every_row_runs(table, small_cifar, small_cifar100, tmp_path):
+    """Every method, λ, length and change of the recipe, on both data sets, from images to the table."""
+    command = [sys.executable, "-m", "benchmarks.reproduce", table, "--budget", "smoke"]
+    command += ["--cifar10", str(small_cifar), "--cifar100", str(small_cifar100)]
+    command += [part for name in ("prepared", "runs", "docs") for part in (f"--{name}", str(tmp_path / name))]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["runs"] == found["of"] == len(cells(table, "smoke", 1, 0.1 if table == "recipe" else 0.0))
+    lines = reproduce_report.read(tmp_path / "docs" / f"{table}-smoke.jsonl")
+    assert all(0 <= entry["last"]["overall"] <= 1 for entry in lines)
 
 
 def test_smoke(small_cifar, tmp_path):
@@ -179,6 +209,12 @@ def test_smoke(small_cifar, tmp_path):
     wrong = subprocess.run([*command[:-2], "Nonsense", *places], cwd=REPOSITORY, capture_output=True, text=True)
     assert wrong.returncode == 2
     assert "no row 'Nonsense'; there are: BCL, CE" in wrong.stderr
+    # The best epoch on validation, in a table of its own.
+    best = subprocess.run([*command[:-1], *places, "--val", "0.1"], cwd=REPOSITORY, capture_output=True, text=True)
+    assert best.returncode == 0, best.stderr
+    (entry,) = reproduce_report.read(tmp_path / "docs" / "cifar10_lt-smoke-val.jsonl")
+    assert entry["best"]["epoch"] == 1
+    assert "| best on validation |" in (tmp_path / "docs" / "cifar10_lt-smoke-val.md").read_text()
 
 
 def test_a_run_that_fails_is_told_and_the_others_go_on(small_cifar, tmp_path, capfd):

@@ -89,6 +89,61 @@ def test_no_step_waits_for_the_device(loss, digits, tmp_path):
         trainer.network.head.weight.sum().item()
 
 
+class CountsWaits(WaitsForTheDevice):
+    """Counts what the other refuses."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func._schema.name.removeprefix("aten::") in self.names
+        return func(*args, **(kwargs or {}))
+
+
+def waits_of(steps: int, digits, folder, per_step=lambda: None) -> int:
+    """How often an epoch of so many steps waits, several of them augmented at once; its batches lie in the device's memory."""
+    augmented = ("--data.views", "[{augment: [{kind: color_jitter}]}, {augment: [{kind: cutout, size: 2}]}]")
+    trainer = Trainer(config_of("cibl", "--batch_size", "16", "--train.average", "0.9", *augmented), digits, folder)
+    loader, feed = trainer.train_loaders[0], trainer.feeds[0]
+    batches = [*itertools.islice(loader.epoch(0), steps)]
+    loader.epoch, loader.batches, feed.at_once = lambda epoch, start=0: iter(batches), steps, 4
+    optimize = trainer.optimize
+
+    def and_more(streams):
+        per_step()
+        return optimize(streams)
+
+    trainer.optimize = and_more
+    with CountsWaits() as mode:
+        trainer.train_epoch()
+    return mode.count
+
+
+def test_a_longer_epoch_waits_no_more_often(digits, tmp_path):
+    assert waits_of(9, digits, tmp_path) == waits_of(3, digits, tmp_path)
+    number = torch.ones(())
+    assert waits_of(4, digits, tmp_path, number.item) == waits_of(3, digits, tmp_path, number.item) + 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_longer_epoch_waits_no_more_often_for_a_gpu(digits, tmp_path):
+    counts = []
+    for largest in ("40", "120"):
+        flags = ("--loader.kind", "resident", "--device", "cuda", "--batch_size", "16", "--data.profile.largest", largest)
+        config = config_of("cibl", *flags, "--prepared", str(tmp_path))
+        trainer = Trainer(config, ensure_prepared(config.data, config.seed), tmp_path)
+        assert trainer.train_loaders[0].batches < 50  # then it looks whether the loss is finite
+        trainer.train_epoch()
+        with warnings.catch_warnings(action="always", record=True) as found:
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                trainer.train_epoch()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        counts.append(len(found))
+    assert counts[0] == counts[1]
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("loss", LOSSES)
