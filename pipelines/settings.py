@@ -125,12 +125,14 @@ def _full_key(key: str, model: type[BaseModel]) -> str:
 def override(content: dict[str, Any], pairs: list[tuple[str, Any]], model: type[BaseModel]) -> dict[str, Any]:
     """`content` with every (dotted key, value) set. A part that `content` does not have starts from the model's default.
 
-    Setting a part's `kind` to another one drops that part's other keys.
+    Setting a part's `kind` to another one drops that part's other keys, setting a whole part all of them; what else `pairs`
+    say of the part holds, before or after. Of two values of one key the last one counts.
     """
     result = _copy(content)
     defaults = _defaults(model)
-    # Kinds first: `--data.source.path X --data.source.kind folder` must mean the same in either order.
-    for key, value in sorted(pairs, key=lambda pair: not pair[0].endswith(".kind")):
+    # A part before what is in it, and of that its kind first: `--loss.kappa 0.5 --loss '{kind: bcl}'` and
+    # `--data.source.path X --data.source.kind folder` must mean the same in either order.
+    for key, value in sorted(pairs, key=lambda pair: (pair[0].count("."), not pair[0].endswith(".kind"))):
         *parents, last = key.split(".")
         node: dict[str, Any] = result
         default: Any = defaults

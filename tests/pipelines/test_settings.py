@@ -69,6 +69,18 @@ def test_another_kind_drops_the_keys_of_the_old_one_in_either_order():
         assert config.loss.kind == "cross_entropy"
 
 
+def test_a_whole_part_and_its_fields_mean_the_same_in_either_order():
+    whole, field, kind = ["--loss", "{kind: bcl}"], ["--loss.kappa", ".5"], ["--loss.kind", "bcl"]
+    for flags in ([*whole, *field], [*field, *whole], [*kind, *field], [*field, *kind], [*field, *kind, *whole]):
+        assert load_config("quickstart", flags).loss.kappa == 0.5
+    head, scale = ["--network", "{backbone: resnet20, head: {kind: cosine}}"], ["--head.scale", "{start: 30}"]
+    for flags in ([*head, *scale], [*scale, *head], [*scale, "--head.kind", "cosine", "--backbone", "resnet20"]):
+        network = load_config("quickstart", flags).network
+        assert (network.backbone, network.head.scale.start) == ("resnet20", 30)
+    # The last of two values counts.
+    assert load_config("quickstart", [*field, *whole, "--loss.kappa", ".7", "--loss", "{kind: paco}"]).loss.kappa == 0.7
+
+
 def test_override_leaves_the_original_alone():
     content = {"train": {"epochs": 1}}
     assert override(content, parse_overrides(["--epochs", "2"], RunConfig), RunConfig) == {"train": {"epochs": 2}}
