@@ -37,6 +37,11 @@ class ScaleConfig(Settings):
             raise ValueError("a shape of linear or cosine needs an `end`, a constant scale has none")
         if self.learnable and self.end is not None:
             raise ValueError("a learned scale follows no shape: leave out `end`, or set learnable: false")
+        if self.warmup and self.end is None:
+            raise ValueError(
+                f"warmup {self.warmup:g} would do nothing: it delays a shape of linear or cosine, which needs an `end`; "
+                "leave it out, or set both"
+            )
         return self
 
 
@@ -158,7 +163,13 @@ class RunConfig(Settings):
                 f"schedule.warmup_epochs = {self.schedule.warmup_epochs:g} is more than train.epochs = {self.train.epochs}; "
                 "lower it too: --warmup_epochs 1"
             )
-        if isinstance(self.loss, LDAMConfig) and not isinstance(self.network.head, CosineHeadConfig):
+        head = self.network.head
+        if isinstance(head, CosineHeadConfig) and head.scale.warmup >= self.train.epochs:
+            raise ValueError(
+                f"network.head.scale.warmup = {head.scale.warmup:g} leaves no epoch of train.epochs = {self.train.epochs} for "
+                "the scale to move in; lower it: --head.scale.warmup 0"
+            )
+        if isinstance(self.loss, LDAMConfig) and not isinstance(head, CosineHeadConfig):
             raise ValueError("loss.kind 'ldam' sets margins between cosines; set network.head.kind: cosine")
         if isinstance(self.loss, PaCoConfig | CIBLConfig) and self.loss.momentum is not None and len(self.data.views) < 2:
             raise ValueError(

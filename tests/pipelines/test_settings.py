@@ -9,6 +9,7 @@ from pipelines.errors import UserError
 from pipelines.settings import override, parse_overrides
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+MOVING = "{start: 8, end: 24, shape: cosine, warmup: 8}"  # a cosine head's scale
 
 
 def test_unknown_key_names_the_nearest():
@@ -36,6 +37,9 @@ def test_value_out_of_range_names_key_and_value():
     [
         (["--data.views", "[]"], "data.views"),
         (["--train.epochs", "3"], "warmup_epochs"),
+        (["--head", f"{{kind: cosine, scale: {MOVING}}}", "--epochs", "8"], "scale.warmup = 8 .*--head.scale.warmup 0"),
+        (["--head", "{kind: cosine, scale: {warmup: 2}}"], "warmup 2 would do nothing"),
+        (["--head", "{kind: cosine, scale: {learnable: true, warmup: 2}}"], "warmup 2 would do nothing"),
         (["--backbone", "resnet50"], "data.size"),
         (["--loss.kind", "focal"], "loss"),
         (["--data.source", "7"], "data.source"),
@@ -53,6 +57,11 @@ def test_mistakes_are_one_line_errors(flags, message):
 def test_short_and_dotted_names_and_numbers():
     config = load_config("quickstart", ["--epochs", "7", "--optimizer.lr=1e-2", "--clip-norm", "2"])
     assert (config.train.epochs, config.optimizer.lr, config.optimizer.clip_norm) == (7, 0.01, 2.0)
+
+
+def test_a_head_scale_that_moves_in_the_last_epoch():
+    config = load_config("quickstart", ["--head", f"{{kind: cosine, scale: {MOVING}}}", "--epochs", "9"])
+    assert config.network.head.scale.warmup == 8
 
 
 def test_seed_zero_is_a_seed():
