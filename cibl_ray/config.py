@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -180,6 +181,18 @@ class RunConfig(Settings):
                 if not 0 <= view < len(self.data.views):
                     raise ValueError(f"loss.classifier_views names view {view}; data.views are 0 to {len(self.data.views) - 1}")
         return self
+
+
+def doubts(config: RunConfig) -> list[str]:
+    """What a configuration may say and hardly means, a line each, for the log: refused, it would close finished checkpoints."""
+    loss, epochs = config.loss, config.train.epochs
+    last = (epochs - 1) / epochs  # t/T of the last epoch
+    if isinstance(loss, LDAMConfig) and last < loss.reweight_from < 1:
+        return [
+            f"loss.reweight_from = {loss.reweight_from:g} is after the last of {epochs} epochs begins: LDAM without its "
+            f"re-weighting; set it to {math.floor(100 * last) / 100:g} at most (1 if that is meant), or train.epochs higher"
+        ]
+    return []
 
 
 def load_config(name: str, arguments: list[str]) -> RunConfig:

@@ -14,7 +14,7 @@ from benchmarks import claims, reproduce_report
 from benchmarks.many_runs import Run, RunsFailedError, computed, run_all
 from benchmarks.reproduce import line_is_of, record
 from benchmarks.reproduce_cells import BUDGETS, TABLES, cells
-from cibl_ray.config import load_config, save_config
+from cibl_ray.config import doubts, load_config, save_config
 from tests.conftest import REPOSITORY
 
 
@@ -28,6 +28,7 @@ def test_every_cell_is_a_configuration(table, budget):
             config = load_config(cell.config, list(cell.options))
             assert config.train.epochs <= (400 if cell.value in ("twice the epochs", "PaCo") else 200)
             assert config.seed == 0
+            assert doubts(config) == []
 
 
 @pytest.mark.parametrize("name", claims.BUDGETS)

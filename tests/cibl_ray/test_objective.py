@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cibl_ray.checkpoint import load_checkpoint
-from cibl_ray.config import RunConfig, load_config
+from cibl_ray.config import RunConfig, doubts, load_config
 from cibl_ray.losses.config import needs
 from cibl_ray.losses.objective import Images, Objective, readings
 from cibl_ray.networks.network import build_network
@@ -23,7 +23,7 @@ from pipelines.prepare import ensure_prepared
 LOSSES = {
     "cross_entropy": "{kind: cross_entropy}",
     "balanced_softmax": "{kind: balanced_softmax}",
-    "ldam": "{kind: ldam}",
+    "ldam": "{kind: ldam, reweight_from: 0.5}",
     "supcon": "{kind: supcon}",
     "psc": "{kind: psc}",
     "hybrid_sc": "{kind: hybrid_sc}",
@@ -261,7 +261,7 @@ def test_a_queue_partly_filled_counts_what_it_has():
 def test_deferred_reweighting_begins_at_its_share():
     objective, network = objective_of("ldam")
     network.eval()
-    early, late = (objective(network, run, [images_of()], progress=p)["loss"].item() for p in (0.79, 0.8))
+    early, late = (objective(network, run, [images_of()], progress=p)["loss"].item() for p in (0.49, 0.5))
     assert early != late
 
 
@@ -278,6 +278,18 @@ def test_deferred_reweighting_begins_at_its_share():
 def test_what_does_not_fit_is_refused(flags, message):
     with pytest.raises(UserError, match=message):
         load_config("quickstart", flags)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "reweight_from", "most"),
+    [(1, 0.8, "0"), (3, 0.8, "0.66"), (4, 0.8, "0.75"), (5, 0.8, None), (3, 0.66, None), (1, 0, None), (3, 1, None)],
+)
+def test_a_reweighting_that_never_begins_is_told(epochs, reweight_from, most):
+    loss = f"{{kind: ldam, reweight_from: {reweight_from}}}"
+    flags = ["--head", "{kind: cosine}", "--loss", loss, "--epochs", str(epochs), "--warmup_epochs", "0"]
+    told = doubts(load_config("quickstart", flags))
+    assert len(told) == (most is not None)
+    assert all(f"after the last of {epochs} epochs begins" in line and f"set it to {most} at most" in line for line in told)
 
 
 def test_a_scheduled_scale_moves_and_is_saved(digits, tmp_path):
