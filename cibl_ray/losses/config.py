@@ -10,7 +10,8 @@ from pydantic import BeforeValidator, Field
 from pipelines.config import Sampling
 from pipelines.settings import Settings
 
-Temperature = Annotated[float, Field(gt=0, description="τ: divides the cosine of two embeddings")]
+# Far below what trains, .05 to 1; with 1e-10 the quotients leave float32.
+Temperature = Annotated[float, Field(ge=1e-3, description="τ: divides the cosine of two embeddings")]
 Kappa = Annotated[float, Field(ge=0, description="κ: adds κ·log π to the logits; 0 is plain, 1 balanced softmax")]
 
 

@@ -178,8 +178,8 @@ def images_of(samples=6, views=2, size=16):
     return Images(torch.randn(samples * views, 3, size, size, generator=random), labels, views)
 
 
-def objective_of(loss: str):
-    config = config_of(loss)
+def objective_of(loss: str, *more: str):
+    config = config_of(loss, *more)
     network = build_network(config.network, 10, needs(config.loss), seed=0)
     return Objective(config.loss, network, np.arange(10, 0, -1), torch.device("cpu"), World(), 6), network
 
@@ -278,6 +278,22 @@ def test_deferred_reweighting_begins_at_its_share():
 def test_what_does_not_fit_is_refused(flags, message):
     with pytest.raises(UserError, match=message):
         load_config("quickstart", flags)
+
+
+@pytest.mark.parametrize("kind", ["supcon", "psc", "hybrid_sc", "hybrid_psc", "bcl", "paco", "cibl"])
+def test_a_temperature_too_low_to_divide_by_is_refused(kind):
+    with pytest.raises(UserError, match=r"loss\.temperature = 1e-10: .*greater than or equal to 0\.001"):
+        load_config("quickstart", ["--loss.kind", kind, "--loss.temperature", "1e-10"])
+
+
+@pytest.mark.parametrize("loss", [name for name in LOSSES if name not in ("cross_entropy", "balanced_softmax", "ldam")])
+def test_the_least_temperature_gives_finite_terms_and_gradients(loss):
+    objective, network = objective_of(loss, "--loss.temperature", "1e-3")
+    streams = [images_of()] + ([images_of()] if loss.startswith("hybrid") else [])
+    terms = objective(network, run, streams, progress=0.5)
+    terms["loss"].backward()
+    assert all(torch.isfinite(term).all() for term in terms.values())
+    assert all(torch.isfinite(p.grad).all() for p in network.parameters() if p.grad is not None)
 
 
 @pytest.mark.parametrize(
