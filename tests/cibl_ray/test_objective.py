@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cibl_ray.checkpoint import load_checkpoint
-from cibl_ray.config import RunConfig, doubts, load_config
+from cibl_ray.config import RunConfig, doubts, load_config, save_config
 from cibl_ray.losses.config import needs
 from cibl_ray.losses.objective import Images, Objective, readings
 from cibl_ray.networks.network import build_network
@@ -270,6 +270,10 @@ def test_deferred_reweighting_begins_at_its_share():
     [
         (["--loss", "{kind: ldam}"], "set network.head.kind: cosine"),
         (["--loss", "{kind: hybrid_sc, classifier_views: [2]}"], "names view 2; data.views are 0 to 1"),
+        (
+            ["--loss", "{kind: hybrid_sc, share: 0.2}"],
+            "share 0.2 would do nothing: the curve is parabolic; set curve: constant",
+        ),
         (["--loss", "{kind: paco}", "--data.views", "[{cut: {kind: crop}}]"], "data.views has one"),
         (["--head", "{kind: cosine, scale: {end: 30}}"], "a shape of linear or cosine needs an `end`"),
         (["--head", "{kind: cosine, scale: {end: 30, shape: linear, learnable: true}}"], "a learned scale follows no shape"),
@@ -278,6 +282,14 @@ def test_deferred_reweighting_begins_at_its_share():
 def test_what_does_not_fit_is_refused(flags, message):
     with pytest.raises(UserError, match=message):
         load_config("quickstart", flags)
+
+
+@pytest.mark.parametrize("loss", ["{kind: hybrid_psc}", "{kind: hybrid_sc, curve: constant, share: 0.2}"])
+def test_what_a_run_has_saved_is_read_again(loss, tmp_path):
+    config = load_config("quickstart", ["--loss", loss])
+    save_config(config, tmp_path / "config.yaml")
+    assert "share" in (tmp_path / "config.yaml").read_text()
+    assert load_config(str(tmp_path / "config.yaml"), []) == config
 
 
 @pytest.mark.parametrize("kind", ["supcon", "psc", "hybrid_sc", "hybrid_psc", "bcl", "paco", "cibl"])
