@@ -22,6 +22,42 @@ def test_unknown_key_inside_a_union_is_named_as_written():
         build_config({"loss": {"kind": "cibl", "tail_skw": 1}}, [], "x.yaml")
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--loss.lambda", "1"], "unknown key 'loss.lambda'; this kind has: .*tail_skew"),
+        (["--loss.bta", "1"], "unknown key 'loss.bta'; this kind has: "),  # `beta` is another kind's
+        (["--loss.kind", "paco", "--loss.bta", "1"], r"unknown key 'loss.bta'; did you mean 'loss.beta'\?"),
+        (["--head.scal", "1"], "unknown key 'network.head.scal'; this kind has no fields"),
+        (
+            ["--head.kind", "cosine", "--head.scal", "1"],
+            r"unknown key 'network.head.scal'; did you mean 'network.head.scale'\?",
+        ),
+        (["--head.kind", "cosine", "--head.scale", "{strt: 1}"], r"did you mean 'network.head.scale.start'\?"),
+    ],
+)
+def test_only_what_the_kind_has_is_suggested(flags, message):
+    with pytest.raises(UserError, match=message):
+        load_config("quickstart", flags)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--loss", "bcl"], r"loss = 'bcl': write --loss.kind bcl, in a file loss: \{kind: bcl\}$"),
+        (["--head", "cosine"], r"= 'cosine': write --network.head.kind cosine, in a file head: \{kind: cosine\}$"),
+        (["--head", "conic"], r"network.head = 'conic': expected \{kind: ...\}, one of linear, cosine$"),
+        (["--data.source", "[7]"], r"data.source = \[7\]: expected \{kind: ...\}, one of folder, lists, "),
+        (["--data.views", "[{cut: crop}]"], r"data.views.0.cut = 'crop': write \{kind: crop\}$"),
+        (["--data.views", "[{flip: 2}]"], r"data.views.0.flip = 2: .*less than or equal to 1$"),
+        (["--data.views", "[{flip: 2}, {flip: 3}, {}]"], r" \(and 1 more\)$"),
+    ],
+)
+def test_what_stands_where_a_kind_is_expected(flags, message):
+    with pytest.raises(UserError, match=message):
+        load_config("quickstart", flags)
+
+
 def test_unknown_flag_names_the_nearest():
     with pytest.raises(UserError, match=r"--epoch: unknown field; did you mean 'train.epochs'\?"):
         load_config("quickstart", ["--epoch", "3"])
