@@ -207,7 +207,9 @@ def validate(model: type[Model], content: Any, place: str) -> Model:
             message = f"{key!r} is missing"
         else:
             reason = first["msg"].removeprefix("Value error, ")
-            message = f"{key or 'configuration'} = {first['input']!r}: {reason}" if key else reason
+            # A whole part is not repeated: the reason names what in it is wrong.
+            value = "" if isinstance(first["input"], dict) else f" = {first['input']!r}"
+            message = f"{key}{value}: {reason}" if key else reason
         others = sum(not _follows(problem, problems) for problem in problems) - 1
         more = f" (and {others} more)" if others else ""
         raise UserError(f"{place}: {message}{more}") from error
