@@ -158,8 +158,8 @@ def methods(dataset: str, budget: Budget, factor: int) -> dict[str, tuple[str, t
     # CE on the first view alone; BCL's own code contrasts the other two, ours all three.
     three = (*_SCALE_30, *_views(_STRONG, _OTHER, _OTHER), "--loss", "{kind: bcl, classify: first}")
     bcl = three if full else ("--loss", "{kind: bcl}")
-    # Re-weighting begins in the last fifth of the epochs; three have no last fifth, so there it is the third one.
-    ldam = "{kind: ldam}" if full else "{kind: ldam, reweight_from: 0.6}"
+    # Re-weighting begins in the last fifth of the epochs; fewer than five have no last fifth, so there it is the last one.
+    ldam = "{kind: ldam}" if budget.epochs >= 5 else f"{{kind: ldam, reweight_from: {0.6 if budget.epochs > 1 else 0}}}"
     return {
         "CE": ("plain", (*_LINEAR, *(_LDAM if full else ()), "--loss", "{kind: cross_entropy}")),
         "LDAM-DRW": (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -37,6 +38,11 @@ class ScaleConfig(Settings):
             raise ValueError("a shape of linear or cosine needs an `end`, a constant scale has none")
         if self.learnable and self.end is not None:
             raise ValueError("a learned scale follows no shape: leave out `end`, or set learnable: false")
+        if self.warmup and self.end is None:
+            raise ValueError(
+                f"warmup {self.warmup:g} would do nothing: it delays a shape of linear or cosine, which needs an `end`; "
+                "leave it out, or set both"
+            )
         return self
 
 
@@ -158,7 +164,13 @@ class RunConfig(Settings):
                 f"schedule.warmup_epochs = {self.schedule.warmup_epochs:g} is more than train.epochs = {self.train.epochs}; "
                 "lower it too: --warmup_epochs 1"
             )
-        if isinstance(self.loss, LDAMConfig) and not isinstance(self.network.head, CosineHeadConfig):
+        head = self.network.head
+        if isinstance(head, CosineHeadConfig) and head.scale.warmup >= self.train.epochs:
+            raise ValueError(
+                f"network.head.scale.warmup = {head.scale.warmup:g} leaves no epoch of train.epochs = {self.train.epochs} for "
+                "the scale to move in; lower it: --head.scale.warmup 0"
+            )
+        if isinstance(self.loss, LDAMConfig) and not isinstance(head, CosineHeadConfig):
             raise ValueError("loss.kind 'ldam' sets margins between cosines; set network.head.kind: cosine")
         if isinstance(self.loss, PaCoConfig | CIBLConfig) and self.loss.momentum is not None and len(self.data.views) < 2:
             raise ValueError(
@@ -169,6 +181,18 @@ class RunConfig(Settings):
                 if not 0 <= view < len(self.data.views):
                     raise ValueError(f"loss.classifier_views names view {view}; data.views are 0 to {len(self.data.views) - 1}")
         return self
+
+
+def doubts(config: RunConfig) -> list[str]:
+    """What a configuration may say and hardly means, a line each, for the log: refused, it would close finished checkpoints."""
+    loss, epochs = config.loss, config.train.epochs
+    last = (epochs - 1) / epochs  # t/T of the last epoch
+    if isinstance(loss, LDAMConfig) and last < loss.reweight_from < 1:
+        return [
+            f"loss.reweight_from = {loss.reweight_from:g} is after the last of {epochs} epochs begins: LDAM without its "
+            f"re-weighting; set it to {math.floor(100 * last) / 100:g} at most (1 if that is meant), or train.epochs higher"
+        ]
+    return []
 
 
 def load_config(name: str, arguments: list[str]) -> RunConfig:

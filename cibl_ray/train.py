@@ -153,7 +153,7 @@ def train(
 
 def _fit(trainer: Trainer, progress: Progress) -> dict[str, Any]:
     """Train, and leave everything that a run folder holds."""
-    from cibl_ray.config import save_config
+    from cibl_ray.config import doubts, save_config
     from cibl_ray.hardware import describe
     from cibl_ray.metrics import table
     from cibl_ray.pictures import save_accuracy_by_class, save_learning_curves
@@ -170,6 +170,8 @@ def _fit(trainer: Trainer, progress: Progress) -> dict[str, Any]:
         config.train.precision, trainer.train_loaders[0].name, _workers(trainer.world.size),
         trainer.epoch + 1, config.train.epochs,
     )  # fmt: skip
+    for doubt in doubts(config):
+        log.warning(doubt)
     if trainer.epoch >= config.train.epochs:
         log.info("all %d epochs are done; to train on: --resume %s --train.epochs N", trainer.epoch, folder)
     result = trainer.fit(progress)

@@ -11,9 +11,8 @@ import torch
 from torch import nn
 
 from pipelines.augment_apply import apply
-from pipelines.augment_draws import Stage, draw, taps
-from pipelines.config import Blur, DataConfig, View
-from pipelines.errors import UserError
+from pipelines.augment_draws import Stage, draw
+from pipelines.config import DataConfig, View
 from pipelines.seeding import stream
 
 log = logging.getLogger(__name__)
@@ -49,9 +48,6 @@ class Augment(nn.Module):
         super().__init__()
         self.recipes = tuple(view.augment for view in views)
         self.size, self.seed = size, seed
-        for blur in (part for recipe in self.recipes for part in recipe if isinstance(part, Blur)):
-            if taps(blur, size) // 2 >= size:
-                raise UserError(f"a blur kernel of {blur.kernel} is too wide for images of {size}x{size}; lower it")
 
     def draw(self, view: int, epoch: int, step: int, batch: int) -> list[Stage]:
         """What happens to view number `view` of each of `batch` samples, in order."""

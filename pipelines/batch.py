@@ -15,7 +15,7 @@ import torch
 from pipelines.beton import PAGE, Beton
 from pipelines.cache import available_memory, by_pages, fits_into_memory, local_workers
 from pipelines.config import CenterCrop, DataConfig, LoaderConfig, Sampling, View
-from pipelines.cuts import draw_cuts, epoch_order
+from pipelines.cuts import draw_cuts, epoch_order, worker_weights
 from pipelines.errors import UserError
 from pipelines.pixels import EvalRule
 from pipelines.prepare import Prepared
@@ -83,6 +83,7 @@ class Reading:
     out, so that the workers together see the batches that one would; in evaluation the samples are, each to one worker.
     rule: of evaluation, what it shows of an image; None: the views, each cut by its draw. part_batches: batches of an epoch
     where each worker reads files of its own (`samples` and positions then count those alone); None: all read all.
+    weights: of each class, for a sampling other than instance over such files; None: the sampling's own.
     group: of cache 'process', the pages within which the order is random; None: it is random throughout.
     """
 
@@ -95,6 +96,7 @@ class Reading:
     share: Share = Share()
     rule: EvalRule | None = None
     part_batches: int | None = None
+    weights: tuple[float, ...] | None = None
     group: int | None = None
 
     @property
@@ -125,7 +127,7 @@ class Reading:
 
     def order(self, beton: Beton, epoch: int) -> np.ndarray:
         """An epoch's rows of `beton`, in order: int64."""
-        order = epoch_order(beton.labels, self.sampling, self.seed, epoch)
+        order = epoch_order(beton.labels, self.sampling, self.seed, epoch, self.weights)
         return order if self.group is None else by_pages(order, beton.pages, self.group, self.seed, epoch)
 
 
@@ -243,10 +245,9 @@ def _own_files(prepared: Prepared, split: str, reading: Reading) -> tuple[list[i
             f"loader.part is 'shards', but the {split} split has {len(shards)} files for {share.workers} workers; "
             "set data.store.shard_mb lower, or loader.part: all"
         )
-    batches = []
-    for worker in range(share.workers):
-        rows = share.of(reading.batch_size, worker)
-        batches.append(sum(shard.samples for shard in shards[worker :: share.workers]) // (rows.stop - rows.start))
+    images = range(reading.batch_size)
+    each = [len(images[share.of(len(images), worker)]) for worker in range(share.workers)]
+    batches = [sum(shard.samples for shard in shards[worker :: share.workers]) // count for worker, count in enumerate(each)]
     total, taken = sum(shard.samples for shard in shards), min(batches) * reading.batch_size
     log.info(
         "%s: each worker takes %d batches from its own files; an epoch shows %s of %s images (%.1f %%)",
@@ -259,7 +260,31 @@ def _own_files(prepared: Prepared, split: str, reading: Reading) -> tuple[list[i
     # Position decides a draw, and every worker counts its own: each needs draws of its own.
     seed = int(stream(reading.seed, "part", share.worker).integers(2**32))
     files = list(range(share.worker, len(shards), share.workers))
-    return files, replace(reading, seed=seed, part_batches=min(batches))
+    weights = _own_weights(prepared, split, reading, each)
+    return files, replace(reading, seed=seed, part_batches=min(batches), weights=weights)
+
+
+def _own_weights(prepared: Prepared, split: str, reading: Reading, batches: list[int]) -> tuple[float, ...] | None:
+    """How often this worker draws each class, so that all together draw each as often as the sampling says.
+
+    batches: images of each worker in a step.
+    """
+    if reading.sampling is None or reading.sampling == "instance":
+        return None
+    of_files, share = prepared.shard_counts(split), reading.share
+    counts = np.stack([of_files[worker :: share.workers].sum(0) for worker in range(share.workers)])
+    drawn, got = worker_weights(counts, reading.sampling, batches)
+    worst = int(np.abs(got - 1).argmax())
+    if abs(got[worst] - 1) > 0.01:
+        log.warning(
+            "%s: classes lie so unevenly over the files that class %r is drawn %.2f times as often as data.sampling %r says; "
+            "use fewer workers, or loader.part: all",
+            split,
+            prepared.classes[worst],
+            got[worst],
+            reading.sampling,
+        )
+    return tuple(drawn[share.worker].tolist())
 
 
 def train_reading(data: DataConfig, batch_size: int, seed: int, share: Share = Share()) -> Reading:

@@ -254,6 +254,14 @@ class DataConfig(Settings):
             raise ValueError("eval_cut must be of kind 'center': evaluation draws nothing at random")
         if min(self.std) <= 0:
             raise ValueError("std must be positive")
+        for number, view in enumerate(self.views):
+            for part in view.augment:
+                # A blurred border is the image reflected about it. A kernel of the default width always fits.
+                if isinstance(part, Blur) and part.kernel is not None and part.kernel // 2 >= self.size:
+                    raise ValueError(
+                        f"views.{number} has a blur kernel of {part.kernel}, too wide for images of {self.size}x{self.size}; "
+                        f"set it to {2 * self.size - 1} at most"
+                    )
         return self
 
 

@@ -6,7 +6,8 @@ leaves the image; any other box lies within the image and is resized.
 
 from __future__ import annotations
 
-from typing import assert_never
+from collections.abc import Sequence
+from typing import Literal, assert_never
 
 import numpy as np
 
@@ -16,13 +17,18 @@ from pipelines.seeding import stream
 
 TOP, LEFT, HEIGHT, WIDTH, FLIP = range(5)
 _TRIES = 10  # torchvision's number of attempts before it falls back to a centre crop
+_POWERS = {"square_root": 0.5, "class_balanced": 0.0}  # a class of n images comes in proportion to n to this power
+_ROUNDS, _EXACT = 1000, 1e-9  # of `worker_weights`: a dozen rounds where files are random samples of the data
 
 
-def epoch_order(labels: np.ndarray, sampling: Sampling | None, seed: int, epoch: int) -> np.ndarray:
+def epoch_order(
+    labels: np.ndarray, sampling: Sampling | None, seed: int, epoch: int, weights: tuple[float, ...] | None = None
+) -> np.ndarray:
     """The rows of the file in the order of this epoch, int64 (N,): as many as there are, whatever the sampling.
 
     instance: each row once. square_root, class_balanced: N·√n_c/Σ√n or N/C of them are of class c (rounded by a draw so that
     the mean over epochs is exact), and within a class no row comes twice more than another. None: the file's order.
+    weights: of each class, in place of √n_c or 1, where these rows are only one worker's (`worker_weights`).
     """
     match sampling:
         case None:
@@ -33,14 +39,45 @@ def epoch_order(labels: np.ndarray, sampling: Sampling | None, seed: int, epoch:
             random = stream(seed, "order", epoch)
             members = np.split(np.argsort(labels, kind="stable"), np.cumsum(np.bincount(labels))[:-1])
             members = [rows for rows in members if len(rows)]
-            weights = np.array([len(rows) ** (0.5 if sampling == "square_root" else 0.0) for rows in members])
+            if weights is None:
+                shares = np.array([len(rows) ** _POWERS[sampling] for rows in members])
+            else:
+                shares = np.array([weights[labels[rows[0]]] for rows in members])
             # Systematic sampling: one draw rounds all quotas up or down, each with the right chance, to the right sum.
-            edges = np.floor(np.cumsum(weights) * (len(labels) / weights.sum()) + random.random()).astype(np.int64)
+            edges = np.floor(np.cumsum(shares) * (len(labels) / shares.sum()) + random.random()).astype(np.int64)
             edges[-1] = len(labels)
             quotas = np.diff(edges, prepend=0)
             chosen = [_evenly(rows, quota, random) for rows, quota in zip(members, quotas, strict=True)]
             return random.permutation(np.concatenate(chosen))
     assert_never(sampling)
+
+
+def worker_weights(
+    counts: np.ndarray, sampling: Literal["square_root", "class_balanced"], batches: Sequence[int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """How often each of R workers, who read files of their own, is to draw each class: float64 (R, C), rows adding up to 1.
+    And what each class gets of its share over all of them: float64 (C,), 1 where it is exact.
+
+    counts: int64 (R, C), images in each worker's files, of each class at least one. batches: images of each in a step.
+
+    Of one reader of all files, class c has n_c^p of the draws, p = 1/2 or 0; a worker with n_rc of its images would draw it
+    n_rc·n_c^(p-1) times as often as others. But every worker fills its batches, whether or not its files hold more of the tail
+    than another's. So worker r draws n_rc·n_c^(p-1)·a_c·b_r, with b such that its batches are full and a such that the workers
+    together give every class its share: iterative proportional fitting (Deming & Stephan 1940), which finds the nearest table
+    that does both. Where none does (classes that one worker alone has, and whose shares are more than it draws), batches are
+    full and the classes' sums the nearest.
+    """
+    classes = counts.sum(0) ** _POWERS[sampling]
+    classes, workers = classes / classes.sum(), np.array(batches) / sum(batches)
+    drawn = counts * (classes / counts.sum(0))
+    for _ in range(_ROUNDS):
+        drawn *= (workers / drawn.sum(1))[:, None]
+        got = drawn.sum(0) / classes
+        if np.abs(got - 1).max() < _EXACT:
+            break
+        drawn /= got
+    drawn /= drawn.sum(1, keepdims=True)
+    return drawn, (workers @ drawn) / classes
 
 
 def _evenly(rows: np.ndarray, quota: int, random: np.random.Generator) -> np.ndarray:

@@ -13,7 +13,7 @@ import json
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -44,12 +44,16 @@ SIDECAR = "prepared.json"
 
 @dataclass(frozen=True)
 class Split:
-    """The .beton files of a split, and what they hold; `skipped` names the unreadable images that were left out."""
+    """The .beton files of a split, and what they hold; `skipped` names the unreadable images that were left out.
+
+    shard_counts: of each file, its images of each class; empty where an earlier version prepared the data.
+    """
 
     shards: list[Shard]
     counts: list[int]
     source_digest: str
     skipped: list[str]
+    shard_counts: list[list[int]] = field(default_factory=list)
 
     @property
     def samples(self) -> int:
@@ -85,6 +89,19 @@ class Prepared:
                 f"{str(beton.paths[0])!r} is not the file that {SIDECAR} describes; remove the folder and prepare again"
             )
         return beton
+
+    def shard_counts(self, split: str) -> np.ndarray:
+        """Images of each class in each of a split's files, int64 (files, C). Raises UserError where that is not known."""
+        entry = self.splits[split]
+        if entry.shard_counts:
+            return np.array(entry.shard_counts, dtype=np.int64)
+        if missing := [path for path in self.paths(split) if not path.is_file()]:
+            raise UserError(
+                f"{str(self.folder / SIDECAR)!r}, of an earlier version, does not say which classes {str(missing[0])!r} holds, "
+                "and that is not here; prepare again, or set loader.part: all"
+            )
+        beton = self.beton(split)
+        return _counts_of_files(beton.labels, entry.shards, len(self.classes))
 
     def paths(self, split: str) -> list[Path]:
         return [self.folder / shard.file for shard in self.splits[split].shards]
@@ -229,7 +246,14 @@ def _split(progress: Progress, name: str, classes: list[str]) -> Split:
     counts = class_counts(progress.labels, len(classes))
     if name == "train" and not counts.all():
         raise UserError(f"class {classes[int(counts.argmin())]!r} has no readable training image")
-    return Split(progress.shards, counts.tolist(), progress.digest, progress.skipped)
+    of_files = _counts_of_files(np.array(progress.labels), progress.shards, len(classes))
+    return Split(progress.shards, counts.tolist(), progress.digest, progress.skipped, of_files.tolist())
+
+
+def _counts_of_files(labels: np.ndarray, shards: list[Shard], classes: int) -> np.ndarray:
+    """int64 (files, C), of the labels of a split in the order of its files."""
+    ends = np.cumsum([shard.samples for shard in shards])
+    return np.stack([class_counts(part, classes) for part in np.split(labels, ends[:-1])])
 
 
 class PrepareConfig(Settings):

@@ -11,6 +11,7 @@ from typing import Any, NoReturn, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import ErrorDetails
 
 from pipelines.errors import UserError
 
@@ -90,7 +91,7 @@ def parse_overrides(arguments: list[str], model: type[BaseModel]) -> list[tuple[
                 raise UserError(f"--{key}: a value is missing")
             text = queue.pop(0)
         full = _full_key(key, model)
-        is_path = known_keys(model)[full] and text != "null"
+        is_path = known_keys(model).get(full, False) and text != "null"
         pairs.append((full, text if is_path else _value(key, text)))
     return pairs
 
@@ -119,18 +120,24 @@ def _full_key(key: str, model: type[BaseModel]) -> str:
         return tails[0]
     if tails:
         raise UserError(f"--{key}: say which one: {', '.join('--' + tail for tail in tails)}")
+    parent, _, leaf = normal.rpartition(".")
+    parents = [known for known in keys if parent and f".{known}".endswith(f".{parent}")]
+    if len(parents) == 1 and _kinds(model, parents[0]):
+        return f"{parents[0]}.{leaf}"  # what it could have been, `validate` says, which knows the kind
     raise UserError(f"--{key}: unknown field{_nearest(normal, keys)}")
 
 
 def override(content: dict[str, Any], pairs: list[tuple[str, Any]], model: type[BaseModel]) -> dict[str, Any]:
     """`content` with every (dotted key, value) set. A part that `content` does not have starts from the model's default.
 
-    Setting a part's `kind` to another one drops that part's other keys.
+    Setting a part's `kind` to another one drops that part's other keys, setting a whole part all of them; what else `pairs`
+    say of the part holds, before or after. Of two values of one key the last one counts.
     """
     result = _copy(content)
     defaults = _defaults(model)
-    # Kinds first: `--data.source.path X --data.source.kind folder` must mean the same in either order.
-    for key, value in sorted(pairs, key=lambda pair: not pair[0].endswith(".kind")):
+    # A part before what is in it, and of that its kind first: `--loss.kappa 0.5 --loss '{kind: bcl}'` and
+    # `--data.source.path X --data.source.kind folder` must mean the same in either order.
+    for key, value in sorted(pairs, key=lambda pair: (pair[0].count("."), not pair[0].endswith(".kind"))):
         *parents, last = key.split(".")
         node: dict[str, Any] = result
         default: Any = defaults
@@ -176,19 +183,42 @@ def validate(model: type[Model], content: Any, place: str) -> Model:
         problems = error.errors(include_url=False)
         first = problems[0]
         key = _dotted(first["loc"], content)
+        plain = ".".join(part for part in key.split(".") if not part.isdigit())
+        kinds = _kinds(model, plain)
         if first["type"] == "extra_forbidden":
-            plain = ".".join(part for part in key.split(".") if not part.isdigit())
+            parent, _, leaf = plain.rpartition(".")
+            chosen = _kinds(model, parent).get(str(first["loc"][-2])) if parent else None
             if plain in known_keys(model):
                 message = f"{key!r} belongs to another kind; set {key.rpartition('.')[0]}.kind to the one that has it"
+            elif chosen is not None:
+                message = f"unknown key {key!r}{_nearest_field(parent, leaf, chosen)}"
             else:
                 message = f"unknown key {key!r}{_nearest(plain, sorted(known_keys(model)))}"
+        elif first["type"] == "model_attributes_type" and kinds:
+            value = first["input"]
+            if value not in [*kinds]:
+                reason = f"expected {{kind: ...}}, one of {', '.join(kinds)}"
+            elif key == plain:
+                reason = f"write --{key}.kind {value}, in a file {key.rpartition('.')[2]}: {{kind: {value}}}"
+            else:  # in a list, which is set as a whole
+                reason = f"write {{kind: {value}}}"
+            message = f"{key} = {value!r}: {reason}"
         elif first["type"] == "missing":
             message = f"{key!r} is missing"
         else:
             reason = first["msg"].removeprefix("Value error, ")
-            message = f"{key or 'configuration'} = {first['input']!r}: {reason}" if key else reason
-        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+            # A whole part is not repeated: the reason names what in it is wrong.
+            value = "" if isinstance(first["input"], dict) else f" = {first['input']!r}"
+            message = f"{key}{value}: {reason}" if key else reason
+        others = sum(not _follows(problem, problems) for problem in problems) - 1
+        more = f" (and {others} more)" if others else ""
         raise UserError(f"{place}: {message}{more}") from error
+
+
+def _follows(problem: ErrorDetails, problems: list[ErrorDetails]) -> bool:
+    """Whether it is of others' making: pydantic finds a list too short of which it could not read every item."""
+    within = [other["loc"] for other in problems if other["loc"][: len(problem["loc"])] == problem["loc"]]
+    return problem["type"] == "too_short" and len(within) > 1
 
 
 def _dotted(location: tuple[int | str, ...], content: Any) -> str:
@@ -211,6 +241,24 @@ def _nearest(key: str, keys: list[str]) -> str:
     if not close:
         close = [leaves[leaf] for leaf in difflib.get_close_matches(key.rsplit(".", 1)[-1], list(leaves), n=1, cutoff=0.6)]
     return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(sorted({k.split('.')[0] for k in keys}))}"
+
+
+def _nearest_field(parent: str, leaf: str, chosen: type[BaseModel]) -> str:
+    """As `_nearest`, among the fields of the kind that a part is of."""
+    fields = [name for name in chosen.model_fields if name != "kind"]
+    close = difflib.get_close_matches(leaf, fields, n=1, cutoff=0.6)
+    if close:
+        return f"; did you mean {f'{parent}.{close[0]}'!r}?"
+    return f"; this kind has: {', '.join(fields)}" if fields else "; this kind has no fields"
+
+
+def _kinds(model: type[BaseModel], key: str) -> dict[str, type[BaseModel]]:
+    """What may stand at a dotted key: the models that have a `kind`, by that."""
+    models = [model]
+    for name in key.split("."):
+        fields = [outer.model_fields[name] for outer in models if name in outer.model_fields]
+        models = [inner for field in fields for inner in _types_in(field.annotation) if issubclass(inner, BaseModel)]
+    return {typing.get_args(each.model_fields["kind"].annotation)[0]: each for each in models if "kind" in each.model_fields}
 
 
 def known_keys(model: type[BaseModel], prefix: str = "") -> dict[str, bool]:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
 from pipelines.config import Sampling
 from pipelines.settings import Settings
 
-Temperature = Annotated[float, Field(gt=0, description="τ: divides the cosine of two embeddings")]
+# Far below what trains, .05 to 1; with 1e-10 the quotients leave float32.
+Temperature = Annotated[float, Field(ge=1e-3, description="τ: divides the cosine of two embeddings")]
 Kappa = Annotated[float, Field(ge=0, description="κ: adds κ·log π to the logits; 0 is plain, 1 balanced softmax")]
 
 
@@ -60,6 +61,15 @@ class _Hybrid(Settings):
     kappa: Kappa = 0.0
     classifier_sampling: Sampling = Field(default="class_balanced", description="of the batches that the classifier sees")
     classifier_views: tuple[int, ...] = Field(default=(0,), min_length=1, description="which of data.views the classifier sees")
+
+    @model_validator(mode="after")
+    def _share_is_heard(self) -> _Hybrid:
+        # The default passes: a run's own configuration names every field.
+        if self.curve != "constant" and self.share != type(self).model_fields["share"].default:
+            raise ValueError(
+                f"share {self.share:g} would do nothing: the curve is {self.curve}; set curve: constant, or leave it out"
+            )
+        return self
 
 
 class HybridSCConfig(_Hybrid):

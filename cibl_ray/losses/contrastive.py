@@ -103,6 +103,7 @@ def paco(
     temperature: float,
     alpha: float,
     beta: float,
+    everyone: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
     """Parametric contrastive loss (Cui et al. 2021, equation 4); logits f (M, C), where wanted with κ·log π added.
 
@@ -111,7 +112,8 @@ def paco(
         l(m) = -[ β·log(exp(f_y)/D) + α·Σ_{p∈P(m)} log(exp(z_m·z_p/τ)/D) ] / (β + α·|P(m)|).
 
     Scalars: 'loss', the mean of l; detached 'center', the mean of -log(exp(f_y)/D), and 'contrastive', that of the positives'
-    mean, over the anchors that have any.
+    mean, over the anchors that have any. `everyone`: the labels of all workers' anchors, where they are not `labels`: in the
+    last mean, how many have any is then this worker's part of all workers' number, so that parts add up to the whole batch's.
     """
     logits = wide(logits)
     classes = logits.shape[1]
@@ -122,7 +124,11 @@ def paco(
     losses = normalizer - (beta * center + alpha * attraction) / (beta + alpha * count)
     with torch.no_grad():
         has = (count > 0).to(count.dtype)
-        contrasted = (has * (normalizer - attraction / count.clamp(min=1))).sum() / has.sum().clamp(min=1)
+        number = has.sum()
+        if everyone is not None and everyone is not labels:
+            all_have = (positive_counts(everyone, contrast.labels, classes) > 0).to(count.dtype)
+            number = all_have.mean() * len(labels)
+        contrasted = (has * (normalizer - attraction / count.clamp(min=1))).sum() / number.masked_fill(number == 0, 1)
         parts = {"center": (normalizer - center).mean(), "contrastive": contrasted}
     return {"loss": losses.mean()} | parts
 

@@ -65,7 +65,7 @@ def loss_terms(config: kinds.AnyLoss, seen: Seen, tail: Tail, progress: float) -
         case kinds.PaCoConfig():
             z, contrast = _embedded(seen)
             tilted = adjusted(logits, tail.log_prior, config.kappa)
-            return paco(tilted, z, labels, contrast, config.temperature, config.alpha, config.beta)
+            return paco(tilted, z, labels, contrast, config.temperature, config.alpha, config.beta, seen.all_labels)
         case kinds.BCLConfig():
             z, contrast = _embedded(seen)
             assert seen.prototypes is not None

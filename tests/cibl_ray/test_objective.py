@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cibl_ray.checkpoint import load_checkpoint
-from cibl_ray.config import RunConfig, load_config
+from cibl_ray.config import RunConfig, doubts, load_config, save_config
 from cibl_ray.losses.config import needs
 from cibl_ray.losses.objective import Images, Objective, readings
 from cibl_ray.networks.network import build_network
@@ -23,7 +23,7 @@ from pipelines.prepare import ensure_prepared
 LOSSES = {
     "cross_entropy": "{kind: cross_entropy}",
     "balanced_softmax": "{kind: balanced_softmax}",
-    "ldam": "{kind: ldam}",
+    "ldam": "{kind: ldam, reweight_from: 0.5}",
     "supcon": "{kind: supcon}",
     "psc": "{kind: psc}",
     "hybrid_sc": "{kind: hybrid_sc}",
@@ -233,8 +233,8 @@ def images_of(samples=6, views=2, size=16):
     return Images(torch.randn(samples * views, 3, size, size, generator=random), labels, views)
 
 
-def objective_of(loss: str):
-    config = config_of(loss)
+def objective_of(loss: str, *more: str):
+    config = config_of(loss, *more)
     network = build_network(config.network, 10, needs(config.loss), seed=0)
     return Objective(config.loss, network, np.arange(10, 0, -1), torch.device("cpu"), World(), 6), network
 
@@ -316,7 +316,7 @@ def test_a_queue_partly_filled_counts_what_it_has():
 def test_deferred_reweighting_begins_at_its_share():
     objective, network = objective_of("ldam")
     network.eval()
-    early, late = (objective(network, run, [images_of()], progress=p)["loss"].item() for p in (0.79, 0.8))
+    early, late = (objective(network, run, [images_of()], progress=p)["loss"].item() for p in (0.49, 0.5))
     assert early != late
 
 
@@ -325,6 +325,10 @@ def test_deferred_reweighting_begins_at_its_share():
     [
         (["--loss", "{kind: ldam}"], "set network.head.kind: cosine"),
         (["--loss", "{kind: hybrid_sc, classifier_views: [2]}"], "names view 2; data.views are 0 to 1"),
+        (
+            ["--loss", "{kind: hybrid_sc, share: 0.2}"],
+            "share 0.2 would do nothing: the curve is parabolic; set curve: constant",
+        ),
         (["--loss", "{kind: paco}", "--data.views", "[{cut: {kind: crop}}]"], "data.views has one"),
         (["--head", "{kind: cosine, scale: {end: 30}}"], "a shape of linear or cosine needs an `end`"),
         (["--head", "{kind: cosine, scale: {end: 30, shape: linear, learnable: true}}"], "a learned scale follows no shape"),
@@ -333,6 +337,42 @@ def test_deferred_reweighting_begins_at_its_share():
 def test_what_does_not_fit_is_refused(flags, message):
     with pytest.raises(UserError, match=message):
         load_config("quickstart", flags)
+
+
+@pytest.mark.parametrize("loss", ["{kind: hybrid_psc}", "{kind: hybrid_sc, curve: constant, share: 0.2}"])
+def test_what_a_run_has_saved_is_read_again(loss, tmp_path):
+    config = load_config("quickstart", ["--loss", loss])
+    save_config(config, tmp_path / "config.yaml")
+    assert "share" in (tmp_path / "config.yaml").read_text()
+    assert load_config(str(tmp_path / "config.yaml"), []) == config
+
+
+@pytest.mark.parametrize("kind", ["supcon", "psc", "hybrid_sc", "hybrid_psc", "bcl", "paco", "cibl"])
+def test_a_temperature_too_low_to_divide_by_is_refused(kind):
+    with pytest.raises(UserError, match=r"loss\.temperature = 1e-10: .*greater than or equal to 0\.001"):
+        load_config("quickstart", ["--loss.kind", kind, "--loss.temperature", "1e-10"])
+
+
+@pytest.mark.parametrize("loss", [name for name in LOSSES if name not in ("cross_entropy", "balanced_softmax", "ldam")])
+def test_the_least_temperature_gives_finite_terms_and_gradients(loss):
+    objective, network = objective_of(loss, "--loss.temperature", "1e-3")
+    streams = [images_of()] + ([images_of()] if loss.startswith("hybrid") else [])
+    terms = objective(network, run, streams, progress=0.5)
+    terms["loss"].backward()
+    assert all(torch.isfinite(term).all() for term in terms.values())
+    assert all(torch.isfinite(p.grad).all() for p in network.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "reweight_from", "most"),
+    [(1, 0.8, "0"), (3, 0.8, "0.66"), (4, 0.8, "0.75"), (5, 0.8, None), (3, 0.66, None), (1, 0, None), (3, 1, None)],
+)
+def test_a_reweighting_that_never_begins_is_told(epochs, reweight_from, most):
+    loss = f"{{kind: ldam, reweight_from: {reweight_from}}}"
+    flags = ["--head", "{kind: cosine}", "--loss", loss, "--epochs", str(epochs), "--warmup_epochs", "0"]
+    told = doubts(load_config("quickstart", flags))
+    assert len(told) == (most is not None)
+    assert all(f"after the last of {epochs} epochs begins" in line and f"set it to {most} at most" in line for line in told)
 
 
 def test_a_scheduled_scale_moves_and_is_saved(digits, tmp_path):

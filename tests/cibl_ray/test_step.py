@@ -1,10 +1,13 @@
 """What each configuration composes of the losses, against plain float64 loops: value, gradient, and the terms by name."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from cibl_ray.config import load_config
 from cibl_ray.losses.classification import log_prior
+from cibl_ray.losses.contrastive import Contrast
 from cibl_ray.losses.step import Seen, Tail, loss_terms
 from tests.cibl_ray.plain_losses import (
     CLASSES,
@@ -142,3 +145,20 @@ def test_the_terms_of_paco_add_up_to_its_loss(name, queued):
         assert terms["loss"].item() == pytest.approx(whole.item(), rel=1e-6)
     else:
         assert 0 < terms["contrastive"].item() < 1000
+
+
+@pytest.mark.parametrize("queued", [False, True])
+@pytest.mark.parametrize("name", LABELS)
+def test_the_terms_of_pacos_workers_add_up_to_the_batchs(name, queued):
+    """Also where anchors with positives are not shared out as the batch is."""
+    e = Example(name, torch.float64, queued)
+    config = load_config("quickstart", ["--loss", "{kind: paco}"]).loss
+    tail = Tail(COUNTS, log_prior(COUNTS))
+    whole = loss_terms(config, seen(e), tail, 0.5)
+    sums = dict.fromkeys(whole, 0.0)
+    for start, stop in ((0, 3), (3, 10)):
+        rows = slice(start, stop)
+        own = replace(seen(e), logits=e.logits[rows], labels=e.labels[rows], embeddings=e.z[rows])
+        terms = loss_terms(config, replace(own, contrast=Contrast(*e.everyone(), own=start)), tail, 0.5)
+        sums = {key: sums[key] + (stop - start) / 10 * terms[key].item() for key in sums}
+    assert sums == pytest.approx({key: term.item() for key, term in whole.items()}, rel=1e-9)

@@ -387,3 +387,12 @@ def test_a_place_in_an_epoch_that_other_workers_had_means_nothing(tmp_path, capl
         trainer.restore(checkpoint)
         assert trainer.step == expected
         assert ("its epoch begins anew" in caplog.text) == (expected == 0)
+
+
+def test_what_a_configuration_hardly_means_is_logged(folders):
+    flags = ["--epochs", "1", "--warmup_epochs", "0", *folders, "--name", "ldam", "--head.kind", "cosine"]
+    done = run("train", "quickstart", *flags, "--loss.kind", "ldam")
+    assert done.returncode == 0, done.stderr
+    told = "LDAM without its re-weighting; set it to 0 at most"
+    assert told in done.stderr
+    assert told in (Path(folders[1]) / "ldam" / "train.log").read_text()

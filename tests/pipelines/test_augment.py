@@ -24,8 +24,10 @@ from pipelines.augment import Augment, _kernel
 from pipelines.augment_draws import CIFAR10_POLICY, RAND_AUGMENT_OPS, Op, Stage, draw, taps
 from pipelines.config import AutoAugment, Blur, ColorJitter, Cutout, Grayscale, RandAugment, View
 from pipelines.errors import UserError
+from pipelines.prepare import PrepareConfig
 from pipelines.seeding import stream
 from pipelines.settings import validate
+from tests.conftest import data_config
 
 NAMES = {
     "Identity": Op.IDENTITY,
@@ -502,8 +504,14 @@ def test_a_mistake_in_a_recipe_is_told_in_one_line(part, complaint):
 
 
 def test_a_kernel_wider_than_the_mirrored_image_is_refused():
-    with pytest.raises(UserError, match="too wide"):
-        Augment((View(augment=(Blur(kind="blur", kernel=17),)),), 8, 0)
+    def views(kernel):
+        return [{}, {"augment": [{"kind": "grayscale"}, {"kind": "blur", "kernel": kernel, "probability": 1}]}]
+
+    line = r"^test: data: views\.1 has a blur kernel of 17, too wide for images of 8x8; set it to 15 at most$"
+    with pytest.raises(UserError, match=line):
+        validate(PrepareConfig, {"data": {"size": 8, "views": views(17)}}, "test")
+    widest = data_config(size=8, views=views(15))
+    assert Augment(widest.views, 8, 0)(torch.zeros(1, 2, 8, 8, 3, dtype=torch.uint8), 0, 0).max() == 0
 
 
 @pytest.mark.gpu

@@ -9,6 +9,7 @@ from pipelines.errors import UserError
 from pipelines.settings import override, parse_overrides
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+MOVING = "{start: 8, end: 24, shape: cosine, warmup: 8}"  # a cosine head's scale
 
 
 def test_unknown_key_names_the_nearest():
@@ -19,6 +20,42 @@ def test_unknown_key_names_the_nearest():
 def test_unknown_key_inside_a_union_is_named_as_written():
     with pytest.raises(UserError, match=r"unknown key 'loss.tail_skw'; did you mean 'loss.tail_skew'\?"):
         build_config({"loss": {"kind": "cibl", "tail_skw": 1}}, [], "x.yaml")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--loss.lambda", "1"], "unknown key 'loss.lambda'; this kind has: .*tail_skew"),
+        (["--loss.bta", "1"], "unknown key 'loss.bta'; this kind has: "),  # `beta` is another kind's
+        (["--loss.kind", "paco", "--loss.bta", "1"], r"unknown key 'loss.bta'; did you mean 'loss.beta'\?"),
+        (["--head.scal", "1"], "unknown key 'network.head.scal'; this kind has no fields"),
+        (
+            ["--head.kind", "cosine", "--head.scal", "1"],
+            r"unknown key 'network.head.scal'; did you mean 'network.head.scale'\?",
+        ),
+        (["--head.kind", "cosine", "--head.scale", "{strt: 1}"], r"did you mean 'network.head.scale.start'\?"),
+    ],
+)
+def test_only_what_the_kind_has_is_suggested(flags, message):
+    with pytest.raises(UserError, match=message):
+        load_config("quickstart", flags)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--loss", "bcl"], r"loss = 'bcl': write --loss.kind bcl, in a file loss: \{kind: bcl\}$"),
+        (["--head", "cosine"], r"= 'cosine': write --network.head.kind cosine, in a file head: \{kind: cosine\}$"),
+        (["--head", "conic"], r"network.head = 'conic': expected \{kind: ...\}, one of linear, cosine$"),
+        (["--data.source", "[7]"], r"data.source = \[7\]: expected \{kind: ...\}, one of folder, lists, "),
+        (["--data.views", "[{cut: crop}]"], r"data.views.0.cut = 'crop': write \{kind: crop\}$"),
+        (["--data.views", "[{flip: 2}]"], r"data.views.0.flip = 2: .*less than or equal to 1$"),
+        (["--data.views", "[{flip: 2}, {flip: 3}, {}]"], r" \(and 1 more\)$"),
+    ],
+)
+def test_what_stands_where_a_kind_is_expected(flags, message):
+    with pytest.raises(UserError, match=message):
+        load_config("quickstart", flags)
 
 
 def test_unknown_flag_names_the_nearest():
@@ -36,6 +73,9 @@ def test_value_out_of_range_names_key_and_value():
     [
         (["--data.views", "[]"], "data.views"),
         (["--train.epochs", "3"], "warmup_epochs"),
+        (["--head", f"{{kind: cosine, scale: {MOVING}}}", "--epochs", "8"], "scale.warmup = 8 .*--head.scale.warmup 0"),
+        (["--head", "{kind: cosine, scale: {warmup: 2}}"], "warmup 2 would do nothing"),
+        (["--head", "{kind: cosine, scale: {learnable: true, warmup: 2}}"], "warmup 2 would do nothing"),
         (["--backbone", "resnet50"], "data.size"),
         (["--loss.kind", "focal"], "loss"),
         (["--data.source", "7"], "data.source"),
@@ -55,6 +95,11 @@ def test_short_and_dotted_names_and_numbers():
     assert (config.train.epochs, config.optimizer.lr, config.optimizer.clip_norm) == (7, 0.01, 2.0)
 
 
+def test_a_head_scale_that_moves_in_the_last_epoch():
+    config = load_config("quickstart", ["--head", f"{{kind: cosine, scale: {MOVING}}}", "--epochs", "9"])
+    assert config.network.head.scale.warmup == 8
+
+
 def test_seed_zero_is_a_seed():
     assert load_config("quickstart", ["--seed", "0"]).seed == 0
 
@@ -67,6 +112,18 @@ def test_another_kind_drops_the_keys_of_the_old_one_in_either_order():
         config = load_config("cifar10_lt", [*flags, "--loss.kind", "cross_entropy"])
         assert config.data.source.kind == "folder"
         assert config.loss.kind == "cross_entropy"
+
+
+def test_a_whole_part_and_its_fields_mean_the_same_in_either_order():
+    whole, field, kind = ["--loss", "{kind: bcl}"], ["--loss.kappa", ".5"], ["--loss.kind", "bcl"]
+    for flags in ([*whole, *field], [*field, *whole], [*kind, *field], [*field, *kind], [*field, *kind, *whole]):
+        assert load_config("quickstart", flags).loss.kappa == 0.5
+    head, scale = ["--network", "{backbone: resnet20, head: {kind: cosine}}"], ["--head.scale", "{start: 30}"]
+    for flags in ([*head, *scale], [*scale, *head], [*scale, "--head.kind", "cosine", "--backbone", "resnet20"]):
+        network = load_config("quickstart", flags).network
+        assert (network.backbone, network.head.scale.start) == ("resnet20", 30)
+    # The last of two values counts.
+    assert load_config("quickstart", [*field, *whole, "--loss.kappa", ".7", "--loss", "{kind: paco}"]).loss.kappa == 0.7
 
 
 def test_override_leaves_the_original_alone():
