@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,15 +45,24 @@ def summarize(results: Results) -> dict[str, Any]:
                 third: round(float(spearmanr(skews, reached[:, i]).statistic), 3) for i, third in enumerate(THIRDS)
             }
             summary["best_lambda"][dataset] = max(swept, key=lambda value: swept[value][:, 0].mean())
-        ratio = _epochs_ratio(accuracies(results, dataset, "cosine"), swept.get(DEFAULT), _epochs(results, dataset))
+        seeds = _seeds_of_both(results, dataset)
+        ratio = _epochs_ratio(results, dataset, seeds)
         if ratio is not None:
             summary["ratios"][f"{dataset}_cosine_epochs_over_linear"] = ratio
-        for seed in sorted({cell.seed for cell in results}):
-            own = {cell: result for cell, result in results.items() if cell.seed == seed}
-            linear = accuracies(own, dataset, "lambda").get(DEFAULT)
-            ratio = _epochs_ratio(accuracies(own, dataset, "cosine"), linear, _epochs(results, dataset))
-            summary["cosine_epochs_over_linear_by_seed"].setdefault(dataset, {})[seed] = ratio
+        summary["cosine_epochs_over_linear_by_seed"][dataset] = {
+            seed: _epochs_ratio(results, dataset, {seed}) for seed in sorted(seeds)
+        }
     return summary
+
+
+def _seeds_of_both(results: Results, dataset: str) -> set[int]:
+    """The seeds that the linear head's run and the cosine head's of every length have: what a stopped measurement has of one
+    side alone would be compared with other seeds."""
+    seeds: dict[str, set[int]] = {}
+    for cell in results:
+        if cell.dataset == dataset and (cell.claim == "cosine" or (cell.claim, cell.value) == ("lambda", DEFAULT)):
+            seeds.setdefault(f"{cell.claim} {cell.value}", set()).add(cell.seed)
+    return set.intersection(*seeds.values()) if seeds else set()
 
 
 def _epochs(results: Results, dataset: str) -> int:
@@ -60,11 +70,13 @@ def _epochs(results: Results, dataset: str) -> int:
     return max(result["last"]["epoch"] for cell, result in results.items() if cell.dataset == dataset)
 
 
-def _epochs_ratio(cosine: Accuracies, linear: np.ndarray | None, epochs: int) -> float | None:
+def _epochs_ratio(results: Results, dataset: str, seeds: set[int]) -> float | None:
     """Epochs of the cosine head's runs, interpolated between their lengths, at the linear head's final accuracy, over its own.
 
     None where there are no runs, or where the longest does not reach it; the shortest run's share where even that is above it.
     """
+    epochs, results = _epochs(results, dataset), {cell: result for cell, result in results.items() if cell.seed in seeds}
+    cosine, linear = accuracies(results, dataset, "cosine"), accuracies(results, dataset, "lambda").get(DEFAULT)
     if linear is None or not cosine:
         return None
     lengths = sorted(map(int, cosine))
@@ -110,7 +122,18 @@ def write(docs: Path, budget: str, summary: dict[str, Any], results: Results, of
         f"Ratios: {summary['ratios']}; by seed: {summary['cosine_epochs_over_linear_by_seed']}.",
     ]
     lines += ["", f"{machine()['cpu']}, {machine()['cores']} cores, GPU: {machine()['gpu']}."]
+    lines += ["", f"Every run's scores, hardware, and digests of its images and its code: [{budget}.jsonl]({budget}.jsonl)."]
     (docs / f"{budget}.md").write_text("\n".join(lines) + "\n")
+    (docs / f"{budget}.jsonl").write_text(
+        "".join(json.dumps(_line(*run), ensure_ascii=False) + "\n" for run in results.items())
+    )
+
+
+def _line(cell: Cell, result: dict[str, Any]) -> dict[str, Any]:
+    """What is kept of a run; no path of this machine."""
+    kept = ("last", "seconds", "images_per_s", "hardware", "loader", "data", "code")
+    named = {"dataset": cell.dataset, "claim": cell.claim, "value": cell.value, "seed": cell.seed}
+    return named | {"options": [*cell.options]} | {name: result[name] for name in kept if name in result}
 
 
 def _cell(values: np.ndarray) -> str:

@@ -318,6 +318,11 @@ def test_a_line_after_one_that_was_cut_short_is_whole(tmp_path):
 
 
 def test_shipped_recipes_are_the_tables():
+    for cell in cells("imagenet_lt", "gpu", 1, 0.0):
+        if cell.value == "CIBL, cosine head":
+            trained = load_config(cell.config, list(cell.options))
+            assert computed(load_config("recipes/imagenet_lt_90", [])) == computed(trained)
+            assert (trained.loss.kind, trained.loss.kappa) == ("cibl", 1)
     for dataset in ("cifar10", "cifar100"):
         for cell in cells(f"{dataset}_lt", "gpu", 1, 0.0):
             if cell.value == "CIBL, cosine head":
