@@ -41,9 +41,7 @@ def summarize(results: Results) -> dict[str, Any]:
         if len(swept) > 2:
             skews = np.concatenate([[float(value)] * len(of) for value, of in swept.items()])
             reached = np.concatenate([*swept.values()])
-            summary["rank_correlation"][dataset] = {
-                third: round(float(spearmanr(skews, reached[:, i]).statistic), 3) for i, third in enumerate(THIRDS)
-            }
+            summary["rank_correlation"][dataset] = {third: _correlation(skews, reached[:, i]) for i, third in enumerate(THIRDS)}
             summary["best_lambda"][dataset] = max(swept, key=lambda value: swept[value][:, 0].mean())
         seeds = _seeds_of_both(results, dataset)
         ratio = _epochs_ratio(results, dataset, seeds)
@@ -53,6 +51,11 @@ def summarize(results: Results) -> dict[str, Any]:
             seed: _epochs_ratio(results, dataset, {seed}) for seed in sorted(seeds)
         }
     return summary
+
+
+def _correlation(skews: np.ndarray, reached: np.ndarray) -> float | None:
+    """Spearman's; None where nothing varies, as with a tail at 0 throughout."""
+    return round(float(spearmanr(skews, reached).statistic), 3) if np.ptp(reached) else None
 
 
 def _seeds_of_both(results: Results, dataset: str) -> set[int]:
@@ -124,9 +127,8 @@ def write(docs: Path, budget: str, summary: dict[str, Any], results: Results, of
     lines += ["", f"{machine()['cpu']}, {machine()['cores']} cores, GPU: {machine()['gpu']}."]
     lines += ["", f"Every run's scores, hardware, and digests of its images and its code: [{budget}.jsonl]({budget}.jsonl)."]
     (docs / f"{budget}.md").write_text("\n".join(lines) + "\n")
-    (docs / f"{budget}.jsonl").write_text(
-        "".join(json.dumps(_line(*run), ensure_ascii=False) + "\n" for run in results.items())
-    )
+    every = [json.dumps(_line(*run), ensure_ascii=False) + "\n" for run in results.items()]
+    (docs / f"{budget}.jsonl").write_text("".join(every))
 
 
 def _line(cell: Cell, result: dict[str, Any]) -> dict[str, Any]:

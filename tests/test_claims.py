@@ -21,6 +21,7 @@ def test_skew_is_a_rank_correlation_and_the_best_of_means():
     assert summary["rank_correlation"]["cifar100"]["tail"] == 1.0
     assert summary["rank_correlation"]["cifar100"]["head"] == -1.0
     assert summary["rank_correlation"]["cifar100"]["overall"] == pytest.approx(0.2, abs=1e-3)
+    assert summary["rank_correlation"]["cifar100"]["middle"] is None  # the same everywhere
     assert summary["ratios"] == {}  # no cosine head's runs
 
 
