@@ -295,13 +295,14 @@ def test_two_workers_halves_add_up_to_the_whole(loss):
 @pytest.mark.parametrize("keep", [2**22, 0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("loss", LOSSES)
-def test_finite_where_features_coincide_and_temperature_is_low(loss, dtype, keep, monkeypatch):
+@pytest.mark.parametrize("queued", [True, False])
+def test_finite_where_features_coincide_and_temperature_is_low(queued, loss, dtype, keep, monkeypatch):
     """All embeddings and prototypes alike, τ = .02 in every loss that has one; value and gradient stay finite."""
     monkeypatch.setitem(softmax.KEEP, "cpu", keep)
-    e = Example("a class without positives", dtype, queued=True)
+    e = Example("a class without positives", dtype, queued=queued)
     alike = F.normalize(torch.ones(1, WIDTH, dtype=torch.float64), dim=1).to(dtype)
     e.z, e.prototypes = alike.repeat(10, 1).requires_grad_(), alike.repeat(CLASSES, 1).requires_grad_()
-    e.queue = alike.repeat(QUEUED, 1)
+    e.queue = alike.repeat(len(e.queue), 1)
     value = (LOSSES[loss][0] if loss in ("cross_entropy", "balanced_softmax", "ldam") else LOW_TEMPERATURE[loss])(e)
     gradients = torch.autograd.grad(value.sum(), (e.logits, e.z, e.prototypes), allow_unused=True)
     assert value.isfinite().all()

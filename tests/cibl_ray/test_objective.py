@@ -14,6 +14,7 @@ from cibl_ray.config import RunConfig, doubts, load_config, save_config
 from cibl_ray.losses.config import needs
 from cibl_ray.losses.objective import Images, Objective, readings
 from cibl_ray.networks.network import build_network
+from cibl_ray.progress import Silent
 from cibl_ray.trainer import Trainer, resolve
 from cibl_ray.world import World
 from pipelines.batch import Share
@@ -57,12 +58,58 @@ def test_every_loss_trains_and_goes_on_to_the_bit(loss, digits, tmp_path):
     second = Trainer(config, digits, tmp_path / "half")
     second.restore(load_checkpoint(tmp_path / "half" / "checkpoints" / "last.safetensors"))
     second.train_epoch()
+    assert_same(second, whole)
+
+
+def assert_same(second: Trainer, whole: Trainer) -> None:
     for mine, theirs in (
         (second.network.state_dict(), whole.network.state_dict()),
         (second.objective.state(), whole.objective.state()),
     ):
         assert mine.keys() == theirs.keys()
         assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+class _Interrupts(Silent):
+    """Asks a trainer to stop after so many steps, as Ctrl-C does."""
+
+    def __init__(self, trainer: Trainer, steps: int) -> None:
+        self.trainer, self.left = trainer, steps
+
+    def advance(self, images: int) -> None:
+        self.left -= 1
+        self.trainer.asked_to_stop = self.left == 0
+
+
+@pytest.mark.parametrize("loss", ["cibl_with_everything", "cibl_with_a_queue", "paco", "hybrid_psc", "ldam"])
+def test_an_epoch_goes_on_to_the_bit(loss, digits, tmp_path):
+    """Queue, averaged network and streams are where they were in the middle of the second epoch."""
+    config = config_of(loss, "--batch_size", "64")
+    whole = Trainer(config, digits, tmp_path / "whole")
+    whole.train_epoch()
+    whole.train_epoch()
+    first = Trainer(config, digits, tmp_path / "half")
+    assert first.train_loaders[0].batches >= 4
+    first.train_epoch()
+    with pytest.raises(KeyboardInterrupt):
+        first.train_epoch(_Interrupts(first, 2))
+    assert (first.epoch, first.step) == (1, 2)
+    first.save()
+    second = Trainer(config, digits, tmp_path / "half")
+    second.restore(load_checkpoint(tmp_path / "half" / "checkpoints" / "last.safetensors"))
+    second.train_epoch()
+    assert_same(second, whole)
+
+
+def test_a_tail_skew_of_0_trains_as_cross_entropy_does(digits, tmp_path):
+    """To the bit, over an epoch: the contrastive term has no weight, and its projection no gradient that others would see."""
+    skewed = Trainer(config_of("cibl", "--loss.tail_skew", "0"), digits, tmp_path)
+    plain = Trainer(config_of("cross_entropy"), digits, tmp_path)
+    skewed.train_epoch()
+    plain.train_epoch()
+    there, here = plain.network.state_dict(), skewed.network.state_dict()
+    assert set(there) < set(here)
+    assert all(torch.equal(here[name], value) for name, value in there.items())
 
 
 class WaitsForTheDevice(TorchDispatchMode):

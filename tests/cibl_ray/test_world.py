@@ -34,6 +34,8 @@ LOSSES = {
     "paco": "{kind: paco, queue: 20, momentum: 0.9}",
     "cibl": "{kind: cibl}",
     "cibl_with_everything": "{kind: cibl, queue: 20, momentum: 0.9, kappa: 1, classify: first, normalize: true}",
+    "cibl_with_a_queue": "{kind: cibl, queue: 20, classify: first}",
+    "paco_without_an_average": "{kind: paco, queue: 20, momentum: null}",
     "cibl_first_view": "{kind: cibl, classify: first, normalize: true}",
     "cibl_by_class": "{kind: cibl, tail_skew: 2, normalize: class}",
 }
