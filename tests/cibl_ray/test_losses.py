@@ -25,7 +25,6 @@ from tests.cibl_ray.plain_losses import (
     CLASSES,
     COUNTS,
     LABELS,
-    QUEUED,
     WIDTH,
     Example,
     plain_balanced,
