@@ -47,7 +47,7 @@ class Predict:
     def __init__(self, config: ReplicaConfig) -> None:
         self._config = config
         self._limits = Limits(config.max_pixels, config.formats)
-        self._small = Limits(_SMALL_PIXELS, config.formats)
+        self._small = Limits(_SMALL_PIXELS, config.formats, max_scans=1)
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="decode")
 
     async def read(self, request: Request) -> tuple[list[bytes], Options]:
@@ -89,7 +89,7 @@ class Predict:
         if len(files) == 1 and len(files[0]) <= _SMALL:
             try:
                 return pixels(files[0], rule, self._small)[None]
-            except BadImageError:  # perhaps of more pixels than are decoded here
+            except BadImageError:  # perhaps of more pixels or scans than are decoded here
                 pass
         loop = asyncio.get_running_loop()
         work = [loop.run_in_executor(self._threads, pixels, file, rule, self._limits) for file in files]

@@ -24,10 +24,11 @@ _SIGNATURES = {
 
 @dataclass(frozen=True)
 class Limits:
-    """What one image may be. formats: Pillow's names."""
+    """What one image may be. formats: Pillow's names. max_scans: of a JPEG."""
 
     max_pixels: int = 40_000_000
     formats: tuple[str, ...] = ("JPEG", "PNG", "WEBP")
+    max_scans: int = 100
 
 
 class UnsupportedImageError(BadImageError):
@@ -41,7 +42,7 @@ def pixels(data: bytes, rule: EvalRule, limits: Limits) -> np.ndarray:
     if not known or (data.startswith(b"RIFF") and data[8:12] != b"WEBP"):
         raise UnsupportedImageError(f"not an image of {', '.join(limits.formats)}")
     try:
-        return rule(decode(data, limits.formats, limits.max_pixels))
+        return rule(decode(data, limits.formats, limits.max_pixels, limits.max_scans))
     except BadImageError:
         raise
     except Exception as error:  # damaged files fail in many ways, deep in their decoders

@@ -113,6 +113,21 @@ def test_errors_have_one_shape(server, path, body, headers, status, code):
     assert answer.headers["x-request-id"] == answer.json()["request_id"]
 
 
+def test_a_progressive_jpeg_is_decoded_in_a_thread_and_its_scans_are_capped(server, monkeypatch):
+    threads, work = server.app._predict._threads, []
+    submit = threads.submit
+    monkeypatch.setattr(threads, "submit", lambda *call: work.append(call) or submit(*call))
+    assert server.ask("POST", "/v1/predict", encoded("JPEG", size=100)).status == 200
+    assert not work
+    data = encoded("JPEG", size=100, progressive=True)
+    assert server.ask("POST", "/v1/predict", data).status == 200
+    assert len(work) == 1
+    last = data[data.rfind(b"\xff\xda") : -2]
+    answer = server.ask("POST", "/v1/predict", data[:-2] + last * 100 + data[-2:])
+    assert (answer.status, answer.json()["code"]) == (422, "invalid_image")
+    assert "more than 100 scans" in answer.json()["error"]
+
+
 def tensor(name, shape, datatype, data):
     return {"name": name, "shape": shape, "datatype": datatype, "data": data}
 
