@@ -164,7 +164,8 @@ class App:
         with self._turn():
             body = await request.body(self.config.max_bytes, self.config.body_seconds)
             header_length = request.headers.get(v2.HEADER_LENGTH)
-            inference = v2.Inference(model, body, header_length, self.config.max_images)
+            most = self.config.max_images
+            inference = await self._predict.apart(body, lambda: v2.Inference(model, body, header_length, most))
             result = await model.engine.submit(inference.images, inference.shift, inference.embedding)
         for index in result["logits"].argmax(1).tolist():
             self.metrics.answer(model.name, model.bundle.card.classes[index])

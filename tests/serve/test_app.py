@@ -18,6 +18,7 @@ from cibl_ray.bundle import open_bundle
 from cibl_ray.runtime import Runtime
 from pipelines.errors import UserError
 from pipelines.pixels import decode
+from serve import predict, v2
 from serve.engine import Engine
 from tests.serve.conftest import encoded, serving, until
 
@@ -98,8 +99,12 @@ def png(width: int, height: int) -> bytes:
         ("/v1/predict", b"[" * 100_000, {"Content_Type": "application/json"}, 400, "invalid_request"),
         ("/v1/predict", b'{"image": "*"}', {"Content_Type": "application/json"}, 400, "invalid_request"),
         ("/v1/predict", b'{"images": []}', {"Content_Type": "application/json"}, 400, "invalid_request"),
+        ("/v1/predict", b'{"images": [' + b"1," * 900 + b"1]}", {"Content_Type": "application/json"}, 400, "invalid_request"),
+        ("/v1/predict", b'{"images": [' + b'"aGk=",' * 64 + b'"aGk="]}', {"Content_Type": "application/json"}, 413, "too_many"),
+        ("/v1/predict", b'{"images": [' + b"1," * 400_000 + b"1]}", {"Content_Type": "application/json"}, 413, "too_many"),
         ("/v1/predict", b"--X\r\n", {"Content_Type": "multipart/form-data"}, 400, "invalid_request"),
         ("/v2/models/digits/infer", b"{}", {}, 400, "invalid_request"),
+        ("/v2/models/digits/infer", b"[" + b"{}," * 60_000 + b"{}]", {}, 413, "too_many"),
         ("/v2/models/other/infer", b"{}", {}, 404, "no_model"),
         ("/v2/models/..%2f..%2fetc/infer", b"{}", {}, 404, "not_found"),
         ("/nowhere", b"", {}, 404, "not_found"),
@@ -143,7 +148,7 @@ def tensor(name, shape, datatype, data):
         [tensor("images", [1, 16, 16, 3], "UINT8", ["a"] * 768)],
         [tensor("images", [0, 16, 16, 3], "UINT8", [])],
         [tensor("tail_shift", [0, 2**31 - 1, 2**31 - 1, 2**31 - 1], "FP32", [])],
-        [tensor("images", [1, 16, 16, 3], "UINT8", ["a" * 10_000] + [""] * 100_000)],
+        [tensor("images", [1, 16, 16, 3], "UINT8", ["a" * 10_000] + [""] * 40_000)],
         [tensor("images", [1, 16, 16, 3], "UINT8", [True] * 768)],
         [tensor("images", [1, 16, 16, 3], "UINT8", [[[[[[[[[[0] * 768]]]]]]]]])],
         [tensor("images", [1, 16, 16, 3], "UINT8", [0] * 768), tensor("tail_shift", [1], "FP32", [10**400])],
@@ -161,6 +166,43 @@ def tensor(name, shape, datatype, data):
 def test_wrong_tensors_are_400(server, inputs):
     answer = server.ask("POST", "/v2/models/digits/infer", json.dumps({"inputs": inputs}))
     assert answer.status == 400, answer.body
+
+
+@pytest.mark.parametrize("wrong", [json.dumps({"images": [1] * 900}), json.dumps({f"k{n}": 0 for n in range(900)})])
+def test_one_mistake_is_told_not_each(server, monkeypatch, wrong):
+    """pydantic would describe every one of them, at a kilobyte a piece."""
+    monkeypatch.setattr(predict._Json, "model_validate", None)
+    answer = server.ask("POST", "/v1/predict", wrong, Content_Type="application/json")
+    assert (answer.status, answer.json()["code"]) == (400, "invalid_request")
+    assert len(answer.body) < 200
+
+
+@pytest.mark.parametrize("path", ["/v1/predict", "/v2/models/digits/infer"])
+def test_a_large_body_holds_nobody_up(server, path):
+    """Its JSON is read in a thread, and the loop goes on."""
+    images = np.full((40, 16, 16, 3), 200)
+    file = base64.b64encode(encoded("PNG", size=300)).decode()
+    content = {"inputs": [tensor("images", [40, 16, 16, 3], "UINT8", images.tolist())], "pad": " " * v2.LARGE}
+    if path == "/v1/predict":
+        content = {"images": [file] * (v2.LARGE // len(file) + 1)}
+    seen, true = [], json.loads
+
+    def loads(text, **more):
+        seen.append((threading.current_thread().name, len(text)))
+        return true(text, **more)
+
+    body = json.dumps(content)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(v2.json, "loads", loads)
+        answer = server.ask("POST", path, body, Content_Type="application/json")
+    assert answer.status == 200, answer.body
+    ((thread, length),) = seen
+    assert thread.startswith("decode")
+    assert length == len(body)
+    if path != "/v1/predict":
+        small = json.dumps({"inputs": [tensor("images", [1, 16, 16, 3], "UINT8", images[:1].tolist())]})
+        one = server.ask("POST", path, small).json()["outputs"][0]["data"]
+        assert answer.json()["outputs"][0]["data"] == pytest.approx(one * 40, abs=1e-4)
 
 
 def test_triton_client(server, bundle):
