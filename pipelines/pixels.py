@@ -68,8 +68,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB" and not image.has_transparency_data:
         return image
     if image.mode.startswith("I;16") or image.mode == "I":
-        grey = np.asarray(image).astype(np.int64)
-        image = Image.fromarray((grey.clip(0, 65535) >> 8).astype(np.uint8))
+        grey = np.asarray(image)  # uint16, or int32
+        if image.mode == "I":
+            grey = grey.clip(0, 65535)
+        image = Image.fromarray((grey >> 8).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         canvas = Image.new("RGBA", image.size, (255, 255, 255, 255))

@@ -61,6 +61,20 @@ def test_sixteen_bit_grey_is_scaled():
     assert rgb(encode(image, "PNG"))[0, :, 0].tolist() == [0, 1, 255]
 
 
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "big-endian", "int32"])
+def test_every_sixteen_bit_grey_is_its_upper_byte(kind):
+    values = np.arange(-70_000, 140_000)[None] if kind == "int32" else np.arange(65536)[None]
+    if kind == "int32":
+        image = Image.fromarray(values.astype(np.int32))
+    elif kind == "big-endian":
+        image = Image.frombytes("I;16B", values.shape[::-1], values.astype(">u2").tobytes())
+    else:
+        image = decode(encode(Image.fromarray(values.astype(np.uint16)), kind))
+    assert image.mode == {"int32": "I", "big-endian": "I;16B"}.get(kind, "I;16")
+    plain = (values.astype(np.int64).clip(0, 65535) >> 8).astype(np.uint8)
+    assert (np.asarray(to_rgb(image)) == plain[..., None]).all()
+
+
 def test_exif_turns_the_image(photo):
     exif = Image.Exif()
     exif[0x0112] = 6
