@@ -17,6 +17,7 @@ from pipelines import jpeg
 _JPEG = b"\xff\xd8"
 _LONGEST = 65535  # pixels of a side, as JPEG has
 _PASSES = 25  # over as many pixels as are allowed; progressive files have some 10 to 20
+_BROKEN = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what Pillow raises for damaged files
 
 
 class BadImageError(ValueError):
@@ -33,17 +34,28 @@ def decode(
     """
     if isinstance(data, np.ndarray):
         return Image.fromarray(data)
+    image = opened(data, formats, max_pixels, max_scans)
+    try:
+        image.load()
+    except _BROKEN as error:
+        raise BadImageError(f"{len(data)} bytes, {error}") from error
+    return image
+
+
+def opened(
+    data: bytes, formats: tuple[str, ...] | None = None, max_pixels: int | None = None, max_scans: int = 100
+) -> Image.Image:
+    """The same, of which only the header has been read, and checked. Raises BadImageError."""
     try:
         image = Image.open(io.BytesIO(data), formats=formats)
         if max_pixels is not None:
             _check(image, data, max_pixels, max_scans)
-        image.load()
     except UnidentifiedImageError as error:
         known = "any image format" if formats is None else ", ".join(formats)
         raise BadImageError(f"{len(data)} bytes, not of {known}") from error
     except BadImageError:
         raise
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except _BROKEN as error:
         raise BadImageError(f"{len(data)} bytes, {error}") from error
     return image
 

@@ -43,6 +43,7 @@ class App:
         self._access = AccessLog(config.access_log)
         self._keys = read_keys(config)
         self._waiting = 0
+        self._held = 0  # bytes of their bodies
         self._watching: asyncio.Task[None] | None = None
 
     async def start(self, bundles: tuple[Path, ...]) -> None:
@@ -143,8 +144,8 @@ class App:
         return models[name]
 
     async def _v1_predict(self, request: Request, send: Send, common: Headers) -> tuple[int, dict[str, Any]]:
-        with self._turn():
-            files, options = await self._predict.read(request)
+        with self._turn() as turn:
+            files, options = await self._predict.read(request, turn.hold)
             model = self._model(options.model)
             answers = await self._predict.answer(model, files, options)
         for answer in answers:
@@ -161,8 +162,8 @@ class App:
 
     async def _v2_infer(self, request: Request, send: Send, common: Headers) -> tuple[int, dict[str, Any]]:
         model = self._model(request.model)
-        with self._turn():
-            body = await request.body(self.config.max_bytes, self.config.body_seconds)
+        with self._turn() as turn:
+            body = await request.body(self.config.max_bytes, self.config.body_seconds, turn.hold)
             header_length = request.headers.get(v2.HEADER_LENGTH)
             most = self.config.max_images
             inference = await self._predict.apart(body, lambda: v2.Inference(model, body, header_length, most))
@@ -181,6 +182,12 @@ class App:
     def wait(self, change: int) -> None:
         self._waiting += change
         self.metrics.waiting(self._waiting)
+
+    def hold(self, change: int) -> None:
+        """Raises ProblemError where the bodies of all requests would be more than a replica holds."""
+        if self._held + change > self.config.max_held_bytes:
+            raise overloaded(f"requests of {self._held:,} bytes are waiting; try again", ((b"connection", b"close"),))
+        self._held += change
 
     async def _v1_models(self, request: Request, send: Send, common: Headers) -> tuple[int, dict[str, Any]]:
         models = []
@@ -246,13 +253,21 @@ class App:
 
 
 class _Turn:
-    """A place among the requests that wait, given back however the request ends."""
+    """A place among the requests that wait, and what its body takes, given back however the request ends."""
 
     def __init__(self, app: App) -> None:
         self._app = app
+        self._held = 0
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> _Turn:
         self._app.wait(1)
+        return self
+
+    def hold(self, bytes_in: int) -> None:
+        """Raises ProblemError."""
+        self._app.hold(bytes_in)
+        self._held += bytes_in
 
     def __exit__(self, *error: object) -> None:
         self._app.wait(-1)
+        self._app.hold(-self._held)

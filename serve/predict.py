@@ -17,7 +17,7 @@ from cibl_ray.bundle import PROBABILITIES
 from pipelines.pixels import BadImageError
 from serve.errors import ProblemError, bad_request
 from serve.http import Request
-from serve.predictor import Limits, UnsupportedImageError, pixels, top
+from serve.predictor import Limits, UnsupportedImageError, announced, pixels, top
 from serve.settings import ReplicaConfig
 from serve.store import Model
 from serve.v2 import LARGE, MAX_SHIFT, parse_json
@@ -48,13 +48,13 @@ class Predict:
 
     def __init__(self, config: ReplicaConfig) -> None:
         self._config = config
-        self._limits = Limits(config.max_pixels, config.formats)
+        self._limits = Limits(min(config.max_pixels, config.max_request_pixels), config.formats)
         self._small = Limits(_SMALL_PIXELS, config.formats, max_scans=1)
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="decode")
 
-    async def read(self, request: Request) -> tuple[list[bytes], Options]:
-        """The image files of a request, and its options. Raises ProblemError."""
-        body = await request.body(self._config.max_bytes, self._config.body_seconds)
+    async def read(self, request: Request, hold: Callable[[int], None]) -> tuple[list[bytes], Options]:
+        """The image files of a request, and its options. hold: as in `Request.body`. Raises ProblemError."""
+        body = await request.body(self._config.max_bytes, self._config.body_seconds, hold)
         kind = request.content_type.partition(";")[0].strip().lower()
         given: dict[str, Any] = dict(request.query)
         if kind == "multipart/form-data":
@@ -107,8 +107,11 @@ class Predict:
             except BadImageError:  # perhaps of more pixels or scans than are decoded here
                 pass
         loop = asyncio.get_running_loop()
-        work = [loop.run_in_executor(self._threads, pixels, file, rule, self._limits) for file in files]
+        work: list[asyncio.Future[Any]] = []
         try:
+            if len(files) > 1:
+                await loop.run_in_executor(self._threads, self._check_together, files)
+            work += [loop.run_in_executor(self._threads, pixels, file, rule, self._limits) for file in files]
             return np.stack(await asyncio.gather(*work))
         except UnsupportedImageError as error:
             raise ProblemError(415, "unsupported_image", str(error)) from error
@@ -117,6 +120,14 @@ class Predict:
         finally:
             for future in work:
                 future.cancel()
+
+    def _check_together(self, files: list[bytes]) -> None:
+        """Raise ProblemError before anything is decoded where it is too much; BadImageError."""
+        most, total = self._config.max_request_pixels, 0
+        for file in files:
+            total += announced(file, self._limits)
+            if total > most:
+                raise ProblemError(413, "too_large", f"the images have more than {most:,} pixels together; send them in parts")
 
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)

@@ -20,6 +20,7 @@ from pipelines.errors import UserError
 from pipelines.pixels import decode
 from serve import predict, v2
 from serve.engine import Engine
+from serve.settings import check
 from tests.serve.conftest import encoded, serving, until
 
 
@@ -326,6 +327,44 @@ def test_a_full_queue_is_503_and_the_rest_is_answered(bundle):
         for thread in threads:
             thread.join()
         assert sorted(answer.status for answer in answers) == [200] * 4 + [503] * 8
+
+
+def test_the_pixels_of_all_images_of_a_request_are_capped_together(bundle, monkeypatch):
+    with serving([bundle], max_pixels=1_000_000, max_request_pixels=2_000_000) as server:
+
+        def ask(*files: bytes):
+            text = json.dumps({"images": [base64.b64encode(data).decode() for data in files]})
+            return server.ask("POST", "/v1/predict", text, Content_Type="application/json")
+
+        assert ask(*[encoded("PNG", size=800)] * 3).status == 200
+        monkeypatch.setattr(predict, "pixels", None)  # nothing is decoded
+        answer = ask(*[png(1000, 700)] * 3)
+        assert (answer.status, answer.json()["code"]) == (413, "too_large")
+        assert ask(png(1000, 700), b"GIF89a").status == 415
+        assert ask(png(1000, 700), png(2000, 700)).status == 422
+
+
+def test_a_replica_must_have_room_for_one_body():
+    with pytest.raises(UserError, match="max_held_bytes = 2000: less than one body"):
+        check({"bundles": ["x"], "max_held_bytes": 2000})
+
+
+def test_bodies_that_a_replica_has_no_room_for_are_503(bundle):
+    with serving([bundle], max_held_bytes=100_000) as server:
+
+        def sending(held: int) -> socket.socket:
+            connection = socket.create_connection(("127.0.0.1", server.port), timeout=10)
+            connection.sendall(b"POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Length: 60000\r\n\r\n" + bytes(held))
+            return connection
+
+        with sending(50_000):
+            until(lambda: server.app._held == 50_000)
+            with sending(59_000) as other:
+                answer = other.recv(4096)
+            assert b" 503 " in answer.splitlines()[0]
+            assert b"retry-after: 1" in answer
+            assert server.ask("POST", "/v1/predict", encoded("PNG")).status == 200
+        until(lambda: server.app._held == 0 and server.app._waiting == 0)
 
 
 def test_waiting_requests_make_one_batch(bundle):
