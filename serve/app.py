@@ -75,6 +75,9 @@ class App:
             await respond(send, status, [*_JSON, *common, *problem.headers], problem.body(request.id))
         except GoneError:
             status = 499
+        except asyncio.CancelledError:  # how Ray Serve tells that the client has gone
+            status = 499
+            raise
         except Exception:
             log.exception("request %s failed", request.id)
             failure = ProblemError(500, "internal", "the service failed; its log has the cause under this request id")

@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import concurrent.futures
 import hashlib
 import json
 import shutil
@@ -482,6 +483,26 @@ def test_a_request_that_is_being_read_during_a_swap_is_answered(bundle, run_fold
         assert answer.startswith(b"HTTP/1.1 200"), answer
         assert before[:12].encode() in answer
         until(lambda: not old.alive)  # nobody needs it any more
+
+
+def test_a_client_that_hangs_up_is_no_failure_of_the_service(bundle, tmp_path):
+    """Ray Serve cancels its request."""
+    with serving([bundle], access_log=tmp_path / "log") as server:
+
+        async def hang_up() -> None:
+            scope = {"type": "http", "method": "POST", "path": "/v1/predict", "headers": []}
+            task = asyncio.create_task(server.app(scope, asyncio.Event().wait, None))
+            while not server.app._waiting:
+                await asyncio.sleep(0.01)
+            task.cancel()
+            await task
+
+        with pytest.raises(concurrent.futures.CancelledError):
+            server.run(hang_up())
+        assert 'cibl_ray_requests_total{route="predict",status="499"} 1.0' in server.ask("GET", "/metrics").body.decode()
+        assert server.app._waiting == 0
+        (file,) = (tmp_path / "log").iterdir()
+        assert json.loads(file.read_text().splitlines()[0])["status"] == 499
 
 
 def test_nothing_of_a_request_forges_a_log_line(bundle, tmp_path):
