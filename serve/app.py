@@ -28,7 +28,7 @@ from serve.store import Model, Store
 log = logging.getLogger(__name__)
 
 _JSON: Headers = [(b"content-type", b"application/json")]
-_V2_MODEL = re.compile(r"/v2/models/([^/]+)(?:/versions/[^/]+)?(/ready|/infer)?")
+_V2_MODEL = re.compile(r"/v2/models/([^/]+)(?:/versions/([^/]+))?(/ready|/infer)?")
 _V1_FILE = re.compile(r"/v1/models/([^/]+)/([^/]+)")
 
 
@@ -99,8 +99,8 @@ class App:
         if path == "/v1/predict":
             return "predict", self._allowed(self._v1_predict, method == "POST", b"POST")
         if found := _V2_MODEL.fullmatch(path):
-            request.model = found[1]
-            match found[2]:
+            request.model, request.version = found[1], found[2]
+            match found[3]:
                 case "/infer":
                     return "infer", self._allowed(self._v2_infer, method == "POST", b"POST")
                 case "/ready":
@@ -136,7 +136,7 @@ class App:
                 ((b"www-authenticate", b"Bearer"),),
             )
 
-    def _model(self, name: str | None) -> Model:
+    def _model(self, name: str | None, version: str | None = None) -> Model:
         models = self.store.models
         if name is None and len(models) == 1:
             return next(iter(models.values()))
@@ -144,7 +144,10 @@ class App:
             raise ProblemError(400, "invalid_request", f"say which model: {', '.join(models)}")
         if name not in models:
             raise ProblemError(404, "no_model", f"no such model; there are {', '.join(models)}")
-        return models[name]
+        model = models[name]
+        if version not in (None, model.version):
+            raise ProblemError(404, "no_version", f"no such version of {name}; it is {model.version}")
+        return model
 
     async def _v1_predict(self, request: Request, send: Send, common: Headers) -> tuple[int, dict[str, Any]]:
         with self._turn() as turn:
@@ -164,7 +167,7 @@ class App:
         return 200, {"model": model.name, "images": len(files)}
 
     async def _v2_infer(self, request: Request, send: Send, common: Headers) -> tuple[int, dict[str, Any]]:
-        model = self._model(request.model)
+        model = self._model(request.model, request.version)
         with self._turn() as turn:
             body = await request.body(self.config.max_bytes, self.config.body_seconds, turn.hold)
             header_length = request.headers.get(v2.HEADER_LENGTH)
@@ -224,10 +227,11 @@ class App:
         return await self._json(send, common, {"name": "cibl-ray", "version": "2", "extensions": ["binary_tensor_data"]})
 
     async def _v2_model(self, request: Request, send: Send, common: Headers) -> tuple[int, dict[str, Any]]:
-        return await self._json(send, common, v2.metadata(self._model(request.model)))
+        return await self._json(send, common, v2.metadata(self._model(request.model, request.version)))
 
     async def _v2_model_ready(self, request: Request, send: Send, common: Headers) -> tuple[int, dict[str, Any]]:
-        return await self._json(send, common, {"name": self._model(request.model).name, "ready": True})
+        model = self._model(request.model, request.version)
+        return await self._json(send, common, {"name": model.name, "ready": True})
 
     async def _live(self, request: Request, send: Send, common: Headers) -> tuple[int, dict[str, Any]]:
         return await self._json(send, common, {"live": True})

@@ -38,6 +38,7 @@ class Request:
         self.id = given.decode() if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
         self.bytes_in = 0
         self.model: str | None = None  # of the path, where it names one
+        self.version: str | None = None
         self.file: str | None = None
 
     @property

@@ -30,7 +30,7 @@ def metadata(model: Model) -> dict[str, Any]:
         outputs.append((EMBEDDING, -1))
     return {
         "name": model.name,
-        "versions": [model.sha256[:12]],
+        "versions": [model.version],
         "platform": "onnxruntime_onnx",
         "inputs": [
             {"name": IMAGES, "datatype": "UINT8", "shape": [-1, size, size, 3]},
@@ -140,7 +140,7 @@ class Inference:
             else:
                 part["data"] = values.ravel().tolist()
             outputs.append(part)
-        content: dict[str, Any] = {"model_name": self._model.name, "model_version": self._model.sha256[:12], "outputs": outputs}
+        content: dict[str, Any] = {"model_name": self._model.name, "model_version": self._model.version, "outputs": outputs}
         if self.id is not None:
             content["id"] = self.id
         head = json.dumps(content).encode()

@@ -236,6 +236,18 @@ def test_triton_client(server, bundle):
     client.close()
 
 
+def test_a_version_in_the_path_is_the_models_or_404(server):
+    body = json.dumps({"inputs": [tensor("images", [1, 16, 16, 3], "UINT8", [7] * 768)]})
+    (version,) = server.ask("GET", "/v2/models/digits").json()["versions"]
+    for method, rest in (("POST", "/infer"), ("GET", ""), ("GET", "/ready")):
+        answer = server.ask(method, f"/v2/models/digits/versions/{version}{rest}", body)
+        assert answer.status == 200, answer.body
+        for other in ("999", version[:-1], "nonsense"):
+            answer = server.ask(method, f"/v2/models/digits/versions/{other}{rest}", body)
+            assert (answer.status, answer.json()["code"]) == (404, "no_version"), answer.body
+            assert version in answer.json()["error"]
+
+
 def test_download_resumes_and_names_its_checksum(server, bundle):
     whole = (bundle / "model.onnx").read_bytes()
     sha256 = hashlib.sha256(whole).hexdigest()
