@@ -12,35 +12,65 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from pipelines import jpeg
+
+_JPEG = b"\xff\xd8"
 _LONGEST = 65535  # pixels of a side, as JPEG has
+_PASSES = 25  # over as many pixels as are allowed; progressive files have some 10 to 20
+_BROKEN = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what Pillow raises for damaged files
 
 
 class BadImageError(ValueError):
     """The bytes are not an image, or only a part of one."""
 
 
-def decode(data: bytes | np.ndarray, formats: tuple[str, ...] | None = None, max_pixels: int | None = None) -> Image.Image:
+def decode(
+    data: bytes | np.ndarray, formats: tuple[str, ...] | None = None, max_pixels: int | None = None, max_scans: int = 100
+) -> Image.Image:
     """The image in `data` (an encoded file, or uint8 pixels), in its own mode. Raises BadImageError.
 
-    formats: Pillow's names of those that are tried; None: all it knows. max_pixels: what its header may announce, checked
-    before anything is decoded.
+    formats: Pillow's names of those that are tried; None: all it knows. max_pixels: what its header may announce, and
+    max_scans: of a JPEG, fewer where it is large, both checked before anything is decoded; max_pixels None: neither is.
     """
     if isinstance(data, np.ndarray):
         return Image.fromarray(data)
+    image = opened(data, formats, max_pixels, max_scans)
+    try:
+        image.load()
+    except _BROKEN as error:
+        raise BadImageError(f"{len(data)} bytes, {error}") from error
+    return image
+
+
+def opened(
+    data: bytes, formats: tuple[str, ...] | None = None, max_pixels: int | None = None, max_scans: int = 100
+) -> Image.Image:
+    """The same, of which only the header has been read, and checked. Raises BadImageError."""
     try:
         image = Image.open(io.BytesIO(data), formats=formats)
-        # A side of millions would make a resize cost gigabytes, however short the other one is.
-        if max_pixels is not None and (image.width * image.height > max_pixels or max(image.size) > _LONGEST):
-            raise BadImageError(f"{image.width}x{image.height} pixels, {max_pixels:,} at most")
-        image.load()
+        if max_pixels is not None:
+            _check(image, data, max_pixels, max_scans)
     except UnidentifiedImageError as error:
         known = "any image format" if formats is None else ", ".join(formats)
         raise BadImageError(f"{len(data)} bytes, not of {known}") from error
     except BadImageError:
         raise
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except _BROKEN as error:
         raise BadImageError(f"{len(data)} bytes, {error}") from error
     return image
+
+
+def _check(image: Image.Image, data: bytes, max_pixels: int, max_scans: int) -> None:
+    """Raise BadImageError where decoding would cost too much."""
+    pixels = image.width * image.height
+    # A side of millions would make a resize cost gigabytes, however short the other one is.
+    if pixels > max_pixels or max(image.size) > _LONGEST:
+        raise BadImageError(f"{image.width}x{image.height} pixels, {max_pixels:,} at most")
+    if data.startswith(_JPEG):
+        # A decoder goes over the whole picture for each scan, even for one of a few bytes.
+        most = min(max_scans, _PASSES * max_pixels // pixels)
+        if jpeg.scans(data, most + 1) > most:
+            raise BadImageError(f"{image.width}x{image.height} pixels in more than {most} scans; save it with fewer")
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -50,8 +80,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB" and not image.has_transparency_data:
         return image
     if image.mode.startswith("I;16") or image.mode == "I":
-        grey = np.asarray(image).astype(np.int64)
-        image = Image.fromarray((grey.clip(0, 65535) >> 8).astype(np.uint8))
+        grey = np.asarray(image)  # uint16, or int32
+        if image.mode == "I":
+            grey = grey.clip(0, 65535)
+        image = Image.fromarray((grey >> 8).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         canvas = Image.new("RGBA", image.size, (255, 255, 255, 255))

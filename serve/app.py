@@ -28,7 +28,7 @@ from serve.store import Model, Store
 log = logging.getLogger(__name__)
 
 _JSON: Headers = [(b"content-type", b"application/json")]
-_V2_MODEL = re.compile(r"/v2/models/([^/]+)(?:/versions/[^/]+)?(/ready|/infer)?")
+_V2_MODEL = re.compile(r"/v2/models/([^/]+)(?:/versions/([^/]+))?(/ready|/infer)?")
 _V1_FILE = re.compile(r"/v1/models/([^/]+)/([^/]+)")
 
 
@@ -43,6 +43,7 @@ class App:
         self._access = AccessLog(config.access_log)
         self._keys = read_keys(config)
         self._waiting = 0
+        self._held = 0  # bytes of their bodies
         self._watching: asyncio.Task[None] | None = None
 
     async def start(self, bundles: tuple[Path, ...]) -> None:
@@ -74,6 +75,9 @@ class App:
             await respond(send, status, [*_JSON, *common, *problem.headers], problem.body(request.id))
         except GoneError:
             status = 499
+        except asyncio.CancelledError:  # how Ray Serve tells that the client has gone
+            status = 499
+            raise
         except Exception:
             log.exception("request %s failed", request.id)
             failure = ProblemError(500, "internal", "the service failed; its log has the cause under this request id")
@@ -95,8 +99,8 @@ class App:
         if path == "/v1/predict":
             return "predict", self._allowed(self._v1_predict, method == "POST", b"POST")
         if found := _V2_MODEL.fullmatch(path):
-            request.model = found[1]
-            match found[2]:
+            request.model, request.version = found[1], found[2]
+            match found[3]:
                 case "/infer":
                     return "infer", self._allowed(self._v2_infer, method == "POST", b"POST")
                 case "/ready":
@@ -132,7 +136,7 @@ class App:
                 ((b"www-authenticate", b"Bearer"),),
             )
 
-    def _model(self, name: str | None) -> Model:
+    def _model(self, name: str | None, version: str | None = None) -> Model:
         models = self.store.models
         if name is None and len(models) == 1:
             return next(iter(models.values()))
@@ -140,11 +144,14 @@ class App:
             raise ProblemError(400, "invalid_request", f"say which model: {', '.join(models)}")
         if name not in models:
             raise ProblemError(404, "no_model", f"no such model; there are {', '.join(models)}")
-        return models[name]
+        model = models[name]
+        if version not in (None, model.version):
+            raise ProblemError(404, "no_version", f"no such version of {name}; it is {model.version}")
+        return model
 
     async def _v1_predict(self, request: Request, send: Send, common: Headers) -> tuple[int, dict[str, Any]]:
-        with self._turn():
-            files, options = await self._predict.read(request)
+        with self._turn() as turn:
+            files, options = await self._predict.read(request, turn.hold)
             model = self._model(options.model)
             answers = await self._predict.answer(model, files, options)
         for answer in answers:
@@ -160,11 +167,12 @@ class App:
         return 200, {"model": model.name, "images": len(files)}
 
     async def _v2_infer(self, request: Request, send: Send, common: Headers) -> tuple[int, dict[str, Any]]:
-        model = self._model(request.model)
-        with self._turn():
-            body = await request.body(self.config.max_bytes, self.config.body_seconds)
+        model = self._model(request.model, request.version)
+        with self._turn() as turn:
+            body = await request.body(self.config.max_bytes, self.config.body_seconds, turn.hold)
             header_length = request.headers.get(v2.HEADER_LENGTH)
-            inference = v2.Inference(model, body, header_length, self.config.max_images)
+            most = self.config.max_images
+            inference = await self._predict.apart(body, lambda: v2.Inference(model, body, header_length, most))
             result = await model.engine.submit(inference.images, inference.shift, inference.embedding)
         for index in result["logits"].argmax(1).tolist():
             self.metrics.answer(model.name, model.bundle.card.classes[index])
@@ -180,6 +188,12 @@ class App:
     def wait(self, change: int) -> None:
         self._waiting += change
         self.metrics.waiting(self._waiting)
+
+    def hold(self, change: int) -> None:
+        """Raises ProblemError where the bodies of all requests would be more than a replica holds."""
+        if self._held + change > self.config.max_held_bytes:
+            raise overloaded(f"requests of {self._held:,} bytes are waiting; try again", ((b"connection", b"close"),))
+        self._held += change
 
     async def _v1_models(self, request: Request, send: Send, common: Headers) -> tuple[int, dict[str, Any]]:
         models = []
@@ -213,10 +227,11 @@ class App:
         return await self._json(send, common, {"name": "cibl-ray", "version": "2", "extensions": ["binary_tensor_data"]})
 
     async def _v2_model(self, request: Request, send: Send, common: Headers) -> tuple[int, dict[str, Any]]:
-        return await self._json(send, common, v2.metadata(self._model(request.model)))
+        return await self._json(send, common, v2.metadata(self._model(request.model, request.version)))
 
     async def _v2_model_ready(self, request: Request, send: Send, common: Headers) -> tuple[int, dict[str, Any]]:
-        return await self._json(send, common, {"name": self._model(request.model).name, "ready": True})
+        model = self._model(request.model, request.version)
+        return await self._json(send, common, {"name": model.name, "ready": True})
 
     async def _live(self, request: Request, send: Send, common: Headers) -> tuple[int, dict[str, Any]]:
         return await self._json(send, common, {"live": True})
@@ -245,13 +260,21 @@ class App:
 
 
 class _Turn:
-    """A place among the requests that wait, given back however the request ends."""
+    """A place among the requests that wait, and what its body takes, given back however the request ends."""
 
     def __init__(self, app: App) -> None:
         self._app = app
+        self._held = 0
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> _Turn:
         self._app.wait(1)
+        return self
+
+    def hold(self, bytes_in: int) -> None:
+        """Raises ProblemError."""
+        self._app.hold(bytes_in)
+        self._held += bytes_in
 
     def __exit__(self, *error: object) -> None:
         self._app.wait(-1)
+        self._app.hold(-self._held)

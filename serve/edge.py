@@ -26,6 +26,7 @@ import numpy as np
 
 from cibl_ray.bundle import PROBABILITIES, file_sha256
 from cibl_ray.runtime import Runtime
+from pipelines import jpeg
 from pipelines.errors import UserError, run_command
 from pipelines.pixels import BadImageError
 from serve.predictor import Limits, pixels, top
@@ -228,10 +229,7 @@ def _images(names: list[str]) -> Iterator[tuple[str, bytes]]:
 
 
 def frames(stream: BinaryIO) -> Iterator[bytes]:
-    """The JPEG images of a stream that has one after another, with or without other bytes between (MJPEG).
-
-    Marker segments are walked by their lengths, so that a preview inside a picture does not end it.
-    """
+    """The JPEG images of a stream that has one after another, with or without other bytes between (MJPEG)."""
     buffer = bytearray()
     while chunk := stream.read1(_CHUNK) if hasattr(stream, "read1") else stream.read(_CHUNK):
         buffer += chunk
@@ -241,7 +239,7 @@ def frames(stream: BinaryIO) -> Iterator[bytes]:
                 del buffer[:-2]
                 break
             del buffer[:start]
-            end = _end_of_jpeg(buffer)
+            end = jpeg.end(buffer)
             if end is None:
                 if len(buffer) > _FRAME:
                     del buffer[:2]  # not a picture after all
@@ -249,36 +247,6 @@ def frames(stream: BinaryIO) -> Iterator[bytes]:
                 break
             yield bytes(buffer[:end])
             del buffer[:end]
-
-
-def _end_of_jpeg(data: bytearray) -> int | None:
-    """Where the JPEG file that `data` begins with ends; None where it goes on beyond."""
-    at = 2
-    while at + 4 <= len(data):
-        if data[at] != 0xFF:
-            at += 1
-            continue
-        marker = data[at + 1]
-        if marker == 0xD9:
-            return at + 2
-        if marker == 0xFF:
-            at += 1
-        elif marker in (0x00, 0x01) or 0xD0 <= marker <= 0xD8:
-            at += 2
-        else:
-            at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
-            if marker == 0xDA:  # entropy-coded data follow, in which FF is FF 00 or a restart
-                while True:
-                    at = data.find(b"\xff", at)
-                    if at < 0 or at + 1 >= len(data):
-                        return None
-                    if data[at + 1] == 0 or 0xD0 <= data[at + 1] <= 0xD7:
-                        at += 2
-                    else:
-                        break
-    if at + 2 <= len(data) and data[at : at + 2] == b"\xff\xd9":
-        return at + 2
-    return None
 
 
 if __name__ == "__main__":

@@ -20,5 +20,5 @@ def bad_request(message: str) -> ProblemError:
     return ProblemError(400, "invalid_request", message)
 
 
-def overloaded(message: str) -> ProblemError:
-    return ProblemError(503, "overloaded", message, ((b"retry-after", b"1"),))
+def overloaded(message: str, headers: tuple[tuple[bytes, bytes], ...] = ()) -> ProblemError:
+    return ProblemError(503, "overloaded", message, ((b"retry-after", b"1"), *headers))

@@ -18,6 +18,14 @@ _PAGES = {
     408: ("Request Timeout", "too_slow", "the request did not arrive in time"),
     503: ("Service Unavailable", "replica_lost", "no replica answered this request; send it again"),
 }
+# Headers that a client does not say: from where it asks; Ray Serve's own, by which a request would outlive its client or end at
+# once; a request id other than the application takes, at which Ray Serve would fail.
+_DROPPED = (
+    "x-forwarded-for",
+    "x-request-disconnect-disabled",
+    "x-request-timeout-seconds",
+    "x-request-id if { req.fhdr(x-request-id) -m reg ^$|[^A-Za-z0-9._-]|.{65} }",
+)
 
 
 def settle(folder: Path, host: str, port: int) -> None:
@@ -53,9 +61,8 @@ def rewrite(config: str, pages: Path, host: str, port: int) -> str:
     hosts = [host] if host in ("0.0.0.0", "127.0.0.1") else [host, "127.0.0.1"]  # noqa: S104  # what the user has asked for
     binds = "".join(rf"\g<1>{name}:{port}\g<2>\n" for name in hosts).removesuffix("\\n")
     config = re.sub(rf"^(\s*bind\s+)\S*:{port}\b(.*)$", binds, config, flags=re.MULTILINE)
-    config = re.sub(
-        r"^(frontend http_frontend\n)", r"\g<1>    http-request del-header x-forwarded-for\n", config, flags=re.MULTILINE
-    )
+    rules = "".join(rf"    http-request del-header {header}\n" for header in _DROPPED)
+    config = re.sub(r"^(frontend http_frontend\n)", rf"\g<1>{rules}", config, flags=re.MULTILINE)
     config = re.sub(r"^(\s*errorfile\s+50[234]\s+)\S+", rf"\g<1>{pages}/503.http", config, flags=re.MULTILINE)
     # On a connection that other clients' requests have used, HAProxy would close without an answer.
     config = config.replace("http-reuse always", "http-reuse safe")

@@ -38,6 +38,7 @@ class Request:
         self.id = given.decode() if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
         self.bytes_in = 0
         self.model: str | None = None  # of the path, where it names one
+        self.version: str | None = None
         self.file: str | None = None
 
     @property
@@ -51,8 +52,11 @@ class Request:
     def content_type(self) -> str:
         return self.headers.get(b"content-type", b"").decode("latin-1")
 
-    async def body(self, limit: int, seconds: float) -> bytes:
-        """The whole body. Raises ProblemError: 413 before more than `limit` bytes are taken, 408 after `seconds`; GoneError."""
+    async def body(self, limit: int, seconds: float, hold: Callable[[int], None]) -> bytes:
+        """The whole body. Raises ProblemError: 413 before more than `limit` bytes are taken, 408 after `seconds`; GoneError.
+
+        hold: told the bytes of each part that comes, and raises where there is no room for it.
+        """
         length = self.headers.get(b"content-length", b"0")
         too_large = ProblemError(413, "too_large", f"the body may have {limit:,} bytes at most", ((b"connection", b"close"),))
         if not length.isdigit() or len(length) > 18:
@@ -70,6 +74,7 @@ class Request:
                     self.bytes_in += len(chunk)
                     if self.bytes_in > limit:
                         raise too_large
+                    hold(len(chunk))
                     chunks.append(chunk)
                     if not message.get("more_body", False):
                         return chunks[0] if len(chunks) == 1 else b"".join(chunks)

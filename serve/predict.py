@@ -6,9 +6,9 @@ import asyncio
 import base64
 import binascii
 import math
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -17,10 +17,12 @@ from cibl_ray.bundle import PROBABILITIES
 from pipelines.pixels import BadImageError
 from serve.errors import ProblemError, bad_request
 from serve.http import Request
-from serve.predictor import Limits, UnsupportedImageError, pixels, top
+from serve.predictor import Limits, UnsupportedImageError, announced, pixels, top
 from serve.settings import ReplicaConfig
 from serve.store import Model
-from serve.v2 import MAX_SHIFT, parse_json
+from serve.v2 import LARGE, MAX_SHIFT, parse_json
+
+T = TypeVar("T")
 
 _SMALL = 16 << 10  # bytes of a file that is decoded in less time than handing it to a thread takes
 _SMALL_PIXELS = 1 << 16
@@ -46,29 +48,42 @@ class Predict:
 
     def __init__(self, config: ReplicaConfig) -> None:
         self._config = config
-        self._limits = Limits(config.max_pixels, config.formats)
-        self._small = Limits(_SMALL_PIXELS, config.formats)
+        self._limits = Limits(min(config.max_pixels, config.max_request_pixels), config.formats)
+        self._small = Limits(_SMALL_PIXELS, config.formats, max_scans=1)
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="decode")
 
-    async def read(self, request: Request) -> tuple[list[bytes], Options]:
-        """The image files of a request, and its options. Raises ProblemError."""
-        body = await request.body(self._config.max_bytes, self._config.body_seconds)
+    async def read(self, request: Request, hold: Callable[[int], None]) -> tuple[list[bytes], Options]:
+        """The image files of a request, and its options. hold: as in `Request.body`. Raises ProblemError."""
+        body = await request.body(self._config.max_bytes, self._config.body_seconds, hold)
         kind = request.content_type.partition(";")[0].strip().lower()
         given: dict[str, Any] = dict(request.query)
         if kind == "multipart/form-data":
             files, fields = await _multipart(request, body, self._config.max_images)
             return self._checked(files), _options(Options, {**given, **fields})
         if kind == "application/json":
-            content = _options(_Json, {**given, **parse_json(body)})
-            assert isinstance(content, _Json)
-            if (content.image is None) == (content.images is None):
-                raise bad_request("JSON needs one of 'image' and 'images', in base64")
-            texts = content.images if content.images is not None else [content.image or ""]
-            try:
-                return self._checked([base64.b64decode(text, validate=True) for text in texts]), content
-            except (binascii.Error, ValueError) as error:
-                raise bad_request("an image is not valid base64") from error
+            return await self.apart(body, lambda: self._of_json(body, given))
         return self._checked([body]), _options(Options, given)
+
+    async def apart(self, body: bytes, work: Callable[[], T]) -> T:
+        """What `work` makes of a body: in a thread where that is large, so that others are answered meanwhile."""
+        if len(body) <= LARGE:
+            return work()
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+
+    def _of_json(self, body: bytes, given: dict[str, Any]) -> tuple[list[bytes], Options]:
+        parsed = parse_json(body, self._config.max_images)
+        images = parsed.get("images")
+        if isinstance(images, list) and not all(isinstance(text, str) for text in images):
+            raise bad_request("'images': every one must be a text, in base64")
+        content = _options(_Json, {**given, **parsed})
+        assert isinstance(content, _Json)
+        if (content.image is None) == (content.images is None):
+            raise bad_request("JSON needs one of 'image' and 'images', in base64")
+        texts = content.images if content.images is not None else [content.image or ""]
+        try:
+            return self._checked([base64.b64decode(text, validate=True) for text in texts]), content
+        except (binascii.Error, ValueError) as error:
+            raise bad_request("an image is not valid base64") from error
 
     def _checked(self, files: list[bytes]) -> list[bytes]:
         if not files or not all(files):
@@ -89,11 +104,14 @@ class Predict:
         if len(files) == 1 and len(files[0]) <= _SMALL:
             try:
                 return pixels(files[0], rule, self._small)[None]
-            except BadImageError:  # perhaps of more pixels than are decoded here
+            except BadImageError:  # perhaps of more pixels or scans than are decoded here
                 pass
         loop = asyncio.get_running_loop()
-        work = [loop.run_in_executor(self._threads, pixels, file, rule, self._limits) for file in files]
+        work: list[asyncio.Future[Any]] = []
         try:
+            if len(files) > 1:
+                await loop.run_in_executor(self._threads, self._check_together, files)
+            work += [loop.run_in_executor(self._threads, pixels, file, rule, self._limits) for file in files]
             return np.stack(await asyncio.gather(*work))
         except UnsupportedImageError as error:
             raise ProblemError(415, "unsupported_image", str(error)) from error
@@ -103,11 +121,22 @@ class Predict:
             for future in work:
                 future.cancel()
 
+    def _check_together(self, files: list[bytes]) -> None:
+        """Raise ProblemError before anything is decoded where it is too much; BadImageError."""
+        most, total = self._config.max_request_pixels, 0
+        for file in files:
+            total += announced(file, self._limits)
+            if total > most:
+                raise ProblemError(413, "too_large", f"the images have more than {most:,} pixels together; send them in parts")
+
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
 
 def _options(kind: type[Options], content: dict[str, Any]) -> Options:
+    # pydantic would describe each key that it does not know, and each image of another type, at a kilobyte a piece.
+    if (unknown := next((key for key in content if key not in kind.model_fields), None)) is not None:
+        raise bad_request(f"{unknown[:64]!r}: not known; there are {', '.join(kind.model_fields)}")
     try:
         options = kind.model_validate(content)
     except ValidationError as error:

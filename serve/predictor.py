@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from cibl_ray.bundle import Card
-from pipelines.pixels import BadImageError, EvalRule, decode
+from pipelines.pixels import BadImageError, EvalRule, decode, opened
 
 Image.MAX_IMAGE_PIXELS = None  # Pillow's own check warns in one range and raises in another; `Limits.max_pixels` is ours
 
@@ -24,10 +24,11 @@ _SIGNATURES = {
 
 @dataclass(frozen=True)
 class Limits:
-    """What one image may be. formats: Pillow's names."""
+    """What one image may be. formats: Pillow's names. max_scans: of a JPEG."""
 
     max_pixels: int = 40_000_000
     formats: tuple[str, ...] = ("JPEG", "PNG", "WEBP")
+    max_scans: int = 100
 
 
 class UnsupportedImageError(BadImageError):
@@ -37,15 +38,31 @@ class UnsupportedImageError(BadImageError):
 def pixels(data: bytes, rule: EvalRule, limits: Limits) -> np.ndarray:
     """uint8 (S, S, 3) of an image file, by the rule that evaluation followed. Raises BadImageError, or
     UnsupportedImageError."""
-    known = any(data.startswith(_SIGNATURES[name]) for name in limits.formats)
-    if not known or (data.startswith(b"RIFF") and data[8:12] != b"WEBP"):
-        raise UnsupportedImageError(f"not an image of {', '.join(limits.formats)}")
+    _check_format(data, limits)
     try:
-        return rule(decode(data, limits.formats, limits.max_pixels))
+        return rule(decode(data, limits.formats, limits.max_pixels, limits.max_scans))
     except BadImageError:
         raise
     except Exception as error:  # damaged files fail in many ways, deep in their decoders
         raise BadImageError(f"{len(data):,} bytes, {type(error).__name__}") from error
+
+
+def announced(data: bytes, limits: Limits) -> int:
+    """Pixels of an image file, by its header alone. Raises BadImageError, or UnsupportedImageError."""
+    _check_format(data, limits)
+    try:
+        with opened(data, limits.formats, limits.max_pixels, limits.max_scans) as image:
+            return image.width * image.height
+    except BadImageError:
+        raise
+    except Exception as error:  # as above
+        raise BadImageError(f"{len(data):,} bytes, {type(error).__name__}") from error
+
+
+def _check_format(data: bytes, limits: Limits) -> None:
+    known = any(data.startswith(_SIGNATURES[name]) for name in limits.formats)
+    if not known or (data.startswith(b"RIFF") and data[8:12] != b"WEBP"):
+        raise UnsupportedImageError(f"not an image of {', '.join(limits.formats)}")
 
 
 def top(card: Card, probabilities: np.ndarray, k: int) -> list[dict[str, Any]]:

@@ -26,8 +26,10 @@ class ReplicaConfig(BaseModel):
     max_batch: int = Field(default=32, ge=1, le=4096, description="images of one call of onnxruntime")
     max_queue: int = Field(default=256, ge=1, le=100_000, description="requests waiting in a replica; more get 503")
     max_bytes: int = Field(default=16 << 20, ge=1024, le=1 << 30, description="of a request's body")
+    max_held_bytes: int = Field(default=256 << 20, ge=1024, description="of all bodies in a replica; more get 503")
     max_images: int = Field(default=64, ge=1, le=4096, description="of a request")
     max_pixels: int = Field(default=40_000_000, ge=1024, description="that an image's header may announce")
+    max_request_pixels: int = Field(default=160_000_000, ge=1024, description="that its images may announce together")
     formats: tuple[Format, ...] = ("JPEG", "PNG", "WEBP")
     body_seconds: float = Field(default=10, gt=0, description="in which a request's body must have arrived")
     keys_file: Path | None = Field(default=None, description="API keys, one a line")
@@ -50,6 +52,8 @@ def check(args: dict[str, Any]) -> ServiceConfig:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         raise UserError(f"{'.'.join(map(str, first['loc']))} = {first['input']!r}: {first['msg']}") from error
+    if config.max_held_bytes < config.max_bytes:
+        raise UserError(f"max_held_bytes = {config.max_held_bytes}: less than one body may have; give max_bytes or more")
     read_keys(config)
     return config
 

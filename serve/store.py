@@ -41,6 +41,11 @@ class Model:
     def name(self) -> str:
         return self.bundle.card.name
 
+    @property
+    def version(self) -> str:
+        """As the Open Inference Protocol names it."""
+        return self.sha256[:12]
+
 
 class Store:
     """Models by name. `failed` says why a bundle's new version is not in use."""
@@ -97,7 +102,7 @@ class Store:
                 return
             self.failed.pop(before.name, None)
             self._at = {**self._at, path: model}
-            log.warning("%s: now %s, before %s", model.name, model.sha256[:12], before.sha256[:12])
+            log.warning("%s: now %s, before %s", model.name, model.version, before.version)
 
     async def _load(self, path: Path) -> Model:
         """A model that has answered a real inference."""

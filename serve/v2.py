@@ -12,11 +12,13 @@ from typing import Any
 import numpy as np
 
 from cibl_ray.bundle import EMBEDDING, IMAGES, LOGITS, PROBABILITIES, TAIL_SHIFT
-from serve.errors import bad_request
+from serve.errors import ProblemError, bad_request
 from serve.store import Model
 
 HEADER_LENGTH = b"inference-header-content-length"
 MAX_SHIFT = 100.0
+LARGE = 256 << 10  # bytes of a body that is read in a thread
+_MORE_VALUES = 1000  # of JSON, beside what its images need
 _INPUTS: dict[str, tuple[str, np.dtype[Any]]] = {IMAGES: ("UINT8", np.dtype("u1")), TAIL_SHIFT: ("FP32", np.dtype("<f4"))}
 
 
@@ -28,7 +30,7 @@ def metadata(model: Model) -> dict[str, Any]:
         outputs.append((EMBEDDING, -1))
     return {
         "name": model.name,
-        "versions": [model.sha256[:12]],
+        "versions": [model.version],
         "platform": "onnxruntime_onnx",
         "inputs": [
             {"name": IMAGES, "datatype": "UINT8", "shape": [-1, size, size, 3]},
@@ -44,7 +46,8 @@ class Inference:
 
     def __init__(self, model: Model, body: bytes, header_length: bytes | None, max_images: int) -> None:
         self._model = model
-        content, binary = _split(body, header_length)
+        size = model.engine.runtime.size
+        content, binary = _split(body, header_length, max_images * (3 * size * size + 1))
         self.id = content.get("id")
         if self.id is not None and not isinstance(self.id, str):
             raise bad_request("id must be a string")
@@ -52,7 +55,6 @@ class Inference:
         if IMAGES not in tensors:
             raise bad_request(f"the input {IMAGES!r} is missing")
         self.images = tensors[IMAGES]
-        size = model.engine.runtime.size
         if self.images.ndim != 4 or self.images.shape[1:] != (size, size, 3):
             raise bad_request(f"{IMAGES!r} must have the shape [n, {size}, {size}, 3], not {list(self.images.shape)}")
         if not 1 <= len(self.images) <= max_images:
@@ -138,7 +140,7 @@ class Inference:
             else:
                 part["data"] = values.ravel().tolist()
             outputs.append(part)
-        content: dict[str, Any] = {"model_name": self._model.name, "model_version": self._model.sha256[:12], "outputs": outputs}
+        content: dict[str, Any] = {"model_name": self._model.name, "model_version": self._model.version, "outputs": outputs}
         if self.id is not None:
             content["id"] = self.id
         head = json.dumps(content).encode()
@@ -148,20 +150,26 @@ class Inference:
         return headers, head + b"".join(binary)
 
 
-def _split(body: bytes, header_length: bytes | None) -> tuple[dict[str, Any], memoryview]:
+def _split(body: bytes, header_length: bytes | None, values: int) -> tuple[dict[str, Any], memoryview]:
     view = memoryview(body)
     length = len(body)
     if header_length is not None:
         if not header_length.isdigit() or len(header_length) > 10 or int(header_length) > len(body):
             raise bad_request("Inference-Header-Content-Length is not a length within the body")
         length = int(header_length)
-    return parse_json(body[:length]), view[length:]
+    return parse_json(body[:length], values), view[length:]
 
 
-def parse_json(text: bytes) -> dict[str, Any]:
-    """A JSON object of a client. Raises ProblemError."""
+def parse_json(text: bytes, values: int) -> dict[str, Any]:
+    """A JSON object of a client. values: that its images need at most. Raises ProblemError."""
+    most = values + _MORE_VALUES
+    # Counted before it is parsed: a value of two bytes would take a hundred.
+    if (count := text.count(b",")) > most:
+        raise ProblemError(413, "too_many", f"JSON of {count:,} values, {most:,} at most")
+    # json holds Python's lock from end to end, unless it calls Python: numbers in plenty must not hold up the event loop.
+    calls: dict[str, Any] = {"parse_int": lambda digits: int(digits), "parse_float": lambda digits: float(digits)}
     try:
-        content = json.loads(text)
+        content = json.loads(text, **(calls if len(text) > LARGE else {}))
     except (ValueError, RecursionError) as error:
         raise bad_request("the body is not valid JSON") from error
     if not isinstance(content, dict):
@@ -172,7 +180,7 @@ def parse_json(text: bytes) -> dict[str, Any]:
 def _from_json(name: str, data: Any, dtype: np.dtype[Any], shape: list[int], count: int) -> np.ndarray:
     wrong = bad_request(f"{name!r}: data must be {count} numbers that its datatype holds")
     allowed = (int,) if dtype.kind == "u" else (int, float)
-    flat: list[int | float] = []
+    flat: list[Any] = []
     open_ = [iter(data)] if isinstance(data, list) else []
     while open_:
         for value in open_[-1]:  # a list nested as the shape, or flat; no more of it is taken than there may be
@@ -186,9 +194,8 @@ def _from_json(name: str, data: Any, dtype: np.dtype[Any], shape: list[int], cou
             open_.pop()
     if len(flat) != count:
         raise wrong
-    if dtype.kind == "u" and not (min(flat) >= 0 and max(flat) <= 255):
-        raise wrong
-    try:
-        return np.array(flat, dtype).reshape(shape)
-    except OverflowError as error:
+    try:  # bytes take 0 to 255 alone
+        values = np.frombuffer(bytes(flat), dtype) if dtype.kind == "u" else np.array(flat, dtype)
+        return values.reshape(shape)
+    except (OverflowError, ValueError) as error:
         raise wrong from error

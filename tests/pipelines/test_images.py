@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pipelines import jpeg
 from pipelines.config import Store
 from pipelines.images import BadImageError, decode, pack, to_rgb
 
@@ -60,6 +61,20 @@ def test_sixteen_bit_grey_is_scaled():
     assert rgb(encode(image, "PNG"))[0, :, 0].tolist() == [0, 1, 255]
 
 
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "big-endian", "int32"])
+def test_every_sixteen_bit_grey_is_its_upper_byte(kind):
+    values = np.arange(-70_000, 140_000)[None] if kind == "int32" else np.arange(65536)[None]
+    if kind == "int32":
+        image = Image.fromarray(values.astype(np.int32))
+    elif kind == "big-endian":
+        image = Image.frombytes("I;16B", values.shape[::-1], values.astype(">u2").tobytes())
+    else:
+        image = decode(encode(Image.fromarray(values.astype(np.uint16)), kind))
+    assert image.mode == {"int32": "I", "big-endian": "I;16B"}.get(kind, "I;16")
+    plain = (values.astype(np.int64).clip(0, 65535) >> 8).astype(np.uint8)
+    assert (np.asarray(to_rgb(image)) == plain[..., None]).all()
+
+
 def test_exif_turns_the_image(photo):
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -92,3 +107,36 @@ def test_truncated(photos, length):
 def test_square():
     packed = pack(np.zeros((8, 8, 3), np.uint8), Store(square=16))
     assert (packed.width, packed.height) == (16, 16)
+
+
+def with_scans(count: int, side: int) -> bytes:
+    """A progressive JPEG of so many scans, the last of a few bytes again and again."""
+    data = encode(Image.new("L", (side, side), 128), "JPEG", progressive=True)
+    last = data[data.rfind(b"\xff\xda") : -2]
+    return data[:-2] + last * (count - jpeg.scans(data, 100)) + data[-2:]
+
+
+def test_scans_are_counted_as_a_decoder_finds_them(photo):
+    assert jpeg.scans(encode(photo, "JPEG", quality=95), 100) == 1
+    assert jpeg.scans(encode(photo, "JPEG", progressive=True), 100) == 10
+    data = with_scans(60, 64)
+    assert jpeg.scans(data, 100) == 60
+    assert jpeg.scans(data, 7) == 7
+    hidden = data[:2] + b"\xff\xe1\x00\x06\xff\xda\xff\xd9" + data[2:]  # in a segment that is stepped over
+    assert jpeg.scans(hidden, 100) == 60
+    assert jpeg.end(hidden + data) == len(hidden)
+    assert jpeg.end(data[:-1]) is None
+    # Fill bytes, a stuffed one, a restart, and a marker without a length hide nothing.
+    at = data.rfind(b"\xff\xda")
+    for between in (b"\xff\xff", b"\xff\x00\x12", b"\xff\xd3", b"\xff\x02"):
+        assert jpeg.scans(data[:at] + between + data[at:], 100) == 60
+
+
+def test_a_picture_of_too_many_scans_is_refused_before_it_is_decoded():
+    for count, side in ((100, 64), (25, 512)):
+        assert decode(with_scans(count, side), ("JPEG",), 512 * 512).size == (side, side)
+        with pytest.raises(BadImageError, match=f"more than {count} scans"):
+            decode(with_scans(count + 1, side), ("JPEG",), 512 * 512)
+    with pytest.raises(BadImageError, match="more than 1 scans"):
+        decode(with_scans(6, 64), ("JPEG",), 512 * 512, 1)
+    assert decode(with_scans(200, 64)).size == (64, 64)  # one's own data

@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import concurrent.futures
 import hashlib
 import json
 import shutil
@@ -18,7 +19,9 @@ from cibl_ray.bundle import open_bundle
 from cibl_ray.runtime import Runtime
 from pipelines.errors import UserError
 from pipelines.pixels import decode
+from serve import predict, v2
 from serve.engine import Engine
+from serve.settings import check
 from tests.serve.conftest import encoded, serving, until
 
 
@@ -98,8 +101,12 @@ def png(width: int, height: int) -> bytes:
         ("/v1/predict", b"[" * 100_000, {"Content_Type": "application/json"}, 400, "invalid_request"),
         ("/v1/predict", b'{"image": "*"}', {"Content_Type": "application/json"}, 400, "invalid_request"),
         ("/v1/predict", b'{"images": []}', {"Content_Type": "application/json"}, 400, "invalid_request"),
+        ("/v1/predict", b'{"images": [' + b"1," * 900 + b"1]}", {"Content_Type": "application/json"}, 400, "invalid_request"),
+        ("/v1/predict", b'{"images": [' + b'"aGk=",' * 64 + b'"aGk="]}', {"Content_Type": "application/json"}, 413, "too_many"),
+        ("/v1/predict", b'{"images": [' + b"1," * 400_000 + b"1]}", {"Content_Type": "application/json"}, 413, "too_many"),
         ("/v1/predict", b"--X\r\n", {"Content_Type": "multipart/form-data"}, 400, "invalid_request"),
         ("/v2/models/digits/infer", b"{}", {}, 400, "invalid_request"),
+        ("/v2/models/digits/infer", b"[" + b"{}," * 60_000 + b"{}]", {}, 413, "too_many"),
         ("/v2/models/other/infer", b"{}", {}, 404, "no_model"),
         ("/v2/models/..%2f..%2fetc/infer", b"{}", {}, 404, "not_found"),
         ("/nowhere", b"", {}, 404, "not_found"),
@@ -111,6 +118,21 @@ def test_errors_have_one_shape(server, path, body, headers, status, code):
     assert (answer.status, answer.json()["code"]) == (status, code), answer.body
     assert set(answer.json()) == {"error", "code", "request_id"}
     assert answer.headers["x-request-id"] == answer.json()["request_id"]
+
+
+def test_a_progressive_jpeg_is_decoded_in_a_thread_and_its_scans_are_capped(server, monkeypatch):
+    threads, work = server.app._predict._threads, []
+    submit = threads.submit
+    monkeypatch.setattr(threads, "submit", lambda *call: work.append(call) or submit(*call))
+    assert server.ask("POST", "/v1/predict", encoded("JPEG", size=100)).status == 200
+    assert not work
+    data = encoded("JPEG", size=100, progressive=True)
+    assert server.ask("POST", "/v1/predict", data).status == 200
+    assert len(work) == 1
+    last = data[data.rfind(b"\xff\xda") : -2]
+    answer = server.ask("POST", "/v1/predict", data[:-2] + last * 100 + data[-2:])
+    assert (answer.status, answer.json()["code"]) == (422, "invalid_image")
+    assert "more than 100 scans" in answer.json()["error"]
 
 
 def tensor(name, shape, datatype, data):
@@ -128,7 +150,7 @@ def tensor(name, shape, datatype, data):
         [tensor("images", [1, 16, 16, 3], "UINT8", ["a"] * 768)],
         [tensor("images", [0, 16, 16, 3], "UINT8", [])],
         [tensor("tail_shift", [0, 2**31 - 1, 2**31 - 1, 2**31 - 1], "FP32", [])],
-        [tensor("images", [1, 16, 16, 3], "UINT8", ["a" * 10_000] + [""] * 100_000)],
+        [tensor("images", [1, 16, 16, 3], "UINT8", ["a" * 10_000] + [""] * 40_000)],
         [tensor("images", [1, 16, 16, 3], "UINT8", [True] * 768)],
         [tensor("images", [1, 16, 16, 3], "UINT8", [[[[[[[[[[0] * 768]]]]]]]]])],
         [tensor("images", [1, 16, 16, 3], "UINT8", [0] * 768), tensor("tail_shift", [1], "FP32", [10**400])],
@@ -146,6 +168,43 @@ def tensor(name, shape, datatype, data):
 def test_wrong_tensors_are_400(server, inputs):
     answer = server.ask("POST", "/v2/models/digits/infer", json.dumps({"inputs": inputs}))
     assert answer.status == 400, answer.body
+
+
+@pytest.mark.parametrize("wrong", [json.dumps({"images": [1] * 900}), json.dumps({f"k{n}": 0 for n in range(900)})])
+def test_one_mistake_is_told_not_each(server, monkeypatch, wrong):
+    """pydantic would describe every one of them, at a kilobyte a piece."""
+    monkeypatch.setattr(predict._Json, "model_validate", None)
+    answer = server.ask("POST", "/v1/predict", wrong, Content_Type="application/json")
+    assert (answer.status, answer.json()["code"]) == (400, "invalid_request")
+    assert len(answer.body) < 200
+
+
+@pytest.mark.parametrize("path", ["/v1/predict", "/v2/models/digits/infer"])
+def test_a_large_body_holds_nobody_up(server, path):
+    """Its JSON is read in a thread, and the loop goes on."""
+    images = np.full((40, 16, 16, 3), 200)
+    file = base64.b64encode(encoded("PNG", size=300)).decode()
+    content = {"inputs": [tensor("images", [40, 16, 16, 3], "UINT8", images.tolist())], "pad": " " * v2.LARGE}
+    if path == "/v1/predict":
+        content = {"images": [file] * (v2.LARGE // len(file) + 1)}
+    seen, true = [], json.loads
+
+    def loads(text, **more):
+        seen.append((threading.current_thread().name, len(text)))
+        return true(text, **more)
+
+    body = json.dumps(content)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(v2.json, "loads", loads)
+        answer = server.ask("POST", path, body, Content_Type="application/json")
+    assert answer.status == 200, answer.body
+    ((thread, length),) = seen
+    assert thread.startswith("decode")
+    assert length == len(body)
+    if path != "/v1/predict":
+        small = json.dumps({"inputs": [tensor("images", [1, 16, 16, 3], "UINT8", images[:1].tolist())]})
+        one = server.ask("POST", path, small).json()["outputs"][0]["data"]
+        assert answer.json()["outputs"][0]["data"] == pytest.approx(one * 40, abs=1e-4)
 
 
 def test_triton_client(server, bundle):
@@ -175,6 +234,18 @@ def test_triton_client(server, bundle):
     with pytest.raises(Exception, match="no such model"):
         client.infer("other", tensors)
     client.close()
+
+
+def test_a_version_in_the_path_is_the_models_or_404(server):
+    body = json.dumps({"inputs": [tensor("images", [1, 16, 16, 3], "UINT8", [7] * 768)]})
+    (version,) = server.ask("GET", "/v2/models/digits").json()["versions"]
+    for method, rest in (("POST", "/infer"), ("GET", ""), ("GET", "/ready")):
+        answer = server.ask(method, f"/v2/models/digits/versions/{version}{rest}", body)
+        assert answer.status == 200, answer.body
+        for other in ("999", version[:-1], "nonsense"):
+            answer = server.ask(method, f"/v2/models/digits/versions/{other}{rest}", body)
+            assert (answer.status, answer.json()["code"]) == (404, "no_version"), answer.body
+            assert version in answer.json()["error"]
 
 
 def test_download_resumes_and_names_its_checksum(server, bundle):
@@ -269,6 +340,44 @@ def test_a_full_queue_is_503_and_the_rest_is_answered(bundle):
         for thread in threads:
             thread.join()
         assert sorted(answer.status for answer in answers) == [200] * 4 + [503] * 8
+
+
+def test_the_pixels_of_all_images_of_a_request_are_capped_together(bundle, monkeypatch):
+    with serving([bundle], max_pixels=1_000_000, max_request_pixels=2_000_000) as server:
+
+        def ask(*files: bytes):
+            text = json.dumps({"images": [base64.b64encode(data).decode() for data in files]})
+            return server.ask("POST", "/v1/predict", text, Content_Type="application/json")
+
+        assert ask(*[encoded("PNG", size=800)] * 3).status == 200
+        monkeypatch.setattr(predict, "pixels", None)  # nothing is decoded
+        answer = ask(*[png(1000, 700)] * 3)
+        assert (answer.status, answer.json()["code"]) == (413, "too_large")
+        assert ask(png(1000, 700), b"GIF89a").status == 415
+        assert ask(png(1000, 700), png(2000, 700)).status == 422
+
+
+def test_a_replica_must_have_room_for_one_body():
+    with pytest.raises(UserError, match="max_held_bytes = 2000: less than one body"):
+        check({"bundles": ["x"], "max_held_bytes": 2000})
+
+
+def test_bodies_that_a_replica_has_no_room_for_are_503(bundle):
+    with serving([bundle], max_held_bytes=100_000) as server:
+
+        def sending(held: int) -> socket.socket:
+            connection = socket.create_connection(("127.0.0.1", server.port), timeout=10)
+            connection.sendall(b"POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Length: 60000\r\n\r\n" + bytes(held))
+            return connection
+
+        with sending(50_000):
+            until(lambda: server.app._held == 50_000)
+            with sending(59_000) as other:
+                answer = other.recv(4096)
+            assert b" 503 " in answer.splitlines()[0]
+            assert b"retry-after: 1" in answer
+            assert server.ask("POST", "/v1/predict", encoded("PNG")).status == 200
+        until(lambda: server.app._held == 0 and server.app._waiting == 0)
 
 
 def test_waiting_requests_make_one_batch(bundle):
@@ -386,6 +495,26 @@ def test_a_request_that_is_being_read_during_a_swap_is_answered(bundle, run_fold
         assert answer.startswith(b"HTTP/1.1 200"), answer
         assert before[:12].encode() in answer
         until(lambda: not old.alive)  # nobody needs it any more
+
+
+def test_a_client_that_hangs_up_is_no_failure_of_the_service(bundle, tmp_path):
+    """Ray Serve cancels its request."""
+    with serving([bundle], access_log=tmp_path / "log") as server:
+
+        async def hang_up() -> None:
+            scope = {"type": "http", "method": "POST", "path": "/v1/predict", "headers": []}
+            task = asyncio.create_task(server.app(scope, asyncio.Event().wait, None))
+            while not server.app._waiting:
+                await asyncio.sleep(0.01)
+            task.cancel()
+            await task
+
+        with pytest.raises(concurrent.futures.CancelledError):
+            server.run(hang_up())
+        assert 'cibl_ray_requests_total{route="predict",status="499"} 1.0' in server.ask("GET", "/metrics").body.decode()
+        assert server.app._waiting == 0
+        (file,) = (tmp_path / "log").iterdir()
+        assert json.loads(file.read_text().splitlines()[0])["status"] == 499
 
 
 def test_nothing_of_a_request_forges_a_log_line(bundle, tmp_path):

