@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import http.client
+import ipaddress
 import json
 import os
 import re
@@ -112,6 +113,8 @@ def download(url: str, cache: Path, name: str | None = None, precision: str = "f
         name, precision = found[1], found[2]
     elif parts.path not in ("", "/"):
         raise UserError(f"{url!r}: give the service alone, {base}, or a file {base}/v1/models/NAME/fp32.onnx")
+    if key and parts.scheme == "http" and not _loopback(parts.hostname or ""):
+        print(f"warning: the API key goes to {base} unencrypted; give an https URL", file=sys.stderr)
     remembered = cache / (hashlib.sha256(f"{base} {name} {precision}".encode()).hexdigest()[:16] + ".json")
     try:
         entry = _entry(base, name, precision, key)
@@ -188,7 +191,24 @@ def _fetch(url: str, path: Path, entry: dict[str, Any], key: str | None) -> None
 
 def _open(url: str, key: str | None, headers: dict[str, str] | None = None) -> Any:
     request = urllib.request.Request(url, headers={**(headers or {}), **({"x-api-key": key} if key else {})})  # noqa: S310  # http(s) alone
-    return urllib.request.urlopen(request, timeout=30)  # noqa: S310
+    return urllib.request.build_opener(_SameServer).open(request, timeout=30)
+
+
+class _SameServer(urllib.request.HTTPRedirectHandler):
+    """Follows redirects on the server that was asked alone: urllib takes the API key along to any other."""
+
+    def redirect_request(self, req: urllib.request.Request, *rest: Any) -> urllib.request.Request | None:
+        asked, there = urlsplit(req.full_url), urlsplit(rest[-1])
+        if (asked.scheme, asked.hostname, asked.port) != (there.scheme, there.hostname, there.port):
+            raise OSError(f"it redirects to another server, {there.scheme}://{there.netloc}; give that URL if it is meant")
+        return super().redirect_request(req, *rest)
+
+
+def _loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def _reason(error: urllib.error.HTTPError) -> str:

@@ -1,9 +1,13 @@
 """The edge client: verified, resumed, cached downloads; answers without the service, and without torch."""
 
+import http.server
 import io
 import json
 import subprocess
 import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 
@@ -13,6 +17,34 @@ from serve import edge
 from serve.edge import Edge, download, frames
 from tests.conftest import REPOSITORY
 from tests.serve.conftest import encoded, serving
+
+
+@contextmanager
+def answering(answer: Callable[[str], tuple[int, dict[str, str], bytes]]) -> Iterator[tuple[str, list[dict[str, str]]]]:
+    """A server of ours that gives `answer(path)`: its URL, and the headers of what it was asked."""
+    asked = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append({name.lower(): value for name, value in self.headers.items()})
+            status, headers, body = answer(self.path)
+            self.send_response(status)
+            for name, value in headers.items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *arguments):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}", asked
+        finally:
+            server.shutdown()
+            thread.join(20)
 
 
 def test_downloads_once_and_answers_like_the_service(bundle, server, tmp_path):
@@ -64,6 +96,35 @@ def test_without_the_service_what_was_downloaded_is_used(bundle, tmp_path, capsy
     assert "using the model that was downloaded before" in capsys.readouterr().err
     with pytest.raises(UserError, match="does not answer"):
         download(url, tmp_path / "empty")
+
+
+def test_a_redirect_takes_the_key_to_no_other_server(tmp_path, capsys):
+    with answering(lambda path: (404, {}, b"")) as (other, stolen):
+        for there in (other, other.replace("127.0.0.1", "localhost"), other.replace("http", "https")):
+            with (
+                answering(lambda path, there=there: (302, {"location": f"{there}/v1/models"}, b"")) as (url, asked),
+                pytest.raises(UserError, match=f"redirects to another server, {there};"),
+            ):
+                download(url, tmp_path, key="secret")
+            assert asked[0]["x-api-key"] == "secret"
+    assert not stolen
+    assert not capsys.readouterr().err
+    # On the same server a redirect is followed.
+    listing = json.dumps({"models": [{"name": "a", "files": {}}]}).encode()
+    moved = {"/v1/models": (302, {"location": "/moved"}, b""), "/moved": (200, {}, listing)}
+    with answering(moved.__getitem__) as (url, asked), pytest.raises(UserError, match="a has no fp32 file"):
+        download(url, tmp_path, key="secret")
+    assert [headers["x-api-key"] for headers in asked] == ["secret", "secret"]
+
+
+@pytest.mark.parametrize(
+    ("url", "warned"),
+    [("http://a.invalid", True), ("https://a.invalid", False), ("http://[::1]:1", False), ("http://localhost:1", False)],
+)
+def test_a_key_in_the_clear_is_warned_of(url, warned, tmp_path, capsys):
+    with pytest.raises(UserError, match="does not answer"):
+        download(url, tmp_path, key="secret")
+    assert ("unencrypted" in capsys.readouterr().err) is warned
 
 
 @pytest.mark.parametrize("url", ["ftp://x/y", "file:///etc/passwd", "nothing", "http://127.0.0.1:1/v1/models/../x"])
