@@ -8,6 +8,7 @@ alone.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import http.client
 import ipaddress
@@ -33,6 +34,7 @@ from serve.predictor import Limits, pixels, top
 
 _CHUNK = 1 << 20
 _LARGEST = 4 << 30  # bytes of a model
+_AT_WORK = 3600  # seconds without a byte after which no command can still be at a download
 _FRAME = 16 << 20  # bytes of a picture in a stream
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -103,7 +105,7 @@ def download(url: str, cache: Path, name: str | None = None, precision: str = "f
     """The model's file, from the cache where it is there and current. Raises UserError.
 
     A download that broke off is taken up where it ended; a file counts only when its SHA-256 is the one that the service names.
-    Without the service, what the cache has is used, and said.
+    Without the service, or where its new version does not come, what the cache has is used, and said.
     """
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.netloc:
@@ -116,30 +118,32 @@ def download(url: str, cache: Path, name: str | None = None, precision: str = "f
     if key and parts.scheme == "http" and not _loopback(parts.hostname or ""):
         print(f"warning: the API key goes to {base} unencrypted; give an https URL", file=sys.stderr)
     remembered = cache / (hashlib.sha256(f"{base} {name} {precision}".encode()).hexdigest()[:16] + ".json")
+    entry = None
     try:
         entry = _entry(base, name, precision, key)
-    except UserError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError, StopIteration, http.client.HTTPException) as error:
-        if isinstance(error, urllib.error.HTTPError) and error.code < 500:
-            raise UserError(f"{base}: {_reason(error)}") from error
-        if (kept := _remembered(remembered, cache)) is not None:
-            print(f"{base} does not answer ({error}); using the model that was downloaded before", file=sys.stderr)
-            return kept
-        raise UserError(f"{base} does not answer: {error}") from error
-    path = cache / f"{entry['sha256']}.onnx"
-    cache.mkdir(parents=True, exist_ok=True)
-    if not (path.is_file() and file_sha256(path) == entry["sha256"]):
-        try:
+        path = cache / f"{entry['sha256']}.onnx"
+        cache.mkdir(parents=True, exist_ok=True)
+        if not (path.is_file() and file_sha256(path) == entry["sha256"]):
             _fetch(base + entry["url"], path, entry, key)
-        except urllib.error.HTTPError as error:
-            raise UserError(f"{base}: {_reason(error)}") from error
-        except (OSError, http.client.HTTPException) as error:
-            raise UserError(f"the download broke off: {error}; the same command goes on with it") from error
-    part = remembered.with_suffix(".part")
-    part.write_text(json.dumps(entry))
-    part.replace(remembered)
-    return path
+        part = remembered.with_suffix(".part")
+        part.write_text(json.dumps(entry))
+        part.replace(remembered)
+        _tidy(cache, path)
+        return path
+    except urllib.error.HTTPError as error:
+        problem = f"{base}: {_reason(error)}"
+    except UserError as error:
+        if entry is None:
+            raise
+        problem = str(error)
+    except (OSError, ValueError, KeyError, TypeError, StopIteration, http.client.HTTPException) as error:
+        problem = f"the download broke off: {error}; the same command goes on with it"
+        if entry is None:
+            problem = f"{base} does not answer: {error}"
+    if (kept := _remembered(remembered, cache)) is None:
+        raise UserError(problem)
+    print(f"{problem}; using the model that was downloaded before", file=sys.stderr)
+    return kept
 
 
 def _entry(base: str, name: str | None, precision: str, key: str | None) -> dict[str, Any]:
@@ -225,6 +229,20 @@ def _remembered(file: Path, cache: Path) -> Path | None:
         return path if _SHA256.fullmatch(sha256) and file_sha256(path) == sha256 else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def _tidy(cache: Path, path: Path) -> None:
+    """Remove models, and parts of them, that no download stands for any more; never `path`, nor what another command may be
+    downloading."""
+    named = {path.stem}
+    with contextlib.suppress(OSError):
+        for file in cache.glob("*.json"):
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # damaged, it names nothing
+                named.add(json.loads(file.read_text())["sha256"])
+        for file in cache.iterdir():
+            ours = _SHA256.fullmatch(file.stem) and file.suffix in (".onnx", ".part")
+            if ours and file.stem not in named and time.time() - file.stat().st_mtime > _AT_WORK:
+                file.unlink(missing_ok=True)
 
 
 def _default_cache() -> Path:

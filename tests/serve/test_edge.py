@@ -1,8 +1,11 @@
 """The edge client: verified, resumed, cached downloads; answers without the service, and without torch."""
 
+import errno
+import hashlib
 import http.server
 import io
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -125,6 +128,79 @@ def test_a_key_in_the_clear_is_warned_of(url, warned, tmp_path, capsys):
     with pytest.raises(UserError, match="does not answer"):
         download(url, tmp_path, key="secret")
     assert ("unencrypted" in capsys.readouterr().err) is warned
+
+
+@contextmanager
+def versions(*contents: bytes) -> Iterator[tuple[str, dict]]:
+    """A service of ours with one model. `state` says which version it has, and what it answers instead of it."""
+    state = {"version": 0, "failure": None, "listing": None}
+
+    def answer(path):
+        content = contents[state["version"]]
+        if path == "/v1/models":
+            entry = {"url": "/v1/models/m/fp32.onnx", "sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+            listing = json.dumps({"models": [{"name": "m", "files": {"fp32": entry}}]}).encode()
+            return state["listing"] or (200, {}, listing)
+        return state["failure"] or (200, {}, content)
+
+    with answering(answer) as (url, _):
+        yield url, state
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        ({"failure": (503, {}, b"")}, "503"),
+        ({"failure": (401, {}, b'{"error": "an API key is needed"}')}, "401: an API key is needed"),
+        ({"failure": (200, {"content-length": "6"}, b"ne")}, "broke off"),
+        ({"failure": (200, {}, b"other!")}, "another checksum"),
+        ({"listing": (401, {}, b'{"error": "an API key is needed"}')}, "401: an API key is needed"),
+        ({"listing": (200, {}, b"<html>log in</html>")}, "does not answer"),
+    ],
+)
+def test_where_a_new_version_does_not_come_the_one_before_is_used(answer, message, tmp_path, capsys):
+    with versions(b"first", b"second") as (url, state):
+        path = download(url, tmp_path)
+        state.update(answer, version=1)
+        assert download(url, tmp_path) == path
+        said = capsys.readouterr().err
+        assert message in said
+        assert said.endswith("; using the model that was downloaded before\n")
+        assert said.count("\n") == 1
+        with pytest.raises(UserError, match=message):
+            download(url, tmp_path / "empty")
+        state.update(failure=None, listing=None)
+        assert download(url, tmp_path).read_bytes() == b"second"
+
+
+def test_a_full_disk_leaves_the_version_before(tmp_path, capsys, monkeypatch):
+    with versions(b"first", b"second") as (url, state):
+        path = download(url, tmp_path)
+        state["version"] = 1
+
+        def full(*arguments):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(os, "fsync", full)
+        assert download(url, tmp_path) == path
+    assert "No space left" in capsys.readouterr().err
+
+
+def test_what_no_download_names_any_more_is_removed(tmp_path):
+    with versions(b"first", b"second") as (url, state), versions(b"third") as (other, _):
+        first, third = download(url, tmp_path), download(other, tmp_path)
+        stray, at_work = tmp_path / f"{'0' * 64}.part", tmp_path / f"{'1' * 64}.part"
+        users = tmp_path / "mine.onnx"
+        for file in (stray, at_work, users):
+            file.write_bytes(b"x")
+        for file in (first, third, stray, users):
+            os.utime(file, (0, 0))
+        state["version"] = 1
+        second = download(url, tmp_path)
+        assert {file for file in tmp_path.iterdir() if file.suffix != ".json"} == {second, third, at_work, users}
+        os.utime(second, (0, 0))
+        assert download(url, tmp_path) == second
+        assert second.exists()
 
 
 @pytest.mark.parametrize("url", ["ftp://x/y", "file:///etc/passwd", "nothing", "http://127.0.0.1:1/v1/models/../x"])
