@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from cibl_ray.config import RunConfig
     from cibl_ray.metrics import Scores
     from cibl_ray.networks.network import HybridNetwork
-    from cibl_ray.onnx_graph import Target
     from cibl_ray.runtime import Provider, Runtime
+    from cibl_ray.targets import Target
     from pipelines.prepare import Prepared
 
 log = logging.getLogger(__name__)
@@ -167,7 +167,8 @@ class _Export:
         self._print(scores, provider)
 
     def _convert(self, bases: dict[str, Path]) -> None:
-        from cibl_ray.onnx_graph import this_machine, to_fp16, to_int8
+        from cibl_ray.onnx_graph import to_fp16, to_int8
+        from cibl_ray.targets import this_machine
 
         if "fp16" in self.options.precisions:
             bases["fp16"] = bases["fp32"].with_name("fp16.onnx")

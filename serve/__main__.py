@@ -16,6 +16,7 @@ from types import FrameType
 from typing import Any
 
 from cibl_ray.bundle import open_bundle
+from cibl_ray.targets import misfit
 from pipelines.errors import UserError, run_command
 from pipelines.settings import CommandParser
 from serve.front import addresses, authority
@@ -48,6 +49,12 @@ def main() -> None:
         if arguments.precision not in bundle.models:
             made = ", ".join(bundle.models)
             raise UserError(f"{str(bundle.folder)!r} has no {arguments.precision} model; it has {made}: --precision")
+        # Replicas log it, where nobody looks.
+        if arguments.precision == "int8" and arguments.provider in ("auto", "cpu") and (problem := misfit(bundle.card.source)):
+            from cibl_ray.runtime import usable
+
+            if arguments.provider == "cpu" or not usable("cuda"):
+                print(f"warning: {str(bundle.models['int8'].path)!r} {problem}", file=sys.stderr)
     args: dict[str, Any] = {
         "bundles": [str(path.absolute()) for path in arguments.bundles],
         "precision": arguments.precision,

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from cibl_ray import export as module
+from cibl_ray import targets
 from cibl_ray.bundle import FILES, METADATA, file_sha256, open_bundle, read_card
 from cibl_ray.checkpoint import load_checkpoint
 from cibl_ray.evaluate import evaluate
@@ -108,6 +109,35 @@ def test_int8_is_quantised_and_close(bundle, run_folder):
     assert (bundle / "model.int8.onnx").stat().st_size < 0.6 * (bundle / "model.onnx").stat().st_size
     fp32, int8 = (Runtime(bundle / FILES[name], "cpu")(images, outputs=("logits",))[0] for name in ("fp32", "int8"))
     assert (fp32.argmax(1) == int8.argmax(1)).mean() > 0.8
+
+
+@pytest.mark.parametrize(
+    ("machine", "flags", "here", "overflow"),
+    [
+        ("x86_64", "avx2", "x86-avx2", {"x86", "arm"}),
+        ("x86_64", "avx2 avx_vnni", "x86", set()),
+        ("x86_64", "avx512_vnni", "x86", set()),
+        ("AMD64", "", "x86-avx2", set()),  # Windows does not say
+        ("aarch64", "asimd", "arm", set()),
+    ],
+)
+def test_int8_that_overflows_on_a_cpu_is_told(machine, flags, here, overflow, bundle, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    monkeypatch.setattr(targets, "_flags", lambda: flags)
+    assert targets.this_machine() == here
+    for target in ("x86", "x86-avx2", "arm"):
+        model = onnx.load(bundle / "model.int8.onnx")
+        (entry,) = (entry for entry in model.metadata_props if entry.key == METADATA)
+        card = json.loads(entry.value)
+        entry.value = json.dumps({**card, "source": {**card["source"], "int8": {"target": target}}})
+        onnx.save(model, tmp_path / "model.onnx")
+        caplog.clear()
+        Runtime(tmp_path / "model.onnx", "cpu")
+        assert [f"'{tmp_path / 'model.onnx'}' is for {target}; this CPU lacks VNNI" in line for line in caplog.messages] == (
+            [True] if target in overflow else []
+        )
+    assert targets.misfit({}) is targets.misfit({"int8": None}) is None
+    Runtime(bundle / "model.onnx", "cpu")
 
 
 def test_cosine_head_and_other_losses_export(tmp_path):
