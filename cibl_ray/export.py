@@ -244,18 +244,28 @@ class _Export:
         """The server's way from an image's original file to pixels, against the evaluation's."""
         import numpy as np
 
+        from cibl_ray.bundle import FORMATS
         from pipelines.originals import original_images
-        from pipelines.pixels import decode
+        from pipelines.pixels import BadImageError, decode
 
+        foreign = []
         originals = original_images(self.prepared, self.split, self.config.data, self.config.seed, len(images))
         for row, (data, place) in enumerate(originals):
-            served = self.rule(decode(data))
+            try:
+                image = decode(data, FORMATS)
+            except BadImageError:
+                image = decode(data)
+                foreign.append(str(image.format))
+            served = self.rule(image)
             if not np.array_equal(served, images[row]):
                 apart = np.abs(served.astype(int) - images[row]).max()
                 raise UserError(
                     f"{place}: the server's pixels differ from those evaluated, by {apart} at most; prepare the data again"
                 )
         log.info("preprocessing: %d images of the %s split give the evaluation's pixels", len(images), self.split)
+        if foreign:
+            found, taken = ", ".join(sorted({*foreign})), ", ".join(FORMATS)
+            log.warning("%d of them are %s; service and edge take %s: save such images as PNG", len(foreign), found, taken)
 
     def _verify_logits(self, runtime: Runtime, images: np.ndarray) -> None:
         import numpy as np

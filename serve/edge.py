@@ -26,7 +26,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from cibl_ray.bundle import PROBABILITIES, file_sha256
+from cibl_ray.bundle import FORMATS, PROBABILITIES, file_sha256
 from cibl_ray.runtime import Runtime
 from pipelines.errors import UserError, run_command
 from pipelines.pixels import BadImageError
@@ -37,6 +37,7 @@ _LARGEST = 4 << 30  # bytes of a model
 _AT_WORK = 3600  # seconds without a byte after which no command can still be at a download
 _FRAME = 16 << 20  # bytes of a picture in a stream
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
+_UNREAD = {".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}  # of images that training takes besides
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -256,8 +257,13 @@ def _images(names: list[str]) -> Iterator[tuple[str, bytes]]:
             for number, frame in enumerate(frames(sys.stdin.buffer)):
                 yield f"frame {number}", frame
         elif Path(name).is_dir():
-            for path in sorted(path for path in Path(name).rglob("*") if path.suffix.lower() in _SUFFIXES):
-                yield str(path), path.read_bytes()
+            paths = sorted(path for path in Path(name).rglob("*") if path.is_file())
+            if skipped := [path.suffix.lower() for path in paths if path.suffix.lower() in _UNREAD]:
+                kinds, read = ", ".join(sorted({*skipped})), ", ".join(FORMATS)
+                print(f"{name}: {len(skipped)} files ({kinds}) skipped, not of {read}; save them as PNG", file=sys.stderr)
+            for path in paths:
+                if path.suffix.lower() in _SUFFIXES:
+                    yield str(path), path.read_bytes()
         else:
             try:
                 yield name, Path(name).read_bytes()

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from cibl_ray.bundle import Card
+from cibl_ray.bundle import FORMATS, Card
 from pipelines.pixels import BadImageError, EvalRule, decode
 
 Image.MAX_IMAGE_PIXELS = None  # Pillow's own check warns in one range and raises in another; `Limits.max_pixels` is ours
@@ -27,7 +27,7 @@ class Limits:
     """What one image may be. formats: Pillow's names."""
 
     max_pixels: int = 40_000_000
-    formats: tuple[str, ...] = ("JPEG", "PNG", "WEBP")
+    formats: tuple[str, ...] = FORMATS
 
 
 class UnsupportedImageError(BadImageError):

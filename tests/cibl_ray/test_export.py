@@ -1,5 +1,6 @@
 """The bundle says what it is, its files compute what torch computes, and a failed verification leaves nothing."""
 
+import io
 import json
 import shutil
 import subprocess
@@ -10,6 +11,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from PIL import Image
 
 from cibl_ray import export as module
 from cibl_ray import targets
@@ -144,6 +146,23 @@ def test_cosine_head_and_other_losses_export(tmp_path):
     run = small_run(tmp_path, "--loss.kind", "cross_entropy", "--network.head.kind", "cosine", "--epochs", "1")
     export(run / "checkpoints" / "last.safetensors", tmp_path / "out", Options(provider="cpu", embedding=True))
     assert open_bundle(tmp_path / "out").card.source["epoch"] == 1
+
+
+def test_originals_that_the_service_does_not_take_are_told(run_folder, tmp_path, monkeypatch, caplog):
+    from pipelines import originals
+
+    true = originals.original_images
+
+    def others(*arguments):
+        for number, (data, place) in enumerate(true(*arguments)):
+            file = io.BytesIO()
+            Image.open(io.BytesIO(data)).save(file, ("BMP", "TIFF", "PNG")[min(number, 2)])
+            yield file.getvalue(), place
+
+    monkeypatch.setattr(originals, "original_images", others)
+    export(run_folder / "checkpoints" / "best.safetensors", tmp_path / "out", Options(provider="cpu"))
+    assert "2 of them are BMP, TIFF; service and edge take JPEG, PNG, WEBP: save such images as PNG" in caplog.messages
+    assert open_bundle(tmp_path / "out").models
 
 
 @pytest.mark.parametrize("fault", ["logits", "pixels", "int8"])

@@ -16,6 +16,7 @@ import pytest
 
 from cibl_ray.bundle import open_bundle
 from pipelines.errors import UserError
+from pipelines.sources import IMAGE_SUFFIXES
 from serve import edge
 from serve.edge import Edge, download, frames
 from tests.conftest import REPOSITORY
@@ -222,6 +223,15 @@ def test_frames_of_a_stream():
 
     assert list(frames(io.BytesIO(stream))) == pictures
     assert list(frames(Slow(stream))) == pictures
+
+
+def test_images_of_a_folder_that_are_not_read_are_told(tmp_path, capsys):
+    (tmp_path / "folder.jpg").mkdir()
+    for name in ("a.png", "folder.jpg/b.JPG", "c.gif", "d.TIFF", "e.gif", "notes.txt"):
+        (tmp_path / name).write_bytes(name.encode())
+    assert [data for _, data in edge._images([str(tmp_path)])] == [b"a.png", b"folder.jpg/b.JPG"]
+    assert capsys.readouterr().err == f"{tmp_path}: 3 files (.gif, .tiff) skipped, not of JPEG, PNG, WEBP; save them as PNG\n"
+    assert {*IMAGE_SUFFIXES} == edge._SUFFIXES | edge._UNREAD
 
 
 def test_command_needs_no_torch_no_ray(bundle, tmp_path):
