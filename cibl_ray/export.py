@@ -20,8 +20,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines.errors import UserError, run_command
-from pipelines.settings import CommandParser
+from pipelines.errors import CommandParser, UserError, run_command
 
 if TYPE_CHECKING:
     import numpy as np
@@ -349,15 +348,11 @@ def _figures(scores: Scores, split: str) -> dict[str, Any]:
 
 
 def _versions() -> dict[str, str]:
-    packages = {
-        "cibl-ray": "cibl-ray",
-        "torch": "torch",
-        "onnx": "onnx",
-        "onnxruntime": "onnxruntime-gpu",
-        "numpy": "numpy",
-        "pillow": "pillow",
-    }
-    return {name: version(package) for name, package in packages.items()} | {"python": platform.python_version()}
+    import onnxruntime  # several packages bring it: for CPUs, for GPUs
+
+    packages = ("cibl-ray", "torch", "onnx", "numpy", "pillow")
+    others = {"onnxruntime": onnxruntime.__version__, "python": platform.python_version()}
+    return {package: version(package) for package in packages} | others
 
 
 def _checkpoint(run: Path, which: str | None) -> Path:
@@ -403,4 +398,4 @@ def _count(text: str) -> int:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, "'cibl-ray[train,export]'")

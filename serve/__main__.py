@@ -17,8 +17,7 @@ from typing import Any
 
 from cibl_ray.bundle import open_bundle
 from cibl_ray.targets import misfit
-from pipelines.errors import UserError, run_command
-from pipelines.settings import CommandParser
+from pipelines.errors import CommandParser, UserError, run_command
 from serve.front import addresses, authority
 from serve.local import running
 from serve.settings import KEYS, check
@@ -110,4 +109,4 @@ def _free(host: str, port: int) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, "'cibl-ray[serve]'")

@@ -13,6 +13,7 @@ import hashlib
 import http.client
 import ipaddress
 import json
+import math
 import os
 import re
 import sys
@@ -27,10 +28,9 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from cibl_ray.bundle import FORMATS, PROBABILITIES, file_sha256
-from cibl_ray.runtime import Runtime
-from pipelines.errors import UserError, run_command
+from pipelines.errors import CommandParser, UserError, run_command
 from pipelines.pixels import BadImageError
-from serve.predictor import Limits, pixels, top
+from serve.predictor import MAX_SHIFT, Limits, pixels, top
 
 _CHUNK = 1 << 20
 _LARGEST = 4 << 30  # bytes of a model
@@ -42,16 +42,14 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m serve.edge", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser(prog="python -m serve.edge", description=__doc__)
     parser.add_argument("model", metavar="URL", help="a service, a model's file there, or a local .onnx file")
     parser.add_argument("images", nargs="*", metavar="IMAGE", help="files, folders, or '-' for JPEG images on standard input")
     parser.add_argument("--name", help="which model, where the service has several")
     parser.add_argument("--precision", choices=["fp32", "fp16", "int8"], default="fp32")
-    parser.add_argument("--top", type=int, default=1, help="classes an image (default: 1)")
-    parser.add_argument("--tail-shift", type=float, default=0.0, help="more of it favours rare classes (default: 0)")
-    parser.add_argument("--threads", type=int, help="of onnxruntime (default: all cores)")
+    parser.add_argument("--top", type=_count, default=1, help="classes an image (default: 1)")
+    parser.add_argument("--tail-shift", type=_shift, default=0.0, help="more of it favours rare classes (default: 0)")
+    parser.add_argument("--threads", type=_count, help="of onnxruntime (default: all cores)")
     parser.add_argument(
         "--cache", type=Path, default=_default_cache(), help="folder for downloaded models (default: %(default)s)"
     )
@@ -91,6 +89,8 @@ class Edge:
     """A downloaded model, alone."""
 
     def __init__(self, model: Path, threads: int | None = None) -> None:
+        from cibl_ray.runtime import Runtime  # here, so that a missing onnxruntime is told in one line
+
         self.runtime = Runtime(model, "auto", threads)
         self.card = self.runtime.card
 
@@ -108,7 +108,10 @@ def download(url: str, cache: Path, name: str | None = None, precision: str = "f
     A download that broke off is taken up where it ended; a file counts only when its SHA-256 is the one that the service names.
     Without the service, or where its new version does not come, what the cache has is used, and said.
     """
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError as error:
+        raise UserError(f"{url!r}: {error}; give a service's URL (http://HOST:8000)") from error
     if parts.scheme not in ("http", "https") or not parts.netloc:
         raise UserError(f"{url!r} is neither a file nor a service's URL (http://HOST:8000)")
     base = f"{parts.scheme}://{parts.netloc}"
@@ -160,14 +163,11 @@ def _entry(base: str, name: str | None, precision: str, key: str | None) -> dict
     files = models[name]["files"]
     if precision not in files:
         raise UserError(f"{name} has no {precision} file; it has {', '.join(files)}: --precision")
-    entry: dict[str, Any] = files[precision]
-    if (
-        not _SHA256.fullmatch(str(entry["sha256"]))
-        or not 0 < int(entry["bytes"]) <= _LARGEST
-        or not str(entry["url"]).startswith("/v1/")
-    ):
+    found = files[precision]
+    where, sha256, size = str(found["url"]), str(found["sha256"]), int(found["bytes"])
+    if not (_SHA256.fullmatch(sha256) and 0 < size <= _LARGEST and where.startswith("/v1/")):
         raise UserError(f"{base} describes its files in a way that is not understood")
-    return entry
+    return {"url": where, "sha256": sha256, "bytes": size}
 
 
 def _fetch(url: str, path: Path, entry: dict[str, Any], key: str | None) -> None:
@@ -244,6 +244,22 @@ def _tidy(cache: Path, path: Path) -> None:
             ours = _SHA256.fullmatch(file.stem) and file.suffix in (".onnx", ".part")
             if ours and file.stem not in named and time.time() - file.stat().st_mtime > _AT_WORK:
                 file.unlink(missing_ok=True)
+
+
+def _count(text: str) -> int:
+    if not (text.isdecimal() and len(text) < 6 and int(text) >= 1):
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1 to 99999")
+    return int(text)
+
+
+def _shift(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not abs(value) <= MAX_SHIFT:  # false for NaN too
+        raise argparse.ArgumentTypeError(f"{text} is not a number from {-MAX_SHIFT:g} to {MAX_SHIFT:g}")
+    return value
 
 
 def _default_cache() -> Path:
@@ -326,4 +342,4 @@ def _end_of_jpeg(data: bytearray) -> int | None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, "onnxruntime")

@@ -13,6 +13,7 @@ from pipelines.pixels import BadImageError, EvalRule, decode
 
 Image.MAX_IMAGE_PIXELS = None  # Pillow's own check warns in one range and raises in another; `Limits.max_pixels` is ours
 
+MAX_SHIFT = 100.0  # either way, of tail_shift
 _SIGNATURES = {
     "JPEG": b"\xff\xd8\xff",
     "PNG": b"\x89PNG\r\n\x1a\n",

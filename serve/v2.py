@@ -13,10 +13,10 @@ import numpy as np
 
 from cibl_ray.bundle import EMBEDDING, IMAGES, LOGITS, PROBABILITIES, TAIL_SHIFT
 from serve.errors import bad_request
+from serve.predictor import MAX_SHIFT
 from serve.store import Model
 
 HEADER_LENGTH = b"inference-header-content-length"
-MAX_SHIFT = 100.0
 _INPUTS: dict[str, tuple[str, np.dtype[Any]]] = {IMAGES: ("UINT8", np.dtype("u1")), TAIL_SHIFT: ("FP32", np.dtype("<f4"))}
 
 

@@ -1,5 +1,6 @@
 """The bundle says what it is, its files compute what torch computes, and a failed verification leaves nothing."""
 
+import importlib.metadata
 import io
 import json
 import shutil
@@ -198,6 +199,16 @@ def test_a_failed_verification_leaves_no_bundle(run_folder, tmp_path, monkeypatc
     with pytest.raises(UserError, match=message):
         export(run_folder / "checkpoints" / "best.safetensors", tmp_path / "out", options)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_any_package_of_onnxruntime_will_do(monkeypatch):
+    def version(package):
+        if package.startswith("onnxruntime"):
+            raise importlib.metadata.PackageNotFoundError(package)
+        return "1"
+
+    monkeypatch.setattr(module, "version", version)
+    assert module._versions()["onnxruntime"] == onnxruntime.__version__
 
 
 def test_a_changed_file_is_noticed(bundle, tmp_path):

@@ -204,7 +204,9 @@ def test_what_no_download_names_any_more_is_removed(tmp_path):
         assert second.exists()
 
 
-@pytest.mark.parametrize("url", ["ftp://x/y", "file:///etc/passwd", "nothing", "http://127.0.0.1:1/v1/models/../x"])
+@pytest.mark.parametrize(
+    "url", ["ftp://x/y", "file:///etc/passwd", "nothing", "http://127.0.0.1:1/v1/models/../x", "http://[::1"]
+)
 def test_a_wrong_url_is_explained(url, tmp_path):
     with pytest.raises(UserError):
         download(url, tmp_path)
@@ -223,6 +225,50 @@ def test_frames_of_a_stream():
 
     assert list(frames(io.BytesIO(stream))) == pictures
     assert list(frames(Slow(stream))) == pictures
+
+
+def test_a_number_of_bytes_in_quotes_is_a_number(tmp_path):
+    entry = {"url": "/v1/models/m/fp32.onnx", "sha256": hashlib.sha256(b"whole").hexdigest(), "bytes": "5"}
+    listing = json.dumps({"models": [{"name": "m", "files": {"fp32": entry}}]}).encode()
+    with answering(lambda path: (200, {}, listing if path == "/v1/models" else b"whole")) as (url, _):
+        assert download(url, tmp_path).read_bytes() == b"whole"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        *(["--tail-shift", value] for value in ("nan", "inf", "1e39", "100.5", "-101", "much")),
+        *([option, value] for option in ("--top", "--threads") for value in ("0", "-1", "1.5", "all", "100000")),
+        ["--unknown"],
+        ["--precision", "int4"],
+    ],
+)
+def test_wrong_arguments_are_one_line(arguments, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["edge", "model.onnx", *arguments])
+    with pytest.raises(UserError, match=f"{arguments[0]}.*; see python -m serve.edge --help") as error:
+        edge.main()
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("missing", "module", "advice"),
+    [("onnxruntime", "serve.edge", "pip install onnxruntime"), ("ray", "serve", "pip install 'cibl-ray[serve]'")],
+)
+def test_a_missing_package_is_one_line(missing, module, advice, bundle):
+    program = f"""
+import sys
+class Without:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition('.')[0] == {missing!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Without())
+sys.argv = [{module!r}, {str(bundle / "model.onnx" if module == "serve.edge" else bundle)!r}]
+import runpy
+runpy.run_module({module!r}, run_name='__main__', alter_sys=True)
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == f"error: {missing} is not installed; this command needs: {advice}\n"
 
 
 def test_images_of_a_folder_that_are_not_read_are_told(tmp_path, capsys):
