@@ -22,8 +22,9 @@ from cibl_ray.bundle import FILES
 from cibl_ray.config import NetworkConfig
 from cibl_ray.losses.config import Needs
 from cibl_ray.networks.network import HybridNetwork, build_network
-from cibl_ray.onnx_graph import export_base, finish, this_machine, to_fp16, to_int8
+from cibl_ray.onnx_graph import export_base, finish, to_fp16, to_int8
 from cibl_ray.runtime import Runtime
+from cibl_ray.targets import this_machine
 from pipelines.augment import Normalize
 from pipelines.config import DataConfig
 

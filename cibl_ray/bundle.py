@@ -24,6 +24,7 @@ METADATA = "cibl_ray"  # the key of the ONNX file's metadata_props
 IMAGES, TAIL_SHIFT = "images", "tail_shift"
 LOGITS, PROBABILITIES, EMBEDDING = "logits", "probabilities", "embedding"
 FILES = {"fp32": "model.onnx", "fp16": "model.fp16.onnx", "int8": "model.int8.onnx"}
+FORMATS = ("JPEG", "PNG", "WEBP")  # Pillow's names of what service and edge take
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")  # of a model: safe in a path, a URL and a log
 
 

@@ -12,8 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipelines.errors import UserError, run_command
-from pipelines.settings import CommandParser
+from pipelines.errors import CommandParser, UserError, run_command
 
 if TYPE_CHECKING:
     from cibl_ray.checkpoint import Checkpoint

@@ -20,8 +20,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines.errors import UserError, run_command
-from pipelines.settings import CommandParser
+from pipelines.errors import CommandParser, UserError, run_command
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,8 +29,8 @@ if TYPE_CHECKING:
     from cibl_ray.config import RunConfig
     from cibl_ray.metrics import Scores
     from cibl_ray.networks.network import HybridNetwork
-    from cibl_ray.onnx_graph import Target
     from cibl_ray.runtime import Provider, Runtime
+    from cibl_ray.targets import Target
     from pipelines.prepare import Prepared
 
 log = logging.getLogger(__name__)
@@ -167,7 +166,8 @@ class _Export:
         self._print(scores, provider)
 
     def _convert(self, bases: dict[str, Path]) -> None:
-        from cibl_ray.onnx_graph import this_machine, to_fp16, to_int8
+        from cibl_ray.onnx_graph import to_fp16, to_int8
+        from cibl_ray.targets import this_machine
 
         if "fp16" in self.options.precisions:
             bases["fp16"] = bases["fp32"].with_name("fp16.onnx")
@@ -243,18 +243,28 @@ class _Export:
         """The server's way from an image's original file to pixels, against the evaluation's."""
         import numpy as np
 
+        from cibl_ray.bundle import FORMATS
         from pipelines.originals import original_images
-        from pipelines.pixels import decode
+        from pipelines.pixels import BadImageError, decode
 
+        foreign = []
         originals = original_images(self.prepared, self.split, self.config.data, self.config.seed, len(images))
         for row, (data, place) in enumerate(originals):
-            served = self.rule(decode(data))
+            try:
+                image = decode(data, FORMATS)
+            except BadImageError:
+                image = decode(data)
+                foreign.append(str(image.format))
+            served = self.rule(image)
             if not np.array_equal(served, images[row]):
                 apart = np.abs(served.astype(int) - images[row]).max()
                 raise UserError(
                     f"{place}: the server's pixels differ from those evaluated, by {apart} at most; prepare the data again"
                 )
         log.info("preprocessing: %d images of the %s split give the evaluation's pixels", len(images), self.split)
+        if foreign:
+            found, taken = ", ".join(sorted({*foreign})), ", ".join(FORMATS)
+            log.warning("%d of them are %s; service and edge take %s: save such images as PNG", len(foreign), found, taken)
 
     def _verify_logits(self, runtime: Runtime, images: np.ndarray) -> None:
         import numpy as np
@@ -338,15 +348,11 @@ def _figures(scores: Scores, split: str) -> dict[str, Any]:
 
 
 def _versions() -> dict[str, str]:
-    packages = {
-        "cibl-ray": "cibl-ray",
-        "torch": "torch",
-        "onnx": "onnx",
-        "onnxruntime": "onnxruntime-gpu",
-        "numpy": "numpy",
-        "pillow": "pillow",
-    }
-    return {name: version(package) for name, package in packages.items()} | {"python": platform.python_version()}
+    import onnxruntime  # several packages bring it: for CPUs, for GPUs
+
+    packages = ("cibl-ray", "torch", "onnx", "numpy", "pillow")
+    others = {"onnxruntime": onnxruntime.__version__, "python": platform.python_version()}
+    return {package: version(package) for package in packages} | others
 
 
 def _checkpoint(run: Path, which: str | None) -> Path:
@@ -392,4 +398,4 @@ def _count(text: str) -> int:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, "'cibl-ray[train,export]'")

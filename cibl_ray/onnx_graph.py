@@ -12,7 +12,7 @@ import contextlib
 import io
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import onnx
@@ -23,9 +23,9 @@ from torch import nn
 
 from cibl_ray.bundle import EMBEDDING, IMAGES, LOGITS, METADATA, PROBABILITIES, TAIL_SHIFT
 from cibl_ray.networks.network import HybridNetwork
+from cibl_ray.targets import Target
 from pipelines.config import DataConfig
 
-Target = Literal["x86", "x86-avx2", "arm"]
 _RAW = "raw_logits"
 _COUNTED = 6_000_000  # bytes of images
 
@@ -170,16 +170,3 @@ def _logits(model: Path, images: np.ndarray) -> np.ndarray:
     session = onnxruntime.InferenceSession(str(model), providers=["CPUExecutionProvider"])
     parts = [session.run([_RAW], {IMAGES: images[i : i + 64]})[0] for i in range(0, len(images), 64)]
     return np.concatenate(parts)
-
-
-def this_machine() -> Target:
-    """The int8 settings that suit the CPU here."""
-    import platform
-
-    if platform.machine().lower() in ("aarch64", "arm64", "armv7l"):
-        return "arm"
-    try:
-        flags = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return "x86-avx2"
-    return "x86" if "vnni" in flags else "x86-avx2"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import io
+import logging
 from contextlib import redirect_stdout
 from functools import cache
 from pathlib import Path
@@ -13,7 +14,10 @@ import numpy as np
 import onnxruntime
 
 from cibl_ray.bundle import EMBEDDING, IMAGES, LOGITS, METADATA, PROBABILITIES, TAIL_SHIFT, Card, read_card
+from cibl_ray.targets import misfit
 from pipelines.errors import UserError
+
+log = logging.getLogger(__name__)
 
 Provider = Literal["auto", "cpu", "cuda", "tensorrt"]
 PROVIDERS = {"tensorrt": "TensorrtExecutionProvider", "cuda": "CUDAExecutionProvider", "cpu": "CPUExecutionProvider"}
@@ -33,6 +37,9 @@ class Runtime:
             raise UserError(f"{str(model)!r} is not a model that cibl-ray exported: its metadata lack {METADATA!r}")
         self.card: Card = read_card(properties[METADATA], str(model))
         self.has_embedding = any(output.name == EMBEDDING for output in self.session.get_outputs())
+        # Other providers add up int8 in another way.
+        if self.card.precision == "int8" and self.provider == PROVIDERS["cpu"] and (problem := misfit(self.card.source)):
+            log.warning("%r %s", str(model), problem)
 
     @property
     def size(self) -> int:

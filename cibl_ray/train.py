@@ -21,8 +21,8 @@ from types import FrameType
 from typing import IO, TYPE_CHECKING, Any
 
 from cibl_ray.ray_start import settle
-from pipelines.errors import Interrupted, UserError, run_command
-from pipelines.settings import CommandParser, split_command_line
+from pipelines.errors import CommandParser, Interrupted, UserError, run_command
+from pipelines.settings import split_command_line
 
 if TYPE_CHECKING:
     from cibl_ray.progress import Progress

@@ -21,11 +21,10 @@ from pydantic import Field
 
 from pipelines.beton import Beton
 from pipelines.config import DataConfig
-from pipelines.errors import UserError, run_command
+from pipelines.errors import CommandParser, UserError, run_command
 from pipelines.longtail import apply_profile, carve_validation
 from pipelines.pictures import histogram_text, save_histogram
 from pipelines.settings import (
-    CommandParser,
     Settings,
     absolute,
     find_config,

@@ -17,10 +17,10 @@ from pipelines.augment import Augment
 from pipelines.batch import make_loader, train_reading
 from pipelines.beton import RAW
 from pipelines.config import LoaderConfig
-from pipelines.errors import UserError, run_command
+from pipelines.errors import CommandParser, UserError, run_command
 from pipelines.pictures import shot_groups
 from pipelines.prepare import ensure_prepared, load_data
-from pipelines.settings import CommandParser, split_command_line
+from pipelines.settings import split_command_line
 
 _TILE, _GAP, _LINE = 160, 6, 16  # pixels of a tile's side, between tiles, of a line of text
 

@@ -7,7 +7,7 @@ import difflib
 import sys
 import typing
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -22,16 +22,6 @@ class Settings(BaseModel):
     """Base of every configuration part: unknown keys and infinite numbers are refused; a configuration never changes."""
 
     model_config = ConfigDict(extra="forbid", validate_default=True, frozen=True, allow_inf_nan=False)
-
-
-class CommandParser(argparse.ArgumentParser):
-    """An argument parser whose complaints are one line, like all others."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see {self.prog} --help")
 
 
 def split_command_line(parser: argparse.ArgumentParser) -> tuple[str | None, argparse.Namespace, list[str]]:

@@ -5,6 +5,7 @@ A bundle that is replaced in its place (move a new one there) is taken up withou
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import signal
 import socket
@@ -15,8 +16,9 @@ from types import FrameType
 from typing import Any
 
 from cibl_ray.bundle import open_bundle
-from pipelines.errors import UserError, run_command
-from pipelines.settings import CommandParser
+from cibl_ray.targets import misfit
+from pipelines.errors import CommandParser, UserError, run_command
+from serve.front import addresses, authority
 from serve.local import running
 from serve.settings import KEYS, check
 
@@ -46,6 +48,12 @@ def main() -> None:
         if arguments.precision not in bundle.models:
             made = ", ".join(bundle.models)
             raise UserError(f"{str(bundle.folder)!r} has no {arguments.precision} model; it has {made}: --precision")
+        # Replicas log it, where nobody looks.
+        if arguments.precision == "int8" and arguments.provider in ("auto", "cpu") and (problem := misfit(bundle.card.source)):
+            from cibl_ray.runtime import usable
+
+            if arguments.provider == "cpu" or not usable("cuda"):
+                print(f"warning: {str(bundle.models['int8'].path)!r} {problem}", file=sys.stderr)
     args: dict[str, Any] = {
         "bundles": [str(path.absolute()) for path in arguments.bundles],
         "precision": arguments.precision,
@@ -65,11 +73,12 @@ def main() -> None:
     def end(number: int, frame: FrameType | None) -> None:
         ended.set()
 
-    where = f"http://{arguments.host}:{arguments.port}"
+    where = f"http://{authority(arguments.host, arguments.port)}"
+    private = ipaddress.ip_address(addresses(arguments.host)[0]).is_loopback
     with running(args, arguments.host, arguments.port):
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, end)
-        if arguments.host not in ("127.0.0.1", "localhost", "::1") and not (arguments.keys or os.environ.get(KEYS)):
+        if not private and not (arguments.keys or os.environ.get(KEYS)):
             print(f"warning: everyone who reaches {where} may ask; --keys FILE asks for API keys", file=sys.stderr)
         print(f"serving {', '.join(names)} ({arguments.precision}) on {where}; {where}/docs says how to ask", flush=True)
         while not ended.wait(1):
@@ -90,14 +99,14 @@ def _replicas(text: str) -> tuple[int, int]:
 
 def _free(host: str, port: int) -> None:
     """Raise UserError where the port cannot be listened on: Ray Serve would try for a minute."""
-    try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        with socket.socket(family, socket.SOCK_STREAM) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind((host, port))
-    except (OSError, OverflowError) as error:
-        raise UserError(f"--host {host} --port {port}: {error}; choose another --port") from error
+    for address in addresses(host):
+        try:
+            with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind((address, port))
+        except (OSError, OverflowError) as error:
+            raise UserError(f"--host {host} --port {port}: {address}: {error}; choose another") from error
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, "'cibl-ray[serve]'")

@@ -8,9 +8,12 @@ alone.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import http.client
+import ipaddress
 import json
+import math
 import os
 import re
 import sys
@@ -24,31 +27,30 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from cibl_ray.bundle import PROBABILITIES, file_sha256
-from cibl_ray.runtime import Runtime
+from cibl_ray.bundle import FORMATS, PROBABILITIES, file_sha256
 from pipelines import jpeg
-from pipelines.errors import UserError, run_command
+from pipelines.errors import CommandParser, UserError, run_command
 from pipelines.pixels import BadImageError
-from serve.predictor import Limits, pixels, top
+from serve.predictor import MAX_SHIFT, Limits, pixels, top
 
 _CHUNK = 1 << 20
 _LARGEST = 4 << 30  # bytes of a model
+_AT_WORK = 3600  # seconds without a byte after which no command can still be at a download
 _FRAME = 16 << 20  # bytes of a picture in a stream
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
+_UNREAD = {".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}  # of images that training takes besides
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m serve.edge", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser(prog="python -m serve.edge", description=__doc__)
     parser.add_argument("model", metavar="URL", help="a service, a model's file there, or a local .onnx file")
     parser.add_argument("images", nargs="*", metavar="IMAGE", help="files, folders, or '-' for JPEG images on standard input")
     parser.add_argument("--name", help="which model, where the service has several")
     parser.add_argument("--precision", choices=["fp32", "fp16", "int8"], default="fp32")
-    parser.add_argument("--top", type=int, default=1, help="classes an image (default: 1)")
-    parser.add_argument("--tail-shift", type=float, default=0.0, help="more of it favours rare classes (default: 0)")
-    parser.add_argument("--threads", type=int, help="of onnxruntime (default: all cores)")
+    parser.add_argument("--top", type=_count, default=1, help="classes an image (default: 1)")
+    parser.add_argument("--tail-shift", type=_shift, default=0.0, help="more of it favours rare classes (default: 0)")
+    parser.add_argument("--threads", type=_count, help="of onnxruntime (default: all cores)")
     parser.add_argument(
         "--cache", type=Path, default=_default_cache(), help="folder for downloaded models (default: %(default)s)"
     )
@@ -88,6 +90,8 @@ class Edge:
     """A downloaded model, alone."""
 
     def __init__(self, model: Path, threads: int | None = None) -> None:
+        from cibl_ray.runtime import Runtime  # here, so that a missing onnxruntime is told in one line
+
         self.runtime = Runtime(model, "auto", threads)
         self.card = self.runtime.card
 
@@ -103,9 +107,12 @@ def download(url: str, cache: Path, name: str | None = None, precision: str = "f
     """The model's file, from the cache where it is there and current. Raises UserError.
 
     A download that broke off is taken up where it ended; a file counts only when its SHA-256 is the one that the service names.
-    Without the service, what the cache has is used, and said.
+    Without the service, or where its new version does not come, what the cache has is used, and said.
     """
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError as error:
+        raise UserError(f"{url!r}: {error}; give a service's URL (http://HOST:8000)") from error
     if parts.scheme not in ("http", "https") or not parts.netloc:
         raise UserError(f"{url!r} is neither a file nor a service's URL (http://HOST:8000)")
     base = f"{parts.scheme}://{parts.netloc}"
@@ -113,31 +120,35 @@ def download(url: str, cache: Path, name: str | None = None, precision: str = "f
         name, precision = found[1], found[2]
     elif parts.path not in ("", "/"):
         raise UserError(f"{url!r}: give the service alone, {base}, or a file {base}/v1/models/NAME/fp32.onnx")
+    if key and parts.scheme == "http" and not _loopback(parts.hostname or ""):
+        print(f"warning: the API key goes to {base} unencrypted; give an https URL", file=sys.stderr)
     remembered = cache / (hashlib.sha256(f"{base} {name} {precision}".encode()).hexdigest()[:16] + ".json")
+    entry = None
     try:
         entry = _entry(base, name, precision, key)
-    except UserError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError, StopIteration, http.client.HTTPException) as error:
-        if isinstance(error, urllib.error.HTTPError) and error.code < 500:
-            raise UserError(f"{base}: {_reason(error)}") from error
-        if (kept := _remembered(remembered, cache)) is not None:
-            print(f"{base} does not answer ({error}); using the model that was downloaded before", file=sys.stderr)
-            return kept
-        raise UserError(f"{base} does not answer: {error}") from error
-    path = cache / f"{entry['sha256']}.onnx"
-    cache.mkdir(parents=True, exist_ok=True)
-    if not (path.is_file() and file_sha256(path) == entry["sha256"]):
-        try:
+        path = cache / f"{entry['sha256']}.onnx"
+        cache.mkdir(parents=True, exist_ok=True)
+        if not (path.is_file() and file_sha256(path) == entry["sha256"]):
             _fetch(base + entry["url"], path, entry, key)
-        except urllib.error.HTTPError as error:
-            raise UserError(f"{base}: {_reason(error)}") from error
-        except (OSError, http.client.HTTPException) as error:
-            raise UserError(f"the download broke off: {error}; the same command goes on with it") from error
-    part = remembered.with_suffix(".part")
-    part.write_text(json.dumps(entry))
-    part.replace(remembered)
-    return path
+        part = remembered.with_suffix(".part")
+        part.write_text(json.dumps(entry))
+        part.replace(remembered)
+        _tidy(cache, path)
+        return path
+    except urllib.error.HTTPError as error:
+        problem = f"{base}: {_reason(error)}"
+    except UserError as error:
+        if entry is None:
+            raise
+        problem = str(error)
+    except (OSError, ValueError, KeyError, TypeError, StopIteration, http.client.HTTPException) as error:
+        problem = f"the download broke off: {error}; the same command goes on with it"
+        if entry is None:
+            problem = f"{base} does not answer: {error}"
+    if (kept := _remembered(remembered, cache)) is None:
+        raise UserError(problem)
+    print(f"{problem}; using the model that was downloaded before", file=sys.stderr)
+    return kept
 
 
 def _entry(base: str, name: str | None, precision: str, key: str | None) -> dict[str, Any]:
@@ -153,14 +164,11 @@ def _entry(base: str, name: str | None, precision: str, key: str | None) -> dict
     files = models[name]["files"]
     if precision not in files:
         raise UserError(f"{name} has no {precision} file; it has {', '.join(files)}: --precision")
-    entry: dict[str, Any] = files[precision]
-    if (
-        not _SHA256.fullmatch(str(entry["sha256"]))
-        or not 0 < int(entry["bytes"]) <= _LARGEST
-        or not str(entry["url"]).startswith("/v1/")
-    ):
+    found = files[precision]
+    where, sha256, size = str(found["url"]), str(found["sha256"]), int(found["bytes"])
+    if not (_SHA256.fullmatch(sha256) and 0 < size <= _LARGEST and where.startswith("/v1/")):
         raise UserError(f"{base} describes its files in a way that is not understood")
-    return entry
+    return {"url": where, "sha256": sha256, "bytes": size}
 
 
 def _fetch(url: str, path: Path, entry: dict[str, Any], key: str | None) -> None:
@@ -189,7 +197,24 @@ def _fetch(url: str, path: Path, entry: dict[str, Any], key: str | None) -> None
 
 def _open(url: str, key: str | None, headers: dict[str, str] | None = None) -> Any:
     request = urllib.request.Request(url, headers={**(headers or {}), **({"x-api-key": key} if key else {})})  # noqa: S310  # http(s) alone
-    return urllib.request.urlopen(request, timeout=30)  # noqa: S310
+    return urllib.request.build_opener(_SameServer).open(request, timeout=30)
+
+
+class _SameServer(urllib.request.HTTPRedirectHandler):
+    """Follows redirects on the server that was asked alone: urllib takes the API key along to any other."""
+
+    def redirect_request(self, req: urllib.request.Request, *rest: Any) -> urllib.request.Request | None:
+        asked, there = urlsplit(req.full_url), urlsplit(rest[-1])
+        if (asked.scheme, asked.hostname, asked.port) != (there.scheme, there.hostname, there.port):
+            raise OSError(f"it redirects to another server, {there.scheme}://{there.netloc}; give that URL if it is meant")
+        return super().redirect_request(req, *rest)
+
+
+def _loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def _reason(error: urllib.error.HTTPError) -> str:
@@ -208,6 +233,36 @@ def _remembered(file: Path, cache: Path) -> Path | None:
         return None
 
 
+def _tidy(cache: Path, path: Path) -> None:
+    """Remove models, and parts of them, that no download stands for any more; never `path`, nor what another command may be
+    downloading."""
+    named = {path.stem}
+    with contextlib.suppress(OSError):
+        for file in cache.glob("*.json"):
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # damaged, it names nothing
+                named.add(json.loads(file.read_text())["sha256"])
+        for file in cache.iterdir():
+            ours = _SHA256.fullmatch(file.stem) and file.suffix in (".onnx", ".part")
+            if ours and file.stem not in named and time.time() - file.stat().st_mtime > _AT_WORK:
+                file.unlink(missing_ok=True)
+
+
+def _count(text: str) -> int:
+    if not (text.isdecimal() and len(text) < 6 and int(text) >= 1):
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1 to 99999")
+    return int(text)
+
+
+def _shift(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not abs(value) <= MAX_SHIFT:  # false for NaN too
+        raise argparse.ArgumentTypeError(f"{text} is not a number from {-MAX_SHIFT:g} to {MAX_SHIFT:g}")
+    return value
+
+
 def _default_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cibl_ray"
 
@@ -219,8 +274,13 @@ def _images(names: list[str]) -> Iterator[tuple[str, bytes]]:
             for number, frame in enumerate(frames(sys.stdin.buffer)):
                 yield f"frame {number}", frame
         elif Path(name).is_dir():
-            for path in sorted(path for path in Path(name).rglob("*") if path.suffix.lower() in _SUFFIXES):
-                yield str(path), path.read_bytes()
+            paths = sorted(path for path in Path(name).rglob("*") if path.is_file())
+            if skipped := [path.suffix.lower() for path in paths if path.suffix.lower() in _UNREAD]:
+                kinds, read = ", ".join(sorted({*skipped})), ", ".join(FORMATS)
+                print(f"{name}: {len(skipped)} files ({kinds}) skipped, not of {read}; save them as PNG", file=sys.stderr)
+            for path in paths:
+                if path.suffix.lower() in _SUFFIXES:
+                    yield str(path), path.read_bytes()
         else:
             try:
                 yield name, Path(name).read_bytes()
@@ -250,4 +310,4 @@ def frames(stream: BinaryIO) -> Iterator[bytes]:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, "onnxruntime")

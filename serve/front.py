@@ -9,8 +9,11 @@ from __future__ import annotations
 import json
 import os
 import re
+import socket
 import sys
 from pathlib import Path
+
+from pipelines.errors import UserError
 
 _BINARY = "RAY_SERVE_HAPROXY_BINARY_PATH"
 # What HAProxy says by itself, in the shape of all other errors.
@@ -28,11 +31,31 @@ _DROPPED = (
 )
 
 
+def addresses(host: str) -> list[str]:
+    """Where HAProxy is to listen for `host`, a name or an address: there, and on IPv4's loopback. Raises UserError.
+
+    Ray Serve asks HAProxy for its health on loopback, wherever else it is to listen.
+    """
+    try:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        raise UserError(f"--host {host}: {error}; give an address or a name of this machine") from error
+    address = str(min(found, key=lambda entry: entry[0] != socket.AF_INET)[4][0])
+    # These take 127.0.0.1 in: a second bind of it would fail.
+    return [address] if address in ("0.0.0.0", "127.0.0.1", "::") else [address, "127.0.0.1"]  # noqa: S104  # what the user has asked for
+
+
+def authority(host: str, port: int) -> str:
+    """HOST:PORT as URLs and HAProxy write it."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 def settle(folder: Path, host: str, port: int) -> None:
-    """Prepare the environment that Ray Serve reads when it is imported.
+    """Prepare the environment that Ray Serve reads when it is imported. Raises UserError.
 
     folder: private to this service. host, port: where HAProxy is to listen; all of Ray Serve's own stays on loopback.
     """
+    host = addresses(host)[0]
     os.environ["RAY_SERVE_ENABLE_HA_PROXY"] = "1"
     os.environ["RAY_SERVE_THROUGHPUT_OPTIMIZED"] = "1"
     os.environ[_BINARY] = str(_script(folder, host, port))
@@ -42,6 +65,9 @@ def settle(folder: Path, host: str, port: int) -> None:
     os.environ["RAY_SERVE_HAPROXY_SERVER_STATE_BASE"] = str(folder)
     os.environ["RAY_SERVE_HAPROXY_SERVER_STATE_FILE"] = str(folder / "server-state")
     os.environ["RAY_SERVE_HAPROXY_METRICS_ENABLED"] = "0"  # the application has its own
+    # `rewrite` takes these two off the network, and tells them from the service by their numbers.
+    stats, metrics = [number for number in (8404, 9101, 9102) if number != port][:2]
+    os.environ["RAY_SERVE_HAPROXY_STATS_PORT"], os.environ["RAY_SERVE_HAPROXY_METRICS_PORT"] = str(stats), str(metrics)
     os.environ["RAY_SERVE_HAPROXY_NBTHREAD"] = "1"
     os.environ["RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S"] = "60"
     # Inference changes nothing, so what a lost replica had not answered may go to another one.
@@ -57,9 +83,9 @@ def rewrite(config: str, pages: Path, host: str, port: int) -> str:
     A request is sent on when it has arrived (as far as the buffer holds it): only then can it be sent again to another replica.
     """
     config = re.sub(rf"^(\s*bind\s+)\*?:(?!{port}\b)(\d+)", rf"\g<1>{pages}/\g<2>.sock", config, flags=re.MULTILINE)
-    # Ray Serve asks HAProxy for its health on loopback, wherever else it is to listen.
-    hosts = [host] if host in ("0.0.0.0", "127.0.0.1") else [host, "127.0.0.1"]  # noqa: S104  # what the user has asked for
-    binds = "".join(rf"\g<1>{name}:{port}\g<2>\n" for name in hosts).removesuffix("\\n")
+    # v4v6: whatever this machine's default is.
+    both = {"::": " v4v6"}
+    binds = r"\n".join(rf"\g<1>{authority(name, port)}\g<2>{both.get(name, '')}" for name in addresses(host))
     config = re.sub(rf"^(\s*bind\s+)\S*:{port}\b(.*)$", binds, config, flags=re.MULTILINE)
     rules = "".join(rf"    http-request del-header {header}\n" for header in _DROPPED)
     config = re.sub(r"^(frontend http_frontend\n)", rf"\g<1>{rules}", config, flags=re.MULTILINE)
@@ -101,3 +127,12 @@ def start(binary: str, pages: str, host: str, port: int) -> None:
         path = Path(arguments[arguments.index("-f") + 1])
         path.write_text(rewrite(path.read_text(), Path(pages), host, port))
     os.execv(binary, [binary, *arguments])  # noqa: S606  # no shell
+
+
+def complaint(folder: Path, said: str) -> str | None:
+    """Why HAProxy did not start, in its own words, from what Ray Serve `said` or from the logs that it keeps in `folder`."""
+    logs = sorted(folder.rglob("*.stderr.log"), key=lambda path: path.stat().st_mtime, reverse=True)
+    for text in (said, *(log.read_text(errors="replace") for log in logs)):
+        if found := re.search(r"\[ALERT\].*? : (.+)", text):
+            return f"HAProxy: {found[1]}"
+    return None

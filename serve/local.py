@@ -37,6 +37,7 @@ def running(args: dict[str, Any], host: str, port: int, cpus: int | None = None)
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [top, os.environ.get("PYTHONPATH")]))
         import ray
         from ray import serve
+        from ray.exceptions import RayError
         from ray.serve.config import HTTPOptions
 
         from serve.deployment import application
@@ -52,15 +53,16 @@ def running(args: dict[str, Any], host: str, port: int, cpus: int | None = None)
         )
         try:
             logging.getLogger("ray.serve").setLevel(logging.ERROR)
-            serve.start(http_options=HTTPOptions(host="127.0.0.1", port=port))  # HAProxy alone listens on `host`
 
             def deploy(other: dict[str, Any]) -> None:
                 serve.run(application(other, folder / "metrics"), name=APPLICATION, route_prefix="/")
 
             try:
+                serve.start(http_options=HTTPOptions(host="127.0.0.1", port=port))  # HAProxy alone listens on `host`
                 deploy(args)
-            except RuntimeError as error:  # of a replica that did not start
-                raise UserError(f"the service did not start: {' '.join(str(error).split())[-400:]}") from error
+            except (RuntimeError, TimeoutError, RayError) as error:  # of a replica, or of HAProxy, that did not start
+                reason = front.complaint(folder, str(error)) or " ".join(str(error).split())[-400:]
+                raise UserError(f"the service did not start: {reason}") from error
             yield deploy
             serve.delete(APPLICATION)  # replicas end after their last answer
         finally:

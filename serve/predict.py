@@ -17,10 +17,10 @@ from cibl_ray.bundle import PROBABILITIES
 from pipelines.pixels import BadImageError
 from serve.errors import ProblemError, bad_request
 from serve.http import Request
-from serve.predictor import Limits, UnsupportedImageError, announced, pixels, top
+from serve.predictor import MAX_SHIFT, Limits, UnsupportedImageError, announced, pixels, top
 from serve.settings import ReplicaConfig
 from serve.store import Model
-from serve.v2 import LARGE, MAX_SHIFT, parse_json
+from serve.v2 import LARGE, parse_json
 
 T = TypeVar("T")
 

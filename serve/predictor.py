@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from cibl_ray.bundle import Card
+from cibl_ray.bundle import FORMATS, Card
 from pipelines.pixels import BadImageError, EvalRule, decode, opened
 
 Image.MAX_IMAGE_PIXELS = None  # Pillow's own check warns in one range and raises in another; `Limits.max_pixels` is ours
 
+MAX_SHIFT = 100.0  # either way, of tail_shift
 _SIGNATURES = {
     "JPEG": b"\xff\xd8\xff",
     "PNG": b"\x89PNG\r\n\x1a\n",
@@ -27,7 +28,7 @@ class Limits:
     """What one image may be. formats: Pillow's names. max_scans: of a JPEG."""
 
     max_pixels: int = 40_000_000
-    formats: tuple[str, ...] = ("JPEG", "PNG", "WEBP")
+    formats: tuple[str, ...] = FORMATS
     max_scans: int = 100
 
 

@@ -94,8 +94,12 @@ class Store:
             self._seen[path] = state
             try:
                 model = await self._load(path)
-                if any(other.name == model.name for place, other in self._at.items() if place != path):
-                    raise UserError(f"another bundle has the name {model.name!r}")
+                # Under another name the model would be gone for those who ask for it by its own.
+                if model.name != before.name:
+                    raise UserError(
+                        f"{str(path)!r} has the name {model.name!r}; export with --name {before.name}, "
+                        f"or restart the service to serve {model.name!r} in its place"
+                    )
             except Exception as error:  # whatever is wrong with it, the version that works goes on, and the watch too
                 self.failed[before.name] = str(error)
                 log.error("the new version of %s is not used: %s", before.name, error)

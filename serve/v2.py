@@ -13,10 +13,10 @@ import numpy as np
 
 from cibl_ray.bundle import EMBEDDING, IMAGES, LOGITS, PROBABILITIES, TAIL_SHIFT
 from serve.errors import ProblemError, bad_request
+from serve.predictor import MAX_SHIFT
 from serve.store import Model
 
 HEADER_LENGTH = b"inference-header-content-length"
-MAX_SHIFT = 100.0
 LARGE = 256 << 10  # bytes of a body that is read in a thread
 _MORE_VALUES = 1000  # of JSON, beside what its images need
 _INPUTS: dict[str, tuple[str, np.dtype[Any]]] = {IMAGES: ("UINT8", np.dtype("u1")), TAIL_SHIFT: ("FP32", np.dtype("<f4"))}

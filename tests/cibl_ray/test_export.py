@@ -1,5 +1,7 @@
 """The bundle says what it is, its files compute what torch computes, and a failed verification leaves nothing."""
 
+import importlib.metadata
+import io
 import json
 import shutil
 import subprocess
@@ -10,8 +12,10 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from PIL import Image
 
 from cibl_ray import export as module
+from cibl_ray import targets
 from cibl_ray.bundle import FILES, METADATA, file_sha256, open_bundle, read_card
 from cibl_ray.checkpoint import load_checkpoint
 from cibl_ray.evaluate import evaluate
@@ -110,10 +114,56 @@ def test_int8_is_quantised_and_close(bundle, run_folder):
     assert (fp32.argmax(1) == int8.argmax(1)).mean() > 0.8
 
 
+@pytest.mark.parametrize(
+    ("machine", "flags", "here", "overflow"),
+    [
+        ("x86_64", "avx2", "x86-avx2", {"x86", "arm"}),
+        ("x86_64", "avx2 avx_vnni", "x86", set()),
+        ("x86_64", "avx512_vnni", "x86", set()),
+        ("AMD64", "", "x86-avx2", set()),  # Windows does not say
+        ("aarch64", "asimd", "arm", set()),
+    ],
+)
+def test_int8_that_overflows_on_a_cpu_is_told(machine, flags, here, overflow, bundle, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    monkeypatch.setattr(targets, "_flags", lambda: flags)
+    assert targets.this_machine() == here
+    for target in ("x86", "x86-avx2", "arm"):
+        model = onnx.load(bundle / "model.int8.onnx")
+        (entry,) = (entry for entry in model.metadata_props if entry.key == METADATA)
+        card = json.loads(entry.value)
+        entry.value = json.dumps({**card, "source": {**card["source"], "int8": {"target": target}}})
+        onnx.save(model, tmp_path / "model.onnx")
+        caplog.clear()
+        Runtime(tmp_path / "model.onnx", "cpu")
+        assert [f"'{tmp_path / 'model.onnx'}' is for {target}; this CPU lacks VNNI" in line for line in caplog.messages] == (
+            [True] if target in overflow else []
+        )
+    assert targets.misfit({}) is targets.misfit({"int8": None}) is None
+    Runtime(bundle / "model.onnx", "cpu")
+
+
 def test_cosine_head_and_other_losses_export(tmp_path):
     run = small_run(tmp_path, "--loss.kind", "cross_entropy", "--network.head.kind", "cosine", "--epochs", "1")
     export(run / "checkpoints" / "last.safetensors", tmp_path / "out", Options(provider="cpu", embedding=True))
     assert open_bundle(tmp_path / "out").card.source["epoch"] == 1
+
+
+def test_originals_that_the_service_does_not_take_are_told(run_folder, tmp_path, monkeypatch, caplog):
+    from pipelines import originals
+
+    true = originals.original_images
+
+    def others(*arguments):
+        for number, (data, place) in enumerate(true(*arguments)):
+            file = io.BytesIO()
+            Image.open(io.BytesIO(data)).save(file, ("BMP", "TIFF", "PNG")[min(number, 2)])
+            yield file.getvalue(), place
+
+    monkeypatch.setattr(originals, "original_images", others)
+    export(run_folder / "checkpoints" / "best.safetensors", tmp_path / "out", Options(provider="cpu"))
+    assert "2 of them are BMP, TIFF; service and edge take JPEG, PNG, WEBP: save such images as PNG" in caplog.messages
+    assert open_bundle(tmp_path / "out").models
 
 
 @pytest.mark.parametrize("fault", ["logits", "pixels", "int8"])
@@ -149,6 +199,16 @@ def test_a_failed_verification_leaves_no_bundle(run_folder, tmp_path, monkeypatc
     with pytest.raises(UserError, match=message):
         export(run_folder / "checkpoints" / "best.safetensors", tmp_path / "out", options)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_any_package_of_onnxruntime_will_do(monkeypatch):
+    def version(package):
+        if package.startswith("onnxruntime"):
+            raise importlib.metadata.PackageNotFoundError(package)
+        return "1"
+
+    monkeypatch.setattr(module, "version", version)
+    assert module._versions()["onnxruntime"] == onnxruntime.__version__
 
 
 def test_a_changed_file_is_noticed(bundle, tmp_path):

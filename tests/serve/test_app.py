@@ -470,6 +470,25 @@ def test_several_models_and_a_swap_without_a_failed_request(bundle, run_folder, 
     assert {answer.json()["sha256"] for answer in answers} == {open_bundle(bundle).models["fp32"].sha256, wanted}
 
 
+def test_a_bundle_of_another_name_takes_no_models_place(bundle, run_folder, tmp_path):
+    from cibl_ray.export import Options, export
+
+    place, new = tmp_path / "place", tmp_path / "new"
+    shutil.copytree(bundle, place)
+    export(run_folder / "checkpoints" / "last.safetensors", new, Options(name="other", provider="cpu"))
+    with serving([place], watch_seconds=0.1) as server:
+        place.rename(tmp_path / "old")
+        new.rename(place)
+        until(lambda: server.ask("GET", "/v1/models").json()["models"][0]["failed_update"])
+        (model,) = server.ask("GET", "/v1/models").json()["models"]
+        assert model["name"] == "digits"
+        assert model["failed_update"].endswith(
+            "has the name 'other'; export with --name digits, or restart the service to serve 'other' in its place"
+        )
+        assert server.ask("GET", "/v2/models/digits/ready").status == 200
+        assert server.ask("POST", "/v1/predict?model=digits", encoded("PNG")).status == 200
+
+
 def test_a_request_that_is_being_read_during_a_swap_is_answered(bundle, run_folder, tmp_path):
     from cibl_ray.export import Options, export
 

@@ -1,18 +1,54 @@
 """The edge client: verified, resumed, cached downloads; answers without the service, and without torch."""
 
+import errno
+import hashlib
+import http.server
 import io
 import json
+import os
 import subprocess
 import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 
 from cibl_ray.bundle import open_bundle
 from pipelines.errors import UserError
+from pipelines.sources import IMAGE_SUFFIXES
 from serve import edge
 from serve.edge import Edge, download, frames
 from tests.conftest import REPOSITORY
 from tests.serve.conftest import encoded, serving
+
+
+@contextmanager
+def answering(answer: Callable[[str], tuple[int, dict[str, str], bytes]]) -> Iterator[tuple[str, list[dict[str, str]]]]:
+    """A server of ours that gives `answer(path)`: its URL, and the headers of what it was asked."""
+    asked = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append({name.lower(): value for name, value in self.headers.items()})
+            status, headers, body = answer(self.path)
+            self.send_response(status)
+            for name, value in headers.items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *arguments):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}", asked
+        finally:
+            server.shutdown()
+            thread.join(20)
 
 
 def test_downloads_once_and_answers_like_the_service(bundle, server, tmp_path):
@@ -66,7 +102,111 @@ def test_without_the_service_what_was_downloaded_is_used(bundle, tmp_path, capsy
         download(url, tmp_path / "empty")
 
 
-@pytest.mark.parametrize("url", ["ftp://x/y", "file:///etc/passwd", "nothing", "http://127.0.0.1:1/v1/models/../x"])
+def test_a_redirect_takes_the_key_to_no_other_server(tmp_path, capsys):
+    with answering(lambda path: (404, {}, b"")) as (other, stolen):
+        for there in (other, other.replace("127.0.0.1", "localhost"), other.replace("http", "https")):
+            with (
+                answering(lambda path, there=there: (302, {"location": f"{there}/v1/models"}, b"")) as (url, asked),
+                pytest.raises(UserError, match=f"redirects to another server, {there};"),
+            ):
+                download(url, tmp_path, key="secret")
+            assert asked[0]["x-api-key"] == "secret"
+    assert not stolen
+    assert not capsys.readouterr().err
+    # On the same server a redirect is followed.
+    listing = json.dumps({"models": [{"name": "a", "files": {}}]}).encode()
+    moved = {"/v1/models": (302, {"location": "/moved"}, b""), "/moved": (200, {}, listing)}
+    with answering(moved.__getitem__) as (url, asked), pytest.raises(UserError, match="a has no fp32 file"):
+        download(url, tmp_path, key="secret")
+    assert [headers["x-api-key"] for headers in asked] == ["secret", "secret"]
+
+
+@pytest.mark.parametrize(
+    ("url", "warned"),
+    [("http://a.invalid", True), ("https://a.invalid", False), ("http://[::1]:1", False), ("http://localhost:1", False)],
+)
+def test_a_key_in_the_clear_is_warned_of(url, warned, tmp_path, capsys):
+    with pytest.raises(UserError, match="does not answer"):
+        download(url, tmp_path, key="secret")
+    assert ("unencrypted" in capsys.readouterr().err) is warned
+
+
+@contextmanager
+def versions(*contents: bytes) -> Iterator[tuple[str, dict]]:
+    """A service of ours with one model. `state` says which version it has, and what it answers instead of it."""
+    state = {"version": 0, "failure": None, "listing": None}
+
+    def answer(path):
+        content = contents[state["version"]]
+        if path == "/v1/models":
+            entry = {"url": "/v1/models/m/fp32.onnx", "sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+            listing = json.dumps({"models": [{"name": "m", "files": {"fp32": entry}}]}).encode()
+            return state["listing"] or (200, {}, listing)
+        return state["failure"] or (200, {}, content)
+
+    with answering(answer) as (url, _):
+        yield url, state
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        ({"failure": (503, {}, b"")}, "503"),
+        ({"failure": (401, {}, b'{"error": "an API key is needed"}')}, "401: an API key is needed"),
+        ({"failure": (200, {"content-length": "6"}, b"ne")}, "broke off"),
+        ({"failure": (200, {}, b"other!")}, "another checksum"),
+        ({"listing": (401, {}, b'{"error": "an API key is needed"}')}, "401: an API key is needed"),
+        ({"listing": (200, {}, b"<html>log in</html>")}, "does not answer"),
+    ],
+)
+def test_where_a_new_version_does_not_come_the_one_before_is_used(answer, message, tmp_path, capsys):
+    with versions(b"first", b"second") as (url, state):
+        path = download(url, tmp_path)
+        state.update(answer, version=1)
+        assert download(url, tmp_path) == path
+        said = capsys.readouterr().err
+        assert message in said
+        assert said.endswith("; using the model that was downloaded before\n")
+        assert said.count("\n") == 1
+        with pytest.raises(UserError, match=message):
+            download(url, tmp_path / "empty")
+        state.update(failure=None, listing=None)
+        assert download(url, tmp_path).read_bytes() == b"second"
+
+
+def test_a_full_disk_leaves_the_version_before(tmp_path, capsys, monkeypatch):
+    with versions(b"first", b"second") as (url, state):
+        path = download(url, tmp_path)
+        state["version"] = 1
+
+        def full(*arguments):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(os, "fsync", full)
+        assert download(url, tmp_path) == path
+    assert "No space left" in capsys.readouterr().err
+
+
+def test_what_no_download_names_any_more_is_removed(tmp_path):
+    with versions(b"first", b"second") as (url, state), versions(b"third") as (other, _):
+        first, third = download(url, tmp_path), download(other, tmp_path)
+        stray, at_work = tmp_path / f"{'0' * 64}.part", tmp_path / f"{'1' * 64}.part"
+        users = tmp_path / "mine.onnx"
+        for file in (stray, at_work, users):
+            file.write_bytes(b"x")
+        for file in (first, third, stray, users):
+            os.utime(file, (0, 0))
+        state["version"] = 1
+        second = download(url, tmp_path)
+        assert {file for file in tmp_path.iterdir() if file.suffix != ".json"} == {second, third, at_work, users}
+        os.utime(second, (0, 0))
+        assert download(url, tmp_path) == second
+        assert second.exists()
+
+
+@pytest.mark.parametrize(
+    "url", ["ftp://x/y", "file:///etc/passwd", "nothing", "http://127.0.0.1:1/v1/models/../x", "http://[::1"]
+)
 def test_a_wrong_url_is_explained(url, tmp_path):
     with pytest.raises(UserError):
         download(url, tmp_path)
@@ -85,6 +225,59 @@ def test_frames_of_a_stream():
 
     assert list(frames(io.BytesIO(stream))) == pictures
     assert list(frames(Slow(stream))) == pictures
+
+
+def test_a_number_of_bytes_in_quotes_is_a_number(tmp_path):
+    entry = {"url": "/v1/models/m/fp32.onnx", "sha256": hashlib.sha256(b"whole").hexdigest(), "bytes": "5"}
+    listing = json.dumps({"models": [{"name": "m", "files": {"fp32": entry}}]}).encode()
+    with answering(lambda path: (200, {}, listing if path == "/v1/models" else b"whole")) as (url, _):
+        assert download(url, tmp_path).read_bytes() == b"whole"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        *(["--tail-shift", value] for value in ("nan", "inf", "1e39", "100.5", "-101", "much")),
+        *([option, value] for option in ("--top", "--threads") for value in ("0", "-1", "1.5", "all", "100000")),
+        ["--unknown"],
+        ["--precision", "int4"],
+    ],
+)
+def test_wrong_arguments_are_one_line(arguments, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["edge", "model.onnx", *arguments])
+    with pytest.raises(UserError, match=f"{arguments[0]}.*; see python -m serve.edge --help") as error:
+        edge.main()
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("missing", "module", "advice"),
+    [("onnxruntime", "serve.edge", "pip install onnxruntime"), ("ray", "serve", "pip install 'cibl-ray[serve]'")],
+)
+def test_a_missing_package_is_one_line(missing, module, advice, bundle):
+    program = f"""
+import sys
+class Without:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition('.')[0] == {missing!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Without())
+sys.argv = [{module!r}, {str(bundle / "model.onnx" if module == "serve.edge" else bundle)!r}]
+import runpy
+runpy.run_module({module!r}, run_name='__main__', alter_sys=True)
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == f"error: {missing} is not installed; this command needs: {advice}\n"
+
+
+def test_images_of_a_folder_that_are_not_read_are_told(tmp_path, capsys):
+    (tmp_path / "folder.jpg").mkdir()
+    for name in ("a.png", "folder.jpg/b.JPG", "c.gif", "d.TIFF", "e.gif", "notes.txt"):
+        (tmp_path / name).write_bytes(name.encode())
+    assert [data for _, data in edge._images([str(tmp_path)])] == [b"a.png", b"folder.jpg/b.JPG"]
+    assert capsys.readouterr().err == f"{tmp_path}: 3 files (.gif, .tiff) skipped, not of JPEG, PNG, WEBP; save them as PNG\n"
+    assert {*IMAGE_SUFFIXES} == edge._SUFFIXES | edge._UNREAD
 
 
 def test_command_needs_no_torch_no_ray(bundle, tmp_path):

