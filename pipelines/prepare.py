@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import importlib.util
 import json
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -75,14 +76,20 @@ class Prepared:
     splits: dict[str, Split]
 
     def beton(self, split: str, only: list[int] | None = None) -> Beton:
-        """The open files of a split ('train', 'val' or 'test'), or some of them by number, checked against the sidecar."""
+        """The open files of a split ('train', 'val' or 'test'), or some of them by number, checked against the sidecar.
+
+        What another command writes in the folder from then on does not reach them; before, it is refused.
+        """
         entry = self.splits[split]
         numbers = list(range(len(entry.shards))) if only is None else only
         firsts = np.cumsum([0, *(shard.samples for shard in entry.shards)])
         rows = np.concatenate([np.arange(firsts[number], firsts[number + 1]) for number in numbers])
         chosen = [entry.shards[number] for number in numbers]
         beton = Beton(*(self.folder / shard.file for shard in chosen), rows=rows)
-        sizes = [path.stat().st_size for path in beton.paths]
+        sizes = [os.fstat(file).st_size for file in beton.files]
+        now = _read_sidecar(self.folder)  # gone before the first file is replaced, and back after the last
+        if now is None or now.splits != self.splits:
+            raise UserError(f"another command has prepared {str(self.folder)!r} anew since this one began; begin again")
         whole = only is not None or class_counts(beton.labels, len(self.classes)).tolist() == entry.counts
         if not whole or len(beton) != len(rows) or sizes != [shard.bytes for shard in chosen]:
             raise UserError(
