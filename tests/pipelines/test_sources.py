@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -39,6 +40,39 @@ def test_folder_mistakes(image_folder, tmp_path):
     (image_folder / "train" / "empty" / "notes.txt").write_text("not an image")
     assert "has no images" in error()
     assert "empty" in error()
+
+
+def test_what_is_hidden_or_no_image_is_left_out(image_folder, capsys):
+    one = image_folder / "train" / "one"
+    for place in (".ipynb_checkpoints", "inside/.thumbnails"):
+        shutil.copytree(image_folder / "train" / "two", one / place)
+    shutil.copy(one / "0.png", one / ".1.png")
+    shutil.copy(one / "0.png", one / "7.JFIF")
+    for name in ("8.heic", "9.HEIC", "notes", ".DS_Store"):
+        (one / name).write_bytes(b"")
+    names = open_source(FolderSource(kind="folder", path=image_folder)).train.names
+    assert [name for name in names if "/one/" in name] == [
+        f"train/one/{name}" for name in (*(f"{i}.png" for i in range(6)), "7.JFIF")
+    ]
+    message = f"data: left out of {str(image_folder)!r}, as not among the endings of images: 2 .heic, 1 without ending\n"
+    assert capsys.readouterr().err == message
+
+
+def test_links_to_folders_are_followed_once(image_folder, tmp_path):
+    two, elsewhere = image_folder / "train" / "two", tmp_path / "elsewhere"
+    (two / "0.png").rename(two / "inside.png")
+    elsewhere.mkdir()
+    (two / "inside.png").rename(elsewhere / "0.png")
+    (two / "a").symlink_to(two / "z")
+    (two / "linked").symlink_to(elsewhere)
+    (two / "z").mkdir()
+    (two / "1.png").rename(two / "z" / "1.png")
+    (two / "z" / "up").symlink_to(two)
+    (two / "z" / "top").symlink_to(image_folder / "train")
+    names = open_source(FolderSource(kind="folder", path=image_folder)).train.names
+    assert [name.partition("/two/")[2] for name in names if "/two/" in name] == [
+        "2.png", "3.png", "4.png", "linked/0.png", "z/1.png"
+    ]  # fmt: skip
 
 
 def test_digest_changes_with_the_images(image_folder):
