@@ -239,7 +239,21 @@ def _lists(source: ListsSource) -> Dataset:
     for split, images in splits.items():
         if images.labels.max() >= count:
             raise UserError(f"{named[split]}: label {images.labels.max()} does not occur in {source.train}")
+    _refuse_repeats(splits, named)
     return Dataset(_class_names(source, train, count), train, splits.get("val"), splits.get("test"))
+
+
+def _refuse_repeats(splits: dict[str, Images], lists: dict[str, Path | None]) -> None:
+    """Raises UserError for the first image that is listed twice: it would be trained on and then scored."""
+    seen: dict[str, str] = {}
+    for split, images in splits.items():
+        for name, file in zip(images.names, images.files or (), strict=True):
+            before = seen.get(str(file))
+            if before is not None:
+                one, other = str(lists[before]), str(lists[split])
+                place = f"listed twice in {one!r}" if before == split else f"in both lists {one!r} and {other!r}"
+                raise UserError(f"image {name!r} is {place}; leave it in one of these lines")
+            seen[str(file)] = split
 
 
 def _list_split(root: Path, path: Path, expected: int | None) -> Images:

@@ -115,6 +115,22 @@ def test_list_mistakes(lists, line, message):
         open_source(source)
 
 
+def test_an_image_is_listed_once(lists, tmp_path):
+    source, train = lists
+    test, lines = tmp_path / "test.txt", train.read_text()
+    test.write_text("test/one/0.png 1\ntest/nought/0.png 0\n")
+    both = source.model_copy(update={"test": test})
+    assert len(open_source(both).test) == 2
+    test.write_text(test.read_text() + "./train/nought/1.png 0\n")
+    with pytest.raises(UserError, match=r"'\./train/nought/1\.png' is in both lists '.*/train\.txt' and '.*/test\.txt'"):
+        open_source(both)
+    with pytest.raises(UserError, match=r"'train/nought/0\.png' is in both lists '.*/train\.txt' and '.*/train\.txt'"):
+        open_source(source.model_copy(update={"val": train}))
+    train.write_text(lines + "train/nought/0.png 0\n")
+    with pytest.raises(UserError, match=r"'train/nought/0\.png' is listed twice in '.*/train\.txt'; leave it in one of these"):
+        open_source(source)
+
+
 def test_lists_may_be_separated_by_tabs_and_need_two_classes(lists):
     source, train = lists
     train.write_text("train/nought/0.png\t0\ntrain/one/0.png\t1\n")
