@@ -116,6 +116,9 @@ def _folder(root: Path) -> Dataset:
     classes = sorted(entry.name for entry in (root / "train").iterdir() if _class_folder(entry))
     if len(classes) < 2:
         raise UserError(f"{str(root / 'train')!r} has {len(classes)} class folders; at least 2 are needed")
+    for name in classes:
+        if not _is_text(name):
+            raise UserError(f"class folder {str(root / 'train' / name)!r} has a name that is not UTF-8; rename it")
     present = [name for name in ("train", "val", "test") if (root / name).is_dir()]
     others: Counter[str] = Counter()
     splits = {name: _folder_split(root, name, classes, others, every_class=name == "train") for name in present}
@@ -177,6 +180,15 @@ def _image_files(folder: Path, others: Counter[str]) -> list[str]:
 def _identity(folder: Path) -> tuple[int, int]:
     stat = folder.stat()
     return stat.st_dev, stat.st_ino
+
+
+def _is_text(name: str) -> bool:
+    """Whether a file's name can be written and drawn: bytes of other encodings stand in it as lone surrogates."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _class_folder(entry: Path) -> bool:
@@ -277,6 +289,8 @@ def _class_names(source: ListsSource, train: Images, count: int) -> list[str]:
             names = source.classes.read_text().split("\n")
         except OSError as error:
             raise UserError(f"class names {str(source.classes)!r} cannot be read: {error}") from error
+        except UnicodeDecodeError as error:
+            raise UserError(f"class names {str(source.classes)!r} cannot be read: {error}; save them as UTF-8") from error
         names = [name.strip() for name in names if name.strip()]
         if len(names) != count:
             raise UserError(f"{source.classes} names {len(names)} classes, the lists have {count}")

@@ -86,6 +86,12 @@ def test_digest_changes_with_the_images(image_folder):
     assert digest() != before
 
 
+def test_a_class_folder_whose_name_is_no_text(image_folder):
+    (image_folder / "train" / "two").rename(os.fsdecode(bytes(image_folder / "train") + b"/f\xfcnf"))
+    with pytest.raises(UserError, match=r"f\\udcfcnf' has a name that is not UTF-8; rename it"):
+        open_source(FolderSource(kind="folder", path=image_folder))
+
+
 @pytest.fixture
 def lists(image_folder, tmp_path):
     train = tmp_path / "train.txt"
@@ -112,6 +118,16 @@ def test_list_mistakes(lists, line, message):
     source, train = lists
     train.write_text(train.read_text() + line + "\n")
     with pytest.raises(UserError, match=message):
+        open_source(source)
+
+
+def test_class_names_of_another_encoding(lists, tmp_path):
+    names = tmp_path / "classes.txt"
+    source = lists[0].model_copy(update={"classes": names})
+    names.write_text("nought\nfünf\n", encoding="utf-8")
+    assert open_source(source).classes == ["nought", "fünf"]
+    names.write_text("nought\nfünf\n", encoding="latin-1")
+    with pytest.raises(UserError, match=r"class names '.*classes\.txt' cannot be read: .*; save them as UTF-8"):
         open_source(source)
 
 
