@@ -38,7 +38,7 @@ _PARTS = ("weights", "momentum", "objective", "average")  # the tensors of a Che
 class Checkpoint:
     """State after `epoch` whole epochs and `step` steps of the next.
 
-    data: the digest of each split's source. workers: how many trained it (None: an older file does not say).
+    data: the digest of each split's images. workers: how many trained it (None: an older file does not say).
     best: the best validation accuracy so far and its epoch, or None.
     weights: the network's state by name. momentum: SGD's buffers by parameter name; objective: what the loss carries from step
     to step (a queue, an averaged network); average: the weights' average, where the run keeps one, by which the network is

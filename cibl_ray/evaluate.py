@@ -71,7 +71,7 @@ def evaluate(checkpoint: Checkpoint, folder: Path | None = None, split: str | No
             raise UserError(f"the run's data have no {split!r} split; there are: {', '.join(prepared.splits)}")
         if prepared.classes != checkpoint.classes:
             raise UserError("the data's classes are no longer those the checkpoint was trained on")
-        if prepared.splits[split].source_digest != checkpoint.data.get(split):
+        if not prepared.splits[split].has(checkpoint.data.get(split)):
             log.warning("the %s images have changed since this checkpoint was trained", split)
     else:
         prepared, split = prepare_folder(folder.absolute(), checkpoint.classes, config.data), "test"

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from cibl_ray.storage import Mirror
     from cibl_ray.trainer import Trainer
     from cibl_ray.world import World
+    from pipelines.prepare import Prepared
 
 CONFIG = "config.yaml"
 RESULT = "result.json"
@@ -120,6 +121,7 @@ def train(
     if world.first and not resume and folder.exists():
         raise UserError(f"run folder {str(folder)!r} already exists; go on with --resume {folder}, or choose another --name")
     prepared = ensure_prepared(config.data, config.seed)
+    _same_data(world, prepared)
     if world.first:
         _log_to(None, progress)
     checkpoint = world.from_first(lambda: newest(folder / "checkpoints")) if resume else None
@@ -149,6 +151,17 @@ def train(
             raise Interrupted(
                 f"stopped in epoch {trainer.epoch + 1}; go on with: python -m cibl_ray.train --resume {folder}"
             ) from None
+
+
+def _same_data(world: World, prepared: Prepared) -> None:
+    """Raises UserError where workers of several nodes, each with prepared data of its own, would train on other images."""
+    digests = world.everyones(prepared.digests)
+    others = [str(rank) for rank, theirs in enumerate(digests) if theirs != digests[0]]
+    if others:
+        raise UserError(
+            f"rank{'s' * (len(others) > 1)} {', '.join(others)}: the images in {str(prepared.folder)!r} are not rank 0's; "
+            "give every node the same source, and remove that folder on each to prepare it again"
+        )
 
 
 def _fit(trainer: Trainer, progress: Progress) -> dict[str, Any]:
@@ -185,7 +198,7 @@ def _fit(trainer: Trainer, progress: Progress) -> dict[str, Any]:
         "images_per_s": statistics.median(row["rate"]["images_per_s"] for row in rows),
         "workers": trainer.world.size,
         "loader": trainer.train_loaders[0].name,
-        "data": trainer.digests,
+        "data": prepared.digests,
         "code": sorted({row.get("code", "unknown") for row in rows}),
         "hardware": describe(config.train.device),
     }

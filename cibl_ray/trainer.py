@@ -116,7 +116,8 @@ class Trainer:
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go on from a checkpoint. Raises UserError where it is of another network or other data."""
-        if checkpoint.data != self.digests:
+        splits = self.prepared.splits
+        if set(checkpoint.data) != set(splits) or not all(splits[name].has(digest) for name, digest in checkpoint.data.items()):
             raise UserError("the data have changed since this run began; start a new run")
         load_weights(self.network, checkpoint)
         load_momentum(self.network, self.optimizer, checkpoint.momentum)
@@ -327,7 +328,7 @@ class Trainer:
             config=self.config,
             classes=self.prepared.classes,
             train_counts=self.prepared.train_counts,
-            data=self.digests,
+            data=self.prepared.digests,
             epoch=self.epoch,
             step=self.step,
             workers=self.world.size,
@@ -335,11 +336,6 @@ class Trainer:
             weights=weights,
             **more,
         )
-
-    @property
-    def digests(self) -> dict[str, str]:
-        """Of the images of each split: what tells whether two runs saw the same."""
-        return {name: split.source_digest for name, split in self.prepared.splits.items()}
 
     def _result(self) -> dict[str, Any]:
         """Both checkpoints on the held-out split. The test set is looked at here for the first time, and chooses nothing."""

@@ -143,6 +143,14 @@ class World:
         result: T = box[0]
         return result
 
+    def everyones(self, value: T) -> list[T]:
+        """Each worker's `value`, in the order of rank, on every rank."""
+        values: list[Any] = [value] * self.size
+        if self.size > 1:
+            with self._exchange():
+                dist.all_gather_object(values, value, group=self._cpu)
+        return values
+
     @contextmanager
     def _exchange(self) -> Iterator[None]:
         started = time.perf_counter()

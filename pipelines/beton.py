@@ -8,7 +8,10 @@ The file can be read by FFCV's Loader, and by `Beton` where FFCV cannot be built
 
 from __future__ import annotations
 
+import errno
+import mmap
 import os
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -134,14 +137,20 @@ def part_of(path: Path) -> Path:
 class Beton:
     """One or several .beton files as one: `records` (a `SAMPLE` a row), `labels`, `sizes` (int64, bytes), each image's bytes.
 
-    paths: the files, in order. rows: each image's row in the split (int64), where these files are only a part of it; else 0 to
-    N - 1. shard: int32 (N,), which of the files holds it.
+    All is read from files opened once: another command may prepare the folder anew, and what has a name there is replaced.
+
+    paths: the files, in order. files: their descriptors, open while this object lives. rows: each image's row in the split
+    (int64), where these files are only a part of it; else 0 to N - 1. shard: int32 (N,), which of the files holds it.
     Raises UserError where a file is missing, cut short, or not one that `BetonWriter` wrote.
     """
 
     def __init__(self, *paths: Path, rows: np.ndarray | None = None) -> None:
         self.paths = paths
-        parts = [_read(path) for path in paths]
+        self.files: list[int] = []
+        weakref.finalize(self, _close, self.files).atexit = False  # a thread may still read then
+        for path in paths:
+            self.files.append(_open(path))
+        parts = [_read(path, file) for path, file in zip(paths, self.files, strict=True)]
         self.records = np.concatenate([records for records, _ in parts])
         self.sizes = np.concatenate([sizes for _, sizes in parts])
         self.shard = np.repeat(np.arange(len(paths), dtype=np.int32), [len(records) for records, _ in parts])
@@ -171,7 +180,7 @@ class Beton:
     def stored(self) -> list[np.ndarray]:
         """The whole files, mapped into memory: uint8 (bytes,) each."""
         if self._maps is None:
-            self._maps = [np.memmap(path, dtype=np.uint8, mode="r") for path in self.paths]
+            self._maps = [_mapped(path, file) for path, file in zip(self.paths, self.files, strict=True)]
         return self._maps
 
     @property
@@ -198,21 +207,46 @@ def split_of(path: Path) -> str:
     return path.stem.partition("-")[0]
 
 
-def _read(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """(records, sizes) of one file."""
+def _open(path: Path) -> int:
     try:
-        size = path.stat().st_size
-        header = np.fromfile(path, dtype=HEADER, count=1)
+        return os.open(path, os.O_RDONLY)
     except OSError as error:
-        raise UserError(f"prepared data {str(path)!r} cannot be read: {error}") from error
-    fields = np.fromfile(path, dtype=FIELD, count=len(_FIELDS), offset=HEADER.itemsize)
-    named = [(bytes(field["name"]).rstrip(b"\0"), int(field["type"])) for field in fields]
-    if len(header) != 1 or header["version"][0] != VERSION or header["fields"][0] != len(_FIELDS) or named != [*_FIELDS]:
-        raise UserError(f"{str(path)!r} is not a .beton file of images and labels; remove it and prepare again")
-    samples, table = int(header["samples"][0]), int(header["allocations"][0])
-    if size != table + samples * ALLOCATION.itemsize:
-        raise UserError(f"{str(path)!r} is cut short ({size:,} bytes); remove it and prepare again")
-    records = np.fromfile(path, dtype=SAMPLE, count=samples, offset=_RECORDS_AT)
-    if samples == 0 or records["f1"].min() < 0:
-        raise UserError(f"{str(path)!r} holds no labelled images; remove it and prepare again")
-    return records, np.fromfile(path, dtype=ALLOCATION, count=samples, offset=table)["size"].astype(np.int64)
+        raise _unreadable(path, error) from error
+
+
+def _close(files: list[int]) -> None:
+    for file in files:
+        os.close(file)
+
+
+def _mapped(path: Path, file: int) -> np.ndarray:
+    try:
+        return np.frombuffer(mmap.mmap(file, 0, access=mmap.ACCESS_READ), np.uint8)
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: OSError) -> UserError:
+    hint = "; raise the limit (ulimit -n), or data.store.shard_mb" if error.errno == errno.EMFILE else ""
+    return UserError(f"prepared data {str(path)!r} cannot be read: {error.strerror}{hint}")
+
+
+def _read(path: Path, file: int) -> tuple[np.ndarray, np.ndarray]:
+    """(records, sizes) of one file."""
+
+    def read(dtype: np.dtype, count: int, offset: int) -> np.ndarray:
+        stream.seek(offset)
+        return np.fromfile(stream, dtype=dtype, count=count)
+
+    with os.fdopen(file, "rb", closefd=False) as stream:
+        header, fields = read(HEADER, 1, 0), read(FIELD, len(_FIELDS), HEADER.itemsize)
+        named = [(bytes(field["name"]).rstrip(b"\0"), int(field["type"])) for field in fields]
+        if len(header) != 1 or header["version"][0] != VERSION or header["fields"][0] != len(_FIELDS) or named != [*_FIELDS]:
+            raise UserError(f"{str(path)!r} is not a .beton file of images and labels; remove it and prepare again")
+        size, samples, table = os.fstat(file).st_size, int(header["samples"][0]), int(header["allocations"][0])
+        if size != table + samples * ALLOCATION.itemsize:
+            raise UserError(f"{str(path)!r} is cut short ({size:,} bytes); remove it and prepare again")
+        records = read(SAMPLE, samples, _RECORDS_AT)
+        if samples == 0 or records["f1"].min() < 0:
+            raise UserError(f"{str(path)!r} holds no labelled images; remove it and prepare again")
+        return records, read(ALLOCATION, samples, table)["size"].astype(np.int64)

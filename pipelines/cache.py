@@ -107,7 +107,6 @@ class PageReader:
         epoch: int,
     ) -> None:
         self._beton, self._rows, self._positions, self._addresses = beton, rows, positions, addresses
-        self._files = [os.open(path, os.O_RDONLY) for path in beton.paths]
         number = _groups(beton.pages, group, seed, epoch)[rows]
         self._edges = [0, *(np.flatnonzero(np.diff(number)) + 1).tolist(), len(rows)]
         self._pool = ThreadPoolExecutor(_READERS, thread_name_prefix="pages")
@@ -128,11 +127,8 @@ class PageReader:
             self._read(until + 1)
 
     def close(self) -> None:
-        """Give up memory, threads and files."""
+        """Give up memory and threads."""
         self._pool.shutdown(cancel_futures=True)
-        for file in self._files:
-            os.close(file)
-        self._files = []
         self._held.clear()
 
     def _read(self, number: int) -> None:
@@ -156,7 +152,7 @@ class PageReader:
         ]
 
     def _page(self, shard: int, page: int, buffer: np.ndarray, slot: int, end: int) -> None:
-        file, done = self._files[shard], 0
+        file, done = self._beton.files[shard], 0
         while done < PAGE:
             got = os.preadv(file, [buffer[slot * PAGE + done : (slot + 1) * PAGE].data], page * PAGE + done)
             if got == 0:  # the end of the file

@@ -164,7 +164,8 @@ class FFCVLoader:
         Compiler.set_enabled(False)  # what runs is compiled already; FFCV's own functions would take seconds, every time
         try:
             self._loader = FFCVFileLoader(
-                str(beton.paths[0].resolve()),  # of several, the table knows where each image lies
+                # Of several, the table knows where each image lies. The open file: FFCV would look for its name again.
+                f"/proc/self/fd/{beton.files[0]}",
                 batch_size=reading.own_batch,
                 num_workers=workers,
                 os_cache=True,

@@ -74,21 +74,34 @@ def _check(image: Image.Image, data: bytes, max_pixels: int, max_scans: int) -> 
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """As a viewer shows it: turned as its EXIF says, transparency over white, 16-bit grey scaled, CMYK converted."""
+    """As a viewer shows it: turned as its EXIF says, transparency over white, 16-bit grey scaled, CMYK converted.
+
+    Raises BadImageError for numbers of which none is said to be white.
+    """
+    _refuse_wide(image)
     with contextlib.suppress(Exception):  # EXIF data are often broken; then the image is taken as it lies
         image = ImageOps.exif_transpose(image)
     if image.mode == "RGB" and not image.has_transparency_data:
         return image
     if image.mode.startswith("I;16") or image.mode == "I":
-        grey = np.asarray(image)  # uint16, or int32
-        if image.mode == "I":
-            grey = grey.clip(0, 65535)
-        image = Image.fromarray((grey >> 8).astype(np.uint8))
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         canvas = Image.new("RGBA", image.size, (255, 255, 255, 255))
         image = Image.alpha_composite(canvas, image)
     return image.convert("RGB")
+
+
+def _refuse_wide(image: Image.Image) -> None:
+    """Floats, and 32-bit integers that are not 16-bit grey: by a guess of their range, most would be black."""
+    if image.mode == "F":
+        raise BadImageError("floating-point grey; save it with 8 or 16 bits")
+    if image.mode == "I":
+        values = np.asarray(image)
+        low, high = values.min(), values.max()
+        wide = image.format != "PPM"  # whose 16 bits Pillow reads as 32: it may be dark
+        if low < 0 or high > 65535 or (wide and 0 < high < 256):
+            raise BadImageError(f"32-bit grey with values from {low} to {high}; save it with 8 or 16 bits")
 
 
 def stored_size(width: int, height: int, square: int | None, max_side: int | None) -> tuple[int, int]:

@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import importlib.util
 import json
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -45,7 +46,9 @@ SIDECAR = "prepared.json"
 class Split:
     """The .beton files of a split, and what they hold; `skipped` names the unreadable images that were left out.
 
-    shard_counts: of each file, its images of each class; empty where an earlier version prepared the data.
+    source_digest: of the source, by size and time of change: whether to prepare anew. content: of names, labels and images
+    alone, which a copy of the source has too. shard_counts: of each file, its images of each class. Both are empty where an
+    earlier version prepared the data.
     """
 
     shards: list[Shard]
@@ -53,6 +56,16 @@ class Split:
     source_digest: str
     skipped: list[str]
     shard_counts: list[list[int]] = field(default_factory=list)
+    content: str = ""
+
+    @property
+    def digest(self) -> str:
+        """What tells whether two runs see the same images."""
+        return self.content or self.source_digest
+
+    def has(self, digest: str | None) -> bool:
+        """Whether a run with this digest, an earlier version's too, saw these images."""
+        return digest in (self.digest, self.source_digest)
 
     @property
     def samples(self) -> int:
@@ -74,14 +87,20 @@ class Prepared:
     splits: dict[str, Split]
 
     def beton(self, split: str, only: list[int] | None = None) -> Beton:
-        """The open files of a split ('train', 'val' or 'test'), or some of them by number, checked against the sidecar."""
+        """The open files of a split ('train', 'val' or 'test'), or some of them by number, checked against the sidecar.
+
+        What another command writes in the folder from then on does not reach them; before, it is refused.
+        """
         entry = self.splits[split]
         numbers = list(range(len(entry.shards))) if only is None else only
         firsts = np.cumsum([0, *(shard.samples for shard in entry.shards)])
         rows = np.concatenate([np.arange(firsts[number], firsts[number + 1]) for number in numbers])
         chosen = [entry.shards[number] for number in numbers]
         beton = Beton(*(self.folder / shard.file for shard in chosen), rows=rows)
-        sizes = [path.stat().st_size for path in beton.paths]
+        sizes = [os.fstat(file).st_size for file in beton.files]
+        now = _read_sidecar(self.folder)  # gone before the first file is replaced, and back after the last
+        if now is None or now.splits != self.splits:
+            raise UserError(f"another command has prepared {str(self.folder)!r} anew since this one began; begin again")
         whole = only is not None or class_counts(beton.labels, len(self.classes)).tolist() == entry.counts
         if not whole or len(beton) != len(rows) or sizes != [shard.bytes for shard in chosen]:
             raise UserError(
@@ -104,6 +123,11 @@ class Prepared:
 
     def paths(self, split: str) -> list[Path]:
         return [self.folder / shard.file for shard in self.splits[split].shards]
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """Of the images of each split."""
+        return {name: split.digest for name, split in self.splits.items()}
 
     @property
     def train_counts(self) -> np.ndarray:
@@ -218,7 +242,9 @@ def _write(folder: Path, chosen: Chosen, data: DataConfig, seed: int) -> Prepare
     classes, splits = chosen
     (folder / SIDECAR).unlink(missing_ok=True)
     print(f"data: preparing {sum(len(images) for images in splits.values()):,} images in {folder}", file=sys.stderr)
-    written = {name: _split(write_split(folder, name, images, data, seed), name, classes) for name, images in splits.items()}
+    written = {
+        name: _split(write_split(folder, name, images, data, seed), name, images, classes) for name, images in splits.items()
+    }
     prepared = Prepared(folder, classes, seed, data.profile.model_dump(mode="json"), written)
     content = {
         "format": FORMAT,
@@ -241,12 +267,14 @@ def _write(folder: Path, chosen: Chosen, data: DataConfig, seed: int) -> Prepare
     return prepared
 
 
-def _split(progress: Progress, name: str, classes: list[str]) -> Split:
+def _split(progress: Progress, name: str, images: Images, classes: list[str]) -> Split:
     counts = class_counts(progress.labels, len(classes))
     if name == "train" and not counts.all():
         raise UserError(f"class {classes[int(counts.argmin())]!r} has no readable training image")
     of_files = _counts_of_files(np.array(progress.labels), progress.shards, len(classes))
-    return Split(progress.shards, counts.tolist(), progress.digest, progress.skipped, of_files.tolist())
+    # Of images that are no files, the source's digest is one of their content already, and recorded results have it.
+    content = progress.digest if images.files is None else progress.content
+    return Split(progress.shards, counts.tolist(), progress.digest, progress.skipped, of_files.tolist(), content)
 
 
 def _counts_of_files(labels: np.ndarray, shards: list[Shard], classes: int) -> np.ndarray:

@@ -7,6 +7,7 @@ the bit.
 
 from __future__ import annotations
 
+import os
 import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -70,7 +71,8 @@ class _Pixels:
 
     @classmethod
     def of(cls, beton: Beton, device: torch.device, margin: int) -> _Pixels:
-        key = (tuple((path, path.stat().st_mtime_ns) for path in beton.paths), str(device), margin)
+        written = [os.fstat(file).st_mtime_ns for file in beton.files]
+        key = (tuple(zip(beton.paths, written, strict=True)), str(device), margin)
         found = cls._held.get(key)
         if found is None:
             found = cls._held[key] = cls(beton, device, margin)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -15,7 +17,7 @@ import numpy as np
 from pipelines.config import Cifar10Source, Cifar100Source, DigitsSource, FolderSource, ListsSource, Source
 from pipelines.errors import UserError
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 
 
 @dataclass(frozen=True)
@@ -114,8 +116,13 @@ def _folder(root: Path) -> Dataset:
     classes = sorted(entry.name for entry in (root / "train").iterdir() if _class_folder(entry))
     if len(classes) < 2:
         raise UserError(f"{str(root / 'train')!r} has {len(classes)} class folders; at least 2 are needed")
+    for name in classes:
+        if not _is_text(name):
+            raise UserError(f"class folder {str(root / 'train' / name)!r} has a name that is not UTF-8; rename it")
     present = [name for name in ("train", "val", "test") if (root / name).is_dir()]
-    splits = {name: _folder_split(root, name, classes, every_class=name == "train") for name in present}
+    others: Counter[str] = Counter()
+    splits = {name: _folder_split(root, name, classes, others, every_class=name == "train") for name in present}
+    _tell_left_out(root, others)
     return Dataset(classes, splits["train"], splits.get("val"), splits.get("test"))
 
 
@@ -126,11 +133,24 @@ def open_folder(folder: Path, classes: list[str]) -> Images:
     for split in ("test", "val", "train"):
         if split not in classes and (folder / split).is_dir():
             raise UserError(f"{str(folder)!r} has splits; name one of them, as {str(folder / split)!r}")
-    return _folder_split(folder.parent, folder.name, classes, every_class=False)
+    others: Counter[str] = Counter()
+    images = _folder_split(folder.parent, folder.name, classes, others, every_class=False)
+    _tell_left_out(folder, others)
+    return images
 
 
-def _image_files(folder: Path) -> list[str]:
-    """The image files anywhere below a folder, relative to it, in the order of their parts; none where it is no folder."""
+def _tell_left_out(folder: Path, others: Counter[str]) -> None:
+    if others:
+        kinds = ", ".join(f"{count:,} {ending}" for ending, count in sorted(others.items()))
+        print(f"data: left out of {str(folder)!r}, as not among the endings of images: {kinds}", file=sys.stderr)
+
+
+def _image_files(folder: Path, others: Counter[str]) -> list[str]:
+    """The image files anywhere below a folder, relative to it, in the order of their parts; none where it is no folder.
+
+    Hidden files and folders are none. Links are followed; a folder that is reached twice is read once. others: counts the
+    files left out by their ending.
+    """
 
     def refuse(error: OSError) -> None:
         raise UserError(f"{error.filename!r} cannot be read: {error.strerror}; make it readable or take it out") from error
@@ -138,25 +158,51 @@ def _image_files(folder: Path) -> list[str]:
     found: list[str] = []
     if not folder.is_dir():
         return found
-    for place, _, names in os.walk(folder, onerror=refuse):  # strings: a hundred thousand objects of pathlib take seconds
+    seen = {_identity(parent) for parent in folder.resolve().parents}  # a link upwards would bring in other classes
+    # Strings: a hundred thousand objects of pathlib take seconds.
+    for place, inner, names in os.walk(folder, onerror=refuse, followlinks=True):
+        if (identity := _identity(Path(place))) in seen:
+            inner.clear()
+            continue
+        seen.add(identity)
+        # Links last, else by name: which of two names a folder is read under is the same on every machine.
+        folders = [name for name in inner if not name.startswith(".")]
+        inner[:] = sorted(folders, key=lambda name: (Path(place, name).is_symlink(), name))
         inside = os.path.relpath(place, folder)
-        images = [name for name in names if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")]
+        names = [name for name in names if not name.startswith(".")]
+        images = [name for name in names if name.lower().endswith(IMAGE_SUFFIXES)]
+        if len(images) < len(names):
+            others.update(Path(name).suffix.lower() or "without ending" for name in {*names} - {*images})
         found += images if inside == "." else [f"{inside}/{name}" for name in images]
     return sorted(found, key=lambda path: path.split("/"))
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    stat = folder.stat()
+    return stat.st_dev, stat.st_ino
+
+
+def _is_text(name: str) -> bool:
+    """Whether a file's name can be written and drawn: bytes of other encodings stand in it as lone surrogates."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _class_folder(entry: Path) -> bool:
     return entry.is_dir() and not entry.name.startswith(".")
 
 
-def _folder_split(root: Path, split: str, classes: list[str], every_class: bool) -> Images:
+def _folder_split(root: Path, split: str, classes: list[str], others: Counter[str], every_class: bool) -> Images:
     strangers = sorted({entry.name for entry in (root / split).iterdir() if _class_folder(entry)} - set(classes))
     if strangers:
         raise UserError(f"{str(root / split / strangers[0])!r}: the class {strangers[0]!r} is not one of the training classes")
     names: list[str] = []
     labels: list[int] = []
     for label, name in enumerate(classes):
-        found = _image_files(root / split / name)
+        found = _image_files(root / split / name, others)
         if not found and every_class:
             folder = root / split / name
             raise UserError(f"class folder {str(folder)!r} has no images ({', '.join(sorted(IMAGE_SUFFIXES))}); remove it")
@@ -205,7 +251,21 @@ def _lists(source: ListsSource) -> Dataset:
     for split, images in splits.items():
         if images.labels.max() >= count:
             raise UserError(f"{named[split]}: label {images.labels.max()} does not occur in {source.train}")
+    _refuse_repeats(splits, named)
     return Dataset(_class_names(source, train, count), train, splits.get("val"), splits.get("test"))
+
+
+def _refuse_repeats(splits: dict[str, Images], lists: dict[str, Path | None]) -> None:
+    """Raises UserError for the first image that is listed twice: it would be trained on and then scored."""
+    seen: dict[str, str] = {}
+    for split, images in splits.items():
+        for name, file in zip(images.names, images.files or (), strict=True):
+            before = seen.get(str(file))
+            if before is not None:
+                one, other = str(lists[before]), str(lists[split])
+                place = f"listed twice in {one!r}" if before == split else f"in both lists {one!r} and {other!r}"
+                raise UserError(f"image {name!r} is {place}; leave it in one of these lines")
+            seen[str(file)] = split
 
 
 def _list_split(root: Path, path: Path, expected: int | None) -> Images:
@@ -229,6 +289,8 @@ def _class_names(source: ListsSource, train: Images, count: int) -> list[str]:
             names = source.classes.read_text().split("\n")
         except OSError as error:
             raise UserError(f"class names {str(source.classes)!r} cannot be read: {error}") from error
+        except UnicodeDecodeError as error:
+            raise UserError(f"class names {str(source.classes)!r} cannot be read: {error}; save them as UTF-8") from error
         names = [name.strip() for name in names if name.strip()]
         if len(names) != count:
             raise UserError(f"{source.classes} names {len(names)} classes, the lists have {count}")

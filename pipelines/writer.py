@@ -7,6 +7,7 @@ the same command goes on there, and after a full disk too; after a user's mistak
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import json
 import os
@@ -35,6 +36,7 @@ from pipelines.seeding import stream
 from pipelines.sources import Images
 
 _JOURNAL_SECONDS = 10.0
+NO_CONTENT = "0" * 64
 _SMALLEST = 1024  # bytes that an image takes at least, for the number of records set aside in one of several files
 
 
@@ -52,10 +54,13 @@ class Progress:
     """How far a split is written.
 
     done: images of the split's order that are written or skipped. how: images by kind. stored: bytes of all images.
-    sealed: done, names, skipped, stored and how as they were when the last of `shards` was finished.
+    digest: of the source, by size and time of change. content: of the images so far (`add_content`); an earlier version's
+    journal has none, and is not gone on with.
+    sealed: done, names, skipped, stored, how and content as they were when the last of `shards` was finished.
     """
 
     digest: str
+    content: str
     done: int = 0
     shards: list[Shard] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
@@ -63,15 +68,15 @@ class Progress:
     skipped: list[str] = field(default_factory=list)
     how: dict[str, int] = field(default_factory=dict)
     stored: int = 0
-    sealed: tuple[int, int, int, int, dict[str, int]] = (0, 0, 0, 0, {})
+    sealed: tuple[int, int, int, int, dict[str, int], str] = (0, 0, 0, 0, {}, NO_CONTENT)
 
     def seal(self, shard: Shard) -> None:
         self.shards.append(shard)
-        self.sealed = (self.done, len(self.names), len(self.skipped), self.stored, dict(self.how))
+        self.sealed = (self.done, len(self.names), len(self.skipped), self.stored, dict(self.how), self.content)
 
     def back_to_shards(self) -> None:
         """Forget what came after the last finished file."""
-        self.done, names, skipped, self.stored, self.how = self.sealed
+        self.done, names, skipped, self.stored, self.how, self.content = self.sealed
         self.names, self.labels, self.skipped = self.names[:names], self.labels[:names], self.skipped[:skipped]
 
     def consistent(self, open_samples: int) -> bool:
@@ -93,15 +98,17 @@ class _Files:
         if resumed is None:  # whatever lies there is of other images
             for file in (*folder.glob(f"{split}*.beton"), *folder.glob(f"{split}*.part")):
                 file.unlink()
-        self.progress = resumed or Progress(digest)
+        self.progress = resumed or Progress(digest, NO_CONTENT)
 
-    def append(self, image: Packed, label: int, name: str) -> None:
+    def append(self, image: Packed, label: int, name: str, source: bytes) -> None:
+        """source: the digest of what the image was made of."""
         if self._writer is None:
             self._writer = BetonWriter(self._path(), self._room())
         self._writer.append(image, label)
         progress = self.progress
         progress.names.append(name)
         progress.labels.append(label)
+        progress.content = add_content(progress.content, name, label, source)
         progress.stored += len(image.data)
         progress.how[image.how] = progress.how.get(image.how, 0) + 1
 
@@ -190,6 +197,12 @@ def _size(path: Path) -> int:
     return path.stat().st_size if path.is_file() else -1
 
 
+def add_content(content: str, name: str, label: int, source: bytes) -> str:
+    """The digest of some images with one more: a sum, so that neither the order on disk nor a stop in between changes it."""
+    image = hashlib.sha256(f"{name}\0{label}\0".encode("utf-8", "surrogateescape") + source).digest()
+    return f"{(int(content, 16) + int.from_bytes(image)) % (1 << 256):064x}"
+
+
 def forget_journals(folder: Path) -> None:
     """The data are whole: there is nothing to go on with."""
     for journal in folder.glob("*.journal"):
@@ -216,7 +229,7 @@ def write_split(folder: Path, split: str, images: Images, data: DataConfig, seed
                 progress.skipped.append(place)
             else:
                 try:
-                    files.append(result, int(images.labels[index]), images.names[index])
+                    files.append(result[0], int(images.labels[index]), images.names[index], result[1])
                 except UserError as error:
                     raise UserError(f"{_place(images, index, split)} {error}") from error
             files.step()
@@ -281,15 +294,18 @@ def _place(images: Images, index: int, split: str) -> str:
     return str(images.files[index]) if images.files else f"{split} image {images.names[index]}"
 
 
-def _pack_all(
-    images: Images, order: np.ndarray, data: DataConfig, seed: int, lossless: bool
-) -> Iterator[tuple[int, Packed | BadImageError]]:
+_Result = tuple[Packed, bytes] | BadImageError  # an image, and the digest of what it was made of
+
+
+def _pack_all(images: Images, order: np.ndarray, data: DataConfig, seed: int, lossless: bool) -> Iterator[tuple[int, _Result]]:
     """Pack in threads (decoding and encoding leave Python's lock), a bounded number ahead, and yield in order."""
     draws = stream(seed, "raw").random(len(images))  # of mode 'mixed'
 
-    def work(index: int) -> Packed | BadImageError:
+    def work(index: int) -> _Result:
         try:
-            return pack(images.read(index), data.store, lossless, raw=bool(draws[index] < data.store.raw_share))
+            source = images.read(index)
+            packed = pack(source, data.store, lossless, raw=bool(draws[index] < data.store.raw_share))
+            return packed, hashlib.sha256(source if isinstance(source, bytes) else source.tobytes()).digest()
         except BadImageError as error:
             return error
         except OSError as error:
@@ -298,9 +314,7 @@ def _pack_all(
     workers = len(os.sched_getaffinity(0))
     todo = iter(order.tolist())
     with ThreadPoolExecutor(workers) as pool:
-        pending: list[tuple[int, Future[Packed | BadImageError]]] = [
-            (i, pool.submit(work, i)) for i in islice(todo, 16 * workers)
-        ]
+        pending: list[tuple[int, Future[_Result]]] = [(i, pool.submit(work, i)) for i in islice(todo, 16 * workers)]
         try:
             while pending:
                 index, future = pending.pop(0)

@@ -9,6 +9,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,8 +18,9 @@ import yaml
 from cibl_ray.checkpoint import load_checkpoint, save_checkpoint
 from cibl_ray.config import load_config
 from cibl_ray.runlog import read_metrics
+from cibl_ray.train import _same_data
 from cibl_ray.trainer import Trainer, resolve
-from cibl_ray.world import need_own_device
+from cibl_ray.world import World, need_own_device
 from pipelines.errors import UserError
 from pipelines.prepare import ensure_prepared
 from tests.conftest import REPOSITORY, needs_ffcv
@@ -240,6 +242,38 @@ def test_resume_with_other_data_is_refused(finished, tmp_path, digits):
     checkpoint.data["train"] = "changed"
     with pytest.raises(UserError, match="the data have changed"):
         trainer.restore(checkpoint)
+
+
+def test_a_copy_of_the_images_is_the_same_data(image_folder, tmp_path):
+    """Of other files' times, as on another node; also to a checkpoint of an earlier version, while its folder stands."""
+    options = ["--data.source.kind", "folder", "--data.source.path", str(image_folder), "--data.profile", "{kind: none}"]
+    options += ["--val_fraction", "0", "--batch_size", "8", "--runs", str(tmp_path), "--prepared", str(tmp_path / "prepared")]
+    config = resolve(load_config("quickstart", options))
+
+    def trainer():
+        return Trainer(config, ensure_prepared(config.data, config.seed), tmp_path)
+
+    begun = trainer()
+    begun.save()
+    checkpoint = load_checkpoint(tmp_path / "checkpoints" / "last.safetensors")
+    earlier = replace(checkpoint, data={name: split.source_digest for name, split in begun.prepared.splits.items()})
+    begun.restore(checkpoint)
+    begun.restore(earlier)
+    os.utime(image_folder / "train" / "one" / "0.png", (1, 1))
+    touched = trainer()
+    assert touched.prepared.splits["train"].source_digest != begun.prepared.splits["train"].source_digest
+    touched.restore(checkpoint)
+    shutil.copy(image_folder / "train" / "one" / "1.png", image_folder / "train" / "one" / "0.png")
+    with pytest.raises(UserError, match="the data have changed"):
+        trainer().restore(checkpoint)
+
+
+def test_workers_with_other_images_are_named(digits):
+    own = digits.digests
+    _same_data(World(), digits)
+    world = SimpleNamespace(everyones=lambda mine: [mine, own | {"train": "other"}, mine, own | {"test": "other"}])
+    with pytest.raises(UserError, match=r"^ranks 1, 3: the images in '.*' are not rank 0's; give every node the same source"):
+        _same_data(world, digits)
 
 
 def test_cross_entropy_and_cosine_head_run_the_same_way(folders):

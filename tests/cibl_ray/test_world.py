@@ -125,6 +125,7 @@ def test_gathered_gradients_are_sums_over_workers(two_workers):
     assert content["gradient"] == [[3.0, 6.0, 9.0], [12.0, 15.0, 18.0, 21.0]]
     assert content["collected"] == [[0, 0], [1, 1], [1, 1]]
     assert content["first"] == "of rank 0"
+    assert content["everyones"] == ["of rank 0", "of rank 1"]
 
 
 def test_statistics_are_averaged(two_workers):
@@ -144,6 +145,7 @@ def test_one_process_is_a_world_of_its_own():
     assert world.gather(x, 3) is x
     assert world.collect(x) is x
     assert world.from_first(lambda: "made") == "made"
+    assert world.everyones("made") == ["made"]
 
 
 def test_torchrun_starts_the_same_workers(tmp_path):
@@ -199,6 +201,7 @@ def _steps(world, folder):
         "gradient": gradients,
         "collected": collected.tolist(),
         "first": world.from_first(lambda: f"of rank {world.rank}"),
+        "everyones": world.everyones(f"of rank {world.rank}"),
     }
     norm = nn.BatchNorm2d(2)
     norm.running_mean.fill_(world.rank + 1.0)

@@ -1,7 +1,10 @@
 """Our .beton files are FFCV's, whole or not there at all."""
 
+import os
+import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -78,6 +81,33 @@ def test_foreign(tmp_path):
         Beton(path)
     with pytest.raises(UserError, match="cannot be read"):
         Beton(tmp_path / "c.beton")
+
+
+def test_files_are_open_as_long_as_they_are_used(path, images):
+    def descriptors() -> int:
+        return len([*Path("/proc/self/fd").iterdir()])
+
+    before = descriptors()
+    beton = Beton(path)
+    path.unlink()
+    image = beton.image(1)
+    assert descriptors() > before
+    del beton
+    assert (image == images[1]).all()
+    del image
+    assert descriptors() == before
+
+
+def test_too_many_open_files(path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest = os.open(os.devnull, os.O_RDONLY)
+    os.close(lowest)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, hard))
+    try:
+        with pytest.raises(UserError, match=r"Too many open files; raise the limit \(ulimit -n\)"):
+            Beton(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_a_failed_writer_leaves_nothing(tmp_path, images):

@@ -61,18 +61,39 @@ def test_sixteen_bit_grey_is_scaled():
     assert rgb(encode(image, "PNG"))[0, :, 0].tolist() == [0, 1, 255]
 
 
-@pytest.mark.parametrize("kind", ["PNG", "TIFF", "big-endian", "int32"])
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "big-endian"])
 def test_every_sixteen_bit_grey_is_its_upper_byte(kind):
-    values = np.arange(-70_000, 140_000)[None] if kind == "int32" else np.arange(65536)[None]
-    if kind == "int32":
-        image = Image.fromarray(values.astype(np.int32))
-    elif kind == "big-endian":
+    values = np.arange(65536)[None]
+    if kind == "big-endian":
         image = Image.frombytes("I;16B", values.shape[::-1], values.astype(">u2").tobytes())
     else:
         image = decode(encode(Image.fromarray(values.astype(np.uint16)), kind))
-    assert image.mode == {"int32": "I", "big-endian": "I;16B"}.get(kind, "I;16")
-    plain = (values.astype(np.int64).clip(0, 65535) >> 8).astype(np.uint8)
-    assert (np.asarray(to_rgb(image)) == plain[..., None]).all()
+    assert image.mode == ("I;16B" if kind == "big-endian" else "I;16")
+    assert (np.asarray(to_rgb(image)) == (values >> 8).astype(np.uint8)[..., None]).all()
+
+
+def test_grey_of_32_bits_is_taken_for_16_where_it_can_be():
+    image = Image.fromarray(np.array([[0, 256, 65535]], dtype=np.int32))
+    assert rgb(encode(image, "TIFF"))[0, :, 0].tolist() == [0, 1, 255]
+    assert rgb(encode(Image.new("I", (2, 1)), "TIFF")).max() == 0
+    assert rgb(b"P5 2 1 65535\n\0\0\0\7").max() == 0  # 16 bits, and dark
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (np.float32([0.0, 0.5, 1.0]), "floating-point grey; save it with 8 or 16 bits"),
+        (np.int32([0, 7, 255]), "32-bit grey with values from 0 to 255; save it with 8 or 16 bits"),
+        (np.int32([0, 7, 65536]), "from 0 to 65536"),
+        (np.int32([-1, 7, 300]), "from -1 to 300"),
+    ],
+)
+def test_numbers_of_an_unknown_range_are_no_image(values, message):
+    data = encode(Image.fromarray(values[None]), "TIFF")
+    with pytest.raises(BadImageError, match=message):
+        rgb(data)
+    with pytest.raises(BadImageError, match=message):
+        pack(data, Store())
 
 
 def test_exif_turns_the_image(photo):

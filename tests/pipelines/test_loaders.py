@@ -305,6 +305,44 @@ def test_a_swapped_file_is_noticed(digits, tmp_path):
         make_loader(prepared, "train", reading(tmp_path), LoaderConfig())
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        *[pytest.param({"kind": "ffcv", "cache": cache}, marks=needs_ffcv) for cache in ("os", "process")],
+        {"kind": "torch"},
+        {"kind": "torch", "workers": 1},
+        {"kind": "resident"},
+    ],
+)
+@pytest.mark.parametrize("begun", [False, True])
+def test_data_prepared_anew_do_not_reach_a_loader_in_use(image_folder, tmp_path, config, begun):
+    """Another command of the same configuration, whose images have changed meanwhile, writes in the same folder."""
+    data = data_config(
+        source={"kind": "folder", "path": str(image_folder)},
+        prepared=str(tmp_path / "prepared"),
+        size=8,
+        views=[{"cut": {"kind": "crop", "padding": 1}}],
+    )
+    prepared = ensure_prepared(data, 0)
+    train, test = train_reading(data, 4, 0), eval_reading(data, 4)
+    untouched = [batches(make_loader(prepared, "train", train, LoaderConfig(**config)), epoch) for epoch in (0, 1)]
+    scored = batches(make_loader(prepared, "test", test, LoaderConfig(**config)), 0)
+    running = make_loader(prepared, "train", train, LoaderConfig(**config))
+    held_out = make_loader(prepared, "test", test, LoaderConfig(**config))
+    if begun:
+        assert same(batches(running, 0), untouched[0])
+    for split in ("train", "test"):
+        for number in range(3):
+            shutil.copy(image_folder / split / "one" / "0.png", image_folder / split / "nought" / f"more{number}.png")
+    again = ensure_prepared(data, 0)
+    assert again.folder == prepared.folder
+    assert len(again.beton("train")) == 22
+    assert same(batches(running, 1), untouched[1])
+    assert same(batches(held_out, 0), scored)
+    with pytest.raises(UserError, match=r"another command has prepared .* anew since this one began"):
+        make_loader(prepared, "train", train, LoaderConfig(**config))
+
+
 @needs_ffcv
 @pytest.mark.parametrize("store", ["os", "process"])
 def test_memory_stays_flat_over_twenty_epochs(photos_prepared, store):

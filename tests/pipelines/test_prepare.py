@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -27,7 +28,7 @@ def test_sidecar_says_what_is_there(digits):
     assert digits.train_counts.tolist() == sorted(digits.train_counts, reverse=True)
     assert set(content["splits"]) == {"train", "val", "test"}
     for split in content["splits"].values():
-        assert len(split["source_digest"]) == 64
+        assert len(split["source_digest"]) == len(split["content"]) == 64
         for shard in split["shards"]:
             assert (digits.folder / shard["file"]).stat().st_size == shard["bytes"]
         assert sum(shard["samples"] for shard in split["shards"]) == sum(split["counts"])
@@ -52,6 +53,25 @@ def test_written_once_and_again_when_the_source_changes(image_folder, tmp_path):
     again = ensure_prepared(data, 0)
     assert again.train_counts.tolist() == [8, 5, 5]
     assert len(again.beton("train")) == 18
+
+
+def test_the_digest_is_of_names_labels_and_images_alone(image_folder, tmp_path):
+    data = folder_config(image_folder, tmp_path)
+    first = ensure_prepared(data, 0)
+    digests = [split.digest for split in first.splits.values()]
+    os.utime(image_folder / "train" / "one" / "0.png", (1, 1))
+    again = ensure_prepared(data, 0)
+    assert again.splits["train"].source_digest != first.splits["train"].source_digest
+    assert again.digests == first.digests == ensure_prepared(data, 1).digests  # in another order on disk
+    (image_folder / "train" / "one" / "0.png").rename(image_folder / "train" / "one" / "renamed.png")
+    digests.append(ensure_prepared(data, 0).digests["train"])
+    (image_folder / "train" / "one" / "renamed.png").rename(image_folder / "train" / "two" / "renamed.png")
+    digests.append(ensure_prepared(data, 0).digests["train"])
+    assert len({*digests}) == 4
+    assert first.splits["train"].has(first.splits["train"].source_digest)
+    assert not first.splits["train"].has(None)
+    earlier = replace(first.splits["train"], content="")
+    assert earlier.digest == earlier.source_digest
 
 
 def test_damaged_files_are_written_again(image_folder, tmp_path):

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -41,6 +42,39 @@ def test_folder_mistakes(image_folder, tmp_path):
     assert "empty" in error()
 
 
+def test_what_is_hidden_or_no_image_is_left_out(image_folder, capsys):
+    one = image_folder / "train" / "one"
+    for place in (".ipynb_checkpoints", "inside/.thumbnails"):
+        shutil.copytree(image_folder / "train" / "two", one / place)
+    shutil.copy(one / "0.png", one / ".1.png")
+    shutil.copy(one / "0.png", one / "7.JFIF")
+    for name in ("8.heic", "9.HEIC", "notes", ".DS_Store"):
+        (one / name).write_bytes(b"")
+    names = open_source(FolderSource(kind="folder", path=image_folder)).train.names
+    assert [name for name in names if "/one/" in name] == [
+        f"train/one/{name}" for name in (*(f"{i}.png" for i in range(6)), "7.JFIF")
+    ]
+    message = f"data: left out of {str(image_folder)!r}, as not among the endings of images: 2 .heic, 1 without ending\n"
+    assert capsys.readouterr().err == message
+
+
+def test_links_to_folders_are_followed_once(image_folder, tmp_path):
+    two, elsewhere = image_folder / "train" / "two", tmp_path / "elsewhere"
+    (two / "0.png").rename(two / "inside.png")
+    elsewhere.mkdir()
+    (two / "inside.png").rename(elsewhere / "0.png")
+    (two / "a").symlink_to(two / "z")
+    (two / "linked").symlink_to(elsewhere)
+    (two / "z").mkdir()
+    (two / "1.png").rename(two / "z" / "1.png")
+    (two / "z" / "up").symlink_to(two)
+    (two / "z" / "top").symlink_to(image_folder / "train")
+    names = open_source(FolderSource(kind="folder", path=image_folder)).train.names
+    assert [name.partition("/two/")[2] for name in names if "/two/" in name] == [
+        "2.png", "3.png", "4.png", "linked/0.png", "z/1.png"
+    ]  # fmt: skip
+
+
 def test_digest_changes_with_the_images(image_folder):
     def digest():
         return open_source(FolderSource(kind="folder", path=image_folder)).train.digest()
@@ -50,6 +84,12 @@ def test_digest_changes_with_the_images(image_folder):
     file = image_folder / "train" / "one" / "0.png"
     file.write_bytes(file.read_bytes() + b"\0")
     assert digest() != before
+
+
+def test_a_class_folder_whose_name_is_no_text(image_folder):
+    (image_folder / "train" / "two").rename(os.fsdecode(bytes(image_folder / "train") + b"/f\xfcnf"))
+    with pytest.raises(UserError, match=r"f\\udcfcnf' has a name that is not UTF-8; rename it"):
+        open_source(FolderSource(kind="folder", path=image_folder))
 
 
 @pytest.fixture
@@ -78,6 +118,32 @@ def test_list_mistakes(lists, line, message):
     source, train = lists
     train.write_text(train.read_text() + line + "\n")
     with pytest.raises(UserError, match=message):
+        open_source(source)
+
+
+def test_class_names_of_another_encoding(lists, tmp_path):
+    names = tmp_path / "classes.txt"
+    source = lists[0].model_copy(update={"classes": names})
+    names.write_text("nought\nfünf\n", encoding="utf-8")
+    assert open_source(source).classes == ["nought", "fünf"]
+    names.write_text("nought\nfünf\n", encoding="latin-1")
+    with pytest.raises(UserError, match=r"class names '.*classes\.txt' cannot be read: .*; save them as UTF-8"):
+        open_source(source)
+
+
+def test_an_image_is_listed_once(lists, tmp_path):
+    source, train = lists
+    test, lines = tmp_path / "test.txt", train.read_text()
+    test.write_text("test/one/0.png 1\ntest/nought/0.png 0\n")
+    both = source.model_copy(update={"test": test})
+    assert len(open_source(both).test) == 2
+    test.write_text(test.read_text() + "./train/nought/1.png 0\n")
+    with pytest.raises(UserError, match=r"'\./train/nought/1\.png' is in both lists '.*/train\.txt' and '.*/test\.txt'"):
+        open_source(both)
+    with pytest.raises(UserError, match=r"'train/nought/0\.png' is in both lists '.*/train\.txt' and '.*/train\.txt'"):
+        open_source(source.model_copy(update={"val": train}))
+    train.write_text(lines + "train/nought/0.png 0\n")
+    with pytest.raises(UserError, match=r"'train/nought/0\.png' is listed twice in '.*/train\.txt'; leave it in one of these"):
         open_source(source)
 
 

@@ -42,6 +42,7 @@ def test_several_files_hold_what_one_does(config):
     assert split.train_counts.tolist() == whole.train_counts.tolist()
     names = [(prepared.folder / "train.files.txt").read_text() for prepared in (whole, split)]
     assert names[0] == names[1]
+    assert whole.digests == split.digests
 
 
 def test_some_of_the_files_know_their_rows(config):
@@ -55,7 +56,8 @@ def test_some_of_the_files_know_their_rows(config):
 @pytest.mark.parametrize("place", ["between", "at a border", "before the journal", "late"])
 def test_a_kill_at_any_moment_is_gone_on_with(config, monkeypatch, capsys, place):
     """Planted exceptions that nothing catches stand for the kill: the files stay as they are at that moment."""
-    expected = contents(ensure_prepared(config(mode="raw"), 0))
+    undisturbed = ensure_prepared(config(mode="raw"), 0)
+    expected = contents(undisturbed)
     data = config(mode="raw", shard_mb=1)
     monkeypatch.setattr(writer._Files, "failed", writer._Files.leave)
     shards, steps = [], []
@@ -86,6 +88,7 @@ def test_a_kill_at_any_moment_is_gone_on_with(config, monkeypatch, capsys, place
     prepared = ensure_prepared(data, 0)
     assert ("goes on after" in capsys.readouterr().err) == (place != "between")
     assert contents(prepared) == expected
+    assert prepared.digests == undisturbed.digests
     names = (prepared.folder / "train.files.txt").read_text().split()
     assert len(names) == len(set(names)) == 24
 
