@@ -19,6 +19,7 @@ Metric = Literal[
     "overall", "balanced", "many", "medium", "few", "head", "middle", "tail", "worst", "harmonic", "calibration_error", "loss"
 ]
 METRICS: tuple[str, ...] = get_args(Metric)
+_BASE = "base_content"
 
 
 class Range(Settings):
@@ -117,6 +118,21 @@ def load_sweep(name: str, pairs: list[str]) -> SweepConfig:
     base = Path(sweep.base)
     # Going on must work from any folder.
     return sweep.model_copy(update={"base": str(base.absolute())}) if base.is_file() else sweep
+
+
+def sweep_text(sweep: SweepConfig, base: dict[str, Any]) -> str:
+    """What a sweep's folder keeps of it: all trials start from the base as it was when the first one did."""
+    return json.dumps({**sweep.model_dump(mode="json"), _BASE: base}, indent=1)
+
+
+def read_sweep(path: Path) -> tuple[SweepConfig, dict[str, Any] | None]:
+    """(the sweep, the configuration that its trials start from: None where an earlier version began it). Raises UserError."""
+    try:
+        content = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: not valid JSON: {error}") from error
+    base = content.pop(_BASE, None) if isinstance(content, dict) else None
+    return validate(SweepConfig, content, str(path)), base
 
 
 def base_content(sweep: SweepConfig) -> dict[str, Any]:

@@ -7,17 +7,19 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 
 import numpy as np
 import psutil
 import pytest
 import yaml
 
-from cibl_ray import sweep_report
+from cibl_ray import sweep_report, tune
 from cibl_ray.checkpoint import load_checkpoint
 from cibl_ray.config import RunConfig, load_config
 from cibl_ray.ray_start import settle
 from cibl_ray.sweep import (
+    METRICS,
     SweepConfig,
     Trial,
     axes,
@@ -282,6 +284,34 @@ def test_a_base_in_this_folder_has_absolute_paths(tmp_path, monkeypatch):
     assert content["data"]["prepared"] == str(tmp_path / "here")
     monkeypatch.chdir("/")
     assert trial_config(content, {"loss.tail_skew": 0.3}).data.prepared == tmp_path / "here"
+
+
+def test_a_sweep_goes_on_with_the_base_that_it_began_with(tmp_path, monkeypatch):
+    """The base's file has changed since, and so has the current folder."""
+    base, folder = tmp_path / "mine.yaml", tmp_path / "kept"
+    base.write_text("{data: {source: {kind: digits}, val_fraction: 0.1, store: {square: 16}, size: 16, prepared: here}}")
+    ended = Trial("a", {"loss.tail_skew": 0.3}, "completed", 4, dict.fromkeys(METRICS, 0.5))
+    (folder / "trials" / "a" / "checkpoints").mkdir(parents=True)
+    (folder / "trials" / "a" / "checkpoints" / "last.safetensors").write_bytes(b"x")
+    (folder / "trials.jsonl").write_text(json.dumps(asdict(ended)) + "\n")
+    monkeypatch.chdir(tmp_path)
+    settle(own=True)
+    tune.run(sweep(base="mine.yaml", set={}, trials=1), folder, None)
+    begun = (folder / "best.yaml").read_text()
+    assert f"prepared: {tmp_path / 'here'}" in begun
+    base.write_text(base.read_text().replace("{data", "{optimizer: {lr: 0.5}, data"))
+    monkeypatch.chdir("/")
+    monkeypatch.setattr(sys, "argv", ["tune", "--resume", str(folder)])
+    tune.main()
+    assert (folder / "best.yaml").read_text() == begun
+    # Begun by an earlier version, it has the file alone, and the file's content from now on.
+    content = json.loads((folder / "sweep.json").read_text())
+    del content["base_content"]
+    (folder / "sweep.json").write_text(
+        json.dumps({**content, "base": str(base), "set": {"data.prepared": str(tmp_path / "here")}})
+    )
+    tune.main()
+    assert json.loads((folder / "sweep.json").read_text())["base_content"]["optimizer"]["lr"] == 0.5
 
 
 def test_the_longest_trial_counts():
