@@ -298,7 +298,7 @@ def _worker(given: dict[str, Any]) -> None:
     if given["storage"] is not None and world.first:
         mirror = Mirror(folder, join(given["storage"], folder.name))
         mirror.claim(given["resume"])
-        if mirror.exists():
+        if mirror.exists() and not mirror.behind():  # what was saved here and not sent any more is this run's too
             mirror.download()
     try:
         same_folder(folder, given["mark"])  # on every node: any may be the first after a loss

@@ -65,7 +65,10 @@ def main() -> None:
         storage, folder = _fetched(arguments.resume)
         config, folder = _resumed(folder, overrides, name)
     elif arguments.resume is not None:
-        config, folder = _resumed(Path(arguments.resume), overrides, name)
+        folder = Path(arguments.resume)
+        if arguments.cluster:
+            storage = _in_step(folder.absolute(), storage)
+        config, folder = _resumed(folder, overrides, name)
     else:
         from cibl_ray.config import load_config
 
@@ -109,6 +112,7 @@ def train(
     """
     from cibl_ray.checkpoint import newest
     from cibl_ray.hardware import TIMER_LAG, keep_freed_memory, let_timers_lag
+    from cibl_ray.storage import copy_of
     from cibl_ray.trainer import Trainer, resolve
     from cibl_ray.world import need_own_device
     from pipelines.prepare import ensure_prepared
@@ -122,6 +126,9 @@ def train(
     prepared = ensure_prepared(config.data, config.seed)
     if world.first:
         _log_to(None, progress)
+        copy = copy_of(folder)
+        if copy is not None and mirror is None:
+            log.warning("its copy %s is not brought up to date; --resume %s --cluster does that", copy, folder)
     checkpoint = world.from_first(lambda: newest(folder / "checkpoints")) if resume else None
     if checkpoint is not None and config.loader.cache == "auto":
         # Decided when the run began: another order would not be the epoch that the checkpoint stands in.
@@ -232,6 +239,35 @@ def _fetched(uri: str) -> tuple[str, Path]:
     mirror.claim(resume=True)
     mirror.download()
     return storage, folder
+
+
+def _in_step(folder: Path, storage: str | None) -> str | None:
+    """The storage of a run that goes on by its local folder: `storage`, or the one that it had, so that no copy goes stale.
+
+    Of the folder and its copy, the one that has been trained further takes the place of the other.
+    """
+    from cibl_ray.storage import Mirror, copy_of, join, split
+
+    copy = copy_of(folder)
+    if storage is None and copy is not None:
+        storage, name = split(copy)
+        if name != folder.name:
+            raise UserError(
+                f"--resume {folder}: its copy is {copy}, of another name; rename the folder to {name}, or give --storage URI "
+                "to begin another copy"
+            )
+    if storage is None or not (folder / CONFIG).is_file():
+        return storage
+    mirror = Mirror(folder, join(storage, folder.name))
+    mirror.claim(resume=True)
+    if mirror.exists() and not mirror.behind():
+        mirror.download()
+        return storage
+    try:
+        mirror.upload()
+    except OSError as error:
+        raise UserError(f"storage {storage!r} cannot be written: {error}") from error
+    return storage
 
 
 def _resumed(folder: Path, overrides: list[str], name: str | None) -> tuple[Any, Path]:

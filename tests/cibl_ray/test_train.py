@@ -176,6 +176,17 @@ def test_resuming_a_finished_run_repeats_its_result(finished, folders):
     assert {**after, "time": None} == {**before, "time": None}
 
 
+def test_a_process_that_leaves_a_copy_behind_says_so(finished, tmp_path):
+    folder = tmp_path / "whole"
+    shutil.copytree(finished[0], folder)
+    (folder / ".storage").write_text("s3://bucket/whole")
+    done = run("train", "--resume", folder)
+    assert done.returncode == 0, done.stderr
+    assert (
+        f"its copy s3://bucket/whole is not brought up to date; --resume {folder} --cluster does" in done.stdout + done.stderr
+    )
+
+
 def test_a_damaged_best_checkpoint_costs_its_scores_alone(finished, tmp_path):
     folder = tmp_path / "whole"
     shutil.copytree(finished[0], folder)
