@@ -304,6 +304,17 @@ def test_an_own_folder_keeps_every_image(image_folder, folders):
     assert "data: profile 'exp' keeps 8 of 16 training images; --data.profile '{kind: none}' keeps all" in cut.stderr
 
 
+def test_a_validation_loss_that_is_not_finite_ends_the_run(digits, tmp_path):
+    """As running statistics make it that are no numbers, which training does not look at."""
+    config = resolve(load_config("quickstart", [*TINY, "--loader.kind", "torch"]))
+    trainer = Trainer(config, digits, tmp_path)
+    trainer.after_save = lambda: next(trainer.network.buffers()).fill_(torch.nan)
+    with pytest.raises(UserError, match="the loss is not finite on the val split after epoch 2"):
+        trainer.fit()
+    assert load_checkpoint(tmp_path / "checkpoints" / "last.safetensors").epoch == 1
+    assert [row["epoch"] for row in read_metrics(tmp_path)] == [1]
+
+
 def test_a_checkpoint_within_an_epoch_goes_on_to_the_bit(digits, tmp_path):
     flags = ["--loader.kind", "torch", "--epochs", "1", "--warmup_epochs", "0", "--checkpoint_minutes", "1e-9"]
     config = resolve(load_config("quickstart", flags))

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import os
 import signal
 import subprocess
@@ -239,6 +240,35 @@ def test_best_by_an_objective_and_a_bound():
     assert objectives(sweep(objective=[{"metric": "few"}, {"metric": "many"}], asha=None), trials[0].scores) == [0.5, 0.4]
 
 
+@pytest.mark.parametrize("metric", ["loss", "calibration_error"])
+def test_what_is_to_be_small_is_minimised(metric):
+    trials = [trial("a", **{metric: 0.5, "few": 0.5}), trial("b", **{metric: 0.1, "few": 0.2})]
+    of = sweep(objective=[{"metric": metric}])
+    assert of.objective[0].mode == "min"
+    assert best(of, trials).name == "b"
+    bound = sweep(objective=[{"metric": "few"}], bound={"metric": metric, "at_most": 0.3})
+    assert best(bound, trials).name == "b"
+    assert objectives(bound, trials[0].scores) == [pytest.approx(-1.2)]
+    assert validate(SweepConfig, of.model_dump(mode="json"), "sweep.json") == of
+
+
+def test_a_score_that_is_not_finite_never_wins():
+    trials = [trial("a", few=math.nan, loss=math.nan), trial("b", few=0.1, loss=9e3), trial("c", few=0.2, loss=math.inf)]
+    for content, winner in (
+        ({"objective": [{"metric": "few"}]}, "c"),
+        ({"objective": [{"metric": "loss"}]}, "b"),
+        ({"objective": [{"metric": "few"}], "bound": {"metric": "loss", "at_most": 1}}, "b"),
+    ):
+        of = sweep(**content)
+        for order in (trials, trials[::-1]):
+            assert best(of, order).name == winner
+        assert abs(objectives(of, trials[0].scores)[0]) == 1e9
+    few = sweep(objective=[{"metric": "few"}])
+    assert best(few, [trials[0]]) is None
+    assert best(few, [trials[0], trial("d", "stopped", few=0.1)]).name == "d"
+    assert front(np.array([[math.nan, 1.0], [0.5, 0.5], [0.5, math.nan]])).tolist() == [False, True, False]
+
+
 def test_axes_of_the_trade_off():
     assert axes(sweep(), [trial("a", many=1, few=1, head=1, tail=1)]) == ("many", "few")
     assert axes(sweep(), [trial("a", many=1, head=1, tail=1)]) == ("head", "tail")
@@ -262,6 +292,10 @@ def test_a_trial_has_its_parameters():
         ({"objective": [{"metric": "few"}, {"metric": "many"}]}, "set asha: null"),
         ({"objective": [{"metric": "fw"}]}, "metric"),
         ({"trials": 0}, "trials"),
+        ({"objective": [{"metric": "loss", "mode": "max"}]}, "mode 'max' looks for the largest loss, .*leave mode out"),
+        ({"bound": {"metric": "loss", "at_least": 0.5}}, "a bound of loss is `at_most: VALUE` alone"),
+        ({"bound": {"metric": "few", "at_most": 0.5}}, "a bound of few is `at_least: VALUE` alone"),
+        ({"bound": {"metric": "few"}}, "a bound of few is `at_least: VALUE` alone"),
     ],
 )
 def test_mistakes_in_a_sweep(content, message):
@@ -334,7 +368,7 @@ def test_report_of_two_objectives_one_of_them_to_be_small(tmp_path):
         (tmp_path / "trials" / each.name / "checkpoints" / "last.safetensors").write_bytes(b"x")
     table = sweep_report.write(tmp_path, of, base_content(of), trials)
     assert [line.split()[0] for line in table.splitlines()[1:]] == ["a", "c"]
-    with pytest.raises(UserError, match="no trial has a validation score, the first: boom"):
+    with pytest.raises(UserError, match="no trial has a finite validation score, the first: boom"):
         sweep_report.write(tmp_path, of, base_content(of), [Trial("d", {}, "failed", 0, {}, "boom")])
 
 
