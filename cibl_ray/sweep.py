@@ -113,6 +113,9 @@ class SweepConfig(Settings):
         for key in (*self.set, *self.search):
             if key not in keys:
                 raise ValueError(f"{key!r} is no field of a run's configuration")
+        for key in self.set:
+            if key in self.search:
+                raise ValueError(f"{key!r} is in `set` and in `search`; take it out of one of them")
         if self.bound is not None and len(self.objective) > 1:
             raise ValueError("a bound belongs to one objective; two objectives have their front")
         if self.asha is not None and len(self.objective) > 1:
@@ -162,20 +165,53 @@ def read_sweep(path: Path) -> tuple[SweepConfig, dict[str, Any] | None]:
 def base_content(sweep: SweepConfig) -> dict[str, Any]:
     """The configuration that every trial starts from, with absolute paths: trials run in other folders and on other machines.
 
-    Raises UserError where it is not a valid one with the first parameters of the search.
+    Raises UserError where it is not a valid one with the first parameters of the search, or the search has impossible values.
     """
     path = find_config(sweep.base)
-    pairs = [*sweep.set.items(), *first_params(sweep).items()]
-    content = override(read_config(path), pairs, RunConfig)
-    return build_config(content, [], f"{path} with {json.dumps(dict(pairs))}").model_dump(mode="json")
+    content = override(read_config(path), [*sweep.set.items()], RunConfig)
+    first = {key: _ends(space)[0] for key, space in sweep.search.items()}
+    place = f"{path} with {json.dumps({**sweep.set, **first})}"
+    base = build_config(override(content, [*first.items()], RunConfig), [], place)
+    _check_space(sweep, content)
+    return base.model_dump(mode="json")
 
 
-def first_params(sweep: SweepConfig) -> dict[str, Any]:
-    """Some parameters of the search."""
-    return {
-        key: space.values[0] if isinstance(space, Choice) else int(space.low) if space.kind == "integer" else space.low
-        for key, space in sweep.search.items()
-    }
+def _ends(space: Range | Choice) -> tuple[Any, Any]:
+    """The first and the last value."""
+    if isinstance(space, Choice):
+        return space.values[0], space.values[-1]
+    return (int(space.low), int(space.high)) if space.kind == "integer" else (space.low, space.high)
+
+
+def _tried(space: Range | Choice) -> list[tuple[Any, str]]:
+    """(value, what to do where no trial can have it): every choice; of a range its ends, and one within that is not whole."""
+    if isinstance(space, Choice):
+        return [(value, "leave it out of values") for value in space.values]
+    low, high = _ends(space)
+    tried = [(low, "raise low"), (high, "lower high")]
+    if space.kind == "integer":
+        return tried
+    middle = (low + high) / 2
+    broken = math.floor(middle) + 0.5
+    return [*tried, (broken if low < broken < high else middle, "search whole numbers with kind: integer")]
+
+
+def _check_space(sweep: SweepConfig, content: dict[str, Any]) -> None:
+    """Raise UserError where the search has a value that no trial can have, whether the other keys have their first or last."""
+    others = [{key: _ends(space)[end] for key, space in sweep.search.items()} for end in (0, 1)]
+    for key, space in sweep.search.items():
+        for value, fix in _tried(space):
+            wrong = [_problem(content, {**other, key: value}, f"search.{key}, value {value!r}") for other in others]
+            if all(wrong):
+                raise UserError(f"{wrong[0]}; {fix}")
+
+
+def _problem(content: dict[str, Any], params: dict[str, Any], place: str) -> str | None:
+    try:
+        build_config(override(content, [*params.items()], RunConfig), [], place)
+    except UserError as error:
+        return str(error)
+    return None
 
 
 def most_epochs(sweep: SweepConfig, base: dict[str, Any]) -> int:

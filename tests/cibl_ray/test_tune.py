@@ -292,6 +292,7 @@ def test_a_trial_has_its_parameters():
         ({"objective": [{"metric": "few"}, {"metric": "many"}]}, "set asha: null"),
         ({"objective": [{"metric": "fw"}]}, "metric"),
         ({"trials": 0}, "trials"),
+        ({"set": {"loss.tail_skew": 3}}, "'loss.tail_skew' is in `set` and in `search`; take it out of one"),
         ({"objective": [{"metric": "loss", "mode": "max"}]}, "mode 'max' looks for the largest loss, .*leave mode out"),
         ({"bound": {"metric": "loss", "at_least": 0.5}}, "a bound of loss is `at_most: VALUE` alone"),
         ({"bound": {"metric": "few", "at_most": 0.5}}, "a bound of few is `at_least: VALUE` alone"),
@@ -301,6 +302,40 @@ def test_a_trial_has_its_parameters():
 def test_mistakes_in_a_sweep(content, message):
     with pytest.raises(UserError, match=message):
         sweep(**content)
+
+
+@pytest.mark.parametrize(
+    ("key", "space", "message"),
+    [
+        ("train.batch_size", {"kind": "uniform", "low": 32, "high": 64}, r"value 48.5: .* integer.*; .* with kind: integer"),
+        ("train.batch_size", {"kind": "log_uniform", "low": 32, "high": 64}, r"value 48.5: .*; .* with kind: integer"),
+        ("train.batch_size", {"kind": "integer", "low": 1, "high": 64}, "train.batch_size = 1: .*greater"),
+        ("optimizer.momentum", {"kind": "uniform", "low": 0.5, "high": 1.5}, r"value 1.5: .* less than 1; lower high"),
+        ("loss.tail_skew", {"kind": "choice", "values": [0.1, "x"]}, r"value 'x': .*; leave it out of values"),
+        (
+            "schedule.warmup_epochs",
+            {"kind": "integer", "low": 0, "high": 9},
+            r"value 9: .* more than train.epochs .*; lower high",
+        ),
+    ],
+)
+def test_a_search_of_impossible_values(key, space, message):
+    rest = {name: value for name, value in BASE["set"].items() if name != key}
+    with pytest.raises(UserError, match=message) as caught:
+        base_content(sweep(search={key: space}, set=rest))
+    assert key in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_search_whose_keys_depend_on_each_other():
+    """Nine epochs of warm-up are possible in the longest trials."""
+    search = {
+        "train.epochs": {"kind": "integer", "low": 3, "high": 20},
+        "schedule.warmup_epochs": {"kind": "integer", "low": 1, "high": 9},
+        "train.batch_size": {"kind": "integer", "low": 32, "high": 64},
+        "optimizer.lr": {"kind": "log_uniform", "low": 0.01, "high": 1},
+    }
+    assert base_content(sweep(search=search, set={}))["train"]["batch_size"] == 32
 
 
 def test_trials_that_could_not_be_compared_are_refused():
@@ -351,8 +386,8 @@ def test_a_sweep_goes_on_with_the_base_that_it_began_with(tmp_path, monkeypatch)
 def test_the_longest_trial_counts():
     content = base_content(sweep())
     assert most_epochs(sweep(), content) == 4
-    assert most_epochs(sweep(search={"train.epochs": {"kind": "integer", "low": 2, "high": 9}}), content) == 9
-    assert most_epochs(sweep(search={"train.epochs": {"kind": "choice", "values": [7, 3]}}), content) == 7
+    assert most_epochs(sweep(search={"train.epochs": {"kind": "integer", "low": 2, "high": 9}}, set={}), content) == 9
+    assert most_epochs(sweep(search={"train.epochs": {"kind": "choice", "values": [7, 3]}}, set={}), content) == 7
 
 
 def test_report_of_two_objectives_one_of_them_to_be_small(tmp_path):
