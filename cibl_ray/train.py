@@ -121,8 +121,8 @@ def train(
     let_timers_lag(TIMER_LAG)  # a cluster of this machine's own has left more
     config = world.from_first(lambda: resolve(config))
     need_own_device(config.train.device)
-    if world.first and not resume and folder.exists():
-        raise UserError(f"run folder {str(folder)!r} already exists; go on with --resume {folder}, or choose another --name")
+    if world.first and not resume:
+        need_new(folder)
     prepared = ensure_prepared(config.data, config.seed)
     if world.first:
         _log_to(None, progress)
@@ -270,14 +270,33 @@ def _in_step(folder: Path, storage: str | None) -> str | None:
     return storage
 
 
+def need_new(folder: Path) -> None:
+    """Raise UserError where a run folder is there already."""
+    if not folder.exists():
+        return
+    way = ""
+    if (folder / CONFIG).exists():
+        way = f"go on with --resume {folder}, or "
+    elif _never_begun(folder):
+        way = "no run began in it: remove it, or "
+    raise UserError(f"run folder {str(folder)!r} already exists; {way}choose another --name")
+
+
+def _never_begun(folder: Path) -> bool:
+    """Whether a folder is as a kill leaves it before the configuration is written."""
+    first = {".lock", ".storage", "train.log", f"{CONFIG}.part"}
+    return folder.is_dir() and {path.name for path in folder.iterdir()} <= first
+
+
 def _resumed(folder: Path, overrides: list[str], name: str | None) -> tuple[Any, Path]:
     """The run's configuration with `overrides`; where `name` is given too, as in the command that began it, it must agree."""
     from cibl_ray.config import build_config, load_config
     from pipelines.settings import read_config
 
     if not (folder / CONFIG).is_file():
-        raise UserError(f"--resume {folder}: not a run folder, it has no {CONFIG}")
-    content = read_config(folder / CONFIG)
+        left = "; no run began in it: remove it, and start the run anew" if _never_begun(folder) else ""
+        raise UserError(f"--resume {folder}: not a run folder, it has no {CONFIG}{left}")
+    content = read_config(folder / CONFIG) or _of_checkpoint(folder)
     if name is not None:
         begun = build_config(content, [], str(folder / CONFIG))
         # How it is executed is decided as a run begins, and stands in the run's own file.
@@ -290,6 +309,17 @@ def _resumed(folder: Path, overrides: list[str], name: str | None) -> tuple[Any,
                 f"leave {name} out to go on with the run's own, or start a new one without --resume"
             )
     return build_config(content, overrides, str(folder / CONFIG)), folder.absolute()
+
+
+def _of_checkpoint(folder: Path) -> dict[str, Any]:
+    """The configuration of a run whose file is empty, as a power cut may leave it."""
+    from cibl_ray.checkpoint import newest
+
+    checkpoint = newest(folder / "checkpoints")
+    if checkpoint is None:
+        raise UserError(f"--resume {folder}: its {CONFIG} is empty and it has no checkpoint; remove it, and start the run anew")
+    log.warning("%s is empty; going on with the configuration of the last checkpoint", folder / CONFIG)
+    return checkpoint.config.model_dump(mode="json")
 
 
 def lock_folder(folder: Path, doing: str, patience: float) -> IO[str]:

@@ -15,8 +15,9 @@ import torch
 import yaml
 
 from cibl_ray.checkpoint import load_checkpoint, save_checkpoint
-from cibl_ray.config import load_config
+from cibl_ray.config import load_config, save_config
 from cibl_ray.runlog import read_metrics
+from cibl_ray.train import _resumed, need_new
 from cibl_ray.trainer import Trainer, resolve
 from cibl_ray.world import need_own_device
 from pipelines.errors import UserError
@@ -174,6 +175,44 @@ def test_resuming_a_finished_run_repeats_its_result(finished, folders):
     assert run("train", "quickstart", "--name", "whole", *TINY, *folders, "--resume", finished[0]).returncode == 0
     after = json.loads((finished[0] / "result.json").read_text())
     assert {**after, "time": None} == {**before, "time": None}
+
+
+def test_an_empty_configuration_is_taken_from_the_checkpoint(finished, tmp_path, caplog):
+    folder = tmp_path / "whole"
+    shutil.copytree(finished[0], folder)
+    begun, _ = _resumed(folder, [], None)
+    (folder / "config.yaml").write_text("")
+    config, _ = _resumed(folder, [], None)
+    assert config == begun
+    assert "is empty; going on with the configuration of the last checkpoint" in caplog.text
+    assert _resumed(folder, ["--epochs", "6"], None)[0].train.epochs == 6
+    shutil.rmtree(folder / "checkpoints")
+    with pytest.raises(UserError, match="is empty and it has no checkpoint; remove it"):
+        _resumed(folder, [], None)
+
+
+def test_a_configuration_is_written_whole_or_not_at_all(tmp_path):
+    config, path = load_config("quickstart", []), tmp_path / "config.yaml"
+    save_config(config, path)
+    before = path.read_text()
+    path.with_name("config.yaml.part").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left"):
+        save_config(config, path)
+    assert path.read_text() == before
+    assert [each.name for each in tmp_path.iterdir()] == ["config.yaml"]
+
+
+def test_a_folder_in_which_no_run_began(tmp_path):
+    """As a kill leaves it between the folder and its configuration."""
+    (tmp_path / ".lock").touch()
+    with pytest.raises(UserError, match="already exists; no run began in it: remove it, or choose another --name"):
+        need_new(tmp_path)
+    with pytest.raises(UserError, match="it has no config.yaml; no run began in it: remove it, and start the run anew"):
+        _resumed(tmp_path, [], None)
+    (tmp_path / "photo.jpg").touch()  # somebody's own
+    with pytest.raises(UserError, match="already exists; choose another --name"):
+        need_new(tmp_path)
+    need_new(tmp_path / "new")
 
 
 def test_a_process_that_leaves_a_copy_behind_says_so(finished, tmp_path):
