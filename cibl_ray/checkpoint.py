@@ -11,7 +11,7 @@ import os
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ FORMAT = 4
 _READ = (2, 3, 4)  # 2: without steps within an epoch; 3: without an average of the weights
 LAST, PREVIOUS, BEST = "last.safetensors", "previous.safetensors", "best.safetensors"
 _HEADER = "cibl_ray"
+_LARGEST_HEAD = 100_000_000  # bytes, of a safetensors file
 _PARTS = ("weights", "momentum", "objective", "average")  # the tensors of a Checkpoint
 
 
@@ -172,6 +173,26 @@ def load_checkpoint(path: Path) -> Checkpoint:
         )
     except (json.JSONDecodeError, KeyError, ValidationError) as error:
         raise UserError(f"{str(path)!r} is a safetensors file, but not a checkpoint of cibl-ray") from error
+
+
+def reached(file: IO[bytes]) -> tuple[int, int]:
+    """(epoch, step) of a checkpoint, of which its head alone is read; (0, 0) where it is not one of ours."""
+    try:
+        head = json.loads(file.read(min(int.from_bytes(file.read(8), "little"), _LARGEST_HEAD)))
+        content = json.loads(head["__metadata__"][_HEADER])
+        return content["epoch"], content.get("step", 0)
+    except (ValueError, KeyError, TypeError):
+        return 0, 0
+
+
+def reached_in(folder: Path) -> tuple[int, int]:
+    """(epoch, step) of the last whole checkpoint of a run's `checkpoints` folder; (0, 0) where it has none."""
+    found = (0, 0)
+    for path in (folder / LAST, folder / PREVIOUS):
+        if _whole(path):
+            with path.open("rb") as file:
+                found = max(found, reached(file))
+    return found
 
 
 def _part(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:

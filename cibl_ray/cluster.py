@@ -41,6 +41,7 @@ from cibl_ray.ray_start import own_cluster
 from cibl_ray.ray_trainer import LeanTrainer, OneMachineConfig, StopOnError, end_needless, known, reason
 from cibl_ray.shared_folder import mark_beside, same_folder
 from cibl_ray.storage import Mirror, join
+from cibl_ray.train import need_new
 from cibl_ray.world import PeerLostError, World
 from pipelines.cores import limit_cores
 from pipelines.errors import Interrupted, UserError
@@ -98,8 +99,8 @@ def fit(config: run_config.RunConfig, folder: Path, resume: bool, options: Optio
     place = options.place(folder)
     if place is not None and not resume and Mirror(folder, place).exists():
         raise UserError(f"{place!r} already has a run; go on with --resume {place}, or choose another --name")
-    if not resume and folder.exists():
-        raise UserError(f"run folder {str(folder)!r} already exists; go on with --resume {folder}, or choose another --name")
+    if not resume:
+        need_new(folder)
     with cluster(options.address):
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         gpus = config.train.device != "cpu" and any(node.get("GPU", 0) >= 1 for node in nodes)
@@ -298,7 +299,7 @@ def _worker(given: dict[str, Any]) -> None:
     if given["storage"] is not None and world.first:
         mirror = Mirror(folder, join(given["storage"], folder.name))
         mirror.claim(given["resume"])
-        if mirror.exists():
+        if mirror.exists() and not mirror.behind():  # what was saved here and not sent any more is this run's too
             mirror.download()
     try:
         same_folder(folder, given["mark"])  # on every node: any may be the first after a loss

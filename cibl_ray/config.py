@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -208,4 +209,14 @@ def build_config(content: dict[str, Any], arguments: list[str], place: str) -> R
 
 
 def save_config(config: RunConfig, path: Path) -> None:
-    path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+    """Write atomically: an empty file would be a valid configuration, of defaults alone."""
+    part = path.with_name(path.name + ".part")
+    try:
+        with part.open("w") as file:
+            file.write(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
+    part.replace(path)

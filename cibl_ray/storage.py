@@ -9,8 +9,6 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from pyarrow import ArrowException, fs
-
 from pipelines.errors import UserError
 
 LAST = ("last.safetensors", "result.json")  # written when all else is there
@@ -30,10 +28,18 @@ def split(uri: str) -> tuple[str, str]:
     return f"{storage}{mark}{query}", name
 
 
+def copy_of(folder: Path) -> str | None:
+    """Where the copy of a run folder is kept, or None."""
+    mark = folder / MARK
+    return mark.read_text() if mark.is_file() else None
+
+
 class Mirror:
     """`uri` is the run's own, its last part the run's name. Raises UserError where it cannot be reached."""
 
     def __init__(self, folder: Path, uri: str) -> None:
+        from pyarrow import ArrowException, fs  # a run in one process does without
+
         self._folder, self._uri = folder, uri
         try:
             self._files, self._top = fs.FileSystem.from_uri(uri)
@@ -44,24 +50,52 @@ class Mirror:
 
     def exists(self) -> bool:
         """Whether a run with a configuration is there."""
-        return bool(self._files.get_file_info(f"{self._top}/config.yaml").type == fs.FileType.File)
+        return bool(self._files.get_file_info(f"{self._top}/config.yaml").is_file)
 
     def claim(self, resume: bool) -> None:
         """Make the folder this run's. Raises UserError where it holds another one, whose files a download would replace."""
-        mark = self._folder / MARK
-        known = mark.read_text() if mark.exists() else None
+        known = copy_of(self._folder)
         if (self._folder / "config.yaml").exists() and known != self._uri and (self.exists() or not resume):
             raise UserError(
                 f"run folder {str(self._folder)!r} holds another run than {self._uri}; move it away, or choose another --name"
             )
         self._folder.mkdir(parents=True, exist_ok=True)
-        mark.write_text(self._uri)
+        (self._folder / MARK).write_text(self._uri)
+
+    def behind(self) -> bool:
+        """Whether the folder has been trained further than the copy: without it, or by a process that ended in between."""
+        here, there = self._reached()
+        return here > there
+
+    def _reached(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """(epoch, step) of the last checkpoint in the folder and in the copy."""
+        from cibl_ray.checkpoint import LAST, PREVIOUS, reached, reached_in
+
+        there = (0, 0)
+        for name in (LAST, PREVIOUS):
+            path = f"{self._top}/checkpoints/{name}"
+            if self._files.get_file_info(path).is_file:
+                with self._files.open_input_stream(path) as file:
+                    there = max(there, reached(file))
+        return reached_in(self._folder / "checkpoints"), there
 
     def download(self) -> None:
-        """Put the copy in the place of what the folder has; files that only the folder has stay."""
+        """Put the copy in the place of what the folder has; files that only the folder has stay.
+
+        Raises UserError where the folder has been trained further than the copy.
+        """
+        from pyarrow import fs
+
+        here, there = self._reached()
+        if here > there:
+            raise UserError(
+                f"run folder {str(self._folder)!r} has been trained further (to epoch {here[0]}, step {here[1]}) than its copy "
+                f"{self._uri} (epoch {there[0]}, step {there[1]}); go on with --resume {self._folder} --cluster, which brings "
+                "the copy up to date, or move the folder away"
+            )
         selector = fs.FileSelector(self._top, recursive=True)
         for info in self._files.get_file_info(selector):
-            if info.type != fs.FileType.File or info.path.endswith(".part"):
+            if not info.is_file or info.path.endswith(".part"):
                 continue
             place = self._folder / info.path[len(self._top) :].lstrip("/")
             place.parent.mkdir(parents=True, exist_ok=True)

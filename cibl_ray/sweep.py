@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -19,6 +20,9 @@ Metric = Literal[
     "overall", "balanced", "many", "medium", "few", "head", "middle", "tail", "worst", "harmonic", "calibration_error", "loss"
 ]
 METRICS: tuple[str, ...] = get_args(Metric)
+_SMALL = ("loss", "calibration_error")  # the smaller the better
+_WORST = 1e9  # of what the search optimises: of a score that is no number
+_BASE = "base_content"
 
 
 class Range(Settings):
@@ -51,14 +55,35 @@ class Objective(Settings):
     """A score of the validation split, after a trial's last epoch."""
 
     metric: Metric = "balanced"
-    mode: Literal["max", "min"] = "max"
+    mode: Literal["max", "min"] = Field(
+        default_factory=lambda given: "min" if given.get("metric") in _SMALL else "max",
+        description="by default as the metric is meant: small losses and errors, large accuracies",
+    )
+
+    @model_validator(mode="after")
+    def _meant(self) -> Objective:
+        if self.metric in _SMALL and self.mode == "max":
+            raise ValueError(f"mode 'max' looks for the largest {self.metric}, which is the worst; leave mode out")
+        return self
 
 
 class Bound(Settings):
-    """Trials below it rank behind all that keep it."""
+    """Trials that do not keep it rank behind all that do."""
 
     metric: Metric
-    at_least: float = Field(ge=0, le=1)
+    at_least: float | None = Field(default=None, ge=0, le=1)
+    at_most: float | None = Field(default=None, ge=0)
+
+    @model_validator(mode="after")
+    def _meant(self) -> Bound:
+        wanted, other = ("at_most", "at_least") if self.metric in _SMALL else ("at_least", "at_most")
+        if getattr(self, wanted) is None or getattr(self, other) is not None:
+            raise ValueError(f"a bound of {self.metric} is `{wanted}: VALUE` alone")
+        return self
+
+    def short(self, score: float) -> float:
+        """How far a score is from keeping it; 0 or less: it does."""
+        return score - self.at_most if self.at_most is not None else (self.at_least or 0.0) - score
 
 
 class AshaConfig(Settings):
@@ -88,6 +113,9 @@ class SweepConfig(Settings):
         for key in (*self.set, *self.search):
             if key not in keys:
                 raise ValueError(f"{key!r} is no field of a run's configuration")
+        for key in self.set:
+            if key in self.search:
+                raise ValueError(f"{key!r} is in `set` and in `search`; take it out of one of them")
         if self.bound is not None and len(self.objective) > 1:
             raise ValueError("a bound belongs to one objective; two objectives have their front")
         if self.asha is not None and len(self.objective) > 1:
@@ -119,23 +147,71 @@ def load_sweep(name: str, pairs: list[str]) -> SweepConfig:
     return sweep.model_copy(update={"base": str(base.absolute())}) if base.is_file() else sweep
 
 
+def sweep_text(sweep: SweepConfig, base: dict[str, Any]) -> str:
+    """What a sweep's folder keeps of it: all trials start from the base as it was when the first one did."""
+    return json.dumps({**sweep.model_dump(mode="json"), _BASE: base}, indent=1)
+
+
+def read_sweep(path: Path) -> tuple[SweepConfig, dict[str, Any] | None]:
+    """(the sweep, the configuration that its trials start from: None where an earlier version began it). Raises UserError."""
+    try:
+        content = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: not valid JSON: {error}") from error
+    base = content.pop(_BASE, None) if isinstance(content, dict) else None
+    return validate(SweepConfig, content, str(path)), base
+
+
 def base_content(sweep: SweepConfig) -> dict[str, Any]:
     """The configuration that every trial starts from, with absolute paths: trials run in other folders and on other machines.
 
-    Raises UserError where it is not a valid one with the first parameters of the search.
+    Raises UserError where it is not a valid one with the first parameters of the search, or the search has impossible values.
     """
     path = find_config(sweep.base)
-    pairs = [*sweep.set.items(), *first_params(sweep).items()]
-    content = override(read_config(path), pairs, RunConfig)
-    return build_config(content, [], f"{path} with {json.dumps(dict(pairs))}").model_dump(mode="json")
+    content = override(read_config(path), [*sweep.set.items()], RunConfig)
+    first = {key: _ends(space)[0] for key, space in sweep.search.items()}
+    place = f"{path} with {json.dumps({**sweep.set, **first})}"
+    base = build_config(override(content, [*first.items()], RunConfig), [], place)
+    _check_space(sweep, content)
+    return base.model_dump(mode="json")
 
 
-def first_params(sweep: SweepConfig) -> dict[str, Any]:
-    """Some parameters of the search."""
-    return {
-        key: space.values[0] if isinstance(space, Choice) else int(space.low) if space.kind == "integer" else space.low
-        for key, space in sweep.search.items()
-    }
+def _ends(space: Range | Choice) -> tuple[Any, Any]:
+    """The first and the last value."""
+    if isinstance(space, Choice):
+        return space.values[0], space.values[-1]
+    return (int(space.low), int(space.high)) if space.kind == "integer" else (space.low, space.high)
+
+
+def _tried(space: Range | Choice) -> list[tuple[Any, str]]:
+    """(value, what to do where no trial can have it): every choice; of a range its ends, and one within that is not whole."""
+    if isinstance(space, Choice):
+        return [(value, "leave it out of values") for value in space.values]
+    low, high = _ends(space)
+    tried = [(low, "raise low"), (high, "lower high")]
+    if space.kind == "integer":
+        return tried
+    middle = (low + high) / 2
+    broken = math.floor(middle) + 0.5
+    return [*tried, (broken if low < broken < high else middle, "search whole numbers with kind: integer")]
+
+
+def _check_space(sweep: SweepConfig, content: dict[str, Any]) -> None:
+    """Raise UserError where the search has a value that no trial can have, whether the other keys have their first or last."""
+    others = [{key: _ends(space)[end] for key, space in sweep.search.items()} for end in (0, 1)]
+    for key, space in sweep.search.items():
+        for value, fix in _tried(space):
+            wrong = [_problem(content, {**other, key: value}, f"search.{key}, value {value!r}") for other in others]
+            if all(wrong):
+                raise UserError(f"{wrong[0]}; {fix}")
+
+
+def _problem(content: dict[str, Any], params: dict[str, Any], place: str) -> str | None:
+    try:
+        build_config(override(content, [*params.items()], RunConfig), [], place)
+    except UserError as error:
+        return str(error)
+    return None
 
 
 def most_epochs(sweep: SweepConfig, base: dict[str, Any]) -> int:
@@ -157,12 +233,17 @@ def check_metrics(sweep: SweepConfig, groups: set[str], has_validation: bool) ->
         raise UserError(
             f"{sweep.base} has no validation split, and a sweep must not choose on the test set; set data.val_fraction: 0.1"
         )
-    wanted = [objective.metric for objective in sweep.objective] + ([sweep.bound.metric] if sweep.bound is not None else [])
-    for metric in wanted:
+    for metric in _compared(sweep):
         if metric in ("many", "medium", "few") and metric not in groups:
             raise UserError(
                 f"no class is in the group {metric!r} of {sweep.base}; use head, middle or tail, thirds of the classes"
             )
+
+
+def _compared(sweep: SweepConfig) -> list[str]:
+    """The scores that decide."""
+    wanted: list[str] = [one.metric for one in sweep.objective]
+    return wanted if sweep.bound is None else [*wanted, sweep.bound.metric]
 
 
 def trial_name(params: dict[str, Any]) -> str:
@@ -171,17 +252,25 @@ def trial_name(params: dict[str, Any]) -> str:
 
 
 def objectives(sweep: SweepConfig, scores: dict[str, float]) -> list[float]:
-    """What the search optimises. A bound that is not kept costs 1 and the distance: such trials come behind all others."""
+    """What the search optimises. A bound that is not kept costs 1 and the distance: such trials come behind all others, but for
+    those with a score that is not finite."""
+    if not _comparable(sweep, scores):
+        return [-_WORST if objective.mode == "max" else _WORST for objective in sweep.objective]
     values = []
     for objective in sweep.objective:
         value = _score(scores, objective.metric)
         if sweep.bound is not None:
-            short = sweep.bound.at_least - _score(scores, sweep.bound.metric)
+            short = sweep.bound.short(_score(scores, sweep.bound.metric))
             worst = -1.0 if objective.mode == "max" else 1e3
             if short > 0:
                 value = worst - short if objective.mode == "max" else worst + short
-        values.append(value)
+        values.append(min(max(value, -_WORST), _WORST))
     return values
+
+
+def _comparable(sweep: SweepConfig, scores: dict[str, float]) -> bool:
+    """Whether all scores that decide are finite."""
+    return all(math.isfinite(_score(scores, metric)) for metric in _compared(sweep))
 
 
 def _score(scores: dict[str, float], metric: str) -> float:
@@ -193,8 +282,9 @@ def _score(scores: dict[str, float], metric: str) -> float:
 
 
 def best(sweep: SweepConfig, trials: list[Trial]) -> Trial | None:
-    """The best by the first objective, of those that have been trained to the end if there is one."""
-    ended = [trial for trial in trials if trial.state == "completed"] or [trial for trial in trials if trial.scores]
+    """The best by the first objective, of those that have been trained to the end if there is one. Scores are finite."""
+    scored = [trial for trial in trials if trial.scores and _comparable(sweep, trial.scores)]
+    ended = [trial for trial in scored if trial.state == "completed"] or scored
     sign = 1 if sweep.objective[0].mode == "max" else -1
     return max(ended, key=lambda trial: sign * objectives(sweep, trial.scores)[0], default=None)
 
@@ -207,10 +297,11 @@ def axes(sweep: SweepConfig, trials: list[Trial]) -> tuple[str, str]:
 
 
 def front(points: np.ndarray) -> np.ndarray:
-    """Which of points (N, 2) are on the Pareto front: no other is larger in one coordinate and as large in the other."""
+    """Which of points (N, 2) are on the Pareto front: no other is larger in one coordinate and as large in the other. One that
+    is not finite is on none."""
     at_least = np.all(points[None] >= points[:, None], axis=2)
     better = np.any(points[None] > points[:, None], axis=2)
-    on_front: np.ndarray = ~np.any(at_least & better, axis=1)
+    on_front: np.ndarray = ~np.any(at_least & better, axis=1) & np.isfinite(points).all(axis=1)
     return on_front
 
 

@@ -25,7 +25,7 @@ def write(folder: Path, sweep: SweepConfig, base: dict[str, Any], trials: list[T
     chosen = best(sweep, trials)
     if chosen is None:
         first = next((f", the first: {trial.error}" for trial in trials if trial.error), "")
-        raise UserError(f"no trial has a validation score{first}; all of them are in {folder / 'trials.csv'}")
+        raise UserError(f"no trial has a finite validation score{first}; all of them are in {folder / 'trials.csv'}")
     save_config(trial_config(base, chosen.params), folder / "best.yaml")
     part = folder / "best.safetensors.part"
     shutil.copyfile(folder / "trials" / chosen.name / "checkpoints" / "last.safetensors", part)

@@ -66,7 +66,10 @@ def main() -> None:
         storage, folder = _fetched(arguments.resume)
         config, folder = _resumed(folder, overrides, name)
     elif arguments.resume is not None:
-        config, folder = _resumed(Path(arguments.resume), overrides, name)
+        folder = Path(arguments.resume)
+        if arguments.cluster:
+            storage = _in_step(folder.absolute(), storage)
+        config, folder = _resumed(folder, overrides, name)
     else:
         from cibl_ray.config import load_config
 
@@ -110,6 +113,7 @@ def train(
     """
     from cibl_ray.checkpoint import newest
     from cibl_ray.hardware import TIMER_LAG, keep_freed_memory, let_timers_lag
+    from cibl_ray.storage import copy_of
     from cibl_ray.trainer import Trainer, resolve
     from cibl_ray.world import need_own_device
     from pipelines.prepare import ensure_prepared
@@ -118,12 +122,15 @@ def train(
     let_timers_lag(TIMER_LAG)  # a cluster of this machine's own has left more
     config = world.from_first(lambda: resolve(config))
     need_own_device(config.train.device)
-    if world.first and not resume and folder.exists():
-        raise UserError(f"run folder {str(folder)!r} already exists; go on with --resume {folder}, or choose another --name")
+    if world.first and not resume:
+        need_new(folder)
     prepared = ensure_prepared(config.data, config.seed)
     _same_data(world, prepared)
     if world.first:
         _log_to(None, progress)
+        copy = copy_of(folder)
+        if copy is not None and mirror is None:
+            log.warning("its copy %s is not brought up to date; --resume %s --cluster does that", copy, folder)
     checkpoint = world.from_first(lambda: newest(folder / "checkpoints")) if resume else None
     if checkpoint is not None and config.loader.cache == "auto":
         # Decided when the run began: another order would not be the epoch that the checkpoint stands in.
@@ -247,14 +254,62 @@ def _fetched(uri: str) -> tuple[str, Path]:
     return storage, folder
 
 
+def _in_step(folder: Path, storage: str | None) -> str | None:
+    """The storage of a run that goes on by its local folder: `storage`, or the one that it had, so that no copy goes stale.
+
+    Of the folder and its copy, the one that has been trained further takes the place of the other.
+    """
+    from cibl_ray.storage import Mirror, copy_of, join, split
+
+    copy = copy_of(folder)
+    if storage is None and copy is not None:
+        storage, name = split(copy)
+        if name != folder.name:
+            raise UserError(
+                f"--resume {folder}: its copy is {copy}, of another name; rename the folder to {name}, or give --storage URI "
+                "to begin another copy"
+            )
+    if storage is None or not (folder / CONFIG).is_file():
+        return storage
+    mirror = Mirror(folder, join(storage, folder.name))
+    mirror.claim(resume=True)
+    if mirror.exists() and not mirror.behind():
+        mirror.download()
+        return storage
+    try:
+        mirror.upload()
+    except OSError as error:
+        raise UserError(f"storage {storage!r} cannot be written: {error}") from error
+    return storage
+
+
+def need_new(folder: Path) -> None:
+    """Raise UserError where a run folder is there already."""
+    if not folder.exists():
+        return
+    way = ""
+    if (folder / CONFIG).exists():
+        way = f"go on with --resume {folder}, or "
+    elif _never_begun(folder):
+        way = "no run began in it: remove it, or "
+    raise UserError(f"run folder {str(folder)!r} already exists; {way}choose another --name")
+
+
+def _never_begun(folder: Path) -> bool:
+    """Whether a folder is as a kill leaves it before the configuration is written."""
+    first = {".lock", ".storage", "train.log", f"{CONFIG}.part"}
+    return folder.is_dir() and {path.name for path in folder.iterdir()} <= first
+
+
 def _resumed(folder: Path, overrides: list[str], name: str | None) -> tuple[Any, Path]:
     """The run's configuration with `overrides`; where `name` is given too, as in the command that began it, it must agree."""
     from cibl_ray.config import build_config, load_config
     from pipelines.settings import read_config
 
     if not (folder / CONFIG).is_file():
-        raise UserError(f"--resume {folder}: not a run folder, it has no {CONFIG}")
-    content = read_config(folder / CONFIG)
+        left = "; no run began in it: remove it, and start the run anew" if _never_begun(folder) else ""
+        raise UserError(f"--resume {folder}: not a run folder, it has no {CONFIG}{left}")
+    content = read_config(folder / CONFIG) or _of_checkpoint(folder)
     if name is not None:
         begun = build_config(content, [], str(folder / CONFIG))
         # How it is executed is decided as a run begins, and stands in the run's own file.
@@ -267,6 +322,17 @@ def _resumed(folder: Path, overrides: list[str], name: str | None) -> tuple[Any,
                 f"leave {name} out to go on with the run's own, or start a new one without --resume"
             )
     return build_config(content, overrides, str(folder / CONFIG)), folder.absolute()
+
+
+def _of_checkpoint(folder: Path) -> dict[str, Any]:
+    """The configuration of a run whose file is empty, as a power cut may leave it."""
+    from cibl_ray.checkpoint import newest
+
+    checkpoint = newest(folder / "checkpoints")
+    if checkpoint is None:
+        raise UserError(f"--resume {folder}: its {CONFIG} is empty and it has no checkpoint; remove it, and start the run anew")
+    log.warning("%s is empty; going on with the configuration of the last checkpoint", folder / CONFIG)
+    return checkpoint.config.model_dump(mode="json")
 
 
 def lock_folder(folder: Path, doing: str, patience: float) -> IO[str]:

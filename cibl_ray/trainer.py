@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -259,6 +260,13 @@ class Trainer:
             logits, labels = predict(self.judged, self.eval_loaders[split], self.normalize, self.device)
         logits, labels = self.world.collect(logits), self.world.collect(labels)
         scores = score(logits, labels, self.prepared.train_counts) if self.world.first else None
+        # Training may go on all the same, by each batch's own statistics: the running ones, once not finite, stay so.
+        if scores is not None and not math.isfinite(scores.loss):
+            raise UserError(
+                f"the loss is not finite on the {split} split after epoch {self.epoch}, though it is in training; lower "
+                f"optimizer.lr (it is {self.config.optimizer.lr}), set optimizer.clip_norm, or train.precision: fp32; "
+                "earlier checkpoints are kept"
+            )
         self.spent["evaluation"] += time.perf_counter() - started
         return scores
 

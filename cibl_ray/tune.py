@@ -43,20 +43,16 @@ def main() -> None:
     name, arguments, overrides = split_command_line(parser)
     if (name is None) == (arguments.resume is None):
         raise UserError("name a sweep first (sweeps/tail_skew, say) to start one, or --resume FOLDER to go on with one")
-    from cibl_ray.sweep import SweepConfig, load_sweep
-    from pipelines.settings import validate
+    from cibl_ray.sweep import load_sweep, read_sweep
 
+    base = None
     if arguments.resume is not None:
         folder = arguments.resume.absolute()
         if not (folder / SWEEP).is_file():
             raise UserError(f"--resume {folder}: not a sweep folder, it has no {SWEEP}")
         if overrides:
             raise UserError(f"{overrides[0]}: a sweep goes on as it began; start a new one to change it")
-        try:
-            content = json.loads((folder / SWEEP).read_text())
-        except json.JSONDecodeError as error:
-            raise UserError(f"{folder / SWEEP}: not valid JSON: {error}") from error
-        sweep = validate(SweepConfig, content, str(folder / SWEEP))
+        sweep, base = read_sweep(folder / SWEEP)
     else:
         assert name is not None
         sweep = load_sweep(name, overrides)
@@ -66,25 +62,25 @@ def main() -> None:
                 f"sweep folder {str(folder)!r} already exists; go on with --resume {folder}, or choose another --name"
             )
     settle(own=arguments.address is None)
-    run(sweep, folder, arguments.address)
+    run(sweep, folder, arguments.address, base)
 
 
-def run(sweep: SweepConfig, folder: Path, address: str | None) -> None:
-    """Do what is left of a sweep in `folder`, and write its result."""
+def run(sweep: SweepConfig, folder: Path, address: str | None, base: dict[str, Any] | None = None) -> None:
+    """Do what is left of a sweep in `folder`, and write its result. base: as it began with; None: of the sweep's file."""
     import ray
 
     from cibl_ray import sweep_report
     from cibl_ray.cluster import cluster, polite_end
     from cibl_ray.shared_folder import mark_beside
-    from cibl_ray.sweep import base_content, check_metrics, read_trials
+    from cibl_ray.sweep import base_content, check_metrics, read_trials, sweep_text
     from cibl_ray.train import lock_folder
 
-    base = base_content(sweep)  # a mistake is found before anything is started or written
+    base = base or base_content(sweep)  # a mistake is found before anything is started or written
     if address is None:
         check_metrics(sweep, *_prepared(base))  # once: all trials share it
     folder.mkdir(parents=True, exist_ok=True)
     with lock_folder(folder, "sweeping", patience=0):
-        _write(folder / SWEEP, json.dumps(sweep.model_dump(mode="json"), indent=1))
+        _write(folder / SWEEP, sweep_text(sweep, base))
         ended = read_trials(folder)
         _write(folder / TRIALS, "".join(json.dumps(asdict(trial)) + "\n" for trial in ended))  # without a line cut short
         left = sweep.trials - len(ended)

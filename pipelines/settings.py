@@ -123,8 +123,8 @@ def override(content: dict[str, Any], pairs: list[tuple[str, Any]], model: type[
     Setting a part's `kind` to another one drops that part's other keys, setting a whole part all of them; what else `pairs`
     say of the part holds, before or after. Of two values of one key the last one counts.
     """
-    result = _copy(content)
     defaults = _defaults(model)
+    result: dict[str, Any] = _with_kinds(_copy(content), defaults)  # the default's kind set again is no other one
     # A part before what is in it, and of that its kind first: `--loss.kappa 0.5 --loss '{kind: bcl}'` and
     # `--data.source.path X --data.source.kind folder` must mean the same in either order.
     for key, value in sorted(pairs, key=lambda pair: (pair[0].count("."), not pair[0].endswith(".kind"))):
@@ -142,7 +142,7 @@ def override(content: dict[str, Any], pairs: list[tuple[str, Any]], model: type[
             node = child
         if last == "kind" and node.get("kind") != value:
             node.clear()
-        node[last] = value
+        node[last] = _with_kinds(value, default.get(last) if isinstance(default, dict) else None)
     return result
 
 

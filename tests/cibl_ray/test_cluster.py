@@ -13,12 +13,14 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from safetensors.torch import save as to_bytes
 
 from cibl_ray.checkpoint import load_checkpoint
 from cibl_ray.ray_start import settle
 from cibl_ray.runlog import read_metrics
 from cibl_ray.shared_folder import mark_beside, same_folder
 from cibl_ray.storage import Mirror, join, split
+from cibl_ray.train import _in_step
 from pipelines.errors import UserError
 from tests.clusters import EPOCHS, LAST, ended, new, start, wait_for_epoch
 from tests.conftest import REPOSITORY
@@ -315,6 +317,52 @@ def test_a_stores_run_never_replaces_another(tmp_path):
     assert (other / "config.yaml").read_text() == "another"
     with pytest.raises(UserError, match="cannot be reached"):
         Mirror(folder, "nothing://here")
+
+
+def saved(folder, epoch, step=0):
+    """A run folder with a checkpoint."""
+    path = folder / LAST
+    path.parent.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text("seed: 0")
+    path.write_bytes(to_bytes({"x": torch.zeros(1)}, {"cibl_ray": json.dumps({"epoch": epoch, "step": step})}))
+    return path.read_bytes()
+
+
+def test_a_copy_never_replaces_what_has_been_trained_further(tmp_path):
+    uri = f"{tmp_path.as_uri()}/store/a"
+    folder, copy = tmp_path / "runs" / "a", tmp_path / "store" / "a" / LAST
+    old = saved(folder, 10, 7)
+    mirror = Mirror(folder, uri)
+    mirror.claim(resume=True)
+    assert mirror.behind()
+    mirror.upload()
+    assert not mirror.behind()
+    new = saved(folder, 10, 8)
+    with pytest.raises(UserError, match=r"epoch 10, step 8\).*store/a \(epoch 10, step 7\); go on with --resume .* --cluster"):
+        Mirror(folder, uri).download()
+    assert (folder / LAST).read_bytes() == new
+    (folder / LAST).write_bytes(new[:-1])  # cut short, it is none
+    Mirror(folder, uri).download()
+    assert (folder / LAST).read_bytes() == old == copy.read_bytes()
+
+
+def test_a_run_that_goes_on_by_its_folder_keeps_its_copy(tmp_path):
+    store, folder = f"{tmp_path.as_uri()}/store", tmp_path / "runs" / "a"
+    copy = tmp_path / "store" / "a" / LAST
+    saved(folder, 1)
+    assert _in_step(folder, None) is None
+    assert _in_step(folder, store) == store
+    new = saved(folder, 2)  # in one process, without the copy
+    assert _in_step(folder, None) == store
+    assert copy.read_bytes() == new
+    further = saved(tmp_path / "store" / "a", 3)  # on another machine
+    assert _in_step(folder, None) == store
+    assert (folder / LAST).read_bytes() == further
+    folder.rename(tmp_path / "runs" / "b")
+    with pytest.raises(UserError, match="rename the folder to a, or give --storage"):
+        _in_step(tmp_path / "runs" / "b", None)
+    assert _in_step(tmp_path / "runs" / "b", store) == store
+    assert (tmp_path / "store" / "b" / LAST).read_bytes() == further
 
 
 @pytest.mark.parametrize(("text", "expected"), [("4", (4, 4)), ("2-8", (2, 8))])

@@ -16,9 +16,9 @@ import torch
 import yaml
 
 from cibl_ray.checkpoint import load_checkpoint, save_checkpoint
-from cibl_ray.config import load_config
+from cibl_ray.config import load_config, save_config
 from cibl_ray.runlog import read_metrics
-from cibl_ray.train import _same_data
+from cibl_ray.train import _resumed, _same_data, need_new
 from cibl_ray.trainer import Trainer, resolve
 from cibl_ray.world import World, need_own_device
 from pipelines.errors import UserError
@@ -178,6 +178,55 @@ def test_resuming_a_finished_run_repeats_its_result(finished, folders):
     assert {**after, "time": None} == {**before, "time": None}
 
 
+def test_an_empty_configuration_is_taken_from_the_checkpoint(finished, tmp_path, caplog):
+    folder = tmp_path / "whole"
+    shutil.copytree(finished[0], folder)
+    begun, _ = _resumed(folder, [], None)
+    (folder / "config.yaml").write_text("")
+    config, _ = _resumed(folder, [], None)
+    assert config == begun
+    assert "is empty; going on with the configuration of the last checkpoint" in caplog.text
+    assert _resumed(folder, ["--epochs", "6"], None)[0].train.epochs == 6
+    shutil.rmtree(folder / "checkpoints")
+    with pytest.raises(UserError, match="is empty and it has no checkpoint; remove it"):
+        _resumed(folder, [], None)
+
+
+def test_a_configuration_is_written_whole_or_not_at_all(tmp_path):
+    config, path = load_config("quickstart", []), tmp_path / "config.yaml"
+    save_config(config, path)
+    before = path.read_text()
+    path.with_name("config.yaml.part").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left"):
+        save_config(config, path)
+    assert path.read_text() == before
+    assert [each.name for each in tmp_path.iterdir()] == ["config.yaml"]
+
+
+def test_a_folder_in_which_no_run_began(tmp_path):
+    """As a kill leaves it between the folder and its configuration."""
+    (tmp_path / ".lock").touch()
+    with pytest.raises(UserError, match="already exists; no run began in it: remove it, or choose another --name"):
+        need_new(tmp_path)
+    with pytest.raises(UserError, match="it has no config.yaml; no run began in it: remove it, and start the run anew"):
+        _resumed(tmp_path, [], None)
+    (tmp_path / "photo.jpg").touch()  # somebody's own
+    with pytest.raises(UserError, match="already exists; choose another --name"):
+        need_new(tmp_path)
+    need_new(tmp_path / "new")
+
+
+def test_a_process_that_leaves_a_copy_behind_says_so(finished, tmp_path):
+    folder = tmp_path / "whole"
+    shutil.copytree(finished[0], folder)
+    (folder / ".storage").write_text("s3://bucket/whole")
+    done = run("train", "--resume", folder)
+    assert done.returncode == 0, done.stderr
+    assert (
+        f"its copy s3://bucket/whole is not brought up to date; --resume {folder} --cluster does" in done.stdout + done.stderr
+    )
+
+
 def test_a_damaged_best_checkpoint_costs_its_scores_alone(finished, tmp_path):
     folder = tmp_path / "whole"
     shutil.copytree(finished[0], folder)
@@ -325,6 +374,17 @@ def test_an_own_folder_keeps_every_image(image_folder, folders):
         [*prepare, "--data.profile", "{kind: exp, imbalance: 2}"], capture_output=True, text=True, cwd=REPOSITORY
     )
     assert "data: profile 'exp' keeps 8 of 16 training images; --data.profile '{kind: none}' keeps all" in cut.stderr
+
+
+def test_a_validation_loss_that_is_not_finite_ends_the_run(digits, tmp_path):
+    """As running statistics make it that are no numbers, which training does not look at."""
+    config = resolve(load_config("quickstart", [*TINY, "--loader.kind", "torch"]))
+    trainer = Trainer(config, digits, tmp_path)
+    trainer.after_save = lambda: next(trainer.network.buffers()).fill_(torch.nan)
+    with pytest.raises(UserError, match="the loss is not finite on the val split after epoch 2"):
+        trainer.fit()
+    assert load_checkpoint(tmp_path / "checkpoints" / "last.safetensors").epoch == 1
+    assert [row["epoch"] for row in read_metrics(tmp_path)] == [1]
 
 
 def test_a_checkpoint_within_an_epoch_goes_on_to_the_bit(digits, tmp_path):

@@ -2,22 +2,25 @@
 
 import csv
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 
 import numpy as np
 import psutil
 import pytest
 import yaml
 
-from cibl_ray import sweep_report
+from cibl_ray import sweep_report, tune
 from cibl_ray.checkpoint import load_checkpoint
 from cibl_ray.config import RunConfig, load_config
 from cibl_ray.ray_start import settle
 from cibl_ray.sweep import (
+    METRICS,
     SweepConfig,
     Trial,
     axes,
@@ -237,6 +240,35 @@ def test_best_by_an_objective_and_a_bound():
     assert objectives(sweep(objective=[{"metric": "few"}, {"metric": "many"}], asha=None), trials[0].scores) == [0.5, 0.4]
 
 
+@pytest.mark.parametrize("metric", ["loss", "calibration_error"])
+def test_what_is_to_be_small_is_minimised(metric):
+    trials = [trial("a", **{metric: 0.5, "few": 0.5}), trial("b", **{metric: 0.1, "few": 0.2})]
+    of = sweep(objective=[{"metric": metric}])
+    assert of.objective[0].mode == "min"
+    assert best(of, trials).name == "b"
+    bound = sweep(objective=[{"metric": "few"}], bound={"metric": metric, "at_most": 0.3})
+    assert best(bound, trials).name == "b"
+    assert objectives(bound, trials[0].scores) == [pytest.approx(-1.2)]
+    assert validate(SweepConfig, of.model_dump(mode="json"), "sweep.json") == of
+
+
+def test_a_score_that_is_not_finite_never_wins():
+    trials = [trial("a", few=math.nan, loss=math.nan), trial("b", few=0.1, loss=9e3), trial("c", few=0.2, loss=math.inf)]
+    for content, winner in (
+        ({"objective": [{"metric": "few"}]}, "c"),
+        ({"objective": [{"metric": "loss"}]}, "b"),
+        ({"objective": [{"metric": "few"}], "bound": {"metric": "loss", "at_most": 1}}, "b"),
+    ):
+        of = sweep(**content)
+        for order in (trials, trials[::-1]):
+            assert best(of, order).name == winner
+        assert abs(objectives(of, trials[0].scores)[0]) == 1e9
+    few = sweep(objective=[{"metric": "few"}])
+    assert best(few, [trials[0]]) is None
+    assert best(few, [trials[0], trial("d", "stopped", few=0.1)]).name == "d"
+    assert front(np.array([[math.nan, 1.0], [0.5, 0.5], [0.5, math.nan]])).tolist() == [False, True, False]
+
+
 def test_axes_of_the_trade_off():
     assert axes(sweep(), [trial("a", many=1, few=1, head=1, tail=1)]) == ("many", "few")
     assert axes(sweep(), [trial("a", many=1, head=1, tail=1)]) == ("head", "tail")
@@ -260,11 +292,50 @@ def test_a_trial_has_its_parameters():
         ({"objective": [{"metric": "few"}, {"metric": "many"}]}, "set asha: null"),
         ({"objective": [{"metric": "fw"}]}, "metric"),
         ({"trials": 0}, "trials"),
+        ({"set": {"loss.tail_skew": 3}}, "'loss.tail_skew' is in `set` and in `search`; take it out of one"),
+        ({"objective": [{"metric": "loss", "mode": "max"}]}, "mode 'max' looks for the largest loss, .*leave mode out"),
+        ({"bound": {"metric": "loss", "at_least": 0.5}}, "a bound of loss is `at_most: VALUE` alone"),
+        ({"bound": {"metric": "few", "at_most": 0.5}}, "a bound of few is `at_least: VALUE` alone"),
+        ({"bound": {"metric": "few"}}, "a bound of few is `at_least: VALUE` alone"),
     ],
 )
 def test_mistakes_in_a_sweep(content, message):
     with pytest.raises(UserError, match=message):
         sweep(**content)
+
+
+@pytest.mark.parametrize(
+    ("key", "space", "message"),
+    [
+        ("train.batch_size", {"kind": "uniform", "low": 32, "high": 64}, r"value 48.5: .* integer.*; .* with kind: integer"),
+        ("train.batch_size", {"kind": "log_uniform", "low": 32, "high": 64}, r"value 48.5: .*; .* with kind: integer"),
+        ("train.batch_size", {"kind": "integer", "low": 1, "high": 64}, "train.batch_size = 1: .*greater"),
+        ("optimizer.momentum", {"kind": "uniform", "low": 0.5, "high": 1.5}, r"value 1.5: .* less than 1; lower high"),
+        ("loss.tail_skew", {"kind": "choice", "values": [0.1, "x"]}, r"value 'x': .*; leave it out of values"),
+        (
+            "schedule.warmup_epochs",
+            {"kind": "integer", "low": 0, "high": 9},
+            r"value 9: .* more than train.epochs .*; lower high",
+        ),
+    ],
+)
+def test_a_search_of_impossible_values(key, space, message):
+    rest = {name: value for name, value in BASE["set"].items() if name != key}
+    with pytest.raises(UserError, match=message) as caught:
+        base_content(sweep(search={key: space}, set=rest))
+    assert key in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_search_whose_keys_depend_on_each_other():
+    """Nine epochs of warm-up are possible in the longest trials."""
+    search = {
+        "train.epochs": {"kind": "integer", "low": 3, "high": 20},
+        "schedule.warmup_epochs": {"kind": "integer", "low": 1, "high": 9},
+        "train.batch_size": {"kind": "integer", "low": 32, "high": 64},
+        "optimizer.lr": {"kind": "log_uniform", "low": 0.01, "high": 1},
+    }
+    assert base_content(sweep(search=search, set={}))["train"]["batch_size"] == 32
 
 
 def test_trials_that_could_not_be_compared_are_refused():
@@ -284,11 +355,39 @@ def test_a_base_in_this_folder_has_absolute_paths(tmp_path, monkeypatch):
     assert trial_config(content, {"loss.tail_skew": 0.3}).data.prepared == tmp_path / "here"
 
 
+def test_a_sweep_goes_on_with_the_base_that_it_began_with(tmp_path, monkeypatch):
+    """The base's file has changed since, and so has the current folder."""
+    base, folder = tmp_path / "mine.yaml", tmp_path / "kept"
+    base.write_text("{data: {source: {kind: digits}, val_fraction: 0.1, store: {square: 16}, size: 16, prepared: here}}")
+    ended = Trial("a", {"loss.tail_skew": 0.3}, "completed", 4, dict.fromkeys(METRICS, 0.5))
+    (folder / "trials" / "a" / "checkpoints").mkdir(parents=True)
+    (folder / "trials" / "a" / "checkpoints" / "last.safetensors").write_bytes(b"x")
+    (folder / "trials.jsonl").write_text(json.dumps(asdict(ended)) + "\n")
+    monkeypatch.chdir(tmp_path)
+    settle(own=True)
+    tune.run(sweep(base="mine.yaml", set={}, trials=1), folder, None)
+    begun = (folder / "best.yaml").read_text()
+    assert f"prepared: {tmp_path / 'here'}" in begun
+    base.write_text(base.read_text().replace("{data", "{optimizer: {lr: 0.5}, data"))
+    monkeypatch.chdir("/")
+    monkeypatch.setattr(sys, "argv", ["tune", "--resume", str(folder)])
+    tune.main()
+    assert (folder / "best.yaml").read_text() == begun
+    # Begun by an earlier version, it has the file alone, and the file's content from now on.
+    content = json.loads((folder / "sweep.json").read_text())
+    del content["base_content"]
+    (folder / "sweep.json").write_text(
+        json.dumps({**content, "base": str(base), "set": {"data.prepared": str(tmp_path / "here")}})
+    )
+    tune.main()
+    assert json.loads((folder / "sweep.json").read_text())["base_content"]["optimizer"]["lr"] == 0.5
+
+
 def test_the_longest_trial_counts():
     content = base_content(sweep())
     assert most_epochs(sweep(), content) == 4
-    assert most_epochs(sweep(search={"train.epochs": {"kind": "integer", "low": 2, "high": 9}}), content) == 9
-    assert most_epochs(sweep(search={"train.epochs": {"kind": "choice", "values": [7, 3]}}), content) == 7
+    assert most_epochs(sweep(search={"train.epochs": {"kind": "integer", "low": 2, "high": 9}}, set={}), content) == 9
+    assert most_epochs(sweep(search={"train.epochs": {"kind": "choice", "values": [7, 3]}}, set={}), content) == 7
 
 
 def test_report_of_two_objectives_one_of_them_to_be_small(tmp_path):
@@ -304,7 +403,7 @@ def test_report_of_two_objectives_one_of_them_to_be_small(tmp_path):
         (tmp_path / "trials" / each.name / "checkpoints" / "last.safetensors").write_bytes(b"x")
     table = sweep_report.write(tmp_path, of, base_content(of), trials)
     assert [line.split()[0] for line in table.splitlines()[1:]] == ["a", "c"]
-    with pytest.raises(UserError, match="no trial has a validation score, the first: boom"):
+    with pytest.raises(UserError, match="no trial has a finite validation score, the first: boom"):
         sweep_report.write(tmp_path, of, base_content(of), [Trial("d", {}, "failed", 0, {}, "boom")])
 
 

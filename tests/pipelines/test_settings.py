@@ -126,6 +126,17 @@ def test_a_whole_part_and_its_fields_mean_the_same_in_either_order():
     assert load_config("quickstart", [*field, *whole, "--loss.kappa", ".7", "--loss", "{kind: paco}"]).loss.kappa == 0.7
 
 
+def test_a_kind_that_is_the_default_drops_nothing(tmp_path):
+    (tmp_path / "small.yaml").write_text(
+        "{loss: {tail_skew: 0.2}, schedule: {warmup_epochs: 1}, data: {eval_cut: {ratio: 0.9}}}"
+    )
+    kinds = ["--loss.kind", "cibl", "--schedule.kind", "cosine", "--eval_cut.kind", "center"]
+    config = load_config(str(tmp_path / "small.yaml"), kinds)
+    assert (config.loss.tail_skew, config.schedule.warmup_epochs, config.data.eval_cut.ratio) == (0.2, 1, 0.9)
+    assert load_config("quickstart", ["--loss", "{tail_skew: .3}", "--loss.kind", "cibl"]).loss.tail_skew == 0.3
+    assert load_config(str(tmp_path / "small.yaml"), ["--loss.kind", "bcl"]).loss.kind == "bcl"
+
+
 def test_override_leaves_the_original_alone():
     content = {"train": {"epochs": 1}}
     assert override(content, parse_overrides(["--epochs", "2"], RunConfig), RunConfig) == {"train": {"epochs": 2}}
