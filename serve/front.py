@@ -83,9 +83,10 @@ def rewrite(config: str, pages: Path, host: str, port: int) -> str:
     A request is sent on when it has arrived (as far as the buffer holds it): only then can it be sent again to another replica.
     """
     config = re.sub(rf"^(\s*bind\s+)\*?:(?!{port}\b)(\d+)", rf"\g<1>{pages}/\g<2>.sock", config, flags=re.MULTILINE)
-    # v4v6: whatever this machine's default is.
-    both = {"::": " v4v6"}
-    binds = r"\n".join(rf"\g<1>{authority(name, port)}\g<2>{both.get(name, '')}" for name in addresses(host))
+    # v4v6: whatever this machine's default is. v6only: as Linux binds an IPv6 address; else a reload of HAProxy does not take
+    # that socket for its own, and closes the others too.
+    kinds = {name: "" if ":" not in name else " v4v6" if name == "::" else " v6only" for name in addresses(host)}
+    binds = r"\n".join(rf"\g<1>{authority(name, port)}\g<2>{kind}" for name, kind in kinds.items())
     config = re.sub(rf"^(\s*bind\s+)\S*:{port}\b(.*)$", binds, config, flags=re.MULTILINE)
     rules = "".join(rf"    http-request del-header {header}\n" for header in _DROPPED)
     config = re.sub(r"^(frontend http_frontend\n)", rf"\g<1>{rules}", config, flags=re.MULTILINE)
