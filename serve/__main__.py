@@ -99,12 +99,14 @@ def _replicas(text: str) -> tuple[int, int]:
 
 def _free(host: str, port: int) -> None:
     """Raise UserError where the port cannot be listened on: Ray Serve would try for a minute."""
+    if not 0 < port < 65536:
+        raise UserError(f"--port {port}: give one from 1 to 65535")
     for address in addresses(host):
         try:
             with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as probe:
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 probe.bind((address, port))
-        except (OSError, OverflowError) as error:
+        except OSError as error:
             raise UserError(f"--host {host} --port {port}: {address}: {error}; choose another") from error
 
 

@@ -212,6 +212,7 @@ def test_sigterm_answers_what_was_asked_and_leaves_no_process(service):
         (["nowhere"], "'nowhere' is not a bundle"),
         (["BUNDLE", "--replicas", "2-1"], "--replicas 2-1"),
         (["BUNDLE", "--port", "PORT"], "Address already in use"),
+        (["BUNDLE", "--port", "0"], "--port 0: give one from 1 to 65535"),
         (["BUNDLE", "--keys", "nowhere"], "cannot be read"),
         (["BUNDLE", "--max-batch", "0"], "max_batch"),
     ],
