@@ -241,7 +241,7 @@ def _shares(seconds: dict[str, float]) -> str:
 
 
 def _fetched(uri: str) -> tuple[str, Path]:
-    """(the storage, the local folder) of a run at `uri`, whose files are brought here."""
+    """(the storage, the local folder) of a run at `uri`, whose files are brought here unless later ones of it are here."""
     from cibl_ray.storage import Mirror, split
 
     storage, name = split(uri)
@@ -250,7 +250,7 @@ def _fetched(uri: str) -> tuple[str, Path]:
     if not mirror.exists():
         raise UserError(f"--resume {uri}: no run is there, it has no {CONFIG}")
     mirror.claim(resume=True)
-    mirror.download()
+    _newer_wins(mirror, storage)
     return storage, folder
 
 
@@ -273,14 +273,20 @@ def _in_step(folder: Path, storage: str | None) -> str | None:
         return storage
     mirror = Mirror(folder, join(storage, folder.name))
     mirror.claim(resume=True)
+    _newer_wins(mirror, storage)
+    return storage
+
+
+def _newer_wins(mirror: Mirror, storage: str) -> None:
+    """What has been trained further, the folder or its copy, takes the place of the other: a driver that was killed may have
+    saved what it could not send any more."""
     if mirror.exists() and not mirror.behind():
         mirror.download()
-        return storage
+        return
     try:
         mirror.upload()
     except OSError as error:
         raise UserError(f"storage {storage!r} cannot be written: {error}") from error
-    return storage
 
 
 def need_new(folder: Path) -> None:

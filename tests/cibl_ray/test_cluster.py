@@ -20,7 +20,7 @@ from cibl_ray.ray_start import settle
 from cibl_ray.runlog import read_metrics
 from cibl_ray.shared_folder import mark_beside, same_folder
 from cibl_ray.storage import Mirror, join, split
-from cibl_ray.train import _in_step
+from cibl_ray.train import _fetched, _in_step
 from pipelines.errors import UserError
 from tests.clusters import EPOCHS, LAST, ended, new, start, wait_for_epoch
 from tests.conftest import REPOSITORY
@@ -346,7 +346,7 @@ def test_a_copy_never_replaces_what_has_been_trained_further(tmp_path):
     assert (folder / LAST).read_bytes() == old == copy.read_bytes()
 
 
-def test_a_run_that_goes_on_by_its_folder_keeps_its_copy(tmp_path):
+def test_a_run_that_goes_on_by_its_folder_keeps_its_copy(tmp_path, monkeypatch):
     store, folder = f"{tmp_path.as_uri()}/store", tmp_path / "runs" / "a"
     copy = tmp_path / "store" / "a" / LAST
     saved(folder, 1)
@@ -357,6 +357,14 @@ def test_a_run_that_goes_on_by_its_folder_keeps_its_copy(tmp_path):
     assert copy.read_bytes() == new
     further = saved(tmp_path / "store" / "a", 3)  # on another machine
     assert _in_step(folder, None) == store
+    assert (folder / LAST).read_bytes() == further
+    # By its URI, too: a driver that was killed had saved what it had not sent yet.
+    monkeypatch.chdir(tmp_path)
+    newest = saved(folder, 4)
+    assert _fetched(f"{store}/a") == (store, folder)
+    assert (folder / LAST).read_bytes() == copy.read_bytes() == newest
+    further = saved(tmp_path / "store" / "a", 5)
+    assert _fetched(f"{store}/a") == (store, folder)
     assert (folder / LAST).read_bytes() == further
     folder.rename(tmp_path / "runs" / "b")
     with pytest.raises(UserError, match="rename the folder to a, or give --storage"):
