@@ -34,6 +34,39 @@ def copy_of(folder: Path) -> str | None:
     return mark.read_text() if mark.is_file() else None
 
 
+def fetched(uri: str) -> tuple[str, Path]:
+    """(the storage, the local folder) of a run at `uri`, whose files are brought here unless later ones of it are here."""
+    storage, name = split(uri)
+    folder = (Path("runs") / name).absolute()
+    mirror = Mirror(folder, uri)
+    if not mirror.exists():
+        raise UserError(f"--resume {uri}: no run is there, it has no config.yaml")
+    mirror.claim(resume=True)
+    mirror.newer_wins()
+    return storage, folder
+
+
+def in_step(folder: Path, storage: str | None) -> str | None:
+    """The storage of a run that goes on by its local folder: `storage`, or the one that it had, so that no copy goes stale.
+
+    Of the folder and its copy, the one that has been trained further takes the place of the other.
+    """
+    copy = copy_of(folder)
+    if storage is None and copy is not None:
+        storage, name = split(copy)
+        if name != folder.name:
+            raise UserError(
+                f"--resume {folder}: its copy is {copy}, of another name; rename the folder to {name}, or give --storage URI "
+                "to begin another copy"
+            )
+    if storage is None or not (folder / "config.yaml").is_file():
+        return storage
+    mirror = Mirror(folder, join(storage, folder.name))
+    mirror.claim(resume=True)
+    mirror.newer_wins()
+    return storage
+
+
 class Mirror:
     """`uri` is the run's own, its last part the run's name. Raises UserError where it cannot be reached."""
 
@@ -66,6 +99,17 @@ class Mirror:
         """Whether the folder has been trained further than the copy: without it, or by a process that ended in between."""
         here, there = self._reached()
         return here > there
+
+    def newer_wins(self) -> None:
+        """What has been trained further, the folder or its copy, takes the place of the other: a driver that was killed may
+        have saved what it could not send any more. Raises UserError where the storage cannot be written."""
+        if self.exists() and not self.behind():
+            self.download()
+            return
+        try:
+            self.upload()
+        except OSError as error:
+            raise UserError(f"{self._uri} cannot be written: {error}") from error
 
     def _reached(self) -> tuple[tuple[int, int], tuple[int, int]]:
         """(epoch, step) of the last checkpoint in the folder and in the copy."""

@@ -63,12 +63,16 @@ def main() -> None:
     if arguments.resume is not None and "://" in arguments.resume:
         if not arguments.cluster:
             raise UserError(f"--resume {arguments.resume}: a run in an object store goes on with --cluster: add that")
-        storage, folder = _fetched(arguments.resume)
+        from cibl_ray.storage import fetched
+
+        storage, folder = fetched(arguments.resume)
         config, folder = _resumed(folder, overrides, name)
     elif arguments.resume is not None:
         folder = Path(arguments.resume)
         if arguments.cluster:
-            storage = _in_step(folder.absolute(), storage)
+            from cibl_ray.storage import in_step
+
+            storage = in_step(folder.absolute(), storage)
         config, folder = _resumed(folder, overrides, name)
     else:
         from cibl_ray.config import load_config
@@ -238,55 +242,6 @@ def _time(rows: list[dict[str, Any]]) -> dict[str, float]:
 def _shares(seconds: dict[str, float]) -> str:
     total = sum(seconds.values()) or 1.0
     return ", ".join(f"{name.replace('_', ' ')} {100 * value / total:.0f} %" for name, value in seconds.items())
-
-
-def _fetched(uri: str) -> tuple[str, Path]:
-    """(the storage, the local folder) of a run at `uri`, whose files are brought here unless later ones of it are here."""
-    from cibl_ray.storage import Mirror, split
-
-    storage, name = split(uri)
-    folder = (Path("runs") / name).absolute()
-    mirror = Mirror(folder, uri)
-    if not mirror.exists():
-        raise UserError(f"--resume {uri}: no run is there, it has no {CONFIG}")
-    mirror.claim(resume=True)
-    _newer_wins(mirror, storage)
-    return storage, folder
-
-
-def _in_step(folder: Path, storage: str | None) -> str | None:
-    """The storage of a run that goes on by its local folder: `storage`, or the one that it had, so that no copy goes stale.
-
-    Of the folder and its copy, the one that has been trained further takes the place of the other.
-    """
-    from cibl_ray.storage import Mirror, copy_of, join, split
-
-    copy = copy_of(folder)
-    if storage is None and copy is not None:
-        storage, name = split(copy)
-        if name != folder.name:
-            raise UserError(
-                f"--resume {folder}: its copy is {copy}, of another name; rename the folder to {name}, or give --storage URI "
-                "to begin another copy"
-            )
-    if storage is None or not (folder / CONFIG).is_file():
-        return storage
-    mirror = Mirror(folder, join(storage, folder.name))
-    mirror.claim(resume=True)
-    _newer_wins(mirror, storage)
-    return storage
-
-
-def _newer_wins(mirror: Mirror, storage: str) -> None:
-    """What has been trained further, the folder or its copy, takes the place of the other: a driver that was killed may have
-    saved what it could not send any more."""
-    if mirror.exists() and not mirror.behind():
-        mirror.download()
-        return
-    try:
-        mirror.upload()
-    except OSError as error:
-        raise UserError(f"storage {storage!r} cannot be written: {error}") from error
 
 
 def need_new(folder: Path) -> None:

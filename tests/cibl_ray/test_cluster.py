@@ -19,8 +19,7 @@ from cibl_ray.checkpoint import load_checkpoint
 from cibl_ray.ray_start import settle
 from cibl_ray.runlog import read_metrics
 from cibl_ray.shared_folder import mark_beside, same_folder
-from cibl_ray.storage import Mirror, join, split
-from cibl_ray.train import _fetched, _in_step
+from cibl_ray.storage import Mirror, fetched, in_step, join, split
 from pipelines.errors import UserError
 from tests.clusters import EPOCHS, LAST, ended, new, start, wait_for_epoch
 from tests.conftest import REPOSITORY
@@ -350,26 +349,26 @@ def test_a_run_that_goes_on_by_its_folder_keeps_its_copy(tmp_path, monkeypatch):
     store, folder = f"{tmp_path.as_uri()}/store", tmp_path / "runs" / "a"
     copy = tmp_path / "store" / "a" / LAST
     saved(folder, 1)
-    assert _in_step(folder, None) is None
-    assert _in_step(folder, store) == store
+    assert in_step(folder, None) is None
+    assert in_step(folder, store) == store
     new = saved(folder, 2)  # in one process, without the copy
-    assert _in_step(folder, None) == store
+    assert in_step(folder, None) == store
     assert copy.read_bytes() == new
     further = saved(tmp_path / "store" / "a", 3)  # on another machine
-    assert _in_step(folder, None) == store
+    assert in_step(folder, None) == store
     assert (folder / LAST).read_bytes() == further
     # By its URI, too: a driver that was killed had saved what it had not sent yet.
     monkeypatch.chdir(tmp_path)
     newest = saved(folder, 4)
-    assert _fetched(f"{store}/a") == (store, folder)
+    assert fetched(f"{store}/a") == (store, folder)
     assert (folder / LAST).read_bytes() == copy.read_bytes() == newest
     further = saved(tmp_path / "store" / "a", 5)
-    assert _fetched(f"{store}/a") == (store, folder)
+    assert fetched(f"{store}/a") == (store, folder)
     assert (folder / LAST).read_bytes() == further
     folder.rename(tmp_path / "runs" / "b")
     with pytest.raises(UserError, match="rename the folder to a, or give --storage"):
-        _in_step(tmp_path / "runs" / "b", None)
-    assert _in_step(tmp_path / "runs" / "b", store) == store
+        in_step(tmp_path / "runs" / "b", None)
+    assert in_step(tmp_path / "runs" / "b", store) == store
     assert (tmp_path / "store" / "b" / LAST).read_bytes() == further
 
 
