@@ -37,7 +37,7 @@ _CHUNK = 1 << 20
 _LARGEST = 4 << 30  # bytes of a model
 _AT_WORK = 3600  # seconds without a byte after which no command can still be at a download
 _FRAME = 16 << 20  # bytes of a picture in a stream
-_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
+_SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".webp"}
 _UNREAD = {".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}  # of images that training takes besides
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
