@@ -2,8 +2,9 @@
 
 The peers are the matrix formulations of the public implementations, written here from the formulas: similarities, masks, a
 softmax over the whole matrix, all of it held for autograd. They take the same tensors, and the same threads. Memory is the peak
-of what autograd keeps and computes, by torch's profiler. Then one CIBL step beside one cross-entropy step: ResNet-32, the same
-views, the trainer's own step.
+of what autograd keeps and computes, by torch's profiler. `bounds`, where a batch is taken at once: what the ratio would be if
+all but our matrix products took no time. Then one CIBL step beside one cross-entropy step: ResNet-32, the same views, the
+trainer's own step.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,9 +26,18 @@ from benchmarks.measure import alternate, report
 from cibl_ray.losses.cibl import cibl
 from cibl_ray.losses.contrastive import Contrast, balanced_contrastive, paco, psc, supcon
 from cibl_ray.losses.objective import Images
-from cibl_ray.losses.softmax import KEEP
+from cibl_ray.losses.softmax import KEEP, matmul, transposed_matmul
+from cibl_ray.losses.within import few
 from cibl_ray.trainer import Trainer, resolve
 
+# What each loss multiplies where its batch is taken at once: pairs within it, and pairs with the prototypes.
+PRODUCTS = {
+    "supcon": ("within",),
+    "psc": ("prototypes",),
+    "bcl": ("within", "prototypes"),
+    "paco": ("within",),
+    "cibl": ("within",),
+}
 SIZES = ((256, 128, 100), (512, 128, 1000), (4096, 128, 1000))  # M, d, C
 TEMPERATURE, TAIL_SKEW, ALPHA, BETA = 0.1, 0.05, 0.05, 1.0
 
@@ -121,7 +132,7 @@ def main() -> None:
     parser.add_argument("--no-step", action="store_true", help="leave out the training step, which needs CIFAR-10")
     arguments = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    ratios, spread, milliseconds, megabytes = {}, {}, {}, {}
+    ratios, spread, bounds, milliseconds, megabytes = {}, {}, {}, {}, {}
     # A training process has freed large activations, after which glibc keeps blocks below 32 MB instead of handing them back;
     # without that, either side pays at random for fresh pages. The plain matrices at M = 4096 are larger, there as in training.
     torch.empty(31 * 2**20, dtype=torch.uint8)
@@ -133,7 +144,10 @@ def main() -> None:
             values = [loss(*leaves).item() for loss in (ours, plain)]
             assert abs(values[0] - values[1]) < 1e-3 * abs(values[1]) + 1e-4, (name, size, values)
             for side, loss in (("ours", ours), ("plain", plain)):
-                sides[f"{name} {side}"] = _repeat(loss, leaves, size, arguments.quick)
+                sides[f"{name} {side}"] = _repeat(partial(_gradients, loss, leaves), size, arguments.quick)
+        at_once = few(leaves[0])
+        for name, multiply in _products(leaves).items() if at_once else ():
+            sides[name] = _repeat(multiply, size, arguments.quick)
         # All losses take turns, so that a disturbance of the machine is spread over them.
         rates = alternate(sides, 2 if arguments.quick else 11 if size > 1000 else 21)
         for name, (ours, plain) in losses.items():
@@ -145,6 +159,8 @@ def main() -> None:
             ratios[key] = round(two["ours"] / two["plain"], 2)
             slowest, fastest = (rates[f"{name} ours"][end] / rates[f"{name} plain"][end] for end in ("lowest", "highest"))
             spread[key] = [round(slowest, 2), round(fastest, 2)]
+            if at_once:
+                bounds[key] = round(1 / (two["plain"] * sum(1 / rates[product]["median"] for product in PRODUCTS[name])), 2)
     # Beyond the threshold, memory at twice the batch over that at it: 2 where it grows like M, 4 like M².
     beyond = 2 * math.isqrt(KEEP[device])
     held = []
@@ -160,6 +176,7 @@ def main() -> None:
         memory_growth={f"{beyond}_to_{2 * beyond}": growth},
         sizes=SIZES,
         ratios_of_slowest_and_fastest_rounds=spread,
+        bounds=bounds,
         ratios=ratios,
     )
 
@@ -177,14 +194,28 @@ def _example(size: int, width: int, classes: int, device: str) -> tuple[torch.Te
     return labels, [tensor.to(device).requires_grad_() for tensor in tensors]
 
 
-def _repeat(loss: Callable[..., torch.Tensor], leaves: list[torch.Tensor], size: int, quick: bool) -> Callable[[], int]:
+def _products(leaves: list[torch.Tensor]) -> dict[str, Callable[[], object]]:
+    """The matrix products of `PRODUCTS`, forward and back, by the library that the losses take."""
+    z, logits, prototypes = (leaf.detach() for leaf in leaves)
+    within = z @ z.T
+    return {
+        "within": lambda: (matmul(z, z.T), matmul(within, z)),
+        "prototypes": lambda: (matmul(z, prototypes.T), matmul(logits, prototypes), transposed_matmul(logits, z)),
+    }
+
+
+def _gradients(loss: Callable[..., torch.Tensor], leaves: list[torch.Tensor]) -> object:
+    return torch.autograd.grad(loss(*leaves), leaves, allow_unused=True)
+
+
+def _repeat(work: Callable[[], object], size: int, quick: bool) -> Callable[[], int]:
     # In a turn the first few find the cache full of the other sides: so many that this is a few percent.
     repeats = max(3, 400 * 256**2 // size**2) // (3 if quick else 1)
 
     def run() -> int:
         for _ in range(repeats):
-            torch.autograd.grad(loss(*leaves), leaves, allow_unused=True)
-        if leaves[0].is_cuda:
+            work()
+        if torch.cuda.is_available():
             torch.cuda.synchronize()
         return repeats
 
@@ -196,10 +227,10 @@ def peak_bytes(loss: Callable[..., torch.Tensor], leaves: list[torch.Tensor]) ->
     if leaves[0].is_cuda:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        torch.autograd.grad(loss(*leaves), leaves, allow_unused=True)
+        _gradients(loss, leaves)
         return torch.cuda.max_memory_allocated() - before
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        torch.autograd.grad(loss(*leaves), leaves, allow_unused=True)
+        _gradients(loss, leaves)
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
     held = highest = 0
     for event in sorted(events, key=lambda event: event.start_ns()):

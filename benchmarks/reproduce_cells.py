@@ -224,7 +224,7 @@ def variants(dataset: str, budget: Budget) -> dict[str, tuple[int, tuple[str, ..
 def cells(table: str, name: str, seeds: int, val: float) -> list[Cell]:
     """Every run of a table, first seeds first, so that a stopped measurement has something to say of each row.
 
-    imagenet_lt has the budget gpu alone.
+    imagenet_lt has no budget cpu.
     """
     budget = BUDGETS[name]
     common = budget.common + (("--val_fraction", str(val)) if val else ())
@@ -232,7 +232,7 @@ def cells(table: str, name: str, seeds: int, val: float) -> list[Cell]:
     for seed in range(seeds):
         match table:
             case "imagenet_lt":
-                found += _imagenet(seed)
+                found += _imagenet(seed, name == "smoke")
             case "cifar10_lt" | "cifar100_lt":
                 dataset = table.removesuffix("_lt")
                 for factor in budget.factors:
@@ -274,8 +274,16 @@ def _cell(
     return Cell(dataset, factor, value, seed, config, every)
 
 
-def _imagenet(seed: int) -> list[Cell]:
+# Small images, so that ResNet-50 takes seconds on a CPU; every class of the lists has the five images of the largest.
+_IMAGENET_SMOKE = (
+    *("--data.size", "64", "--data.profile", "{kind: exp, imbalance: 5, largest: 5}", "--batch_size", "16"),
+    *("--warmup_epochs", "0", "--epochs", "1"),
+)
+
+
+def _imagenet(seed: int, smoke: bool) -> list[Cell]:
     """ResNet-50, 90 epochs, one run at a time: for those who have the images, and a GPU. The lists bring their validation."""
+    length = _IMAGENET_SMOKE if smoke else ("--epochs", "90")
     chosen: dict[str, tuple[str, ...]] = {
         "balanced softmax": ("--loss", "{kind: balanced_softmax}"),
         "BCL": ("--loss", "{kind: bcl, temperature: 0.07, cross_entropy_weight: 1, contrastive_weight: 0.35, classify: first}"),
@@ -284,6 +292,6 @@ def _imagenet(seed: int) -> list[Cell]:
         "CIBL, cosine head": (),
     }
     return [
-        Cell("imagenet", 0, method, seed, "recipes/imagenet_lt_90", (*options, "--epochs", "90", "--seed", str(seed)))
+        Cell("imagenet", 0, method, seed, "recipes/imagenet_lt_90", (*options, *length, "--seed", str(seed)))
         for method, options in chosen.items()
     ]

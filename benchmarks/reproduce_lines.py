@@ -37,11 +37,12 @@ def commit() -> str | None:
         return None
 
 
-def source(dataset: str, folder: Path | None) -> tuple[str, ...]:
-    """The options that read a data set from a folder; none: from torchvision's files."""
+def source(kind: str, folder: Path | None) -> tuple[str, ...]:
+    """The options that read a data set from a folder, as image folder or (kind 'lists') as the root of split lists; none: from
+    where its configuration says."""
     if folder is None:
         return ()
-    if dataset == "imagenet":
+    if kind == "lists":
         return ("--data.source.root", str(folder))
     return ("--data.source.kind", "folder", "--data.source.path", str(folder))
 
@@ -85,8 +86,8 @@ def record(
         result.pop("best", None)
     config = validate(RunConfig, read_config(folder / CONFIG), str(folder))
     # What the run itself read, whatever this command was given; the lists of ImageNet have a root for every user.
-    elsewhere = config.data.source.kind in ("folder", "lists")
-    where = source(cell.dataset, Path("FOLDER") if elsewhere else None)
+    kind = config.data.source.kind
+    where = source(kind, Path("FOLDER") if kind in ("folder", "lists") else None)
     compiled = ("--train.compile", "true") if config.train.compile else ()
     return of_cell(cell, table, budget, config) | {
         "command": shlex.join(["python", "-m", "cibl_ray.train", cell.config, *where, *cell.options, *compiled]),

@@ -119,8 +119,8 @@ def write(path: Path, known: list[Line], of: int) -> None:
         f"Machine: {'; '.join(sorted({_machine(line) for line in lines}))}. Code: {_code(lines)}.",
         "",
         f"Every run's command, configuration, scores and machine: [{path.name}]({path.name}). All of it again: "
-        f"`python -m benchmarks.reproduce {again} --docs FOLDER --runs FOLDER`, with image folders `--cifar10 FOLDER "
-        "--cifar100 FOLDER`.",
+        f"`python -m benchmarks.reproduce {again} --docs FOLDER --runs FOLDER`, with image folders "
+        f"`{' '.join(f'--{dataset} FOLDER' for dataset in sorted({line['dataset'] for line in lines}))}`.",
     ]
     path.with_suffix(".md").write_text("\n".join(text) + "\n")
 

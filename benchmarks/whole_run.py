@@ -48,7 +48,7 @@ def main() -> None:
     every = cells("cifar100_lt", "gpu", 1, 0.0)
     cell = next(cell for cell in every if cell.imbalance == 100 and cell.value == "CIBL, linear head")
     compiled = ("--train.compile", "true") if arguments.compile else ()
-    options = [*source("cifar100", arguments.images), *cell.options, *compiled, *(_QUICK if arguments.quick else ()), *flags]
+    options = [*source("folder", arguments.images), *cell.options, *compiled, *(_QUICK if arguments.quick else ()), *flags]
     config = resolve(load_config(cell.config, options))
     prepared = ensure_prepared(config.data, config.seed)
     train = config.train
