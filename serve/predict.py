@@ -26,6 +26,7 @@ T = TypeVar("T")
 
 _SMALL = 16 << 10  # bytes of a file that is decoded in less time than handing it to a thread takes
 _SMALL_PIXELS = 1 << 16
+_PASSES = 15  # over as many pixels as a request may have: an ordinary progressive file has 10
 
 
 class Options(BaseModel):
@@ -123,9 +124,15 @@ class Predict:
 
     def _check_together(self, files: list[bytes]) -> None:
         """Raise ProblemError before anything is decoded where it is too much; BadImageError."""
-        most, total = self._config.max_request_pixels, 0
+        most, total, work = self._config.max_request_pixels, 0, 0
         for file in files:
-            total += announced(file, self._limits)
+            pixels, passed = announced(file, self._limits)
+            total += pixels
+            work += passed
+            if work > _PASSES * most:
+                raise ProblemError(
+                    413, "too_large", f"the scans of the images go over more than {_PASSES * most:,} pixels; send them in parts"
+                )
             if total > most:
                 raise ProblemError(413, "too_large", f"the images have more than {most:,} pixels together; send them in parts")
 

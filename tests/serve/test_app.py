@@ -357,6 +357,19 @@ def test_the_pixels_of_all_images_of_a_request_are_capped_together(bundle, monke
         assert ask(png(1000, 700), png(2000, 700)).status == 422
 
 
+def test_the_scans_of_all_images_of_a_request_are_capped_together(bundle, monkeypatch):
+    data = encoded("JPEG", size=100, progressive=True)
+    last = data[data.rfind(b"\xff\xda") : -2]
+    many = base64.b64encode(data[:-2] + last * 80 + data[-2:]).decode()
+    with serving([bundle], max_pixels=1_000_000, max_request_pixels=100_000) as server:
+        few = server.ask("POST", "/v1/predict", json.dumps({"images": [many]}), Content_Type="application/json")
+        assert few.status == 200, few.body
+        monkeypatch.setattr(predict, "pixels", None)  # nothing is decoded
+        answer = server.ask("POST", "/v1/predict", json.dumps({"images": [many] * 2}), Content_Type="application/json")
+        assert (answer.status, answer.json()["code"]) == (413, "too_large")
+        assert "scans of the images go over more than 1,500,000 pixels" in answer.json()["error"]
+
+
 def test_a_replica_must_have_room_for_one_body():
     with pytest.raises(UserError, match="max_held_bytes = 2000: less than one body"):
         check({"bundles": ["x"], "max_held_bytes": 2000})
