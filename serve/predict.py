@@ -59,7 +59,8 @@ class Predict:
         kind = request.content_type.partition(";")[0].strip().lower()
         given: dict[str, Any] = dict(request.query)
         if kind == "multipart/form-data":
-            files, fields = await _multipart(request, body, self._config.max_images)
+            form = _multipart(request.content_type, body, self._config.max_images)
+            files, fields = await form if len(body) <= LARGE else await self.apart(body, lambda: asyncio.run(form))
             return self._checked(files), _options(Options, {**given, **fields})
         if kind == "application/json":
             return await self.apart(body, lambda: self._of_json(body, given))
@@ -72,7 +73,7 @@ class Predict:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
     def _of_json(self, body: bytes, given: dict[str, Any]) -> tuple[list[bytes], Options]:
-        parsed = parse_json(body, self._config.max_images)
+        parsed = parse_json(body, self._config.max_images, self._config.max_images)
         images = parsed.get("images")
         if isinstance(images, list) and not all(isinstance(text, str) for text in images):
             raise bad_request("'images': every one must be a text, in base64")
@@ -154,7 +155,7 @@ def _options(kind: type[Options], content: dict[str, Any]) -> Options:
     return options
 
 
-async def _multipart(request: Request, body: bytes, max_files: int) -> tuple[list[bytes], dict[str, str]]:
+async def _multipart(content_type: str, body: bytes, max_files: int) -> tuple[list[bytes], dict[str, str]]:
     """(files, other fields) of a form."""
     from starlette.datastructures import Headers, UploadFile
     from starlette.formparsers import MultiPartException, MultiPartParser
@@ -163,7 +164,7 @@ async def _multipart(request: Request, body: bytes, max_files: int) -> tuple[lis
         yield body
         yield b""
 
-    headers = Headers({"content-type": request.content_type})
+    headers = Headers({"content-type": content_type})
     try:
         form = await MultiPartParser(headers, stream(), max_files=max_files, max_fields=16, max_part_size=4096).parse()
     except (MultiPartException, KeyError, ValueError) as error:

@@ -21,6 +21,7 @@ from pipelines.errors import UserError
 from pipelines.pixels import decode
 from serve import predict, v2
 from serve.engine import Engine
+from serve.errors import ProblemError
 from serve.settings import check
 from tests.serve.conftest import encoded, serving, until
 
@@ -205,6 +206,45 @@ def test_a_large_body_holds_nobody_up(server, path):
         small = json.dumps({"inputs": [tensor("images", [1, 16, 16, 3], "UINT8", images[:1].tolist())]})
         one = server.ask("POST", path, small).json()["outputs"][0]["data"]
         assert answer.json()["outputs"][0]["data"] == pytest.approx(one * 40, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "body"),
+    [
+        ("lists", b"[ ]," * 200_000),
+        ("texts", b'"",' * 200_000),
+        ("words", b"true," * 200_000),
+        ("deep lists", (b"[" * 900 + b"0" + b"]" * 900 + b",") * 500),
+        ("lists in UTF-16", ("[]," * 200_000).encode("utf-16")),
+    ],
+)
+def test_json_that_a_parser_would_not_let_go_of_is_refused_before(server, name, body, monkeypatch):
+    """json holds Python's lock but where it calls Python: at numbers."""
+    # As many values as images of the usual size need.
+    monkeypatch.setattr(v2.json, "loads", lambda *a, **k: pytest.fail("parsed"))
+    for values in (64, 10_000_000):
+        with pytest.raises(ProblemError) as refused:
+            v2.parse_json(body, values)
+        assert refused.value.status in (400, 413)
+
+
+def test_a_large_form_is_read_in_a_thread(server, monkeypatch):
+    import starlette.formparsers
+
+    seen, true = [], starlette.formparsers.MultiPartParser.parse
+
+    async def parse(self):
+        seen.append(threading.current_thread().name)
+        return await true(self)
+
+    monkeypatch.setattr(starlette.formparsers.MultiPartParser, "parse", parse)
+    part = b'--X\r\nContent-Disposition: form-data; name="image"; filename="i"\r\n\r\n' + encoded("PNG") + b"\r\n"
+    for body in (part + b"--X--\r\n", part + b"--X--\r\n" + bytes(v2.LARGE)):
+        answer = server.ask("POST", "/v1/predict", body, Content_Type="multipart/form-data; boundary=X")
+        assert answer.status == 200, answer.body
+    small, large = seen
+    assert not small.startswith("decode")
+    assert large.startswith("decode")
 
 
 def test_triton_client(server, bundle):
