@@ -283,6 +283,15 @@ def test_headers_that_steer_ray_serve_do_not_pass(tmp_path):
             assert process.poll() is None, process.stderr.read()
             got = sent(b"X-Request-Timeout-Seconds: .001\r\nX-Request-Disconnect-Disabled: ?1\r\nX-Forwarded-For: 9.9.9.9\r\n")
             assert not [line for line in got if line.startswith(b"x-request-") or b"9.9.9.9" in line]
+            for name in (
+                b"X-Session-Id",
+                b"x_session_id",
+                b"X-Session_Id",
+                b"serve_multiplexed_model_id",
+                b"Serve-Multiplexed-Model-Id",
+            ):
+                assert not [line for line in sent(name + b": a\xff\r\n") if b"a\xff" in line], name
+            assert b"x-session-idea: a" in sent(b"X-Session-Idea: a\r\n")
             for name, passes in (
                 (b"mine-1._Z", True),
                 (b"a" * 64, True),
