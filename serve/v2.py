@@ -100,7 +100,10 @@ class Inference:
                 raise bad_request(f"{name!r} is empty: its shape is {shape}")
             if size is not None:
                 if type(size) is not int or size != count * dtype.itemsize or size > len(binary):
-                    raise bad_request(f"{name!r}: binary_data_size is {size!r}, its shape and the body say otherwise")
+                    needed = count * dtype.itemsize
+                    raise bad_request(
+                        f"{name!r}: binary_data_size must be {needed:,}, as its shape says, and the body hold so many bytes"
+                    )
                 tensors[name] = np.frombuffer(binary[:size], dtype).reshape(shape)
                 binary = binary[size:]
             else:

@@ -19,7 +19,7 @@ from cibl_ray.bundle import open_bundle
 from cibl_ray.runtime import Runtime
 from pipelines.errors import UserError
 from pipelines.pixels import decode
-from serve import predict, v2
+from serve import metrics, predict, store, v2
 from serve.engine import Engine
 from serve.errors import ProblemError
 from serve.settings import check
@@ -171,6 +171,14 @@ def test_wrong_tensors_are_400(server, inputs):
     assert answer.status == 400, answer.body
 
 
+def test_what_a_client_says_is_not_said_back_at_length(server):
+    content = tensor("images", [1, 16, 16, 3], "UINT8", None) | {"parameters": {"binary_data_size": [0] * 700}}
+    answer = server.ask("POST", "/v2/models/digits/infer", json.dumps({"inputs": [content]}))
+    assert answer.status == 400
+    assert "binary_data_size must be 768" in answer.json()["error"]
+    assert len(answer.body) < 300
+
+
 @pytest.mark.parametrize("wrong", [json.dumps({"images": [1] * 900}), json.dumps({f"k{n}": 0 for n in range(900)})])
 def test_one_mistake_is_told_not_each(server, monkeypatch, wrong):
     """pydantic would describe every one of them, at a kilobyte a piece."""
@@ -308,7 +316,12 @@ def test_download_resumes_and_names_its_checksum(server, bundle):
         assert (answer.status, answer.body) == (206, part)
         assert answer.headers["content-range"] == f"bytes {first}-{first + len(part) - 1}/{len(whole)}"
     assert server.ask("GET", path, Range="bytes=0-99", If_Range='"other"').status == 200
-    assert server.ask("GET", path, Range=f"bytes={len(whole)}-").status == 416
+    beyond = server.ask("GET", path, Range=f"bytes={len(whole)}-")
+    assert (beyond.status, beyond.json()["code"], beyond.headers["content-range"]) == (
+        416,
+        "no_such_range",
+        f"bytes */{len(whole)}",
+    )
     assert server.ask("GET", path, If_None_Match=f'"{sha256}"').status == 304
     head = server.ask("HEAD", path)
     assert (head.status, head.body, head.headers["content-length"]) == (200, b"", str(len(whole)))
@@ -523,6 +536,32 @@ def test_several_models_and_a_swap_without_a_failed_request(bundle, run_folder, 
     assert {answer.json()["sha256"] for answer in answers} == {open_bundle(bundle).models["fp32"].sha256, wanted}
 
 
+def test_a_failed_update_is_told_of_no_later_bundle(bundle, tmp_path):
+    place, other = tmp_path / "place", tmp_path / "other"
+    shutil.copytree(bundle, place)
+    shutil.copytree(bundle, other)
+    with serving([place], watch_seconds=0.1) as server:
+        (place / "model.onnx").write_bytes(b"broken")
+        until(lambda: server.ask("GET", "/v1/models").json()["models"][0]["failed_update"])
+        server.run(server.app.store.set((other,)))
+        assert server.ask("GET", "/v1/models").json()["models"][0]["failed_update"] is None
+
+
+def test_metrics_of_a_dead_replica_may_be_gone_already(tmp_path, monkeypatch):
+    """Two replicas that are asked at once both remove them."""
+    (tmp_path / "gauge_livesum_999999999.db").write_bytes(b"")
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
+
+    def gone(process):
+        (tmp_path / f"gauge_livesum_{process}.db").unlink()
+        raise FileNotFoundError
+
+    monkeypatch.setattr(metrics.multiprocess, "mark_process_dead", gone)
+    made = metrics.Metrics()
+    made._shared = True
+    assert isinstance(made.text(), bytes)
+
+
 def test_a_bundle_of_another_name_takes_no_models_place(bundle, run_folder, tmp_path):
     from cibl_ray.export import Options, export
 
@@ -540,6 +579,38 @@ def test_a_bundle_of_another_name_takes_no_models_place(bundle, run_folder, tmp_
         )
         assert server.ask("GET", "/v2/models/digits/ready").status == 200
         assert server.ask("POST", "/v1/predict?model=digits", encoded("PNG")).status == 200
+
+
+def test_a_bundle_replaced_while_it_is_read_is_no_mixture(bundle, run_folder, tmp_path, monkeypatch):
+    """Twice within a moment: the manifest was the second version's, the model that was then read the third's."""
+    from cibl_ray.export import Options, export
+
+    place, second, third = tmp_path / "place", tmp_path / "second", tmp_path / "third"
+    shutil.copytree(bundle, place)
+    export(run_folder / "checkpoints" / "last.safetensors", second, Options(name="digits", provider="cpu"))
+    export(run_folder / "checkpoints" / "previous.safetensors", third, Options(name="digits", provider="cpu"))
+    wanted = open_bundle(third).models["fp32"].sha256
+    with serving([place], watch_seconds=0.1) as server:
+        true, seen = store.Runtime, set()
+
+        def late(path, *more):
+            if third.exists():
+                place.rename(tmp_path / "old 2")
+                third.rename(place)
+            return true(path, *more)
+
+        monkeypatch.setattr(store, "Runtime", late)
+        place.rename(tmp_path / "old 1")
+        second.rename(place)
+
+        def arrived() -> bool:
+            model = server.app.store.models["digits"]
+            seen.add((model.sha256, model.engine.runtime.card.source["checkpoint"]))
+            return model.sha256 == wanted
+
+        until(arrived)
+        assert seen == {(open_bundle(bundle).models["fp32"].sha256, "best.safetensors"), (wanted, "previous.safetensors")}
+        assert server.ask("GET", "/v1/models").json()["models"][0]["failed_update"] is None
 
 
 def test_a_request_that_is_being_read_during_a_swap_is_answered(bundle, run_folder, tmp_path):
