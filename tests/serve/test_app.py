@@ -446,6 +446,26 @@ def test_bodies_that_a_replica_has_no_room_for_are_503(bundle):
         until(lambda: server.app._held == 0 and server.app._waiting == 0)
 
 
+@pytest.mark.parametrize("room", [100_000, 30_000])
+def test_decoded_images_that_a_replica_has_no_room_for_are_503(bundle, room):
+    """However few bytes they came in; but one request that is alone is answered."""
+    body = json.dumps({"images": [base64.b64encode(encoded("PNG")).decode()] * 60})
+    assert len(body) < 60 * 768 < 50_000
+    with serving([bundle], max_held_bytes=room) as server:
+        engine = server.app.store.models["digits"].engine
+        true, gate = engine.runtime, threading.Event()
+        engine.runtime = lambda *a: gate.wait(10) and true(*a)
+        engine.runtime.card = true.card
+        with concurrent.futures.ThreadPoolExecutor(1) as threads:
+            first = threads.submit(server.ask, "POST", "/v1/predict", body, Content_Type="application/json")
+            until(lambda: server.app._held > 60 * 768)
+            second = server.ask("POST", "/v1/predict", body, Content_Type="application/json")
+            gate.set()
+            assert (second.status, second.json()["code"]) == (503, "overloaded")
+            assert first.result().status == 200
+        until(lambda: server.app._held == 0)
+
+
 def test_waiting_requests_make_one_batch(bundle):
     with serving([bundle], max_batch=32) as server:
         engine = server.app.store.models["digits"].engine
