@@ -35,8 +35,9 @@ _V1_FILE = re.compile(r"/v1/models/([^/]+)/([^/]+)")
 class App:
     """An ASGI application. `start` must have been awaited, in the loop that serves."""
 
-    def __init__(self, config: ReplicaConfig) -> None:
-        self.config = config
+    def __init__(self, config: ReplicaConfig, names_requests: bool = True) -> None:
+        """names_requests: answers carry their request's id; False where what is in front adds it."""
+        self.config, self._names_requests = config, names_requests
         self.metrics = Metrics()
         self.store = Store(config, self.metrics)
         self._predict = Predict(config)
@@ -66,7 +67,9 @@ class App:
         begun = time.perf_counter()
         request = Request(scope, receive)
         route, status, facts = "unknown", 500, {}
-        common: Headers = [(b"x-request-id", request.id.encode()), (b"x-content-type-options", b"nosniff")]
+        common: Headers = [(b"x-content-type-options", b"nosniff")]
+        if self._names_requests:
+            common.append((b"x-request-id", request.id.encode()))
         try:
             route, handler = self._route(request)
             status, facts = await handler(request, send, common)

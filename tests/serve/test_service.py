@@ -136,6 +136,16 @@ def test_answers_and_listens_on_loopback_alone(service):
     assert listening <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
 
 
+def test_an_answer_names_its_request_once(service):
+    """Ray Serve names it too."""
+    connection = http.client.HTTPConnection("127.0.0.1", service[1], timeout=20)
+    for given in ({}, {"x-request-id": "mine"}):
+        connection.request("GET", "/nowhere", headers=given)
+        answer = connection.getresponse()
+        assert answer.headers.get_all("x-request-id") == [json.loads(answer.read())["request_id"]]
+    connection.close()
+
+
 def test_metrics_are_of_all_replicas(service):
     process, port = service
     assert len(replicas(process)) == 2
