@@ -43,7 +43,7 @@ SHIFTS = tuple(step / 4 for step in range(9))  # of the table and picture of tai
 @dataclass(frozen=True)
 class Options:
     """precisions: fp32 is always among them. max_drop: points of accuracy that a shot group may lose to fp16 or int8.
-    calibration: images for int8, as many of each class. batch: images a call while measuring."""
+    calibration: images for int8, as many of each class."""
 
     precisions: tuple[str, ...] = ("fp32",)
     name: str | None = None

@@ -31,10 +31,13 @@ def end(data: bytes | bytearray) -> int | None:
     return next((at + 2 for marker, at in _markers(data) if marker == _END), None)
 
 
-def scans(data: bytes | bytearray, most: int) -> int:
-    """Passes over the picture that a decoder makes: one, or several in a progressive file. Counted up to `most`."""
+def scans(data: bytes | bytearray, most: int, most_segments: int | None = None) -> int | None:
+    """Passes over the picture that a decoder makes: one, or several in a progressive file. Counted up to `most`; None where
+    there are more than `most_segments` before."""
     count = 0
-    for marker, _ in _markers(data):
+    for number, (marker, _) in enumerate(_markers(data)):
+        if number == most_segments:
+            return None
         count += marker == _SCAN
         if count >= most:
             break

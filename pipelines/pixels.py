@@ -14,9 +14,15 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from pipelines import jpeg
 
-_JPEG = b"\xff\xd8"
+_JPEG, _PNG = b"\xff\xd8", b"\x89PNG"
 _LONGEST = 65535  # pixels of a side, as JPEG has
 _PASSES = 25  # over as many pixels as are allowed; progressive files have some 10 to 20
+# Pillow walks through a file's parts in Python, a microsecond for each read: of a segment four, of a chunk three, of a byte
+# that belongs to none one. 512 segments are more metadata than any camera writes; pictures come in chunks of kilobytes.
+_HEADER_READS = 2048
+_BYTES_A_READ = 256
+_SEGMENTS = 2048  # of a JPEG: a scan of a progressive one has some tables
+_PROFILES = 4  # of colour in a PNG, which may have one: each is inflated, to a megabyte from a thousand bytes
 _BROKEN = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what Pillow raises for damaged files
 
 
@@ -30,29 +36,14 @@ def decode(
     """The image in `data` (an encoded file, or uint8 pixels), in its own mode. Raises BadImageError.
 
     formats: Pillow's names of those that are tried; None: all it knows. max_pixels: what its header may announce, and
-    max_scans: of a JPEG, fewer where it is large, both checked before anything is decoded; max_pixels None: neither is.
+    max_scans: of a JPEG, fewer where it is large, both checked before anything is decoded, as is that its parts are not too
+    many; max_pixels None: nothing is.
     """
     if isinstance(data, np.ndarray):
         return Image.fromarray(data)
-    image = opened(data, formats, max_pixels, max_scans)
+    image, _ = opened(data, formats, max_pixels, max_scans)
     try:
         image.load()
-    except _BROKEN as error:
-        raise BadImageError(f"{len(data)} bytes, {error}") from error
-    return image
-
-
-def opened(
-    data: bytes, formats: tuple[str, ...] | None = None, max_pixels: int | None = None, max_scans: int = 100
-) -> Image.Image:
-    """The same, of which only the header has been read, and checked. Raises BadImageError."""
-    try:
-        image = Image.open(io.BytesIO(data), formats=formats)
-        if max_pixels is not None:
-            _check(image, data, max_pixels, max_scans)
-    except UnidentifiedImageError as error:
-        known = "any image format" if formats is None else ", ".join(formats)
-        raise BadImageError(f"{len(data)} bytes, not of {known}") from error
     except BadImageError:
         raise
     except _BROKEN as error:
@@ -60,8 +51,47 @@ def opened(
     return image
 
 
-def _check(image: Image.Image, data: bytes, max_pixels: int, max_scans: int) -> None:
-    """Raise BadImageError where decoding would cost too much."""
+def opened(
+    data: bytes, formats: tuple[str, ...] | None = None, max_pixels: int | None = None, max_scans: int = 100
+) -> tuple[Image.Image, int]:
+    """The same, of which only the header has been read, and checked; and the passes over it that a decoder makes (of a JPEG:
+    else 1). Raises BadImageError."""
+    file = io.BytesIO(data) if max_pixels is None else _Counted(data)
+    scans = 1
+    try:
+        if max_pixels is not None and data.startswith(_PNG) and data.count(b"iCCP") > _PROFILES:
+            raise BadImageError(f"{len(data)} bytes with more than {_PROFILES} colour profiles; save it anew")
+        image = Image.open(file, formats=formats)
+        if max_pixels is not None:
+            scans = _check(image, data, max_pixels, max_scans)
+        if isinstance(file, _Counted):
+            file.left = _HEADER_READS + len(data) // _BYTES_A_READ
+    except UnidentifiedImageError as error:
+        known = "any image format" if formats is None else ", ".join(formats)
+        raise BadImageError(f"{len(data)} bytes, not of {known}") from error
+    except BadImageError:
+        raise
+    except _BROKEN as error:
+        raise BadImageError(f"{len(data)} bytes, {error}") from error
+    return image, scans
+
+
+class _Counted(io.BytesIO):
+    """A file that refuses to be read in too many parts."""
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__(data)
+        self.left = _HEADER_READS
+
+    def read(self, size: int | None = -1) -> bytes:
+        self.left -= 1
+        if self.left < 0:
+            raise BadImageError(f"{self.getbuffer().nbytes} bytes in too many parts; save it anew, without its metadata")
+        return super().read(size)
+
+
+def _check(image: Image.Image, data: bytes, max_pixels: int, max_scans: int) -> int:
+    """A JPEG's scans, else 1. Raises BadImageError where decoding would cost too much."""
     pixels = image.width * image.height
     # A side of millions would make a resize cost gigabytes, however short the other one is.
     if pixels > max_pixels or max(image.size) > _LONGEST:
@@ -69,8 +99,13 @@ def _check(image: Image.Image, data: bytes, max_pixels: int, max_scans: int) -> 
     if data.startswith(_JPEG):
         # A decoder goes over the whole picture for each scan, even for one of a few bytes.
         most = min(max_scans, _PASSES * max_pixels // pixels)
-        if jpeg.scans(data, most + 1) > most:
+        scans = jpeg.scans(data, most + 1, _SEGMENTS)
+        if scans is None:
+            raise BadImageError(f"{len(data)} bytes in more than {_SEGMENTS} segments; save it anew, without its metadata")
+        if scans > most:
             raise BadImageError(f"{image.width}x{image.height} pixels in more than {most} scans; save it with fewer")
+        return max(1, scans)
+    return 1
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -35,15 +35,16 @@ _V1_FILE = re.compile(r"/v1/models/([^/]+)/([^/]+)")
 class App:
     """An ASGI application. `start` must have been awaited, in the loop that serves."""
 
-    def __init__(self, config: ReplicaConfig) -> None:
-        self.config = config
+    def __init__(self, config: ReplicaConfig, names_requests: bool = True) -> None:
+        """names_requests: answers carry their request's id; False where what is in front adds it."""
+        self.config, self._names_requests = config, names_requests
         self.metrics = Metrics()
         self.store = Store(config, self.metrics)
         self._predict = Predict(config)
         self._access = AccessLog(config.access_log)
         self._keys = read_keys(config)
         self._waiting = 0
-        self._held = 0  # bytes of their bodies
+        self._held = 0  # bytes of their bodies, and of images decoded from them
         self._watching: asyncio.Task[None] | None = None
 
     async def start(self, bundles: tuple[Path, ...]) -> None:
@@ -66,7 +67,9 @@ class App:
         begun = time.perf_counter()
         request = Request(scope, receive)
         route, status, facts = "unknown", 500, {}
-        common: Headers = [(b"x-request-id", request.id.encode()), (b"x-content-type-options", b"nosniff")]
+        common: Headers = [(b"x-content-type-options", b"nosniff")]
+        if self._names_requests:
+            common.append((b"x-request-id", request.id.encode()))
         try:
             route, handler = self._route(request)
             status, facts = await handler(request, send, common)
@@ -153,6 +156,7 @@ class App:
         with self._turn() as turn:
             files, options = await self._predict.read(request, turn.hold)
             model = self._model(options.model)
+            turn.hold(len(files) * 3 * model.bundle.card.rule.size**2)  # a body of kilobytes may be images of megabytes
             answers = await self._predict.answer(model, files, options)
         for answer in answers:
             self.metrics.answer(model.name, answer[0]["label"])
@@ -189,11 +193,15 @@ class App:
         self._waiting += change
         self.metrics.waiting(self._waiting)
 
-    def hold(self, change: int) -> None:
-        """Raises ProblemError where the bodies of all requests would be more than a replica holds."""
-        if self._held + change > self.config.max_held_bytes:
+    def hold(self, change: int, own: int) -> None:
+        """Raises ProblemError where all requests would be more than a replica holds; one that is alone with its `own` never
+        is."""
+        if self._held > own and self._held + change > self.config.max_held_bytes:
             raise overloaded(f"requests of {self._held:,} bytes are waiting; try again", ((b"connection", b"close"),))
         self._held += change
+
+    def release(self, change: int) -> None:
+        self._held -= change
 
     async def _v1_models(self, request: Request, send: Send, common: Headers) -> tuple[int, dict[str, Any]]:
         models = []
@@ -260,7 +268,7 @@ class App:
 
 
 class _Turn:
-    """A place among the requests that wait, and what its body takes, given back however the request ends."""
+    """A place among the requests that wait, and the bytes that it takes, given back however the request ends."""
 
     def __init__(self, app: App) -> None:
         self._app = app
@@ -270,11 +278,11 @@ class _Turn:
         self._app.wait(1)
         return self
 
-    def hold(self, bytes_in: int) -> None:
+    def hold(self, more: int) -> None:
         """Raises ProblemError."""
-        self._app.hold(bytes_in)
-        self._held += bytes_in
+        self._app.hold(more, self._held)
+        self._held += more
 
     def __exit__(self, *error: object) -> None:
         self._app.wait(-1)
-        self._app.hold(-self._held)
+        self._app.release(self._held)

@@ -31,7 +31,7 @@ class Service:
         """local: all replicas are on this machine, and nothing else shall reach them."""
         if local:
             _listen_on_loopback()
-        self._app = App(ReplicaConfig.model_validate(settings))
+        self._app = App(ReplicaConfig.model_validate(settings), names_requests=False)  # Ray Serve does
         self._started = False
 
     def __serve_build_asgi_app__(self) -> App:

@@ -9,7 +9,7 @@ import re
 
 from cibl_ray.bundle import MANIFEST
 from serve.errors import ProblemError
-from serve.http import Headers, Request, Send, respond
+from serve.http import Headers, Request, Send
 from serve.store import Model
 
 _CHUNK = 1 << 20
@@ -48,8 +48,8 @@ async def send_file(request: Request, send: Send, file: int, sha256: str, header
     if b"range" in request.headers and condition in (None, tag):
         part = _range(request.headers[b"range"].decode("latin-1"), size)
         if part == (0, 0):
-            await respond(send, 416, [*headers, (b"content-range", f"bytes */{size}".encode())], b"")
-            return 416
+            whole = (b"content-range", f"bytes */{size}".encode())
+            raise ProblemError(416, "no_such_range", f"the file has {size:,} bytes, none of them in this range", (whole,))
         if part is not None:
             start, end, status = *part, 206
             headers.append((b"content-range", f"bytes {start}-{end - 1}/{size}".encode()))

@@ -39,6 +39,8 @@ _AT_WORK = 3600  # seconds without a byte after which no command can still be at
 _FRAME = 16 << 20  # bytes of a picture in a stream
 _SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".webp"}
 _UNREAD = {".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}  # of images that training takes besides
+# What a broken connection, a full disk, or an answer that is none of the service's may raise.
+_ODD = (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError, StopIteration, http.client.HTTPException)
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -120,6 +122,7 @@ def download(url: str, cache: Path, name: str | None = None, precision: str = "f
         name, precision = found[1], found[2]
     elif parts.path not in ("", "/"):
         raise UserError(f"{url!r}: give the service alone, {base}, or a file {base}/v1/models/NAME/fp32.onnx")
+    key = _as_header(key)
     if key and parts.scheme == "http" and not _loopback(parts.hostname or ""):
         print(f"warning: the API key goes to {base} unencrypted; give an https URL", file=sys.stderr)
     remembered = cache / (hashlib.sha256(f"{base} {name} {precision}".encode()).hexdigest()[:16] + ".json")
@@ -128,12 +131,13 @@ def download(url: str, cache: Path, name: str | None = None, precision: str = "f
         entry = _entry(base, name, precision, key)
         path = cache / f"{entry['sha256']}.onnx"
         cache.mkdir(parents=True, exist_ok=True)
-        if not (path.is_file() and file_sha256(path) == entry["sha256"]):
-            _fetch(base + entry["url"], path, entry, key)
-        part = remembered.with_suffix(".part")
-        part.write_text(json.dumps(entry))
-        part.replace(remembered)
-        _tidy(cache, path)
+        with _alone(cache):
+            if not (path.is_file() and file_sha256(path) == entry["sha256"]):
+                _fetch(base + entry["url"], path, entry, key)
+            part = remembered.with_suffix(".part")
+            part.write_text(json.dumps(entry))
+            part.replace(remembered)
+            _tidy(cache, path)
         return path
     except urllib.error.HTTPError as error:
         problem = f"{base}: {_reason(error)}"
@@ -141,7 +145,7 @@ def download(url: str, cache: Path, name: str | None = None, precision: str = "f
         if entry is None:
             raise
         problem = str(error)
-    except (OSError, ValueError, KeyError, TypeError, StopIteration, http.client.HTTPException) as error:
+    except _ODD as error:
         problem = f"the download broke off: {error}; the same command goes on with it"
         if entry is None:
             problem = f"{base} does not answer: {error}"
@@ -149,6 +153,32 @@ def download(url: str, cache: Path, name: str | None = None, precision: str = "f
         raise UserError(problem)
     print(f"{problem}; using the model that was downloaded before", file=sys.stderr)
     return kept
+
+
+def _as_header(key: str | None) -> str | None:
+    """The API key as urllib sends the bytes that the service compares. Raises UserError, which does not say the key."""
+    if key is None:
+        return None
+    if not (key := key.strip()).isprintable():
+        raise UserError("the API key (--key, or CIBL_RAY_API_KEY) holds a control character; give it as one line of text")
+    return key.encode().decode("latin-1")
+
+
+@contextlib.contextmanager
+def _alone(cache: Path) -> Iterator[None]:
+    """While no other command downloads into this cache: two at one file spoil it."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    folder = os.open(cache, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(folder)
 
 
 def _entry(base: str, name: str | None, precision: str, key: str | None) -> dict[str, Any]:
@@ -220,7 +250,7 @@ def _loopback(host: str) -> bool:
 def _reason(error: urllib.error.HTTPError) -> str:
     try:
         return f"{error.code}: {json.loads(error.read(1 << 16))['error']}"
-    except (ValueError, KeyError, TypeError, OSError):
+    except _ODD:
         return f"{error.code} {error.reason}"
 
 

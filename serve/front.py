@@ -22,11 +22,14 @@ _PAGES = {
     503: ("Service Unavailable", "replica_lost", "no replica answered this request; send it again"),
 }
 # Headers that a client does not say: from where it asks; Ray Serve's own, by which a request would outlive its client or end at
-# once; a request id other than the application takes, at which Ray Serve would fail.
+# once, or which it routes by and fails at where they are not UTF-8; a request id other than the application takes, at which Ray
+# Serve would fail too.
 _DROPPED = (
     "x-forwarded-for",
     "x-request-disconnect-disabled",
     "x-request-timeout-seconds",
+    "^x[-_]session[-_]id$ -m reg",
+    "^serve[-_]multiplexed[-_]model[-_]id$ -m reg",
     "x-request-id if { req.fhdr(x-request-id) -m reg ^$|[^A-Za-z0-9._-]|.{65} }",
 )
 

@@ -5,6 +5,7 @@ Replicas of one machine share a folder (PROMETHEUS_MULTIPROC_DIR), so that which
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -75,7 +76,8 @@ class Metrics:
         for path in Path(os.environ["PROMETHEUS_MULTIPROC_DIR"]).glob("gauge_live*_*.db"):
             process = path.stem.rpartition("_")[2]
             if not Path(f"/proc/{process}").exists():  # killed: nothing waits in it any more
-                multiprocess.mark_process_dead(int(process))
+                with contextlib.suppress(FileNotFoundError):  # another replica, asked at the same time, has removed it
+                    multiprocess.mark_process_dead(int(process))
         registry = CollectorRegistry()
         multiprocess.MultiProcessCollector(registry)
         return generate_latest(registry)

@@ -26,6 +26,7 @@ T = TypeVar("T")
 
 _SMALL = 16 << 10  # bytes of a file that is decoded in less time than handing it to a thread takes
 _SMALL_PIXELS = 1 << 16
+_PASSES = 15  # over as many pixels as a request may have: an ordinary progressive file has 10
 
 
 class Options(BaseModel):
@@ -58,7 +59,8 @@ class Predict:
         kind = request.content_type.partition(";")[0].strip().lower()
         given: dict[str, Any] = dict(request.query)
         if kind == "multipart/form-data":
-            files, fields = await _multipart(request, body, self._config.max_images)
+            form = _multipart(request.content_type, body, self._config.max_images)
+            files, fields = await form if len(body) <= LARGE else await self.apart(body, lambda: asyncio.run(form))
             return self._checked(files), _options(Options, {**given, **fields})
         if kind == "application/json":
             return await self.apart(body, lambda: self._of_json(body, given))
@@ -71,7 +73,7 @@ class Predict:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
     def _of_json(self, body: bytes, given: dict[str, Any]) -> tuple[list[bytes], Options]:
-        parsed = parse_json(body, self._config.max_images)
+        parsed = parse_json(body, self._config.max_images, self._config.max_images)
         images = parsed.get("images")
         if isinstance(images, list) and not all(isinstance(text, str) for text in images):
             raise bad_request("'images': every one must be a text, in base64")
@@ -123,9 +125,15 @@ class Predict:
 
     def _check_together(self, files: list[bytes]) -> None:
         """Raise ProblemError before anything is decoded where it is too much; BadImageError."""
-        most, total = self._config.max_request_pixels, 0
+        most, total, work = self._config.max_request_pixels, 0, 0
         for file in files:
-            total += announced(file, self._limits)
+            pixels, passed = announced(file, self._limits)
+            total += pixels
+            work += passed
+            if work > _PASSES * most:
+                raise ProblemError(
+                    413, "too_large", f"the scans of the images go over more than {_PASSES * most:,} pixels; send them in parts"
+                )
             if total > most:
                 raise ProblemError(413, "too_large", f"the images have more than {most:,} pixels together; send them in parts")
 
@@ -147,7 +155,7 @@ def _options(kind: type[Options], content: dict[str, Any]) -> Options:
     return options
 
 
-async def _multipart(request: Request, body: bytes, max_files: int) -> tuple[list[bytes], dict[str, str]]:
+async def _multipart(content_type: str, body: bytes, max_files: int) -> tuple[list[bytes], dict[str, str]]:
     """(files, other fields) of a form."""
     from starlette.datastructures import Headers, UploadFile
     from starlette.formparsers import MultiPartException, MultiPartParser
@@ -156,7 +164,7 @@ async def _multipart(request: Request, body: bytes, max_files: int) -> tuple[lis
         yield body
         yield b""
 
-    headers = Headers({"content-type": request.content_type})
+    headers = Headers({"content-type": content_type})
     try:
         form = await MultiPartParser(headers, stream(), max_files=max_files, max_fields=16, max_part_size=4096).parse()
     except (MultiPartException, KeyError, ValueError) as error:

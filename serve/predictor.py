@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from cibl_ray.bundle import FORMATS, Card
 from pipelines.pixels import BadImageError, EvalRule, decode, opened
 
 Image.MAX_IMAGE_PIXELS = None  # Pillow's own check warns in one range and raises in another; `Limits.max_pixels` is ours
+PngImagePlugin.MAX_TEXT_MEMORY = 4 << 20  # of a file's texts, which may be inflated a thousand times
 
 MAX_SHIFT = 100.0  # either way, of tail_shift
 _SIGNATURES = {
@@ -48,12 +49,15 @@ def pixels(data: bytes, rule: EvalRule, limits: Limits) -> np.ndarray:
         raise BadImageError(f"{len(data):,} bytes, {type(error).__name__}") from error
 
 
-def announced(data: bytes, limits: Limits) -> int:
-    """Pixels of an image file, by its header alone. Raises BadImageError, or UnsupportedImageError."""
+def announced(data: bytes, limits: Limits) -> tuple[int, int]:
+    """(pixels, pixels that all passes of its decoder go over) of an image file, not decoded. Raises BadImageError, or
+    UnsupportedImageError."""
     _check_format(data, limits)
     try:
-        with opened(data, limits.formats, limits.max_pixels, limits.max_scans) as image:
-            return image.width * image.height
+        image, scans = opened(data, limits.formats, limits.max_pixels, limits.max_scans)
+        with image:
+            pixels = image.width * image.height
+            return pixels, pixels * scans
     except BadImageError:
         raise
     except Exception as error:  # as above

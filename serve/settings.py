@@ -26,7 +26,9 @@ class ReplicaConfig(BaseModel):
     max_batch: int = Field(default=32, ge=1, le=4096, description="images of one call of onnxruntime")
     max_queue: int = Field(default=256, ge=1, le=100_000, description="requests waiting in a replica; more get 503")
     max_bytes: int = Field(default=16 << 20, ge=1024, le=1 << 30, description="of a request's body")
-    max_held_bytes: int = Field(default=256 << 20, ge=1024, description="of all bodies in a replica; more get 503")
+    max_held_bytes: int = Field(
+        default=256 << 20, ge=1024, description="of all bodies and decoded images in a replica; more get 503"
+    )
     max_images: int = Field(default=64, ge=1, le=4096, description="of a request")
     max_pixels: int = Field(default=40_000_000, ge=1024, description="that an image's header may announce")
     max_request_pixels: int = Field(default=160_000_000, ge=1024, description="that its images may announce together")

@@ -75,6 +75,9 @@ class Store:
             names = [model.name for model in at.values()]
             if twice := next((name for name in names if names.count(name) > 1), None):
                 raise UserError(f"two bundles have the name {twice!r}; export one under another: --name")
+            for path, model in at.items():
+                if path not in self._at:  # read just now
+                    self.failed.pop(model.name, None)
             self._at, self._seen = at, {path: self._seen.get(path, state) for path, state in seen.items()}
 
     async def watch(self) -> None:
@@ -113,6 +116,7 @@ class Store:
         config = self._config
 
         def load() -> tuple[Bundle, Runtime, dict[str, int]]:
+            state = _state(path)
             bundle = open_bundle(path)
             if config.precision not in bundle.models:
                 raise UserError(f"{str(path)!r} has no {config.precision} model; it has {', '.join(bundle.models)}")
@@ -124,7 +128,12 @@ class Store:
                 raise UserError(f"{str(path)!r} does not answer: {error}") from error
             if probabilities.shape != (2, len(bundle.card.classes)) or not np.isfinite(probabilities).all():
                 raise UserError(f"{str(path)!r} gives no probabilities of its {len(bundle.card.classes)} classes")
-            return bundle, runtime, {name: os.open(entry.path, os.O_RDONLY) for name, entry in bundle.models.items()}
+            files = {name: os.open(entry.path, os.O_RDONLY) for name, entry in bundle.models.items()}
+            if _state(path) != state:  # the manifest of one version, and the model of another
+                for file in files.values():
+                    os.close(file)
+                raise UserError(f"{str(path)!r} was replaced while it was read; it is read again")
+            return bundle, runtime, files
 
         bundle, runtime, files = await asyncio.to_thread(load)
         name = bundle.card.name

@@ -19,6 +19,7 @@ from serve.store import Model
 HEADER_LENGTH = b"inference-header-content-length"
 LARGE = 256 << 10  # bytes of a body that is read in a thread
 _MORE_VALUES = 1000  # of JSON, beside what its images need
+_DEEPEST = 10  # lists that begin one in another: a tensor of images has four
 _INPUTS: dict[str, tuple[str, np.dtype[Any]]] = {IMAGES: ("UINT8", np.dtype("u1")), TAIL_SHIFT: ("FP32", np.dtype("<f4"))}
 
 
@@ -99,7 +100,10 @@ class Inference:
                 raise bad_request(f"{name!r} is empty: its shape is {shape}")
             if size is not None:
                 if type(size) is not int or size != count * dtype.itemsize or size > len(binary):
-                    raise bad_request(f"{name!r}: binary_data_size is {size!r}, its shape and the body say otherwise")
+                    needed = count * dtype.itemsize
+                    raise bad_request(
+                        f"{name!r}: binary_data_size must be {needed:,}, as its shape says, and the body hold so many bytes"
+                    )
                 tensors[name] = np.frombuffer(binary[:size], dtype).reshape(shape)
                 binary = binary[size:]
             else:
@@ -160,14 +164,17 @@ def _split(body: bytes, header_length: bytes | None, values: int) -> tuple[dict[
     return parse_json(body[:length], values), view[length:]
 
 
-def parse_json(text: bytes, values: int) -> dict[str, Any]:
-    """A JSON object of a client. values: that its images need at most. Raises ProblemError."""
+def parse_json(text: bytes, values: int, texts: int = 0) -> dict[str, Any]:
+    """A JSON object of a client. values: that its images need at most; texts: how many of them are no numbers. Raises
+    ProblemError."""
     most = values + _MORE_VALUES
     # Counted before it is parsed: a value of two bytes would take a hundred.
     if (count := text.count(b",")) > most:
         raise ProblemError(413, "too_many", f"JSON of {count:,} values, {most:,} at most")
     # json holds Python's lock from end to end, unless it calls Python: numbers in plenty must not hold up the event loop.
     calls: dict[str, Any] = {"parse_int": lambda digits: int(digits), "parse_float": lambda digits: float(digits)}
+    if len(text) > LARGE:
+        _check_large(text, texts)
     try:
         content = json.loads(text, **(calls if len(text) > LARGE else {}))
     except (ValueError, RecursionError) as error:
@@ -175,6 +182,18 @@ def parse_json(text: bytes, values: int) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise bad_request("the body must be a JSON object")
     return content
+
+
+def _check_large(text: bytes, texts: int) -> None:
+    """Raise ProblemError where a parser would make much of values at which it calls no Python: all but numbers."""
+    if b"\0" in text:  # UTF-16 or 32, in which the counts below would find nothing
+        raise bad_request("the body is not JSON in UTF-8")
+    text = text.translate(None, b" \t\r\n")
+    other = sum(text.count(word) for word in (b"[]", b"{}", b"true", b"false", b"null")) + text.count(b'"') // 2
+    if other > texts + _MORE_VALUES:
+        raise ProblemError(413, "too_many", f"JSON of {other:,} values that are no numbers, {texts + _MORE_VALUES:,} at most")
+    if b"[" * _DEEPEST in text:
+        raise bad_request(f"the body is not valid JSON for this service: lists in lists, {_DEEPEST} deep")
 
 
 def _from_json(name: str, data: Any, dtype: np.dtype[Any], shape: list[int], count: int) -> np.ndarray:

@@ -1,6 +1,9 @@
 """Every kind of image file is read as a viewer shows it, and a JPEG that fits keeps its bytes."""
 
 import io
+import struct
+import time
+import zlib
 
 import numpy as np
 import pytest
@@ -143,6 +146,7 @@ def test_scans_are_counted_as_a_decoder_finds_them(photo):
     data = with_scans(60, 64)
     assert jpeg.scans(data, 100) == 60
     assert jpeg.scans(data, 7) == 7
+    assert jpeg.scans(data, 100, 60) is None
     hidden = data[:2] + b"\xff\xe1\x00\x06\xff\xda\xff\xd9" + data[2:]  # in a segment that is stepped over
     assert jpeg.scans(hidden, 100) == 60
     assert jpeg.end(hidden + data) == len(hidden)
@@ -161,3 +165,48 @@ def test_a_picture_of_too_many_scans_is_refused_before_it_is_decoded():
     with pytest.raises(BadImageError, match="more than 1 scans"):
         decode(with_scans(6, 64), ("JPEG",), 512 * 512, 1)
     assert decode(with_scans(200, 64)).size == (64, 64)  # one's own data
+
+
+def segment(marker: int, content: bytes) -> bytes:
+    return bytes([0xFF, marker]) + (len(content) + 2).to_bytes(2, "big") + content
+
+
+def chunk(kind: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+@pytest.mark.parametrize(
+    ("kind", "at", "part"),
+    [
+        ("JPEG", 2, segment(0xFE, b"")),
+        ("JPEG", 2, segment(0xE1, b"Exif\0\0" + bytes(100))),  # to which Pillow adds the next, again and again
+        ("JPEG", 2, segment(0xF0, segment(0xFE, b"") * 1000)),  # whose length Pillow does not step over
+        ("JPEG", 2, b"\xff\0"),
+        ("JPEG", 2, b"\xff"),
+        ("JPEG", -2, segment(0xFE, b"")),
+        ("PNG", 33, chunk(b"teSt", b"")),
+        ("PNG", 33, chunk(b"iCCP", b"k\0\0" + zlib.compress(bytes(1 << 20)))),
+        ("PNG", -12, chunk(b"teSt", b"")),
+        ("PNG", -12, chunk(b"IDAT", b"")),
+    ],
+)
+def test_a_file_of_too_many_parts_is_refused_before_they_have_cost_anything(photo, kind, at, part):
+    data = encode(photo, kind)
+    many = data[:at] + part * (1_000_000 // len(part) + 1) + data[at:]
+    begun = time.process_time()
+    with pytest.raises(BadImageError, match="too many parts|more than 2048 segments|more than 4 colour profiles"):
+        decode(many, (kind,), 512 * 512)
+    assert time.process_time() - begun < 0.25
+    few = data[:at] + part * 3 + data[at:]
+    if part[:2] != b"\xff\xf0":  # libjpeg takes none of them
+        assert decode(few, (kind,), 512 * 512).size == photo.size
+
+
+def test_metadata_of_megabytes_and_small_chunks_are_taken(photo):
+    data = encode(photo, "JPEG")
+    metadata = segment(0xE1, b"http://ns.adobe.com/xmp/extension/\0" + bytes(65_000)) * 240
+    assert decode(data[:2] + metadata + data[2:], ("JPEG",), 512 * 512).size == photo.size
+    data = encode(Image.effect_noise((200, 200), 99), "PNG")
+    idat = data[data.index(b"IDAT") + 4 : -16]
+    small = b"".join(chunk(b"IDAT", idat[n : n + 1024]) for n in range(0, len(idat), 1024))
+    assert decode(data[: data.index(b"IDAT") - 4] + small + data[-12:], ("PNG",), 512 * 512).size == (200, 200)

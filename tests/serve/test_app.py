@@ -19,8 +19,9 @@ from cibl_ray.bundle import open_bundle
 from cibl_ray.runtime import Runtime
 from pipelines.errors import UserError
 from pipelines.pixels import decode
-from serve import predict, v2
+from serve import metrics, predict, store, v2
 from serve.engine import Engine
+from serve.errors import ProblemError
 from serve.settings import check
 from tests.serve.conftest import encoded, serving, until
 
@@ -170,6 +171,14 @@ def test_wrong_tensors_are_400(server, inputs):
     assert answer.status == 400, answer.body
 
 
+def test_what_a_client_says_is_not_said_back_at_length(server):
+    content = tensor("images", [1, 16, 16, 3], "UINT8", None) | {"parameters": {"binary_data_size": [0] * 700}}
+    answer = server.ask("POST", "/v2/models/digits/infer", json.dumps({"inputs": [content]}))
+    assert answer.status == 400
+    assert "binary_data_size must be 768" in answer.json()["error"]
+    assert len(answer.body) < 300
+
+
 @pytest.mark.parametrize("wrong", [json.dumps({"images": [1] * 900}), json.dumps({f"k{n}": 0 for n in range(900)})])
 def test_one_mistake_is_told_not_each(server, monkeypatch, wrong):
     """pydantic would describe every one of them, at a kilobyte a piece."""
@@ -205,6 +214,45 @@ def test_a_large_body_holds_nobody_up(server, path):
         small = json.dumps({"inputs": [tensor("images", [1, 16, 16, 3], "UINT8", images[:1].tolist())]})
         one = server.ask("POST", path, small).json()["outputs"][0]["data"]
         assert answer.json()["outputs"][0]["data"] == pytest.approx(one * 40, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "body"),
+    [
+        ("lists", b"[ ]," * 200_000),
+        ("texts", b'"",' * 200_000),
+        ("words", b"true," * 200_000),
+        ("deep lists", (b"[" * 900 + b"0" + b"]" * 900 + b",") * 500),
+        ("lists in UTF-16", ("[]," * 200_000).encode("utf-16")),
+    ],
+)
+def test_json_that_a_parser_would_not_let_go_of_is_refused_before(server, name, body, monkeypatch):
+    """json holds Python's lock but where it calls Python: at numbers."""
+    # As many values as images of the usual size need.
+    monkeypatch.setattr(v2.json, "loads", lambda *a, **k: pytest.fail("parsed"))
+    for values in (64, 10_000_000):
+        with pytest.raises(ProblemError) as refused:
+            v2.parse_json(body, values)
+        assert refused.value.status in (400, 413)
+
+
+def test_a_large_form_is_read_in_a_thread(server, monkeypatch):
+    import starlette.formparsers
+
+    seen, true = [], starlette.formparsers.MultiPartParser.parse
+
+    async def parse(self):
+        seen.append(threading.current_thread().name)
+        return await true(self)
+
+    monkeypatch.setattr(starlette.formparsers.MultiPartParser, "parse", parse)
+    part = b'--X\r\nContent-Disposition: form-data; name="image"; filename="i"\r\n\r\n' + encoded("PNG") + b"\r\n"
+    for body in (part + b"--X--\r\n", part + b"--X--\r\n" + bytes(v2.LARGE)):
+        answer = server.ask("POST", "/v1/predict", body, Content_Type="multipart/form-data; boundary=X")
+        assert answer.status == 200, answer.body
+    small, large = seen
+    assert not small.startswith("decode")
+    assert large.startswith("decode")
 
 
 def test_triton_client(server, bundle):
@@ -268,7 +316,12 @@ def test_download_resumes_and_names_its_checksum(server, bundle):
         assert (answer.status, answer.body) == (206, part)
         assert answer.headers["content-range"] == f"bytes {first}-{first + len(part) - 1}/{len(whole)}"
     assert server.ask("GET", path, Range="bytes=0-99", If_Range='"other"').status == 200
-    assert server.ask("GET", path, Range=f"bytes={len(whole)}-").status == 416
+    beyond = server.ask("GET", path, Range=f"bytes={len(whole)}-")
+    assert (beyond.status, beyond.json()["code"], beyond.headers["content-range"]) == (
+        416,
+        "no_such_range",
+        f"bytes */{len(whole)}",
+    )
     assert server.ask("GET", path, If_None_Match=f'"{sha256}"').status == 304
     head = server.ask("HEAD", path)
     assert (head.status, head.body, head.headers["content-length"]) == (200, b"", str(len(whole)))
@@ -357,6 +410,19 @@ def test_the_pixels_of_all_images_of_a_request_are_capped_together(bundle, monke
         assert ask(png(1000, 700), png(2000, 700)).status == 422
 
 
+def test_the_scans_of_all_images_of_a_request_are_capped_together(bundle, monkeypatch):
+    data = encoded("JPEG", size=100, progressive=True)
+    last = data[data.rfind(b"\xff\xda") : -2]
+    many = base64.b64encode(data[:-2] + last * 80 + data[-2:]).decode()
+    with serving([bundle], max_pixels=1_000_000, max_request_pixels=100_000) as server:
+        few = server.ask("POST", "/v1/predict", json.dumps({"images": [many]}), Content_Type="application/json")
+        assert few.status == 200, few.body
+        monkeypatch.setattr(predict, "pixels", None)  # nothing is decoded
+        answer = server.ask("POST", "/v1/predict", json.dumps({"images": [many] * 2}), Content_Type="application/json")
+        assert (answer.status, answer.json()["code"]) == (413, "too_large")
+        assert "scans of the images go over more than 1,500,000 pixels" in answer.json()["error"]
+
+
 def test_a_replica_must_have_room_for_one_body():
     with pytest.raises(UserError, match="max_held_bytes = 2000: less than one body"):
         check({"bundles": ["x"], "max_held_bytes": 2000})
@@ -378,6 +444,26 @@ def test_bodies_that_a_replica_has_no_room_for_are_503(bundle):
             assert b"retry-after: 1" in answer
             assert server.ask("POST", "/v1/predict", encoded("PNG")).status == 200
         until(lambda: server.app._held == 0 and server.app._waiting == 0)
+
+
+@pytest.mark.parametrize("room", [100_000, 30_000])
+def test_decoded_images_that_a_replica_has_no_room_for_are_503(bundle, room):
+    """However few bytes they came in; but one request that is alone is answered."""
+    body = json.dumps({"images": [base64.b64encode(encoded("PNG")).decode()] * 60})
+    assert len(body) < 60 * 768 < 50_000
+    with serving([bundle], max_held_bytes=room) as server:
+        engine = server.app.store.models["digits"].engine
+        true, gate = engine.runtime, threading.Event()
+        engine.runtime = lambda *a: gate.wait(10) and true(*a)
+        engine.runtime.card = true.card
+        with concurrent.futures.ThreadPoolExecutor(1) as threads:
+            first = threads.submit(server.ask, "POST", "/v1/predict", body, Content_Type="application/json")
+            until(lambda: server.app._held > 60 * 768)
+            second = server.ask("POST", "/v1/predict", body, Content_Type="application/json")
+            gate.set()
+            assert (second.status, second.json()["code"]) == (503, "overloaded")
+            assert first.result().status == 200
+        until(lambda: server.app._held == 0)
 
 
 def test_waiting_requests_make_one_batch(bundle):
@@ -470,6 +556,32 @@ def test_several_models_and_a_swap_without_a_failed_request(bundle, run_folder, 
     assert {answer.json()["sha256"] for answer in answers} == {open_bundle(bundle).models["fp32"].sha256, wanted}
 
 
+def test_a_failed_update_is_told_of_no_later_bundle(bundle, tmp_path):
+    place, other = tmp_path / "place", tmp_path / "other"
+    shutil.copytree(bundle, place)
+    shutil.copytree(bundle, other)
+    with serving([place], watch_seconds=0.1) as server:
+        (place / "model.onnx").write_bytes(b"broken")
+        until(lambda: server.ask("GET", "/v1/models").json()["models"][0]["failed_update"])
+        server.run(server.app.store.set((other,)))
+        assert server.ask("GET", "/v1/models").json()["models"][0]["failed_update"] is None
+
+
+def test_metrics_of_a_dead_replica_may_be_gone_already(tmp_path, monkeypatch):
+    """Two replicas that are asked at once both remove them."""
+    (tmp_path / "gauge_livesum_999999999.db").write_bytes(b"")
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
+
+    def gone(process):
+        (tmp_path / f"gauge_livesum_{process}.db").unlink()
+        raise FileNotFoundError
+
+    monkeypatch.setattr(metrics.multiprocess, "mark_process_dead", gone)
+    made = metrics.Metrics()
+    made._shared = True
+    assert isinstance(made.text(), bytes)
+
+
 def test_a_bundle_of_another_name_takes_no_models_place(bundle, run_folder, tmp_path):
     from cibl_ray.export import Options, export
 
@@ -487,6 +599,38 @@ def test_a_bundle_of_another_name_takes_no_models_place(bundle, run_folder, tmp_
         )
         assert server.ask("GET", "/v2/models/digits/ready").status == 200
         assert server.ask("POST", "/v1/predict?model=digits", encoded("PNG")).status == 200
+
+
+def test_a_bundle_replaced_while_it_is_read_is_no_mixture(bundle, run_folder, tmp_path, monkeypatch):
+    """Twice within a moment: the manifest was the second version's, the model that was then read the third's."""
+    from cibl_ray.export import Options, export
+
+    place, second, third = tmp_path / "place", tmp_path / "second", tmp_path / "third"
+    shutil.copytree(bundle, place)
+    export(run_folder / "checkpoints" / "last.safetensors", second, Options(name="digits", provider="cpu"))
+    export(run_folder / "checkpoints" / "previous.safetensors", third, Options(name="digits", provider="cpu"))
+    wanted = open_bundle(third).models["fp32"].sha256
+    with serving([place], watch_seconds=0.1) as server:
+        true, seen = store.Runtime, set()
+
+        def late(path, *more):
+            if third.exists():
+                place.rename(tmp_path / "old 2")
+                third.rename(place)
+            return true(path, *more)
+
+        monkeypatch.setattr(store, "Runtime", late)
+        place.rename(tmp_path / "old 1")
+        second.rename(place)
+
+        def arrived() -> bool:
+            model = server.app.store.models["digits"]
+            seen.add((model.sha256, model.engine.runtime.card.source["checkpoint"]))
+            return model.sha256 == wanted
+
+        until(arrived)
+        assert seen == {(open_bundle(bundle).models["fp32"].sha256, "best.safetensors"), (wanted, "previous.safetensors")}
+        assert server.ask("GET", "/v1/models").json()["models"][0]["failed_update"] is None
 
 
 def test_a_request_that_is_being_read_during_a_swap_is_answered(bundle, run_folder, tmp_path):

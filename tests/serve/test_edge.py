@@ -1,5 +1,6 @@
 """The edge client: verified, resumed, cached downloads; answers without the service, and without torch."""
 
+import concurrent.futures
 import errno
 import hashlib
 import http.server
@@ -9,6 +10,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -172,6 +174,55 @@ def test_where_a_new_version_does_not_come_the_one_before_is_used(answer, messag
             download(url, tmp_path / "empty")
         state.update(failure=None, listing=None)
         assert download(url, tmp_path).read_bytes() == b"second"
+
+
+def test_commands_that_start_at_once_share_one_download(tmp_path):
+    content = os.urandom(1 << 20)
+    entry = {"url": "/v1/models/m/fp32.onnx", "sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+    listing = json.dumps({"models": [{"name": "m", "files": {"fp32": entry}}]}).encode()
+    listed, asked = threading.Barrier(4), []
+
+    def answer(path):
+        if path == "/v1/models":
+            listed.wait(20)  # all of them find the cache empty
+            return 200, {}, listing
+        asked.append(path)
+        time.sleep(0.2)
+        return 200, {"content-length": str(len(content))}, content
+
+    with answering(answer) as (url, _), concurrent.futures.ThreadPoolExecutor(4) as threads:
+        paths = [future.result(30) for future in [threads.submit(download, url, tmp_path) for _ in range(4)]]
+    assert len({*paths}) == len(asked) == 1
+    assert paths[0].read_bytes() == content
+
+
+@pytest.mark.parametrize("key", ["top\rsecret", "top\nsecret", "top\x00secret", "top\udcffsecret"])
+def test_a_key_that_no_header_holds_is_refused_and_not_shown(key, tmp_path, capsys):
+    with pytest.raises(UserError, match="the API key .* control character") as error:
+        download("http://127.0.0.1:1", tmp_path, key=key)
+    assert "secret" not in str(error.value) + capsys.readouterr().err
+
+
+def test_a_key_goes_as_the_service_compares_it(bundle, tmp_path, monkeypatch):
+    monkeypatch.setenv("CIBL_RAY_API_KEYS", "schlüssel→1")
+    with serving([bundle]) as server:
+        assert download(f"http://127.0.0.1:{server.port}", tmp_path, key="schlüssel→1\r\n").is_file()
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        ((503, {"transfer-encoding": "chunked"}, b"ff\r\nabc"), "503"),
+        ((200, {}, b"[" * 100_000), "recursion"),
+        (
+            (200, {}, b'{"models": [{"name": "m", "files": {"fp32": {"url": "/v1/", "sha256": "0", "bytes": Infinity}}}]}'),
+            "infinity",
+        ),
+    ],
+)
+def test_answers_that_are_none_of_the_services_are_one_line(answer, message, tmp_path):
+    with answering(lambda path: answer) as (url, _), pytest.raises(UserError, match=message):
+        download(url, tmp_path)
 
 
 def test_a_full_disk_leaves_the_version_before(tmp_path, capsys, monkeypatch):

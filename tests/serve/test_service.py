@@ -136,6 +136,16 @@ def test_answers_and_listens_on_loopback_alone(service):
     assert listening <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
 
 
+def test_an_answer_names_its_request_once(service):
+    """Ray Serve names it too."""
+    connection = http.client.HTTPConnection("127.0.0.1", service[1], timeout=20)
+    for given in ({}, {"x-request-id": "mine"}):
+        connection.request("GET", "/nowhere", headers=given)
+        answer = connection.getresponse()
+        assert answer.headers.get_all("x-request-id") == [json.loads(answer.read())["request_id"]]
+    connection.close()
+
+
 def test_metrics_are_of_all_replicas(service):
     process, port = service
     assert len(replicas(process)) == 2
@@ -283,6 +293,15 @@ def test_headers_that_steer_ray_serve_do_not_pass(tmp_path):
             assert process.poll() is None, process.stderr.read()
             got = sent(b"X-Request-Timeout-Seconds: .001\r\nX-Request-Disconnect-Disabled: ?1\r\nX-Forwarded-For: 9.9.9.9\r\n")
             assert not [line for line in got if line.startswith(b"x-request-") or b"9.9.9.9" in line]
+            for name in (
+                b"X-Session-Id",
+                b"x_session_id",
+                b"X-Session_Id",
+                b"serve_multiplexed_model_id",
+                b"Serve-Multiplexed-Model-Id",
+            ):
+                assert not [line for line in sent(name + b": a\xff\r\n") if b"a\xff" in line], name
+            assert b"x-session-idea: a" in sent(b"X-Session-Idea: a\r\n")
             for name, passes in (
                 (b"mine-1._Z", True),
                 (b"a" * 64, True),
