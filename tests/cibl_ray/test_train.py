@@ -178,6 +178,17 @@ def test_resuming_a_finished_run_repeats_its_result(finished, folders):
     assert {**after, "time": None} == {**before, "time": None}
 
 
+def test_a_finished_run_whose_log_is_gone(finished, tmp_path):
+    folder = tmp_path / "whole"
+    shutil.copytree(finished[0], folder)
+    (folder / "metrics.jsonl").unlink()
+    done = run("train", "--resume", folder)
+    assert done.returncode == 0, done.stderr
+    whole, after = (json.loads((each / "result.json").read_text()) for each in (finished[0], folder))
+    assert after["last"] == whole["last"]
+    assert after["seconds"] == after["images_per_s"] == 0
+
+
 def test_an_empty_configuration_is_taken_from_the_checkpoint(finished, tmp_path, caplog):
     folder = tmp_path / "whole"
     shutil.copytree(finished[0], folder)
