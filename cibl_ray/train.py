@@ -126,8 +126,8 @@ def train(
     let_timers_lag(TIMER_LAG)  # a cluster of this machine's own has left more
     config = world.from_first(lambda: resolve(config))
     need_own_device(config.train.device)
-    if world.first and not resume:
-        need_new(folder)
+    if not resume:
+        world.from_first(lambda: need_new(folder))
     prepared = ensure_prepared(config.data, config.seed)
     _same_data(world, prepared)
     if world.first:
