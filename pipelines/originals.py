@@ -25,7 +25,7 @@ def original_images(prepared: Prepared, split: str, data: DataConfig, seed: int,
     beton = prepared.beton(split)
     names = read_lines(prepared.folder / f"{split}.files.txt")
     images = None
-    if source_present(data.source):
+    if source_present(data.source) and len(names) == len(beton):  # an earlier version wrote ends of lines in names as they are
         _, splits = choose(open_source(data.source), data, subset_seed(data, seed))
         if split in splits and splits[split].digest() == prepared.splits[split].source_digest:
             images = splits[split]
