@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import torch
 
-from pipelines.pictures import GROUPS, shot_groups
+from pipelines.pictures import GROUPS, THIRDS, shot_groups, thirds
 
 CALIBRATION_BINS = 15
 
@@ -50,7 +50,7 @@ def score(logits: torch.Tensor, labels: torch.Tensor, train_counts: np.ndarray) 
     present = samples > 0
     accuracy = np.divide(np.bincount(labels[right].numpy(), minlength=classes), samples, out=np.zeros(classes), where=present)
     groups = np.array(shot_groups(train_counts))
-    thirds = _thirds(train_counts)
+    sizes = np.array(thirds(train_counts))
 
     def mean(members: np.ndarray) -> float | None:
         members = members & present
@@ -60,7 +60,7 @@ def score(logits: torch.Tensor, labels: torch.Tensor, train_counts: np.ndarray) 
         overall=float(right.double().mean()),
         balanced=float(accuracy[present].mean()),
         **{group: mean(groups == group) for group in GROUPS},
-        **{third: mean(thirds == third) for third in ("head", "middle", "tail")},
+        **{third: mean(sizes == third) for third in THIRDS},
         worst=float(accuracy[present].min()),
         harmonic=float(1 / (1 / accuracy[present]).mean()) if accuracy[present].all() else 0.0,
         calibration_error=calibration_error(logits.softmax(1).amax(1), right),
@@ -76,16 +76,6 @@ def calibration_error(confidence: torch.Tensor, right: torch.Tensor) -> float:
     bins = (confidence * CALIBRATION_BINS).ceil().long().clamp(1, CALIBRATION_BINS).numpy()
     gaps = np.bincount(bins, (confidence.double() - right.double()).numpy())
     return float(np.abs(gaps).sum() / len(bins))
-
-
-def _thirds(train_counts: np.ndarray) -> np.ndarray:
-    """'head', 'middle' or 'tail' of each class: the middle takes what does not divide by three (10 classes: 3, 4, 3)."""
-    classes = len(train_counts)
-    names = np.full(classes, "middle", dtype=object)
-    order = np.argsort(-train_counts, kind="stable")
-    names[order[: classes // 3]] = "head"
-    names[order[classes - classes // 3 :]] = "tail"
-    return names
 
 
 COLUMNS = ("overall", "many", "medium", "few", "worst", "harmonic", "calibration_error")

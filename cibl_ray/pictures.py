@@ -16,20 +16,21 @@ _DPI = 120
 
 
 def save_learning_curves(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Loss terms, accuracy and learning rate over the epochs."""
+    """Loss terms, accuracy and learning rate over the epochs. A term that a run had for a part of them, having gone on with
+    another loss, is drawn there."""
     epochs = [row["epoch"] for row in rows]
     figure = Figure(figsize=(11, 3.4), layout="constrained")
     loss, accuracy, rate = figure.subplots(1, 3)
     for name in ("loss", "cross_entropy", "contrastive"):
-        if name in rows[0]["train"]:
-            loss.plot(epochs, [row["train"][name] for row in rows], label=name.replace("_", "-"))
-    if "val" in rows[0]:
-        loss.plot(epochs, [row["val"]["loss"] for row in rows], label="validation cross-entropy", color="black", lw=1)
+        if (values := _values(rows, "train", name)) is not None:
+            loss.plot(epochs, values, label=name.replace("_", "-"))
+    if (values := _values(rows, "val", "loss")) is not None:
+        loss.plot(epochs, values, label="validation cross-entropy", color="black", lw=1)
     loss.set(title="loss", xlabel="epoch")
     accuracy.plot(epochs, [100 * row["train"]["accuracy"] for row in rows], label="training", color="#8a8a8a")
     for name, color in (("balanced", "black"), *((group, COLORS[group]) for group in GROUPS)):
-        if name in rows[0].get("val", {}):
-            accuracy.plot(epochs, [100 * row["val"][name] for row in rows], label=f"validation, {name}", color=color)
+        if (values := _values(rows, "val", name)) is not None:
+            accuracy.plot(epochs, 100 * values, label=f"validation, {name}", color=color)
     accuracy.set(title="accuracy, %", xlabel="epoch", ylim=(0, 100))
     rate.plot(epochs, [row["rate"]["lr"] for row in rows], color="#2a6f97")
     rate.set(title="learning rate", xlabel="epoch")
@@ -38,6 +39,12 @@ def save_learning_curves(path: Path, rows: list[dict[str, Any]]) -> None:
     for axes in (loss, accuracy, rate):
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=_DPI)
+
+
+def _values(rows: list[dict[str, Any]], group: str, name: str) -> np.ndarray | None:
+    """A number of each row, NaN where it lacks it; None where all do."""
+    values = [row.get(group, {}).get(name, np.nan) for row in rows]
+    return None if np.isnan(values).all() else np.array(values)
 
 
 def save_accuracy_by_class(path: Path, classes: list[str], train_counts: np.ndarray, runs: dict[str, Scores]) -> None:

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from cibl_ray.config import RunConfig, build_config
 from pipelines.errors import UserError
+from pipelines.pictures import GROUPS, THIRDS
 from pipelines.settings import Settings, find_config, known_keys, override, read_config, validate
 
 Metric = Literal[
@@ -43,9 +44,17 @@ class Range(Settings):
         return self
 
 
+def _number(value: Any) -> Any:
+    """YAML 1.1 reads 1e-3 as a word; people mean the number, and the report compares and draws it."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
 class Choice(Settings):
     kind: Literal["choice"]
-    values: tuple[Any, ...] = Field(min_length=1)
+    values: tuple[Annotated[Any, BeforeValidator(_number)], ...] = Field(min_length=1)
 
 
 Space = Annotated[Range | Choice, Field(discriminator="kind")]
@@ -228,16 +237,17 @@ def trial_config(base: dict[str, Any], params: dict[str, Any]) -> RunConfig:
 
 
 def check_metrics(sweep: SweepConfig, groups: set[str], has_validation: bool) -> None:
-    """Raise UserError where trials could not be compared. groups: those of many, medium, few that have a class."""
+    """Raise UserError where trials could not be compared. groups: of `GROUPS` and `THIRDS` those with a class that validation
+    has images of."""
     if not has_validation:
         raise UserError(
             f"{sweep.base} has no validation split, and a sweep must not choose on the test set; set data.val_fraction: 0.1"
         )
     for metric in _compared(sweep):
-        if metric in ("many", "medium", "few") and metric not in groups:
-            raise UserError(
-                f"no class is in the group {metric!r} of {sweep.base}; use head, middle or tail, thirds of the classes"
-            )
+        if metric in (*GROUPS, *THIRDS) and metric not in groups:
+            thirds = [third for third in THIRDS if third in groups]
+            others = f"{', '.join(thirds)} (thirds of the classes)" if thirds and metric in GROUPS else "balanced or worst"
+            raise UserError(f"{sweep.base} has no validation images of a class in the group {metric!r}; use {others}")
 
 
 def _compared(sweep: SweepConfig) -> list[str]:
@@ -290,10 +300,12 @@ def best(sweep: SweepConfig, trials: list[Trial]) -> Trial | None:
 
 
 def axes(sweep: SweepConfig, trials: list[Trial]) -> tuple[str, str]:
-    """The two scores of the trade-off: the two objectives, or many and few; head and tail where a group has no class."""
+    """The two scores of the trade-off: the two objectives, or many and few; head and tail where a group has no class; balanced
+    and worst where a third has none either, as with two classes."""
     if len(sweep.objective) == 2:
         return sweep.objective[0].metric, sweep.objective[1].metric
-    return ("many", "few") if all({"many", "few"} <= trial.scores.keys() for trial in trials) else ("head", "tail")
+    pairs = (("many", "few"), ("head", "tail"))
+    return next((pair for pair in pairs if all({*pair} <= trial.scores.keys() for trial in trials)), ("balanced", "worst"))
 
 
 def front(points: np.ndarray) -> np.ndarray:

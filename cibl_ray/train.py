@@ -126,8 +126,8 @@ def train(
     let_timers_lag(TIMER_LAG)  # a cluster of this machine's own has left more
     config = world.from_first(lambda: resolve(config))
     need_own_device(config.train.device)
-    if world.first and not resume:
-        need_new(folder)
+    if not resume:
+        world.from_first(lambda: need_new(folder))
     prepared = ensure_prepared(config.data, config.seed)
     _same_data(world, prepared)
     if world.first:
@@ -206,7 +206,7 @@ def _fit(trainer: Trainer, progress: Progress) -> dict[str, Any]:
     result |= {
         "seconds": sum(row["seconds"]["epoch"] for row in rows),
         "time": {name: seconds + trainer.spent.get(name, 0.0) for name, seconds in _time(rows).items()},
-        "images_per_s": statistics.median(row["rate"]["images_per_s"] for row in rows),
+        "images_per_s": statistics.median([row["rate"]["images_per_s"] for row in rows] or [0.0]),  # a log that was removed
         "workers": trainer.world.size,
         "loader": trainer.train_loaders[0].name,
         "data": prepared.digests,
@@ -216,7 +216,8 @@ def _fit(trainer: Trainer, progress: Progress) -> dict[str, Any]:
     part = folder / f"{RESULT}.part"
     part.write_text(json.dumps(result, indent=1))
     part.replace(folder / RESULT)
-    save_learning_curves(folder / "learning_curves.png", rows)
+    if rows:
+        save_learning_curves(folder / "learning_curves.png", rows)
     save_accuracy_by_class(folder / "accuracy_by_class.png", prepared.classes, prepared.train_counts, scores)
     progress.line(f"\nAccuracy on the {result['split']} split, %, by training images of the class (many > 100, few < 20):\n")
     progress.line(table(scores))

@@ -351,9 +351,10 @@ class Trainer:
         result: dict[str, Any] = {"split": split, "last": {"epoch": self.epoch, "scores": self.evaluate(split)}}
         path = self._checkpoints / BEST
         epoch = None if self.best is None else self.best["epoch"]  # known to rank 0 alone
-        if epoch == self.epoch:
-            result["best"] = result["last"]  # the same weights
-        best = self.world.from_first(lambda: _readable(path) if epoch not in (None, self.epoch) else None)
+        same = epoch == self.epoch and self.step == 0  # the same weights; not where fewer epochs were set within the next one
+        if same:
+            result["best"] = result["last"]
+        best = self.world.from_first(lambda: _readable(path) if epoch is not None and not same else None)
         if best is not None:
             load_weights(self.judged, best)
             result["best"] = {"epoch": best.epoch, "scores": self.evaluate(split)}

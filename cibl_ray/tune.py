@@ -105,14 +105,17 @@ def run(sweep: SweepConfig, folder: Path, address: str | None, base: dict[str, A
 
 
 def _prepared(base: dict[str, Any]) -> tuple[set[str], bool]:
-    """Prepare the data of a sweep: the groups by shot that it has, and whether there is a validation split."""
+    """Prepare the data of a sweep: the groups of classes that validation has images of, and whether there is such a split."""
     from cibl_ray.sweep import trial_config
-    from pipelines.pictures import shot_groups
+    from pipelines.pictures import shot_groups, thirds
     from pipelines.prepare import ensure_prepared
 
     config = trial_config(base, {})
     prepared = ensure_prepared(config.data, config.seed)
-    return set(shot_groups(prepared.train_counts)), "val" in prepared.splits
+    if "val" not in prepared.splits:
+        return set(), False
+    groups = zip(prepared.splits["val"].counts, shot_groups(prepared.train_counts), thirds(prepared.train_counts), strict=True)
+    return {name for count, *names in groups if count for name in names}, True
 
 
 def _check_nodes(folder: Path, mark: str | None) -> None:

@@ -77,8 +77,10 @@ class BetonWriter:
         return self.samples == len(self._records)
 
     def append(self, image: Packed, label: int) -> None:
-        """Add one sample. Raises UserError for an image larger than a page."""
+        """Add one sample. Raises UserError for an image larger than a page, or longer than the format can tell."""
         size = len(image.data)
+        if max(image.width, image.height) >= 1 << 16:
+            raise UserError(f"has {image.width}x{image.height} pixels, 65535 a side at most; set data.store.max_side")
         if size > PAGE:
             raise UserError(f"takes {size:,} bytes, {PAGE:,} at most; set data.store.max_side")
         if self.next % PAGE + size > PAGE:

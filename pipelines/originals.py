@@ -12,6 +12,7 @@ from pipelines.beton import RAW
 from pipelines.config import DataConfig
 from pipelines.prepare import Prepared, choose, subset_seed
 from pipelines.sources import open_source, source_present
+from pipelines.writer import line_of, read_lines
 
 log = logging.getLogger(__name__)
 
@@ -22,15 +23,15 @@ def original_images(prepared: Prepared, split: str, data: DataConfig, seed: int,
     Where the source is gone, or has changed since, the bytes are those that the .beton file holds. Pixels become PNG files.
     """
     beton = prepared.beton(split)
-    names = (prepared.folder / f"{split}.files.txt").read_text(errors="surrogateescape").splitlines()
+    names = read_lines(prepared.folder / f"{split}.files.txt")
     images = None
-    if source_present(data.source):
+    if source_present(data.source) and len(names) == len(beton):  # an earlier version wrote ends of lines in names as they are
         _, splits = choose(open_source(data.source), data, subset_seed(data, seed))
         if split in splits and splits[split].digest() == prepared.splits[split].source_digest:
             images = splits[split]
     if images is None:
         log.warning("the original images of the %s split are gone or have changed; the stored ones stand in for them", split)
-    rows = {name: row for row, name in enumerate(images.names)} if images is not None else {}
+    rows = {line_of(name): row for row, name in enumerate(images.names)} if images is not None else {}
     for row in range(min(count, len(beton))):
         if images is not None:
             content = images.read(rows[names[row]])

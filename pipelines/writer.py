@@ -203,6 +203,16 @@ def add_content(content: str, name: str, label: int, source: bytes) -> str:
     return f"{(int(content, 16) + int.from_bytes(image)) % (1 << 256):064x}"
 
 
+def line_of(name: str) -> str:
+    """An image's name as its line of `SPLIT.files.txt`: rows are found by counting lines, so none may begin another."""
+    return name.replace("\n", "\\n").replace("\r", "\\r")
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a `SPLIT.files.txt`, one a row. A name may hold what str.splitlines takes for an end too (U+2028, say)."""
+    return path.read_text(errors="surrogateescape").removesuffix("\n").split("\n")
+
+
 def forget_journals(folder: Path) -> None:
     """The data are whole: there is nothing to go on with."""
     for journal in folder.glob("*.journal"):
@@ -250,7 +260,8 @@ def write_split(folder: Path, split: str, images: Images, data: DataConfig, seed
         raise
     finally:
         stop.end()
-    (folder / f"{split}.files.txt").write_text("".join(f"{line}\n" for line in progress.names), errors="surrogateescape")
+    lines = "".join(f"{line_of(name)}\n" for name in progress.names)
+    (folder / f"{split}.files.txt").write_text(lines, errors="surrogateescape")
     _report(split, progress, len(order) - first, time.monotonic() - began)
     return progress
 

@@ -17,8 +17,9 @@ import yaml
 
 from cibl_ray.checkpoint import load_checkpoint, save_checkpoint
 from cibl_ray.config import load_config, save_config
+from cibl_ray.progress import Silent
 from cibl_ray.runlog import read_metrics
-from cibl_ray.train import _resumed, _same_data, need_new
+from cibl_ray.train import _resumed, _same_data, need_new, train
 from cibl_ray.trainer import Trainer, resolve
 from cibl_ray.world import World, need_own_device
 from pipelines.errors import UserError
@@ -176,6 +177,17 @@ def test_resuming_a_finished_run_repeats_its_result(finished, folders):
     assert run("train", "quickstart", "--name", "whole", *TINY, *folders, "--resume", finished[0]).returncode == 0
     after = json.loads((finished[0] / "result.json").read_text())
     assert {**after, "time": None} == {**before, "time": None}
+
+
+def test_a_finished_run_whose_log_is_gone(finished, tmp_path):
+    folder = tmp_path / "whole"
+    shutil.copytree(finished[0], folder)
+    (folder / "metrics.jsonl").unlink()
+    done = run("train", "--resume", folder)
+    assert done.returncode == 0, done.stderr
+    whole, after = (json.loads((each / "result.json").read_text()) for each in (finished[0], folder))
+    assert after["last"] == whole["last"]
+    assert after["seconds"] == after["images_per_s"] == 0
 
 
 def test_an_empty_configuration_is_taken_from_the_checkpoint(finished, tmp_path, caplog):
@@ -411,6 +423,37 @@ def test_a_checkpoint_within_an_epoch_and_other_batches(digits, tmp_path, caplog
     other.restore(load_checkpoint(tmp_path / "checkpoints" / "last.safetensors"))
     assert (other.epoch, other.step) == (0, 0)
     assert "its epoch begins anew" in caplog.text
+
+
+def test_fewer_epochs_than_begun_do_not_take_the_best_for_the_last(digits, tmp_path):
+    """The last checkpoint stands within the next epoch then: its weights are not those that were best before it."""
+    config = resolve(load_config("quickstart", ["--loader.kind", "torch", "--epochs", "2", "--warmup_epochs", "0"]))
+    trainer = Trainer(config, digits, tmp_path)
+    trainer.train_epoch()
+    trainer._validate({})
+    best = trainer.evaluate("test")
+    batch, feed = next(iter(trainer.train_loaders[0].epoch(1))), trainer.feeds[0]
+    trainer.optimize([feed.ready([batch], 1, 0)[0]])
+    trainer.step = 1
+    trainer.config = config.model_copy(update={"train": config.train.model_copy(update={"epochs": 1})})
+    result = trainer.fit()
+    assert result["best"] == {"epoch": 1, "scores": best}
+    assert result["last"]["scores"].loss != best.loss
+
+
+def test_every_worker_is_told_of_a_folder_that_is_there(tmp_path):
+    """Not rank 0 alone: the others would fail with the traceback of a lost connection."""
+
+    class Second(World):
+        rank, size = 1, 2
+
+        def __init__(self) -> None: ...
+
+        def from_first(self, make):
+            return make()
+
+    with pytest.raises(UserError, match="already exists; no run began in it"):
+        train(load_config("quickstart", []), tmp_path, False, Second(), Silent())
 
 
 def test_options_of_a_cluster_need_one():

@@ -14,6 +14,7 @@ import numpy as np
 import psutil
 import pytest
 import yaml
+from PIL import Image
 
 from cibl_ray import sweep_report, tune
 from cibl_ray.checkpoint import load_checkpoint
@@ -272,6 +273,7 @@ def test_a_score_that_is_not_finite_never_wins():
 def test_axes_of_the_trade_off():
     assert axes(sweep(), [trial("a", many=1, few=1, head=1, tail=1)]) == ("many", "few")
     assert axes(sweep(), [trial("a", many=1, head=1, tail=1)]) == ("head", "tail")
+    assert axes(sweep(), [trial("a", many=1, balanced=1, worst=0)]) == ("balanced", "worst")  # two classes have no thirds
     assert axes(sweep(objective=[{"metric": "worst"}, {"metric": "overall"}], asha=None), []) == ("worst", "overall")
 
 
@@ -341,9 +343,25 @@ def test_a_search_whose_keys_depend_on_each_other():
 def test_trials_that_could_not_be_compared_are_refused():
     with pytest.raises(UserError, match="must not choose on the test set"):
         check_metrics(sweep(), {"many"}, has_validation=False)
-    with pytest.raises(UserError, match="is in the group 'few'"):
-        check_metrics(sweep(objective=[{"metric": "few"}]), {"many", "medium"}, has_validation=True)
+    with pytest.raises(UserError, match="group 'few'; use head, tail"):
+        check_metrics(sweep(objective=[{"metric": "few"}]), {"many", "medium", "head", "tail"}, has_validation=True)
     check_metrics(sweep(objective=[{"metric": "few"}]), {"many", "few"}, has_validation=True)
+
+
+def test_a_third_that_no_class_is_in_is_refused_before_a_trial_begins(tmp_path):
+    """As with two classes, or where the smallest have one image each, which stays in training."""
+    for name, images in (("common", 4), ("rare", 1)):
+        (tmp_path / "images" / "train" / name).mkdir(parents=True)
+        for number in range(images):
+            Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / "images" / "train" / name / f"{number}.png")
+    source = {"kind": "folder", "path": str(tmp_path / "images")}
+    data = {"source": source, "val_fraction": 0.2, "prepared": str(tmp_path), "profile": {"kind": "none"}}
+    of = sweep(objective=[{"metric": "tail"}], set={"data": data})
+    groups, there = tune._prepared(base_content(of))
+    assert there
+    assert groups == {"few", "middle"}
+    with pytest.raises(UserError, match="group 'tail'; use balanced or worst"):
+        check_metrics(of, groups, has_validation=True)
 
 
 def test_a_base_in_this_folder_has_absolute_paths(tmp_path, monkeypatch):
@@ -388,6 +406,20 @@ def test_the_longest_trial_counts():
     assert most_epochs(sweep(), content) == 4
     assert most_epochs(sweep(search={"train.epochs": {"kind": "integer", "low": 2, "high": 9}}, set={}), content) == 9
     assert most_epochs(sweep(search={"train.epochs": {"kind": "choice", "values": [7, 3]}}, set={}), content) == 7
+
+
+def test_a_choice_of_numbers_that_yaml_reads_as_words(tmp_path):
+    of = sweep(search=yaml.safe_load("{loss.tail_skew: {kind: choice, values: [1e-3, 0.1]}}"))
+    assert of.search["loss.tail_skew"].values == (0.001, 0.1)
+    scores = {"overall": 0.5, "balanced": 0.5, "many": 0.5, "few": 0.5}
+    trials = [Trial(str(skew), {"loss.tail_skew": skew}, "completed", 4, scores) for skew in of.search["loss.tail_skew"].values]
+    for each in trials:
+        (tmp_path / "trials" / each.name / "checkpoints").mkdir(parents=True)
+        (tmp_path / "trials" / each.name / "checkpoints" / "last.safetensors").write_bytes(b"x")
+    sweep_report.write(tmp_path, of, base_content(of), trials)
+    assert (tmp_path / "tail_skew.png").exists()
+    kinds = {"network.head.kind": {"kind": "choice", "values": ["linear", "cosine"]}}
+    assert sweep(search=kinds).search["network.head.kind"].values == ("linear", "cosine")
 
 
 def test_report_of_two_objectives_one_of_them_to_be_small(tmp_path):

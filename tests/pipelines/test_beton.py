@@ -122,6 +122,11 @@ def test_an_image_larger_than_a_page(tmp_path):
         writer.append(raw(np.zeros((2000, 2000, 3), np.uint8)), 0)
 
 
+def test_an_image_longer_than_the_format_can_tell_is_refused(tmp_path):
+    with BetonWriter(tmp_path / "a.beton", 1) as writer, pytest.raises(UserError, match=r"70000x2 .*set data\.store\.max_side"):
+        writer.append(raw(np.zeros((2, 70000, 3), np.uint8)), 0)
+
+
 def test_a_full_disk_leaves_nothing(tmp_path):
     """Under a limit on the size of files, as a full disk: the error comes through, the part is gone."""
     code = f"""
