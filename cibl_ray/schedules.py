@@ -11,7 +11,7 @@ from cibl_ray.config import CosineSchedule, ScaleConfig, StepSchedule
 def lr_factor(schedule: StepSchedule | CosineSchedule, epoch: float, epochs: int) -> float:
     """The share of the base rate at `epoch` (fractional: 3.5 is the middle of the fourth) of a run of `epochs`."""
     if epoch < schedule.warmup_epochs:
-        return max(epoch, 1e-3) / schedule.warmup_epochs
+        return min(max(epoch, 1e-3) / schedule.warmup_epochs, 1.0)
     match schedule:
         case StepSchedule():
             passed = sum(epoch >= milestone * epochs for milestone in schedule.milestones)

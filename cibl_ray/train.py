@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import json
 import logging
+import shlex
 import signal
 import statistics
 import threading
@@ -160,7 +161,8 @@ def train(
             return result
         except KeyboardInterrupt:
             raise Interrupted(
-                f"stopped in epoch {trainer.epoch + 1}; go on with: python -m cibl_ray.train --resume {folder}"
+                f"stopped in epoch {min(trainer.epoch + 1, config.train.epochs)}; go on with: "
+                f"python -m cibl_ray.train --resume {shlex.quote(str(folder))}"
             ) from None
 
 

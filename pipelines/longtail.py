@@ -81,15 +81,19 @@ def _shuffled(labels: np.ndarray, classes: int, seed: int) -> list[np.ndarray]:
 def _named(profile: ListProfile, images: Images) -> Images:
     names, labels = read_list(profile.path)
     place = {name: i for i, name in enumerate(images.names)}
-    kept = []
+    kept: set[int] = set()
     for name, label in zip(names, labels, strict=True):
         index = place.get(name)
         if index is None:
-            raise UserError(f"{profile.path} names {name!r}, which the source's training split does not have")
+            raise UserError(
+                f"{profile.path} names {name!r}, which the source's training split does not have, or data.val_fraction sets aside"
+            )
+        if index in kept:
+            raise UserError(f"{profile.path} names {name!r} twice")
         if images.labels[index] != label:
             raise UserError(f"{profile.path} gives {name!r} the label {label}, the source {images.labels[index]}")
-        kept.append(index)
-    return images.take(np.sort(np.array(kept)))
+        kept.add(index)
+    return images.take(np.array(sorted(kept), np.int64))
 
 
 def _counts_file(profile: CountsProfile, classes: int) -> np.ndarray:

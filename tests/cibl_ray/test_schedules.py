@@ -21,6 +21,7 @@ def test_cosine():
 def test_no_warmup_starts_at_the_full_rate():
     assert lr_factor(CosineSchedule(warmup_epochs=0), 0, 10) == 1
     assert lr_factor(CosineSchedule(warmup_epochs=10), 9.99, 10) < 1
+    assert lr_factor(CosineSchedule(warmup_epochs=1e-4), 0, 10) == 1  # a warm-up shorter than a step
 
 
 @pytest.mark.parametrize(

@@ -92,6 +92,9 @@ def test_list_profile_keeps_what_it_names(tmp_path):
     path.write_text("999 1\n")
     with pytest.raises(UserError, match="names '999'"):
         apply_profile(ListProfile(kind="list", path=path), balanced(2, 100), 2, seed=0)
+    path.write_text("3 0\n101 1\n3 0\n")
+    with pytest.raises(UserError, match="names '3' twice"):
+        apply_profile(ListProfile(kind="list", path=path), balanced(2, 100), 2, seed=0)
     path.write_text("3 1\n")
     with pytest.raises(UserError, match="label 1, the source 0"):
         apply_profile(ListProfile(kind="list", path=path), balanced(2, 100), 2, seed=0)
