@@ -86,7 +86,7 @@ def _named(profile: ListProfile, images: Images) -> Images:
         index = place.get(name)
         if index is None:
             raise UserError(
-                f"{profile.path} names {name!r}, which the source's training split does not have, or data.val_fraction sets aside"
+                f"{profile.path} names {name!r}, which the source's training split lacks, or data.val_fraction sets aside"
             )
         if index in kept:
             raise UserError(f"{profile.path} names {name!r} twice")
