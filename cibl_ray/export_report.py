@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipelines.fonts import save
 from pipelines.pictures import COLORS, GROUPS
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ def save_tail_shift(path: Path, shifted: dict[float, Scores], split: str) -> Non
     axes.set(xlabel="tail_shift", ylabel=f"accuracy on {split}, %", ylim=(0, 100), title="The trade-off after training")
     axes.legend(frameon=False, fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=120)
+    save(figure, path)
 
 
 def write_model_card(path: Path, manifest: dict[str, Any], sizes: dict[str, int]) -> None:

@@ -10,9 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from cibl_ray.metrics import Scores
+from pipelines.fonts import save
 from pipelines.pictures import COLORS, GROUPS, shot_groups
-
-_DPI = 120
 
 
 def save_learning_curves(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -38,7 +37,7 @@ def save_learning_curves(path: Path, rows: list[dict[str, Any]]) -> None:
         axes.legend(frameon=False, fontsize=8)
     for axes in (loss, accuracy, rate):
         axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=_DPI)
+    save(figure, path)
 
 
 def _values(rows: list[dict[str, Any]], group: str, name: str) -> np.ndarray | None:
@@ -75,7 +74,7 @@ def save_accuracy_by_class(path: Path, classes: list[str], train_counts: np.ndar
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("accuracy, %")
     panels[0].legend(frameon=False, fontsize=8, loc="best")
-    figure.savefig(path, dpi=_DPI)
+    save(figure, path)
 
 
 def _level(axes: Axes, mean: float | None, counts: np.ndarray, color: str) -> None:

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from cibl_ray.config import save_config
 from cibl_ray.sweep import METRICS, SweepConfig, Trial, axes, best, front, objectives, trial_config
 from pipelines.errors import UserError
+from pipelines.fonts import save
 
 
 def write(folder: Path, sweep: SweepConfig, base: dict[str, Any], trials: list[Trial]) -> str:
@@ -82,7 +83,7 @@ def _trade_off(path: Path, points: np.ndarray, on_front: np.ndarray, names: tupl
     plot.set(xlabel=f"{names[0]}, validation{_unit(names[0])}", ylabel=f"{names[1]}, validation{_unit(names[1])}")
     plot.legend(frameon=False)
     plot.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=120)
+    save(figure, path)
 
 
 def _unit(metric: str) -> str:
@@ -113,4 +114,4 @@ def _over_skew(path: Path, trials: list[Trial], names: tuple[str, str]) -> None:
     plot.set_ylim(bottom=0)
     plot.legend(frameon=False)
     plot.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=120)
+    save(figure, path)

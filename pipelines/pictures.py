@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
+from pipelines.fonts import save
+
 MANY, FEW = 100, 20  # many: more than 100 training images; few: fewer than 20 (Liu et al. 2019)
 GROUPS = ("many", "medium", "few")
 THIRDS = ("head", "middle", "tail")
@@ -68,4 +70,4 @@ def save_histogram(path: Path, classes: list[str], counts: np.ndarray) -> None:
     handles = [Patch(color=COLORS[group], label=f"{group} ({number})") for group, number in present]
     axes.legend(handles=handles, frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=120)
+    save(figure, path)
