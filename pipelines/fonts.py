@@ -37,9 +37,8 @@ def _families(letters: set[str]) -> tuple[list[str], set[str]]:
 
     missing = letters - _known(get_font(findfont(FontProperties())), letters)
     families: list[str] = []
-    for entry in sorted(
-        fontManager.ttflist, key=lambda entry: (str(entry.weight) != "400", entry.style != "normal", entry.name)
-    ):
+    real = [font for font in fontManager.ttflist if not font.name.startswith("Last Resort")]  # matplotlib's own boxes
+    for entry in sorted(real, key=lambda one: (one.style != "normal", str(one.weight) != "400", one.name)):
         if not missing:
             break
         try:
