@@ -91,6 +91,11 @@ def _thirds(train_counts: np.ndarray) -> np.ndarray:
 COLUMNS = ("overall", "many", "medium", "few", "worst", "harmonic", "calibration_error")
 
 
+def heading(where: str) -> str:
+    """What stands above a `table` of scores on `where`."""
+    return f"Accuracy on {where}, %, by training images of the class (many > 100, few < 20):"
+
+
 def table(rows: dict[str, Scores]) -> str:
     """Scores as a table of text, in percent; '-' where a group is empty."""
     titles = ("", *COLUMNS[:-1], "calib. err.")

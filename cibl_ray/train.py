@@ -179,7 +179,7 @@ def _fit(trainer: Trainer, progress: Progress) -> dict[str, Any]:
     """Train, and leave everything that a run folder holds."""
     from cibl_ray.config import doubts, save_config
     from cibl_ray.hardware import describe
-    from cibl_ray.metrics import table
+    from cibl_ray.metrics import heading, table
     from cibl_ray.pictures import save_accuracy_by_class, save_learning_curves
     from cibl_ray.runlog import read_metrics
     from pipelines.pictures import save_histogram
@@ -206,6 +206,7 @@ def _fit(trainer: Trainer, progress: Progress) -> dict[str, Any]:
     result |= {
         "seconds": sum(row["seconds"]["epoch"] for row in rows),
         "time": {name: seconds + trainer.spent.get(name, 0.0) for name, seconds in _time(rows).items()},
+        "classes": prepared.classes,  # of the scores' `per_class`, in order
         "images_per_s": statistics.median(row["rate"]["images_per_s"] for row in rows),
         "workers": trainer.world.size,
         "loader": trainer.train_loaders[0].name,
@@ -218,7 +219,8 @@ def _fit(trainer: Trainer, progress: Progress) -> dict[str, Any]:
     part.replace(folder / RESULT)
     save_learning_curves(folder / "learning_curves.png", rows)
     save_accuracy_by_class(folder / "accuracy_by_class.png", prepared.classes, prepared.train_counts, scores)
-    progress.line(f"\nAccuracy on the {result['split']} split, %, by training images of the class (many > 100, few < 20):\n")
+    where = f"the {result['split']} split"
+    progress.line(f"\n{heading(where)}\n")
     progress.line(table(scores))
     if "best" not in result:
         progress.line("\nNo validation split, so no best epoch: data.val_fraction carves one out.")
