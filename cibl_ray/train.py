@@ -59,6 +59,8 @@ def main() -> None:
         if getattr(arguments, option) is not None and not arguments.cluster:
             hint = "; the loader's threads are --loader.workers" if option == "workers" else ""
             raise UserError(f"--{option.replace('_', '-')} belongs to --cluster: add that{hint}")
+    if arguments.resume is not None and arguments.name is not None:
+        same_name(arguments.name, arguments.resume)
     storage = arguments.storage
     if arguments.resume is not None and "://" in arguments.resume:
         if not arguments.cluster:
@@ -256,6 +258,13 @@ def need_new(folder: Path) -> None:
     elif _never_begun(folder):
         way = "no run began in it: remove it, or "
     raise UserError(f"run folder {str(folder)!r} already exists; {way}choose another --name")
+
+
+def same_name(name: str, resumed: str) -> None:
+    """Raise UserError where --name is not of the folder or URI that --resume names, which would be changed in its place."""
+    names = [part for part in name.split("/") if part]
+    if names and Path(resumed).absolute().parts[-len(names) :] != tuple(names):
+        raise UserError(f"--name {name}: --resume goes on in {resumed} itself; leave --name out")
 
 
 def _never_begun(folder: Path) -> bool:

@@ -154,6 +154,7 @@ def test_train_mistakes(finished, folders):
         (["quickstart", "--epoch", "3"], "did you mean 'train.epochs'?"),
         (["quickstart", "--name", "whole", *folders], "already exists; go on with --resume"),
         (["--resume", "nowhere"], "not a run folder"),
+        (["--resume", finished[0], "--name", "other"], f"--resume goes on in {finished[0]} itself; leave --name out"),
         (
             ["quickstart", *TINY, *folders, "--tail_skew", "3", "--resume", finished[0]],
             "of another configuration than quickstart (loss",
