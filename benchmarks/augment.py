@@ -29,6 +29,7 @@ from benchmarks.measure import alternate, report
 from pipelines.augment import Augment
 from pipelines.augment_draws import taps
 from pipelines.config import Augmentation, AutoAugment, Blur, ColorJitter, Cutout, Grayscale, RandAugment, View
+from pipelines.errors import run_command
 
 WORKERS = 2
 JITTER, GRAY, BLUR = ColorJitter(kind="color_jitter"), Grayscale(kind="grayscale"), Blur(kind="blur")
@@ -153,4 +154,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

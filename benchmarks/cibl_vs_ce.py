@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from pipelines.errors import UserError, run_command
+
 METHODS = {
     "cross-entropy": ["--loss.kind", "cross_entropy"],
     "CIBL, λ = 0.05": ["--loss.kind", "cibl", "--loss.tail_skew", "0.05"],
@@ -55,7 +57,8 @@ def _cell(run: Path, options: list[str]) -> dict[str, Any]:
     if not (run / "result.json").exists():
         start = ["--resume", str(run)] if run.exists() else ["cifar10_lt", "--runs", str(run.parent), "--name", run.name]
         print(f"{run}: training", file=sys.stderr)
-        subprocess.run([sys.executable, "-m", "cibl_ray.train", *start, *options], check=True, stdout=sys.stderr)
+        if subprocess.run([sys.executable, "-m", "cibl_ray.train", *start, *options], stdout=sys.stderr).returncode:
+            raise UserError(f"the run {str(run)!r} has no result; what stopped it stands above; the same command goes on")
     return json.loads((run / "result.json").read_text())
 
 
@@ -118,4 +121,4 @@ def _picture(path: Path, cells: dict[str, list[dict[str, Any]]]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -23,6 +23,7 @@ from benchmarks.data import add_arguments, cifar10_lt
 from benchmarks.measure import alternate, report
 from pipelines.batch import make_loader, train_reading
 from pipelines.config import LoaderConfig
+from pipelines.errors import run_command
 
 BATCH, WORKERS = 128, 2
 
@@ -102,4 +103,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

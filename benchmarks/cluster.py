@@ -26,6 +26,7 @@ from benchmarks.data import add_arguments, cifar10_lt
 from benchmarks.measure import report
 from cibl_ray.config import save_config
 from cibl_ray.runlog import METRICS, read_metrics
+from pipelines.errors import run_command
 
 TURN, LARGEST = 12.0, 300  # seconds: some epochs of a data set whose largest class has so many images
 
@@ -187,4 +188,4 @@ def _ratio(ours: Side, theirs: Side) -> tuple[float, list[float]]:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from pipelines.errors import run_command
 from pipelines.longtail import exp_counts
 from pipelines.pictures import GROUPS, shot_groups
 from pipelines.sources import class_counts, read_list
@@ -46,4 +47,4 @@ def imagenet_lt_counts(path: Path) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

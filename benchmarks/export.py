@@ -27,6 +27,7 @@ from cibl_ray.runtime import Runtime
 from cibl_ray.targets import this_machine
 from pipelines.augment import Normalize
 from pipelines.config import DataConfig
+from pipelines.errors import run_command
 
 BATCH = 64
 
@@ -104,4 +105,4 @@ def _runtimes(folder: Path) -> dict[str, Runtime]:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

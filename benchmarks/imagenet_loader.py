@@ -37,6 +37,7 @@ from pipelines.config import LoaderConfig, RandomResizedCrop, Store, View
 from pipelines.cores import usable_cores
 from pipelines.cut_kernel import Table, cut_batch, make_work
 from pipelines.cuts import draw_cuts
+from pipelines.errors import run_command
 from pipelines.ffcv_loader import FFCVLoader
 from pipelines.images import pack
 from pipelines.sources import open_folder
@@ -303,4 +304,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -24,6 +24,7 @@ from pipelines.batch import Loader, Reading, Share
 from pipelines.beton import Beton
 from pipelines.config import DataConfig, LoaderConfig, RandomResizedCrop, Sampling, Store, View
 from pipelines.cores import usable_cores
+from pipelines.errors import run_command
 from pipelines.ffcv_loader import FFCVLoader
 from pipelines.pictures import save_histogram
 from pipelines.sources import Images, class_counts
@@ -150,4 +151,4 @@ def _two_processes(paths: tuple[Path, ...]) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

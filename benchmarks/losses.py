@@ -29,6 +29,7 @@ from cibl_ray.losses.objective import Images
 from cibl_ray.losses.softmax import KEEP, matmul, transposed_matmul
 from cibl_ray.losses.within import few
 from cibl_ray.trainer import Trainer, resolve
+from pipelines.errors import run_command
 
 # What each loss multiplies where its batch is taken at once: pairs within it, and pairs with the prototypes.
 PRODUCTS = {
@@ -260,4 +261,4 @@ def _step_ratio(images: Path | None, quick: bool) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

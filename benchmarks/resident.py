@@ -29,6 +29,7 @@ from cibl_ray.networks.network import Outputs, build_network
 from cibl_ray.trainer import Trainer, resolve
 from cibl_ray.world import World
 from pipelines.cores import usable_cores
+from pipelines.errors import run_command
 from pipelines.prepare import Prepared
 
 
@@ -133,4 +134,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -36,6 +36,7 @@ from PIL import Image
 
 from benchmarks.measure import report
 from cibl_ray.runtime import Runtime
+from pipelines.errors import run_command
 
 PORT = 8971
 IDLE, PATIENCE = 8.0, 90  # percent of the CPUs below which a server has started all that it starts; seconds to wait for that
@@ -339,4 +340,4 @@ def _trouble(bundle: Path, folder: Path) -> dict:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

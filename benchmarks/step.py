@@ -22,6 +22,7 @@ from benchmarks.measure import alternate, report
 from cibl_ray.config import RunConfig
 from cibl_ray.losses.objective import Images
 from cibl_ray.trainer import Trainer, resolve
+from pipelines.errors import run_command
 from pipelines.prepare import Prepared
 
 _LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -110,4 +111,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

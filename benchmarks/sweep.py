@@ -20,6 +20,7 @@ from benchmarks.data import add_arguments, cifar10_lt
 from benchmarks.measure import report
 from cibl_ray.config import save_config
 from cibl_ray.sweep import read_trials
+from pipelines.errors import run_command
 
 
 def main() -> None:
@@ -67,4 +68,4 @@ def _run(module: str, *arguments: str) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -24,6 +24,7 @@ from cibl_ray.metrics import Scores, score
 from cibl_ray.trainer import resolve
 from pipelines.augment import Normalize
 from pipelines.batch import eval_reading, make_loader
+from pipelines.errors import run_command
 from pipelines.prepare import ensure_prepared
 
 SHIFTS = tuple(step / 4 for step in range(9))
@@ -104,4 +105,4 @@ def _picture(table: dict[float, dict[float, dict[str, float]]]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -17,6 +17,7 @@ from benchmarks.data import add_arguments, cifar10_lt
 from benchmarks.measure import alternate, report
 from cibl_ray.losses.objective import Images
 from cibl_ray.trainer import Trainer, resolve
+from pipelines.errors import run_command
 
 
 def main() -> None:
@@ -57,4 +58,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

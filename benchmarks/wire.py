@@ -20,6 +20,7 @@ from benchmarks.measure import report
 from cibl_ray.losses.objective import Images
 from cibl_ray.trainer import Trainer, resolve
 from cibl_ray.world import World
+from pipelines.errors import run_command
 
 LOSSES = {
     **{kind: f"{{kind: {kind}}}" for kind in ("cross_entropy", "balanced_softmax", "ldam", "psc", "hybrid_psc")},
@@ -103,4 +104,4 @@ def _sent() -> int:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

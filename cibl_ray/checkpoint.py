@@ -155,7 +155,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
     except FileNotFoundError as error:
         raise UserError(f"no checkpoint at {str(path)!r}") from error
     except (SafetensorError, OSError) as error:
-        raise UserError(f"checkpoint {str(path)!r} is cut short or damaged: {error}") from error
+        raise UserError(f"checkpoint {str(path)!r} is cut short or damaged, or none at all: {error}") from error
     try:
         content: dict[str, Any] = json.loads(header or "")
         if content["format"] not in _READ:

@@ -12,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cibl_ray.train import CONFIG
 from pipelines.errors import CommandParser, UserError, run_command
 
 if TYPE_CHECKING:
@@ -36,21 +37,29 @@ def main() -> None:
     if arguments.json is not None and not arguments.json.absolute().parent.is_dir():
         raise UserError(f"--json {arguments.json}: the folder {str(arguments.json.parent)!r} does not exist")
     from cibl_ray.checkpoint import load_checkpoint
-    from cibl_ray.metrics import table
+    from cibl_ray.metrics import heading, table
 
     logging.basicConfig(format="%(message)s")
 
     scores = {}
     for path in _checkpoints(arguments.run, arguments.checkpoint):
         checkpoint = load_checkpoint(path)
-        scores[f"{path.stem} (epoch {checkpoint.epoch})"] = evaluate(checkpoint, arguments.data, arguments.split)
+        split, scores[f"{path.stem} (epoch {checkpoint.epoch})"] = _evaluate(checkpoint, arguments.data, arguments.split)
+    where = f"the {split} split" if arguments.data is None else repr(str(arguments.data))
+    print(heading(where) + "\n")
     print(table(scores))
     if arguments.json is not None:
-        arguments.json.write_text(json.dumps({name: asdict(row) for name, row in scores.items()}, indent=1))
+        content = {"classes": checkpoint.classes} | {name: asdict(row) for name, row in scores.items()}
+        arguments.json.write_text(json.dumps(content, indent=1))
 
 
 def evaluate(checkpoint: Checkpoint, folder: Path | None = None, split: str | None = None) -> Scores:
     """Scores of a checkpoint on its run's data, or on an image folder with the same class names. Raises UserError."""
+    return _evaluate(checkpoint, folder, split)[1]
+
+
+def _evaluate(checkpoint: Checkpoint, folder: Path | None, split: str | None) -> tuple[str, Scores]:
+    """The split that it was, by default test, else val, and the scores."""
     import torch
 
     from cibl_ray.evaluation import predict
@@ -80,7 +89,7 @@ def evaluate(checkpoint: Checkpoint, folder: Path | None = None, split: str | No
         logits, labels = predict(network.to(device), loader, Normalize(config.data).to(device), device)
     finally:
         loader.close()
-    return score(logits, labels, checkpoint.train_counts)
+    return split, score(logits, labels, checkpoint.train_counts)
 
 
 def _checkpoints(run: Path, which: str | None) -> list[Path]:
@@ -90,6 +99,8 @@ def _checkpoints(run: Path, which: str | None) -> list[Path]:
         raise UserError(f"{str(run)!r} is neither a run folder nor a checkpoint file")
     folder = run / "checkpoints"
     paths = [folder / file for name, file in FILES.items() if which in (None, name) and (folder / file).exists()]
+    if not paths and not (run / CONFIG).exists():
+        raise UserError(f"{str(run)!r} is neither a run folder nor a checkpoint file")
     if not paths:
         raise UserError(f"{str(folder)!r} has no {which or 'last'} checkpoint; the run has not finished its first epoch")
     return paths

@@ -20,6 +20,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cibl_ray.train import CONFIG
 from pipelines.errors import CommandParser, UserError, run_command
 
 if TYPE_CHECKING:
@@ -364,6 +365,8 @@ def _checkpoint(run: Path, which: str | None) -> Path:
         for path in (run / "checkpoints" / f"{name}.safetensors", run / f"{name}.safetensors"):
             if path.exists():
                 return path
+    if not (run / CONFIG).exists():
+        raise UserError(f"{str(run)!r} is neither a run folder nor a checkpoint file")
     raise UserError(f"{str(run)!r} has no {which or 'last'} checkpoint; the run has not finished its first epoch")
 
 

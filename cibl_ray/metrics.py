@@ -81,6 +81,11 @@ def calibration_error(confidence: torch.Tensor, right: torch.Tensor) -> float:
 COLUMNS = ("overall", "many", "medium", "few", "worst", "harmonic", "calibration_error")
 
 
+def heading(where: str) -> str:
+    """What stands above a `table` of scores on `where`."""
+    return f"Accuracy on {where}, %, by training images of the class (many > 100, few < 20):"
+
+
 def table(rows: dict[str, Scores]) -> str:
     """Scores as a table of text, in percent; '-' where a group is empty."""
     titles = ("", *COLUMNS[:-1], "calib. err.")

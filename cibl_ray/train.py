@@ -60,6 +60,8 @@ def main() -> None:
         if getattr(arguments, option) is not None and not arguments.cluster:
             hint = "; the loader's threads are --loader.workers" if option == "workers" else ""
             raise UserError(f"--{option.replace('_', '-')} belongs to --cluster: add that{hint}")
+    if arguments.resume is not None and arguments.name is not None:
+        same_name(arguments.name, arguments.resume)
     storage = arguments.storage
     if arguments.resume is not None and "://" in arguments.resume:
         if not arguments.cluster:
@@ -181,7 +183,7 @@ def _fit(trainer: Trainer, progress: Progress) -> dict[str, Any]:
     """Train, and leave everything that a run folder holds."""
     from cibl_ray.config import doubts, save_config
     from cibl_ray.hardware import describe
-    from cibl_ray.metrics import table
+    from cibl_ray.metrics import heading, table
     from cibl_ray.pictures import save_accuracy_by_class, save_learning_curves
     from cibl_ray.runlog import read_metrics
     from pipelines.pictures import save_histogram
@@ -208,6 +210,7 @@ def _fit(trainer: Trainer, progress: Progress) -> dict[str, Any]:
     result |= {
         "seconds": sum(row["seconds"]["epoch"] for row in rows),
         "time": {name: seconds + trainer.spent.get(name, 0.0) for name, seconds in _time(rows).items()},
+        "classes": prepared.classes,  # of the scores' `per_class`, in order
         "images_per_s": statistics.median([row["rate"]["images_per_s"] for row in rows] or [0.0]),  # a log that was removed
         "workers": trainer.world.size,
         "loader": trainer.train_loaders[0].name,
@@ -221,7 +224,8 @@ def _fit(trainer: Trainer, progress: Progress) -> dict[str, Any]:
     if rows:
         save_learning_curves(folder / "learning_curves.png", rows)
     save_accuracy_by_class(folder / "accuracy_by_class.png", prepared.classes, prepared.train_counts, scores)
-    progress.line(f"\nAccuracy on the {result['split']} split, %, by training images of the class (many > 100, few < 20):\n")
+    where = f"the {result['split']} split"
+    progress.line(f"\n{heading(where)}\n")
     progress.line(table(scores))
     if "best" not in result:
         progress.line("\nNo validation split, so no best epoch: data.val_fraction carves one out.")
@@ -257,6 +261,13 @@ def need_new(folder: Path) -> None:
     elif _never_begun(folder):
         way = "no run began in it: remove it, or "
     raise UserError(f"run folder {str(folder)!r} already exists; {way}choose another --name")
+
+
+def same_name(name: str, resumed: str) -> None:
+    """Raise UserError where --name is not of the folder or URI that --resume names, which would be changed in its place."""
+    names = [part for part in name.split("/") if part]
+    if names and Path(resumed).absolute().parts[-len(names) :] != tuple(names):
+        raise UserError(f"--name {name}: --resume goes on in {resumed} itself; leave --name out")
 
 
 def _never_begun(folder: Path) -> bool:

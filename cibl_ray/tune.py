@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cibl_ray.ray_start import settle
+from cibl_ray.train import same_name
 from pipelines.errors import CommandParser, Interrupted, UserError, run_command
 from pipelines.settings import split_command_line
 
@@ -43,6 +44,8 @@ def main() -> None:
     name, arguments, overrides = split_command_line(parser)
     if (name is None) == (arguments.resume is None):
         raise UserError("name a sweep first (sweeps/tail_skew, say) to start one, or --resume FOLDER to go on with one")
+    if arguments.resume is not None and arguments.name is not None:
+        same_name(arguments.name, str(arguments.resume))
     from cibl_ray.sweep import load_sweep, read_sweep
 
     base = None

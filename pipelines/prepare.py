@@ -191,7 +191,10 @@ def choose(dataset: Dataset, data: DataConfig, seed: int) -> tuple[list[str], di
     train, val = dataset.train, dataset.val
     if data.val_fraction > 0:
         if val is not None:
-            raise UserError("data.val_fraction is set, but the source has a 'val' split of its own; remove one of them")
+            raise UserError(
+                f"data.val_fraction = {data.val_fraction:g}, but the source has a 'val' split of its own; "
+                "to use that: --val_fraction 0"
+            )
         train, val = carve_validation(train, len(dataset.classes), data.val_fraction, seed)
     splits = {"train": apply_profile(data.profile, train, len(dataset.classes), seed)}
     if len(splits["train"]) < len(train):

@@ -40,8 +40,11 @@ def find_config(name: str) -> Path:
     for folder in folders:
         if (folder / f"{name}.yaml").is_file():
             return folder / f"{name}.yaml"
-    known = sorted({str(file.relative_to(folder).with_suffix("")) for folder in folders for file in folder.rglob("*.yaml")})
-    raise UserError(f"no configuration {name!r}: neither a file nor one of the shipped ones ({', '.join(known)})")
+    found = {file.relative_to(folder).with_suffix("") for folder in folders for file in folder.rglob("*.yaml")}
+    known = sorted(str(name) for name in found if name.parts[0] != "cluster")  # those are for ray and kubectl
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    raise UserError(f"no configuration {name!r}: neither a file nor one of the shipped ones ({', '.join(known)}){hint}")
 
 
 def _shipped_folders() -> list[Path]:
@@ -110,6 +113,9 @@ def _full_key(key: str, model: type[BaseModel]) -> str:
         return tails[0]
     if tails:
         raise UserError(f"--{key}: say which one: {', '.join('--' + tail for tail in tails)}")
+    plain = ".".join(part for part in normal.split(".") if not part.isdecimal())
+    if plain != normal and plain in keys:
+        return plain  # within a list, of which `override` says how it is set
     parent, _, leaf = normal.rpartition(".")
     parents = [known for known in keys if parent and f".{known}".endswith(f".{parent}")]
     if len(parents) == 1 and _kinds(model, parents[0]):
@@ -195,6 +201,10 @@ def validate(model: type[Model], content: Any, place: str) -> Model:
             message = f"{key} = {value!r}: {reason}"
         elif first["type"] == "missing":
             message = f"{key!r} is missing"
+        elif first["type"] == "union_tag_invalid":
+            message = f"{key}.kind = {first['input']['kind']!r}: expected one of {', '.join(kinds)}"
+        elif first["type"] == "tuple_type":
+            message = f"{key} = {first['input']!r}: expected a list, [...]"
         else:
             reason = first["msg"].removeprefix("Value error, ")
             # A whole part is not repeated: the reason names what in it is wrong.

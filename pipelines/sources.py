@@ -17,6 +17,7 @@ import numpy as np
 from pipelines.config import Cifar10Source, Cifar100Source, DigitsSource, FolderSource, ListsSource, Source
 from pipelines.errors import UserError
 
+SPLITS = ("train", "val", "test")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 
 
@@ -119,7 +120,8 @@ def _folder(root: Path) -> Dataset:
     for name in classes:
         if not _is_text(name):
             raise UserError(f"class folder {str(root / 'train' / name)!r} has a name that is not UTF-8; rename it")
-    present = [name for name in ("train", "val", "test") if (root / name).is_dir()]
+    present = [name for name in SPLITS if (root / name).is_dir()]
+    _tell_unread(root, present)
     others: Counter[str] = Counter()
     splits = {name: _folder_split(root, name, classes, others, every_class=name == "train") for name in present}
     _tell_left_out(root, others)
@@ -137,6 +139,19 @@ def open_folder(folder: Path, classes: list[str]) -> Images:
     images = _folder_split(folder.parent, folder.name, classes, others, every_class=False)
     _tell_left_out(folder, others)
     return images
+
+
+def _tell_unread(root: Path, present: list[str]) -> None:
+    """Say what looks like images and is none of a class of a split: a folder `valid`, files beside the class folders."""
+    beside = sorted(entry.name for entry in root.iterdir() if _class_folder(entry) and entry.name not in SPLITS)
+    if beside:
+        names = ", ".join(map(repr, beside[:5])) + (" and others" if len(beside) > 5 else "")
+        print(f"data: not read of {str(root)!r}: {names}; the splits are the folders train, val and test", file=sys.stderr)
+    for split in present:
+        entries = (entry for entry in (root / split).iterdir() if not entry.name.startswith("."))
+        loose = sum(entry.name.lower().endswith(IMAGE_SUFFIXES) and entry.is_file() for entry in entries)
+        if loose:
+            print(f"data: {loose:,} images of {str(root / split)!r} are in no class folder, and not read", file=sys.stderr)
 
 
 def _tell_left_out(folder: Path, others: Counter[str]) -> None:

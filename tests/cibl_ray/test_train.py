@@ -107,6 +107,8 @@ def test_evaluate_repeats_the_result(finished, tmp_path):
     assert done.returncode == 0, done.stderr
     scores = json.loads((tmp_path / "scores.json").read_text())
     result = json.loads((finished[0] / "result.json").read_text())
+    assert scores["classes"] == result["classes"] == [str(digit) for digit in range(10)]
+    assert done.stdout.startswith("Accuracy on the test split, %, by training images of the class ")
     assert scores["last (epoch 4)"] == result["last"]["scores"]
     assert scores[f"best (epoch {result['best']['epoch']})"] == result["best"]["scores"]
 
@@ -121,6 +123,7 @@ def test_evaluate_on_a_folder(finished, image_folder, tmp_path):
     done = run("evaluate", finished[0], "--checkpoint", "last", "--data", image_folder / "test", "--json", tmp_path / "s.json")
     assert done.returncode == 0, done.stderr
     scores = json.loads((tmp_path / "s.json").read_text())["last (epoch 4)"]
+    assert done.stdout.startswith(f"Accuracy on {str(image_folder / 'test')!r}, %, ")
     assert scores["samples"] == 9
     assert scores["per_class"][3:] == [None] * 7
 
@@ -129,7 +132,7 @@ def test_evaluate_on_a_folder(finished, image_folder, tmp_path):
     ("arguments", "message"),
     [
         (["nowhere"], "neither a run folder nor a checkpoint file"),
-        ([REPOSITORY], "has no last checkpoint"),
+        ([REPOSITORY], "neither a run folder nor a checkpoint file"),
         ([REPOSITORY / "README.md"], "cut short or damaged"),
     ],
 )
@@ -152,6 +155,7 @@ def test_train_mistakes(finished, folders):
         (["quickstart", "--epoch", "3"], "did you mean 'train.epochs'?"),
         (["quickstart", "--name", "whole", *folders], "already exists; go on with --resume"),
         (["--resume", "nowhere"], "not a run folder"),
+        (["--resume", finished[0], "--name", "other"], f"--resume goes on in {finished[0]} itself; leave --name out"),
         (
             ["quickstart", *TINY, *folders, "--tail_skew", "3", "--resume", finished[0]],
             "of another configuration than quickstart (loss",

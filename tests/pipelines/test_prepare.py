@@ -134,7 +134,7 @@ def test_needs_something_to_evaluate_on(image_folder, tmp_path):
 
 def test_two_validation_splits(image_folder, tmp_path):
     (image_folder / "test").rename(image_folder / "val")
-    with pytest.raises(UserError, match="'val' split of its own"):
+    with pytest.raises(UserError, match="0.2, but the source has a 'val' split of its own; to use that: --val_fraction 0"):
         ensure_prepared(folder_config(image_folder, tmp_path, val_fraction=0.2), 0)
 
 

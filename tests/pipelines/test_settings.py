@@ -72,12 +72,15 @@ def test_value_out_of_range_names_key_and_value():
     ("flags", "message"),
     [
         (["--data.views", "[]"], "data.views"),
+        (["--data.views.0.flip", "0"], r"data.views is a list; set it as a whole: --data.views '\[...\]'$"),
+        (["--data.mean", "0.5"], r"data.mean = 0.5: expected a list, \[...\]$"),
         (["--train.epochs", "3"], "warmup_epochs"),
         (["--head", f"{{kind: cosine, scale: {MOVING}}}", "--epochs", "8"], "scale.warmup = 8 .*--head.scale.warmup 0"),
         (["--head", "{kind: cosine, scale: {warmup: 2}}"], "warmup 2 would do nothing"),
         (["--head", "{kind: cosine, scale: {learnable: true, warmup: 2}}"], "warmup 2 would do nothing"),
         (["--backbone", "resnet50"], "data.size"),
-        (["--loss.kind", "focal"], "loss"),
+        (["--loss.kind", "focal"], "loss.kind = 'focal': expected one of cross_entropy, .*, cibl$"),
+        (["--data.views", "[{cut: {kind: croop}}]"], "data.views.0.cut.kind = 'croop': expected one of crop, resized, center$"),
         (["--data.source", "7"], "data.source"),
         (["--epochs"], "--epochs: a value is missing"),
         (["epochs", "3"], "expected --field value"),
@@ -179,6 +182,12 @@ def test_unreadable_files(tmp_path):
     for name, message in (("bad.yaml", "not valid YAML"), ("list.yaml", "mapping of keys"), ("none.yaml", "quickstart")):
         with pytest.raises(UserError, match=message):
             load_config(str(tmp_path / name), [])
+
+
+def test_a_configuration_that_is_not_there_names_the_nearest():
+    with pytest.raises(UserError, match=r"no configuration 'quickstrat'.*did you mean 'quickstart'\?") as caught:
+        load_config("quickstrat", [])
+    assert "cluster/" not in str(caught.value)  # those are no configurations of a run
 
 
 @pytest.mark.parametrize(

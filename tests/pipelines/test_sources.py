@@ -58,6 +58,18 @@ def test_what_is_hidden_or_no_image_is_left_out(image_folder, capsys):
     assert capsys.readouterr().err == message
 
 
+def test_images_outside_the_classes_of_a_split_are_told(image_folder, capsys):
+    two = image_folder / "train" / "two"
+    shutil.copytree(image_folder / "test", image_folder / "valid")
+    shutil.copytree(two, image_folder / ".cache")
+    shutil.copy(two / "0.png", image_folder / "train")
+    open_source(FolderSource(kind="folder", path=image_folder))
+    assert capsys.readouterr().err.splitlines() == [
+        f"data: not read of {str(image_folder)!r}: 'valid'; the splits are the folders train, val and test",
+        f"data: 1 images of {str(image_folder / 'train')!r} are in no class folder, and not read",
+    ]
+
+
 def test_links_to_folders_are_followed_once(image_folder, tmp_path):
     two, elsewhere = image_folder / "train" / "two", tmp_path / "elsewhere"
     (two / "0.png").rename(two / "inside.png")

@@ -1,0 +1,30 @@
+"""A benchmark is a command like any other: a user's mistake is one line, and exit status 2."""
+
+import subprocess
+import sys
+
+import pytest
+
+from benchmarks.cibl_vs_ce import _cell
+from pipelines.errors import UserError
+from tests.conftest import REPOSITORY
+
+COMMANDS = [path for path in sorted((REPOSITORY / "benchmarks").glob("*.py")) if '__name__ == "__main__"' in path.read_text()]
+
+
+@pytest.mark.parametrize("path", COMMANDS, ids=lambda path: path.stem)
+def test_every_benchmark_tells_mistakes_as_commands_do(path):
+    assert path.read_text().endswith("    run_command(main)\n")
+
+
+def test_a_folder_that_is_not_there(tmp_path):
+    command = [sys.executable, "-m", "benchmarks.cifar_loader", "--images", str(tmp_path / "nowhere")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: image folder ")
+    assert "Traceback" not in done.stderr
+
+
+def test_a_run_that_fails_is_named(tmp_path):
+    with pytest.raises(UserError, match="first' has no result"):
+        _cell(tmp_path / "first", ["--no_such_field", "1"])
