@@ -26,7 +26,7 @@ from benchmarks.measure import alternate, report
 from cibl_ray.losses.cibl import cibl
 from cibl_ray.losses.contrastive import Contrast, balanced_contrastive, paco, psc, supcon
 from cibl_ray.losses.objective import Images
-from cibl_ray.losses.softmax import KEEP, matmul, transposed_matmul
+from cibl_ray.losses.softmax import KEEP
 from cibl_ray.losses.within import few
 from cibl_ray.trainer import Trainer, resolve
 from pipelines.errors import run_command
@@ -200,8 +200,8 @@ def _products(leaves: list[torch.Tensor]) -> dict[str, Callable[[], object]]:
     z, logits, prototypes = (leaf.detach() for leaf in leaves)
     within = z @ z.T
     return {
-        "within": lambda: (matmul(z, z.T), matmul(within, z)),
-        "prototypes": lambda: (matmul(z, prototypes.T), matmul(logits, prototypes), transposed_matmul(logits, z)),
+        "within": lambda: (z @ z.T, within @ z),
+        "prototypes": lambda: (z @ prototypes.T, logits @ prototypes, logits.T @ z),
     }
 
 

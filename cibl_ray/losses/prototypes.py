@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from cibl_ray.losses.softmax import BITS, PairWeights, kept, matmul, no_shift_needed, row_blocks, transposed_matmul
+from cibl_ray.losses.softmax import BITS, PairWeights, kept, no_shift_needed, row_blocks
 
 
 def prototype_pairs(
@@ -66,8 +66,8 @@ class _PrototypePairs(torch.autograd.Function):
                 block = held[0] if held else _exponentials(ctx, z, labels, prototypes, rows)[0]
                 block = block * pushed[rows]
                 block.scatter_add_(1, labels[rows, None], pull[rows])
-                parts.append(matmul(block, prototypes))
-                part = transposed_matmul(block, z[rows])
+                parts.append(block @ prototypes)
+                part = block.T @ z[rows]
                 grad_prototypes = part if grad_prototypes is None else grad_prototypes.add_(part)
         return parts[0] if len(parts) == 1 else torch.cat(parts), None, grad_prototypes, None, None, None
 
@@ -78,7 +78,7 @@ def _exponentials(
     """Of some rows w·2^(s - shift), (R, C), s_y, and the shift, (R,), None for 0; s in bits."""
     own = labels[rows, None]
     with torch.autocast(z.device.type, enabled=False):
-        block = matmul(z[rows] * (BITS / ctx.temperature), prototypes.T)
+        block = z[rows] * (BITS / ctx.temperature) @ prototypes.T
     attraction, shift = block.gather(1, own).squeeze(1), None
     if ctx.exclude_own:
         block.scatter_(1, own, float("-inf"))

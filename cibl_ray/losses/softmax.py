@@ -110,35 +110,12 @@ class _LogSumExp(torch.autograd.Function):
             else:
                 (block, _), pushed = _exponentials(ctx, z, others, rows, result[rows]), grad[rows]
             with torch.autocast(z.device.type, enabled=False):
-                grad_z[rows] = matmul(block, others).mul_(pushed[:, None])
+                grad_z[rows] = (block @ others).mul_(pushed[:, None])
                 if grad_others is not None:
-                    grad_others.add_(transposed_matmul(block, pushed[:, None] * z[rows]))
+                    grad_others.add_(block.T @ (pushed[:, None] * z[rows]))
         if ctx.itself and grad_others is not None:
             grad_z, grad_others = grad_z + grad_others, None
         return grad_z, grad_others, None, None, None, None
-
-
-# On AMD, MKL takes its AVX2 code on processors with AVX512 too, where oneDNN is twice as fast; with AVX2 alone, MKL is faster.
-_ONEDNN = (
-    torch.backends.mkldnn.is_available()
-    and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    and torch.backends.cpu.get_cpu_capability() == "AVX512"
-)
-
-
-def matmul(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """x (M, K) @ y (K, N), for float32 on a CPU by the faster library."""
-    if _ONEDNN and x.dtype == torch.float32 and not x.is_cuda:
-        product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, y.T, None, "none", [], "")
-        return product
-    return x @ y
-
-
-def transposed_matmul(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """xᵀ (N, M) @ y (M, K) of a wide x (M, N), for float32 on a CPU by the faster library."""
-    if _ONEDNN and x.dtype == torch.float32 and not x.is_cuda:
-        return matmul(y.T.contiguous(), x).T
-    return x.T @ y
 
 
 def row_blocks(z: torch.Tensor, others: torch.Tensor) -> list[slice]:
@@ -153,7 +130,7 @@ def _exponentials(
     """w·exp(s - shift) of some rows, (R, A), and the shift: unless given, 0 where no exponential of similarities of unit
     vectors leaves the range of normal numbers, else each row's largest, (R,)."""
     with torch.autocast(z.device.type, enabled=False):
-        block = matmul(z[rows] * (BITS / ctx.temperature), others.T)
+        block = z[rows] * (BITS / ctx.temperature) @ others.T
     block.scatter_(1, ctx.exclude[rows, None], float("-inf"))
     if shift is None and not no_shift_needed(ctx.temperature):
         shift = block.amax(1).clamp_(min=torch.finfo(block.dtype).min) / BITS  # a lone row has no largest

@@ -13,7 +13,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from cibl_ray.losses.attraction import positive_sums
-from cibl_ray.losses.softmax import BITS, PairWeights, agreeing, matmul, no_shift_needed, transposed_matmul
+from cibl_ray.losses.softmax import BITS, PairWeights, agreeing, no_shift_needed
 
 # Up to so many pairs are taken at once, and two matrices of them kept; beyond, TILE x TILE at a time.
 AT_ONCE = {"cpu": 2**20, "cuda": 2**26}
@@ -66,7 +66,7 @@ def _exponentials(z: torch.Tensor, labels: torch.Tensor, temperature: float) -> 
     """Of all pairs [same class], (M, M), without its diagonal; BITS·Σ_{p∈P(m)} z_m·z_p/τ, (M,); and E, without its diagonal."""
     same = agreeing(labels, labels, z.dtype).fill_diagonal_(0)
     with torch.autocast(z.device.type, enabled=False):
-        block = matmul(z * (BITS / temperature), z.T)
+        block = z * (BITS / temperature) @ z.T
     attraction = (block * same).sum(1)
     return same, attraction, block.fill_diagonal_(float("-inf")).exp2_()
 
@@ -77,7 +77,7 @@ def _way_back(
     """(E_mk·(u_m + u_k) + [same class]·(h_m + h_k))·z, of u = `pushed` and h = `pull`, (M,)."""
     both = (pushed[:, None] + pushed).mul_(block).addcmul_(same, pull[:, None] + pull)
     with torch.autocast(z.device.type, enabled=False):
-        return matmul(both, z)
+        return both @ z
 
 
 class _AtOnce(torch.autograd.Function):
@@ -150,9 +150,9 @@ class _Tiled(torch.autograd.Function):
         with torch.autocast(z.device.type, enabled=False):
             for rows, columns, tile in _tiles(ctx, z, labels):
                 tile.mul_(pushed[rows, None] + pushed[columns])
-                result[rows] += matmul(tile, z[columns])
+                result[rows] += tile @ z[columns]
                 if rows != columns:
-                    result[columns] += transposed_matmul(tile, z[rows])
+                    result[columns] += tile.T @ z[rows]
         return result, None, None, None, None
 
 
@@ -161,7 +161,7 @@ def _tiles(ctx: Any, z: torch.Tensor, labels: torch.Tensor) -> Iterator[tuple[sl
     scaled = z * (BITS / ctx.temperature)
     for number, rows in enumerate(ctx.bands):
         for columns in ctx.bands[number:]:
-            tile = matmul(scaled[rows], z[columns].T)
+            tile = scaled[rows] @ z[columns].T
             if rows == columns:
                 tile.fill_diagonal_(float("-inf"))
             tile.exp2_()
