@@ -55,7 +55,9 @@ def _shipped_folders() -> list[Path]:
 def read_config(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file."""
     try:
-        content = yaml.safe_load(path.read_text())
+        text = path.read_text(encoding="utf-8-sig")
+        _refuse_repeated_keys(path, yaml.compose(text, Loader=yaml.SafeLoader))
+        content = yaml.safe_load(text)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from error
     except yaml.YAMLError as error:
@@ -65,6 +67,31 @@ def read_config(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{path}: a configuration is a mapping of keys to values, this is a {type(content).__name__}")
     return content
+
+
+def _refuse_repeated_keys(path: Path, node: yaml.Node | None) -> None:
+    """Raise UserError for a key that stands twice in one mapping: YAML would keep the last one and drop the other silently."""
+    left: list[yaml.Node | None] = [node]
+    seen: set[int] = set()
+    while left:
+        node = left.pop()
+        if node is None or id(node) in seen:  # an alias leads to its anchor again
+            continue
+        seen.add(id(node))
+        if isinstance(node, yaml.SequenceNode):
+            left += node.value
+        elif isinstance(node, yaml.MappingNode):
+            lines: dict[str, int] = {}
+            for key, value in node.value:
+                left.append(value)
+                if not isinstance(key, yaml.ScalarNode) or key.tag == "tag:yaml.org,2002:merge":
+                    continue
+                line = key.start_mark.line + 1
+                if key.value in lines:
+                    raise UserError(
+                        f"{path}:{line}: {key.value!r} stands twice, first in line {lines[key.value]}; join or remove one"
+                    )
+                lines[key.value] = line
 
 
 def parse_overrides(arguments: list[str], model: type[BaseModel]) -> list[tuple[str, Any]]:

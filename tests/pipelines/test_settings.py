@@ -6,7 +6,7 @@ import pytest
 
 from cibl_ray.config import RunConfig, build_config, load_config
 from pipelines.errors import UserError
-from pipelines.settings import override, parse_overrides
+from pipelines.settings import override, parse_overrides, read_config
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 MOVING = "{start: 8, end: 24, shape: cosine, warmup: 8}"  # a cosine head's scale
@@ -204,3 +204,25 @@ def test_shipped_configurations_are_valid(path):
 def test_an_optional_path_can_be_unset():
     assert parse_overrides(["--data.source.val", "null"], RunConfig) == [("data.source.val", None)]
     assert parse_overrides(["--data.source.val", "1e3"], RunConfig) == [("data.source.val", "1e3")]
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "key"),
+    [
+        ("data: {val_fraction: .1}\nseed: 1\ndata:\n  size: 8\n", 3, "data"),
+        ("data:\n  val_fraction: .1\n  size: 8\n  val_fraction: .2\n", 4, "val_fraction"),
+        ("data:\n  views:\n    - {kind: crop, kind: resize}\n", 3, "kind"),
+    ],
+)
+def test_a_key_that_stands_twice_is_refused(tmp_path, text, line, key):
+    """YAML keeps the last one: a configuration's data part would be dropped without a word."""
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=rf"c\.yaml:{line}: '{key}' stands twice"):
+        read_config(path)
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_key(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("seed: 3\n", encoding="utf-8-sig")
+    assert read_config(path) == {"seed": 3}
