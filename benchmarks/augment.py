@@ -26,10 +26,10 @@ from torchvision.transforms.v2 import functional as tv
 
 from benchmarks.data import add_arguments, cifar10_lt
 from benchmarks.measure import alternate, report
-from pipelines.augment import Augment
-from pipelines.augment_draws import taps
+from pipelines.augment.draws import taps
+from pipelines.augment.recipe import Augment
+from pipelines.common.errors import run_command
 from pipelines.config import Augmentation, AutoAugment, Blur, ColorJitter, Cutout, Grayscale, RandAugment, View
-from pipelines.errors import run_command
 
 WORKERS = 2
 JITTER, GRAY, BLUR = ColorJitter(kind="color_jitter"), Grayscale(kind="grayscale"), Blur(kind="blur")

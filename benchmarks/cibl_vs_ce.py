@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.errors import UserError, run_command
+from pipelines.common.errors import UserError, run_command
 
 METHODS = {
     "cross-entropy": ["--loss.kind", "cross_entropy"],

@@ -21,9 +21,9 @@ from torchvision.transforms.v2 import functional as tv
 
 from benchmarks.data import add_arguments, cifar10_lt
 from benchmarks.measure import alternate, report
-from pipelines.batch import make_loader, train_reading
+from pipelines.common.errors import run_command
 from pipelines.config import LoaderConfig
-from pipelines.errors import run_command
+from pipelines.loaders.make import make_loader, train_reading
 
 BATCH, WORKERS = 128, 2
 

@@ -30,7 +30,7 @@ from benchmarks import claims_report
 from benchmarks.many_runs import Run, RunsFailedError, refuse_another, run_all
 from benchmarks.measure import report
 from benchmarks.reproduce_cells import HYBRID
-from pipelines.errors import UserError, run_command
+from pipelines.common.errors import UserError, run_command
 
 LAMBDAS = (0.0, 0.01, 0.05, 0.5, 5.0)
 READINGS = {

@@ -25,8 +25,8 @@ import psutil
 from benchmarks.data import add_arguments, cifar10_lt
 from benchmarks.measure import report
 from cibl_ray.config import save_config
-from cibl_ray.runlog import METRICS, read_metrics
-from pipelines.errors import run_command
+from cibl_ray.run.log import METRICS, read_metrics
+from pipelines.common.errors import run_command
 
 TURN, LARGEST = 12.0, 300  # seconds: some epochs of a data set whose largest class has so many images
 

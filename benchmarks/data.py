@@ -6,7 +6,8 @@ import argparse
 from pathlib import Path
 
 from cibl_ray.config import RunConfig, load_config
-from pipelines.prepare import Prepared, ensure_prepared
+from pipelines.prepare.build import ensure_prepared
+from pipelines.prepare.prepared import Prepared
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
-from pipelines.errors import run_command
-from pipelines.longtail import exp_counts
-from pipelines.pictures import GROUPS, shot_groups
-from pipelines.sources import class_counts, read_list
+from pipelines.common.errors import run_command
+from pipelines.prepare.longtail import exp_counts
+from pipelines.prepare.pictures import GROUPS, shot_groups
+from pipelines.prepare.sources import class_counts, read_list
 
 
 def main() -> None:

@@ -18,16 +18,16 @@ import torch
 
 from benchmarks.measure import alternate, report
 from benchmarks.serve import make_bundle
-from cibl_ray.bundle import FILES
+from cibl_ray.bundle.card import FILES
+from cibl_ray.bundle.runtime import Runtime
+from cibl_ray.bundle.targets import this_machine
 from cibl_ray.config import NetworkConfig
+from cibl_ray.exporting.onnx_graph import export_base, finish, to_fp16, to_int8
 from cibl_ray.losses.config import Needs
 from cibl_ray.networks.network import HybridNetwork, build_network
-from cibl_ray.onnx_graph import export_base, finish, to_fp16, to_int8
-from cibl_ray.runtime import Runtime
-from cibl_ray.targets import this_machine
-from pipelines.augment import Normalize
+from pipelines.augment.recipe import Normalize
+from pipelines.common.errors import run_command
 from pipelines.config import DataConfig
-from pipelines.errors import run_command
 
 BATCH = 64
 

@@ -31,17 +31,17 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
 from benchmarks.measure import alternate, report
-from pipelines.batch import Reading
-from pipelines.beton import Beton, BetonWriter
+from pipelines.common.cores import usable_cores
+from pipelines.common.errors import run_command
 from pipelines.config import LoaderConfig, RandomResizedCrop, Store, View
-from pipelines.cores import usable_cores
-from pipelines.cut_kernel import Table, cut_batch, make_work
-from pipelines.cuts import draw_cuts
-from pipelines.errors import run_command
-from pipelines.ffcv_loader import FFCVLoader
-from pipelines.images import pack
-from pipelines.sources import open_folder
-from pipelines.turbojpeg import Decoders
+from pipelines.loaders.cut_kernel import Table, cut_batch, make_work
+from pipelines.loaders.cuts import draw_cuts
+from pipelines.loaders.ffcv_loader import FFCVLoader
+from pipelines.loaders.make import Reading
+from pipelines.loaders.turbojpeg import Decoders
+from pipelines.prepare.beton import Beton, BetonWriter
+from pipelines.prepare.images import pack
+from pipelines.prepare.sources import open_folder
 
 SIZE, BATCH = 224, 64
 SIDE, BYTES = 500, 110_000  # ImageNet's: most common longer side, mean size of a file

@@ -20,15 +20,15 @@ import numpy as np
 
 from benchmarks.dataset_counts import imagenet_lt_counts
 from benchmarks.measure import report
-from pipelines.batch import Loader, Reading, Share
-from pipelines.beton import Beton
+from pipelines.common.cores import usable_cores
+from pipelines.common.errors import run_command
 from pipelines.config import DataConfig, LoaderConfig, RandomResizedCrop, Sampling, Store, View
-from pipelines.cores import usable_cores
-from pipelines.errors import run_command
-from pipelines.ffcv_loader import FFCVLoader
-from pipelines.pictures import save_histogram
-from pipelines.sources import Images, class_counts
-from pipelines.writer import write_split
+from pipelines.loaders.ffcv_loader import FFCVLoader
+from pipelines.loaders.make import Loader, Reading, Share
+from pipelines.prepare.beton import Beton
+from pipelines.prepare.pictures import save_histogram
+from pipelines.prepare.sources import Images, class_counts
+from pipelines.prepare.writer import write_split
 
 BATCH = 256
 VIEW = View(cut=RandomResizedCrop(kind="resized"))

@@ -26,10 +26,10 @@ from benchmarks.measure import alternate, report
 from cibl_ray.losses.cibl import cibl
 from cibl_ray.losses.contrastive import Contrast, balanced_contrastive, paco, psc, supcon
 from cibl_ray.losses.objective import Images
-from cibl_ray.losses.softmax import KEEP
-from cibl_ray.losses.within import few
-from cibl_ray.trainer import Trainer, resolve
-from pipelines.errors import run_command
+from cibl_ray.losses.pairs.softmax import KEEP
+from cibl_ray.losses.pairs.within import few
+from cibl_ray.training.trainer import Trainer, resolve
+from pipelines.common.errors import run_command
 
 # What each loss multiplies where its batch is taken at once: pairs within it, and pairs with the prototypes.
 PRODUCTS = {

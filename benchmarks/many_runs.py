@@ -17,11 +17,11 @@ from tqdm import tqdm
 
 from cibl_ray.config import RunConfig, load_config
 from cibl_ray.train import CONFIG
-from cibl_ray.trainer import resolve
-from pipelines.cores import CORES, usable_cores
-from pipelines.errors import UserError
-from pipelines.prepare import ensure_prepared, prepared_folder
-from pipelines.settings import read_config, validate
+from cibl_ray.training.trainer import resolve
+from pipelines.common.cores import CORES, usable_cores
+from pipelines.common.errors import UserError
+from pipelines.common.settings import read_config, validate
+from pipelines.prepare.build import ensure_prepared, prepared_folder
 
 
 @dataclass(frozen=True)

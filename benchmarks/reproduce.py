@@ -26,8 +26,8 @@ from benchmarks.many_runs import Run, RunsFailedError, refuse_another, run_all
 from benchmarks.measure import report
 from benchmarks.reproduce_cells import BUDGETS, TABLES, Cell, cells
 from benchmarks.reproduce_lines import failed, is_of, record, source, source_of
-from pipelines.cores import usable_cores
-from pipelines.errors import UserError, run_command
+from pipelines.common.cores import usable_cores
+from pipelines.common.errors import UserError, run_command
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import yaml
 
-from pipelines.longtail import exp_counts
+from pipelines.prepare.longtail import exp_counts
 
 TABLES = ("cifar10_lt", "cifar100_lt", "tail_skew", "cosine_epochs", "recipe", "imagenet_lt")
 LAMBDAS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 5.0)

@@ -12,11 +12,11 @@ from benchmarks.many_runs import computed
 from benchmarks.measure import machine
 from benchmarks.reproduce_cells import Cell
 from cibl_ray.config import RunConfig
-from cibl_ray.fingerprint import code_digest
-from cibl_ray.runlog import read_metrics
+from cibl_ray.run.fingerprint import code_digest
+from cibl_ray.run.log import read_metrics
 from cibl_ray.train import CONFIG
-from pipelines.errors import UserError
-from pipelines.settings import read_config, validate
+from pipelines.common.errors import UserError
+from pipelines.common.settings import read_config, validate
 
 Line = dict[str, Any]
 

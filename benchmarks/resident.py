@@ -26,11 +26,11 @@ from cibl_ray.config import RunConfig
 from cibl_ray.losses.config import needs
 from cibl_ray.losses.objective import Images, Objective
 from cibl_ray.networks.network import Outputs, build_network
-from cibl_ray.trainer import Trainer, resolve
+from cibl_ray.training.trainer import Trainer, resolve
 from cibl_ray.world import World
-from pipelines.cores import usable_cores
-from pipelines.errors import run_command
-from pipelines.prepare import Prepared
+from pipelines.common.cores import usable_cores
+from pipelines.common.errors import run_command
+from pipelines.prepare.prepared import Prepared
 
 
 class _Views(Dataset):

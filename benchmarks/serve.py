@@ -35,8 +35,8 @@ import psutil
 from PIL import Image
 
 from benchmarks.measure import report
-from cibl_ray.runtime import Runtime
-from pipelines.errors import run_command
+from cibl_ray.bundle.runtime import Runtime
+from pipelines.common.errors import run_command
 
 PORT = 8971
 IDLE, PATIENCE = 8.0, 90  # percent of the CPUs below which a server has started all that it starts; seconds to wait for that
@@ -123,11 +123,11 @@ def main() -> None:
 
 def make_bundle(folder: Path, seed: int = 0) -> Path:
     """A ResNet-32 for CIFAR-10 with weights as drawn: as fast as a trained one."""
-    from cibl_ray.bundle import MANIFEST, Card, file_sha256
+    from cibl_ray.bundle.card import MANIFEST, Card, file_sha256
     from cibl_ray.config import NetworkConfig
+    from cibl_ray.exporting.onnx_graph import export_base, finish
     from cibl_ray.losses.config import Needs
     from cibl_ray.networks.network import build_network
-    from cibl_ray.onnx_graph import export_base, finish
     from pipelines.config import DataConfig
     from pipelines.pixels import EvalRule
 

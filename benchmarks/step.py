@@ -21,9 +21,9 @@ from benchmarks.data import add_arguments, cifar10_lt
 from benchmarks.measure import alternate, report
 from cibl_ray.config import RunConfig
 from cibl_ray.losses.objective import Images
-from cibl_ray.trainer import Trainer, resolve
-from pipelines.errors import run_command
-from pipelines.prepare import Prepared
+from cibl_ray.training.trainer import Trainer, resolve
+from pipelines.common.errors import run_command
+from pipelines.prepare.prepared import Prepared
 
 _LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 

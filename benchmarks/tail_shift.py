@@ -18,14 +18,14 @@ from matplotlib.figure import Figure
 
 from benchmarks.claims import LAMBDAS
 from benchmarks.measure import report
-from cibl_ray.checkpoint import load_checkpoint
-from cibl_ray.evaluation import predict
-from cibl_ray.metrics import Scores, score
-from cibl_ray.trainer import resolve
-from pipelines.augment import Normalize
-from pipelines.batch import eval_reading, make_loader
-from pipelines.errors import run_command
-from pipelines.prepare import ensure_prepared
+from cibl_ray.evaluation.metrics import Scores, score
+from cibl_ray.evaluation.predict import predict
+from cibl_ray.run.checkpoint import load_checkpoint
+from cibl_ray.training.trainer import resolve
+from pipelines.augment.recipe import Normalize
+from pipelines.common.errors import run_command
+from pipelines.loaders.make import eval_reading, make_loader
+from pipelines.prepare.build import ensure_prepared
 
 SHIFTS = tuple(step / 4 for step in range(9))
 SEEDS = 3

@@ -16,8 +16,8 @@ import torch
 from benchmarks.data import add_arguments, cifar10_lt
 from benchmarks.measure import alternate, report
 from cibl_ray.losses.objective import Images
-from cibl_ray.trainer import Trainer, resolve
-from pipelines.errors import run_command
+from cibl_ray.training.trainer import Trainer, resolve
+from pipelines.common.errors import run_command
 
 
 def main() -> None:

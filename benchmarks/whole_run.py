@@ -27,9 +27,9 @@ from benchmarks.reproduce_lines import source
 from benchmarks.step import flops, peak, step_of
 from cibl_ray.config import load_config
 from cibl_ray.train import RESULT
-from cibl_ray.trainer import resolve
-from pipelines.errors import UserError, run_command
-from pipelines.prepare import ensure_prepared
+from cibl_ray.training.trainer import resolve
+from pipelines.common.errors import UserError, run_command
+from pipelines.prepare.build import ensure_prepared
 
 _QUICK = (
     *("--backbone", "resnet20", "--epochs", "2", "--warmup_epochs", "0", "--batch_size", "64"),

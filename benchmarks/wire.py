@@ -18,9 +18,9 @@ import torch.distributed as dist
 from benchmarks.data import add_arguments, cifar10_lt
 from benchmarks.measure import report
 from cibl_ray.losses.objective import Images
-from cibl_ray.trainer import Trainer, resolve
+from cibl_ray.training.trainer import Trainer, resolve
 from cibl_ray.world import World
-from pipelines.errors import run_command
+from pipelines.common.errors import run_command
 
 LOSSES = {
     **{kind: f"{{kind: {kind}}}" for kind in ("cross_entropy", "balanced_softmax", "ldam", "psc", "hybrid_psc")},

@@ -12,8 +12,8 @@ import yaml
 from pydantic import Field, model_validator
 
 from cibl_ray.losses.config import CIBLConfig, HybridPSCConfig, HybridSCConfig, LDAMConfig, LossConfig, PaCoConfig
+from pipelines.common.settings import Settings, absolute, find_config, override, parse_overrides, read_config, validate
 from pipelines.config import DataConfig, LoaderConfig
-from pipelines.settings import Settings, absolute, find_config, override, parse_overrides, read_config, validate
 
 log = logging.getLogger(__name__)
 

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cibl_ray.train import CONFIG
-from pipelines.errors import CommandParser, UserError, run_command
+from pipelines.common.errors import CommandParser, UserError, run_command
 
 if TYPE_CHECKING:
-    from cibl_ray.checkpoint import Checkpoint
-    from cibl_ray.metrics import Scores
+    from cibl_ray.evaluation.metrics import Scores
+    from cibl_ray.run.checkpoint import Checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -36,8 +36,8 @@ def main() -> None:
         raise UserError("--split is of the run's own data; it says nothing of --data")
     if arguments.json is not None and not arguments.json.absolute().parent.is_dir():
         raise UserError(f"--json {arguments.json}: the folder {str(arguments.json.parent)!r} does not exist")
-    from cibl_ray.checkpoint import load_checkpoint
-    from cibl_ray.metrics import heading, table
+    from cibl_ray.evaluation.metrics import heading, table
+    from cibl_ray.run.checkpoint import load_checkpoint
 
     logging.basicConfig(format="%(message)s")
 
@@ -62,12 +62,12 @@ def _evaluate(checkpoint: Checkpoint, folder: Path | None, split: str | None) ->
     """The split that it was, by default test, else val, and the scores."""
     import torch
 
-    from cibl_ray.evaluation import predict
-    from cibl_ray.metrics import score
-    from cibl_ray.trainer import resolve
-    from pipelines.augment import Normalize
-    from pipelines.batch import eval_reading, make_loader
-    from pipelines.prepare import ensure_prepared, prepare_folder
+    from cibl_ray.evaluation.metrics import score
+    from cibl_ray.evaluation.predict import predict
+    from cibl_ray.training.trainer import resolve
+    from pipelines.augment.recipe import Normalize
+    from pipelines.loaders.make import eval_reading, make_loader
+    from pipelines.prepare.build import ensure_prepared, prepare_folder
 
     network = checkpoint.network()
     train = checkpoint.config.train.model_copy(update={"device": "auto"})  # not the machine that trained

@@ -21,18 +21,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cibl_ray.train import CONFIG
-from pipelines.errors import CommandParser, UserError, run_command
+from pipelines.common.errors import CommandParser, UserError, run_command
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from cibl_ray.checkpoint import Checkpoint
+    from cibl_ray.bundle.runtime import Provider, Runtime
+    from cibl_ray.bundle.targets import Target
     from cibl_ray.config import RunConfig
-    from cibl_ray.metrics import Scores
+    from cibl_ray.evaluation.metrics import Scores
     from cibl_ray.networks.network import HybridNetwork
-    from cibl_ray.runtime import Provider, Runtime
-    from cibl_ray.targets import Target
-    from pipelines.prepare import Prepared
+    from cibl_ray.run.checkpoint import Checkpoint
+    from pipelines.prepare.prepared import Prepared
 
 log = logging.getLogger(__name__)
 
@@ -91,7 +91,7 @@ def export(checkpoint_file: Path, out: Path, options: Options) -> None:
     """Write the bundle of a checkpoint to the folder `out`, which must not exist. Raises UserError, leaving nothing."""
     if out.exists():
         raise UserError(f"{str(out)!r} exists; remove it, or name another folder: --out")
-    from cibl_ray.checkpoint import load_checkpoint
+    from cibl_ray.run.checkpoint import load_checkpoint
 
     checkpoint = load_checkpoint(checkpoint_file)
     source = _source(checkpoint_file, checkpoint)
@@ -110,9 +110,9 @@ class _Export:
     """One export, into the folder `part`."""
 
     def __init__(self, checkpoint: Checkpoint, options: Options, source: dict[str, Any], part: Path) -> None:
-        from cibl_ray.trainer import resolve
-        from pipelines.batch import eval_rule
-        from pipelines.prepare import ensure_prepared
+        from cibl_ray.training.trainer import resolve
+        from pipelines.loaders.make import eval_rule
+        from pipelines.prepare.build import ensure_prepared
 
         self.checkpoint, self.options, self.source, self.part = checkpoint, options, source, part
         train = checkpoint.config.train.model_copy(update={"device": "cpu", "precision": "fp32"})
@@ -125,10 +125,10 @@ class _Export:
         self.network: HybridNetwork = checkpoint.network().eval()
 
     def make(self) -> None:
-        from cibl_ray.bundle import FILES, MANIFEST
-        from cibl_ray.export_report import save_tail_shift, write_model_card
-        from cibl_ray.onnx_graph import export_base
-        from pipelines.pictures import save_histogram
+        from cibl_ray.bundle.card import FILES, MANIFEST
+        from cibl_ray.exporting.onnx_graph import export_base
+        from cibl_ray.exporting.report import save_tail_shift, write_model_card
+        from pipelines.prepare.pictures import save_histogram
 
         checkpoint, options, part = self.checkpoint, self.options, self.part
         images = self._first_images(sum(VERIFIED_BATCHES))
@@ -160,15 +160,15 @@ class _Export:
         write_model_card(
             part / "README.md", manifest, {precision: (part / FILES[precision]).stat().st_size for precision in scores}
         )
-        from cibl_ray.bundle import file_sha256
+        from cibl_ray.bundle.card import file_sha256
 
         manifest["files"] = {file.name: file_sha256(file) for file in sorted(part.iterdir()) if file.is_file()}
         (part / MANIFEST).write_text(json.dumps(manifest, indent=1))
         self._print(scores, provider)
 
     def _convert(self, bases: dict[str, Path]) -> None:
-        from cibl_ray.onnx_graph import to_fp16, to_int8
-        from cibl_ray.targets import this_machine
+        from cibl_ray.bundle.targets import this_machine
+        from cibl_ray.exporting.onnx_graph import to_fp16, to_int8
 
         if "fp16" in self.options.precisions:
             bases["fp16"] = bases["fp32"].with_name("fp16.onnx")
@@ -183,9 +183,9 @@ class _Export:
 
     def _finish(self, bases: dict[str, Path], accuracy: dict[str, Any]) -> dict[str, Any]:
         """Write every precision's file with its card; return fp32's."""
-        from cibl_ray.bundle import FILES, Card
-        from cibl_ray.onnx_graph import finish
-        from pipelines.pictures import shot_groups
+        from cibl_ray.bundle.card import FILES, Card
+        from cibl_ray.exporting.onnx_graph import finish
+        from pipelines.prepare.pictures import shot_groups
 
         assert self.options.name is not None
         counts = self.checkpoint.train_counts
@@ -205,8 +205,8 @@ class _Export:
         return card.dump()
 
     def _open(self) -> dict[str, Runtime]:
-        from cibl_ray.bundle import FILES
-        from cibl_ray.runtime import Runtime
+        from cibl_ray.bundle.card import FILES
+        from cibl_ray.bundle.runtime import Runtime
 
         return {name: Runtime(self.part / FILES[name], self.options.provider) for name in self.options.precisions}
 
@@ -221,7 +221,7 @@ class _Export:
         """uint8 (n, S, S, 3): training images, as many of each class (or all that it has), in an order that mixes classes."""
         import numpy as np
 
-        from pipelines.eval_loader import eval_image
+        from pipelines.loaders.eval_loader import eval_image
 
         beton = self.prepared.beton("train")
         wanted = max(1, -(-self.options.calibration // len(self.prepared.classes)))
@@ -231,7 +231,7 @@ class _Export:
 
     def _batches(self, split: str) -> Any:
         """(images uint8 (B, S, S, 3), labels int64 (B,)) of a split, as evaluation reads it."""
-        from pipelines.batch import eval_reading, make_loader
+        from pipelines.loaders.make import eval_reading, make_loader
 
         loader = make_loader(self.prepared, split, eval_reading(self.config.data, 100), self.config.loader)
         try:
@@ -244,9 +244,9 @@ class _Export:
         """The server's way from an image's original file to pixels, against the evaluation's."""
         import numpy as np
 
-        from cibl_ray.bundle import FORMATS
-        from pipelines.originals import original_images
+        from cibl_ray.bundle.card import FORMATS
         from pipelines.pixels import BadImageError, decode
+        from pipelines.prepare.originals import original_images
 
         foreign = []
         originals = original_images(self.prepared, self.split, self.config.data, self.config.seed, len(images))
@@ -271,8 +271,8 @@ class _Export:
         import numpy as np
         import torch
 
-        from cibl_ray.bundle import LOGITS
-        from pipelines.augment import Normalize
+        from cibl_ray.bundle.card import LOGITS
+        from pipelines.augment.recipe import Normalize
 
         normalize = Normalize(self.config.data)
         start = 0
@@ -297,8 +297,8 @@ class _Export:
         import torch
         from tqdm import tqdm
 
-        from cibl_ray.bundle import LOGITS
-        from cibl_ray.metrics import score
+        from cibl_ray.bundle.card import LOGITS
+        from cibl_ray.evaluation.metrics import score
 
         logits: dict[str, list[np.ndarray]] = {precision: [] for precision in runtimes}
         labels = []
@@ -320,7 +320,7 @@ class _Export:
 
     def _compare(self, scores: dict[str, Scores]) -> None:
         """Refuse a precision that costs a shot group too much."""
-        from pipelines.pictures import GROUPS
+        from pipelines.prepare.pictures import GROUPS
 
         for precision in scores:
             for group in ("overall", *GROUPS):
@@ -334,8 +334,8 @@ class _Export:
                     )
 
     def _print(self, scores: dict[str, Scores], provider: str) -> None:
-        from cibl_ray.bundle import FILES
-        from cibl_ray.metrics import table
+        from cibl_ray.bundle.card import FILES
+        from cibl_ray.evaluation.metrics import table
 
         sizes = {name: (self.part / FILES[name]).stat().st_size for name in scores}
         print(f"measured on {self.split} with onnxruntime, {provider}, in percent:")
@@ -371,7 +371,7 @@ def _checkpoint(run: Path, which: str | None) -> Path:
 
 
 def _source(path: Path, checkpoint: Checkpoint) -> dict[str, Any]:
-    from cibl_ray.bundle import file_sha256
+    from cibl_ray.bundle.card import file_sha256
 
     folder = path.absolute().parent
     run = folder.parent.name if folder.name == "checkpoints" else folder.name
@@ -379,7 +379,7 @@ def _source(path: Path, checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _model_name(name: str) -> str:
-    from cibl_ray.bundle import NAME
+    from cibl_ray.bundle.card import NAME
 
     if not NAME.fullmatch(name):
         raise UserError(f"the model's name {name!r} must be of letters, digits, '.', '_' and '-', at most 128: --name")

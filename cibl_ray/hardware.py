@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from pipelines.errors import UserError
+from pipelines.common.errors import UserError
 
 
 def describe(device: str) -> str:

@@ -21,16 +21,16 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, TYPE_CHECKING, Any
 
-from cibl_ray.ray_start import settle
-from pipelines.errors import CommandParser, Interrupted, UserError, run_command
-from pipelines.settings import split_command_line
+from cibl_ray.cluster.environment import settle
+from pipelines.common.errors import CommandParser, Interrupted, UserError, run_command
+from pipelines.common.settings import split_command_line
 
 if TYPE_CHECKING:
-    from cibl_ray.progress import Progress
-    from cibl_ray.storage import Mirror
-    from cibl_ray.trainer import Trainer
+    from cibl_ray.cluster.storage import Mirror
+    from cibl_ray.run.progress import Progress
+    from cibl_ray.training.trainer import Trainer
     from cibl_ray.world import World
-    from pipelines.prepare import Prepared
+    from pipelines.prepare.prepared import Prepared
 
 CONFIG = "config.yaml"
 RESULT = "result.json"
@@ -66,14 +66,14 @@ def main() -> None:
     if arguments.resume is not None and "://" in arguments.resume:
         if not arguments.cluster:
             raise UserError(f"--resume {arguments.resume}: a run in an object store goes on with --cluster: add that")
-        from cibl_ray.storage import fetched
+        from cibl_ray.cluster.storage import fetched
 
         storage, folder = fetched(arguments.resume)
         config, folder = _resumed(folder, overrides, name)
     elif arguments.resume is not None:
         folder = Path(arguments.resume)
         if arguments.cluster:
-            from cibl_ray.storage import in_step
+            from cibl_ray.cluster.storage import in_step
 
             storage = in_step(folder.absolute(), storage)
         config, folder = _resumed(folder, overrides, name)
@@ -85,7 +85,7 @@ def main() -> None:
         folder = config.runs / (arguments.name or f"{Path(name).stem}-{time.strftime('%Y%m%d-%H%M%S')}")
     if arguments.cluster:
         settle(own=arguments.address is None)
-        from cibl_ray.cluster import FAILURES, Options, fit, parse_workers
+        from cibl_ray.cluster.launch import FAILURES, Options, fit, parse_workers
 
         failures = FAILURES if arguments.max_failures is None else arguments.max_failures
         options = Options(
@@ -93,7 +93,7 @@ def main() -> None:
         )
         fit(config, folder, arguments.resume is not None, options)
         return
-    from cibl_ray.progress import Silent, Terminal
+    from cibl_ray.run.progress import Silent, Terminal
     from cibl_ray.world import join, leave
 
     world = join()
@@ -118,12 +118,12 @@ def train(
     Every worker of `world` calls it; rank 0 alone writes, and has a result. mirror: where rank 0 keeps a copy of the folder.
     patience: seconds to wait for another process that works in the folder: a lost worker's may end after it is replaced.
     """
-    from cibl_ray.checkpoint import newest
+    from cibl_ray.cluster.storage import copy_of
     from cibl_ray.hardware import TIMER_LAG, keep_freed_memory, let_timers_lag
-    from cibl_ray.storage import copy_of
-    from cibl_ray.trainer import Trainer, resolve
+    from cibl_ray.run.checkpoint import newest
+    from cibl_ray.training.trainer import Trainer, resolve
     from cibl_ray.world import need_own_device
-    from pipelines.prepare import ensure_prepared
+    from pipelines.prepare.build import ensure_prepared
 
     keep_freed_memory()
     let_timers_lag(TIMER_LAG)  # a cluster of this machine's own has left more
@@ -182,11 +182,11 @@ def _same_data(world: World, prepared: Prepared) -> None:
 def _fit(trainer: Trainer, progress: Progress) -> dict[str, Any]:
     """Train, and leave everything that a run folder holds."""
     from cibl_ray.config import doubts, save_config
+    from cibl_ray.evaluation.metrics import heading, table
+    from cibl_ray.evaluation.pictures import save_accuracy_by_class, save_learning_curves
     from cibl_ray.hardware import describe
-    from cibl_ray.metrics import heading, table
-    from cibl_ray.pictures import save_accuracy_by_class, save_learning_curves
-    from cibl_ray.runlog import read_metrics
-    from pipelines.pictures import save_histogram
+    from cibl_ray.run.log import read_metrics
+    from pipelines.prepare.pictures import save_histogram
 
     config, folder, prepared = trainer.config, trainer.folder, trainer.prepared
     _log_to(folder / "train.log", progress)
@@ -279,7 +279,7 @@ def _never_begun(folder: Path) -> bool:
 def _resumed(folder: Path, overrides: list[str], name: str | None) -> tuple[Any, Path]:
     """The run's configuration with `overrides`; where `name` is given too, as in the command that began it, it must agree."""
     from cibl_ray.config import build_config, load_config
-    from pipelines.settings import read_config
+    from pipelines.common.settings import read_config
 
     if not (folder / CONFIG).is_file():
         left = "; no run began in it: remove it, and start the run anew" if _never_begun(folder) else ""
@@ -301,7 +301,7 @@ def _resumed(folder: Path, overrides: list[str], name: str | None) -> tuple[Any,
 
 def _of_checkpoint(folder: Path) -> dict[str, Any]:
     """The configuration of a run whose file is empty, as a power cut may leave it."""
-    from cibl_ray.checkpoint import newest
+    from cibl_ray.run.checkpoint import newest
 
     checkpoint = newest(folder / "checkpoints")
     if checkpoint is None:

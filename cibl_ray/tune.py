@@ -18,15 +18,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cibl_ray.ray_start import settle
+from cibl_ray.cluster.environment import settle
 from cibl_ray.train import same_name
-from pipelines.errors import CommandParser, Interrupted, UserError, run_command
-from pipelines.settings import split_command_line
+from pipelines.common.errors import CommandParser, Interrupted, UserError, run_command
+from pipelines.common.settings import split_command_line
 
 if TYPE_CHECKING:
     from cibl_ray.config import RunConfig
-    from cibl_ray.progress import Progress
-    from cibl_ray.sweep import SweepConfig, Trial
+    from cibl_ray.run.progress import Progress
+    from cibl_ray.tuning.sweep import SweepConfig, Trial
 
 SWEEP, TRIALS, JOURNAL = "sweep.json", "trials.jsonl", "search.journal"
 
@@ -46,7 +46,7 @@ def main() -> None:
         raise UserError("name a sweep first (sweeps/tail_skew, say) to start one, or --resume FOLDER to go on with one")
     if arguments.resume is not None and arguments.name is not None:
         same_name(arguments.name, str(arguments.resume))
-    from cibl_ray.sweep import load_sweep, read_sweep
+    from cibl_ray.tuning.sweep import load_sweep, read_sweep
 
     base = None
     if arguments.resume is not None:
@@ -72,11 +72,11 @@ def run(sweep: SweepConfig, folder: Path, address: str | None, base: dict[str, A
     """Do what is left of a sweep in `folder`, and write its result. base: as it began with; None: of the sweep's file."""
     import ray
 
-    from cibl_ray import sweep_report
-    from cibl_ray.cluster import cluster, polite_end
-    from cibl_ray.shared_folder import mark_beside
-    from cibl_ray.sweep import base_content, check_metrics, read_trials, sweep_text
+    from cibl_ray.cluster.launch import cluster, polite_end
+    from cibl_ray.cluster.shared_folder import mark_beside
     from cibl_ray.train import lock_folder
+    from cibl_ray.tuning import report as sweep_report
+    from cibl_ray.tuning.sweep import base_content, check_metrics, read_trials, sweep_text
 
     base = base or base_content(sweep)  # a mistake is found before anything is started or written
     if address is None:
@@ -109,9 +109,9 @@ def run(sweep: SweepConfig, folder: Path, address: str | None, base: dict[str, A
 
 def _prepared(base: dict[str, Any]) -> tuple[set[str], bool]:
     """Prepare the data of a sweep: the groups of classes that validation has images of, and whether there is such a split."""
-    from cibl_ray.sweep import trial_config
-    from pipelines.pictures import shot_groups, thirds
-    from pipelines.prepare import ensure_prepared
+    from cibl_ray.tuning.sweep import trial_config
+    from pipelines.prepare.build import ensure_prepared
+    from pipelines.prepare.pictures import shot_groups, thirds
 
     config = trial_config(base, {})
     prepared = ensure_prepared(config.data, config.seed)
@@ -126,7 +126,7 @@ def _check_nodes(folder: Path, mark: str | None) -> None:
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    from cibl_ray.shared_folder import same_folder
+    from cibl_ray.cluster.shared_folder import same_folder
 
     check: Any = ray.remote(same_folder)
     nodes = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in ray.nodes() if node["Alive"]]
@@ -167,8 +167,8 @@ def _search(sweep: SweepConfig, base: dict[str, Any], folder: Path, left: int, m
     from ray.tune.schedulers import ASHAScheduler
     from ray.tune.search.optuna import OptunaSearch
 
-    from cibl_ray.cluster import places
-    from cibl_ray.sweep import most_epochs, read_trials, trial_name
+    from cibl_ray.cluster.launch import places
+    from cibl_ray.tuning.sweep import most_epochs, read_trials, trial_name
 
     gpus = base["train"]["device"] != "cpu" and bool(ray.cluster_resources().get("GPU"))
     room = places([node["Resources"] for node in ray.nodes() if node["Alive"]], sweep.cpus, gpus) // sweep.workers
@@ -248,7 +248,7 @@ def _proposed(storage: Any) -> list[Any]:
 def _space(space: Any) -> Any:
     from ray import tune
 
-    from cibl_ray.sweep import Choice
+    from cibl_ray.tuning.sweep import Choice
 
     if isinstance(space, Choice):
         return tune.choice([*space.values])
@@ -264,13 +264,13 @@ def _trial(params: dict[str, Any], given: dict[str, Any]) -> None:
     """One trial, in a process of its own: a run like any other, whose epochs Ray Tune hears of."""
     import torch
 
-    from cibl_ray.runlog import read_metrics
-    from cibl_ray.shared_folder import same_folder
-    from cibl_ray.sweep import SweepConfig, trial_config, trial_name
+    from cibl_ray.cluster.shared_folder import same_folder
+    from cibl_ray.run.log import read_metrics
     from cibl_ray.train import train
+    from cibl_ray.tuning.sweep import SweepConfig, trial_config, trial_name
     from cibl_ray.world import World
-    from pipelines.cores import limit_cores
-    from pipelines.settings import validate
+    from pipelines.common.cores import limit_cores
+    from pipelines.common.settings import validate
 
     torch.set_num_threads(given["cpus"])
     limit_cores(given["cpus"])
@@ -307,8 +307,8 @@ def _in_workers(sweep: SweepConfig, config: RunConfig, run_folder: Path, progres
     """The same in several workers, for which the trial's own process only waits."""
     import ray
 
-    from cibl_ray.cluster import Shape, launch
-    from cibl_ray.runlog import read_metrics
+    from cibl_ray.cluster.launch import Shape, launch
+    from cibl_ray.run.log import read_metrics
 
     gpus = bool(ray.cluster_resources().get("GPU")) and config.train.device != "cpu"
     train = config.train.model_copy(update={"device": "cuda" if gpus else "cpu"})
@@ -357,7 +357,7 @@ class _Reported:
     def _report(self, row: dict[str, Any]) -> None:
         from ray import tune
 
-        from cibl_ray.sweep import objectives
+        from cibl_ray.tuning.sweep import objectives
 
         values = {f"objective_{number}": value for number, value in enumerate(objectives(self._sweep, row["val"]))}
         tune.report({"epoch": row["epoch"], "scores": row["val"]} | values)
@@ -367,7 +367,7 @@ def _recorder(folder: Path, sweep: SweepConfig, base: dict[str, Any]) -> Any:
     """Runs in the driver: each trial that ends is a line in trials.jsonl and one on the terminal."""
     from ray import tune
 
-    from cibl_ray.sweep import Trial, objectives, read_trials, trial_name
+    from cibl_ray.tuning.sweep import Trial, objectives, read_trials, trial_name
 
     class Recorder(tune.Callback):
         done = len(read_trials(folder))

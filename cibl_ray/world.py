@@ -19,8 +19,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from pipelines.batch import Share
-from pipelines.errors import UserError
+from pipelines.common.errors import UserError
+from pipelines.loaders.make import Share
 
 T = TypeVar("T")
 

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from pipelines.settings import Settings
+from pipelines.common.settings import Settings
 
 
 class FolderSource(Settings):

@@ -13,14 +13,14 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from pipelines.augment import Augment
-from pipelines.batch import make_loader, train_reading
-from pipelines.beton import RAW
+from pipelines.augment.recipe import Augment
+from pipelines.common.errors import CommandParser, UserError, run_command
+from pipelines.common.settings import split_command_line
 from pipelines.config import LoaderConfig
-from pipelines.errors import CommandParser, UserError, run_command
-from pipelines.pictures import shot_groups
-from pipelines.prepare import ensure_prepared, load_data
-from pipelines.settings import split_command_line
+from pipelines.loaders.make import make_loader, train_reading
+from pipelines.prepare.beton import RAW
+from pipelines.prepare.build import ensure_prepared, load_data
+from pipelines.prepare.pictures import shot_groups
 
 _TILE, _GAP, _LINE = 160, 6, 16  # pixels of a tile's side, between tiles, of a line of text
 

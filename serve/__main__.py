@@ -15,10 +15,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from cibl_ray.bundle import open_bundle
-from cibl_ray.targets import misfit
-from pipelines.errors import CommandParser, UserError, run_command
-from serve.front import addresses, authority
+from cibl_ray.bundle.card import open_bundle
+from cibl_ray.bundle.targets import misfit
+from pipelines.common.errors import CommandParser, UserError, run_command
+from serve.haproxy import addresses, authority
 from serve.local import running
 from serve.settings import KEYS, check
 
@@ -50,7 +50,7 @@ def main() -> None:
             raise UserError(f"{str(bundle.folder)!r} has no {arguments.precision} model; it has {made}: --precision")
         # Replicas log it, where nobody looks.
         if arguments.precision == "int8" and arguments.provider in ("auto", "cpu") and (problem := misfit(bundle.card.source)):
-            from cibl_ray.runtime import usable
+            from cibl_ray.bundle.runtime import usable
 
             if arguments.provider == "cpu" or not usable("cuda"):
                 print(f"warning: {str(bundle.models['int8'].path)!r} {problem}", file=sys.stderr)

@@ -10,7 +10,7 @@ from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import Any
 
-from serve.http import Request
+from serve.request import Request
 
 _LARGEST, _KEPT = 64 << 20, 5
 

@@ -13,17 +13,17 @@ import time
 from pathlib import Path
 from typing import Any
 
-from cibl_ray.bundle import MANIFEST
+from cibl_ray.bundle.card import MANIFEST
 from serve import v2
 from serve.access import AccessLog
 from serve.downloads import file_of, send_file
 from serve.errors import ProblemError, overloaded
-from serve.http import GoneError, Headers, Receive, Request, Scope, Send, respond
 from serve.metrics import CONTENT_TYPE, Metrics
 from serve.openapi import docs_page, openapi
-from serve.predict import Predict
+from serve.request import GoneError, Headers, Receive, Request, Scope, Send, respond
 from serve.settings import ReplicaConfig, read_keys
 from serve.store import Model, Store
+from serve.v1 import Predict
 
 log = logging.getLogger(__name__)
 

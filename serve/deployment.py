@@ -14,7 +14,7 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.config import AutoscalingConfig
 
-from pipelines.errors import UserError
+from pipelines.common.errors import UserError
 from serve.app import App
 from serve.settings import ReplicaConfig, check
 

@@ -7,9 +7,9 @@ import base64
 import os
 import re
 
-from cibl_ray.bundle import MANIFEST
+from cibl_ray.bundle.card import MANIFEST
 from serve.errors import ProblemError
-from serve.http import Headers, Request, Send
+from serve.request import Headers, Request, Send
 from serve.store import Model
 
 _CHUNK = 1 << 20

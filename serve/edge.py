@@ -27,11 +27,11 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from cibl_ray.bundle import FORMATS, PROBABILITIES, file_sha256
+from cibl_ray.bundle.card import FORMATS, PROBABILITIES, file_sha256
 from pipelines import jpeg
-from pipelines.errors import CommandParser, UserError, run_command
+from pipelines.common.errors import CommandParser, UserError, run_command
 from pipelines.pixels import BadImageError
-from serve.predictor import MAX_SHIFT, Limits, pixels, top
+from serve.decode import MAX_SHIFT, Limits, pixels, top
 
 _CHUNK = 1 << 20
 _LARGEST = 4 << 30  # bytes of a model
@@ -92,7 +92,7 @@ class Edge:
     """A downloaded model, alone."""
 
     def __init__(self, model: Path, threads: int | None = None) -> None:
-        from cibl_ray.runtime import Runtime  # here, so that a missing onnxruntime is told in one line
+        from cibl_ray.bundle.runtime import Runtime  # here, so that a missing onnxruntime is told in one line
 
         self.runtime = Runtime(model, "auto", threads)
         self.card = self.runtime.card

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cibl_ray.bundle import EMBEDDING, LOGITS, PROBABILITIES
-from cibl_ray.runtime import Runtime
+from cibl_ray.bundle.card import EMBEDDING, LOGITS, PROBABILITIES
+from cibl_ray.bundle.runtime import Runtime
 
 Result = dict[str, np.ndarray]
 _CPU = "CPUExecutionProvider"

@@ -11,9 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from cibl_ray.ray_start import settle
-from pipelines.errors import UserError
-from serve import front
+from cibl_ray.cluster.environment import settle
+from pipelines.common.errors import UserError
+from serve import haproxy as front
 from serve.settings import check
 
 APPLICATION = "models"

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from pipelines.errors import UserError
+from pipelines.common.errors import UserError
 
 KEYS = "CIBL_RAY_API_KEYS"  # in the environment, separated by commas
 Format = Literal["JPEG", "PNG", "WEBP", "GIF", "BMP"]

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from cibl_ray.bundle import MANIFEST, Bundle, open_bundle
-from cibl_ray.runtime import Runtime
-from pipelines.errors import UserError
+from cibl_ray.bundle.card import MANIFEST, Bundle, open_bundle
+from cibl_ray.bundle.runtime import Runtime
+from pipelines.common.errors import UserError
 from serve.engine import Engine
 from serve.metrics import Metrics
 from serve.settings import ReplicaConfig

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from cibl_ray.bundle import EMBEDDING, IMAGES, LOGITS, PROBABILITIES, TAIL_SHIFT
+from cibl_ray.bundle.card import EMBEDDING, IMAGES, LOGITS, PROBABILITIES, TAIL_SHIFT
+from serve.decode import MAX_SHIFT
 from serve.errors import ProblemError, bad_request
-from serve.predictor import MAX_SHIFT
 from serve.store import Model
 
 HEADER_LENGTH = b"inference-header-content-length"

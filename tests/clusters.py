@@ -8,7 +8,7 @@ from pathlib import Path
 
 import psutil
 
-from cibl_ray.runlog import read_metrics
+from cibl_ray.run.log import read_metrics
 from tests.conftest import REPOSITORY
 
 EPOCHS = 8

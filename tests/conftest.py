@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pipelines.common.settings import validate
 from pipelines.config import DataConfig
-from pipelines.prepare import Prepared, ensure_prepared
-from pipelines.settings import validate
+from pipelines.prepare.build import ensure_prepared
+from pipelines.prepare.prepared import Prepared
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 pytest_plugins = ["tests.exported"]

@@ -8,10 +8,10 @@ import pytest
 
 from cibl_ray.config import build_config
 from cibl_ray.export import Options, export
-from cibl_ray.progress import Silent
+from cibl_ray.run.progress import Silent
 from cibl_ray.train import train
 from cibl_ray.world import World
-from pipelines.settings import find_config, read_config
+from pipelines.common.settings import find_config, read_config
 
 
 def small_run(folder: Path, *options: str) -> Path:

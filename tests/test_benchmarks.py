@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from benchmarks.cibl_vs_ce import _cell
-from pipelines.errors import UserError
+from pipelines.common.errors import UserError
 from tests.conftest import REPOSITORY
 
 COMMANDS = [path for path in sorted((REPOSITORY / "benchmarks").glob("*.py")) if '__name__ == "__main__"' in path.read_text()]

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cibl_ray.checkpoint import load_checkpoint
 from cibl_ray.config import load_config
+from cibl_ray.run.checkpoint import load_checkpoint
 from tests.conftest import REPOSITORY
 
 FILES = REPOSITORY / "configs" / "cluster"

@@ -15,7 +15,7 @@ from benchmarks.many_runs import Run, RunsFailedError, computed, run_all
 from benchmarks.reproduce_cells import BUDGETS, TABLES, cells
 from benchmarks.reproduce_lines import failed, is_of, of_cell, record
 from cibl_ray.config import doubts, load_config, save_config
-from cibl_ray.fingerprint import code_digest
+from cibl_ray.run.fingerprint import code_digest
 from tests.conftest import REPOSITORY
 
 

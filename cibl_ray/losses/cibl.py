@@ -10,9 +10,9 @@ from typing import Literal
 
 import torch
 
-from cibl_ray.losses.attraction import class_sizes
 from cibl_ray.losses.classification import cross_entropy
 from cibl_ray.losses.contrastive import Contrast, positive_counts, supcon_and_positives
+from cibl_ray.losses.pairs.attraction import class_sizes
 
 Normalization = Literal["none", "batch", "class"]
 

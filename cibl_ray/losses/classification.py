@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from cibl_ray.losses.softmax import BITS, row_exponents
-from cibl_ray.precision import wide
+from cibl_ray.losses.pairs.softmax import BITS, row_exponents
+from cibl_ray.networks.precision import wide
 
 
 def log_prior(train_counts: torch.Tensor) -> torch.Tensor:

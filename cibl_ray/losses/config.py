@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from pipelines.common.settings import Settings
 from pipelines.config import Sampling
-from pipelines.settings import Settings
 
 # Far below what trains, .05 to 1; with 1e-10 the quotients leave float32.
 Temperature = Annotated[float, Field(ge=1e-3, description="τ: divides the cosine of two embeddings")]

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 
 import torch
 
-from cibl_ray.losses.attraction import class_sizes, positive_sums
-from cibl_ray.losses.prototypes import prototype_pairs
-from cibl_ray.losses.softmax import PairWeights, log_sum_exp, row_log_sum_exp
-from cibl_ray.losses.within import few, fits, pairs_within, supcon_within
-from cibl_ray.precision import wide
+from cibl_ray.losses.pairs.attraction import class_sizes, positive_sums
+from cibl_ray.losses.pairs.prototypes import prototype_pairs
+from cibl_ray.losses.pairs.softmax import PairWeights, log_sum_exp, row_log_sum_exp
+from cibl_ray.losses.pairs.within import few, fits, pairs_within, supcon_within
+from cibl_ray.networks.precision import wide
 
 
 @dataclass(frozen=True)

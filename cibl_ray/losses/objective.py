@@ -18,10 +18,10 @@ from cibl_ray.losses.step import Seen, Tail, Terms, loss_terms
 from cibl_ray.networks.average import copy_buffers, follow
 from cibl_ray.networks.network import HybridNetwork, Outputs
 from cibl_ray.world import World
-from pipelines.batch import Reading, Share, train_reading
+from pipelines.common.errors import UserError
+from pipelines.common.seeding import stream
 from pipelines.config import DataConfig
-from pipelines.errors import UserError
-from pipelines.seeding import stream
+from pipelines.loaders.make import Reading, Share, train_reading
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from cibl_ray.precision import wide
+from cibl_ray.networks.precision import wide
 
 
 class CosineHead(nn.Module):

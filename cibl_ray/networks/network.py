@@ -11,10 +11,10 @@ from torch import nn
 from cibl_ray.config import CosineHeadConfig, LinearHeadConfig, NetworkConfig
 from cibl_ray.losses.config import Needs
 from cibl_ray.networks.heads import CosineHead, LearnedPrototypes, ProjectedPrototypes, Projection
+from cibl_ray.networks.precision import wide
 from cibl_ray.networks.resnet_cifar import CifarResNet
-from cibl_ray.precision import wide
-from cibl_ray.schedules import head_scale
-from pipelines.seeding import torch_seed
+from cibl_ray.training.schedules import head_scale
+from pipelines.common.seeding import torch_seed
 
 
 @dataclass(frozen=True)

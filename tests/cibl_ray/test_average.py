@@ -4,15 +4,15 @@ import numpy as np
 import pytest
 import torch
 
-from cibl_ray.checkpoint import load_checkpoint
 from cibl_ray.config import load_config
 from cibl_ray.evaluate import evaluate
 from cibl_ray.losses.config import Needs
 from cibl_ray.networks.average import WeightAverage
 from cibl_ray.networks.network import build_network
-from cibl_ray.trainer import Trainer, resolve
-from pipelines.errors import UserError
-from pipelines.prepare import ensure_prepared
+from cibl_ray.run.checkpoint import load_checkpoint
+from cibl_ray.training.trainer import Trainer, resolve
+from pipelines.common.errors import UserError
+from pipelines.prepare.build import ensure_prepared
 
 FLAGS = ["--epochs", "2", "--warmup_epochs", "0", "--loader.kind", "torch"]
 

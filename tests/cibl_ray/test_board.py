@@ -8,8 +8,8 @@ import time
 
 import pytest
 
-from cibl_ray.board import Address, Posted, shown
-from cibl_ray.progress import Silent
+from cibl_ray.cluster.progress_socket import Address, Posted, shown
+from cibl_ray.run.progress import Silent
 
 LOOPBACK = "127.0.0.1"
 
@@ -81,7 +81,7 @@ def test_a_driver_that_is_gone_stops_no_training():
 
 
 def test_a_driver_that_does_not_read_stops_no_training(monkeypatch):
-    monkeypatch.setattr("cibl_ray.board._PATIENCE", 0.2)
+    monkeypatch.setattr("cibl_ray.cluster.progress_socket._PATIENCE", 0.2)
     with socket.create_server((LOOPBACK, 0)) as server:  # which accepts nobody
         posted = Posted(Address(LOOPBACK, server.getsockname()[1], "0" * 32))
         writer = threading.Thread(target=lambda: [posted.line("x" * 100_000) for _ in range(1000)], daemon=True)

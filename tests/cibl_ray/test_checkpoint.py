@@ -5,11 +5,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from cibl_ray.checkpoint import Checkpoint, load_checkpoint, load_weights, newest, save_checkpoint
 from cibl_ray.config import load_config
 from cibl_ray.losses.config import Needs, needs
 from cibl_ray.networks.network import build_network
-from pipelines.errors import UserError
+from cibl_ray.run.checkpoint import Checkpoint, load_checkpoint, load_weights, newest, save_checkpoint
+from pipelines.common.errors import UserError
 
 
 def checkpoint(epoch=3, flags=(), average=None):

@@ -15,18 +15,18 @@ import pytest
 import torch
 from safetensors.torch import save as to_bytes
 
-from cibl_ray.checkpoint import load_checkpoint
-from cibl_ray.ray_start import settle
-from cibl_ray.runlog import read_metrics
-from cibl_ray.shared_folder import mark_beside, same_folder
-from cibl_ray.storage import Mirror, fetched, in_step, join, split
-from pipelines.errors import UserError
+from cibl_ray.cluster.environment import settle
+from cibl_ray.cluster.shared_folder import mark_beside, same_folder
+from cibl_ray.cluster.storage import Mirror, fetched, in_step, join, split
+from cibl_ray.run.checkpoint import load_checkpoint
+from cibl_ray.run.log import read_metrics
+from pipelines.common.errors import UserError
 from tests.clusters import EPOCHS, LAST, ended, new, start, wait_for_epoch
 from tests.conftest import REPOSITORY
 
 settle(own=True)
 
-from cibl_ray.cluster import Options, fitting_cpus, parse_workers, places  # noqa: E402
+from cibl_ray.cluster.launch import Options, fitting_cpus, parse_workers, places  # noqa: E402
 
 pytestmark = pytest.mark.timeout(280)
 
@@ -158,7 +158,7 @@ def test_a_cluster_of_its_own_listens_on_loopback_alone_and_asks_for_its_token(f
 
 DOZE = """
 import threading, time
-from cibl_ray.ray_doze import Doze, main_thread_dozes
+from cibl_ray.cluster.ray_doze import Doze, main_thread_dozes
 
 def rounds():  # of a loop like Ray's, while another thread trains
     ended, count = threading.Event(), 0
@@ -242,8 +242,8 @@ def test_ctrl_c_keeps_a_checkpoint_and_leaves_no_process(folder, number):
 def test_an_error_in_one_rank_ends_all_and_is_named(folder):
     """One image is damaged, which one of the two workers reads."""
     from cibl_ray.config import load_config
-    from pipelines.beton import Beton
-    from pipelines.prepare import ensure_prepared
+    from pipelines.prepare.beton import Beton
+    from pipelines.prepare.build import ensure_prepared
 
     place = ["--prepared", str(folder / "damaged"), "--store", "{square: 16, mode: jpeg}"]
     config = load_config("quickstart", place)

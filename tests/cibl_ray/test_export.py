@@ -15,17 +15,16 @@ import torch
 from PIL import Image
 
 from cibl_ray import export as module
-from cibl_ray import targets
-from cibl_ray.bundle import FILES, METADATA, file_sha256, open_bundle, read_card
-from cibl_ray.checkpoint import load_checkpoint
+from cibl_ray.bundle.card import FILES, METADATA, file_sha256, open_bundle, read_card, targets
+from cibl_ray.bundle.runtime import Runtime
 from cibl_ray.evaluate import evaluate
 from cibl_ray.export import Options, export
-from cibl_ray.runtime import Runtime
-from pipelines.augment import Normalize
-from pipelines.batch import eval_reading, make_loader
+from cibl_ray.run.checkpoint import load_checkpoint
+from pipelines.augment.recipe import Normalize
+from pipelines.common.errors import UserError
 from pipelines.config import LoaderConfig
-from pipelines.errors import UserError
-from pipelines.prepare import ensure_prepared
+from pipelines.loaders.make import eval_reading, make_loader
+from pipelines.prepare.build import ensure_prepared
 from tests.conftest import REPOSITORY
 from tests.exported import small_run
 
@@ -150,7 +149,7 @@ def test_cosine_head_and_other_losses_export(tmp_path):
 
 
 def test_originals_that_the_service_does_not_take_are_told(run_folder, tmp_path, monkeypatch, caplog):
-    from pipelines import originals
+    from pipelines.prepare import originals
 
     true = originals.original_images
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from cibl_ray.config import load_config
-from cibl_ray.feed import Feed
-from pipelines.augment import Normalize
-from pipelines.batch import Batch, train_reading
+from cibl_ray.training.feed import Feed
+from pipelines.augment.recipe import Normalize
+from pipelines.loaders.make import Batch, train_reading
 
 SAMPLES, BATCHES = 64, 6
 

@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.losses import pairs, peak_bytes
-from cibl_ray.losses import softmax, within
 from cibl_ray.losses.cibl import cibl, term_weights
 from cibl_ray.losses.classification import (
     adjusted,
@@ -20,7 +19,8 @@ from cibl_ray.losses.classification import (
 from cibl_ray.losses.contrastive import Contrast, balanced_contrastive, paco, positive_counts, psc, supcon
 from cibl_ray.losses.hybrid import contrastive_share
 from cibl_ray.losses.memory import LabelledQueue
-from cibl_ray.precision import wide
+from cibl_ray.losses.pairs import softmax, within
+from cibl_ray.networks.precision import wide
 from tests.cibl_ray.plain_losses import (
     CLASSES,
     COUNTS,

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from cibl_ray.checkpoint import load_checkpoint
-from cibl_ray.ray_start import settle
-from cibl_ray.runlog import read_metrics
+from cibl_ray.cluster.environment import settle
+from cibl_ray.run.checkpoint import load_checkpoint
+from cibl_ray.run.log import read_metrics
 from tests.clusters import LAST, ended, new, start, wait_for_epoch, wait_for_text
 from tests.conftest import REPOSITORY
 
@@ -109,10 +109,10 @@ def test_a_run_waits_for_others_work_and_says_so(folder, two_nodes):
 
 CODE = """
 import os, sys
-from cibl_ray.ray_start import settle
+from cibl_ray.cluster.environment import settle
 settle(own=False)
 import ray
-from cibl_ray.cluster import cluster
+from cibl_ray.cluster.launch import cluster
 with cluster(sys.argv[1]):
     print(*ray.get(ray.remote(lambda: (__import__("cibl_ray").__file__, os.environ["MALLOC_ARENA_MAX"])).remote()))
 """

@@ -9,17 +9,17 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cibl_ray.checkpoint import load_checkpoint
 from cibl_ray.config import RunConfig, doubts, load_config, save_config
 from cibl_ray.losses.config import needs
 from cibl_ray.losses.objective import Images, Objective, readings
 from cibl_ray.networks.network import build_network
-from cibl_ray.progress import Silent
-from cibl_ray.trainer import Trainer, resolve
+from cibl_ray.run.checkpoint import load_checkpoint
+from cibl_ray.run.progress import Silent
+from cibl_ray.training.trainer import Trainer, resolve
 from cibl_ray.world import World
-from pipelines.batch import Share
-from pipelines.errors import UserError
-from pipelines.prepare import ensure_prepared
+from pipelines.common.errors import UserError
+from pipelines.loaders.make import Share
+from pipelines.prepare.build import ensure_prepared
 
 LOSSES = {
     "cross_entropy": "{kind: cross_entropy}",

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from cibl_ray.optimizer import Sgd
+from cibl_ray.training.optimizer import Sgd
 from tests.conftest import REPOSITORY
 
 

@@ -1,6 +1,6 @@
 """Pictures of a run, whatever its log holds."""
 
-from cibl_ray.pictures import save_learning_curves
+from cibl_ray.evaluation.pictures import save_learning_curves
 
 
 def test_curves_of_a_run_that_went_on_with_another_loss(tmp_path):

@@ -3,7 +3,7 @@
 import pytest
 
 from cibl_ray.config import CosineSchedule, ScaleConfig, StepSchedule
-from cibl_ray.schedules import head_scale, lr_factor
+from cibl_ray.training.schedules import head_scale, lr_factor
 
 
 def test_steps():

@@ -15,15 +15,15 @@ import pytest
 import torch
 import yaml
 
-from cibl_ray.checkpoint import load_checkpoint, save_checkpoint
 from cibl_ray.config import load_config, save_config
-from cibl_ray.progress import Silent
-from cibl_ray.runlog import read_metrics
+from cibl_ray.run.checkpoint import load_checkpoint, save_checkpoint
+from cibl_ray.run.log import read_metrics
+from cibl_ray.run.progress import Silent
 from cibl_ray.train import _resumed, _same_data, need_new, train
-from cibl_ray.trainer import Trainer, resolve
+from cibl_ray.training.trainer import Trainer, resolve
 from cibl_ray.world import World, need_own_device
-from pipelines.errors import UserError
-from pipelines.prepare import ensure_prepared
+from pipelines.common.errors import UserError
+from pipelines.prepare.build import ensure_prepared
 from tests.conftest import REPOSITORY, needs_ffcv
 
 TINY = ["--epochs", "4", "--warmup_epochs", "1", "--batch_size", "64"]
@@ -357,7 +357,7 @@ def test_cuda_where_there_is_none(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "module", ["cibl_ray", "cibl_ray.config", "cibl_ray.train", "cibl_ray.evaluate", "cibl_ray.sweep", "cibl_ray.tune"]
+    "module", ["cibl_ray", "cibl_ray.config", "cibl_ray.train", "cibl_ray.evaluate", "cibl_ray.tuning.sweep", "cibl_ray.tune"]
 )
 def test_importing_pulls_in_neither_ray_nor_ffcv_nor_torch(module):
     code = f"import sys, {module}; print([m for m in ('ray', 'ffcv', 'torch', 'numba') if m in sys.modules])"

@@ -16,11 +16,12 @@ import pytest
 import yaml
 from PIL import Image
 
-from cibl_ray import sweep_report, tune
-from cibl_ray.checkpoint import load_checkpoint
+from cibl_ray import tune
+from cibl_ray.cluster.environment import settle
 from cibl_ray.config import RunConfig, load_config
-from cibl_ray.ray_start import settle
-from cibl_ray.sweep import (
+from cibl_ray.run.checkpoint import load_checkpoint
+from cibl_ray.tuning import report as sweep_report
+from cibl_ray.tuning.sweep import (
     METRICS,
     SweepConfig,
     Trial,
@@ -36,8 +37,8 @@ from cibl_ray.sweep import (
     trial_config,
     trial_name,
 )
-from pipelines.errors import UserError
-from pipelines.settings import validate
+from pipelines.common.errors import UserError
+from pipelines.common.settings import validate
 from tests.conftest import REPOSITORY
 
 pytestmark = pytest.mark.timeout(280)

@@ -17,8 +17,8 @@ from cibl_ray.losses.config import needs
 from cibl_ray.losses.objective import Images, Objective
 from cibl_ray.networks.network import build_network
 from cibl_ray.world import PeerLostError, World
-from pipelines.batch import Share
-from pipelines.settings import find_config, read_config
+from pipelines.common.settings import find_config, read_config
+from pipelines.loaders.make import Share
 from tests.conftest import REPOSITORY
 
 BATCH, CLASSES, STEPS = 7, 5, 3
@@ -169,7 +169,7 @@ def threads():
 
 join()
 before = threads()
-import cibl_ray.trainer
+import cibl_ray.training.trainer
 leave()
 print(any("gloo" in name for name in before), [name for name in threads() if "gloo" in name])
 """)

@@ -19,14 +19,14 @@ from torch import nn
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tv
 
-from pipelines import augment_apply
-from pipelines.augment import Augment, _kernel
-from pipelines.augment_draws import CIFAR10_POLICY, RAND_AUGMENT_OPS, Op, Stage, draw, taps
+from pipelines.augment import apply as augment_apply
+from pipelines.augment.draws import CIFAR10_POLICY, RAND_AUGMENT_OPS, Op, Stage, draw, taps
+from pipelines.augment.recipe import Augment, _kernel
+from pipelines.common.errors import UserError
+from pipelines.common.seeding import stream
+from pipelines.common.settings import validate
 from pipelines.config import AutoAugment, Blur, ColorJitter, Cutout, Grayscale, RandAugment, View
-from pipelines.errors import UserError
-from pipelines.prepare import PrepareConfig
-from pipelines.seeding import stream
-from pipelines.settings import validate
+from pipelines.prepare.build import PrepareConfig
 from tests.conftest import data_config
 
 NAMES = {
@@ -93,7 +93,7 @@ def apply(stages: list[Stage], planes: torch.Tensor) -> torch.Tensor:
     """The stages as a GPU applies them; what is compiled for a CPU gives the same bytes, but for a blur's."""
     result = augment_apply.apply(stages, planes)
     if importlib.util.find_spec("numba") is not None:
-        from pipelines import pixel_kernel
+        from pipelines.augment import pixel_kernel
 
         views = planes.permute(0, 2, 3, 1).unsqueeze(1).repeat(1, 2, 1, 1, 1)
         compiled = torch.zeros_like(views)
@@ -355,7 +355,7 @@ def full(seed: int = 0) -> Augment:
 @pytest.mark.skipif(importlib.util.find_spec("numba") is None, reason="numba is not installed")
 def test_compiled_code_takes_what_fits_alone():
     """It looks at no bounds, so that is done before."""
-    from pipelines import pixel_kernel
+    from pipelines.augment import pixel_kernel
 
     views = crops(4, 32).permute(0, 2, 3, 1).unsqueeze(1).contiguous()
     short = Stage(np.full(3, Op.INVERT, np.int8), np.zeros(3))
@@ -378,8 +378,8 @@ def test_without_numba_or_where_it_fails_the_bytes_are_the_same(monkeypatch, cap
     views = crops(6, 32).permute(0, 2, 3, 1).unsqueeze(1).contiguous()
     augment = Augment((View(augment=(RECIPES["auto_augment"],)),), 32, seed=0)
     compiled = augment(views, 0, 0)
-    monkeypatch.setitem(sys.modules, "pipelines.pixel_kernel", None)
-    monkeypatch.delattr("pipelines.pixel_kernel", raising=False)
+    monkeypatch.setitem(sys.modules, "pipelines.augment.pixel_kernel", None)
+    monkeypatch.delattr("pipelines.augment.pixel_kernel", raising=False)
     _kernel.cache_clear()
     try:
         assert torch.equal(augment(views, 0, 0), compiled)

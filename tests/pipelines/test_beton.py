@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipelines.beton import ALLOCATION, PAGE, Beton, BetonWriter
-from pipelines.errors import UserError
-from pipelines.images import Packed
+from pipelines.common.errors import UserError
+from pipelines.prepare.beton import ALLOCATION, PAGE, Beton, BetonWriter
+from pipelines.prepare.images import Packed
 from tests.conftest import REPOSITORY, needs_ffcv
 
 
@@ -132,8 +132,8 @@ def test_a_full_disk_leaves_nothing(tmp_path):
     code = f"""
 import resource, numpy as np
 from pathlib import Path
-from pipelines.beton import BetonWriter, PAGE
-from pipelines.images import Packed
+from pipelines.prepare.beton import BetonWriter, PAGE
+from pipelines.prepare.images import Packed
 resource.setrlimit(resource.RLIMIT_FSIZE, (PAGE + 5000, PAGE + 5000))
 import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 with BetonWriter(Path({str(tmp_path)!r}) / "a.beton", 9) as writer:

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from pipelines import cache
-from pipelines.batch import Batch, Reading, Share, decide_cache, make_loader, train_reading
-from pipelines.beton import PAGE
-from pipelines.cache import by_pages, fits_into_memory
+from pipelines.common.errors import UserError
 from pipelines.config import LoaderConfig
-from pipelines.errors import UserError
-from pipelines.prepare import ensure_prepared
+from pipelines.loaders import cache
+from pipelines.loaders.cache import by_pages, fits_into_memory
+from pipelines.loaders.make import Batch, Reading, Share, decide_cache, make_loader, train_reading
+from pipelines.prepare.beton import PAGE
+from pipelines.prepare.build import ensure_prepared
 from tests.conftest import data_config, needs_ffcv
 
 KINDS = [pytest.param("ffcv", marks=needs_ffcv), "torch"]
@@ -115,7 +115,7 @@ def test_the_cache_follows_from_memory_and_is_said(photos_in_files, monkeypatch,
     _, prepared = photos_in_files
     size = prepared.splits["train"].bytes
     for free, expected, words in [(2 * size, "os", "fit into"), (size, "process", "do not fit into")]:
-        monkeypatch.setattr("pipelines.cache.available_memory", lambda free=free: free)
+        monkeypatch.setattr("pipelines.loaders.cache.available_memory", lambda free=free: free)
         with caplog.at_level("INFO"):
             assert decide_cache(prepared, "train", LoaderConfig()).cache == expected
         assert words in caplog.text
@@ -191,7 +191,7 @@ def test_a_worker_needs_no_other_files(photos_in_files, tmp_path):
 
 
 def test_draws_of_workers_with_their_own_files_differ(photos_in_files):
-    from pipelines.batch import _own_files
+    from pipelines.loaders.make import _own_files
 
     _, prepared = photos_in_files
     readings: list[Reading] = []
@@ -210,7 +210,7 @@ def test_fewer_files_than_workers(photos_in_files):
 def test_workers_that_would_not_fit_are_told(photos_in_files, monkeypatch):
     data, prepared = photos_in_files
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
-    monkeypatch.setattr("pipelines.batch.available_memory", lambda: 10 << 30)
+    monkeypatch.setattr("pipelines.loaders.make.available_memory", lambda: 10 << 30)
     config = LoaderConfig(kind="torch", cache="process")
     with pytest.raises(
         UserError, match=r"read_ahead_mb 1024 takes 17\.2 GB for 8 workers, of 10\.7 GB that are free; lower it"

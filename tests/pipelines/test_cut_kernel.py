@@ -10,11 +10,11 @@ import torch
 from PIL import Image
 from torchvision.transforms.v2 import functional as tv
 
-from pipelines.batch import Reading
-from pipelines.beton import Beton, BetonWriter
 from pipelines.config import LoaderConfig, RandomCrop, RandomResizedCrop, View
-from pipelines.cuts import draw_cuts, epoch_order
-from pipelines.images import Packed
+from pipelines.loaders.cuts import draw_cuts, epoch_order
+from pipelines.loaders.make import Reading
+from pipelines.prepare.beton import Beton, BetonWriter
+from pipelines.prepare.images import Packed
 from tests.conftest import needs_ffcv
 
 pytestmark = needs_ffcv
@@ -50,7 +50,7 @@ def crops(photos, count: int = 12, most: int = 427) -> list[Image.Image]:
 
 def differences(beton: Beton, size: int, view: View, views: int = 2, epoch: int = 0, over=torch.mean) -> np.ndarray:
     """Mean (or greatest: `over` is torch.max) absolute difference to torchvision of each view of each image, of 255."""
-    from pipelines.ffcv_loader import FFCVLoader
+    from pipelines.loaders.ffcv_loader import FFCVLoader
 
     of = Reading((view,) * views, size, len(beton), 0, "instance", drop_last=True)
     batch = next(iter(FFCVLoader(beton, of, LoaderConfig(workers=2)).epoch(epoch)))
@@ -148,7 +148,7 @@ def test_jpegs_are_cropped_without_resizing_as_pillow_decodes_them(photos, tmp_p
 
 @pytest.mark.parametrize("scale", [1, 2, 4, 8])
 def test_large_images_are_decoded_reduced(photos, tmp_path, scale):
-    from pipelines.cut_kernel import OVERSAMPLING, _reduction
+    from pipelines.loaders.cut_kernel import OVERSAMPLING, _reduction
 
     images = [image.resize((image.width * 3, image.height * 3), Image.Resampling.LANCZOS) for image in crops(photos)]
     images = [image for image in images if min(image.size) > 600]
@@ -161,7 +161,7 @@ def test_large_images_are_decoded_reduced(photos, tmp_path, scale):
 
 
 def test_how_far_an_image_is_reduced():
-    from pipelines.cut_kernel import OVERSAMPLING, _reduction
+    from pipelines.loaders.cut_kernel import OVERSAMPLING, _reduction
 
     size = 32
     for smallest, expected in [
@@ -177,8 +177,8 @@ def test_how_far_an_image_is_reduced():
 
 def test_a_file_that_lies_about_its_size_is_not_believed(photos, tmp_path):
     """The record says 100 by 100; the JPEG is larger: it must neither be cut by the wrong box nor overflow a buffer."""
-    from pipelines.errors import UserError
-    from pipelines.ffcv_loader import FFCVLoader
+    from pipelines.common.errors import UserError
+    from pipelines.loaders.ffcv_loader import FFCVLoader
 
     true = jpeg(crops(photos)[0])
     beton = write(tmp_path / "train.beton", [Packed(True, 100, 100, true.data)])
@@ -188,7 +188,7 @@ def test_a_file_that_lies_about_its_size_is_not_believed(photos, tmp_path):
 
 
 def test_the_same_batch_from_any_number_of_threads(photos, tmp_path):
-    from pipelines.ffcv_loader import FFCVLoader
+    from pipelines.loaders.ffcv_loader import FFCVLoader
 
     beton = write(tmp_path / "train.beton", [jpeg(image) for image in crops(photos)])
     of = Reading((ANY, ANY), 64, 4, 0, "instance", drop_last=True)

@@ -9,11 +9,11 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
-from pipelines.batch import Share, eval_reading, eval_rule, make_loader
 from pipelines.config import LoaderConfig
-from pipelines.originals import original_images
+from pipelines.loaders.make import Share, eval_reading, eval_rule, make_loader
 from pipelines.pixels import EvalRule, decode
-from pipelines.prepare import ensure_prepared
+from pipelines.prepare.build import ensure_prepared
+from pipelines.prepare.originals import original_images
 from tests.conftest import data_config
 
 

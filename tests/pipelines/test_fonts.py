@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from matplotlib.font_manager import FontProperties, findfont, fontManager, get_font
 
-from pipelines.fonts import _families
-from pipelines.pictures import save_histogram
+from pipelines.common.fonts import _families
+from pipelines.prepare.pictures import save_histogram
 
 
 def test_another_font_has_what_matplotlibs_own_lacks():

@@ -11,7 +11,7 @@ from PIL import Image
 
 from pipelines import jpeg
 from pipelines.config import Store
-from pipelines.images import BadImageError, decode, pack, to_rgb
+from pipelines.prepare.images import BadImageError, decode, pack, to_rgb
 
 
 def encode(image: Image.Image, kind: str, **options: object) -> bytes:

@@ -14,11 +14,11 @@ import torch
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tv
 
-from pipelines.batch import Batch, Reading, eval_reading, loader_kind, make_loader, train_reading
+from pipelines.common.errors import UserError
 from pipelines.config import LoaderConfig
-from pipelines.cuts import FLIP, HEIGHT, LEFT, TOP, WIDTH, draw_cuts, epoch_order
-from pipelines.errors import UserError
-from pipelines.prepare import ensure_prepared
+from pipelines.loaders.cuts import FLIP, HEIGHT, LEFT, TOP, WIDTH, draw_cuts, epoch_order
+from pipelines.loaders.make import Batch, Reading, eval_reading, loader_kind, make_loader, train_reading
+from pipelines.prepare.build import ensure_prepared
 from tests.conftest import REPOSITORY, data_config, digits_config, needs_ffcv
 
 KINDS = [pytest.param("ffcv", marks=needs_ffcv), "torch"]
@@ -196,7 +196,7 @@ def test_an_exception_in_ffcvs_thread_surfaces(digits, tmp_path, monkeypatch):
 
 
 def loader_epoch():
-    from pipelines.ffcv_loader import _Epoch
+    from pipelines.loaders.ffcv_loader import _Epoch
 
     return _Epoch
 
@@ -368,7 +368,7 @@ def test_memory_stays_flat_over_twenty_epochs(photos_prepared, store):
 
 @needs_ffcv
 def test_closing_does_not_decode_the_rest(photos_prepared, monkeypatch):
-    from pipelines import ffcv_loader
+    from pipelines.loaders import ffcv_loader
 
     data, prepared = photos_prepared
     loader = make_loader(prepared, "train", train_reading(data, 1, 0), LoaderConfig(kind="ffcv", batches_ahead=1))
@@ -406,10 +406,10 @@ def test_compiled_code_is_kept_between_runs(photos_prepared, tmp_path):
     data, _ = photos_prepared
     code = f"""
 import json
-from pipelines.batch import make_loader, train_reading
+from pipelines.loaders.make import make_loader, train_reading
 from pipelines.config import DataConfig, LoaderConfig
-from pipelines.cut_kernel import cut_batch
-from pipelines.prepare import ensure_prepared
+from pipelines.loaders.cut_kernel import cut_batch
+from pipelines.prepare.build import ensure_prepared
 data = DataConfig.model_validate(json.loads({data.model_dump_json()!r}))
 loader = make_loader(ensure_prepared(data, 0), "train", train_reading(data, 8, 0), LoaderConfig(kind="ffcv"))
 assert sum(1 for _ in loader.epoch(0)) == 3

@@ -5,10 +5,10 @@ import json
 import numpy as np
 import pytest
 
+from pipelines.common.errors import UserError
 from pipelines.config import CountsProfile, ExpProfile, ListProfile, StepProfile
-from pipelines.errors import UserError
-from pipelines.longtail import apply_profile, carve_validation, exp_counts
-from pipelines.sources import Images, class_counts
+from pipelines.prepare.longtail import apply_profile, carve_validation, exp_counts
+from pipelines.prepare.sources import Images, class_counts
 from tests.conftest import archive
 
 

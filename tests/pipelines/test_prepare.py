@@ -11,8 +11,9 @@ from dataclasses import replace
 import pytest
 
 from cibl_ray.config import RunConfig
-from pipelines.errors import UserError
-from pipelines.prepare import OTHER_PARTS, SIDECAR, ensure_prepared, prepare_folder, prepared_folder
+from pipelines.common.errors import UserError
+from pipelines.prepare.build import OTHER_PARTS, ensure_prepared, prepare_folder, prepared_folder
+from pipelines.prepare.prepared import SIDECAR
 from tests.conftest import REPOSITORY, data_config, digits_config
 
 
@@ -215,7 +216,7 @@ def test_read_only_prepared_data_can_be_used(image_folder, tmp_path, monkeypatch
     data = folder_config(image_folder, tmp_path)
     prepared = ensure_prepared(data, 0)
     (prepared.folder / ".lock").unlink()
-    monkeypatch.setattr("pipelines.prepare._locked", None)  # root may write anywhere, so: not even tried
+    monkeypatch.setattr("pipelines.prepare.build._locked", None)  # root may write anywhere, so: not even tried
     assert ensure_prepared(data, 0) == prepared
 
 

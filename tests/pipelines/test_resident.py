@@ -5,11 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from pipelines.batch import Batch, Share, make_loader, train_reading
+from pipelines.common.errors import UserError
 from pipelines.config import LoaderConfig
-from pipelines.errors import UserError
-from pipelines.prepare import ensure_prepared
-from pipelines.resident_loader import ResidentLoader, _Pixels, why_not_resident
+from pipelines.loaders.make import Batch, Share, make_loader, train_reading
+from pipelines.loaders.resident_loader import ResidentLoader, _Pixels, why_not_resident
+from pipelines.prepare.build import ensure_prepared
 from tests.conftest import data_config, digits_config
 
 RESIDENT, TORCH = LoaderConfig(kind="resident"), LoaderConfig(kind="torch", workers=1)
@@ -81,13 +81,13 @@ def test_what_cannot_be_held_is_explained(photo_folder, tmp_path, digits, monkey
         prepared = ensure_prepared(data, 0)
         with pytest.raises(UserError, match=f"loader.kind is 'resident', but .*{message}.*; or set loader.kind: auto"):
             make_loader(prepared, "train", train_reading(data, 4, 0), RESIDENT)
-    monkeypatch.setattr("pipelines.resident_loader.available_memory", lambda: 1000)
+    monkeypatch.setattr("pipelines.loaders.resident_loader.available_memory", lambda: 1000)
     assert why_not_resident(digits.beton("train"), torch.device("cpu")) == "they take 0.0 GB, and cpu has 0.0 GB free"
 
 
 def test_auto_holds_the_images_where_ffcv_is_absent(digits, tmp_path, monkeypatch):
     reading = train_reading(digits_config(tmp_path), 50, 0)
-    monkeypatch.setattr("pipelines.batch.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("pipelines.loaders.make.importlib.util.find_spec", lambda name: None)
     assert make_loader(digits, "train", reading, LoaderConfig()).name.startswith("resident loader")
 
 

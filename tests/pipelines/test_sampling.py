@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from pipelines.batch import Share, _own_files, make_loader, train_reading
+from pipelines.common.errors import UserError
 from pipelines.config import LoaderConfig
-from pipelines.cuts import epoch_order, worker_weights
-from pipelines.errors import UserError
-from pipelines.prepare import SIDECAR, ensure_prepared
+from pipelines.loaders.cuts import epoch_order, worker_weights
+from pipelines.loaders.make import Share, _own_files, make_loader, train_reading
+from pipelines.prepare.build import ensure_prepared
+from pipelines.prepare.prepared import SIDECAR
 from tests.conftest import data_config, digits_config, needs_ffcv
 
 COUNTS = np.array([400, 90, 10, 0, 3])

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from cibl_ray.config import RunConfig, build_config, load_config
-from pipelines.errors import UserError
-from pipelines.settings import override, parse_overrides, read_config
+from pipelines.common.errors import UserError
+from pipelines.common.settings import override, parse_overrides, read_config
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 MOVING = "{start: 8, end: 24, shape: cosine, warmup: 8}"  # a cosine head's scale

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pipelines.common.errors import UserError
 from pipelines.config import Cifar10Source, DigitsSource, FolderSource, ListsSource
-from pipelines.errors import UserError
-from pipelines.sources import class_counts, open_folder, open_source
+from pipelines.prepare.sources import class_counts, open_folder, open_source
 from tests.conftest import REPOSITORY
 
 
@@ -221,7 +221,7 @@ def test_a_list_of_another_length_than_expected(lists):
 @pytest.mark.parametrize("name", ["imagenet_lt", "recipes/imagenet_lt_90", "recipes/imagenet_lt_180"])
 def test_imagenet_lt_is_the_communitys(name, tmp_path):
     """The lists' true names; one cut short is noticed before a single image is looked for."""
-    from pipelines.prepare import load_data
+    from pipelines.prepare.build import load_data
 
     source = load_data(name, [], "test").data.source
     assert [path.name for path in (source.train, source.val, source.test)] == [
@@ -264,7 +264,7 @@ def test_digits_are_read_without_importing_scikit_learn():
     code = """
 import sys
 from pipelines.config import DigitsSource
-from pipelines.sources import open_source
+from pipelines.prepare.sources import open_source
 digits = open_source(DigitsSource(kind="digits"))
 assert "sklearn" not in sys.modules
 from sklearn.datasets import load_digits

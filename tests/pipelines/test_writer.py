@@ -10,11 +10,11 @@ import time
 import numpy as np
 import pytest
 
-from pipelines import writer
-from pipelines.beton import BetonWriter
-from pipelines.errors import UserError
-from pipelines.images import RAW_SIDE
-from pipelines.prepare import SIDECAR, ensure_prepared, prepared_folder
+from pipelines.common.errors import UserError
+from pipelines.prepare.beton import BetonWriter
+from pipelines.prepare.build import ensure_prepared, prepared_folder, writer
+from pipelines.prepare.images import RAW_SIDE
+from pipelines.prepare.prepared import SIDECAR
 from tests.conftest import REPOSITORY, data_config
 
 
@@ -167,10 +167,10 @@ def test_a_killed_writer_is_gone_on_with(config, monkeypatch, capsys, tmp_path):
     data = config(mode="raw")
     code = f"""
 import json, time
-from pipelines import writer
-from pipelines.beton import BetonWriter
+from pipelines.prepare import writer
+from pipelines.prepare.beton import BetonWriter
 from pipelines.config import DataConfig
-from pipelines.prepare import ensure_prepared
+from pipelines.prepare.build import ensure_prepared
 writer._JOURNAL_SECONDS = 0.0
 original = writer._Files.step
 def step(self):

@@ -9,11 +9,12 @@ import json
 import numpy as np
 import pytest
 
-from cibl_ray.bundle import open_bundle
-from cibl_ray.runtime import Runtime
-from pipelines.errors import UserError
+from cibl_ray.bundle.card import open_bundle
+from cibl_ray.bundle.runtime import Runtime
+from pipelines.common.errors import UserError
 from pipelines.pixels import decode
-from serve import metrics, predict
+from serve import metrics
+from serve import v1 as predict
 from tests.serve.conftest import encoded, png, serving, tensor, until
 
 

@@ -16,9 +16,9 @@ from contextlib import contextmanager
 
 import pytest
 
-from cibl_ray.bundle import open_bundle
-from pipelines.errors import UserError
-from pipelines.sources import IMAGE_SUFFIXES
+from cibl_ray.bundle.card import open_bundle
+from pipelines.common.errors import UserError
+from pipelines.prepare.sources import IMAGE_SUFFIXES
 from serve import edge
 from serve.edge import Edge, download, frames
 from tests.conftest import REPOSITORY

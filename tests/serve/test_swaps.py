@@ -6,7 +6,7 @@ import socket
 import threading
 import time
 
-from cibl_ray.bundle import open_bundle
+from cibl_ray.bundle.card import open_bundle
 from serve import store
 from tests.serve.conftest import encoded, serving, tensor, until
 

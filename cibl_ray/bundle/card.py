@@ -1,0 +1,142 @@
+"""What an exported model says of itself: the metadata of its ONNX files, and the manifest of its bundle folder.
+
+    BUNDLE/manifest.json  model.onnx  model.fp16.onnx  model.int8.onnx  README.md  class_counts.png  tail_shift.png
+
+Standard library and `EvalRule` alone, so that an edge device can read it too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pipelines.common.errors import UserError
+from pipelines.pixels import EvalRule
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+METADATA = "cibl_ray"  # the key of the ONNX file's metadata_props
+IMAGES, TAIL_SHIFT = "images", "tail_shift"
+LOGITS, PROBABILITIES, EMBEDDING = "logits", "probabilities", "embedding"
+FILES = {"fp32": "model.onnx", "fp16": "model.fp16.onnx", "int8": "model.int8.onnx"}
+FORMATS = ("JPEG", "PNG", "WEBP")  # Pillow's names of what service and edge take
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")  # of a model: safe in a path, a URL and a log
+
+
+@dataclass(frozen=True)
+class Card:
+    """What an ONNX file's metadata says; the same for every precision of a bundle but for `precision`.
+
+    classes: names, in the order of the logits. train_counts, groups: of each class; groups are 'many', 'medium' or 'few'.
+    accuracy: precision -> score -> share, measured with onnxruntime. source: run, checkpoint, epoch. versions: of what made it.
+    """
+
+    name: str
+    precision: str
+    classes: list[str]
+    train_counts: list[int]
+    groups: list[str]
+    rule: EvalRule
+    accuracy: dict[str, dict[str, Any]]
+    source: dict[str, Any]
+    versions: dict[str, str]
+
+    def dump(self) -> dict[str, Any]:
+        return {"format": FORMAT, **asdict(self), "input": describe(self.rule)}
+
+
+def describe(rule: EvalRule) -> str:
+    """The rule in words, for those who write a client of their own."""
+    steps = ["decode; turn as EXIF says; transparency over white; RGB"]
+    if rule.square is not None:
+        steps.append(f"resize to {rule.square}x{rule.square} (bicubic, antialiased)")
+    elif rule.max_side is not None:
+        steps.append(
+            f"if a side is longer than {rule.max_side}, scale down so that it is {rule.max_side} (bicubic, antialiased)"
+        )
+    steps.append(f"resize so that the shorter side is {rule.side} (bilinear, antialiased), the longer one rounded down")
+    steps.append(f"central {rule.size}x{rule.size}; uint8 NHWC, 0 to 255")
+    return "; ".join(steps)
+
+
+def read_card(content: Any, place: str) -> Card:
+    """A card from the JSON in a file's metadata or a manifest. Raises UserError."""
+    try:
+        if isinstance(content, str):
+            content = json.loads(content)
+        if content["format"] != FORMAT:
+            raise UserError(f"{place} has format {content['format']}, this version reads {FORMAT}")
+        card = Card(
+            **{key: content[key] for key in Card.__dataclass_fields__ if key != "rule"}, rule=EvalRule(**content["rule"])
+        )
+        if not isinstance(card.name, str):
+            raise TypeError("name")
+        if not (len(card.classes) == len(card.train_counts) == len(card.groups) > 0):
+            raise UserError(f"{place}: classes, training counts and groups differ in number")
+        return card
+    except (TypeError, KeyError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{place} does not describe a model of cibl-ray ({error!r})") from error
+
+
+@dataclass(frozen=True)
+class ModelFile:
+    """One precision's file: `path` is inside the bundle."""
+
+    path: Path
+    sha256: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle folder whose files are those that its manifest lists."""
+
+    folder: Path
+    card: Card
+    models: Mapping[str, ModelFile]
+    manifest: dict[str, Any]
+
+
+def open_bundle(folder: Path) -> Bundle:
+    """Read a bundle and check every file's SHA-256. Raises UserError where something is missing, changed or foreign."""
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{str(folder)!r} is not a bundle: it has no {MANIFEST}; make one: python -m cibl_ray.export RUN"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{str(path)!r} cannot be read: {error}") from error
+    card = read_card(manifest, str(path))
+    if not NAME.fullmatch(card.name):
+        raise UserError(f"{str(path)!r}: the name {card.name!r} is not a model's; letters, digits, '.', '_', '-'")
+    try:
+        for name, sha256 in manifest["files"].items():
+            if Path(name).name != name or file_sha256(folder / name) != sha256:
+                raise UserError(f"{str(folder / name)!r} is not the file that {MANIFEST} lists; export the run again")
+        models = {
+            precision: ModelFile(
+                folder / FILES[precision], manifest["files"][FILES[precision]], (folder / FILES[precision]).stat().st_size
+            )
+            for precision in manifest["precisions"]
+        }
+    except (KeyError, AttributeError, TypeError) as error:
+        raise UserError(f"{str(path)!r} is damaged ({error!r}); export the run again") from error
+    except OSError as error:
+        raise UserError(f"{str(folder)!r} is not whole: {error}; export the run again") from error
+    if not models:
+        raise UserError(f"{str(path)!r} lists no model")
+    return Bundle(folder, card, models, manifest)
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

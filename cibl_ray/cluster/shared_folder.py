@@ -1,0 +1,45 @@
+"""Whether the nodes of a cluster see the folder in which the driver keeps a run."""
+
+from __future__ import annotations
+
+import fcntl
+import glob
+import secrets
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from pipelines.common.errors import UserError
+
+
+@contextmanager
+def mark_beside(folder: Path, storage: str | None) -> Iterator[str | None]:
+    """A file beside the run folder, while the run lasts, by which a worker finds out whether its node sees what this one sees.
+    None where a store keeps the run. It is locked, so that one of a run that goes on is told from one of a driver that was
+    killed."""
+    if storage is not None:
+        yield None
+        return
+    mark = folder.parent / ".ray" / f"{folder.name}.{secrets.token_hex(8)}.mark"
+    mark.parent.mkdir(parents=True, exist_ok=True)
+    for left in mark.parent.glob(f"{glob.escape(folder.name)}.{16 * '[0-9a-f]'}.mark"):
+        with suppress(OSError), left.open() as other:
+            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            left.unlink()
+    with mark.open("w") as held:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(held, fcntl.LOCK_EX)
+        try:
+            yield str(mark)
+        finally:
+            mark.unlink(missing_ok=True)
+
+
+def same_folder(folder: Path, mark: str | None, option: str = "--runs") -> None:
+    """Raise UserError where this node does not see the driver's files: a run begun here would be lost with the node."""
+    if mark is not None and not Path(mark).exists():
+        raise UserError(
+            f"{socket.gethostname()} does not see {str(folder.parent)!r} as the driver does; give {option} a folder that all "
+            f"nodes share{', or --storage URI' if option == '--runs' else ''}"
+        )

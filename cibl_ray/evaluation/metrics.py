@@ -1,0 +1,102 @@
+"""Accuracy by class frequency. A group that no class is in has no accuracy: None, never 0."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+
+from pipelines.prepare.pictures import GROUPS, THIRDS, shot_groups, thirds
+
+CALIBRATION_BINS = 15
+
+
+@dataclass(frozen=True)
+class Scores:
+    """All accuracies are shares from 0 to 1.
+
+    overall: over all samples. balanced: mean over classes. many, medium, few: mean over the classes with more than 100, 20 to
+    100, fewer than 20 training images. head, middle, tail: mean over the largest, middle and smallest third of the classes.
+    worst: the lowest class accuracy. harmonic: harmonic mean of the class accuracies (0 if a class has 0). per_class: None
+    where the split has no sample of the class. calibration_error: expected, in 15 bins. loss: mean cross-entropy.
+    """
+
+    overall: float
+    balanced: float
+    many: float | None
+    medium: float | None
+    few: float | None
+    head: float | None
+    middle: float | None
+    tail: float | None
+    worst: float
+    harmonic: float
+    calibration_error: float
+    loss: float
+    samples: int
+    per_class: list[float | None]
+
+    def numbers(self) -> dict[str, float]:
+        """The scalar scores that exist, by name."""
+        return {name: value for name, value in asdict(self).items() if isinstance(value, float)}
+
+
+def score(logits: torch.Tensor, labels: torch.Tensor, train_counts: np.ndarray) -> Scores:
+    """Scores of logits float32 (N, C) against labels int64 (N,), N >= 1; train_counts int64 (C,) decides the groups."""
+    classes = logits.shape[1]
+    right = logits.argmax(1) == labels
+    samples = np.bincount(labels.numpy(), minlength=classes)
+    present = samples > 0
+    accuracy = np.divide(np.bincount(labels[right].numpy(), minlength=classes), samples, out=np.zeros(classes), where=present)
+    groups = np.array(shot_groups(train_counts))
+    sizes = np.array(thirds(train_counts))
+
+    def mean(members: np.ndarray) -> float | None:
+        members = members & present
+        return float(accuracy[members].mean()) if members.any() else None
+
+    return Scores(
+        overall=float(right.double().mean()),
+        balanced=float(accuracy[present].mean()),
+        **{group: mean(groups == group) for group in GROUPS},
+        **{third: mean(sizes == third) for third in THIRDS},
+        worst=float(accuracy[present].min()),
+        harmonic=float(1 / (1 / accuracy[present]).mean()) if accuracy[present].all() else 0.0,
+        calibration_error=calibration_error(logits.softmax(1).amax(1), right),
+        loss=float(torch.nn.functional.cross_entropy(logits, labels)),
+        samples=len(labels),
+        per_class=[float(value) if there else None for value, there in zip(accuracy, present, strict=True)],
+    )
+
+
+def calibration_error(confidence: torch.Tensor, right: torch.Tensor) -> float:
+    """Expected calibration error: the gap between confidence (N,) and the share of right answers (N,), in bins of equal width,
+    averaged over the samples (Guo et al., On Calibration of Modern Neural Networks, eq. 3)."""
+    bins = (confidence * CALIBRATION_BINS).ceil().long().clamp(1, CALIBRATION_BINS).numpy()
+    gaps = np.bincount(bins, (confidence.double() - right.double()).numpy())
+    return float(np.abs(gaps).sum() / len(bins))
+
+
+COLUMNS = ("overall", "many", "medium", "few", "worst", "harmonic", "calibration_error")
+
+
+def heading(where: str) -> str:
+    """What stands above a `table` of scores on `where`."""
+    return f"Accuracy on {where}, %, by training images of the class (many > 100, few < 20):"
+
+
+def table(rows: dict[str, Scores]) -> str:
+    """Scores as a table of text, in percent; '-' where a group is empty."""
+    titles = ("", *COLUMNS[:-1], "calib. err.")
+    lines: list[tuple[str, ...]] = [titles]
+    for name, scores in rows.items():
+        values = [getattr(scores, column) for column in COLUMNS]
+        lines.append((name, *("-" if value is None else f"{100 * value:.1f}" for value in values)))
+    widths = [max(len(line[column]) for line in lines) for column in range(len(titles))]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in lines
+    )

@@ -1,0 +1,172 @@
+"""A network as ONNX files: uint8 pixels in, normalisation inside, and the head-tail trade-off as an optional input.
+
+    images uint8 (N, S, S, 3) ──► base graph ──► raw logits ──► − tail_shift · log prior ──► logits ──► softmax ──►
+    probabilities
+
+The base graph is converted to float16 or int8; what follows it stays in float32.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from torch import nn
+
+from cibl_ray.bundle.card import EMBEDDING, IMAGES, LOGITS, METADATA, PROBABILITIES, TAIL_SHIFT
+from cibl_ray.bundle.targets import Target
+from cibl_ray.networks.network import HybridNetwork
+from pipelines.config import DataConfig
+
+_RAW = "raw_logits"
+_COUNTED = 6_000_000  # bytes of images
+
+
+class _Served(nn.Module):
+    """uint8 (N, S, S, 3) to raw logits (N, C), and the unit embedding (N, d) where it is asked for."""
+
+    def __init__(self, network: HybridNetwork, data: DataConfig, embedding: bool) -> None:
+        super().__init__()
+        self.network, self.embedding = network, embedding
+        mean, std = torch.tensor(data.mean), torch.tensor(data.std)
+        self.register_buffer("factor", (1 / (255 * std)).view(1, 3, 1, 1))
+        self.register_buffer("offset", (-mean / std).view(1, 3, 1, 1))
+        self.factor: torch.Tensor
+        self.offset: torch.Tensor
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        x = images.permute(0, 3, 1, 2).float() * self.factor + self.offset
+        h = self.network.backbone(x)
+        logits = self.network.head(h)
+        if not self.embedding:
+            return (logits,)
+        project = self.network.projection
+        return logits, project(h) if project is not None else nn.functional.normalize(h, dim=1)
+
+
+def export_base(network: HybridNetwork, data: DataConfig, embedding: bool, path: Path) -> None:
+    """Write the base graph in one file, for any batch size."""
+    served = _Served(network, data, embedding).eval()
+    example = torch.zeros(2, data.size, data.size, 3, dtype=torch.uint8)  # a batch of 1 would be taken for a constant
+    torch.onnx.export(
+        served,
+        (example,),
+        str(path),
+        input_names=[IMAGES],
+        output_names=[_RAW, EMBEDDING] if embedding else [_RAW],
+        dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
+        external_data=False,
+        dynamo=True,
+        verbose=False,
+    )
+
+
+def finish(base: Path, path: Path, train_counts: np.ndarray, card: dict[str, Any]) -> None:
+    """Add what follows the raw logits, and the metadata; check; write to `path`."""
+    model = onnx.load(base)
+    graph = model.graph
+    log_prior = np.log(train_counts / train_counts.sum()).astype(np.float32)
+    graph.initializer.extend(
+        [
+            numpy_helper.from_array(log_prior, "log_prior"),
+            numpy_helper.from_array(np.array([1], dtype=np.int64), "tail_shift_axis"),
+            # An input that has an initializer of its name may be left out: the initializer is its default.
+            numpy_helper.from_array(np.zeros(1, dtype=np.float32), TAIL_SHIFT),
+        ]
+    )
+    graph.input.append(helper.make_tensor_value_info(TAIL_SHIFT, TensorProto.FLOAT, ["shifts"]))
+    graph.node.extend(
+        [
+            helper.make_node("Unsqueeze", [TAIL_SHIFT, "tail_shift_axis"], ["tail_shift_column"]),
+            helper.make_node("Mul", ["tail_shift_column", "log_prior"], ["tail_shift_logits"]),
+            helper.make_node("Sub", [_RAW, "tail_shift_logits"], [LOGITS]),
+            helper.make_node("Softmax", [LOGITS], [PROBABILITIES], axis=1),
+        ]
+    )
+    batch = graph.output[0].type.tensor_type.shape.dim[0].dim_param or "batch"
+    shape = [batch, len(train_counts)]
+    others = [output for output in graph.output if output.name != _RAW]
+    del graph.output[:]
+    graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name in (LOGITS, PROBABILITIES))
+    graph.output.extend(others)
+    helper.set_model_props(model, {METADATA: json.dumps(card)})
+    model.producer_name = "cibl-ray"
+    onnx.checker.check_model(model, full_check=True)
+    onnx.save(model, path)
+
+
+def to_fp16(base: Path, path: Path) -> None:
+    """The base graph with weights and arithmetic in float16; its outputs stay float32."""
+    from onnxruntime.transformers.float16 import convert_float_to_float16
+
+    onnx.save(convert_float_to_float16(onnx.load(base), keep_io_types=True), path)
+
+
+def to_int8(base: Path, path: Path, images: np.ndarray, target: Target) -> float:
+    """The base graph with int8 convolutions (QDQ, a scale for each output channel), calibrated on images uint8 (N, S, S, 3).
+
+    x86: uint8 activations, int8 weights, for CPUs with VNNI. x86-avx2: the same in 7 bits, which older CPUs add up without
+    overflow. arm: int8 throughout, symmetric, which TensorRT takes too. Of several ways to choose the ranges (the extremes, or
+    nearly all values), the one whose logits are nearest to float32's on these images is kept; returns their mean distance.
+    What follows the pooling, a few products a class, stays in float32: it costs no time and would cost rare classes accuracy.
+    """
+    from onnxruntime.quantization import CalibrationMethod
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    prepared = path.with_suffix(".prepared.onnx")
+    quant_pre_process(str(base), str(prepared), skip_symbolic_shape=True)
+    expected = _logits(base, images)
+    ways = [(CalibrationMethod.MinMax, {}), *((CalibrationMethod.Percentile, {"CalibPercentile": p}) for p in (99.99, 99.999))]
+    # The shares are counted over all activations of these images at once: keep them within a few gigabytes.
+    counted = images[: max(16, _COUNTED // images[0].size)]
+    nearest = np.inf
+    for number, (method, options) in enumerate(ways):
+        tried = path.with_suffix(f".{number}.onnx")
+        _quantize(prepared, tried, counted if options else images, target, method, options)
+        apart = float(np.abs(_logits(tried, images) - expected).mean())
+        if apart < nearest:
+            nearest = apart
+            tried.replace(path)
+    return nearest
+
+
+def _quantize(model: Path, path: Path, images: np.ndarray, target: Target, method: Any, options: dict[str, Any]) -> None:
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+
+    whole = np.resize(images, (-(-len(images) // 16) * 16, *images.shape[1:]))  # from the start again where a batch is not full
+    batches = iter(whole.reshape(-1, 16, *images.shape[1:]))
+
+    class Reader(CalibrationDataReader):
+        def get_next(self) -> dict[str, np.ndarray] | None:
+            batch = next(batches, None)
+            return None if batch is None else {IMAGES: batch}
+
+    symmetric = target == "arm"
+    with contextlib.redirect_stdout(io.StringIO()):  # it tells of its steps
+        quantize_static(
+            str(model),
+            str(path),
+            Reader(),
+            quant_format=QuantFormat.QDQ,
+            op_types_to_quantize=["Conv", "Add", "Relu", "MaxPool"],
+            per_channel=True,
+            reduce_range=target == "x86-avx2",
+            activation_type=QuantType.QInt8 if symmetric else QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+            calibrate_method=method,
+            extra_options={"ActivationSymmetric": symmetric, "WeightSymmetric": True, **options},
+        )
+
+
+def _logits(model: Path, images: np.ndarray) -> np.ndarray:
+    session = onnxruntime.InferenceSession(str(model), providers=["CPUExecutionProvider"])
+    parts = [session.run([_RAW], {IMAGES: images[i : i + 64]})[0] for i in range(0, len(images), 64)]
+    return np.concatenate(parts)

@@ -1,0 +1,109 @@
+"""A bundle's model card and its picture of the head-tail trade-off after training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipelines.common.fonts import save
+from pipelines.prepare.pictures import COLORS, GROUPS
+
+if TYPE_CHECKING:
+    from cibl_ray.evaluation.metrics import Scores
+
+_THIRDS = {"head": COLORS["many"], "middle": COLORS["medium"], "tail": COLORS["few"]}
+
+
+def save_tail_shift(path: Path, shifted: dict[float, Scores], split: str) -> None:
+    """Accuracy of the largest, middle and smallest third of the classes over the tail shift."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 3.8), layout="constrained")
+    axes = figure.add_subplot()
+    shifts = list(shifted)
+    for third, color in _THIRDS.items():
+        values = [getattr(scores, third) for scores in shifted.values()]
+        if None not in values:
+            axes.plot(shifts, [100 * value for value in values], color=color, marker="o", label=f"{third} third of the classes")
+    overall = [100 * scores.overall for scores in shifted.values()]
+    axes.plot(shifts, overall, color="#333333", linestyle="--", marker=".", label="overall")
+    axes.set(xlabel="tail_shift", ylabel=f"accuracy on {split}, %", ylim=(0, 100), title="The trade-off after training")
+    axes.legend(frameon=False, fontsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    save(figure, path)
+
+
+def write_model_card(path: Path, manifest: dict[str, Any], sizes: dict[str, int]) -> None:
+    """Markdown for people: what the model is, how it was measured, how it is used, where it fails."""
+    counts, classes = manifest["train_counts"], manifest["classes"]
+    worst = manifest["accuracy"]["fp32"]["worst"]
+    source, split = manifest["source"], manifest["split"]
+    groups = ", ".join(f"{manifest['groups'].count(group)} {group}-shot" for group in GROUPS if group in manifest["groups"])
+    lines = [
+        f"# {manifest['name']}",
+        "",
+        f"An image classifier for {len(classes)} classes ({groups}), trained on {sum(counts):,} long-tailed images: "
+        f"{max(counts):,} of the most common class, {min(counts):,} of the rarest.",
+        "",
+        "![Training images of each class](class_counts.png)",
+        "",
+        "## Accuracy",
+        "",
+        f"Percent, measured with onnxruntime ({manifest['provider']}) on {manifest['accuracy']['fp32']['samples']:,} images "
+        f"of the {split} split. Many: more than 100 training images; medium: 20 to 100; few: fewer than 20; "
+        "thirds: of the classes by size.",
+        "",
+        "| precision | overall | many | medium | few | head third | middle | tail third | worst class | size |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    names = ("overall", "many", "medium", "few", "head", "middle", "tail", "worst")
+    for precision, figures in manifest["accuracy"].items():
+        cells = [_percent(figures[name]) for name in names]
+        lines.append(f"| {precision} | {' | '.join(cells)} | {sizes[precision] / 1e6:.2f} MB |")
+    lines += [
+        "",
+        "`tail_shift` moves the answers along the head-tail trade-off, without training again "
+        "(logits − tail_shift · log prior):",
+        "",
+        "| tail_shift | overall | head third | middle | tail third |",
+        "|---|---|---|---|---|",
+        *(
+            f"| {shift} | {' | '.join(_percent(row[name]) for name in ('overall', 'head', 'middle', 'tail'))} |"
+            for shift, row in manifest["tail_shift"].items()
+        ),
+        "",
+        "![Accuracy over tail_shift](tail_shift.png)",
+        "",
+        f"These rows are of the {split} images: to choose a shift for your own use, measure on images set aside for that.",
+        "",
+        "## Use",
+        "",
+        "```bash",
+        "python -m serve BUNDLE                                   # HTTP on 127.0.0.1:8000",
+        "curl --data-binary @image.jpg http://127.0.0.1:8000/v1/predict",
+        "python -m serve.edge http://127.0.0.1:8000 image.jpg     # downloads the model, runs it alone",
+        "```",
+        "",
+        f"Input `images`: uint8 (N, {manifest['rule']['size']}, {manifest['rule']['size']}, 3), any N. "
+        f"{manifest['input'][0].upper()}{manifest['input'][1:]}. "
+        "Input `tail_shift`, optional: float32 (1) or (N). Outputs: `logits`, `probabilities`, float32 (N, "
+        f"{len(classes)}). The same is in the file's metadata under `cibl_ray`, as JSON.",
+        "",
+        "## Limits",
+        "",
+        f"The worst class has {_percent(worst)} % accuracy. Classes with few training images have few errors counted "
+        "against them in training and are the least certain. Images unlike the training images get an answer all the same: "
+        "there is no class for 'none of these'.",
+        "",
+        "## Origin",
+        "",
+        f"Run `{source['run']}`, {source['checkpoint']} after epoch {source['epoch']} (SHA-256 {source['checkpoint_sha256']}). "
+        + ", ".join(f"{name} {number}" for name, number in manifest["versions"].items())
+        + f". Written {manifest['created']}.",
+        "",
+    ]
+    path.write_text("\n".join(lines))
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.1f}"

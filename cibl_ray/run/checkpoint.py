@@ -1,0 +1,218 @@
+"""Checkpoints: one safetensors file each, holding weights, momentum, and all that is needed to rebuild the network alone.
+
+Nothing is ever unpickled. A file appears under its name only when it is whole, and the one before is kept until then.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_bytes
+
+from cibl_ray.config import RunConfig
+from cibl_ray.losses.config import needs
+from cibl_ray.networks.network import HybridNetwork, build_network
+from pipelines.common.errors import UserError
+from pipelines.common.settings import validate
+
+log = logging.getLogger(__name__)
+
+FORMAT = 4
+_READ = (2, 3, 4)  # 2: without steps within an epoch; 3: without an average of the weights
+LAST, PREVIOUS, BEST = "last.safetensors", "previous.safetensors", "best.safetensors"
+_HEADER = "cibl_ray"
+_LARGEST_HEAD = 100_000_000  # bytes, of a safetensors file
+_PARTS = ("weights", "momentum", "objective", "average")  # the tensors of a Checkpoint
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """State after `epoch` whole epochs and `step` steps of the next.
+
+    data: the digest of each split's images. workers: how many trained it (None: an older file does not say).
+    best: the best validation accuracy so far and its epoch, or None.
+    weights: the network's state by name. momentum: SGD's buffers by parameter name; objective: what the loss carries from step
+    to step (a queue, an averaged network); average: the weights' average, where the run keeps one, by which the network is
+    judged; all three empty in a best checkpoint, whose weights are those that were judged.
+    """
+
+    config: RunConfig
+    classes: list[str]
+    train_counts: np.ndarray
+    data: dict[str, str]
+    epoch: int
+    step: int
+    workers: int | None
+    best: dict[str, float] | None
+    weights: dict[str, torch.Tensor]
+    momentum: dict[str, torch.Tensor] = field(default_factory=dict)
+    objective: dict[str, torch.Tensor] = field(default_factory=dict)
+    average: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def network(self) -> HybridNetwork:
+        """The network that this checkpoint describes, with the weights to judge and to use it by."""
+        network = build_network(self.config.network, len(self.classes), needs(self.config.loss), seed=0)
+        load_weights(network, self, averaged=True)
+        return network
+
+
+def load_weights(network: HybridNetwork, checkpoint: Checkpoint, averaged: bool = False) -> None:
+    """Put a checkpoint's weights (or their average, where it has one) into `network`. Raises UserError where it is of another
+    architecture."""
+    weights = (averaged and checkpoint.average) or checkpoint.weights
+    state = network.state_dict()
+    strange = sorted(set(state) ^ set(weights))
+    strange += [name for name in state if name not in strange and state[name].shape != weights[name].shape]
+    if strange:
+        made_by, classes = checkpoint.config.network, len(checkpoint.classes)
+        raise UserError(
+            f"the checkpoint is of another architecture: it was made by {made_by.backbone} with a {made_by.head.kind} head, "
+            f"loss {checkpoint.config.loss.kind} and {classes} classes; "
+            f"{len(strange)} tensors differ, the first is {strange[0]!r}"
+        )
+    network.load_state_dict(weights)
+
+
+def momentum_of(network: HybridNetwork, optimizer: torch.optim.SGD) -> dict[str, torch.Tensor]:
+    """SGD's momentum buffers by parameter name."""
+    buffers = {
+        name: optimizer.state.get(parameter, {}).get("momentum_buffer") for name, parameter in network.named_parameters()
+    }
+    return {name: buffer for name, buffer in buffers.items() if buffer is not None}
+
+
+def load_momentum(network: HybridNetwork, optimizer: torch.optim.SGD, momentum: dict[str, torch.Tensor]) -> None:
+    for name, parameter in network.named_parameters():
+        if name in momentum:
+            # Same memory layout as the parameter: a resumed step must add up in the same order.
+            optimizer.state[parameter]["momentum_buffer"] = torch.empty_like(parameter).copy_(momentum[name])
+
+
+def save_checkpoint(path: Path, checkpoint: Checkpoint, keep_previous: bool = False) -> None:
+    """Write atomically. With `keep_previous`, the file that had the name stays as `previous.safetensors`."""
+    content = {
+        "format": FORMAT,
+        "config": checkpoint.config.model_dump(mode="json"),
+        "classes": checkpoint.classes,
+        "train_counts": checkpoint.train_counts.tolist(),
+        "data": checkpoint.data,
+        "epoch": checkpoint.epoch,
+        "step": checkpoint.step,
+        "workers": checkpoint.workers,
+        "best": checkpoint.best,
+    }
+    tensors = {
+        f"{part}.{name}": tensor.detach().cpu().contiguous()
+        for part in _PARTS
+        for name, tensor in getattr(checkpoint, part).items()
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    try:
+        with part.open("wb") as file:
+            file.write(to_bytes(tensors, {_HEADER: json.dumps(content)}))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
+    if keep_previous and _whole(path):  # a damaged one must not take the place of the good one before it
+        second = path.with_name(PREVIOUS + ".part")
+        second.unlink(missing_ok=True)
+        try:
+            second.hardlink_to(path)  # a second name, not a move: at no moment is there no file under the first one
+        except OSError:  # a file system without hard links
+            shutil.copyfile(path, second)
+        second.replace(path.with_name(PREVIOUS))
+    part.replace(path)
+
+
+def _whole(path: Path) -> bool:
+    """Whether a safetensors file is there and as long as its head says: little is read of it."""
+    try:
+        with safe_open(path, framework="pt"):
+            return True
+    except (SafetensorError, OSError):
+        return False
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Read a checkpoint. Raises UserError where the file is missing, cut short or not one of ours."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = (file.metadata() or {}).get(_HEADER)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
+    except FileNotFoundError as error:
+        raise UserError(f"no checkpoint at {str(path)!r}") from error
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"checkpoint {str(path)!r} is cut short or damaged, or none at all: {error}") from error
+    try:
+        content: dict[str, Any] = json.loads(header or "")
+        if content["format"] not in _READ:
+            raise UserError(f"checkpoint {str(path)!r} has format {content['format']}, this version reads {FORMAT}")
+        return Checkpoint(
+            config=validate(RunConfig, content["config"], str(path)),
+            classes=content["classes"],
+            train_counts=np.array(content["train_counts"], dtype=np.int64),
+            data=content["data"],
+            epoch=content["epoch"],
+            step=content.get("step", 0),
+            workers=content.get("workers"),
+            best=content["best"],
+            **{part: _part(tensors, f"{part}.") for part in _PARTS},
+        )
+    except (json.JSONDecodeError, KeyError, ValidationError) as error:
+        raise UserError(f"{str(path)!r} is a safetensors file, but not a checkpoint of cibl-ray") from error
+
+
+def reached(file: IO[bytes]) -> tuple[int, int]:
+    """(epoch, step) of a checkpoint, of which its head alone is read; (0, 0) where it is not one of ours."""
+    try:
+        head = json.loads(file.read(min(int.from_bytes(file.read(8), "little"), _LARGEST_HEAD)))
+        content = json.loads(head["__metadata__"][_HEADER])
+        return content["epoch"], content.get("step", 0)
+    except (ValueError, KeyError, TypeError):
+        return 0, 0
+
+
+def reached_in(folder: Path) -> tuple[int, int]:
+    """(epoch, step) of the last whole checkpoint of a run's `checkpoints` folder; (0, 0) where it has none."""
+    found = (0, 0)
+    for path in (folder / LAST, folder / PREVIOUS):
+        if _whole(path):
+            with path.open("rb") as file:
+                found = max(found, reached(file))
+    return found
+
+
+def _part(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def newest(folder: Path) -> Checkpoint | None:
+    """The last whole checkpoint of a run's `checkpoints` folder; the one before where the last is damaged, and says so."""
+    damaged: UserError | None = None
+    for name in (LAST, PREVIOUS):
+        if not (folder / name).exists():
+            continue
+        try:
+            checkpoint = load_checkpoint(folder / name)
+        except UserError as error:
+            damaged = error
+            continue
+        if damaged is not None:
+            log.warning("%s; going on from the one before, after epoch %d", damaged, checkpoint.epoch)
+        return checkpoint
+    if damaged is not None:
+        raise damaged
+    return None

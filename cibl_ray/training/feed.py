@@ -1,0 +1,65 @@
+"""A stream of images on its way to the network."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from itertools import islice
+
+import torch
+
+from cibl_ray.losses.objective import Images
+from pipelines.augment.recipe import Augment, Normalize
+from pipelines.loaders.make import Batch, Loader, Reading
+
+_SMALL, _STEPS_AT_ONCE = 64, 8  # pixels of a side up to which a GPU augments so many steps at once
+
+
+class Feed:
+    """What the network sees of one stream, step by step: the loader's views, augmented and normalised on the device.
+
+    rows: this worker's of each step's `batch` samples. waited: seconds spent waiting for the loader, counted up.
+    """
+
+    def __init__(
+        self, loader: Loader, reading: Reading, normalize: Normalize, device: torch.device, rows: slice, batch: int
+    ) -> None:
+        self.loader, self.normalize, self.device, self.rows, self.batch = loader, normalize, device, rows, batch
+        self.augment = Augment(reading.views, reading.size, reading.seed)
+        self.waited = 0.0
+        # Small images on a GPU: what augmentation costs is its launches, which are as many for several steps as for one.
+        small = reading.size <= _SMALL and any(self.augment.recipes)
+        self.at_once = _STEPS_AT_ONCE if device.type == "cuda" and loader.lasting and small else 1
+        self._copies = torch.cuda.Stream(device) if device.type == "cuda" and not loader.lasting else None
+
+    def steps(self, epoch: int, step: int) -> Iterator[Images]:
+        """The images of the epoch's steps from `step` on."""
+        batches = iter(self.loader.epoch(epoch, step))
+        while True:
+            before = time.perf_counter()
+            taken = [*islice(batches, self.at_once)]
+            self.waited += time.perf_counter() - before
+            if not taken:
+                return
+            yield from self.ready(taken, epoch, step)
+            step += len(taken)
+
+    def ready(self, batches: list[Batch], epoch: int, step: int) -> list[Images]:
+        """The images of so many steps, from number `step` of the epoch on."""
+        each = len(batches[0].labels)
+        parts = [self._on_device(batch.views) for batch in batches]
+        views = torch.cat(parts) if len(parts) > 1 else parts[0]
+        pixels = self.normalize(self.augment(views, epoch, step, self.rows, self.batch, len(batches)))
+        labels = [batch.labels.to(self.device, non_blocking=True) for batch in batches]
+        return [Images(*pair, views.shape[1]) for pair in zip(pixels.split(each * views.shape[1]), labels, strict=True)]
+
+    def _on_device(self, views: torch.Tensor) -> torch.Tensor:
+        if self._copies is None:
+            return views.to(self.device, non_blocking=True)
+        # The loader fills this memory anew as soon as the next batch is taken, so the copy has to be over by then. By itself it
+        # would come after all steps that the GPU still has before it: on a stream of its own it is waited for alone.
+        with torch.cuda.stream(self._copies):
+            copy = views.to(self.device, non_blocking=True)
+        self._copies.synchronize()
+        copy.record_stream(torch.cuda.current_stream(self.device))
+        return copy

@@ -1,0 +1,422 @@
+"""The training loop. Knows neither Ray nor which loader or loss runs."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from cibl_ray.config import RunConfig
+from cibl_ray.evaluation.metrics import Scores, score
+from cibl_ray.evaluation.predict import predict
+from cibl_ray.hardware import cpu_has_bf16, enough_memory
+from cibl_ray.losses.config import needs
+from cibl_ray.losses.objective import Images, Objective, readings
+from cibl_ray.networks.average import WeightAverage
+from cibl_ray.networks.network import HybridNetwork, Outputs, build_network
+from cibl_ray.run.checkpoint import (
+    BEST,
+    LAST,
+    Checkpoint,
+    load_checkpoint,
+    load_momentum,
+    load_weights,
+    momentum_of,
+    save_checkpoint,
+)
+from cibl_ray.run.fingerprint import code_digest
+from cibl_ray.run.log import RunLog
+from cibl_ray.run.progress import Progress, Silent
+from cibl_ray.training.compiled import begin_step, compile_network, explained
+from cibl_ray.training.feed import Feed
+from cibl_ray.training.optimizer import Sgd
+from cibl_ray.training.schedules import lr_factor
+from cibl_ray.world import World
+from pipelines.augment.recipe import Normalize
+from pipelines.common.errors import UserError
+from pipelines.common.seeding import torch_seed
+from pipelines.config import LoaderConfig
+from pipelines.loaders.make import Batch, Loader, decide_cache, eval_reading, make_loader
+from pipelines.prepare.prepared import Prepared
+
+log = logging.getLogger(__name__)
+
+_Tensors = dict[str, torch.Tensor]
+
+_ASK_EVERY = 10  # steps between the workers' questions whether a checkpoint is due
+_CHECK_EVERY = 50  # steps between looks at whether the loss is finite
+
+
+class Trainer:
+    """One run: data, network, optimizer, and where they stand.
+
+    `config` must be resolved (`resolve`): no 'auto' in it. `epoch` counts the whole epochs done. In a `world` of several
+    workers every one has a trainer of its own, with the same network; rank 0's alone touches `folder`.
+    """
+
+    def __init__(self, config: RunConfig, prepared: Prepared, folder: Path, world: World | None = None) -> None:
+        self.world = world = world or World()
+        config = config.model_copy(update={"loader": _decide_cache(config.loader, prepared, world, config.train.device)})
+        self.config, self.prepared, self.folder = config, prepared, folder
+        self.code = code_digest()  # before a long run's source files can change
+        batch = config.train.batch_size
+        if batch < world.size:
+            raise UserError(f"train.batch_size is {batch}, fewer than one image for each of {world.size} workers; raise it")
+        self.device = torch.device(config.train.device)
+        if self.device.type == "cuda":
+            torch.backends.cudnn.benchmark = True  # a run has two or three shapes: the fastest convolutions are found once
+        self.autocast = config.train.precision == "bf16"
+        self.network = build_network(config.network, len(prepared.classes), needs(config.loss), config.seed)
+        self.network.to(self.device)
+        average = config.train.average
+        self.average = WeightAverage(self.network, average) if average is not None else None
+        self.normalize = Normalize(config.data).to(self.device)
+        self.objective = Objective(config.loss, self.network, prepared.train_counts, self.device, world, batch)
+        decayed: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+        for name, parameter in self.network.named_parameters():
+            decayed[self.network.decays(name)].append(parameter)
+        self.optimizer = Sgd(
+            [
+                {"params": decayed[True], "weight_decay": config.optimizer.weight_decay},
+                {"params": decayed[False], "weight_decay": 0.0},
+            ],
+            lr=config.optimizer.lr,
+            momentum=config.optimizer.momentum,
+            nesterov=config.optimizer.nesterov,
+            fused=self.device.type == "cuda",  # one launch for all parameters instead of ten
+        )
+        self.epoch = self.step = 0
+        self._saved = time.monotonic()
+        self.after_save: Callable[[], None] = lambda: None
+        self.asked_to_stop = False  # from outside, by a signal
+        self.spent = {"evaluation": 0.0, "checkpoint": 0.0}  # seconds since the last epoch's row
+        self.best: dict[str, float] | None = None
+        streams = readings(config.loss, config.data, batch, config.seed, world.share)
+        if config.train.compile:
+            for network in self.objective.networks:
+                compile_network(network, self.device)
+        self.train_loaders = [make_loader(prepared, "train", reading, config.loader, self.device) for reading in streams]
+        self.feeds = [
+            Feed(loader, reading, self.normalize, self.device, world.share.of(batch), batch)
+            for loader, reading in zip(self.train_loaders, streams, strict=True)
+        ]
+        # Opened now, so that a damaged test set is not found out after the last epoch.
+        held_out = eval_reading(config.data, config.train.eval_batch_size, world.share)
+        self.eval_loaders: dict[str, Loader] = {
+            split: make_loader(prepared, split, held_out, config.loader) for split in prepared.splits if split != "train"
+        }
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Go on from a checkpoint. Raises UserError where it is of another network or other data."""
+        splits = self.prepared.splits
+        if set(checkpoint.data) != set(splits) or not all(splits[name].has(digest) for name, digest in checkpoint.data.items()):
+            raise UserError("the data have changed since this run began; start a new run")
+        load_weights(self.network, checkpoint)
+        load_momentum(self.network, self.optimizer, checkpoint.momentum)
+        self.objective.load(checkpoint.objective)
+        if self.average is not None:  # of the weights from here on, where the run kept none before
+            load_weights(self.average.network, checkpoint, averaged=True)
+        self.epoch, self.step, self.best = checkpoint.epoch, checkpoint.step, checkpoint.best
+        workers = checkpoint.workers or self.world.size
+        same = _batches(checkpoint.config, workers) == _batches(self.config, self.world.size)
+        if self.step and (not same or self.step >= self.train_loaders[0].batches):
+            log.warning("batches are no longer those of the checkpoint, taken at step %d: its epoch begins anew", self.step)
+            self.step = 0
+
+    def fit(self, progress: Progress | None = None) -> dict[str, Any]:
+        """Train to the last epoch; returns the result: the last epoch and the best on validation, scored on the test set.
+
+        Every worker calls it; the result is rank 0's alone, the others' is empty.
+        """
+        progress = progress or Silent()
+        epochs, batches = self.config.train.epochs, self.train_loaders[0].batches
+        run_log = RunLog(self.folder, self.epoch) if self.world.first else None
+        images = batches * self.config.train.batch_size
+        progress.begin(epochs * images, self.epoch * images + self.step * self.config.train.batch_size)
+        try:
+            while self.epoch < epochs:
+                with self._enough_memory():  # for what comes before a step, too
+                    row = self.train_epoch(progress)
+                if "val" in self.prepared.splits:
+                    self._validate(row)
+                row["seconds"] |= self.spent
+                self.spent = dict.fromkeys(self.spent, 0.0)
+                if run_log is not None:
+                    run_log.write(row)  # before the checkpoint: a resumed run drops rows beyond it, and misses none
+                    if self.epoch % self.config.train.checkpoint_every == 0 or self.epoch == epochs:
+                        self.save()
+                progress.epoch(row, _epoch_line(row, epochs))
+        finally:
+            progress.close()
+            if run_log is not None:
+                run_log.close()
+            for loader in self.train_loaders:
+                loader.close()
+        try:
+            return self._result()
+        finally:
+            for loader in self.eval_loaders.values():
+                loader.close()
+
+    def train_epoch(self, progress: Progress | None = None) -> dict[str, Any]:
+        """One epoch, or the rest of it; returns its row for the log: mean terms over all workers, learning rate, images a
+        second, and where the time went."""
+        number, batches, batch_size = self.epoch, self.train_loaders[0].batches, self.config.train.batch_size
+        torch.manual_seed(torch_seed(self.config.seed, "epoch", number))
+        self.network.train()
+        totals: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros((), device=self.device))
+        started = time.perf_counter()
+        self.world.seconds, waited = 0.0, sum(feed.waited for feed in self.feeds)
+        saving = self.spent["checkpoint"]
+        first = self.step
+        watch: _Watch | None = None
+        for images in zip(*(feed.steps(number, self.step) for feed in self.feeds), strict=True):
+            self._schedule(number + self.step / batches)
+            if self.asked_to_stop:
+                raise KeyboardInterrupt
+            terms = self.optimize([*images])
+            for name, value in terms.items():
+                totals[name] += value
+            self.step += 1
+            if self.step == batches:
+                self._check_finite(totals["loss"], self.step)
+            elif self.step % _CHECK_EVERY == 0:
+                if watch is not None:
+                    watch.look()
+                watch = _Watch(totals["loss"], partial(self._check_finite, step=self.step))
+            if progress is not None:
+                progress.advance(batch_size)
+            if self.step < batches:
+                self._save_if_due(totals["loss"])
+        self.epoch, self.step = number + 1, 0
+        self._average_statistics()
+        own = torch.stack([total.float() for total in totals.values()]) * self.world.fraction(batch_size)
+        means = (self.world.sum(own) / (batches - first)).tolist()
+        seconds = time.perf_counter() - started - (self.spent["checkpoint"] - saving)
+        return {
+            "epoch": self.epoch,
+            "code": self.code,
+            "train": dict(zip(totals, means, strict=True)),
+            "rate": {"lr": self.optimizer.param_groups[0]["lr"], "images_per_s": (batches - first) * batch_size / seconds},
+            "seconds": {
+                "epoch": seconds,
+                "data_wait": sum(feed.waited for feed in self.feeds) - waited,
+                "communication": self.world.seconds,
+            },
+        }
+
+    def train_step(self, batches: Sequence[Batch], step: int) -> dict[str, torch.Tensor]:
+        """One step of the optimizer on a batch of each stream, number `step` of the epoch; returns detached scalars by name."""
+        return self.optimize(
+            [feed.ready([batch], self.epoch, step)[0] for batch, feed in zip(batches, self.feeds, strict=True)]
+        )
+
+    def optimize(self, streams: list[Images]) -> dict[str, torch.Tensor]:
+        """The same on images that are ready for the network. Raises UserError where memory does not suffice."""
+        with self._enough_memory(), explained():
+            return self._optimize(streams)
+
+    def _optimize(self, streams: list[Images]) -> dict[str, torch.Tensor]:
+        self.optimizer.zero_grad(set_to_none=True)  # first: memory of CUDA graphs is used again in every step
+        begin_step(self.config.train.compile)
+        terms = self.objective(self.network, self._run, streams, self.epoch / self.config.train.epochs)
+        # Each worker's loss is the mean over its own images; the parts add up to the mean over the batch.
+        (terms["loss"] * self.world.fraction(self.config.train.batch_size)).backward()
+        self.world.sum_gradients(self.network.parameters())
+        if self.config.optimizer.clip_norm is not None:
+            nn.utils.clip_grad_norm_(self.network.parameters(), self.config.optimizer.clip_norm)
+        self.optimizer.step()
+        if self.average is not None:
+            self.average.update(self.network, self.epoch * self.train_loaders[0].batches + self.step + 1)
+        return {name: term.detach() for name, term in terms.items()}
+
+    def _enough_memory(self) -> AbstractContextManager[None]:
+        size = self.config.train.batch_size
+        return enough_memory(f"a step of {size} images", "lower train.batch_size, or use more workers")
+
+    def _run(self, network: nn.Module, pixels: torch.Tensor) -> Outputs:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+            outputs: Outputs = network(pixels)
+        return outputs
+
+    @property
+    def judged(self) -> HybridNetwork:
+        """The network that is evaluated and exported: the trained one, or its average."""
+        return self.network if self.average is None else self.average.network
+
+    def evaluate(self, split: str) -> Scores | None:
+        """Scores of the network as it is on 'val' or 'test', each sample once over all workers; rank 0's alone."""
+        started = time.perf_counter()
+        with enough_memory(f"evaluation, {self.config.train.eval_batch_size} images at once", "lower train.eval_batch_size"):
+            logits, labels = predict(self.judged, self.eval_loaders[split], self.normalize, self.device)
+        logits, labels = self.world.collect(logits), self.world.collect(labels)
+        scores = score(logits, labels, self.prepared.train_counts) if self.world.first else None
+        # Training may go on all the same, by each batch's own statistics: the running ones, once not finite, stay so.
+        if scores is not None and not math.isfinite(scores.loss):
+            raise UserError(
+                f"the loss is not finite on the {split} split after epoch {self.epoch}, though it is in training; lower "
+                f"optimizer.lr (it is {self.config.optimizer.lr}), set optimizer.clip_norm, or train.precision: fp32; "
+                "earlier checkpoints are kept"
+            )
+        self.spent["evaluation"] += time.perf_counter() - started
+        return scores
+
+    def save(self) -> None:
+        """Write the checkpoint to go on from."""
+        started = time.perf_counter()
+        whole = self._checkpoint(
+            self.network.state_dict(),
+            momentum=momentum_of(self.network, self.optimizer),
+            objective=self.objective.state(),
+            average=self.average.network.state_dict() if self.average is not None else {},
+        )
+        save_checkpoint(self._checkpoints / LAST, whole, keep_previous=True)
+        self.after_save()
+        self._saved = time.monotonic()
+        self.spent["checkpoint"] += time.perf_counter() - started
+
+    def _save_if_due(self, total: torch.Tensor) -> None:
+        """Within an epoch: rank 0's clock decides, and all ranks hear of it, because they average their statistics first."""
+        minutes = self.config.train.checkpoint_minutes
+        if minutes is None or (self.world.size > 1 and self.step % _ASK_EVERY):
+            return
+        if not self.world.from_first(lambda: time.monotonic() - self._saved >= 60 * minutes):  # asks no GPU
+            return
+        self._check_finite(total, self.step)
+        self._average_statistics()
+        if self.world.first:
+            self.save()
+
+    def _average_statistics(self) -> None:
+        networks = self.objective.networks
+        self.world.average_statistics(networks if self.average is None else [*networks, self.average.network])
+
+    @property
+    def _checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    def _schedule(self, epoch: float) -> None:
+        """Set what follows a schedule, for a step at `epoch` (fractional)."""
+        self.network.schedule(epoch, self.config.train.epochs)
+        factor = lr_factor(self.config.schedule, epoch, self.config.train.epochs)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.optimizer.lr * factor
+
+    def _check_finite(self, total: torch.Tensor, step: int) -> None:
+        if not torch.isfinite(total):
+            raise UserError(
+                f"the loss is not finite in epoch {self.epoch + 1}, by step {step}; lower optimizer.lr "
+                f"(it is {self.config.optimizer.lr}), set optimizer.clip_norm, or train.precision: fp32; "
+                f"checkpoints up to epoch {self.epoch} are kept"
+            )
+
+    def _validate(self, row: dict[str, Any]) -> None:
+        scores = self.evaluate("val")
+        if scores is None:
+            return
+        row["val"] = scores.numbers()
+        # The class mean: a validation split carved out of unbalanced data must not favour the head.
+        if self.best is None or scores.balanced > self.best["balanced"]:
+            self.best = {"epoch": self.epoch, "balanced": scores.balanced}
+            started = time.perf_counter()
+            save_checkpoint(self._checkpoints / BEST, self._checkpoint(self.judged.state_dict()))
+            self.spent["checkpoint"] += time.perf_counter() - started
+
+    def _checkpoint(self, weights: _Tensors, **more: _Tensors) -> Checkpoint:
+        return Checkpoint(
+            config=self.config,
+            classes=self.prepared.classes,
+            train_counts=self.prepared.train_counts,
+            data=self.prepared.digests,
+            epoch=self.epoch,
+            step=self.step,
+            workers=self.world.size,
+            best=self.best,
+            weights=weights,
+            **more,
+        )
+
+    def _result(self) -> dict[str, Any]:
+        """Both checkpoints on the held-out split. The test set is looked at here for the first time, and chooses nothing."""
+        split = "test" if "test" in self.prepared.splits else "val"
+        result: dict[str, Any] = {"split": split, "last": {"epoch": self.epoch, "scores": self.evaluate(split)}}
+        path = self._checkpoints / BEST
+        epoch = None if self.best is None else self.best["epoch"]  # known to rank 0 alone
+        same = epoch == self.epoch and self.step == 0  # the same weights; not where fewer epochs were set within the next one
+        if same:
+            result["best"] = result["last"]
+        best = self.world.from_first(lambda: _readable(path) if epoch is not None and not same else None)
+        if best is not None:
+            load_weights(self.judged, best)
+            result["best"] = {"epoch": best.epoch, "scores": self.evaluate(split)}
+        return result if self.world.first else {}
+
+
+def _readable(path: Path) -> Checkpoint | None:
+    """The best checkpoint, where it is whole: the last one's scores do not depend on it."""
+    try:
+        return load_checkpoint(path)
+    except UserError as error:
+        log.warning("%s; the result is the last epoch's alone", error)
+        return None
+
+
+class _Watch:
+    """A value on its way from the device, looked at when it has long arrived: training never waits for it."""
+
+    def __init__(self, value: torch.Tensor, check: Callable[[torch.Tensor], None]) -> None:
+        self._check = check
+        self._value = torch.empty((), pin_memory=value.is_cuda).copy_(value, non_blocking=True)
+        self._arrived = torch.cuda.Event() if value.is_cuda else None
+        if self._arrived is not None:
+            self._arrived.record()
+
+    def look(self) -> None:
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        self._check(self._value)
+
+
+def _decide_cache(config: LoaderConfig, prepared: Prepared, world: World, device: str) -> LoaderConfig:
+    """The cache for all workers: it decides the order of the images, so one whose memory is too small speaks for all."""
+    cache = decide_cache(prepared, "train", config).cache
+    small = float(world.sum(torch.tensor(float(cache == "process"), device=device)))
+    return config.model_copy(update={"cache": "process" if small else "os"})
+
+
+def _batches(config: RunConfig, workers: int) -> tuple[object, ...]:
+    """What the batches of an epoch follow from."""
+    loader, data = config.loader, config.data.model_dump(mode="json")
+    data["source"].pop("expect", None)
+    pages = loader.read_ahead_mb if loader.cache == "process" else None
+    return config.train.batch_size, config.seed, data, pages, workers if loader.part == "shards" else None
+
+
+def resolve(config: RunConfig) -> RunConfig:
+    """`config` with every 'auto' decided for this machine. Raises UserError for a GPU that is not there."""
+    device = config.train.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    elif device == "cuda" and not torch.cuda.is_available():
+        raise UserError("train.device is 'cuda', but no CUDA device is visible; set it to 'cpu' or 'auto'")
+    precision = config.train.precision
+    if precision == "auto":
+        # A GPU without bf16 arithmetic has it emulated, slower than float32.
+        has = torch.cuda.is_bf16_supported(including_emulation=False) if device == "cuda" else cpu_has_bf16()
+        precision = "bf16" if has else "fp32"
+    return config.model_copy(update={"train": config.train.model_copy(update={"device": device, "precision": precision})})
+
+
+def _epoch_line(row: dict[str, Any], epochs: int) -> str:
+    terms = "  ".join(f"{name} {value:.3f}" for name, value in row["train"].items())
+    val = f"  val balanced {100 * row['val']['balanced']:.1f} %" if "val" in row else ""
+    return f"epoch {row['epoch']:>{len(str(epochs))}}/{epochs}  {terms}{val}  {row['rate']['images_per_s']:,.0f} img/s"

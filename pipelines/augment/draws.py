@@ -1,0 +1,205 @@
+"""What augmentation does to each sample of a batch: drawn on the CPU in small arrays, from named streams.
+
+A recipe unrolls to stages. In a stage each sample undergoes one operation or none, with one number that says how much. The
+draw is apart from its application (`apply`, and `pixel_kernel` for bytes on a CPU), so that every
+device, and torchvision in the tests, can apply the same one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import assert_never
+
+import numpy as np
+
+from pipelines.config import Augmentation, AutoAugment, Blur, ColorJitter, Cutout, Grayscale, RandAugment
+
+
+class Op(IntEnum):
+    """The operations, grouped by how they are computed, and what a stage's `value` means to each."""
+
+    IDENTITY = 0
+    # A pixel's new value depends on its old one alone, given statistics of the image: by table.
+    BRIGHTNESS = 1  # factor
+    CONTRAST = 2  # factor
+    POSTERIZE = 3  # width of a level: 2 to the number of bits dropped
+    SOLARIZE = 4  # threshold, 0 to 255
+    INVERT = 5
+    AUTO_CONTRAST = 6
+    EQUALIZE = 7
+    # Pixels move.
+    SHEAR_X = 8  # pixels right for each pixel up
+    SHEAR_Y = 9  # pixels down for each pixel left
+    TRANSLATE_X = 10  # pixels right
+    TRANSLATE_Y = 11  # pixels down
+    ROTATE = 12  # degrees anti-clockwise
+    # Channels or neighbours mix.
+    SATURATION = 13  # factor
+    HUE = 14  # turns of the colour circle
+    GRAYSCALE = 15
+    SHARPNESS = 16  # factor
+    BLUR = 17  # standard deviation in pixels
+    CUTOUT = 18  # number of the centre pixel: row · S + column
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of a recipe for a batch of B samples.
+
+    op: int8 (B,), an Op each. value: float64 (B,), read as the Op says. size: a blur's taps or a cutout's width, else 0.
+    """
+
+    op: np.ndarray
+    value: np.ndarray
+    size: int = 0
+
+    def rows(self, part: slice) -> Stage:
+        return Stage(self.op[part], self.value[part], self.size)
+
+    @staticmethod
+    def join(parts: Sequence[Stage]) -> Stage:
+        """The same step of a recipe for several batches, one after the other."""
+        return Stage(np.concatenate([part.op for part in parts]), np.concatenate([part.value for part in parts]), parts[0].size)
+
+
+def draw(augmentation: Augmentation, size: int, batch: int, random: np.random.Generator) -> list[Stage]:
+    """The stages of one entry of a recipe, for `batch` images of `size` x `size` pixels."""
+    match augmentation:
+        case AutoAugment():
+            return _auto_augment(size, batch, random)
+        case RandAugment():
+            return _rand_augment(augmentation, size, batch, random)
+        case ColorJitter():
+            return _color_jitter(augmentation, batch, random)
+        case Grayscale():
+            gray = random.random(batch) < augmentation.probability
+            return [Stage(_where(gray, Op.GRAYSCALE), np.zeros(batch))]
+        case Blur():
+            blurred = random.random(batch) < augmentation.probability
+            return [Stage(_where(blurred, Op.BLUR), random.uniform(*augmentation.sigma, size=batch), taps(augmentation, size))]
+        case Cutout():
+            centres = random.integers(size * size, size=batch).astype(np.float64)
+            return [Stage(np.full(batch, Op.CUTOUT, dtype=np.int8), centres, augmentation.size)]
+        case _:
+            assert_never(augmentation)
+
+
+def taps(blur: Blur, size: int) -> int:
+    """The width of a blur's kernel: an odd number, by default about a tenth of the image's."""
+    return blur.kernel if blur.kernel is not None else max(3, size // 10 | 1)
+
+
+def _where(chosen: np.ndarray, op: Op) -> np.ndarray:
+    return np.where(chosen, op, Op.IDENTITY).astype(np.int8)
+
+
+def _color_jitter(jitter: ColorJitter, batch: int, random: np.random.Generator) -> list[Stage]:
+    """Four stages: each sample's own permutation of the four operations."""
+    ops = np.array([Op.BRIGHTNESS, Op.CONTRAST, Op.SATURATION, Op.HUE], dtype=np.int8)
+    reach = np.array([jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue])
+    centre = np.array([1.0, 1.0, 1.0, 0.0])
+    low = np.where(ops == Op.HUE, -reach, np.maximum(0, centre - reach))
+    values = random.uniform(low, centre + reach, size=(batch, 4))
+    chosen = random.random(batch) < jitter.probability
+    order = random.permuted(np.tile(np.arange(4), (batch, 1)), axis=1)
+    # An operation of no reach is left out, as torchvision does: turning the hue by nothing still rounds.
+    drawn = np.where(chosen[:, None] & (reach > 0)[order], ops[order], Op.IDENTITY).astype(np.int8)
+    values = np.take_along_axis(values, order, axis=1)
+    return [Stage(drawn[:, step], values[:, step]) for step in range(4)]
+
+
+def _rand_augment(augmentation: RandAugment, size: int, batch: int, random: np.random.Generator) -> list[Stage]:
+    """Any of 14 operations with equal chances, of the strength in bin `magnitude` of 31."""
+    strength = _strengths(31, size)
+    ops = np.array(RAND_AUGMENT_OPS, dtype=np.int8)
+    table = np.array([strength[op][augmentation.magnitude] for op in RAND_AUGMENT_OPS])
+    stages = []
+    for _ in range(augmentation.count):
+        choice = random.integers(len(ops), size=batch)
+        stages.append(_signed(ops[choice], table[choice], random))
+    return stages
+
+
+def _auto_augment(size: int, batch: int, random: np.random.Generator) -> list[Stage]:
+    """One of 25 sub-policies each; of its two operations, each with its own chance, of the strength in its bin of 10."""
+    strength = _strengths(10, size)
+    ops = np.array([[op for op, _, _ in pair] for pair in CIFAR10_POLICY], dtype=np.int8)
+    chances = np.array([[chance for _, chance, _ in pair] for pair in CIFAR10_POLICY])
+    values = np.array([[strength[op][level] for op, _, level in pair] for pair in CIFAR10_POLICY])
+    choice = random.integers(len(ops), size=batch)
+    stages = []
+    for step in range(2):
+        happens = random.random(batch) < chances[choice, step]
+        op = np.where(happens, ops[choice, step], Op.IDENTITY).astype(np.int8)
+        stages.append(_signed(op, values[choice, step], random))
+    return stages
+
+
+_FACTORS = (Op.BRIGHTNESS, Op.CONTRAST, Op.SATURATION, Op.SHARPNESS)
+_MOVES = (Op.SHEAR_X, Op.SHEAR_Y, Op.TRANSLATE_X, Op.TRANSLATE_Y, Op.ROTATE)
+
+
+def _signed(op: np.ndarray, strength: np.ndarray, random: np.random.Generator) -> Stage:
+    """Strengths to values: half of the moves go the other way, half of the factors lie below 1."""
+    signed = np.where(random.random(len(op)) < 0.5, -strength, strength)
+    value = np.where(np.isin(op, _MOVES), signed, strength)
+    return Stage(op, np.where(np.isin(op, _FACTORS), 1 + signed, value))
+
+
+def _strengths(bins: int, size: int) -> dict[Op, np.ndarray]:
+    """The strength of each operation in each bin, as torchvision's AutoAugment (10 bins) and RandAugment (31) have it."""
+    share = np.arange(bins) / (bins - 1)
+    none = np.zeros(bins)
+    shift = np.trunc(share * (size * 150 / 331))  # whole pixels; 150 of the 331 that the policy was searched with
+    levels = 2.0 ** np.rint(4 * share)
+    return {
+        **dict.fromkeys((Op.IDENTITY, Op.INVERT, Op.AUTO_CONTRAST, Op.EQUALIZE), none),
+        **dict.fromkeys((Op.SHEAR_X, Op.SHEAR_Y), 0.3 * share),
+        **dict.fromkeys((Op.TRANSLATE_X, Op.TRANSLATE_Y), shift),
+        Op.ROTATE: 30 * share,
+        **dict.fromkeys(_FACTORS, 0.9 * share),
+        Op.POSTERIZE: levels,
+        Op.SOLARIZE: 255 * (1 - share),
+    }
+
+
+RAND_AUGMENT_OPS = (
+    Op.IDENTITY,
+    *_MOVES,
+    *_FACTORS,
+    Op.POSTERIZE,
+    Op.SOLARIZE,
+    Op.AUTO_CONTRAST,
+    Op.EQUALIZE,
+)
+
+# Cubuk et al., AutoAugment, arXiv:1805.09501, table 7, as torchvision has it: operation, probability, bin.
+CIFAR10_POLICY = (
+    ((Op.INVERT, 0.1, 0), (Op.CONTRAST, 0.2, 6)),
+    ((Op.ROTATE, 0.7, 2), (Op.TRANSLATE_X, 0.3, 9)),
+    ((Op.SHARPNESS, 0.8, 1), (Op.SHARPNESS, 0.9, 3)),
+    ((Op.SHEAR_Y, 0.5, 8), (Op.TRANSLATE_Y, 0.7, 9)),
+    ((Op.AUTO_CONTRAST, 0.5, 0), (Op.EQUALIZE, 0.9, 0)),
+    ((Op.SHEAR_Y, 0.2, 7), (Op.POSTERIZE, 0.3, 7)),
+    ((Op.SATURATION, 0.4, 3), (Op.BRIGHTNESS, 0.6, 7)),
+    ((Op.SHARPNESS, 0.3, 9), (Op.BRIGHTNESS, 0.7, 9)),
+    ((Op.EQUALIZE, 0.6, 0), (Op.EQUALIZE, 0.5, 0)),
+    ((Op.CONTRAST, 0.6, 7), (Op.SHARPNESS, 0.6, 5)),
+    ((Op.SATURATION, 0.7, 7), (Op.TRANSLATE_X, 0.5, 8)),
+    ((Op.EQUALIZE, 0.3, 0), (Op.AUTO_CONTRAST, 0.4, 0)),
+    ((Op.TRANSLATE_Y, 0.4, 3), (Op.SHARPNESS, 0.2, 6)),
+    ((Op.BRIGHTNESS, 0.9, 6), (Op.SATURATION, 0.2, 8)),
+    ((Op.SOLARIZE, 0.5, 2), (Op.INVERT, 0.0, 0)),
+    ((Op.EQUALIZE, 0.2, 0), (Op.AUTO_CONTRAST, 0.6, 0)),
+    ((Op.EQUALIZE, 0.2, 0), (Op.EQUALIZE, 0.6, 0)),
+    ((Op.SATURATION, 0.9, 9), (Op.EQUALIZE, 0.6, 0)),
+    ((Op.AUTO_CONTRAST, 0.8, 0), (Op.SOLARIZE, 0.2, 8)),
+    ((Op.BRIGHTNESS, 0.1, 3), (Op.SATURATION, 0.7, 0)),
+    ((Op.SOLARIZE, 0.4, 5), (Op.AUTO_CONTRAST, 0.9, 0)),
+    ((Op.TRANSLATE_Y, 0.9, 9), (Op.TRANSLATE_Y, 0.7, 9)),
+    ((Op.AUTO_CONTRAST, 0.9, 0), (Op.SOLARIZE, 0.8, 3)),
+    ((Op.EQUALIZE, 0.8, 0), (Op.INVERT, 0.1, 0)),
+    ((Op.TRANSLATE_Y, 0.7, 9), (Op.AUTO_CONTRAST, 0.9, 0)),
+)

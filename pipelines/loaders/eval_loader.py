@@ -1,0 +1,78 @@
+"""Evaluation's batches: each sample once, by the one rule that the server follows too (`pipelines.pixels.EvalRule`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+import torch
+
+from pipelines.common.cores import usable_cores
+from pipelines.common.errors import UserError
+from pipelines.config import LoaderConfig
+from pipelines.loaders.make import Batch, Reading
+from pipelines.pixels import BadImageError, EvalRule, decode
+from pipelines.prepare.beton import RAW, Beton
+
+
+class EvalLoader:
+    """`Loader` for evaluation, whichever loader trains. Pillow decodes and resizes in threads, outside Python's
+    lock; images that lie as they are needed are copied."""
+
+    lasting = True
+
+    def __init__(self, beton: Beton, reading: Reading, config: LoaderConfig) -> None:
+        assert reading.rule is not None
+        self._beton, self._reading, self._rule = beton, reading, reading.rule
+        self.samples = len(beton)
+        self.batches = reading.batches(self.samples)
+        self._workers, self._ahead = config.workers or usable_cores(), config.batches_ahead
+        records, size = beton.records["f0"], reading.size
+        whole = (records["mode"] == RAW) & (records["height"] == size) & (records["width"] == size)
+        self._as_it_lies = bool(whole.all()) and self._rule.ratio == 1
+        self.name = "evaluation loader" + ("" if self._as_it_lies else f", {self._workers} threads")
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """Every epoch is the same: the file's order."""
+        positions = self._reading.positions(self.samples, start)
+        step = self._reading.own_batch
+        chunks = [positions[i : i + step] for i in range(0, len(positions), step)]
+        with ThreadPoolExecutor(self._workers) as pool:
+            pending: list[tuple[np.ndarray, list[Future[np.ndarray]]]] = []
+            try:
+                for rows in chunks:
+                    pending.append(
+                        (
+                            rows,
+                            []
+                            if self._as_it_lies
+                            else [pool.submit(eval_image, self._beton, row, self._rule) for row in rows.tolist()],
+                        )
+                    )
+                    if len(pending) > self._ahead:
+                        yield self._batch(*pending.pop(0))
+                while pending:
+                    yield self._batch(*pending.pop(0))
+            finally:
+                for _, futures in pending:
+                    for future in futures:
+                        future.cancel()
+
+    def _batch(self, rows: np.ndarray, images: list[Future[np.ndarray]]) -> Batch:
+        pixels = [image.result() for image in images] if images else [self._beton.image(row) for row in rows.tolist()]
+        views = torch.from_numpy(np.stack(pixels))[:, None]
+        return Batch(views, torch.from_numpy(self._beton.labels[rows].astype(np.int64)), torch.from_numpy(rows))
+
+    def close(self) -> None:
+        """Nothing outlives an epoch."""
+
+
+def eval_image(beton: Beton, row: int, rule: EvalRule) -> np.ndarray:
+    """uint8 (S, S, 3): an image of the file as evaluation sees it. Raises UserError where it is damaged."""
+    data = beton.image(row)
+    raw = beton.records["f0"]["mode"][row] == RAW
+    try:
+        return rule(decode(data if raw else data.tobytes()))
+    except BadImageError as error:
+        raise UserError(f"{beton.where(row)} is damaged ({error}); remove the folder and prepare again") from error

@@ -1,0 +1,304 @@
+"""The one batch and the one loader that training sees, whoever decodes the images."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol
+
+import numpy as np
+import torch
+
+from pipelines.common.errors import UserError
+from pipelines.common.seeding import stream
+from pipelines.config import CenterCrop, DataConfig, LoaderConfig, Sampling, View
+from pipelines.loaders.cache import available_memory, by_pages, fits_into_memory, local_workers
+from pipelines.loaders.cuts import draw_cuts, epoch_order, worker_weights
+from pipelines.pixels import EvalRule
+from pipelines.prepare.beton import PAGE, Beton
+from pipelines.prepare.prepared import Prepared
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One batch, as it left the file: B samples, V views, size S.
+
+    views: uint8 (B, V, S, S, 3), each view of each sample cut by its own draw.
+    labels: int64 (B,).
+    index: int64 (B,), the samples' rows in the .beton file (line numbers, from 0, of its `.files.txt`).
+
+    Unless the loader is `lasting`, the tensors are its own buffers: they hold until the next batch is taken. Copy what must
+    last longer.
+    """
+
+    views: torch.Tensor
+    labels: torch.Tensor
+    index: torch.Tensor
+
+
+class Loader(Protocol):
+    """Batches of one split. Two loaders of different kinds give the same batches for the same seed and epoch.
+
+    lasting: its batches stay as they are when the next is taken.
+    """
+
+    name: str
+    lasting: bool
+    samples: int
+    batches: int
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """The batches of epoch number `epoch`, from batch `start` on: what comes does not depend on what came before."""
+        ...
+
+    def close(self) -> None:
+        """End threads and processes."""
+        ...
+
+
+@dataclass(frozen=True)
+class Share:
+    """Worker number `worker` of `workers`, and what falls to it."""
+
+    worker: int = 0
+    workers: int = 1
+
+    def of(self, count: int, worker: int | None = None) -> slice:
+        """This worker's part (or another's) of `count` things in order: parts differ by at most one."""
+        worker = self.worker if worker is None else worker
+        return slice(count * worker // self.workers, count * (worker + 1) // self.workers)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What to read and how to cut it: the part of a loader's work that does not depend on its kind.
+
+    batch_size: of all workers together in training, of each in evaluation. sampling: how training draws an epoch. None, as for
+    evaluation: every sample once, in the file's order. drop_last: true for training. share: in training every batch is shared
+    out, so that the workers together see the batches that one would; in evaluation the samples are, each to one worker.
+    rule: of evaluation, what it shows of an image; None: the views, each cut by its draw. part_batches: batches of an epoch
+    where each worker reads files of its own (`samples` and positions then count those alone); None: all read all.
+    weights: of each class, for a sampling other than instance over such files; None: the sampling's own.
+    group: of cache 'process', the pages within which the order is random; None: it is random throughout.
+    """
+
+    views: tuple[View, ...]
+    size: int
+    batch_size: int
+    seed: int
+    sampling: Sampling | None
+    drop_last: bool
+    share: Share = Share()
+    rule: EvalRule | None = None
+    part_batches: int | None = None
+    weights: tuple[float, ...] | None = None
+    group: int | None = None
+
+    @property
+    def own_batch(self) -> int:
+        """Samples in one of this worker's batches (in evaluation, at most)."""
+        rows = self.share.of(self.batch_size)
+        return rows.stop - rows.start if self.drop_last else self.batch_size
+
+    def batches(self, samples: int) -> int:
+        """This worker's batches of an epoch over `samples` of all workers."""
+        if self.part_batches is not None:
+            return self.part_batches
+        return (
+            len(self.positions(samples)) // self.own_batch
+            if self.drop_last
+            else -(-len(self.positions(samples)) // self.batch_size)
+        )
+
+    def positions(self, samples: int, start: int = 0) -> np.ndarray:
+        """Where in an epoch's order this worker's samples stand, from its batch number `start` on: int64."""
+        if self.part_batches is not None:
+            return np.arange(start * self.own_batch, self.part_batches * self.own_batch)
+        if not self.drop_last:
+            own = self.share.of(samples)
+            return np.arange(own.start + start * self.batch_size, own.stop)
+        every = np.arange(start * self.batch_size, samples // self.batch_size * self.batch_size)
+        return every.reshape(-1, self.batch_size)[:, self.share.of(self.batch_size)].ravel()
+
+    def order(self, beton: Beton, epoch: int) -> np.ndarray:
+        """An epoch's rows of `beton`, in order: int64."""
+        order = epoch_order(beton.labels, self.sampling, self.seed, epoch, self.weights)
+        return order if self.group is None else by_pages(order, beton.pages, self.group, self.seed, epoch)
+
+
+def _resident(beton: Beton, views: Sequence[View], config: LoaderConfig, device: torch.device) -> bool:
+    """Whether the images are to be held in the device's memory. Raises UserError where that is asked for and cannot be."""
+    from pipelines.loaders.resident_loader import margin_of, why_not_resident
+
+    margin = margin_of(views)
+
+    if config.kind == "auto":
+        # On the CPU FFCV's threads are as fast (benchmarks.resident); where it is absent, nothing else is.
+        pays = device.type == "cuda" or importlib.util.find_spec("ffcv") is None
+        return pays and config.part == "all" and why_not_resident(beton, device, margin) is None
+    if config.kind == "resident" and (reason := why_not_resident(beton, device, margin)) is not None:
+        raise UserError(f"loader.kind is 'resident', but {reason}; or set loader.kind: auto")
+    return config.kind == "resident"
+
+
+def loader_kind(config: LoaderConfig) -> Literal["ffcv", "torch"]:
+    """The loader that `config` means on this machine. Raises UserError where FFCV is asked for and absent."""
+    if config.kind == "torch":
+        return "torch"
+    if importlib.util.find_spec("ffcv") is not None:
+        return "ffcv"
+    if config.kind == "ffcv":
+        raise UserError("loader.kind is 'ffcv', but FFCV is not installed: make setup says what it needs; or set it to 'auto'")
+    return "torch"
+
+
+def make_loader(
+    prepared: Prepared, split: str, reading: Reading, config: LoaderConfig, device: torch.device | None = None
+) -> Loader:
+    """A loader of one split of prepared data. Raises UserError where the data cannot be read so.
+
+    device: where training will want the batches; by default the CPU.
+    """
+    files = None
+    if reading.drop_last:
+        config = decide_cache(prepared, split, config)
+        if config.part == "shards" and reading.share.workers > 1:
+            files, reading = _own_files(prepared, split, reading)
+        if config.cache == "process":
+            reading = replace(reading, group=_pages_ahead(config))
+    beton = prepared.beton(split, files)
+    if reading.drop_last and reading.batches(len(beton)) == 0:
+        own = "" if files is None else f" in the files of worker {reading.share.worker} of {reading.share.workers}"
+        raise UserError(
+            f"the {split} split has {len(beton)} images{own}, fewer than one batch of {reading.batch_size}; "
+            "lower train.batch_size"
+        )
+    loader: Loader
+    device = device or torch.device("cpu")
+    held = reading.rule is None and _resident(beton, reading.views, config, device)
+    kind = "resident" if held else loader_kind(config)
+    if reading.rule is None:
+        records = beton.records["f0"]
+        # An image too small for its cut is told now.
+        draw_cuts(reading.views, reading.size, records["height"], records["width"], reading.seed, 0)
+    if reading.rule is not None:
+        from pipelines.loaders.eval_loader import EvalLoader
+
+        loader = EvalLoader(beton, reading, config)
+    elif kind == "resident":
+        from pipelines.loaders.resident_loader import ResidentLoader
+
+        loader = ResidentLoader(beton, reading, device)
+    elif kind == "ffcv":
+        from pipelines.loaders.ffcv_loader import FFCVLoader
+
+        loader = FFCVLoader(beton, reading, config)
+    else:
+        from pipelines.loaders.torch_loader import TorchLoader
+
+        loader = TorchLoader(beton, reading, config, device)
+    log.info("%s: %s images, %s", split, f"{loader.samples:,}", loader.name)
+    return loader
+
+
+def decide_cache(prepared: Prepared, split: str, config: LoaderConfig) -> LoaderConfig:
+    """`config` with cache 'auto' decided for this machine: by whether the split's files fit into its memory."""
+    if config.cache != "auto":
+        return config
+    size = prepared.splits[split].bytes
+    if config.part == "shards":  # this machine's processes read their own files only
+        size = size * local_workers() // int(os.environ.get("WORLD_SIZE", 1))
+    fits = fits_into_memory(size)
+    log.info(
+        "%s: %s MB %s into the %.1f GB of memory that are free: cache %r",
+        split,
+        f"{size / 1e6:,.1f}",
+        "fit" if fits else "do not fit",
+        available_memory() / 1e9,
+        "os" if fits else "process",
+    )
+    return config.model_copy(update={"cache": "os" if fits else "process"})
+
+
+def _pages_ahead(config: LoaderConfig) -> int:
+    """Pages in a group. Raises UserError where a machine's workers could not hold two groups each."""
+    pages = max(1, (config.read_ahead_mb << 20) // PAGE)
+    needed, free = 2 * pages * PAGE * local_workers(), available_memory()
+    if needed > free:
+        raise UserError(
+            f"loader.read_ahead_mb {config.read_ahead_mb} takes {needed / 1e9:.1f} GB for {local_workers()} workers, of "
+            f"{free / 1e9:.1f} GB that are free; lower it"
+        )
+    return pages
+
+
+def _own_files(prepared: Prepared, split: str, reading: Reading) -> tuple[list[int], Reading]:
+    """The numbers of the files that this worker reads, and its reading of them: as many batches as every other worker's."""
+    shards, share = prepared.splits[split].shards, reading.share
+    if len(shards) < share.workers:
+        raise UserError(
+            f"loader.part is 'shards', but the {split} split has {len(shards)} files for {share.workers} workers; "
+            "set data.store.shard_mb lower, or loader.part: all"
+        )
+    images = range(reading.batch_size)
+    each = [len(images[share.of(len(images), worker)]) for worker in range(share.workers)]
+    batches = [sum(shard.samples for shard in shards[worker :: share.workers]) // count for worker, count in enumerate(each)]
+    total, taken = sum(shard.samples for shard in shards), min(batches) * reading.batch_size
+    log.info(
+        "%s: each worker takes %d batches from its own files; an epoch shows %s of %s images (%.1f %%)",
+        split,
+        min(batches),
+        f"{taken:,}",
+        f"{total:,}",
+        100 * taken / total,
+    )
+    # Position decides a draw, and every worker counts its own: each needs draws of its own.
+    seed = int(stream(reading.seed, "part", share.worker).integers(2**32))
+    files = list(range(share.worker, len(shards), share.workers))
+    weights = _own_weights(prepared, split, reading, each)
+    return files, replace(reading, seed=seed, part_batches=min(batches), weights=weights)
+
+
+def _own_weights(prepared: Prepared, split: str, reading: Reading, batches: list[int]) -> tuple[float, ...] | None:
+    """How often this worker draws each class, so that all together draw each as often as the sampling says.
+
+    batches: images of each worker in a step.
+    """
+    if reading.sampling is None or reading.sampling == "instance":
+        return None
+    of_files, share = prepared.shard_counts(split), reading.share
+    counts = np.stack([of_files[worker :: share.workers].sum(0) for worker in range(share.workers)])
+    drawn, got = worker_weights(counts, reading.sampling, batches)
+    worst = int(np.abs(got - 1).argmax())
+    if abs(got[worst] - 1) > 0.01:
+        log.warning(
+            "%s: classes lie so unevenly over the files that class %r is drawn %.2f times as often as data.sampling %r says; "
+            "use fewer workers, or loader.part: all",
+            split,
+            prepared.classes[worst],
+            got[worst],
+            reading.sampling,
+        )
+    return tuple(drawn[share.worker].tolist())
+
+
+def train_reading(data: DataConfig, batch_size: int, seed: int, share: Share = Share()) -> Reading:
+    """Training: every view with its own draw, drawn as data.sampling says, full batches only."""
+    return Reading(data.views, data.size, batch_size, seed, data.sampling, drop_last=True, share=share)
+
+
+def eval_reading(data: DataConfig, batch_size: int, share: Share = Share()) -> Reading:
+    """Evaluation: one central view, each sample once."""
+    view = View(cut=data.eval_cut, flip=0.0)
+    return Reading((view,), data.size, batch_size, 0, sampling=None, drop_last=False, share=share, rule=eval_rule(data))
+
+
+def eval_rule(data: DataConfig) -> EvalRule:
+    """What this configuration's evaluation shows of an image."""
+    assert isinstance(data.eval_cut, CenterCrop)
+    return EvalRule(data.size, data.eval_cut.ratio, data.store.square, data.store.max_side)

@@ -1,0 +1,107 @@
+"""The same batches by PyTorch and torchvision, where FFCV cannot be built."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from pipelines.common.cores import usable_cores
+from pipelines.common.errors import UserError
+from pipelines.config import LoaderConfig
+from pipelines.loaders.cuts import HEIGHT, WIDTH, draw_cuts
+from pipelines.loaders.make import Batch, Reading
+from pipelines.pixels import BadImageError, decode, to_rgb
+from pipelines.prepare.beton import RAW, Beton
+
+
+class _Epoch(Dataset[tuple[torch.Tensor, int, int]]):
+    """Sample at a position of one epoch: (views uint8 (V, S, S, 3), label, row)."""
+
+    def __init__(self, beton: Beton, reading: Reading, epoch: int) -> None:
+        self.beton, self.size = beton, reading.size
+        self.order = reading.order(beton, epoch)
+        self.records = beton.records["f0"][self.order]
+        heights, widths = self.records["height"], self.records["width"]
+        self.cuts = draw_cuts(reading.views, reading.size, heights, widths, reading.seed, epoch)
+
+    @property
+    def resizes(self) -> bool:
+        return bool(((self.cuts[..., HEIGHT] != self.size) | (self.cuts[..., WIDTH] != self.size)).any())
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, position: int) -> tuple[torch.Tensor, int, int]:
+        row = int(self.order[position])
+        data = self.beton.image(row)
+        try:
+            pixels = data if self.records["mode"][position] == RAW else np.asarray(to_rgb(decode(data.tobytes())))
+        except BadImageError as error:
+            raise UserError(f"{self.beton.where(row)} is damaged ({error}); remove the folder and prepare again") from error
+        image = torch.from_numpy(pixels.copy()).permute(2, 0, 1)
+        views = [self._cut(image, *cut) for cut in self.cuts[position].tolist()]
+        return torch.stack(views).permute(0, 2, 3, 1), int(self.beton.labels[row]), int(self.beton.rows[row])
+
+    def _cut(self, image: torch.Tensor, top: int, left: int, height: int, width: int, flip: int) -> torch.Tensor:
+        view = _crop(image, top, left, height, width)
+        if (height, width) != (self.size, self.size):
+            # Here, because importing torchvision brings torch's compiler along, which takes seconds.
+            from torchvision.transforms.v2 import functional
+
+            view = functional.resize(view, [self.size, self.size], antialias=True)
+        return view.flip(-1) if flip else view
+
+
+def _crop(image: torch.Tensor, top: int, left: int, height: int, width: int) -> torch.Tensor:
+    """A box of an image (3, H, W), black where it leaves the image."""
+    bottom, right = top + height, left + width
+    if min(top, left) >= 0 and bottom <= image.shape[1] and right <= image.shape[2]:
+        return image[:, top:bottom, left:right]
+    view = image.new_zeros(3, height, width)
+    inside = image[:, max(top, 0) : max(bottom, 0), max(left, 0) : max(right, 0)]
+    y, x = max(-top, 0), max(-left, 0)
+    view[:, y : y + inside.shape[1], x : x + inside.shape[2]] = inside
+    return view
+
+
+class TorchLoader:
+    """`pipelines.loaders.make.Loader` by a DataLoader. Equal to FFCV's for raw images that are not resized, else close."""
+
+    lasting = False
+
+    def __init__(self, beton: Beton, reading: Reading, config: LoaderConfig, device: torch.device) -> None:
+        self._beton, self._reading = beton, reading
+        self._pinned = device.type == "cuda"
+        self.samples = len(beton)
+        self.batches = reading.batches(self.samples)
+        all_raw = bool((beton.records["f0"]["mode"] == RAW).all())
+        # Worker processes pay where JPEGs are decoded; small raw images are cut in this process.
+        self._workers = config.workers or (0 if all_raw else usable_cores())
+        self._ahead = config.batches_ahead
+        self.name = f"torchvision loader, {self._workers or 'no'} worker processes"
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        reading = self._reading
+        dataset = _Epoch(self._beton, reading, epoch)
+        if self._workers and dataset.resizes:
+            import torchvision.transforms.v2  # noqa: F401  # here once, not in every worker of every epoch
+        loader = DataLoader(
+            dataset,
+            batch_size=reading.own_batch,
+            sampler=reading.positions(self.samples, start).tolist(),
+            num_workers=self._workers,
+            prefetch_factor=self._ahead if self._workers else None,
+            pin_memory=self._pinned,
+        )
+        try:
+            for views, labels, rows in loader:
+                yield Batch(views, labels, rows)
+        except UserError as error:
+            # A worker process adds its traceback in front.
+            raise UserError(str(error).strip().splitlines()[-1].removeprefix("pipelines.common.errors.UserError: ")) from None
+
+    def close(self) -> None:
+        """Nothing outlives an epoch."""

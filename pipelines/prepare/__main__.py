@@ -1,0 +1,38 @@
+"""`python -m pipelines.prepare CONFIG`: write one .beton a split, and a sidecar that says what is in them."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pipelines.common.errors import CommandParser, run_command
+from pipelines.common.settings import split_command_line
+from pipelines.prepare.build import choose, ensure_prepared, load_data, subset_seed
+from pipelines.prepare.pictures import histogram_text
+from pipelines.prepare.sources import class_counts, open_source
+
+
+def main() -> None:
+    parser = CommandParser(
+        prog="python -m pipelines.prepare",
+        usage="%(prog)s CONFIG [--count] [--field value ...]",
+        description="Write the .beton files of CONFIG, a YAML file or the name of a shipped configuration.",
+    )
+    parser.add_argument("--count", action="store_true", help="only print the class counts; write nothing")
+    name, arguments, rest = split_command_line(parser)
+    config = load_data(name, rest, parser.prog)
+    if arguments.count:
+        classes, splits = choose(open_source(config.data.source), config.data, subset_seed(config.data, config.seed))
+        counts = {name: class_counts(images.labels, len(classes)) for name, images in splits.items()}
+    else:
+        prepared = ensure_prepared(config.data, config.seed)
+        classes = prepared.classes
+        counts = {name: np.array(split.counts) for name, split in prepared.splits.items()}
+    print(histogram_text(classes, counts["train"]))
+    for name, of_class in counts.items():
+        print(f"{name}: {of_class.sum():,} images, {len(classes)} classes, {of_class.min()} to {of_class.max()} a class")
+    if not arguments.count:
+        print(f"prepared: {prepared.folder}, picture: {prepared.folder / 'class_counts.png'}")
+
+
+if __name__ == "__main__":
+    run_command(main)

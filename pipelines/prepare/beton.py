@@ -1,0 +1,254 @@
+"""FFCV's file format (.beton, version 2) with an RGB image and an integer label a sample, written and read by numpy alone.
+
+FFCV's own writer hangs when a worker meets a bad image or a full disk, and needs FFCV; this one raises, and needs neither.
+The file can be read by FFCV's Loader, and by `Beton` where FFCV cannot be built.
+
+    header | field descriptions | one record a sample | pages of image data | allocation table
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import weakref
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO
+
+import numpy as np
+
+from pipelines.common.errors import UserError
+from pipelines.prepare.images import LARGEST, Packed
+
+VERSION = 2
+PAGE = LARGEST  # No image crosses a page border, so that FFCV's process cache works too.
+JPEG, RAW = 0, 1
+_INT, _IMAGE = 1, 2
+_FIELDS = ((b"image", _IMAGE), (b"label", _INT))
+
+HEADER = np.dtype(
+    [("version", "<u2"), ("fields", "<u2"), ("page", "<u4"), ("samples", "<u8"), ("allocations", "<u8")], align=True
+)
+FIELD = np.dtype([("type", "<u1"), ("name", ("<u1", 16)), ("arguments", ("<u1", 1024))], align=True)
+IMAGE = np.dtype([("mode", "<u1"), ("width", "<u2"), ("height", "<u2"), ("data_ptr", "<u8")])
+SAMPLE = np.dtype([("f0", IMAGE), ("f1", "<i8")], align=True)
+ALLOCATION = np.dtype([("sample", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
+_RECORDS_AT = HEADER.itemsize + len(_FIELDS) * FIELD.itemsize
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a `BetonWriter` has written so far: enough to go on in another process. next: the file's end, bytes."""
+
+    records: np.ndarray
+    allocations: np.ndarray
+    next: int
+
+
+class BetonWriter:
+    """Writes `path` sample by sample; the file appears under its name only when `finish` has flushed all of it to disk.
+
+    capacity: the number of samples at most; the records' place is set aside before the images are known.
+    before: what an earlier writer of the same path and capacity had written (`pause`); it is gone on with.
+    """
+
+    def __init__(self, path: Path, capacity: int, before: Written | None = None) -> None:
+        self._path = path
+        self._part = part_of(path)
+        self._records = np.zeros(capacity, dtype=SAMPLE)
+        self._allocations = np.zeros(capacity, dtype=ALLOCATION)
+        self.samples = 0
+        self.next = -(-(_RECORDS_AT + self._records.nbytes) // PAGE) * PAGE
+        self._first = self.next
+        if before is not None:
+            self.samples, self.next = len(before.records), before.next
+            self._records[: self.samples], self._allocations[: self.samples] = before.records, before.allocations
+        self._file: BinaryIO = self._part.open("wb" if before is None else "r+b")
+
+    @property
+    def image_bytes(self) -> int:
+        """What the images take so far."""
+        return self.next - self._first
+
+    @property
+    def full(self) -> bool:
+        return self.samples == len(self._records)
+
+    def append(self, image: Packed, label: int) -> None:
+        """Add one sample. Raises UserError for an image larger than a page, or longer than the format can tell."""
+        size = len(image.data)
+        if max(image.width, image.height) >= 1 << 16:
+            raise UserError(f"has {image.width}x{image.height} pixels, 65535 a side at most; set data.store.max_side")
+        if size > PAGE:
+            raise UserError(f"takes {size:,} bytes, {PAGE:,} at most; set data.store.max_side")
+        if self.next % PAGE + size > PAGE:
+            self.next += PAGE - self.next % PAGE
+        self._file.seek(self.next)
+        self._file.write(image.data)
+        mode = JPEG if image.jpeg else RAW
+        self._records[self.samples] = ((mode, image.width, image.height, self.next), label)
+        self._allocations[self.samples] = (self.samples, self.next, size)
+        self.next += size
+        self.samples += 1
+
+    def pause(self) -> Written:
+        """Flush to disk; from what this returns, another writer can go on."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        return Written(self._records[: self.samples].copy(), self._allocations[: self.samples].copy(), self.next)
+
+    def finish(self) -> None:
+        """Complete the file and give it its name."""
+        header = np.zeros(1, dtype=HEADER)
+        header[0] = (VERSION, len(_FIELDS), PAGE, self.samples, self.next)
+        fields = np.zeros(len(_FIELDS), dtype=FIELD)
+        for field, (name, type_id) in zip(fields, _FIELDS, strict=True):
+            field["type"] = type_id
+            field["name"][: len(name)] = np.frombuffer(name, dtype=np.uint8)
+        self._file.seek(0)
+        self._file.write(header.tobytes() + fields.tobytes() + self._records[: self.samples].tobytes())
+        self._file.seek(self.next)
+        self._file.write(self._allocations[: self.samples].tobytes())
+        self._file.truncate()  # an earlier writer may have got further than it could tell
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        self._part.replace(self._path)
+
+    def leave(self) -> None:
+        """Close, and keep what is written for another writer to go on with."""
+        self._file.close()
+
+    def __enter__(self) -> BetonWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        try:
+            self._file.close()  # on a full disk, writes the rest again and fails again
+        finally:
+            self._part.unlink(missing_ok=True)
+
+
+def part_of(path: Path) -> Path:
+    """The name under which a file is written until it is whole."""
+    return path.with_name(path.name + ".part")
+
+
+class Beton:
+    """One or several .beton files as one: `records` (a `SAMPLE` a row), `labels`, `sizes` (int64, bytes), each image's bytes.
+
+    All is read from files opened once: another command may prepare the folder anew, and what has a name there is replaced.
+
+    paths: the files, in order. files: their descriptors, open while this object lives. rows: each image's row in the split
+    (int64), where these files are only a part of it; else 0 to N - 1. shard: int32 (N,), which of the files holds it.
+    Raises UserError where a file is missing, cut short, or not one that `BetonWriter` wrote.
+    """
+
+    def __init__(self, *paths: Path, rows: np.ndarray | None = None) -> None:
+        self.paths = paths
+        self.files: list[int] = []
+        weakref.finalize(self, _close, self.files).atexit = False  # a thread may still read then
+        for path in paths:
+            self.files.append(_open(path))
+        parts = [_read(path, file) for path, file in zip(paths, self.files, strict=True)]
+        self.records = np.concatenate([records for records, _ in parts])
+        self.sizes = np.concatenate([sizes for _, sizes in parts])
+        self.shard = np.repeat(np.arange(len(paths), dtype=np.int32), [len(records) for records, _ in parts])
+        self.rows = np.arange(len(self.records)) if rows is None else rows
+        self._maps: list[np.ndarray] | None = None
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    @property
+    def labels(self) -> np.ndarray:
+        """int64 (N,)."""
+        return self.records["f1"]
+
+    @property
+    def pages(self) -> np.ndarray:
+        """A number for the `PAGE` bytes that each image lies in, in the order of files and places: int64 (N,)."""
+        within = self.records["f0"]["data_ptr"].astype(np.int64) // PAGE
+        return self.shard * (int(within.max()) + 1) + within
+
+    def where(self, index: int) -> str:
+        """The place of one image, for an error message: a line of `train.files.txt` names its source."""
+        path, row = self.paths[self.shard[index]], int(self.rows[index])
+        return f"image {row} of {str(path)!r} (line {row + 1} of {split_of(path)}.files.txt)"
+
+    @property
+    def stored(self) -> list[np.ndarray]:
+        """The whole files, mapped into memory: uint8 (bytes,) each."""
+        if self._maps is None:
+            self._maps = [_mapped(path, file) for path, file in zip(self.paths, self.files, strict=True)]
+        return self._maps
+
+    @property
+    def addresses(self) -> np.ndarray:
+        """Where in memory each image's stored bytes begin, while this object lives: int64 (N,)."""
+        bases = np.array([stored.ctypes.data for stored in self.stored], dtype=np.int64)
+        return self.records["f0"]["data_ptr"].astype(np.int64) + bases[self.shard]
+
+    def image(self, index: int) -> np.ndarray:
+        """The stored bytes of one image: uint8 (height, width, 3) if raw, else the JPEG file, uint8 (bytes,)."""
+        record = self.records["f0"][index]
+        start = int(record["data_ptr"])
+        data = self.stored[self.shard[index]][start : start + int(self.sizes[index])]
+        return data.reshape(record["height"], record["width"], 3) if record["mode"] == RAW else data
+
+
+def shard_name(split: str, number: int | None) -> str:
+    """The file name of a split's only .beton (None), or of one of several."""
+    return f"{split}.beton" if number is None else f"{split}-{number:05d}.beton"
+
+
+def split_of(path: Path) -> str:
+    """The split that a file belongs to."""
+    return path.stem.partition("-")[0]
+
+
+def _open(path: Path) -> int:
+    try:
+        return os.open(path, os.O_RDONLY)
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def _close(files: list[int]) -> None:
+    for file in files:
+        os.close(file)
+
+
+def _mapped(path: Path, file: int) -> np.ndarray:
+    try:
+        return np.frombuffer(mmap.mmap(file, 0, access=mmap.ACCESS_READ), np.uint8)
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: OSError) -> UserError:
+    hint = "; raise the limit (ulimit -n), or data.store.shard_mb" if error.errno == errno.EMFILE else ""
+    return UserError(f"prepared data {str(path)!r} cannot be read: {error.strerror}{hint}")
+
+
+def _read(path: Path, file: int) -> tuple[np.ndarray, np.ndarray]:
+    """(records, sizes) of one file."""
+
+    def read(dtype: np.dtype, count: int, offset: int) -> np.ndarray:
+        stream.seek(offset)
+        return np.fromfile(stream, dtype=dtype, count=count)
+
+    with os.fdopen(file, "rb", closefd=False) as stream:
+        header, fields = read(HEADER, 1, 0), read(FIELD, len(_FIELDS), HEADER.itemsize)
+        named = [(bytes(field["name"]).rstrip(b"\0"), int(field["type"])) for field in fields]
+        if len(header) != 1 or header["version"][0] != VERSION or header["fields"][0] != len(_FIELDS) or named != [*_FIELDS]:
+            raise UserError(f"{str(path)!r} is not a .beton file of images and labels; remove it and prepare again")
+        size, samples, table = os.fstat(file).st_size, int(header["samples"][0]), int(header["allocations"][0])
+        if size != table + samples * ALLOCATION.itemsize:
+            raise UserError(f"{str(path)!r} is cut short ({size:,} bytes); remove it and prepare again")
+        records = read(SAMPLE, samples, _RECORDS_AT)
+        if samples == 0 or records["f1"].min() < 0:
+            raise UserError(f"{str(path)!r} holds no labelled images; remove it and prepare again")
+        return records, read(ALLOCATION, samples, table)["size"].astype(np.int64)

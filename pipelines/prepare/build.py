@@ -1,0 +1,179 @@
+"""Write the .beton files of a data configuration, and a sidecar that says what is in them.
+
+The folder's name follows from the data configuration and the seed. Its sidecar, `prepared.json`, is written last: a folder
+without one is not whole. Training calls `ensure_prepared` by itself; it writes only what is missing or no longer matches.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import importlib.util
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+from pydantic import Field
+
+from pipelines.common.errors import UserError
+from pipelines.common.settings import Settings, absolute, find_config, override, parse_overrides, read_config, validate
+from pipelines.config import DataConfig
+from pipelines.prepare.longtail import apply_profile, carve_validation
+from pipelines.prepare.pictures import save_histogram
+from pipelines.prepare.prepared import FORMAT, SIDECAR, Prepared, Split, counts_of_files, read_sidecar
+from pipelines.prepare.sources import Dataset, Images, class_counts, open_folder, open_source, source_present
+from pipelines.prepare.writer import Progress, Shard, forget_journals, write_split
+
+
+def prepared_folder(data: DataConfig, seed: int) -> Path:
+    """Where the data of this configuration belongs: what changes the stored images or their choice changes the name."""
+    content = data.model_dump(mode="json", include={"source", "profile", "val_fraction", "on_bad_image", "store"})
+    content["source"].pop("expect", None)  # checks the lists, changes nothing
+    if data.store.mode != "mixed":
+        del content["store"]["raw_share"]
+    content["seed"] = subset_seed(data, seed)
+    return data.prepared / f"{data.source.kind}-{data.profile.kind}-{_key(content)}"
+
+
+def subset_seed(data: DataConfig, seed: int) -> int:
+    """The seed of the subset and of the order on disk: its own where it has one, else the run's."""
+    return seed if data.subset_seed is None else data.subset_seed
+
+
+def ensure_prepared(data: DataConfig, seed: int) -> Prepared:
+    """The prepared data of this configuration, written now if it is missing or its source has changed. Raises UserError."""
+    folder = prepared_folder(data, seed)
+    found = read_sidecar(folder)
+    if found is not None and not source_present(data.source):
+        print(f"data: the source is not on this machine; using {folder} as it was prepared", file=sys.stderr)
+        return found
+    return _up_to_date(folder, choose(open_source(data.source), data, subset_seed(data, seed)), data, subset_seed(data, seed))
+
+
+def prepare_folder(images: Path, classes: list[str], data: DataConfig) -> Prepared:
+    """The images of `images/CLASS/*` as a test split, stored as `data` says, for a network that knows `classes`."""
+    content = {"images": str(images), "store": data.store.model_dump(mode="json"), "on_bad_image": data.on_bad_image}
+    return _up_to_date(
+        data.prepared / f"images-{_key(content)}", (classes, {"test": open_folder(images, classes)}), data, seed=0
+    )
+
+
+Chosen = tuple[list[str], dict[str, Images]]
+
+
+def _up_to_date(folder: Path, chosen: Chosen, data: DataConfig, seed: int) -> Prepared:
+    """What lies in `folder` if it is whole and of these images, else what is written there now."""
+    found = read_sidecar(folder)
+    if found is not None and _matches(found, chosen):
+        return found
+    folder.mkdir(parents=True, exist_ok=True)
+    with _locked(folder):
+        found = read_sidecar(folder)  # another process may have written it while this one waited
+        return found if found is not None and _matches(found, chosen) else _write(folder, chosen, data, seed)
+
+
+def _key(content: Mapping[str, object]) -> str:
+    return hashlib.sha256(json.dumps({**content, "format": FORMAT}, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def choose(dataset: Dataset, data: DataConfig, seed: int) -> tuple[list[str], dict[str, Images]]:
+    """(classes, split name -> images): validation carved out, then the long-tail profile, for training only."""
+    train, val = dataset.train, dataset.val
+    if data.val_fraction > 0:
+        if val is not None:
+            raise UserError(
+                f"data.val_fraction = {data.val_fraction:g}, but the source has a 'val' split of its own; "
+                "to use that: --val_fraction 0"
+            )
+        train, val = carve_validation(train, len(dataset.classes), data.val_fraction, seed)
+    splits = {"train": apply_profile(data.profile, train, len(dataset.classes), seed)}
+    if len(splits["train"]) < len(train):
+        kept = f"{len(splits['train']):,} of {len(train):,} training images"
+        print(f"data: profile {data.profile.kind!r} keeps {kept}; --data.profile '{{kind: none}}' keeps all", file=sys.stderr)
+    splits |= {name: images for name, images in (("val", val), ("test", dataset.test)) if images is not None}
+    if len(splits) == 1:
+        raise UserError("the source has neither a 'val' nor a 'test' split; set data.val_fraction (.1, say) to carve one out")
+    return dataset.classes, splits
+
+
+def _matches(found: Prepared, chosen: Chosen) -> bool:
+    classes, splits = chosen
+    same = {name: images.digest() for name, images in splits.items()}
+    whole = all(_whole(found.folder / shard.file, shard) for split in found.splits.values() for shard in split.shards)
+    return whole and found.classes == classes and same == {name: split.source_digest for name, split in found.splits.items()}
+
+
+def _whole(path: Path, shard: Shard) -> bool:
+    return path.is_file() and path.stat().st_size == shard.bytes
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """One process writes, others wait. The lock ends with its process, however that ends."""
+    with (folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _write(folder: Path, chosen: Chosen, data: DataConfig, seed: int) -> Prepared:
+    classes, splits = chosen
+    (folder / SIDECAR).unlink(missing_ok=True)
+    print(f"data: preparing {sum(len(images) for images in splits.values()):,} images in {folder}", file=sys.stderr)
+    written = {
+        name: _split(write_split(folder, name, images, data, seed), name, images, classes) for name, images in splits.items()
+    }
+    prepared = Prepared(folder, classes, seed, data.profile.model_dump(mode="json"), written)
+    content = {
+        "format": FORMAT,
+        "classes": classes,
+        "seed": seed,
+        "profile": prepared.profile,
+        "splits": {name: asdict(split) for name, split in written.items()},
+    }
+    part = folder / f"{SIDECAR}.part"
+    part.write_text(json.dumps(content, indent=1))
+    part.replace(folder / SIDECAR)
+    forget_journals(folder)
+    skipped = {name: split.skipped for name, split in written.items() if split.skipped}
+    for name, paths in skipped.items():
+        print(f"data: {len(paths)} unreadable images left out of {name}, listed in {folder / SIDECAR}:", file=sys.stderr)
+        for path in paths[:10]:
+            print(f"  {path}", file=sys.stderr)
+    if "train" in written and importlib.util.find_spec("matplotlib") is not None:
+        save_histogram(folder / "class_counts.png", classes, prepared.train_counts)
+    return prepared
+
+
+def _split(progress: Progress, name: str, images: Images, classes: list[str]) -> Split:
+    counts = class_counts(progress.labels, len(classes))
+    if name == "train" and not counts.all():
+        raise UserError(f"class {classes[int(counts.argmin())]!r} has no readable training image")
+    of_files = counts_of_files(np.array(progress.labels), progress.shards, len(classes))
+    # Of images that are no files, the source's digest is one of their content already, and recorded results have it.
+    content = progress.digest if images.files is None else progress.content
+    return Split(progress.shards, counts.tolist(), progress.digest, progress.skipped, of_files.tolist(), content)
+
+
+class PrepareConfig(Settings):
+    """The part of a run's configuration that preparing reads."""
+
+    seed: int = Field(default=0, ge=0, le=2**32 - 1)
+    data: DataConfig = DataConfig()
+
+
+# The other parts of a run's configuration, which training reads.
+OTHER_PARTS = ("runs", "loader", "network", "loss", "optimizer", "schedule", "train")
+
+
+def load_data(name: str | None, overrides: list[str], command: str) -> PrepareConfig:
+    """The data of a configuration (a path, or a shipped one's name) with a command line's overrides."""
+    if name is None:
+        raise UserError(f"name a configuration first: {command} quickstart")
+    path = find_config(name)
+    content = {key: value for key, value in read_config(path).items() if key not in OTHER_PARTS}
+    pairs = parse_overrides(overrides, PrepareConfig)
+    return absolute(validate(PrepareConfig, override(content, pairs, PrepareConfig), str(path)))

@@ -1,0 +1,47 @@
+"""The images of a prepared split as their source has them: what a client of a server would send."""
+
+from __future__ import annotations
+
+import io
+import logging
+from collections.abc import Iterator
+
+from PIL import Image
+
+from pipelines.config import DataConfig
+from pipelines.prepare.beton import RAW
+from pipelines.prepare.build import Prepared, choose, subset_seed
+from pipelines.prepare.sources import open_source, source_present
+from pipelines.prepare.writer import line_of, read_lines
+
+log = logging.getLogger(__name__)
+
+
+def original_images(prepared: Prepared, split: str, data: DataConfig, seed: int, count: int) -> Iterator[tuple[bytes, str]]:
+    """(bytes of an image file, its place) of the first `count` images of a split, in the file's order.
+
+    Where the source is gone, or has changed since, the bytes are those that the .beton file holds. Pixels become PNG files.
+    """
+    beton = prepared.beton(split)
+    names = read_lines(prepared.folder / f"{split}.files.txt")
+    images = None
+    if source_present(data.source) and len(names) == len(beton):  # an earlier version wrote ends of lines in names as they are
+        _, splits = choose(open_source(data.source), data, subset_seed(data, seed))
+        if split in splits and splits[split].digest() == prepared.splits[split].source_digest:
+            images = splits[split]
+    if images is None:
+        log.warning("the original images of the %s split are gone or have changed; the stored ones stand in for them", split)
+    rows = {line_of(name): row for row, name in enumerate(images.names)} if images is not None else {}
+    for row in range(min(count, len(beton))):
+        if images is not None:
+            content = images.read(rows[names[row]])
+            place = str(images.files[rows[names[row]]]) if images.files else f"{split} image {names[row]}"
+        else:
+            stored = beton.image(row)
+            content = stored if beton.records["f0"]["mode"][row] == RAW else stored.tobytes()
+            place = beton.where(row)
+        if not isinstance(content, bytes):
+            buffer = io.BytesIO()
+            Image.fromarray(content).save(buffer, "PNG")
+            content = buffer.getvalue()
+        yield content, place

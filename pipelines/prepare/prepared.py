@@ -1,0 +1,133 @@
+"""A prepared folder: its .beton files, and the sidecar that says what is in them."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from pipelines.common.errors import UserError
+from pipelines.prepare.beton import Beton
+from pipelines.prepare.sources import class_counts
+from pipelines.prepare.writer import Shard
+
+FORMAT = 3  # 2: evaluation splits lie without loss; 3: a split may have several files
+SIDECAR = "prepared.json"
+
+
+@dataclass(frozen=True)
+class Split:
+    """The .beton files of a split, and what they hold; `skipped` names the unreadable images that were left out.
+
+    source_digest: of the source, by size and time of change: whether to prepare anew. content: of names, labels and images
+    alone, which a copy of the source has too. shard_counts: of each file, its images of each class. Both are empty where an
+    earlier version prepared the data.
+    """
+
+    shards: list[Shard]
+    counts: list[int]
+    source_digest: str
+    skipped: list[str]
+    shard_counts: list[list[int]] = field(default_factory=list)
+    content: str = ""
+
+    @property
+    def digest(self) -> str:
+        """What tells whether two runs see the same images."""
+        return self.content or self.source_digest
+
+    def has(self, digest: str | None) -> bool:
+        """Whether a run with this digest, an earlier version's too, saw these images."""
+        return digest in (self.digest, self.source_digest)
+
+    @property
+    def samples(self) -> int:
+        return sum(shard.samples for shard in self.shards)
+
+    @property
+    def bytes(self) -> int:
+        return sum(shard.bytes for shard in self.shards)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What the sidecar says: everything needed to train and to evaluate without the source."""
+
+    folder: Path
+    classes: list[str]
+    seed: int
+    profile: dict[str, object]
+    splits: dict[str, Split]
+
+    def beton(self, split: str, only: list[int] | None = None) -> Beton:
+        """The open files of a split ('train', 'val' or 'test'), or some of them by number, checked against the sidecar.
+
+        What another command writes in the folder from then on does not reach them; before, it is refused.
+        """
+        entry = self.splits[split]
+        numbers = list(range(len(entry.shards))) if only is None else only
+        firsts = np.cumsum([0, *(shard.samples for shard in entry.shards)])
+        rows = np.concatenate([np.arange(firsts[number], firsts[number + 1]) for number in numbers])
+        chosen = [entry.shards[number] for number in numbers]
+        beton = Beton(*(self.folder / shard.file for shard in chosen), rows=rows)
+        sizes = [os.fstat(file).st_size for file in beton.files]
+        now = read_sidecar(self.folder)  # gone before the first file is replaced, and back after the last
+        if now is None or now.splits != self.splits:
+            raise UserError(f"another command has prepared {str(self.folder)!r} anew since this one began; begin again")
+        whole = only is not None or class_counts(beton.labels, len(self.classes)).tolist() == entry.counts
+        if not whole or len(beton) != len(rows) or sizes != [shard.bytes for shard in chosen]:
+            raise UserError(
+                f"{str(beton.paths[0])!r} is not the file that {SIDECAR} describes; remove the folder and prepare again"
+            )
+        return beton
+
+    def shard_counts(self, split: str) -> np.ndarray:
+        """Images of each class in each of a split's files, int64 (files, C). Raises UserError where that is not known."""
+        entry = self.splits[split]
+        if entry.shard_counts:
+            return np.array(entry.shard_counts, dtype=np.int64)
+        if missing := [path for path in self.paths(split) if not path.is_file()]:
+            raise UserError(
+                f"{str(self.folder / SIDECAR)!r}, of an earlier version, does not say which classes {str(missing[0])!r} holds, "
+                "and that is not here; prepare again, or set loader.part: all"
+            )
+        beton = self.beton(split)
+        return counts_of_files(beton.labels, entry.shards, len(self.classes))
+
+    def paths(self, split: str) -> list[Path]:
+        return [self.folder / shard.file for shard in self.splits[split].shards]
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """Of the images of each split."""
+        return {name: split.digest for name, split in self.splits.items()}
+
+    @property
+    def train_counts(self) -> np.ndarray:
+        """Training images of each class, int64 (C,)."""
+        return np.array(self.splits["train"].counts, dtype=np.int64)
+
+
+def read_sidecar(folder: Path) -> Prepared | None:
+    try:
+        content = json.loads((folder / SIDECAR).read_text())
+        if content["format"] != FORMAT:
+            return None
+        splits = {
+            name: Split(**{**split, "shards": [Shard(**shard) for shard in split["shards"]]})
+            for name, split in content["splits"].items()
+        }
+        return Prepared(folder, content["classes"], content["seed"], content["profile"], splits)
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{str(folder / SIDECAR)!r} is damaged ({error!r}); remove the folder and prepare again") from error
+
+
+def counts_of_files(labels: np.ndarray, shards: list[Shard], classes: int) -> np.ndarray:
+    """int64 (files, C), of the labels of a split in the order of its files."""
+    ends = np.cumsum([shard.samples for shard in shards])
+    return np.stack([class_counts(part, classes) for part in np.split(labels, ends[:-1])])

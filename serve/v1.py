@@ -1,0 +1,182 @@
+"""`POST /v1/predict`: image files in, labels out."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import math
+from collections.abc import AsyncGenerator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from cibl_ray.bundle.card import PROBABILITIES
+from pipelines.pixels import BadImageError
+from serve.decode import MAX_SHIFT, Limits, UnsupportedImageError, announced, pixels, top
+from serve.errors import ProblemError, bad_request
+from serve.request import Request
+from serve.settings import ReplicaConfig
+from serve.store import Model
+from serve.v2 import LARGE, parse_json
+
+T = TypeVar("T")
+
+_SMALL = 16 << 10  # bytes of a file that is decoded in less time than handing it to a thread takes
+_SMALL_PIXELS = 1 << 16
+_PASSES = 15  # over as many pixels as a request may have: an ordinary progressive file has 10
+
+
+class Options(BaseModel):
+    """What a client may ask beside its images: in the query, in fields of a form, or in JSON."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str | None = Field(default=None, max_length=128)
+    top_k: int = Field(default=5, ge=1, le=1000)
+    tail_shift: float = Field(default=0, ge=-MAX_SHIFT, le=MAX_SHIFT, allow_inf_nan=False)
+
+
+class _Json(Options):
+    image: str | None = None
+    images: list[str] | None = None
+
+
+class Predict:
+    """Decodes within limits and asks a model's engine."""
+
+    def __init__(self, config: ReplicaConfig) -> None:
+        self._config = config
+        self._limits = Limits(min(config.max_pixels, config.max_request_pixels), config.formats)
+        self._small = Limits(_SMALL_PIXELS, config.formats, max_scans=1)
+        self._threads = ThreadPoolExecutor(2, thread_name_prefix="decode")
+
+    async def read(self, request: Request, hold: Callable[[int], None]) -> tuple[list[bytes], Options]:
+        """The image files of a request, and its options. hold: as in `Request.body`. Raises ProblemError."""
+        body = await request.body(self._config.max_bytes, self._config.body_seconds, hold)
+        kind = request.content_type.partition(";")[0].strip().lower()
+        given: dict[str, Any] = dict(request.query)
+        if kind == "multipart/form-data":
+            form = _multipart(request.content_type, body, self._config.max_images)
+            files, fields = await form if len(body) <= LARGE else await self.apart(body, lambda: asyncio.run(form))
+            return self._checked(files), _options(Options, {**given, **fields})
+        if kind == "application/json":
+            return await self.apart(body, lambda: self._of_json(body, given))
+        return self._checked([body]), _options(Options, given)
+
+    async def apart(self, body: bytes, work: Callable[[], T]) -> T:
+        """What `work` makes of a body: in a thread where that is large, so that others are answered meanwhile."""
+        if len(body) <= LARGE:
+            return work()
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+
+    def _of_json(self, body: bytes, given: dict[str, Any]) -> tuple[list[bytes], Options]:
+        parsed = parse_json(body, self._config.max_images, self._config.max_images)
+        images = parsed.get("images")
+        if isinstance(images, list) and not all(isinstance(text, str) for text in images):
+            raise bad_request("'images': every one must be a text, in base64")
+        content = _options(_Json, {**given, **parsed})
+        assert isinstance(content, _Json)
+        if (content.image is None) == (content.images is None):
+            raise bad_request("JSON needs one of 'image' and 'images', in base64")
+        texts = content.images if content.images is not None else [content.image or ""]
+        try:
+            return self._checked([base64.b64decode(text, validate=True) for text in texts]), content
+        except (binascii.Error, ValueError) as error:
+            raise bad_request("an image is not valid base64") from error
+
+    def _checked(self, files: list[bytes]) -> list[bytes]:
+        if not files or not all(files):
+            raise bad_request("no image: send its bytes as the body, as files of a form, or as base64 in JSON")
+        if len(files) > self._config.max_images:
+            raise ProblemError(413, "too_many", f"{len(files)} images, {self._config.max_images} at most")
+        return files
+
+    async def answer(self, model: Model, files: list[bytes], options: Options) -> list[list[dict[str, Any]]]:
+        """The most likely classes of each file. Raises ProblemError."""
+        images = await self._pixels(model, files)
+        shift = np.full(len(images), options.tail_shift, np.float32) if options.tail_shift else None
+        result = await model.engine.submit(images, shift)
+        return [top(model.bundle.card, row, options.top_k) for row in result[PROBABILITIES]]
+
+    async def _pixels(self, model: Model, files: list[bytes]) -> np.ndarray:
+        rule = model.engine.runtime.card.rule
+        if len(files) == 1 and len(files[0]) <= _SMALL:
+            try:
+                return pixels(files[0], rule, self._small)[None]
+            except BadImageError:  # perhaps of more pixels or scans than are decoded here
+                pass
+        loop = asyncio.get_running_loop()
+        work: list[asyncio.Future[Any]] = []
+        try:
+            if len(files) > 1:
+                await loop.run_in_executor(self._threads, self._check_together, files)
+            work += [loop.run_in_executor(self._threads, pixels, file, rule, self._limits) for file in files]
+            return np.stack(await asyncio.gather(*work))
+        except UnsupportedImageError as error:
+            raise ProblemError(415, "unsupported_image", str(error)) from error
+        except BadImageError as error:
+            raise ProblemError(422, "invalid_image", f"the image cannot be read: {error}") from error
+        finally:
+            for future in work:
+                future.cancel()
+
+    def _check_together(self, files: list[bytes]) -> None:
+        """Raise ProblemError before anything is decoded where it is too much; BadImageError."""
+        most, total, work = self._config.max_request_pixels, 0, 0
+        for file in files:
+            pixels, passed = announced(file, self._limits)
+            total += pixels
+            work += passed
+            if work > _PASSES * most:
+                raise ProblemError(
+                    413, "too_large", f"the scans of the images go over more than {_PASSES * most:,} pixels; send them in parts"
+                )
+            if total > most:
+                raise ProblemError(413, "too_large", f"the images have more than {most:,} pixels together; send them in parts")
+
+    def close(self) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+
+def _options(kind: type[Options], content: dict[str, Any]) -> Options:
+    # pydantic would describe each key that it does not know, and each image of another type, at a kilobyte a piece.
+    if (unknown := next((key for key in content if key not in kind.model_fields), None)) is not None:
+        raise bad_request(f"{unknown[:64]!r}: not known; there are {', '.join(kind.model_fields)}")
+    try:
+        options = kind.model_validate(content)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        place = ".".join(map(str, first["loc"]))[:64]
+        raise bad_request(f"{place!r}: {first['msg']}") from error
+    assert math.isfinite(options.tail_shift)
+    return options
+
+
+async def _multipart(content_type: str, body: bytes, max_files: int) -> tuple[list[bytes], dict[str, str]]:
+    """(files, other fields) of a form."""
+    from starlette.datastructures import Headers, UploadFile
+    from starlette.formparsers import MultiPartException, MultiPartParser
+
+    async def stream() -> AsyncGenerator[bytes, None]:
+        yield body
+        yield b""
+
+    headers = Headers({"content-type": content_type})
+    try:
+        form = await MultiPartParser(headers, stream(), max_files=max_files, max_fields=16, max_part_size=4096).parse()
+    except (MultiPartException, KeyError, ValueError) as error:
+        raise bad_request(f"the form cannot be read: {error}") from error
+    files: list[bytes] = []
+    fields: dict[str, str] = {}
+    try:
+        for name, value in form.multi_items():
+            if isinstance(value, UploadFile):
+                files.append(await value.read())
+            else:
+                fields[name] = value
+    finally:
+        await form.close()
+    return files, fields
