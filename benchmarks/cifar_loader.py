@@ -23,7 +23,8 @@ from benchmarks.data import add_arguments, cifar10_lt
 from benchmarks.measure import alternate, report
 from pipelines.common.errors import run_command
 from pipelines.config import LoaderConfig
-from pipelines.loaders.make import make_loader, train_reading
+from pipelines.loaders.make import make_loader
+from pipelines.loaders.reading import train_reading
 
 BATCH, WORKERS = 128, 2
 

@@ -37,7 +37,7 @@ from pipelines.config import LoaderConfig, RandomResizedCrop, Store, View
 from pipelines.loaders.cut_kernel import Table, cut_batch, make_work
 from pipelines.loaders.cuts import draw_cuts
 from pipelines.loaders.ffcv_loader import FFCVLoader
-from pipelines.loaders.make import Reading
+from pipelines.loaders.reading import ReadPlan
 from pipelines.loaders.turbojpeg import Decoders
 from pipelines.prepare.beton import Beton, BetonWriter
 from pipelines.prepare.images import pack
@@ -106,7 +106,7 @@ def sides(path: Path, files: list[bytes], cores: int, counts: tuple[int, ...]) -
 
     for views in counts:
         cut = View(cut=RandomResizedCrop(kind="resized"))
-        reading = Reading((cut,) * views, SIZE, BATCH, 0, "instance", drop_last=True)
+        reading = ReadPlan((cut,) * views, SIZE, BATCH, 0, "instance", drop_last=True)
         runs[f"ours_{views}"] = partial(ours, FFCVLoader(beton, reading, LoaderConfig(workers=cores)))
         runs[f"ffcv_{views}"] = ffcv(path, views, cores)
         for decoder in ("pillow", "torchvision"):
@@ -222,7 +222,7 @@ def profile(beton: Beton, rows: int = 256) -> dict[str, float]:
             v2.functional.resize(box, [SIZE, SIZE], antialias=True)
 
     def draws() -> None:
-        stream = Reading(views[:2], SIZE, BATCH, 0, "instance", drop_last=True)
+        stream = ReadPlan(views[:2], SIZE, BATCH, 0, "instance", drop_last=True)
         order = stream.order(beton, 1)
         draw_cuts(views[:2], SIZE, beton.records["f0"]["height"][order], beton.records["f0"]["width"][order], 0, 1)
 

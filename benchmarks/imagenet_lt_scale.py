@@ -24,7 +24,7 @@ from pipelines.common.cores import usable_cores
 from pipelines.common.errors import run_command
 from pipelines.config import DataConfig, LoaderConfig, RandomResizedCrop, Sampling, Store, View
 from pipelines.loaders.ffcv_loader import FFCVLoader
-from pipelines.loaders.make import Loader, Reading, Share
+from pipelines.loaders.reading import Loader, ReadPlan, Share
 from pipelines.prepare.beton import Beton
 from pipelines.prepare.pictures import save_histogram
 from pipelines.prepare.sources import Images, class_counts
@@ -100,7 +100,7 @@ def _over(first: dict[str, float], second: dict[str, float]) -> float:
 
 
 def _loader(beton: Beton, sampling: Sampling, share: Share, threads: int) -> Loader:
-    reading = Reading((VIEW, VIEW), 32, BATCH, 0, sampling, drop_last=True, share=share)
+    reading = ReadPlan((VIEW, VIEW), 32, BATCH, 0, sampling, drop_last=True, share=share)
     return FFCVLoader(beton, reading, LoaderConfig(workers=threads))
 
 
@@ -119,7 +119,7 @@ def _epoch(loader: Loader, number: int) -> dict[str, float]:
 
 
 def _classes_seen(beton: Beton) -> float:
-    reading = Reading((VIEW,), 32, BATCH, 0, "class_balanced", drop_last=True)
+    reading = ReadPlan((VIEW,), 32, BATCH, 0, "class_balanced", drop_last=True)
     return len(np.unique(beton.labels[reading.order(beton, 1)]))
 
 
@@ -140,7 +140,7 @@ def _two_processes(paths: tuple[Path, ...]) -> dict[str, float]:
     seen = [queue.get(timeout=600) for queue in queues]
     for worker in workers:
         worker.join()
-    one = Reading((VIEW, VIEW), 32, BATCH, 0, "instance", drop_last=True)
+    one = ReadPlan((VIEW, VIEW), 32, BATCH, 0, "instance", drop_last=True)
     order = one.order(Beton(*paths), 2)
     assert sorted(np.concatenate(seen).tolist()) == sorted(order[: len(order) // BATCH * BATCH].tolist())
     return {

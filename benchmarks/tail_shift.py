@@ -24,7 +24,8 @@ from cibl_ray.run.checkpoint import load_checkpoint
 from cibl_ray.training.trainer import resolve
 from pipelines.augment.recipe import Normalize
 from pipelines.common.errors import run_command
-from pipelines.loaders.make import eval_reading, make_loader
+from pipelines.loaders.make import make_loader
+from pipelines.loaders.reading import eval_reading
 from pipelines.prepare.build import ensure_prepared
 
 SHIFTS = tuple(step / 4 for step in range(9))

@@ -66,7 +66,8 @@ def _evaluate(checkpoint: Checkpoint, folder: Path | None, split: str | None) ->
     from cibl_ray.evaluation.predict import predict
     from cibl_ray.training.trainer import resolve
     from pipelines.augment.recipe import Normalize
-    from pipelines.loaders.make import eval_reading, make_loader
+    from pipelines.loaders.make import make_loader
+    from pipelines.loaders.reading import eval_reading
     from pipelines.prepare.build import ensure_prepared, prepare_folder
 
     network = checkpoint.network()

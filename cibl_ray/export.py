@@ -111,7 +111,7 @@ class _Export:
 
     def __init__(self, checkpoint: Checkpoint, options: Options, source: dict[str, Any], part: Path) -> None:
         from cibl_ray.training.trainer import resolve
-        from pipelines.loaders.make import eval_rule
+        from pipelines.loaders.reading import eval_rule
         from pipelines.prepare.build import ensure_prepared
 
         self.checkpoint, self.options, self.source, self.part = checkpoint, options, source, part
@@ -231,7 +231,8 @@ class _Export:
 
     def _batches(self, split: str) -> Any:
         """(images uint8 (B, S, S, 3), labels int64 (B,)) of a split, as evaluation reads it."""
-        from pipelines.loaders.make import eval_reading, make_loader
+        from pipelines.loaders.make import make_loader
+        from pipelines.loaders.reading import eval_reading
 
         loader = make_loader(self.prepared, split, eval_reading(self.config.data, 100), self.config.loader)
         try:

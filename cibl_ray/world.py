@@ -20,7 +20,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from pipelines.common.errors import UserError
-from pipelines.loaders.make import Share
+from pipelines.loaders.reading import Share
 
 T = TypeVar("T")
 

@@ -17,7 +17,8 @@ from pipelines.augment.recipe import Augment
 from pipelines.common.errors import CommandParser, UserError, run_command
 from pipelines.common.settings import split_command_line
 from pipelines.config import LoaderConfig
-from pipelines.loaders.make import make_loader, train_reading
+from pipelines.loaders.make import make_loader
+from pipelines.loaders.reading import train_reading
 from pipelines.prepare.beton import RAW
 from pipelines.prepare.build import ensure_prepared, load_data
 from pipelines.prepare.pictures import shot_groups

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from cibl_ray.networks.network import HybridNetwork
-from pipelines.loaders.make import Loader
+from pipelines.loaders.reading import Loader
 
 
 def _at_once(size: int) -> int:

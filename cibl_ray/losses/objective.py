@@ -21,7 +21,7 @@ from cibl_ray.world import World
 from pipelines.common.errors import UserError
 from pipelines.common.seeding import stream
 from pipelines.config import DataConfig
-from pipelines.loaders.make import Reading, Share, train_reading
+from pipelines.loaders.reading import ReadPlan, Share, train_reading
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Images:
         return world.gather(self.labels, batch).repeat_interleave(self.views)
 
 
-def readings(loss: AnyLoss, data: DataConfig, batch_size: int, seed: int, share: Share) -> list[Reading]:
+def readings(loss: AnyLoss, data: DataConfig, batch_size: int, seed: int, share: Share) -> list[ReadPlan]:
     """What each stream of images reads: one for most losses; Hybrid's classifier has one of its own, from the same file."""
     streams = [train_reading(data, batch_size, seed, share)]
     if isinstance(loss, HybridSCConfig | HybridPSCConfig):

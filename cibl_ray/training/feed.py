@@ -10,7 +10,7 @@ import torch
 
 from cibl_ray.losses.objective import Images
 from pipelines.augment.recipe import Augment, Normalize
-from pipelines.loaders.make import Batch, Loader, Reading
+from pipelines.loaders.reading import Batch, Loader, ReadPlan
 
 _SMALL, _STEPS_AT_ONCE = 64, 8  # pixels of a side up to which a GPU augments so many steps at once
 
@@ -22,7 +22,7 @@ class Feed:
     """
 
     def __init__(
-        self, loader: Loader, reading: Reading, normalize: Normalize, device: torch.device, rows: slice, batch: int
+        self, loader: Loader, reading: ReadPlan, normalize: Normalize, device: torch.device, rows: slice, batch: int
     ) -> None:
         self.loader, self.normalize, self.device, self.rows, self.batch = loader, normalize, device, rows, batch
         self.augment = Augment(reading.views, reading.size, reading.seed)

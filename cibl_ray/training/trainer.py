@@ -45,7 +45,8 @@ from pipelines.augment.recipe import Normalize
 from pipelines.common.errors import UserError
 from pipelines.common.seeding import torch_seed
 from pipelines.config import LoaderConfig
-from pipelines.loaders.make import Batch, Loader, decide_cache, eval_reading, make_loader
+from pipelines.loaders.make import decide_cache, make_loader
+from pipelines.loaders.reading import Batch, Loader, eval_reading
 from pipelines.prepare.prepared import Prepared
 
 log = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ import torch
 from pipelines.common.cores import usable_cores
 from pipelines.common.errors import UserError
 from pipelines.config import LoaderConfig
-from pipelines.loaders.make import Batch, Reading
+from pipelines.loaders.reading import Batch, ReadPlan
 from pipelines.pixels import BadImageError, EvalRule, decode
 from pipelines.prepare.beton import RAW, Beton
 
@@ -22,7 +22,7 @@ class EvalLoader:
 
     lasting = True
 
-    def __init__(self, beton: Beton, reading: Reading, config: LoaderConfig) -> None:
+    def __init__(self, beton: Beton, reading: ReadPlan, config: LoaderConfig) -> None:
         assert reading.rule is not None
         self._beton, self._reading, self._rule = beton, reading, reading.rule
         self.samples = len(beton)

@@ -20,7 +20,7 @@ from pipelines.common.errors import UserError
 from pipelines.config import LoaderConfig
 from pipelines.loaders.cache import PageReader
 from pipelines.loaders.cuts import draw_cuts
-from pipelines.loaders.make import Batch, Reading
+from pipelines.loaders.reading import Batch, ReadPlan
 from pipelines.pixels import BadImageError, decode, to_rgb
 from pipelines.prepare.beton import RAW, Beton
 
@@ -148,7 +148,7 @@ class FFCVLoader:
 
     lasting = False
 
-    def __init__(self, beton: Beton, reading: Reading, config: LoaderConfig) -> None:
+    def __init__(self, beton: Beton, reading: ReadPlan, config: LoaderConfig) -> None:
         self._reading = reading
         self._beton, self._labels = beton, torch.from_numpy(beton.labels.copy())
         self.samples = len(beton)

@@ -19,7 +19,7 @@ import torch
 from pipelines.config import RandomCrop, View
 from pipelines.loaders.cache import available_memory
 from pipelines.loaders.cuts import FLIP, HEIGHT, LEFT, TOP, WIDTH, draw_cuts
-from pipelines.loaders.make import Batch, Reading
+from pipelines.loaders.reading import Batch, ReadPlan
 from pipelines.prepare.beton import RAW, Beton
 
 _SHARE = 0.25  # of the device's free memory, for the images
@@ -84,7 +84,7 @@ class ResidentLoader:
 
     lasting = True
 
-    def __init__(self, beton: Beton, reading: Reading, device: torch.device) -> None:
+    def __init__(self, beton: Beton, reading: ReadPlan, device: torch.device) -> None:
         self._beton, self._reading, self._device = beton, reading, device
         self._margin = margin_of(reading.views)
         self._pixels = _Pixels.of(beton, device, self._margin)

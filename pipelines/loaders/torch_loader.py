@@ -12,7 +12,7 @@ from pipelines.common.cores import usable_cores
 from pipelines.common.errors import UserError
 from pipelines.config import LoaderConfig
 from pipelines.loaders.cuts import HEIGHT, WIDTH, draw_cuts
-from pipelines.loaders.make import Batch, Reading
+from pipelines.loaders.reading import Batch, ReadPlan
 from pipelines.pixels import BadImageError, decode, to_rgb
 from pipelines.prepare.beton import RAW, Beton
 
@@ -20,7 +20,7 @@ from pipelines.prepare.beton import RAW, Beton
 class _Epoch(Dataset[tuple[torch.Tensor, int, int]]):
     """Sample at a position of one epoch: (views uint8 (V, S, S, 3), label, row)."""
 
-    def __init__(self, beton: Beton, reading: Reading, epoch: int) -> None:
+    def __init__(self, beton: Beton, reading: ReadPlan, epoch: int) -> None:
         self.beton, self.size = beton, reading.size
         self.order = reading.order(beton, epoch)
         self.records = beton.records["f0"][self.order]
@@ -72,7 +72,7 @@ class TorchLoader:
 
     lasting = False
 
-    def __init__(self, beton: Beton, reading: Reading, config: LoaderConfig, device: torch.device) -> None:
+    def __init__(self, beton: Beton, reading: ReadPlan, config: LoaderConfig, device: torch.device) -> None:
         self._beton, self._reading = beton, reading
         self._pinned = device.type == "cuda"
         self.samples = len(beton)

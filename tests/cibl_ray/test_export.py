@@ -23,7 +23,8 @@ from cibl_ray.run.checkpoint import load_checkpoint
 from pipelines.augment.recipe import Normalize
 from pipelines.common.errors import UserError
 from pipelines.config import LoaderConfig
-from pipelines.loaders.make import eval_reading, make_loader
+from pipelines.loaders.make import make_loader
+from pipelines.loaders.reading import eval_reading
 from pipelines.prepare.build import ensure_prepared
 from tests.conftest import REPOSITORY
 from tests.exported import small_run

@@ -6,7 +6,7 @@ import torch
 from cibl_ray.config import load_config
 from cibl_ray.training.feed import Feed
 from pipelines.augment.recipe import Normalize
-from pipelines.loaders.make import Batch, train_reading
+from pipelines.loaders.reading import Batch, train_reading
 
 SAMPLES, BATCHES = 64, 6
 

@@ -18,7 +18,7 @@ from cibl_ray.run.progress import Silent
 from cibl_ray.training.trainer import Trainer, resolve
 from cibl_ray.world import World
 from pipelines.common.errors import UserError
-from pipelines.loaders.make import Share
+from pipelines.loaders.reading import Share
 from pipelines.prepare.build import ensure_prepared
 
 LOSSES = {

@@ -18,7 +18,7 @@ from cibl_ray.losses.objective import Images, Objective
 from cibl_ray.networks.network import build_network
 from cibl_ray.world import PeerLostError, World
 from pipelines.common.settings import find_config, read_config
-from pipelines.loaders.make import Share
+from pipelines.loaders.reading import Share
 from tests.conftest import REPOSITORY
 
 BATCH, CLASSES, STEPS = 7, 5, 3

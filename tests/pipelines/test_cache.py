@@ -11,7 +11,8 @@ from pipelines.common.errors import UserError
 from pipelines.config import LoaderConfig
 from pipelines.loaders import cache
 from pipelines.loaders.cache import by_pages, fits_into_memory
-from pipelines.loaders.make import Batch, Reading, Share, decide_cache, make_loader, train_reading
+from pipelines.loaders.make import decide_cache, make_loader
+from pipelines.loaders.reading import Batch, ReadPlan, Share, train_reading
 from pipelines.prepare.beton import PAGE
 from pipelines.prepare.build import ensure_prepared
 from tests.conftest import data_config, needs_ffcv
@@ -194,7 +195,7 @@ def test_draws_of_workers_with_their_own_files_differ(photos_in_files):
     from pipelines.loaders.make import _own_files
 
     _, prepared = photos_in_files
-    readings: list[Reading] = []
+    readings: list[ReadPlan] = []
     for worker in range(2):
         _, reading = _own_files(prepared, "train", train_reading(photos_in_files[0], 4, 0, Share(worker, 2)))
         readings.append(reading)

@@ -12,7 +12,7 @@ from torchvision.transforms.v2 import functional as tv
 
 from pipelines.config import LoaderConfig, RandomCrop, RandomResizedCrop, View
 from pipelines.loaders.cuts import draw_cuts, epoch_order
-from pipelines.loaders.make import Reading
+from pipelines.loaders.reading import ReadPlan
 from pipelines.prepare.beton import Beton, BetonWriter
 from pipelines.prepare.images import Packed
 from tests.conftest import needs_ffcv
@@ -52,7 +52,7 @@ def differences(beton: Beton, size: int, view: View, views: int = 2, epoch: int 
     """Mean (or greatest: `over` is torch.max) absolute difference to torchvision of each view of each image, of 255."""
     from pipelines.loaders.ffcv_loader import FFCVLoader
 
-    of = Reading((view,) * views, size, len(beton), 0, "instance", drop_last=True)
+    of = ReadPlan((view,) * views, size, len(beton), 0, "instance", drop_last=True)
     batch = next(iter(FFCVLoader(beton, of, LoaderConfig(workers=2)).epoch(epoch)))
     order = epoch_order(beton.labels, "instance", 0, epoch)
     records = beton.records["f0"][order]
@@ -182,7 +182,7 @@ def test_a_file_that_lies_about_its_size_is_not_believed(photos, tmp_path):
 
     true = jpeg(crops(photos)[0])
     beton = write(tmp_path / "train.beton", [Packed(True, 100, 100, true.data)])
-    of = Reading((ANY,), 32, 1, 0, "instance", drop_last=True)
+    of = ReadPlan((ANY,), 32, 1, 0, "instance", drop_last=True)
     with pytest.raises(UserError, match=r"image 0 of .* is damaged \(\d+x\d+ pixels, recorded as 100x100\)"):
         list(FFCVLoader(beton, of, LoaderConfig()).epoch(0))
 
@@ -191,7 +191,7 @@ def test_the_same_batch_from_any_number_of_threads(photos, tmp_path):
     from pipelines.loaders.ffcv_loader import FFCVLoader
 
     beton = write(tmp_path / "train.beton", [jpeg(image) for image in crops(photos)])
-    of = Reading((ANY, ANY), 64, 4, 0, "instance", drop_last=True)
+    of = ReadPlan((ANY, ANY), 64, 4, 0, "instance", drop_last=True)
     seen = [
         torch.cat([batch.views.clone() for batch in FFCVLoader(beton, of, LoaderConfig(workers=workers)).epoch(3)])
         for workers in (1, 2)

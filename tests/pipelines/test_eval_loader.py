@@ -10,7 +10,8 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from pipelines.config import LoaderConfig
-from pipelines.loaders.make import Share, eval_reading, eval_rule, make_loader
+from pipelines.loaders.make import make_loader
+from pipelines.loaders.reading import Share, eval_reading, eval_rule
 from pipelines.pixels import EvalRule, decode
 from pipelines.prepare.build import ensure_prepared
 from pipelines.prepare.originals import original_images

@@ -17,7 +17,8 @@ from torchvision.transforms.v2 import functional as tv
 from pipelines.common.errors import UserError
 from pipelines.config import LoaderConfig
 from pipelines.loaders.cuts import FLIP, HEIGHT, LEFT, TOP, WIDTH, draw_cuts, epoch_order
-from pipelines.loaders.make import Batch, Reading, eval_reading, loader_kind, make_loader, train_reading
+from pipelines.loaders.make import loader_kind, make_loader
+from pipelines.loaders.reading import Batch, ReadPlan, eval_reading, train_reading
 from pipelines.prepare.build import ensure_prepared
 from tests.conftest import REPOSITORY, data_config, digits_config, needs_ffcv
 
@@ -34,7 +35,7 @@ def same(first: list[Batch], second: list[Batch]) -> bool:
     return all(torch.equal(getattr(a, part), getattr(b, part)) for a, b in pairs for part in ("views", "labels", "index"))
 
 
-def reading(tmp_path, seed=0, batch_size=64, **more) -> Reading:
+def reading(tmp_path, seed=0, batch_size=64, **more) -> ReadPlan:
     return train_reading(digits_config(tmp_path, **more), batch_size, seed)
 
 
@@ -406,7 +407,8 @@ def test_compiled_code_is_kept_between_runs(photos_prepared, tmp_path):
     data, _ = photos_prepared
     code = f"""
 import json
-from pipelines.loaders.make import make_loader, train_reading
+from pipelines.loaders.make import make_loader
+from pipelines.loaders.reading import train_reading
 from pipelines.config import DataConfig, LoaderConfig
 from pipelines.loaders.cut_kernel import cut_batch
 from pipelines.prepare.build import ensure_prepared

@@ -7,7 +7,8 @@ import torch
 
 from pipelines.common.errors import UserError
 from pipelines.config import LoaderConfig
-from pipelines.loaders.make import Batch, Share, make_loader, train_reading
+from pipelines.loaders.make import make_loader
+from pipelines.loaders.reading import Batch, Share, train_reading
 from pipelines.loaders.resident_loader import ResidentLoader, _Pixels, why_not_resident
 from pipelines.prepare.build import ensure_prepared
 from tests.conftest import data_config, digits_config

@@ -10,7 +10,8 @@ import torch
 from pipelines.common.errors import UserError
 from pipelines.config import LoaderConfig
 from pipelines.loaders.cuts import epoch_order, worker_weights
-from pipelines.loaders.make import Share, _own_files, make_loader, train_reading
+from pipelines.loaders.make import _own_files, make_loader
+from pipelines.loaders.reading import Share, train_reading
 from pipelines.prepare.build import ensure_prepared
 from pipelines.prepare.prepared import SIDECAR
 from tests.conftest import data_config, digits_config, needs_ffcv
