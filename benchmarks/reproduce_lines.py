@@ -13,8 +13,8 @@ from benchmarks.measure import machine
 from benchmarks.reproduce_cells import Cell
 from cibl_ray.config import RunConfig
 from cibl_ray.run.fingerprint import code_digest
+from cibl_ray.run.folder import CONFIG
 from cibl_ray.run.log import read_metrics
-from cibl_ray.train import CONFIG
 from pipelines.common.errors import UserError
 from pipelines.common.settings import read_config, validate
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,6 +11,7 @@ import yaml
 from pydantic import Field, model_validator
 
 from cibl_ray.losses.config import CIBLConfig, HybridPSCConfig, HybridSCConfig, LDAMConfig, LossConfig, PaCoConfig
+from pipelines.common.files import write_atomically
 from pipelines.common.settings import Settings, absolute, find_config, override, parse_overrides, read_config, validate
 from pipelines.config import DataConfig, LoaderConfig
 
@@ -209,14 +209,5 @@ def build_config(content: dict[str, Any], arguments: list[str], place: str) -> R
 
 
 def save_config(config: RunConfig, path: Path) -> None:
-    """Write atomically: an empty file would be a valid configuration, of defaults alone."""
-    part = path.with_name(path.name + ".part")
-    try:
-        with part.open("w") as file:
-            file.write(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError:
-        part.unlink(missing_ok=True)
-        raise
-    part.replace(path)
+    """Write a configuration as YAML. Atomically: an empty file would be a valid configuration, of defaults alone."""
+    write_atomically(path, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))

@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cibl_ray.train import CONFIG
+from cibl_ray.run.folder import checkpoints
 from pipelines.common.errors import CommandParser, UserError, run_command
 
 if TYPE_CHECKING:
@@ -21,13 +21,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-FILES = {"last": "last.safetensors", "best": "best.safetensors"}
-
 
 def main() -> None:
     parser = CommandParser(prog="python -m cibl_ray.evaluate", description=__doc__)
     parser.add_argument("run", type=Path, help="a run folder, or a checkpoint file")
-    parser.add_argument("--checkpoint", choices=[*FILES], help="of a run folder; by default each that exists")
+    parser.add_argument("--checkpoint", choices=["last", "best"], help="of a run folder; by default each that exists")
     parser.add_argument("--data", type=Path, metavar="FOLDER", help="evaluate on the images of FOLDER/CLASS/* instead")
     parser.add_argument("--split", choices=["train", "val", "test"], help="of the run's data; by default test, else val")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the scores, every class's too, to FILE")
@@ -42,7 +40,7 @@ def main() -> None:
     logging.basicConfig(format="%(message)s")
 
     scores = {}
-    for path in _checkpoints(arguments.run, arguments.checkpoint):
+    for path in checkpoints(arguments.run, arguments.checkpoint):
         checkpoint = load_checkpoint(path)
         split, scores[f"{path.stem} (epoch {checkpoint.epoch})"] = _evaluate(checkpoint, arguments.data, arguments.split)
     where = f"the {split} split" if arguments.data is None else repr(str(arguments.data))
@@ -91,20 +89,6 @@ def _evaluate(checkpoint: Checkpoint, folder: Path | None, split: str | None) ->
     finally:
         loader.close()
     return split, score(logits, labels, checkpoint.train_counts)
-
-
-def _checkpoints(run: Path, which: str | None) -> list[Path]:
-    if run.is_file():
-        return [run]
-    if not run.is_dir():
-        raise UserError(f"{str(run)!r} is neither a run folder nor a checkpoint file")
-    folder = run / "checkpoints"
-    paths = [folder / file for name, file in FILES.items() if which in (None, name) and (folder / file).exists()]
-    if not paths and not (run / CONFIG).exists():
-        raise UserError(f"{str(run)!r} is neither a run folder nor a checkpoint file")
-    if not paths:
-        raise UserError(f"{str(folder)!r} has no {which or 'last'} checkpoint; the run has not finished its first epoch")
-    return paths
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cibl_ray.train import CONFIG
+from cibl_ray.run.folder import CHECKPOINTS, checkpoint
 from pipelines.common.errors import CommandParser, UserError, run_command
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def main() -> None:
     arguments = parser.parse_args()
     logging.basicConfig(format="%(message)s")
     log.setLevel(logging.INFO)
-    path = _checkpoint(arguments.run, arguments.checkpoint)
+    path = checkpoint(arguments.run, arguments.checkpoint)
     out = arguments.out or (arguments.run if arguments.run.is_dir() else arguments.run.with_suffix("")) / "bundle"
     options = Options(
         precisions=tuple(dict.fromkeys(["fp32", *arguments.precision])),
@@ -357,25 +357,11 @@ def _versions() -> dict[str, str]:
     return {package: version(package) for package in packages} | others
 
 
-def _checkpoint(run: Path, which: str | None) -> Path:
-    if run.is_file():
-        return run
-    if not run.is_dir():
-        raise UserError(f"{str(run)!r} is neither a run folder nor a checkpoint file")
-    for name in (which,) if which else ("best", "last"):
-        for path in (run / "checkpoints" / f"{name}.safetensors", run / f"{name}.safetensors"):
-            if path.exists():
-                return path
-    if not (run / CONFIG).exists():
-        raise UserError(f"{str(run)!r} is neither a run folder nor a checkpoint file")
-    raise UserError(f"{str(run)!r} has no {which or 'last'} checkpoint; the run has not finished its first epoch")
-
-
 def _source(path: Path, checkpoint: Checkpoint) -> dict[str, Any]:
     from cibl_ray.bundle.card import file_sha256
 
     folder = path.absolute().parent
-    run = folder.parent.name if folder.name == "checkpoints" else folder.name
+    run = folder.parent.name if folder.name == CHECKPOINTS else folder.name
     return {"run": run, "checkpoint": path.name, "checkpoint_sha256": file_sha256(path), "epoch": checkpoint.epoch}
 
 

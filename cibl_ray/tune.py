@@ -7,7 +7,6 @@ resuming. Left behind: trials.csv, best.yaml (ready to train), best.safetensors 
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import os
@@ -19,8 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cibl_ray.cluster.environment import settle
-from cibl_ray.train import same_name
+from cibl_ray.run.folder import lock_folder, same_name
 from pipelines.common.errors import CommandParser, Interrupted, UserError, run_command
+from pipelines.common.files import locked, write_atomically
 from pipelines.common.settings import split_command_line
 
 if TYPE_CHECKING:
@@ -74,7 +74,6 @@ def run(sweep: SweepConfig, folder: Path, address: str | None, base: dict[str, A
 
     from cibl_ray.cluster.launch import cluster, polite_end
     from cibl_ray.cluster.shared_folder import mark_beside
-    from cibl_ray.train import lock_folder
     from cibl_ray.tuning import report as sweep_report
     from cibl_ray.tuning.sweep import base_content, check_metrics, read_trials, sweep_text
 
@@ -83,9 +82,11 @@ def run(sweep: SweepConfig, folder: Path, address: str | None, base: dict[str, A
         check_metrics(sweep, *_prepared(base))  # once: all trials share it
     folder.mkdir(parents=True, exist_ok=True)
     with lock_folder(folder, "sweeping", patience=0):
-        _write(folder / SWEEP, sweep_text(sweep, base))
+        write_atomically(folder / SWEEP, sweep_text(sweep, base))
         ended = read_trials(folder)
-        _write(folder / TRIALS, "".join(json.dumps(asdict(trial)) + "\n" for trial in ended))  # without a line cut short
+        write_atomically(
+            folder / TRIALS, "".join(json.dumps(asdict(trial)) + "\n" for trial in ended)
+        )  # without a line cut short
         left = sweep.trials - len(ended)
         if left > 0:
             # Whether the controller of a trial's workers still lives is asked of a service in Ray's dashboard; else the cores
@@ -141,12 +142,6 @@ def _told(tasks: Any) -> Any:
         return ray.get(tasks)
     except ray.exceptions.RayTaskError as error:
         raise (error.cause if isinstance(error.cause, UserError) else error) from None
-
-
-def _write(path: Path, text: str) -> None:
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")  # two trials of the same parameters may begin together
-    part.write_text(text)
-    part.replace(path)
 
 
 def _read(path: Path) -> dict[str, Any] | None:
@@ -266,7 +261,7 @@ def _trial(params: dict[str, Any], given: dict[str, Any]) -> None:
 
     from cibl_ray.cluster.shared_folder import same_folder
     from cibl_ray.run.log import read_metrics
-    from cibl_ray.train import train
+    from cibl_ray.training.fit import fit
     from cibl_ray.tuning.sweep import SweepConfig, trial_config, trial_name
     from cibl_ray.world import World
     from pipelines.common.cores import limit_cores
@@ -279,19 +274,18 @@ def _trial(params: dict[str, Any], given: dict[str, Any]) -> None:
     same_folder(Path(given["folder"]), given["mark"], "--sweeps")  # a node that has joined since the sweep began
     run_folder = Path(given["folder"]) / "trials" / name
     run_folder.parent.mkdir(parents=True, exist_ok=True)
-    _write(run_folder.with_suffix(".json"), json.dumps(params))
+    write_atomically(run_folder.with_suffix(".json"), json.dumps(params))
     failed = run_folder.with_suffix(".error")
     failed.unlink(missing_ok=True)
     try:
         config = trial_config(given["base"], params)
         progress = _Reported(sweep, config.train.epochs)
         # The same parameters may be proposed twice: the second waits, and tells what the first has done.
-        with run_folder.with_suffix(".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with locked(run_folder.with_suffix(".lock")):
             for row in read_metrics(run_folder):  # of an earlier proposal, or of the part before an interruption
                 progress.epoch(row, "")
             if sweep.workers == 1:
-                train(config, run_folder, run_folder.exists(), World(), progress)
+                fit(config, run_folder, run_folder.exists(), World(), progress)
             else:
                 _in_workers(sweep, config, run_folder, progress)
             progress.finish()

@@ -9,7 +9,7 @@ import pytest
 from cibl_ray.config import build_config
 from cibl_ray.export import Options, export
 from cibl_ray.run.progress import Silent
-from cibl_ray.train import train
+from cibl_ray.training.fit import fit
 from cibl_ray.world import World
 from pipelines.common.settings import find_config, read_config
 
@@ -19,7 +19,7 @@ def small_run(folder: Path, *options: str) -> Path:
     arguments = ["--epochs", "3", "--warmup_epochs", "1", "--loader.kind", "torch", "--precision", "fp32"]
     arguments += ["--prepared", str(folder / "prepared"), *options]
     config = build_config(read_config(find_config("quickstart")), arguments, "test")
-    train(config, folder / "digits", False, World(), Silent())
+    fit(config, folder / "digits", False, World(), Silent())
     return folder / "digits"
 
 

@@ -40,8 +40,8 @@ from cibl_ray.cluster.ray_trainer import LeanTrainer, OneMachineConfig, StopOnEr
 from cibl_ray.cluster.shared_folder import mark_beside, same_folder
 from cibl_ray.cluster.storage import Mirror, join
 from cibl_ray.hardware import TIMER_LAG, let_timers_lag
+from cibl_ray.run.folder import CHECKPOINTS, is_run, need_new
 from cibl_ray.run.progress import Progress, Silent, Terminal
-from cibl_ray.train import need_new
 from cibl_ray.world import PeerLostError, World
 from pipelines.common.cores import limit_cores
 from pipelines.common.errors import Interrupted, UserError
@@ -91,7 +91,7 @@ def parse_workers(text: str) -> tuple[int, int]:
     return workers
 
 
-def fit(config: run_config.RunConfig, folder: Path, resume: bool, options: Options) -> None:
+def fit_on_cluster(config: run_config.RunConfig, folder: Path, resume: bool, options: Options) -> None:
     """Train in `folder`, new or (with `resume`) an earlier run's, on a cluster.
 
     Every node must see the folder, or a copy of it is kept in `options.storage`.
@@ -130,7 +130,7 @@ def fit(config: run_config.RunConfig, folder: Path, resume: bool, options: Optio
 
 def begun(folder: Path, place: str | None) -> bool:
     """Whether there is a run to go on with, here or in its store."""
-    return (folder / "config.yaml").exists() or (place is not None and Mirror(folder, place).exists())
+    return is_run(folder) or (place is not None and Mirror(folder, place).exists())
 
 
 class LostError(RuntimeError):
@@ -282,7 +282,7 @@ def _worker(given: dict[str, Any]) -> None:
     """One worker's process: joins the others, trains, and goes on where an earlier group of workers was lost."""
     import torch
 
-    from cibl_ray.train import train
+    from cibl_ray.training.fit import fit
 
     config = validate(run_config.RunConfig, given["config"], "the driver")
     if config.train.device == "cuda":
@@ -305,12 +305,13 @@ def _worker(given: dict[str, Any]) -> None:
         same_folder(folder, given["mark"])  # on every node: any may be the first after a loss
         # The driver has made sure that a new run has no folder yet: one that is there is this run's, of lost workers.
         there = world.from_first(lambda: begun(folder, None))
-        if there and world.first and (folder / "checkpoints").exists():
+        if there and world.first and (folder / CHECKPOINTS).exists():
             progress.line("going on from the last checkpoint")
         resume = given["resume"] or there or given["storage"] is not None
         with main_thread_dozes():
             # The process of a lost worker may end later; a lock that a lost node held on a network's disk lasts minutes.
-            train(config, folder, resume, world, progress, mirror, patience=30 if own_cluster() else 180)
+            upload = None if mirror is None else mirror.upload
+            fit(config, folder, resume, world, progress, upload, patience=30 if own_cluster() else 180)
     except PeerLostError:
         time.sleep(5)  # the worker with the cause is heard first
         raise

@@ -9,10 +9,10 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from cibl_ray.run.folder import CHECKPOINTS, CONFIG, COPY, LAST, LOCK, PREVIOUS, RESULT, copy_of, is_run
 from pipelines.common.errors import UserError
 
-LAST = ("last.safetensors", "result.json")  # written when all else is there
-MARK = ".storage"
+_AT_LAST = (LAST, RESULT)  # written when all else is there
 
 
 def join(uri: str, name: str) -> str:
@@ -28,19 +28,13 @@ def split(uri: str) -> tuple[str, str]:
     return f"{storage}{mark}{query}", name
 
 
-def copy_of(folder: Path) -> str | None:
-    """Where the copy of a run folder is kept, or None."""
-    mark = folder / MARK
-    return mark.read_text() if mark.is_file() else None
-
-
 def fetched(uri: str) -> tuple[str, Path]:
     """(the storage, the local folder) of a run at `uri`, whose files are brought here unless later ones of it are here."""
     storage, name = split(uri)
     folder = (Path("runs") / name).absolute()
     mirror = Mirror(folder, uri)
     if not mirror.exists():
-        raise UserError(f"--resume {uri}: no run is there, it has no config.yaml")
+        raise UserError(f"--resume {uri}: no run is there, it has no {CONFIG}")
     mirror.claim(resume=True)
     mirror.newer_wins()
     return storage, folder
@@ -59,7 +53,7 @@ def in_step(folder: Path, storage: str | None) -> str | None:
                 f"--resume {folder}: its copy is {copy}, of another name; rename the folder to {name}, or give --storage URI "
                 "to begin another copy"
             )
-    if storage is None or not (folder / "config.yaml").is_file():
+    if storage is None or not is_run(folder):
         return storage
     mirror = Mirror(folder, join(storage, folder.name))
     mirror.claim(resume=True)
@@ -83,17 +77,17 @@ class Mirror:
 
     def exists(self) -> bool:
         """Whether a run with a configuration is there."""
-        return bool(self._files.get_file_info(f"{self._top}/config.yaml").is_file)
+        return bool(self._files.get_file_info(f"{self._top}/{CONFIG}").is_file)
 
     def claim(self, resume: bool) -> None:
         """Make the folder this run's. Raises UserError where it holds another one, whose files a download would replace."""
         known = copy_of(self._folder)
-        if (self._folder / "config.yaml").exists() and known != self._uri and (self.exists() or not resume):
+        if is_run(self._folder) and known != self._uri and (self.exists() or not resume):
             raise UserError(
                 f"run folder {str(self._folder)!r} holds another run than {self._uri}; move it away, or choose another --name"
             )
         self._folder.mkdir(parents=True, exist_ok=True)
-        (self._folder / MARK).write_text(self._uri)
+        (self._folder / COPY).write_text(self._uri)
 
     def behind(self) -> bool:
         """Whether the folder has been trained further than the copy: without it, or by a process that ended in between."""
@@ -113,15 +107,15 @@ class Mirror:
 
     def _reached(self) -> tuple[tuple[int, int], tuple[int, int]]:
         """(epoch, step) of the last checkpoint in the folder and in the copy."""
-        from cibl_ray.run.checkpoint import LAST, PREVIOUS, reached, reached_in
+        from cibl_ray.run.checkpoint import reached, reached_in
 
         there = (0, 0)
         for name in (LAST, PREVIOUS):
-            path = f"{self._top}/checkpoints/{name}"
+            path = f"{self._top}/{CHECKPOINTS}/{name}"
             if self._files.get_file_info(path).is_file:
                 with self._files.open_input_stream(path) as file:
                     there = max(there, reached(file))
-        return reached_in(self._folder / "checkpoints"), there
+        return reached_in(self._folder / CHECKPOINTS), there
 
     def download(self) -> None:
         """Put the copy in the place of what the folder has; files that only the folder has stay.
@@ -154,9 +148,9 @@ class Mirror:
         files = [
             path
             for path in self._folder.rglob("*")
-            if path.is_file() and path.suffix != ".part" and path.name not in (".lock", MARK)
+            if path.is_file() and path.suffix != ".part" and path.name not in (LOCK, COPY)
         ]
-        for path in sorted(files, key=lambda path: (path.name in LAST, path)):
+        for path in sorted(files, key=lambda path: (path.name in _AT_LAST, path)):
             stamp = _stamp(path)
             if self._sent.get(path) == stamp:
                 continue

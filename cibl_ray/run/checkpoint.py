@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,14 +21,15 @@ from safetensors.torch import save as to_bytes
 from cibl_ray.config import RunConfig
 from cibl_ray.losses.config import needs
 from cibl_ray.networks.network import HybridNetwork, build_network
+from cibl_ray.run.folder import LAST, PREVIOUS
 from pipelines.common.errors import UserError
+from pipelines.common.files import write_atomically
 from pipelines.common.settings import validate
 
 log = logging.getLogger(__name__)
 
 FORMAT = 4
 _READ = (2, 3, 4)  # 2: without steps within an epoch; 3: without an average of the weights
-LAST, PREVIOUS, BEST = "last.safetensors", "previous.safetensors", "best.safetensors"
 _HEADER = "cibl_ray"
 _LARGEST_HEAD = 100_000_000  # bytes, of a safetensors file
 _PARTS = ("weights", "momentum", "objective", "average")  # the tensors of a Checkpoint
@@ -117,15 +117,7 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint, keep_previous: bool = Fa
         for name, tensor in getattr(checkpoint, part).items()
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    try:
-        with part.open("wb") as file:
-            file.write(to_bytes(tensors, {_HEADER: json.dumps(content)}))
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError:
-        part.unlink(missing_ok=True)
-        raise
+    whole = to_bytes(tensors, {_HEADER: json.dumps(content)})
     if keep_previous and _whole(path):  # a damaged one must not take the place of the good one before it
         second = path.with_name(PREVIOUS + ".part")
         second.unlink(missing_ok=True)
@@ -134,7 +126,7 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint, keep_previous: bool = Fa
         except OSError:  # a file system without hard links
             shutil.copyfile(path, second)
         second.replace(path.with_name(PREVIOUS))
-    part.replace(path)
+    write_atomically(path, whole)
 
 
 def _whole(path: Path) -> bool:

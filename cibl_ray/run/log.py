@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-METRICS = "metrics.jsonl"
+from cibl_ray.run.folder import METRICS
+from pipelines.common.files import write_atomically
 
 
 class RunLog:
@@ -20,9 +21,7 @@ class RunLog:
 
         self._path = folder / METRICS
         rows = [row for row in read_metrics(folder) if row["epoch"] <= epoch]
-        part = self._path.with_name(METRICS + ".part")
-        part.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        part.replace(self._path)
+        write_atomically(self._path, "".join(json.dumps(row) + "\n" for row in rows))
         self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=epoch + 1)
 
     def write(self, row: dict[str, Any]) -> None:

@@ -23,17 +23,9 @@ from cibl_ray.losses.config import needs
 from cibl_ray.losses.objective import Images, Objective, readings
 from cibl_ray.networks.average import WeightAverage
 from cibl_ray.networks.network import HybridNetwork, Outputs, build_network
-from cibl_ray.run.checkpoint import (
-    BEST,
-    LAST,
-    Checkpoint,
-    load_checkpoint,
-    load_momentum,
-    load_weights,
-    momentum_of,
-    save_checkpoint,
-)
+from cibl_ray.run.checkpoint import Checkpoint, load_checkpoint, load_momentum, load_weights, momentum_of, save_checkpoint
 from cibl_ray.run.fingerprint import code_digest
+from cibl_ray.run.folder import BEST, CHECKPOINTS, LAST
 from cibl_ray.run.log import RunLog
 from cibl_ray.run.progress import Progress, Silent
 from cibl_ray.training.compiled import begin_step, compile_network, explained
@@ -303,7 +295,7 @@ class Trainer:
 
     @property
     def _checkpoints(self) -> Path:
-        return self.folder / "checkpoints"
+        return self.folder / CHECKPOINTS
 
     def _schedule(self, epoch: float) -> None:
         """Set what follows a schedule, for a step at `epoch` (fractional)."""

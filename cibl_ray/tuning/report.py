@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-import shutil
+import io
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,10 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from cibl_ray.config import save_config
+from cibl_ray.run.folder import BEST, CHECKPOINTS, LAST
 from cibl_ray.tuning.sweep import METRICS, SweepConfig, Trial, axes, best, front, objectives, trial_config
 from pipelines.common.errors import UserError
+from pipelines.common.files import write_atomically
 from pipelines.common.fonts import save
 
 
@@ -28,9 +30,7 @@ def write(folder: Path, sweep: SweepConfig, base: dict[str, Any], trials: list[T
         first = next((f", the first: {trial.error}" for trial in trials if trial.error), "")
         raise UserError(f"no trial has a finite validation score{first}; all of them are in {folder / 'trials.csv'}")
     save_config(trial_config(base, chosen.params), folder / "best.yaml")
-    part = folder / "best.safetensors.part"
-    shutil.copyfile(folder / "trials" / chosen.name / "checkpoints" / "last.safetensors", part)
-    part.replace(folder / "best.safetensors")
+    write_atomically(folder / BEST, (folder / "trials" / chosen.name / CHECKPOINTS / LAST).read_bytes())
     first, second = axes(sweep, scored)
     points = np.array([[_percent(trial.scores, first), _percent(trial.scores, second)] for trial in scored])
     modes: dict[str, str] = {objective.metric: objective.mode for objective in sweep.objective}
@@ -59,16 +59,15 @@ def _short(value: object) -> str:
 
 
 def _table(path: Path, sweep: SweepConfig, trials: list[Trial]) -> None:
-    part = path.with_name(path.name + ".part")
-    with part.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["trial", "state", "epochs", *sweep.search, "objective", *METRICS, "error"])
-        for trial in trials:
-            params = [trial.params.get(key) for key in sweep.search]
-            objective = objectives(sweep, trial.scores)[0] if trial.scores else None
-            scores = [trial.scores.get(metric) for metric in METRICS]
-            writer.writerow([trial.name, trial.state, trial.epochs, *params, objective, *scores, trial.error])
-    part.replace(path)
+    file = io.StringIO(newline="")
+    writer = csv.writer(file)
+    writer.writerow(["trial", "state", "epochs", *sweep.search, "objective", *METRICS, "error"])
+    for trial in trials:
+        params = [trial.params.get(key) for key in sweep.search]
+        objective = objectives(sweep, trial.scores)[0] if trial.scores else None
+        scores = [trial.scores.get(metric) for metric in METRICS]
+        writer.writerow([trial.name, trial.state, trial.epochs, *params, objective, *scores, trial.error])
+    write_atomically(path, file.getvalue())
 
 
 def _trade_off(path: Path, points: np.ndarray, on_front: np.ndarray, names: tuple[str, str], chosen: int) -> None:

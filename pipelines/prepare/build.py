@@ -6,13 +6,11 @@ without one is not whole. Training calls `ensure_prepared` by itself; it writes 
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import importlib.util
 import json
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -20,6 +18,7 @@ import numpy as np
 from pydantic import Field
 
 from pipelines.common.errors import UserError
+from pipelines.common.files import locked, write_atomically
 from pipelines.common.settings import Settings, absolute, find_config, override, parse_overrides, read_config, validate
 from pipelines.config import DataConfig
 from pipelines.prepare.longtail import apply_profile, carve_validation
@@ -71,7 +70,7 @@ def _up_to_date(folder: Path, chosen: Chosen, data: DataConfig, seed: int) -> Pr
     if found is not None and _matches(found, chosen):
         return found
     folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder):
+    with locked(folder / ".lock"):
         found = read_sidecar(folder)  # another process may have written it while this one waited
         return found if found is not None and _matches(found, chosen) else _write(folder, chosen, data, seed)
 
@@ -111,14 +110,6 @@ def _whole(path: Path, shard: Shard) -> bool:
     return path.is_file() and path.stat().st_size == shard.bytes
 
 
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """One process writes, others wait. The lock ends with its process, however that ends."""
-    with (folder / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
 def _write(folder: Path, chosen: Chosen, data: DataConfig, seed: int) -> Prepared:
     classes, splits = chosen
     (folder / SIDECAR).unlink(missing_ok=True)
@@ -134,9 +125,7 @@ def _write(folder: Path, chosen: Chosen, data: DataConfig, seed: int) -> Prepare
         "profile": prepared.profile,
         "splits": {name: asdict(split) for name, split in written.items()},
     }
-    part = folder / f"{SIDECAR}.part"
-    part.write_text(json.dumps(content, indent=1))
-    part.replace(folder / SIDECAR)
+    write_atomically(folder / SIDECAR, json.dumps(content, indent=1))
     forget_journals(folder)
     skipped = {name: split.skipped for name, split in written.items() if split.skipped}
     for name, paths in skipped.items():

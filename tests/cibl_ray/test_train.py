@@ -17,9 +17,11 @@ import yaml
 
 from cibl_ray.config import load_config, save_config
 from cibl_ray.run.checkpoint import load_checkpoint, save_checkpoint
+from cibl_ray.run.folder import need_new
 from cibl_ray.run.log import read_metrics
 from cibl_ray.run.progress import Silent
-from cibl_ray.train import _resumed, _same_data, need_new, train
+from cibl_ray.training.fit import _same_data, fit
+from cibl_ray.training.resume import resumed
 from cibl_ray.training.trainer import Trainer, resolve
 from cibl_ray.world import World, need_own_device
 from pipelines.common.errors import UserError
@@ -197,15 +199,15 @@ def test_a_finished_run_whose_log_is_gone(finished, tmp_path):
 def test_an_empty_configuration_is_taken_from_the_checkpoint(finished, tmp_path, caplog):
     folder = tmp_path / "whole"
     shutil.copytree(finished[0], folder)
-    begun, _ = _resumed(folder, [], None)
+    begun, _ = resumed(folder, [], None)
     (folder / "config.yaml").write_text("")
-    config, _ = _resumed(folder, [], None)
+    config, _ = resumed(folder, [], None)
     assert config == begun
     assert "is empty; going on with the configuration of the last checkpoint" in caplog.text
-    assert _resumed(folder, ["--epochs", "6"], None)[0].train.epochs == 6
+    assert resumed(folder, ["--epochs", "6"], None)[0].train.epochs == 6
     shutil.rmtree(folder / "checkpoints")
     with pytest.raises(UserError, match="is empty and it has no checkpoint; remove it"):
-        _resumed(folder, [], None)
+        resumed(folder, [], None)
 
 
 def test_a_configuration_is_written_whole_or_not_at_all(tmp_path):
@@ -225,7 +227,7 @@ def test_a_folder_in_which_no_run_began(tmp_path):
     with pytest.raises(UserError, match="already exists; no run began in it: remove it, or choose another --name"):
         need_new(tmp_path)
     with pytest.raises(UserError, match="it has no config.yaml; no run began in it: remove it, and start the run anew"):
-        _resumed(tmp_path, [], None)
+        resumed(tmp_path, [], None)
     (tmp_path / "photo.jpg").touch()  # somebody's own
     with pytest.raises(UserError, match="already exists; choose another --name"):
         need_new(tmp_path)
@@ -457,7 +459,7 @@ def test_every_worker_is_told_of_a_folder_that_is_there(tmp_path):
             return make()
 
     with pytest.raises(UserError, match="already exists; no run began in it"):
-        train(load_config("quickstart", []), tmp_path, False, Second(), Silent())
+        fit(load_config("quickstart", []), tmp_path, False, Second(), Silent())
 
 
 def test_options_of_a_cluster_need_one():

@@ -216,7 +216,7 @@ def test_read_only_prepared_data_can_be_used(image_folder, tmp_path, monkeypatch
     data = folder_config(image_folder, tmp_path)
     prepared = ensure_prepared(data, 0)
     (prepared.folder / ".lock").unlink()
-    monkeypatch.setattr("pipelines.prepare.build._locked", None)  # root may write anywhere, so: not even tried
+    monkeypatch.setattr("pipelines.prepare.build.locked", None)  # root may write anywhere, so: not even tried
     assert ensure_prepared(data, 0) == prepared
 
 
