@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 from scipy.stats import spearmanr
 
+from benchmarks.claims_cells import TITLES, Cell
 from benchmarks.measure import machine
-
-if TYPE_CHECKING:
-    from benchmarks.claims import Cell
 
 THIRDS = ("overall", "head", "middle", "tail")
 COLORS = {"overall": "black", "head": "#2a6f97", "middle": "#8a8a8a", "tail": "#c8553d"}
-TITLES = {"cifar10": "CIFAR-10-LT", "cifar100": "CIFAR-100-LT"}
 DEFAULT = "0.05"  # λ of the comparisons
-Results = dict["Cell", dict[str, Any]]
+Results = dict[Cell, dict[str, Any]]
 Accuracies = dict[str, np.ndarray]  # value of λ, method or epochs -> (seeds, THIRDS), percent
 
 

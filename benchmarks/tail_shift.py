@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from benchmarks.claims import LAMBDAS
+from benchmarks.claims_cells import LAMBDAS
 from benchmarks.measure import report
 from cibl_ray.evaluation.metrics import Scores, score
 from cibl_ray.evaluation.predict import predict

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks.claims import Cell
+from benchmarks.claims_cells import Cell
 from benchmarks.claims_report import summarize, write
 
 

@@ -1,0 +1,206 @@
+"""One run, from its start or its last checkpoint to its result."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shlex
+import signal
+import statistics
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from cibl_ray.config import RunConfig, doubts, save_config
+from cibl_ray.evaluation.metrics import heading, table
+from cibl_ray.evaluation.pictures import save_accuracy_by_class, save_learning_curves
+from cibl_ray.hardware import TIMER_LAG, describe, keep_freed_memory, let_timers_lag
+from cibl_ray.run.checkpoint import newest
+from cibl_ray.run.folder import CHECKPOINTS, CONFIG, LOG, RESULT, copy_of, lock_folder, need_new
+from cibl_ray.run.log import read_metrics
+from cibl_ray.run.progress import Progress
+from cibl_ray.training.trainer import Trainer, resolve
+from cibl_ray.world import World, need_own_device
+from pipelines.common.errors import Interrupted, UserError
+from pipelines.common.files import write_atomically
+from pipelines.prepare.build import ensure_prepared
+from pipelines.prepare.pictures import save_histogram
+from pipelines.prepare.prepared import Prepared
+
+log = logging.getLogger("cibl_ray")
+
+
+def fit(
+    config: RunConfig,
+    folder: Path,
+    resume: bool,
+    world: World,
+    progress: Progress,
+    after_save: Callable[[], None] | None = None,
+    patience: float = 0,
+) -> dict[str, Any]:
+    """Run a configuration in `folder`, new or (with `resume`) an earlier run's; returns the result that result.json holds.
+
+    Every worker of `world` calls it; rank 0 alone writes, and has a result. after_save: called by rank 0
+    when a checkpoint or the result is written, to keep a copy of the folder.
+    patience: seconds to wait for another process that works in the folder: a lost worker's may end after it is replaced.
+    """
+
+    keep_freed_memory()
+    let_timers_lag(TIMER_LAG)  # a cluster of this machine's own has left more
+    config = world.from_first(lambda: resolve(config))
+    need_own_device(config.train.device)
+    if not resume:
+        world.from_first(lambda: need_new(folder))
+    prepared = ensure_prepared(config.data, config.seed)
+    _same_data(world, prepared)
+    if world.first:
+        _log_to(None, progress)
+        copy = copy_of(folder)
+        if copy is not None and after_save is None:
+            log.warning("its copy %s is not brought up to date; --resume %s --cluster does that", copy, folder)
+    checkpoint = world.from_first(lambda: newest(folder / CHECKPOINTS)) if resume else None
+    if checkpoint is not None and config.loader.cache == "auto":
+        # Decided when the run began: another order would not be the epoch that the checkpoint stands in.
+        loader = config.loader.model_copy(update={"cache": checkpoint.config.loader.cache})
+        config = config.model_copy(update={"loader": loader})
+    trainer = Trainer(config, prepared, folder, world)
+    if checkpoint is not None:
+        trainer.restore(checkpoint)
+    if not world.first:
+        return trainer.fit(progress)
+    # From here on nothing is refused any more, so that a mistake leaves no folder and changes no earlier run.
+    try:
+        folder.mkdir(parents=True, exist_ok=resume)
+    except FileExistsError as error:
+        raise UserError(f"run folder {str(folder)!r} has just been made by another process; choose another --name") from error
+    with lock_folder(folder, "training", max(patience, 30 if world.size > 1 else 0)), _stops_in_order(trainer):
+        try:
+            if after_save is not None:
+                trainer.after_save = after_save
+            result = _fit(trainer, progress)
+            if after_save is not None:
+                after_save()
+            return result
+        except KeyboardInterrupt:
+            raise Interrupted(
+                f"stopped in epoch {min(trainer.epoch + 1, config.train.epochs)}; go on with: "
+                f"python -m cibl_ray.train --resume {shlex.quote(str(folder))}"
+            ) from None
+
+
+def _same_data(world: World, prepared: Prepared) -> None:
+    """Raises UserError where workers of several nodes, each with prepared data of its own, would train on other images."""
+    digests = world.everyones(prepared.digests)
+    others = [str(rank) for rank, theirs in enumerate(digests) if theirs != digests[0]]
+    if others:
+        raise UserError(
+            f"rank{'s' * (len(others) > 1)} {', '.join(others)}: the images in {str(prepared.folder)!r} are not rank 0's; "
+            "give every node the same source, and remove that folder on each to prepare it again"
+        )
+
+
+def _fit(trainer: Trainer, progress: Progress) -> dict[str, Any]:
+    """Train, and leave everything that a run folder holds."""
+
+    config, folder, prepared = trainer.config, trainer.folder, trainer.prepared
+    _log_to(folder / LOG, progress)
+    save_config(config, folder / CONFIG)
+    save_histogram(folder / "class_counts.png", prepared.classes, prepared.train_counts)
+    log.info(
+        "%s: %s, %s head, %s, %s, %s, %s, %s; from epoch %d of %d",
+        folder, config.network.backbone, config.network.head.kind, config.loss.kind, config.train.device,
+        config.train.precision, trainer.train_loaders[0].name, _workers(trainer.world.size),
+        trainer.epoch + 1, config.train.epochs,
+    )  # fmt: skip
+    for doubt in doubts(config):
+        log.warning(doubt)
+    if trainer.epoch >= config.train.epochs:
+        log.info("all %d epochs are done; to train on: --resume %s --train.epochs N", trainer.epoch, folder)
+    result = trainer.fit(progress)
+    rows = read_metrics(folder)
+    kinds = [name for name in ("last", "best") if name in result]
+    scores = {f"{name} (epoch {result[name]['epoch']})": result[name]["scores"] for name in kinds}
+    result |= {name: {**result[name], "scores": asdict(result[name]["scores"])} for name in kinds}
+    result |= {
+        "seconds": sum(row["seconds"]["epoch"] for row in rows),
+        "time": {name: seconds + trainer.spent.get(name, 0.0) for name, seconds in _time(rows).items()},
+        "classes": prepared.classes,  # of the scores' `per_class`, in order
+        "images_per_s": statistics.median([row["rate"]["images_per_s"] for row in rows] or [0.0]),  # a log that was removed
+        "workers": trainer.world.size,
+        "loader": trainer.train_loaders[0].name,
+        "data": prepared.digests,
+        "code": sorted({row.get("code", "unknown") for row in rows}),
+        "hardware": describe(config.train.device),
+    }
+    write_atomically(folder / RESULT, json.dumps(result, indent=1))
+    if rows:
+        save_learning_curves(folder / "learning_curves.png", rows)
+    save_accuracy_by_class(folder / "accuracy_by_class.png", prepared.classes, prepared.train_counts, scores)
+    where = f"the {result['split']} split"
+    progress.line(f"\n{heading(where)}\n")
+    progress.line(table(scores))
+    if "best" not in result:
+        progress.line("\nNo validation split, so no best epoch: data.val_fraction carves one out.")
+    progress.line(f"\nTime: {_shares(result['time'])}")
+    progress.line(f"Run folder: {folder}\nPictures:   learning_curves.png, accuracy_by_class.png, class_counts.png")
+    return result
+
+
+def _workers(count: int) -> str:
+    return f"{count} workers" if count > 1 else "one process"
+
+
+def _time(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Where rank 0's seconds went, over all epochs, without what came after the last one's row."""
+    time = {
+        name: sum(row["seconds"][name] for row in rows) for name in ("data_wait", "communication", "evaluation", "checkpoint")
+    }
+    return {"step": sum(row["seconds"]["epoch"] for row in rows) - time["data_wait"] - time["communication"]} | time
+
+
+def _shares(seconds: dict[str, float]) -> str:
+    total = sum(seconds.values()) or 1.0
+    return ", ".join(f"{name.replace('_', ' ')} {100 * value / total:.0f} %" for name, value in seconds.items())
+
+
+@contextmanager
+def _stops_in_order(trainer: Trainer) -> Iterator[None]:
+    """A cluster's polite end is treated as Ctrl-C. Signals belong to the main thread; elsewhere nothing is changed.
+
+    The trainer is told as well: an exception that happens to be raised within a destructor or a callback is lost.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        trainer.asked_to_stop = True
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+
+
+def _log_to(path: Path | None, progress: Progress) -> None:
+    """Messages go where progress is shown, and to the file where there is one."""
+    for name in ("cibl_ray", "pipelines"):
+        logger = logging.getLogger(name)
+        logger.setLevel(logging.INFO)
+        for handler in [*logger.handlers]:
+            logger.removeHandler(handler)
+            handler.close()
+        handlers = [progress.log_handler()]
+        if path is not None:
+            handlers.append(logging.FileHandler(path))
+        for handler in handlers:
+            handler.setFormatter(logging.Formatter("%(message)s"))
+            logger.addHandler(handler)

@@ -1,0 +1,78 @@
+"""Writing files so that a kill or a full disk leaves no half of one, and locks between processes."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from pipelines.common.errors import UserError
+
+log = logging.getLogger(__name__)
+
+# What flock says on file systems that have no locks: some mounts of Lustre and NFS.
+_NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK}
+
+
+def write_atomically(path: Path, content: str | bytes | Callable[[IO[bytes]], object]) -> None:
+    """Write a file that appears under its name only when it is whole and on the disk; until then the old one stays.
+
+    Two processes may write the same file at the same time: the later one wins, and each file is whole.
+
+    Args:
+        path: The file. Its folder must exist.
+        content: Text (written as UTF-8), bytes, or a function that writes to an open binary file.
+
+    Raises:
+        OSError: The disk is full or cannot be written. The old file is unchanged and nothing else is left.
+    """
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        with part.open("wb") as file:
+            if callable(content):
+                content(file)
+            else:
+                file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(path: Path, patience: float | None = None, busy: str = "") -> Iterator[None]:
+    """Hold a lock that only one process has at a time. It ends with its process, however that ends.
+
+    On a file system without locks the work goes on without one, with a warning.
+
+    Args:
+        path: The lock file; made where it is missing.
+        patience: Seconds to wait for another process; None waits for as long as it takes.
+        busy: The message of the error.
+
+    Raises:
+        UserError: Another process still holds the lock after `patience` seconds.
+    """
+    deadline = None if patience is None else time.monotonic() + patience
+    with path.open("a") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | (0 if deadline is None else fcntl.LOCK_NB))
+                break
+            except BlockingIOError as error:
+                if deadline is not None and time.monotonic() >= deadline:
+                    raise UserError(busy or f"another process holds {str(path)!r}; wait for it, or end it") from error
+                time.sleep(0.2)
+            except OSError as error:
+                if error.errno not in _NO_LOCKS:
+                    raise
+                log.warning("%s: this file system has no locks; do not work in this folder twice at once", path.parent)
+                break
+        yield

@@ -1,0 +1,75 @@
+"""The rooms and the arrows between them: every import is read, those within functions and for type checkers too."""
+
+import ast
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+PACKAGES = ("pipelines", "cibl_ray", "serve", "benchmarks")
+# Each package imports itself and what stands before it; serve takes the contract with the exported model alone, no torch.
+MAY_IMPORT = {
+    "pipelines": {"pipelines"},
+    "cibl_ray": {"pipelines", "cibl_ray"},
+    "serve": {"pipelines", "cibl_ray", "serve"},
+    "benchmarks": set(PACKAGES),
+}
+COMMANDS = {"train", "evaluate", "tune", "export"}
+
+
+def modules() -> dict[str, Path]:
+    """Every module of the project by its dotted name; a package is its __init__."""
+    found = {}
+    for package in PACKAGES:
+        for path in (REPOSITORY / package).rglob("*.py"):
+            parts = path.relative_to(REPOSITORY).with_suffix("").parts
+            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def imports(path: Path, known: set[str]) -> set[str]:
+    """The project's modules that a file imports, wherever in it."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            # `from a import b`: the module a.b where there is one, else a name within a.
+            inner = {f"{node.module}.{alias.name}" for alias in node.names}
+            names |= inner & known or {str(node.module)}
+    return names & known
+
+
+def graph() -> dict[str, set[str]]:
+    files = modules()
+    return {name: imports(path, set(files)) - {name} for name, path in files.items()}
+
+
+def test_no_circle():
+    try:
+        TopologicalSorter(graph()).prepare()
+    except CycleError as error:
+        pytest.fail("modules import each other: " + " -> ".join(error.args[1]))
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_packages_import_downwards(package):
+    upward = {
+        f"{name} -> {other}"
+        for name, others in graph().items()
+        for other in others
+        if name.partition(".")[0] == package and other.partition(".")[0] not in MAY_IMPORT[package]
+    }
+    assert not upward
+
+
+def test_the_walk_sees_imports_of_every_kind(tmp_path):
+    """The test's own eyes: an import within a function, for a type checker, of a module by name and of a name in it."""
+    path = tmp_path / "a.py"
+    path.write_text(
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from p.b import B\n"
+        "def f():\n    from p import c, NAME\n    import p.d\n"
+    )
+    assert imports(path, {"p", "p.b", "p.c", "p.d", "p.e"}) == {"p.b", "p.c", "p.d"}
