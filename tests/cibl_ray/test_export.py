@@ -15,7 +15,8 @@ import torch
 from PIL import Image
 
 from cibl_ray import export as module
-from cibl_ray.bundle.card import FILES, METADATA, file_sha256, open_bundle, read_card, targets
+from cibl_ray.bundle import targets
+from cibl_ray.bundle.card import FILES, METADATA, file_sha256, open_bundle, read_card
 from cibl_ray.bundle.runtime import Runtime
 from cibl_ray.evaluate import evaluate
 from cibl_ray.export import Options, export

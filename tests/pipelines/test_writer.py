@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from pipelines.common.errors import UserError
+from pipelines.prepare import writer
 from pipelines.prepare.beton import BetonWriter
-from pipelines.prepare.build import ensure_prepared, prepared_folder, writer
+from pipelines.prepare.build import ensure_prepared, prepared_folder
 from pipelines.prepare.images import RAW_SIDE
 from pipelines.prepare.prepared import SIDECAR
 from tests.conftest import REPOSITORY, data_config
