@@ -274,14 +274,14 @@ def _trial(params: dict[str, Any], given: dict[str, Any]) -> None:
     same_folder(Path(given["folder"]), given["mark"], "--sweeps")  # a node that has joined since the sweep began
     run_folder = Path(given["folder"]) / "trials" / name
     run_folder.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(run_folder.with_suffix(".json"), json.dumps(params))
     failed = run_folder.with_suffix(".error")
     failed.unlink(missing_ok=True)
     try:
-        config = trial_config(given["base"], params)
-        progress = _Reported(sweep, config.train.epochs)
         # The same parameters may be proposed twice: the second waits, and tells what the first has done.
         with locked(run_folder.with_suffix(".lock")):
+            write_atomically(run_folder.with_suffix(".json"), json.dumps(params))
+            config = trial_config(given["base"], params)
+            progress = _Reported(sweep, config.train.epochs)
             for row in read_metrics(run_folder):  # of an earlier proposal, or of the part before an interruption
                 progress.epoch(row, "")
             if sweep.workers == 1:

@@ -118,15 +118,21 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint, keep_previous: bool = Fa
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     whole = to_bytes(tensors, {_HEADER: json.dumps(content)})
-    if keep_previous and _whole(path):  # a damaged one must not take the place of the good one before it
-        second = path.with_name(PREVIOUS + ".part")
-        second.unlink(missing_ok=True)
-        try:
-            second.hardlink_to(path)  # a second name, not a move: at no moment is there no file under the first one
-        except OSError:  # a file system without hard links
-            shutil.copyfile(path, second)
-        second.replace(path.with_name(PREVIOUS))
-    write_atomically(path, whole)
+    if not (keep_previous and _whole(path)):  # a damaged one must not take the place of the good one before it
+        write_atomically(path, whole)
+        return
+    second = path.with_name(PREVIOUS + ".part")
+    second.unlink(missing_ok=True)
+    try:
+        second.hardlink_to(path)  # a second name, not a move: at no moment is there no file under the first one
+    except OSError:  # a file system without hard links
+        shutil.copyfile(path, second)
+    try:
+        write_atomically(path, whole)
+    except OSError:
+        second.unlink()
+        raise
+    second.replace(path.with_name(PREVIOUS))
 
 
 def _whole(path: Path) -> bool:

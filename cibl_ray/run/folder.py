@@ -25,10 +25,7 @@ def is_run(folder: Path) -> bool:
 
 def never_begun(folder: Path) -> bool:
     """Whether `folder` is as a kill leaves it before the configuration is written."""
-    return folder.is_dir() and all(
-        path.name in (LOCK, COPY, LOG) or (path.name.startswith(f"{CONFIG}.") and path.suffix == ".part")
-        for path in folder.iterdir()
-    )
+    return folder.is_dir() and {path.name for path in folder.iterdir()} <= {LOCK, COPY, LOG, f"{CONFIG}.part"}
 
 
 def need_new(folder: Path) -> None:

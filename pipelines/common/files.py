@@ -23,7 +23,7 @@ _NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK}
 def write_atomically(path: Path, content: str | bytes | Callable[[IO[bytes]], object]) -> None:
     """Write a file that appears under its name only when it is whole and on the disk; until then the old one stays.
 
-    Two processes may write the same file at the same time: the later one wins, and each file is whole.
+    One process at a time may write a file: where several could, hold `locked`.
 
     Args:
         path: The file. Its folder must exist.
@@ -32,7 +32,7 @@ def write_atomically(path: Path, content: str | bytes | Callable[[IO[bytes]], ob
     Raises:
         OSError: The disk is full or cannot be written. The old file is unchanged and nothing else is left.
     """
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part = path.with_name(f"{path.name}.part")
     try:
         with part.open("wb") as file:
             if callable(content):
