@@ -88,7 +88,7 @@ def _work(images: Path | None, rank: int, store: str, steps: int) -> None:
         measured = (_sent() - before) / steps / 2  # both workers' go through the one interface
         bytes_[name] = {"formula": round(formula(name, parameters, 2)), "measured": round(measured)}
         bytes_[name]["measured_over_formula"] = round(measured / bytes_[name]["formula"], 3)
-    if world.first:
+    if world.is_rank0:
         report(bytes_per_worker_and_step=bytes_, batch=BATCH, views=VIEWS, workers=2)
     dist.barrier()
     dist.destroy_process_group()

@@ -54,9 +54,9 @@ def main() -> None:
 
         folder = Path(arguments.resume)
         if arguments.cluster:
-            from cibl_ray.cluster.storage import in_step
+            from cibl_ray.cluster.storage import sync_with_copy
 
-            storage = in_step(folder.absolute(), storage)
+            storage = sync_with_copy(folder.absolute(), storage)
         config, folder = resumed(folder, overrides, name)
     else:
         from cibl_ray.config import load_config
@@ -79,9 +79,9 @@ def main() -> None:
     from cibl_ray.world import join, leave
 
     world = join()
-    folder = world.from_first(lambda: folder)  # every rank has a clock of its own
+    folder = world.broadcast_from_rank0(lambda: folder)  # every rank has a clock of its own
     try:
-        fit(config, folder, arguments.resume is not None, world, Terminal() if world.first else Silent())
+        fit(config, folder, arguments.resume is not None, world, Terminal() if world.is_rank0 else Silent())
     finally:
         leave()
 

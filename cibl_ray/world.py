@@ -1,7 +1,7 @@
-"""The workers that train one network together: what each has to do of a batch, and how they tell each other.
+"""The processes that train one network together: the part of a batch that each has, and the collectives between them.
 
-One process alone is a world of size 1, in which every operation here returns what it was given. Knows torch.distributed,
-not who started the processes: Ray or torchrun.
+A single process is a world of size 1, where every collective returns its input. This module uses torch.distributed and does
+not know what started the processes: Ray, torchrun or the user.
 """
 
 from __future__ import annotations
@@ -26,43 +26,58 @@ T = TypeVar("T")
 
 
 class PeerLostError(RuntimeError):
-    """An exchange between workers failed: another worker ended, or does not answer. Its cause lies with that worker."""
+    """A collective failed because another worker ended or does not answer. The cause is in that worker's own error."""
 
 
 class World:
-    """rank of size workers. Rank 0 alone writes files and shows progress.
+    """This process among the workers of the default process group, or alone.
 
-    seconds: spent in exchanges since `seconds` was last set to 0, by this worker's clock (on a GPU: to start them).
+    Only rank 0 writes files and shows progress.
+
+    Attributes:
+        rank: This worker's number, from 0.
+        size: The number of workers.
+        communication_seconds: Wall-clock seconds in collectives since it was last set to 0. On a GPU, collectives are only
+            launched in that time.
     """
 
     def __init__(self) -> None:
         joined = dist.is_available() and dist.is_initialized()
         self.rank = dist.get_rank() if joined else 0
         self.size = dist.get_world_size() if joined else 1
-        self.seconds = 0.0
-        # What lies on the CPU (objects, logits of the evaluation) goes by gloo, whatever the gradients take.
+        self.communication_seconds = 0.0
+        # CPU tensors (objects, logits of the evaluation) use gloo, whatever backend the gradients use.
         self._cpu: dist.ProcessGroup | None = None
         if joined and dist.get_backend() != "gloo":
             self._cpu = dist.new_group(backend="gloo")  # type: ignore[assignment]  # a group of all ranks has every rank
 
     @property
-    def first(self) -> bool:
+    def is_rank0(self) -> bool:
+        """Whether this worker writes files and shows progress."""
         return self.rank == 0
 
     @property
     def share(self) -> Share:
+        """This worker's share of every batch, as the loaders take it."""
         return Share(self.rank, self.size)
 
     def fraction(self, batch: int) -> float:
-        """This worker's part of a batch of `batch` samples over all workers."""
+        """This worker's fraction, in (0, 1], of a batch of `batch` samples over all workers."""
         rows = self.share.of(batch)
         return (rows.stop - rows.start) / batch
 
     def gather(self, x: torch.Tensor, batch: int) -> torch.Tensor:
-        """Every worker's rows of x in the batch's order, (N·k, ...), from this worker's, (n·k, ...); k rows a sample.
+        """Gather the rows of all workers in the order of the batch. Differentiable.
 
-        Differentiable: the gradient of a row is the sum of what all workers ask of it. The losses of all workers add up, each
-        scaled by its `fraction`, to the loss of the whole batch.
+        The gradient of a row is the sum of the gradients of all workers. Each worker scales its loss by its `fraction`; the
+        sum over the workers is then the loss of the whole batch.
+
+        Args:
+            x: This worker's rows, (n·k, ...), k rows a sample.
+            batch: Samples of the batch over all workers, N.
+
+        Returns:
+            The rows of all workers, (N·k, ...).
         """
         if self.size == 1:
             return x
@@ -72,87 +87,98 @@ class World:
         return result
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Add up all workers' gradients, in a fixed order: a run repeats itself to the bit."""
+        """Replace each gradient by its sum over the workers, in a fixed order, so that runs repeat bit for bit."""
         if self.size == 1:
             return
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         flat = torch.cat([gradient.flatten() for gradient in gradients])
-        with self._exchange():
+        with self._timed_collective():
             dist.all_reduce(flat)
         for gradient, summed in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
             gradient.copy_(summed.view_as(gradient))
 
     def average_statistics(self, networks: Iterable[nn.Module]) -> None:
-        """Give all workers the mean of their running statistics: in training each normalises by its own part of a batch."""
+        """Average the running statistics of batch norm: each worker normalises by its own part of a batch."""
         if self.size == 1:
             return
         buffers = [
             buffer
             for network in networks
             for module in network.modules()
-            if isinstance(module, nn.modules.batchnorm._BatchNorm)
+            if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm)
             for buffer in (module.running_mean, module.running_var)
             if buffer is not None
         ]
         flat = torch.cat(buffers)
-        with self._exchange():
+        with self._timed_collective():
             dist.all_reduce(flat)
         for buffer, mean in zip(buffers, flat.div_(self.size).split([len(buffer) for buffer in buffers]), strict=True):
             buffer.copy_(mean)
 
     def sum(self, x: torch.Tensor) -> torch.Tensor:
-        """The sum over all workers of a tensor of the same shape on each."""
+        """The sum over the workers of a tensor that has the same shape on each."""
         if self.size > 1:
             x = x.clone()
-            with self._exchange():
+            with self._timed_collective():
                 dist.all_reduce(x)
         return x
 
-    def collect(self, x: torch.Tensor) -> torch.Tensor:
-        """All workers' rows of a CPU tensor in the order of rank, on rank 0; the others get their own back."""
+    def gather_to_rank0(self, x: torch.Tensor) -> torch.Tensor:
+        """Gather the rows of a CPU tensor on rank 0, in the order of rank.
+
+        Args:
+            x: This worker's rows, (n, ...); n may differ between workers.
+
+        Returns:
+            All rows on rank 0, `x` itself on the others.
+        """
         if self.size == 1:
             return x
         parts: list[torch.Tensor] = [x] * self.size
         counts = torch.zeros(self.size, dtype=torch.int64)
         counts[self.rank] = len(x)
-        with self._exchange():
+        with self._timed_collective():
             dist.all_reduce(counts, group=self._cpu)
-            if self.first:
+            if self.is_rank0:
                 for worker in range(1, self.size):
                     parts[worker] = x.new_empty(int(counts[worker]), *x.shape[1:])
                     if counts[worker]:
                         dist.recv(parts[worker], worker, group=self._cpu)
             elif len(x):
                 dist.send(x.contiguous(), 0, group=self._cpu)
-        return torch.cat(parts) if self.first else x
+        return torch.cat(parts) if self.is_rank0 else x
 
-    def from_first(self, make: Callable[[], T]) -> T:
-        """What `make` returns on rank 0, on every rank; a UserError that it raises there is raised on every rank."""
+    def broadcast_from_rank0(self, make: Callable[[], T]) -> T:
+        """Call `make` on rank 0 and return its result on every rank.
+
+        Raises:
+            UserError: On every rank, if `make` raises it on rank 0.
+        """
         if self.size == 1:
             return make()
         box: list[Any] = [None]
-        if self.first:
+        if self.is_rank0:
             try:
                 box = [make()]
             except UserError as error:
                 box = [error]
-        with self._exchange():
+        with self._timed_collective():
             dist.broadcast_object_list(box, src=0, group=self._cpu)
         if isinstance(box[0], UserError):
             raise box[0]
         result: T = box[0]
         return result
 
-    def everyones(self, value: T) -> list[T]:
-        """Each worker's `value`, in the order of rank, on every rank."""
+    def all_gather(self, value: T) -> list[T]:
+        """The `value` of every worker, in the order of rank, on every rank."""
         values: list[Any] = [value] * self.size
         if self.size > 1:
-            with self._exchange():
+            with self._timed_collective():
                 dist.all_gather_object(values, value, group=self._cpu)
         return values
 
     @contextmanager
-    def _exchange(self) -> Iterator[None]:
+    def _timed_collective(self) -> Iterator[None]:
         started = time.perf_counter()
         try:
             yield
@@ -160,7 +186,7 @@ class World:
             reason = str(error).strip().partition("\n")[0]
             raise PeerLostError(f"rank {self.rank} lost contact with the other workers: {reason}") from error
         finally:
-            self.seconds += time.perf_counter() - started
+            self.communication_seconds += time.perf_counter() - started
 
 
 class _Gather(torch.autograd.Function):
@@ -172,7 +198,7 @@ class _Gather(torch.autograd.Function):
         if len(x) < most:
             padded = torch.cat((padded, padded.new_zeros(most - len(x), *x.shape[1:])))
         everyone = padded.new_empty(len(counts) * most, *x.shape[1:])
-        with world._exchange():
+        with world._timed_collective():
             dist.all_gather([*everyone.split(most)], padded)
         if min(counts) == most:
             return everyone
@@ -182,16 +208,17 @@ class _Gather(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         grad = grad.contiguous().clone()
-        with ctx.world._exchange():
+        with ctx.world._timed_collective():
             dist.all_reduce(grad)
         return grad.split(ctx.counts)[ctx.world.rank], None, None
 
 
 @functools.cache
 def join() -> World:
-    """The world of this process: of torchrun's processes where it was started by torchrun, else itself alone."""
+    """The world of this process: the processes of torchrun if torchrun started it, else this process alone."""
     if "TORCHELASTIC_RUN_ID" in os.environ and not dist.is_initialized():
-        # Its default arguments are the group there is when it is imported, and optimizers import it: `leave` would end nothing.
+        # This module binds the current default group when it is imported, and optimizers import it. Imported after the group is
+        # made, it would keep the group alive after `leave`.
         import torch.distributed.nn.functional
 
         cuda = torch.cuda.is_available()
@@ -199,13 +226,17 @@ def join() -> World:
             rank = int(os.environ["LOCAL_RANK"])
             if rank < torch.cuda.device_count():  # the others can train on the CPU
                 torch.cuda.set_device(rank)
-        # Both, where there is a GPU: train.device may be the CPU all the same.
+        # Both backends with a GPU: train.device may still be the CPU.
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(minutes=10))
     return World()
 
 
-def need_own_device(device: str) -> None:
-    """Raises UserError where torchrun started more processes on this machine than it has GPUs for."""
+def require_own_gpu(device: str) -> None:
+    """Check that each process of torchrun on this machine has a GPU of its own.
+
+    Raises:
+        UserError: `device` is 'cuda' and torchrun started more processes than there are GPUs.
+    """
     if device == "cuda" and "TORCHELASTIC_RUN_ID" in os.environ:
         started, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
         if started > gpus:
@@ -213,7 +244,7 @@ def need_own_device(device: str) -> None:
 
 
 def leave() -> None:
-    """End what `join` began: the exchange's threads must not outlive Python, which aborts where they still hold tensors."""
+    """Close the process group that `join` opened. Its threads must end before Python does, which aborts otherwise."""
     if "TORCHELASTIC_RUN_ID" in os.environ and dist.is_initialized():
         join()._cpu = None
         dist.destroy_process_group()

@@ -294,9 +294,9 @@ def _worker(given: dict[str, Any]) -> None:
         torch.distributed.destroy_process_group()  # nobody to talk to, and its thread wakes as often as Ray's
     world, folder = World(), Path(given["folder"])
     posted = Posted(Address(**given["board"]))
-    progress: Progress = posted if world.first else Silent()
+    progress: Progress = posted if world.is_rank0 else Silent()
     mirror = None
-    if given["storage"] is not None and world.first:
+    if given["storage"] is not None and world.is_rank0:
         mirror = Mirror(folder, join(given["storage"], folder.name))
         mirror.claim(given["resume"])
         if mirror.exists() and not mirror.behind():  # what was saved here and not sent any more is this run's too
@@ -304,8 +304,8 @@ def _worker(given: dict[str, Any]) -> None:
     try:
         same_folder(folder, given["mark"])  # on every node: any may be the first after a loss
         # The driver has made sure that a new run has no folder yet: one that is there is this run's, of lost workers.
-        there = world.from_first(lambda: begun(folder, None))
-        if there and world.first and (folder / CHECKPOINTS).exists():
+        there = world.broadcast_from_rank0(lambda: begun(folder, None))
+        if there and world.is_rank0 and (folder / CHECKPOINTS).exists():
             progress.line("going on from the last checkpoint")
         resume = given["resume"] or there or given["storage"] is not None
         with main_thread_dozes():

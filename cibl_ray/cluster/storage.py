@@ -40,7 +40,7 @@ def fetched(uri: str) -> tuple[str, Path]:
     return storage, folder
 
 
-def in_step(folder: Path, storage: str | None) -> str | None:
+def sync_with_copy(folder: Path, storage: str | None) -> str | None:
     """The storage of a run that goes on by its local folder: `storage`, or the one that it had, so that no copy goes stale.
 
     Of the folder and its copy, the one that has been trained further takes the place of the other.

@@ -24,7 +24,7 @@ from cibl_ray.run.folder import CHECKPOINTS, CONFIG, LOG, RESULT, copy_of, lock_
 from cibl_ray.run.log import read_metrics
 from cibl_ray.run.progress import Progress
 from cibl_ray.training.trainer import Trainer, resolve
-from cibl_ray.world import World, need_own_device
+from cibl_ray.world import World, require_own_gpu
 from pipelines.common.errors import Interrupted, UserError
 from pipelines.common.files import write_atomically
 from pipelines.prepare.build import ensure_prepared
@@ -52,18 +52,18 @@ def fit(
 
     keep_freed_memory()
     let_timers_lag(TIMER_LAG)  # a cluster of this machine's own has left more
-    config = world.from_first(lambda: resolve(config))
-    need_own_device(config.train.device)
+    config = world.broadcast_from_rank0(lambda: resolve(config))
+    require_own_gpu(config.train.device)
     if not resume:
-        world.from_first(lambda: need_new(folder))
+        world.broadcast_from_rank0(lambda: need_new(folder))
     prepared = ensure_prepared(config.data, config.seed)
     _same_data(world, prepared)
-    if world.first:
+    if world.is_rank0:
         _log_to(None, progress)
         copy = copy_of(folder)
         if copy is not None and after_save is None:
             log.warning("its copy %s is not brought up to date; --resume %s --cluster does that", copy, folder)
-    checkpoint = world.from_first(lambda: newest(folder / CHECKPOINTS)) if resume else None
+    checkpoint = world.broadcast_from_rank0(lambda: newest(folder / CHECKPOINTS)) if resume else None
     if checkpoint is not None and config.loader.cache == "auto":
         # Decided when the run began: another order would not be the epoch that the checkpoint stands in.
         loader = config.loader.model_copy(update={"cache": checkpoint.config.loader.cache})
@@ -71,7 +71,7 @@ def fit(
     trainer = Trainer(config, prepared, folder, world)
     if checkpoint is not None:
         trainer.restore(checkpoint)
-    if not world.first:
+    if not world.is_rank0:
         return trainer.fit(progress)
     # From here on nothing is refused any more, so that a mistake leaves no folder and changes no earlier run.
     try:
@@ -95,7 +95,7 @@ def fit(
 
 def _same_data(world: World, prepared: Prepared) -> None:
     """Raises UserError where workers of several nodes, each with prepared data of its own, would train on other images."""
-    digests = world.everyones(prepared.digests)
+    digests = world.all_gather(prepared.digests)
     others = [str(rank) for rank, theirs in enumerate(digests) if theirs != digests[0]]
     if others:
         raise UserError(

@@ -132,7 +132,7 @@ class Trainer:
         """
         progress = progress or Silent()
         epochs, batches = self.config.train.epochs, self.train_loaders[0].batches
-        run_log = RunLog(self.folder, self.epoch) if self.world.first else None
+        run_log = RunLog(self.folder, self.epoch) if self.world.is_rank0 else None
         images = batches * self.config.train.batch_size
         progress.begin(epochs * images, self.epoch * images + self.step * self.config.train.batch_size)
         try:
@@ -168,7 +168,7 @@ class Trainer:
         self.network.train()
         totals: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros((), device=self.device))
         started = time.perf_counter()
-        self.world.seconds, waited = 0.0, sum(feed.waited for feed in self.feeds)
+        self.world.communication_seconds, waited = 0.0, sum(feed.waited for feed in self.feeds)
         saving = self.spent["checkpoint"]
         first = self.step
         watch: _Watch | None = None
@@ -203,7 +203,7 @@ class Trainer:
             "seconds": {
                 "epoch": seconds,
                 "data_wait": sum(feed.waited for feed in self.feeds) - waited,
-                "communication": self.world.seconds,
+                "communication": self.world.communication_seconds,
             },
         }
 
@@ -251,8 +251,8 @@ class Trainer:
         started = time.perf_counter()
         with enough_memory(f"evaluation, {self.config.train.eval_batch_size} images at once", "lower train.eval_batch_size"):
             logits, labels = predict(self.judged, self.eval_loaders[split], self.normalize, self.device)
-        logits, labels = self.world.collect(logits), self.world.collect(labels)
-        scores = score(logits, labels, self.prepared.train_counts) if self.world.first else None
+        logits, labels = self.world.gather_to_rank0(logits), self.world.gather_to_rank0(labels)
+        scores = score(logits, labels, self.prepared.train_counts) if self.world.is_rank0 else None
         # Training may go on all the same, by each batch's own statistics: the running ones, once not finite, stay so.
         if scores is not None and not math.isfinite(scores.loss):
             raise UserError(
@@ -282,11 +282,11 @@ class Trainer:
         minutes = self.config.train.checkpoint_minutes
         if minutes is None or (self.world.size > 1 and self.step % _ASK_EVERY):
             return
-        if not self.world.from_first(lambda: time.monotonic() - self._saved >= 60 * minutes):  # asks no GPU
+        if not self.world.broadcast_from_rank0(lambda: time.monotonic() - self._saved >= 60 * minutes):  # asks no GPU
             return
         self._check_finite(total, self.step)
         self._average_statistics()
-        if self.world.first:
+        if self.world.is_rank0:
             self.save()
 
     def _average_statistics(self) -> None:
@@ -347,11 +347,11 @@ class Trainer:
         same = epoch == self.epoch and self.step == 0  # the same weights; not where fewer epochs were set within the next one
         if same:
             result["best"] = result["last"]
-        best = self.world.from_first(lambda: _readable(path) if epoch is not None and not same else None)
+        best = self.world.broadcast_from_rank0(lambda: _readable(path) if epoch is not None and not same else None)
         if best is not None:
             load_weights(self.judged, best)
             result["best"] = {"epoch": best.epoch, "scores": self.evaluate(split)}
-        return result if self.world.first else {}
+        return result if self.world.is_rank0 else {}
 
 
 def _readable(path: Path) -> Checkpoint | None:

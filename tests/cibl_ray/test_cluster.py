@@ -17,7 +17,7 @@ from safetensors.torch import save as to_bytes
 
 from cibl_ray.cluster.environment import settle
 from cibl_ray.cluster.shared_folder import mark_beside, same_folder
-from cibl_ray.cluster.storage import Mirror, fetched, in_step, join, split
+from cibl_ray.cluster.storage import Mirror, fetched, join, split, sync_with_copy
 from cibl_ray.run.checkpoint import load_checkpoint
 from cibl_ray.run.log import read_metrics
 from pipelines.common.errors import UserError
@@ -349,13 +349,13 @@ def test_a_run_that_goes_on_by_its_folder_keeps_its_copy(tmp_path, monkeypatch):
     store, folder = f"{tmp_path.as_uri()}/store", tmp_path / "runs" / "a"
     copy = tmp_path / "store" / "a" / LAST
     saved(folder, 1)
-    assert in_step(folder, None) is None
-    assert in_step(folder, store) == store
+    assert sync_with_copy(folder, None) is None
+    assert sync_with_copy(folder, store) == store
     new = saved(folder, 2)  # in one process, without the copy
-    assert in_step(folder, None) == store
+    assert sync_with_copy(folder, None) == store
     assert copy.read_bytes() == new
     further = saved(tmp_path / "store" / "a", 3)  # on another machine
-    assert in_step(folder, None) == store
+    assert sync_with_copy(folder, None) == store
     assert (folder / LAST).read_bytes() == further
     # By its URI, too: a driver that was killed had saved what it had not sent yet.
     monkeypatch.chdir(tmp_path)
@@ -367,8 +367,8 @@ def test_a_run_that_goes_on_by_its_folder_keeps_its_copy(tmp_path, monkeypatch):
     assert (folder / LAST).read_bytes() == further
     folder.rename(tmp_path / "runs" / "b")
     with pytest.raises(UserError, match="rename the folder to a, or give --storage"):
-        in_step(tmp_path / "runs" / "b", None)
-    assert in_step(tmp_path / "runs" / "b", store) == store
+        sync_with_copy(tmp_path / "runs" / "b", None)
+    assert sync_with_copy(tmp_path / "runs" / "b", store) == store
     assert (tmp_path / "store" / "b" / LAST).read_bytes() == further
 
 

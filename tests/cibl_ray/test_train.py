@@ -23,7 +23,7 @@ from cibl_ray.run.progress import Silent
 from cibl_ray.training.fit import _same_data, fit
 from cibl_ray.training.resume import resumed
 from cibl_ray.training.trainer import Trainer, resolve
-from cibl_ray.world import World, need_own_device
+from cibl_ray.world import World, require_own_gpu
 from pipelines.common.errors import UserError
 from pipelines.prepare.build import ensure_prepared
 from tests.conftest import REPOSITORY, needs_ffcv
@@ -338,7 +338,7 @@ def test_a_copy_of_the_images_is_the_same_data(image_folder, tmp_path):
 def test_workers_with_other_images_are_named(digits):
     own = digits.digests
     _same_data(World(), digits)
-    world = SimpleNamespace(everyones=lambda mine: [mine, own | {"train": "other"}, mine, own | {"test": "other"}])
+    world = SimpleNamespace(all_gather=lambda mine: [mine, own | {"train": "other"}, mine, own | {"test": "other"}])
     with pytest.raises(UserError, match=r"^ranks 1, 3: the images in '.*' are not rank 0's; give every node the same source"):
         _same_data(world, digits)
 
@@ -455,7 +455,7 @@ def test_every_worker_is_told_of_a_folder_that_is_there(tmp_path):
 
         def __init__(self) -> None: ...
 
-        def from_first(self, make):
+        def broadcast_from_rank0(self, make):
             return make()
 
     with pytest.raises(UserError, match="already exists; no run began in it"):
@@ -504,11 +504,11 @@ def test_no_memory_is_told_with_what_to_lower(error, digits, tmp_path, monkeypat
 def test_more_processes_of_torchrun_than_gpus_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    need_own_device("cuda")  # Ray's workers may share a GPU
+    require_own_gpu("cuda")  # Ray's workers may share a GPU
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
-    need_own_device("cpu")
+    require_own_gpu("cpu")
     with pytest.raises(UserError, match="started 2 processes for 1 GPUs; --nproc-per-node 1, or --device cpu"):
-        need_own_device("cuda")
+        require_own_gpu("cuda")
 
 
 def test_an_error_that_is_not_of_memory_stays_what_it_is(digits, tmp_path, monkeypatch):

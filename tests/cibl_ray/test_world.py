@@ -125,7 +125,7 @@ def test_gathered_gradients_are_sums_over_workers(two_workers):
     assert content["gradient"] == [[3.0, 6.0, 9.0], [12.0, 15.0, 18.0, 21.0]]
     assert content["collected"] == [[0, 0], [1, 1], [1, 1]]
     assert content["first"] == "of rank 0"
-    assert content["everyones"] == ["of rank 0", "of rank 1"]
+    assert content["all_gather"] == ["of rank 0", "of rank 1"]
 
 
 def test_statistics_are_averaged(two_workers):
@@ -141,11 +141,11 @@ def test_a_lost_worker_is_named_so(tmp_path):
 
 def test_one_process_is_a_world_of_its_own():
     world, x = World(), torch.randn(3)
-    assert (world.rank, world.size, world.first, world.fraction(7)) == (0, 1, True, 1.0)
+    assert (world.rank, world.size, world.is_rank0, world.fraction(7)) == (0, 1, True, 1.0)
     assert world.gather(x, 3) is x
-    assert world.collect(x) is x
-    assert world.from_first(lambda: "made") == "made"
-    assert world.everyones("made") == ["made"]
+    assert world.gather_to_rank0(x) is x
+    assert world.broadcast_from_rank0(lambda: "made") == "made"
+    assert world.all_gather("made") == ["made"]
 
 
 def test_torchrun_starts_the_same_workers(tmp_path):
@@ -195,19 +195,19 @@ def _steps(world, folder):
     ((world.rank + 1) * everyone * torch.arange(1.0, 8)[:, None]).sum().backward()
     gradients = [None, None]
     dist.all_gather_object(gradients, own.grad.flatten().tolist())
-    collected = world.collect(torch.full((world.rank + 1, 2), world.rank))
+    collected = world.gather_to_rank0(torch.full((world.rank + 1, 2), world.rank))
     content = {
         "gathered": everyone.flatten().tolist(),
         "gradient": gradients,
         "collected": collected.tolist(),
-        "first": world.from_first(lambda: f"of rank {world.rank}"),
-        "everyones": world.everyones(f"of rank {world.rank}"),
+        "first": world.broadcast_from_rank0(lambda: f"of rank {world.rank}"),
+        "all_gather": world.all_gather(f"of rank {world.rank}"),
     }
     norm = nn.BatchNorm2d(2)
     norm.running_mean.fill_(world.rank + 1.0)
     norm.running_var.fill_(world.rank + 1.0)
     world.average_statistics([nn.Sequential(norm)])
-    if world.first:
+    if world.is_rank0:
         (folder / "gather.json").write_text(json.dumps(content))
         (folder / "statistics.json").write_text(json.dumps([norm.running_mean.tolist(), norm.running_var.tolist()]))
     dist.barrier()
