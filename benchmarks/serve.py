@@ -41,7 +41,8 @@ from pipelines.common.errors import run_command
 PORT = 8971
 IDLE, PATIENCE = 8.0, 90  # percent of the CPUs below which a server has started all that it starts; seconds to wait for that
 LITSERVE = """
-import base64, io, sys
+import base64, io, os, sys
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 import litserve, numpy as np, onnxruntime
 from PIL import Image
 

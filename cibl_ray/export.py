@@ -350,7 +350,7 @@ def _figures(scores: Scores, split: str) -> dict[str, Any]:
 
 
 def _versions() -> dict[str, str]:
-    import onnxruntime  # several packages bring it: for CPUs, for GPUs
+    from cibl_ray.bundle.ort import onnxruntime  # several packages bring it: for CPUs, for GPUs
 
     packages = ("cibl-ray", "torch", "onnx", "numpy", "pillow")
     others = {"onnxruntime": onnxruntime.__version__, "python": platform.python_version()}

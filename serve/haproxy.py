@@ -11,6 +11,7 @@ import os
 import re
 import socket
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 from pipelines.common.errors import UserError
@@ -71,6 +72,9 @@ def settle(folder: Path, host: str, port: int) -> None:
     # `rewrite` takes these two off the network, and tells them from the service by their numbers.
     stats, metrics = [number for number in (8404, 9101, 9102) if number != port][:2]
     os.environ["RAY_SERVE_HAPROXY_STATS_PORT"], os.environ["RAY_SERVE_HAPROXY_METRICS_PORT"] = str(stats), str(metrics)
+    # HAProxy's backup is a proxy of Ray Serve's. Its ports are fixed unless set, and two services of one user would share them:
+    # then each answers the other's requests.
+    os.environ["RAY_SERVE_FALLBACK_PROXY_HTTP_PORT"], os.environ["RAY_SERVE_FALLBACK_PROXY_GRPC_PORT"] = _free_ports(2)
     os.environ["RAY_SERVE_HAPROXY_NBTHREAD"] = "1"
     os.environ["RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S"] = "60"
     # Inference changes nothing, so what a lost replica had not answered may go to another one.
@@ -78,6 +82,15 @@ def settle(folder: Path, host: str, port: int) -> None:
     os.environ["RAY_SERVE_HAPROXY_RETRIES"] = "3"
     os.environ["RAY_SERVE_HAPROXY_TUNE_BUFSIZE"] = str(1 << 16)  # a request that is sent again must fit
     os.environ["RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S"] = "2"
+
+
+def _free_ports(count: int) -> list[str]:
+    """Ports of loopback that nobody listens on."""
+    with ExitStack() as stack:
+        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [str(probe.getsockname()[1]) for probe in probes]
 
 
 def rewrite(config: str, pages: Path, host: str, port: int) -> str:

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import onnxruntime
 
 from cibl_ray.bundle.card import EMBEDDING, IMAGES, LOGITS, METADATA, PROBABILITIES, TAIL_SHIFT, Card, read_card
+from cibl_ray.bundle.ort import onnxruntime
 from cibl_ray.bundle.targets import misfit
 from pipelines.common.errors import UserError
 

@@ -16,12 +16,12 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
 from cibl_ray.bundle.card import EMBEDDING, IMAGES, LOGITS, METADATA, PROBABILITIES, TAIL_SHIFT
+from cibl_ray.bundle.ort import onnxruntime
 from cibl_ray.bundle.targets import Target
 from cibl_ray.networks.network import HybridNetwork
 from pipelines.config import DataConfig

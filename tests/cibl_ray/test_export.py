@@ -9,7 +9,6 @@ import sys
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 import torch
 from PIL import Image
@@ -17,6 +16,7 @@ from PIL import Image
 from cibl_ray import export as module
 from cibl_ray.bundle import targets
 from cibl_ray.bundle.card import FILES, METADATA, file_sha256, open_bundle, read_card
+from cibl_ray.bundle.ort import onnxruntime
 from cibl_ray.bundle.runtime import Runtime
 from cibl_ray.evaluate import evaluate
 from cibl_ray.export import Options, export
