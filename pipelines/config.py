@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from pipelines.common.settings import Settings
+from pipelines.pixels import MAX_PIXELS
 
 
 class FolderSource(Settings):
@@ -235,7 +236,15 @@ class DataConfig(Settings):
         description="share of each class's training images set aside for validation, before the profile",
     )
     subset_seed: int | None = Field(default=None, ge=0, description="of the profile's draw; by default the run's seed")
-    on_bad_image: Literal["error", "skip"] = "error"
+    on_bad_image: Literal["error", "skip"] = Field(
+        default="error", description="skip: unreadable images are left out, counted, and listed with their reasons"
+    )
+    max_pixels: int = Field(default=MAX_PIXELS, ge=1, description="largest image that is read, in pixels; a larger one is bad")
+    window: tuple[float, float] | None = Field(
+        default=None,
+        description="values of black and white in grey images of more than 8 bits, whose files do not tell their depth: "
+        "[0, 4095] for 12 bits",
+    )
     store: Store = Store()
     prepared: Path = Field(default=Path("prepared"), description="folder for .beton files")
     size: int = Field(default=32, ge=4, le=2048, description="width and height of the network's input")
@@ -252,6 +261,8 @@ class DataConfig(Settings):
     def _usable(self) -> DataConfig:
         if not isinstance(self.eval_cut, CenterCrop):
             raise ValueError("eval_cut must be of kind 'center': evaluation draws nothing at random")
+        if self.window is not None and not self.window[0] < self.window[1]:
+            raise ValueError("window must be two values, black < white")
         if min(self.std) <= 0:
             raise ValueError("std must be positive")
         for number, view in enumerate(self.views):

@@ -47,12 +47,17 @@ class Card:
     versions: dict[str, str]
 
     def dump(self) -> dict[str, Any]:
-        return {"format": FORMAT, **asdict(self), "input": describe(self.rule)}
+        content = {"format": FORMAT, **asdict(self), "input": describe(self.rule)}
+        if self.rule.window is None:
+            del content["rule"]["window"]  # earlier versions do not know it
+        return content
 
 
 def describe(rule: EvalRule) -> str:
     """The rule in words, for those who write a client of their own."""
     steps = ["decode; turn as EXIF says; transparency over white; RGB"]
+    if rule.window is not None:
+        steps.append(f"grey of more than 8 bits: {rule.window[0]:g} becomes black, {rule.window[1]:g} white")
     if rule.square is not None:
         steps.append(f"resize to {rule.square}x{rule.square} (bicubic, antialiased)")
     elif rule.max_side is not None:

@@ -23,19 +23,29 @@ from pipelines.common.settings import Settings, absolute, find_config, override,
 from pipelines.config import DataConfig
 from pipelines.prepare.longtail import apply_profile, carve_validation
 from pipelines.prepare.pictures import save_histogram
-from pipelines.prepare.prepared import FORMAT, SIDECAR, Prepared, Split, counts_of_files, read_sidecar
+from pipelines.prepare.prepared import EARLIER_FORMAT, FORMAT, SIDECAR, Prepared, Split, counts_of_files, read_sidecar
 from pipelines.prepare.sources import Dataset, Images, class_counts, open_folder, open_source, source_present
 from pipelines.prepare.writer import Progress, Shard, forget_journals, write_split
 
+_STORED = {"on_bad_image", "max_pixels", "window", "store"}  # what decides how a source's images are stored
 
-def prepared_folder(data: DataConfig, seed: int) -> Path:
-    """Where the data of this configuration belongs: what changes the stored images or their choice changes the name."""
-    content = data.model_dump(mode="json", include={"source", "profile", "val_fraction", "on_bad_image", "store"})
+
+def prepared_folder(data: DataConfig, seed: int, file_format: int = FORMAT) -> Path:
+    """Where the data of this configuration belongs: what changes the stored images or their choice changes the name.
+
+    Args:
+        data: The data configuration.
+        seed: The run's seed.
+        file_format: An earlier one gives the folder that an earlier version used.
+    """
+    content = data.model_dump(mode="json", include={"source", "profile", "val_fraction", *_STORED})
     content["source"].pop("expect", None)  # checks the lists, changes nothing
     if data.store.mode != "mixed":
         del content["store"]["raw_share"]
+    if file_format < 4:  # which had no such fields
+        del content["max_pixels"], content["window"]
     content["seed"] = subset_seed(data, seed)
-    return data.prepared / f"{data.source.kind}-{data.profile.kind}-{_key(content)}"
+    return data.prepared / f"{data.source.kind}-{data.profile.kind}-{_key(content, file_format)}"
 
 
 def subset_seed(data: DataConfig, seed: int) -> int:
@@ -44,18 +54,23 @@ def subset_seed(data: DataConfig, seed: int) -> int:
 
 
 def ensure_prepared(data: DataConfig, seed: int) -> Prepared:
-    """The prepared data of this configuration, written now if it is missing or its source has changed. Raises UserError."""
+    """The prepared data of this configuration, written now if they are missing or their source has changed.
+
+    Raises:
+        UserError: The source is missing or has a fault that the message names.
+    """
     folder = prepared_folder(data, seed)
-    found = read_sidecar(folder)
-    if found is not None and not source_present(data.source):
-        print(f"data: the source is not on this machine; using {folder} as it was prepared", file=sys.stderr)
-        return found
+    if not source_present(data.source):
+        found = read_sidecar(folder) or read_sidecar(prepared_folder(data, seed, EARLIER_FORMAT))
+        if found is not None:
+            print(f"data: the source is not on this machine; using {found.folder} as it was prepared", file=sys.stderr)
+            return found
     return _up_to_date(folder, choose(open_source(data.source), data, subset_seed(data, seed)), data, subset_seed(data, seed))
 
 
 def prepare_folder(images: Path, classes: list[str], data: DataConfig) -> Prepared:
     """The images of `images/CLASS/*` as a test split, stored as `data` says, for a network that knows `classes`."""
-    content = {"images": str(images), "store": data.store.model_dump(mode="json"), "on_bad_image": data.on_bad_image}
+    content = {"images": str(images), **data.model_dump(mode="json", include=_STORED)}
     return _up_to_date(
         data.prepared / f"images-{_key(content)}", (classes, {"test": open_folder(images, classes)}), data, seed=0
     )
@@ -75,8 +90,8 @@ def _up_to_date(folder: Path, chosen: Chosen, data: DataConfig, seed: int) -> Pr
         return found if found is not None and _matches(found, chosen) else _write(folder, chosen, data, seed)
 
 
-def _key(content: Mapping[str, object]) -> str:
-    return hashlib.sha256(json.dumps({**content, "format": FORMAT}, sort_keys=True).encode()).hexdigest()[:12]
+def _key(content: Mapping[str, object], file_format: int = FORMAT) -> str:
+    return hashlib.sha256(json.dumps({**content, "format": file_format}, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def choose(dataset: Dataset, data: DataConfig, seed: int) -> tuple[list[str], dict[str, Images]]:

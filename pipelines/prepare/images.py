@@ -6,13 +6,14 @@ import io
 from dataclasses import dataclass
 
 import numpy as np
+from PIL import Image
 
 from pipelines.config import Store
+from pipelines.exif import orientation
 from pipelines.pixels import BadImageError, decode, scaled, stored_size, to_rgb
 
 RAW_SIDE = 64  # Up to 64x64, pixels are hardly larger than a JPEG and need no decoding.
 LARGEST = 1 << 23  # bytes of an image: a page of the .beton file
-_EXIF_ORIENTATION = 0x0112
 
 
 @dataclass(frozen=True)
@@ -28,25 +29,48 @@ class Packed:
     @property
     def how(self) -> str:
         """What was done to the image, in words."""
-        return "raw pixels" if not self.jpeg else "as they were" if self.kept else "encoded anew"
+        return "raw pixels" if not self.jpeg else "as they were" if self.kept else "re-encoded"
 
 
-def pack(data: bytes | np.ndarray, store: Store, lossless: bool = False, raw: bool = False) -> Packed:
-    """`data` as `store` wants it. A JPEG file that already fits keeps its bytes, so nothing is lost. Raises BadImageError.
+def pack(
+    data: bytes | np.ndarray,
+    store: Store,
+    lossless: bool = False,
+    raw: bool = False,
+    max_pixels: int | None = None,
+    window: tuple[float, float] | None = None,
+) -> Packed:
+    """Pack one image as `store` says. A JPEG file that fits keeps its bytes, so nothing is lost.
 
-    lossless: for evaluation, which sees what a server would see: a JPEG file keeps its bytes whatever its size, and anything
-    else lies as raw pixels, scaled as `store` says. raw: in mode 'mixed', whether this image is one of those stored raw.
+    Args:
+        data: An encoded file, or uint8 pixels (H, W, 3).
+        store: How training images are stored.
+        lossless: For evaluation: what is not kept as a JPEG file becomes raw pixels, scaled as `store` says. Evaluation scales
+            by the same rule, so it sees the same pixels as a server that is sent the original file.
+        raw: In mode 'mixed', whether this image is one of those stored raw.
+        max_pixels: The largest image that is read.
+        window: As `to_rgb`.
+
+    Raises:
+        BadImageError: The file is damaged, or beyond a limit.
     """
     try:
-        return _pack(data, store, lossless, raw)
+        image = decode(data, max_pixels=max_pixels, max_scans=None)
+        return _pack(image, data, store, lossless, raw, window)
     except (BadImageError, MemoryError):
         raise
     except Exception as error:  # damaged files fail in many ways, deep in their decoders
-        raise BadImageError(f"{len(data)} bytes, {error}") from error
+        raise BadImageError(f"{len(data)} bytes, {type(error).__name__}: {error}") from error
 
 
-def _pack(data: bytes | np.ndarray, store: Store, lossless: bool, drawn: bool) -> Packed:
-    image = decode(data)
+def _pack(
+    image: Image.Image,
+    data: bytes | np.ndarray,
+    store: Store,
+    lossless: bool,
+    drawn: bool,
+    window: tuple[float, float] | None,
+) -> Packed:
     stored = stored_size(*image.size, store.square, store.max_side)
     match store.mode:
         case "raw":
@@ -57,18 +81,17 @@ def _pack(data: bytes | np.ndarray, store: Store, lossless: bool, drawn: bool) -
             raw = max(stored) <= RAW_SIDE
         case "mixed":
             raw = drawn and not lossless
-    keeps_bytes = (
+    if (
         isinstance(data, bytes)
         and not raw
-        and image.format == "JPEG"
+        and image.format in ("JPEG", "MPO")  # MPO: a JPEG file, and further pictures after it
         and image.mode == "RGB"
-        and image.getexif().get(_EXIF_ORIENTATION, 1) == 1
-        and (image.size == stored or (lossless and len(data) <= LARGEST and max(image.size) < 1 << 16))
-    )
-    if keeps_bytes:
-        assert isinstance(data, bytes)
+        and orientation(image) == 1
+        and image.size == stored
+        and len(data) <= LARGEST
+    ):
         return Packed(True, *image.size, data, kept=True)
-    image = to_rgb(image)
+    image = to_rgb(image, window)
     image = scaled(image, stored_size(*image.size, store.square, store.max_side))  # EXIF may have turned it
     if raw or lossless:
         return Packed(False, *image.size, image.tobytes())

@@ -14,7 +14,8 @@ from pipelines.prepare.beton import Beton
 from pipelines.prepare.sources import class_counts
 from pipelines.prepare.writer import Shard
 
-FORMAT = 3  # 2: evaluation splits lie without loss; 3: a split may have several files
+# 2: evaluation splits are stored without loss; 3: a split may have several files; 4: large images of evaluation are scaled
+FORMAT, EARLIER_FORMAT = 4, 3  # the earlier one is still read where its source is gone
 SIDECAR = "prepared.json"
 
 
@@ -114,7 +115,7 @@ class Prepared:
 def read_sidecar(folder: Path) -> Prepared | None:
     try:
         content = json.loads((folder / SIDECAR).read_text())
-        if content["format"] != FORMAT:
+        if content["format"] not in (FORMAT, EARLIER_FORMAT):
             return None
         splits = {
             name: Split(**{**split, "shards": [Shard(**shard) for shard in split["shards"]]})

@@ -315,7 +315,7 @@ def _pack_all(images: Images, order: np.ndarray, data: DataConfig, seed: int, lo
     def work(index: int) -> _Result:
         try:
             source = images.read(index)
-            packed = pack(source, data.store, lossless, raw=bool(draws[index] < data.store.raw_share))
+            packed = pack(source, data.store, lossless, bool(draws[index] < data.store.raw_share), data.max_pixels, data.window)
             return packed, hashlib.sha256(source if isinstance(source, bytes) else source.tobytes()).digest()
         except BadImageError as error:
             return error

@@ -85,8 +85,11 @@ def test_grey_of_32_bits_is_taken_for_16_where_it_can_be():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        (np.float32([0.0, 0.5, 1.0]), "floating-point grey; save it with 8 or 16 bits"),
-        (np.int32([0, 7, 255]), "32-bit grey with values from 0 to 255; save it with 8 or 16 bits"),
+        (np.float32([0.0, 0.5, 1.0]), "floating-point grey; set data\\.window: \\[BLACK, WHITE\\], or save it with 8 bits"),
+        (
+            np.int32([0, 7, 255]),
+            "32-bit grey with values from 0 to 255, of a depth that .* not tell; set data\\.window",
+        ),
         (np.int32([0, 7, 65536]), "from 0 to 65536"),
         (np.int32([-1, 7, 300]), "from -1 to 300"),
     ],

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pytest
 from cibl_ray.config import RunConfig
 from pipelines.common.errors import UserError
 from pipelines.prepare.build import OTHER_PARTS, ensure_prepared, prepare_folder, prepared_folder
-from pipelines.prepare.prepared import SIDECAR
+from pipelines.prepare.prepared import EARLIER_FORMAT, SIDECAR
 from tests.conftest import REPOSITORY, data_config, digits_config
 
 
@@ -88,6 +89,26 @@ def test_source_gone_uses_what_was_prepared(image_folder, tmp_path, capsys):
     image_folder.rename(tmp_path / "moved")
     assert ensure_prepared(data, 0) == prepared
     assert "not on this machine" in capsys.readouterr().err
+
+
+def test_data_that_an_earlier_version_prepared_are_read_where_their_source_is_gone(image_folder, tmp_path, capsys):
+    data = folder_config(image_folder, tmp_path)
+    prepared = ensure_prepared(data, 0)
+    earlier = prepared_folder(data, 0, EARLIER_FORMAT)
+    sidecar = json.loads((prepared.folder / SIDECAR).read_text())
+    prepared.folder.rename(earlier)
+    (earlier / SIDECAR).write_text(json.dumps({**sidecar, "format": EARLIER_FORMAT}))
+    assert ensure_prepared(data, 0).folder == prepared.folder  # prepared again from the source
+    shutil.rmtree(prepared.folder)
+    image_folder.rename(tmp_path / "moved")
+    found = ensure_prepared(data, 0)
+    assert found.folder == earlier
+    assert len(found.beton("train")) == 19
+
+
+def test_the_earlier_versions_folder_has_its_name():
+    data = data_config(source={"kind": "folder", "path": "/photos"}, prepared="/prepared")
+    assert str(prepared_folder(data, 0, EARLIER_FORMAT)) == "/prepared/folder-none-315b289352f1"
 
 
 def test_what_changes_the_images_changes_the_folder(tmp_path):
