@@ -23,12 +23,13 @@ import torch.nn.functional as F
 
 from benchmarks.data import add_arguments, cifar10_lt
 from benchmarks.measure import alternate, report
+from cibl_ray.hardware import resolve
 from cibl_ray.losses.cibl import cibl
 from cibl_ray.losses.contrastive import Contrast, balanced_contrastive, paco, psc, supcon
 from cibl_ray.losses.objective import Images
 from cibl_ray.losses.pairs.softmax import KEEP
 from cibl_ray.losses.pairs.within import few
-from cibl_ray.training.trainer import Trainer, resolve
+from cibl_ray.training.trainer import Trainer
 from pipelines.common.errors import run_command
 
 # What each loss multiplies where its batch is taken at once: pairs within it, and pairs with the prototypes.

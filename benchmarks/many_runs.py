@@ -16,8 +16,8 @@ from typing import Any
 from tqdm import tqdm
 
 from cibl_ray.config import RunConfig, load_config
+from cibl_ray.hardware import resolve
 from cibl_ray.run.folder import CONFIG
-from cibl_ray.training.trainer import resolve
 from pipelines.common.cores import CORES, usable_cores
 from pipelines.common.errors import UserError
 from pipelines.common.settings import read_config, validate

@@ -23,10 +23,11 @@ from torchvision.transforms.v2 import functional as tv
 from benchmarks.data import add_arguments, cifar10_lt
 from benchmarks.measure import alternate, report
 from cibl_ray.config import RunConfig
+from cibl_ray.hardware import resolve
 from cibl_ray.losses.config import needs
 from cibl_ray.losses.objective import Images, Objective
 from cibl_ray.networks.network import Outputs, build_network
-from cibl_ray.training.trainer import Trainer, resolve
+from cibl_ray.training.trainer import Trainer
 from cibl_ray.world import World
 from pipelines.common.cores import usable_cores
 from pipelines.common.errors import run_command

@@ -20,8 +20,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.data import add_arguments, cifar10_lt
 from benchmarks.measure import alternate, report
 from cibl_ray.config import RunConfig
+from cibl_ray.hardware import resolve
 from cibl_ray.losses.objective import Images
-from cibl_ray.training.trainer import Trainer, resolve
+from cibl_ray.training.trainer import Trainer
 from pipelines.common.errors import run_command
 from pipelines.prepare.prepared import Prepared
 

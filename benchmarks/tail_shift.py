@@ -20,8 +20,8 @@ from benchmarks.claims_cells import LAMBDAS
 from benchmarks.measure import report
 from cibl_ray.evaluation.metrics import Scores, score
 from cibl_ray.evaluation.predict import predict
+from cibl_ray.hardware import resolve
 from cibl_ray.run.checkpoint import load_checkpoint
-from cibl_ray.training.trainer import resolve
 from pipelines.augment.recipe import Normalize
 from pipelines.common.errors import run_command
 from pipelines.loaders.make import make_loader

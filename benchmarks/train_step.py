@@ -15,8 +15,9 @@ import torch
 
 from benchmarks.data import add_arguments, cifar10_lt
 from benchmarks.measure import alternate, report
+from cibl_ray.hardware import resolve
 from cibl_ray.losses.objective import Images
-from cibl_ray.training.trainer import Trainer, resolve
+from cibl_ray.training.trainer import Trainer
 from pipelines.common.errors import run_command
 
 

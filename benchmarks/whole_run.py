@@ -26,8 +26,8 @@ from benchmarks.reproduce_cells import cells
 from benchmarks.reproduce_lines import source
 from benchmarks.step import flops, peak, step_of
 from cibl_ray.config import load_config
+from cibl_ray.hardware import resolve
 from cibl_ray.run.folder import RESULT
-from cibl_ray.training.trainer import resolve
 from pipelines.common.errors import UserError, run_command
 from pipelines.prepare.build import ensure_prepared
 

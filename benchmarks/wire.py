@@ -17,8 +17,9 @@ import torch.distributed as dist
 
 from benchmarks.data import add_arguments, cifar10_lt
 from benchmarks.measure import report
+from cibl_ray.hardware import resolve
 from cibl_ray.losses.objective import Images
-from cibl_ray.training.trainer import Trainer, resolve
+from cibl_ray.training.trainer import Trainer
 from cibl_ray.world import World
 from pipelines.common.errors import run_command
 

@@ -10,7 +10,27 @@ from pathlib import Path
 
 import torch
 
+from cibl_ray.config import RunConfig
 from pipelines.common.errors import UserError
+
+
+def resolve(config: RunConfig) -> RunConfig:
+    """Decide every 'auto' of a configuration for this machine.
+
+    Raises:
+        UserError: `train.device` is 'cuda' and no GPU is visible.
+    """
+    device = config.train.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    elif device == "cuda" and not torch.cuda.is_available():
+        raise UserError("train.device is 'cuda', but no CUDA device is visible; set it to 'cpu' or 'auto'")
+    precision = config.train.precision
+    if precision == "auto":
+        # A GPU without bf16 arithmetic has it emulated, slower than float32.
+        has = torch.cuda.is_bf16_supported(including_emulation=False) if device == "cuda" else cpu_has_bf16()
+        precision = "bf16" if has else "fp32"
+    return config.model_copy(update={"train": config.train.model_copy(update={"device": device, "precision": precision})})
 
 
 def describe(device: str) -> str:

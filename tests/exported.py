@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from cibl_ray.config import build_config
-from cibl_ray.export import Options, export
+from cibl_ray.exporting.make_bundle import Options, make_bundle
 from cibl_ray.run.progress import Silent
 from cibl_ray.training.fit import fit
 from cibl_ray.world import World
@@ -33,5 +33,5 @@ def bundle(run_folder: Path) -> Path:
     """fp32, fp16 and int8, with an embedding."""
     out = run_folder / "bundle"
     options = Options(precisions=("fp32", "fp16", "int8"), embedding=True, calibration=100, max_drop=100, provider="cpu")
-    export(run_folder / "checkpoints" / "best.safetensors", out, options)
+    make_bundle(run_folder / "checkpoints" / "best.safetensors", out, options)
     return out

@@ -18,12 +18,12 @@ from typing import Any
 from cibl_ray.config import RunConfig, doubts, save_config
 from cibl_ray.evaluation.metrics import heading, table
 from cibl_ray.evaluation.pictures import save_accuracy_by_class, save_learning_curves
-from cibl_ray.hardware import TIMER_LAG, describe, keep_freed_memory, let_timers_lag
+from cibl_ray.hardware import TIMER_LAG, describe, keep_freed_memory, let_timers_lag, resolve
 from cibl_ray.run.checkpoint import newest
 from cibl_ray.run.folder import CHECKPOINTS, CONFIG, LOG, RESULT, copy_of, lock_folder, need_new
 from cibl_ray.run.log import read_metrics
 from cibl_ray.run.progress import Progress
-from cibl_ray.training.trainer import Trainer, resolve
+from cibl_ray.training.trainer import Trainer
 from cibl_ray.world import World, require_own_gpu
 from pipelines.common.errors import Interrupted, UserError
 from pipelines.common.files import write_atomically

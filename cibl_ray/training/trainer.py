@@ -18,7 +18,7 @@ from torch import nn
 from cibl_ray.config import RunConfig
 from cibl_ray.evaluation.metrics import Scores, score
 from cibl_ray.evaluation.predict import predict
-from cibl_ray.hardware import cpu_has_bf16, enough_memory
+from cibl_ray.hardware import enough_memory
 from cibl_ray.losses.config import needs
 from cibl_ray.losses.objective import Images, Objective, readings
 from cibl_ray.networks.average import WeightAverage
@@ -52,7 +52,7 @@ _CHECK_EVERY = 50  # steps between looks at whether the loss is finite
 class Trainer:
     """One run: data, network, optimizer, and where they stand.
 
-    `config` must be resolved (`resolve`): no 'auto' in it. `epoch` counts the whole epochs done. In a `world` of several
+    `config` has no 'auto' left (`hardware.resolve`). `epoch` counts the whole epochs done. In a `world` of several
     workers every one has a trainer of its own, with the same network; rank 0's alone touches `folder`.
     """
 
@@ -392,21 +392,6 @@ def _batches(config: RunConfig, workers: int) -> tuple[object, ...]:
     data["source"].pop("expect", None)
     pages = loader.read_ahead_mb if loader.cache == "process" else None
     return config.train.batch_size, config.seed, data, pages, workers if loader.part == "shards" else None
-
-
-def resolve(config: RunConfig) -> RunConfig:
-    """`config` with every 'auto' decided for this machine. Raises UserError for a GPU that is not there."""
-    device = config.train.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    elif device == "cuda" and not torch.cuda.is_available():
-        raise UserError("train.device is 'cuda', but no CUDA device is visible; set it to 'cpu' or 'auto'")
-    precision = config.train.precision
-    if precision == "auto":
-        # A GPU without bf16 arithmetic has it emulated, slower than float32.
-        has = torch.cuda.is_bf16_supported(including_emulation=False) if device == "cuda" else cpu_has_bf16()
-        precision = "bf16" if has else "fp32"
-    return config.model_copy(update={"train": config.train.model_copy(update={"device": device, "precision": precision})})
 
 
 def _epoch_line(row: dict[str, Any], epochs: int) -> str:

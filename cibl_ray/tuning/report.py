@@ -12,7 +12,8 @@ from matplotlib.figure import Figure
 
 from cibl_ray.config import save_config
 from cibl_ray.run.folder import BEST, CHECKPOINTS, LAST
-from cibl_ray.tuning.sweep import METRICS, SweepConfig, Trial, axes, best, front, objectives, trial_config
+from cibl_ray.tuning.config import METRICS, SweepConfig
+from cibl_ray.tuning.sweep import Trial, axes, best, front, objectives, trial_config
 from pipelines.common.errors import UserError
 from pipelines.common.files import write_atomically
 from pipelines.common.fonts import save

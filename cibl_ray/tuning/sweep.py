@@ -1,4 +1,4 @@
-"""What a sweep file says, and how its trials are compared. Knows no Ray."""
+"""A sweep's files, the configurations of its trials, and how trials are compared. Does not use Ray."""
 
 from __future__ import annotations
 
@@ -7,129 +7,18 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Any
 
 import numpy as np
-from pydantic import BeforeValidator, Field, model_validator
 
 from cibl_ray.config import RunConfig, build_config
+from cibl_ray.tuning.config import TRIALS, Choice, Range, SweepConfig
 from pipelines.common.errors import UserError
-from pipelines.common.settings import Settings, find_config, known_keys, override, read_config, validate
+from pipelines.common.settings import find_config, override, read_config, validate
 from pipelines.prepare.pictures import GROUPS, THIRDS
 
-Metric = Literal[
-    "overall", "balanced", "many", "medium", "few", "head", "middle", "tail", "worst", "harmonic", "calibration_error", "loss"
-]
-METRICS: tuple[str, ...] = get_args(Metric)
-_SMALL = ("loss", "calibration_error")  # the smaller the better
-_WORST = 1e9  # of what the search optimises: of a score that is no number
+_WORST = 1e9  # what the search optimises where a score is not finite
 _BASE = "base_content"
-
-
-class Range(Settings):
-    """Numbers from `low` to `high`: evenly, evenly in the logarithm, or whole ones evenly."""
-
-    kind: Literal["uniform", "log_uniform", "integer"]
-    low: float
-    high: float
-
-    @model_validator(mode="after")
-    def _ordered(self) -> Range:
-        if not self.low < self.high:
-            raise ValueError(f"low = {self.low:g} must be less than high = {self.high:g}")
-        if self.kind == "log_uniform" and self.low <= 0:
-            raise ValueError("a log_uniform range begins above 0")
-        if self.kind == "integer" and (self.low != int(self.low) or self.high != int(self.high)):
-            raise ValueError("an integer range has whole ends")
-        return self
-
-
-def _number(value: Any) -> Any:
-    """YAML 1.1 reads 1e-3 as a word; people mean the number, and the report compares and draws it."""
-    try:
-        return float(value) if isinstance(value, str) else value
-    except ValueError:
-        return value
-
-
-class Choice(Settings):
-    kind: Literal["choice"]
-    values: tuple[Annotated[Any, BeforeValidator(_number)], ...] = Field(min_length=1)
-
-
-Space = Annotated[Range | Choice, Field(discriminator="kind")]
-
-
-class Objective(Settings):
-    """A score of the validation split, after a trial's last epoch."""
-
-    metric: Metric = "balanced"
-    mode: Literal["max", "min"] = Field(
-        default_factory=lambda given: "min" if given.get("metric") in _SMALL else "max",
-        description="by default as the metric is meant: small losses and errors, large accuracies",
-    )
-
-    @model_validator(mode="after")
-    def _meant(self) -> Objective:
-        if self.metric in _SMALL and self.mode == "max":
-            raise ValueError(f"mode 'max' looks for the largest {self.metric}, which is the worst; leave mode out")
-        return self
-
-
-class Bound(Settings):
-    """Trials that do not keep it rank behind all that do."""
-
-    metric: Metric
-    at_least: float | None = Field(default=None, ge=0, le=1)
-    at_most: float | None = Field(default=None, ge=0)
-
-    @model_validator(mode="after")
-    def _meant(self) -> Bound:
-        wanted, other = ("at_most", "at_least") if self.metric in _SMALL else ("at_least", "at_most")
-        if getattr(self, wanted) is None or getattr(self, other) is not None:
-            raise ValueError(f"a bound of {self.metric} is `{wanted}: VALUE` alone")
-        return self
-
-    def short(self, score: float) -> float:
-        """How far a score is from keeping it; 0 or less: it does."""
-        return score - self.at_most if self.at_most is not None else (self.at_least or 0.0) - score
-
-
-class AshaConfig(Settings):
-    """Stop trials that are behind: after `grace` epochs, and at each multiple by `reduction`, one in `reduction` goes on."""
-
-    grace: int = Field(default=1, ge=1)
-    reduction: int = Field(default=3, ge=2)
-
-
-class SweepConfig(Settings):
-    base: str = Field(default="quickstart", description="a configuration: file or shipped name")
-    set: dict[str, Any] = Field(default={}, description="fields of every trial, by dotted name")
-    search: dict[str, Space] = Field(default={"loss.tail_skew": Range(kind="log_uniform", low=0.005, high=5)}, min_length=1)
-    trials: int = Field(default=20, ge=1, le=10_000)
-    algorithm: Literal["tpe", "random", "nsga2"] = "tpe"
-    objective: tuple[Objective, ...] = Field(default=(Objective(),), min_length=1, max_length=2)
-    bound: Bound | None = None
-    asha: AshaConfig | None = AshaConfig()
-    concurrent: int | None = Field(default=None, ge=1, description="trials at a time; None: what the cluster has room for")
-    workers: int = Field(default=1, ge=1, description="of each trial")
-    cpus: int = Field(default=1, ge=1, description="of each worker")
-    seed: int = Field(default=0, ge=0, le=2**32 - 1, description="of the search; the trials' own is in the configuration")
-
-    @model_validator(mode="after")
-    def _known(self) -> SweepConfig:
-        keys = known_keys(RunConfig)
-        for key in (*self.set, *self.search):
-            if key not in keys:
-                raise ValueError(f"{key!r} is no field of a run's configuration")
-        for key in self.set:
-            if key in self.search:
-                raise ValueError(f"{key!r} is in `set` and in `search`; take it out of one of them")
-        if self.bound is not None and len(self.objective) > 1:
-            raise ValueError("a bound belongs to one objective; two objectives have their front")
-        if self.asha is not None and len(self.objective) > 1:
-            raise ValueError("two objectives cannot be stopped early by one of them: set asha: null")
-        return self
 
 
 @dataclass(frozen=True)
@@ -319,7 +208,7 @@ def front(points: np.ndarray) -> np.ndarray:
 
 def read_trials(folder: Path) -> list[Trial]:
     """The trials of a sweep folder that have ended. A last line that a kill cut short is left out."""
-    path = folder / "trials.jsonl"
+    path = folder / TRIALS
     trials = []
     for line in path.read_text().splitlines() if path.exists() else []:
         try:

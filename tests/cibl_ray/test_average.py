@@ -5,12 +5,13 @@ import pytest
 import torch
 
 from cibl_ray.config import load_config
-from cibl_ray.evaluate import evaluate
+from cibl_ray.evaluation.evaluate import evaluate
+from cibl_ray.hardware import resolve
 from cibl_ray.losses.config import Needs
 from cibl_ray.networks.average import WeightAverage
 from cibl_ray.networks.network import build_network
 from cibl_ray.run.checkpoint import load_checkpoint
-from cibl_ray.training.trainer import Trainer, resolve
+from cibl_ray.training.trainer import Trainer
 from pipelines.common.errors import UserError
 from pipelines.prepare.build import ensure_prepared
 
@@ -92,4 +93,4 @@ def test_evaluate_from_the_checkpoint(tmp_path):
     run = Trainer(config, ensure_prepared(config.data, config.seed), tmp_path / "run")
     result = run.fit()
     again = evaluate(load_checkpoint(tmp_path / "run" / "checkpoints" / "last.safetensors"))
-    assert again.per_class == result["last"]["scores"].per_class
+    assert again.scores.per_class == result["last"]["scores"].per_class

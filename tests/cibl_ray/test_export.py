@@ -13,13 +13,13 @@ import pytest
 import torch
 from PIL import Image
 
-from cibl_ray import export as module
 from cibl_ray.bundle import targets
 from cibl_ray.bundle.card import FILES, METADATA, file_sha256, open_bundle, read_card
 from cibl_ray.bundle.ort import onnxruntime
 from cibl_ray.bundle.runtime import Runtime
-from cibl_ray.evaluate import evaluate
-from cibl_ray.export import Options, export
+from cibl_ray.evaluation.evaluate import evaluate
+from cibl_ray.exporting import make_bundle as module
+from cibl_ray.exporting.make_bundle import Options, make_bundle
 from cibl_ray.run.checkpoint import load_checkpoint
 from pipelines.augment.recipe import Normalize
 from pipelines.common.errors import UserError
@@ -69,7 +69,7 @@ def test_bundle_says_what_it_is(bundle, run_folder):
 
 def test_accuracy_is_that_of_the_evaluation(bundle, run_folder):
     measured = open_bundle(bundle).card.accuracy["fp32"]
-    scores = evaluate(load_checkpoint(run_folder / "checkpoints" / "best.safetensors"))
+    scores = evaluate(load_checkpoint(run_folder / "checkpoints" / "best.safetensors")).scores
     for name in ("overall", "many", "medium", "few", "worst"):
         assert measured[name] == pytest.approx(getattr(scores, name), abs=0.006), name  # a tie of two classes at most
     assert measured["samples"] == scores.samples
@@ -146,7 +146,7 @@ def test_int8_that_overflows_on_a_cpu_is_told(machine, flags, here, overflow, bu
 
 def test_cosine_head_and_other_losses_export(tmp_path):
     run = small_run(tmp_path, "--loss.kind", "cross_entropy", "--network.head.kind", "cosine", "--epochs", "1")
-    export(run / "checkpoints" / "last.safetensors", tmp_path / "out", Options(provider="cpu", embedding=True))
+    make_bundle(run / "checkpoints" / "last.safetensors", tmp_path / "out", Options(provider="cpu", embedding=True))
     assert open_bundle(tmp_path / "out").card.source["epoch"] == 1
 
 
@@ -161,8 +161,8 @@ def test_originals_that_the_service_does_not_take_are_told(run_folder, tmp_path,
             Image.open(io.BytesIO(data)).save(file, ("BMP", "TIFF", "PNG")[min(number, 2)])
             yield file.getvalue(), place
 
-    monkeypatch.setattr(originals, "original_images", others)
-    export(run_folder / "checkpoints" / "best.safetensors", tmp_path / "out", Options(provider="cpu"))
+    monkeypatch.setattr(module, "original_images", others)
+    make_bundle(run_folder / "checkpoints" / "best.safetensors", tmp_path / "out", Options(provider="cpu"))
     assert "2 of them are BMP, TIFF; service and edge take JPEG, PNG, WEBP: save such images as PNG" in caplog.messages
     assert open_bundle(tmp_path / "out").models
 
@@ -198,7 +198,7 @@ def test_a_failed_verification_leaves_no_bundle(run_folder, tmp_path, monkeypatc
         monkeypatch.setattr(module._Export, "_compare", worse)
         message = r"int8 refused: many falls from .* more than 0.5 points"
     with pytest.raises(UserError, match=message):
-        export(run_folder / "checkpoints" / "best.safetensors", tmp_path / "out", options)
+        make_bundle(run_folder / "checkpoints" / "best.safetensors", tmp_path / "out", options)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -223,8 +223,8 @@ def test_a_changed_file_is_noticed(bundle, tmp_path):
 
 
 def test_an_existing_folder_is_not_overwritten(run_folder, bundle):
-    with pytest.raises(UserError, match="exists; remove it, or name another folder"):
-        export(run_folder / "checkpoints" / "best.safetensors", bundle, Options())
+    with pytest.raises(UserError, match="exists; remove it, or choose another folder"):
+        make_bundle(run_folder / "checkpoints" / "best.safetensors", bundle, Options())
 
 
 def test_a_provider_that_is_not_there_is_an_error(bundle):

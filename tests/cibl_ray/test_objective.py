@@ -10,12 +10,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cibl_ray.config import RunConfig, doubts, load_config, save_config
+from cibl_ray.hardware import resolve
 from cibl_ray.losses.config import needs
 from cibl_ray.losses.objective import Images, Objective, readings
 from cibl_ray.networks.network import build_network
 from cibl_ray.run.checkpoint import load_checkpoint
 from cibl_ray.run.progress import Silent
-from cibl_ray.training.trainer import Trainer, resolve
+from cibl_ray.training.trainer import Trainer
 from cibl_ray.world import World
 from pipelines.common.errors import UserError
 from pipelines.loaders.reading import Share

@@ -16,13 +16,14 @@ import torch
 import yaml
 
 from cibl_ray.config import load_config, save_config
+from cibl_ray.hardware import resolve
 from cibl_ray.run.checkpoint import load_checkpoint, save_checkpoint
 from cibl_ray.run.folder import need_new
 from cibl_ray.run.log import read_metrics
 from cibl_ray.run.progress import Silent
 from cibl_ray.training.fit import _same_data, fit
 from cibl_ray.training.resume import resumed
-from cibl_ray.training.trainer import Trainer, resolve
+from cibl_ray.training.trainer import Trainer
 from cibl_ray.world import World, require_own_gpu
 from pipelines.common.errors import UserError
 from pipelines.prepare.build import ensure_prepared

@@ -21,9 +21,9 @@ from cibl_ray.cluster.environment import settle
 from cibl_ray.config import RunConfig, load_config
 from cibl_ray.run.checkpoint import load_checkpoint
 from cibl_ray.tuning import report as sweep_report
+from cibl_ray.tuning.config import METRICS, SweepConfig
+from cibl_ray.tuning.data import prepare_data
 from cibl_ray.tuning.sweep import (
-    METRICS,
-    SweepConfig,
     Trial,
     axes,
     base_content,
@@ -358,7 +358,7 @@ def test_a_third_that_no_class_is_in_is_refused_before_a_trial_begins(tmp_path):
     source = {"kind": "folder", "path": str(tmp_path / "images")}
     data = {"source": source, "val_fraction": 0.2, "prepared": str(tmp_path), "profile": {"kind": "none"}}
     of = sweep(objective=[{"metric": "tail"}], set={"data": data})
-    groups, there = tune._prepared(base_content(of))
+    groups, there = prepare_data(base_content(of))
     assert there
     assert groups == {"few", "middle"}
     with pytest.raises(UserError, match="group 'tail'; use balanced or worst"):
@@ -384,7 +384,9 @@ def test_a_sweep_goes_on_with_the_base_that_it_began_with(tmp_path, monkeypatch)
     (folder / "trials.jsonl").write_text(json.dumps(asdict(ended)) + "\n")
     monkeypatch.chdir(tmp_path)
     settle(own=True)
-    tune.run(sweep(base="mine.yaml", set={}, trials=1), folder, None)
+    from cibl_ray.tuning.run import run  # Ray, after `settle`
+
+    run(sweep(base="mine.yaml", set={}, trials=1), folder, None)
     begun = (folder / "best.yaml").read_text()
     assert f"prepared: {tmp_path / 'here'}" in begun
     base.write_text(base.read_text().replace("{data", "{optimizer: {lr: 0.5}, data"))

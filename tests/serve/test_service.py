@@ -161,11 +161,11 @@ def test_metrics_are_of_all_replicas(service):
 
 
 def test_a_new_version_comes_without_a_failed_request(service, place, run_folder, tmp_path):
-    from cibl_ray.export import Options, export
+    from cibl_ray.exporting.make_bundle import Options, make_bundle
 
     _, port = service
     new = tmp_path / "new"
-    export(run_folder / "checkpoints" / "last.safetensors", new, Options(name="digits", provider="cpu"))
+    make_bundle(run_folder / "checkpoints" / "last.safetensors", new, Options(name="digits", provider="cpu"))
     wanted = open_bundle(new).models["fp32"].sha256
 
     def swap() -> None:

@@ -12,13 +12,13 @@ from tests.serve.conftest import encoded, serving, tensor, until
 
 
 def test_several_models_and_a_swap_without_a_failed_request(bundle, run_folder, tmp_path):
-    from cibl_ray.export import Options, export
+    from cibl_ray.exporting.make_bundle import Options, make_bundle
 
     first, second = tmp_path / "first", tmp_path / "second"
     shutil.copytree(bundle, first)
-    export(run_folder / "checkpoints" / "last.safetensors", second, Options(name="other", provider="cpu"))
+    make_bundle(run_folder / "checkpoints" / "last.safetensors", second, Options(name="other", provider="cpu"))
     new = tmp_path / "new"
-    export(run_folder / "checkpoints" / "previous.safetensors", new, Options(name="digits", provider="cpu"))
+    make_bundle(run_folder / "checkpoints" / "previous.safetensors", new, Options(name="digits", provider="cpu"))
     with serving([first, second], watch_seconds=0.1) as server:
         assert {model["name"] for model in server.ask("GET", "/v1/models").json()["models"]} == {"digits", "other"}
         assert server.ask("POST", "/v1/predict", encoded("PNG")).status == 400  # which?
@@ -64,11 +64,11 @@ def test_a_failed_update_is_told_of_no_later_bundle(bundle, tmp_path):
 
 
 def test_a_bundle_of_another_name_takes_no_models_place(bundle, run_folder, tmp_path):
-    from cibl_ray.export import Options, export
+    from cibl_ray.exporting.make_bundle import Options, make_bundle
 
     place, new = tmp_path / "place", tmp_path / "new"
     shutil.copytree(bundle, place)
-    export(run_folder / "checkpoints" / "last.safetensors", new, Options(name="other", provider="cpu"))
+    make_bundle(run_folder / "checkpoints" / "last.safetensors", new, Options(name="other", provider="cpu"))
     with serving([place], watch_seconds=0.1) as server:
         place.rename(tmp_path / "old")
         new.rename(place)
@@ -84,12 +84,12 @@ def test_a_bundle_of_another_name_takes_no_models_place(bundle, run_folder, tmp_
 
 def test_a_bundle_replaced_while_it_is_read_is_no_mixture(bundle, run_folder, tmp_path, monkeypatch):
     """Twice within a moment: the manifest was the second version's, the model that was then read the third's."""
-    from cibl_ray.export import Options, export
+    from cibl_ray.exporting.make_bundle import Options, make_bundle
 
     place, second, third = tmp_path / "place", tmp_path / "second", tmp_path / "third"
     shutil.copytree(bundle, place)
-    export(run_folder / "checkpoints" / "last.safetensors", second, Options(name="digits", provider="cpu"))
-    export(run_folder / "checkpoints" / "previous.safetensors", third, Options(name="digits", provider="cpu"))
+    make_bundle(run_folder / "checkpoints" / "last.safetensors", second, Options(name="digits", provider="cpu"))
+    make_bundle(run_folder / "checkpoints" / "previous.safetensors", third, Options(name="digits", provider="cpu"))
     wanted = open_bundle(third).models["fp32"].sha256
     with serving([place], watch_seconds=0.1) as server:
         true, seen = store.Runtime, set()
@@ -115,11 +115,11 @@ def test_a_bundle_replaced_while_it_is_read_is_no_mixture(bundle, run_folder, tm
 
 
 def test_a_request_that_is_being_read_during_a_swap_is_answered(bundle, run_folder, tmp_path):
-    from cibl_ray.export import Options, export
+    from cibl_ray.exporting.make_bundle import Options, make_bundle
 
     place, new = tmp_path / "place", tmp_path / "new"
     shutil.copytree(bundle, place)
-    export(run_folder / "checkpoints" / "last.safetensors", new, Options(name="digits", provider="cpu"))
+    make_bundle(run_folder / "checkpoints" / "last.safetensors", new, Options(name="digits", provider="cpu"))
     before, after = (open_bundle(path).models["fp32"].sha256 for path in (place, new))
     body = json.dumps({"inputs": [tensor("images", [1, 16, 16, 3], "UINT8", [7] * 768)]}).encode()
     with serving([place], watch_seconds=0.05) as server:

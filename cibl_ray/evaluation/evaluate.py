@@ -1,0 +1,65 @@
+"""A checkpoint's scores on its run's data or on an image folder."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from cibl_ray.evaluation.metrics import Scores, score
+from cibl_ray.evaluation.predict import predict
+from cibl_ray.hardware import resolve
+from cibl_ray.run.checkpoint import Checkpoint
+from pipelines.augment.recipe import Normalize
+from pipelines.common.errors import UserError
+from pipelines.loaders.make import make_loader
+from pipelines.loaders.reading import eval_reading
+from pipelines.prepare.build import ensure_prepared, prepare_folder
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores, and the split that they were measured on."""
+
+    split: str
+    scores: Scores
+
+
+def evaluate(checkpoint: Checkpoint, folder: Path | None = None, split: str | None = None) -> Evaluation:
+    """Evaluate a checkpoint, on a GPU where there is one.
+
+    The run's own data are prepared again if they are gone.
+
+    Args:
+        checkpoint: The checkpoint. Its network, classes and training counts decide.
+        folder: An image folder, FOLDER/CLASS/*, with the class names of the run. None evaluates the run's own data.
+        split: 'train', 'val' or 'test' of the run's data. None takes test, or val where there is no test split.
+
+    Raises:
+        UserError: The data have no such split, or their classes are not those of the checkpoint.
+    """
+    network = checkpoint.network()
+    train = checkpoint.config.train.model_copy(update={"device": "auto"})  # not the machine that trained
+    config = resolve(checkpoint.config.model_copy(update={"train": train}))
+    device = torch.device(config.train.device)
+    if folder is None:
+        prepared = ensure_prepared(config.data, config.seed)
+        split = split or ("test" if "test" in prepared.splits else "val")
+        if split not in prepared.splits:
+            raise UserError(f"the run's data have no {split!r} split; there are: {', '.join(prepared.splits)}")
+        if prepared.classes != checkpoint.classes:
+            raise UserError("the data's classes are no longer those the checkpoint was trained on")
+        if not prepared.splits[split].has(checkpoint.data.get(split)):
+            log.warning("the %s images have changed since this checkpoint was trained", split)
+    else:
+        prepared, split = prepare_folder(folder.absolute(), checkpoint.classes, config.data), "test"
+    loader = make_loader(prepared, split, eval_reading(config.data, config.train.eval_batch_size), config.loader)
+    try:
+        logits, labels = predict(network.to(device), loader, Normalize(config.data).to(device), device)
+    finally:
+        loader.close()
+    return Evaluation(split, score(logits, labels, checkpoint.train_counts))

@@ -1,0 +1,82 @@
+"""One sweep, from its start or where it was interrupted to its report."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from cibl_ray.cluster.launch import cluster, polite_end
+from cibl_ray.cluster.shared_folder import mark_beside, same_folder
+from cibl_ray.run.folder import lock_folder
+from cibl_ray.tuning import report
+from cibl_ray.tuning.config import SWEEP, TRIALS, SweepConfig
+from cibl_ray.tuning.data import prepare_data
+from cibl_ray.tuning.search import search
+from cibl_ray.tuning.sweep import Trial, base_content, check_metrics, read_trials, sweep_text
+from pipelines.common.errors import Interrupted, UserError
+from pipelines.common.files import write_atomically
+
+
+def run(sweep: SweepConfig, folder: Path, address: str | None, base: dict[str, Any] | None = None) -> tuple[list[Trial], str]:
+    """Run the trials that a sweep has left, and write its report into its folder.
+
+    Args:
+        sweep: The sweep.
+        folder: The sweep folder, new or of an interrupted sweep.
+        address: The address of a Ray cluster, or 'auto'. None starts a cluster on this machine.
+        base: The configuration that the sweep's first trials started from. None reads it from `sweep.base`.
+
+    Returns:
+        All trials, and the Pareto front as a table of text.
+
+    Raises:
+        UserError: The sweep cannot run, or no trial has a score.
+        Interrupted: Ctrl-C ended the search before all trials were done.
+    """
+    base = base or base_content(sweep)  # finds mistakes before anything is started or written
+    if address is None:
+        check_metrics(sweep, *prepare_data(base))  # once: all trials share it
+    folder.mkdir(parents=True, exist_ok=True)
+    with lock_folder(folder, "sweeping", patience=0):
+        write_atomically(folder / SWEEP, sweep_text(sweep, base))
+        ended = read_trials(folder)
+        # Drops a last line that a kill cut short.
+        write_atomically(folder / TRIALS, "".join(json.dumps(asdict(trial)) + "\n" for trial in ended))
+        left = sweep.trials - len(ended)
+        if left > 0:
+            # Ray's dashboard knows whether the controller of a trial's workers is alive. Without workers it is not started.
+            with cluster(address, dashboard=sweep.workers > 1), polite_end(), mark_beside(folder, None) as mark:
+                if address is not None:
+                    _check_nodes(folder, mark)
+                    check_metrics(sweep, *_results(ray.remote(prepare_data).remote(base)))
+                search(sweep, base, folder, left, mark)
+        trials = read_trials(folder)
+        if len(trials) < sweep.trials:  # Ray Tune returns normally after Ctrl-C
+            at = f" --address {address}" if address is not None else ""
+            raise Interrupted(f"stopped; resume with: python -m cibl_ray.tune --resume {shlex.quote(str(folder))}{at}")
+        return trials, report.write(folder, sweep, base, trials)
+
+
+def _check_nodes(folder: Path, mark: str | None) -> None:
+    """Check that every node of the cluster sees the sweep's folder, where trials write their results.
+
+    Raises:
+        UserError: A node does not see it.
+    """
+    check: Any = ray.remote(same_folder)
+    nodes = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in ray.nodes() if node["Alive"]]
+    _results([check.options(num_cpus=0, scheduling_strategy=node).remote(folder, mark, "--sweeps") for node in nodes])
+
+
+def _results(tasks: Any) -> Any:
+    """The results of Ray tasks. A UserError that a task raises is raised here as itself."""
+    try:
+        return ray.get(tasks)
+    except ray.exceptions.RayTaskError as error:
+        raise (error.cause if isinstance(error.cause, UserError) else error) from None

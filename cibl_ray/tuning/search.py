@@ -1,0 +1,166 @@
+"""The search of a sweep: Optuna proposes, ASHA stops trials that are behind, Ray Tune runs them."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import optuna
+import ray
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from ray import tune
+from ray.tune.schedulers import ASHAScheduler
+from ray.tune.search.optuna import OptunaSearch
+
+from cibl_ray.cluster.launch import places
+from cibl_ray.tuning.config import JOURNAL, TRIALS, Choice, SweepConfig
+from cibl_ray.tuning.sweep import Trial, most_epochs, objectives, read_trials, trial_name
+from cibl_ray.tuning.trial import trial
+from pipelines.common.errors import UserError
+
+
+def search(sweep: SweepConfig, base: dict[str, Any], folder: Path, left: int, mark: str | None) -> None:
+    """Run trials in the cluster that this process is connected to, until `left` more have ended.
+
+    Args:
+        sweep: The sweep.
+        base: The configuration that every trial starts from.
+        folder: The sweep folder.
+        left: The number of trials to run.
+        mark: The folder's mark (`mark_beside`), by which nodes check that they see the same folder.
+
+    Raises:
+        UserError: The cluster has no room for a trial.
+    """
+    gpus = base["train"]["device"] != "cpu" and bool(ray.cluster_resources().get("GPU"))
+    room = places([node["Resources"] for node in ray.nodes() if node["Alive"]], sweep.cpus, gpus) // sweep.workers
+    if room == 0:
+        raise UserError(f"no room for a trial of {sweep.workers} workers with {sweep.cpus} CPUs each; lower workers or cpus")
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # _Recorder prints what happens
+    names = [f"objective_{number}" for number in range(len(sweep.objective))]
+    modes: list[str] = [objective.mode for objective in sweep.objective]
+    storage = JournalStorage(JournalFileBackend(str(folder / JOURNAL)))
+    proposed = _proposed(storage)
+    ended = {one.name for one in read_trials(folder)}
+    waiting = [one.system_attrs.get("fixed_params") for one in proposed if one.state.name == "WAITING"]
+    begun = [params for path in sorted((folder / "trials").glob("*.json")) if (params := _read(path)) is not None]
+    unfinished = [params for params in begun if trial_name(params) not in ended and params not in waiting]
+    seed = sweep.seed + len(proposed)  # an interrupted search does not repeat its proposals
+    sampler: Any = {
+        "tpe": optuna.samplers.TPESampler,
+        "random": optuna.samplers.RandomSampler,
+        "nsga2": optuna.samplers.NSGAIISampler,
+    }[sweep.algorithm](seed=seed)
+    search = OptunaSearch(
+        metric=names if len(names) > 1 else names[0],
+        mode=modes if len(modes) > 1 else modes[0],
+        points_to_evaluate=unfinished[:left] or None,
+        sampler=sampler,
+        study_name="sweep",
+        storage=storage,
+    )
+    epochs = most_epochs(sweep, base)
+    scheduler = None
+    if sweep.asha is not None and sweep.asha.grace < epochs:
+        scheduler = ASHAScheduler(
+            time_attr="epoch",
+            metric=names[0],
+            mode=modes[0],
+            max_t=epochs + 1,  # a trial ends by itself
+            grace_period=sweep.asha.grace,
+            reduction_factor=sweep.asha.reduction,
+        )
+    given = {"sweep": sweep.model_dump(mode="json"), "base": base, "folder": str(folder), "cpus": sweep.cpus, "mark": mark}
+    tuner = tune.Tuner(
+        tune.with_resources(
+            tune.with_parameters(trial, given=given),
+            # With workers of its own a trial's process only waits. Ray Tune wants it to ask for something: a byte of memory.
+            {"CPU": sweep.cpus, "GPU": int(gpus)} if sweep.workers == 1 else {"memory": 1},
+        ),
+        param_space={key: _space(space) for key, space in sweep.search.items()},
+        tune_config=tune.TuneConfig(
+            num_samples=left,
+            search_alg=search,
+            scheduler=scheduler,
+            max_concurrent_trials=min(sweep.concurrent or room, room),
+            # A reused process has everything imported and compiled. Not with several threads: the thread pool of the last trial
+            # slows OpenMP down.
+            reuse_actors=sweep.workers == 1 and sweep.cpus == 1 and not gpus,
+        ),
+        run_config=tune.RunConfig(
+            name=f"{folder.name}-{time.time_ns()}",
+            storage_path=str(folder / ".ray"),
+            failure_config=tune.FailureConfig(max_failures=2),
+            verbose=0,
+            callbacks=[_Recorder(folder, sweep, base)],
+        ),
+    )
+    tuner.fit()
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """A trial's parameters; None where a full disk cut them short, and the search proposes others."""
+    try:
+        content = json.loads(path.read_text())
+    except ValueError:
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def _proposed(storage: Any) -> list[Any]:
+    """All trials that the search proposed before, from its journal."""
+    try:
+        return [*storage.get_all_trials(storage.get_study_id_from_name("sweep"))]
+    except KeyError:
+        return []
+
+
+def _space(space: Any) -> Any:
+    """A range or choice of a sweep file as Ray Tune's."""
+    if isinstance(space, Choice):
+        return tune.choice([*space.values])
+    match space.kind:
+        case "uniform":
+            return tune.uniform(space.low, space.high)
+        case "log_uniform":
+            return tune.loguniform(space.low, space.high)
+    return tune.randint(int(space.low), int(space.high) + 1)
+
+
+class _Recorder(tune.Callback):
+    """Ray Tune calls this in the driver: each trial that ends becomes a line of trials.jsonl and one on the terminal."""
+
+    def __init__(self, folder: Path, sweep: SweepConfig, base: dict[str, Any]) -> None:
+        self._folder, self._sweep, self._base = folder, sweep, base
+        self._done = len(read_trials(folder))
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        reached = (trial.last_result or {}).get("epoch", 0)
+        wanted = trial.config.get("train.epochs", self._base["train"]["epochs"])
+        self._end(trial, "completed" if reached >= wanted else "stopped")
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._end(trial, "failed", "its process was lost three times")
+
+    def _end(self, trial: Any, state: str, error: str | None = None) -> None:
+        result, name = trial.last_result or {}, trial_name(trial.config)
+        failed = self._folder / "trials" / f"{name}.error"
+        if failed.exists():
+            state, error = "failed", " ".join(failed.read_text().split())
+        ended = Trial(name, trial.config, state, result.get("epoch", 0), result.get("scores", {}), error)
+        with (self._folder / TRIALS).open("a") as file:
+            file.write(json.dumps(asdict(ended)) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self._done += 1
+        objective = f", objective {objectives(self._sweep, ended.scores)[0]:.4f}" if ended.scores else ""
+        more = f": {ended.error}" if ended.error else f"  {json.dumps(ended.params)}"
+        count = f"{self._done}/{self._sweep.trials}"
+        print(f"trial {count} {ended.name} {state} after {ended.epochs} epochs{objective}{more}", flush=True)
