@@ -27,7 +27,7 @@ from cibl_ray.losses.config import Needs
 from cibl_ray.networks.network import HybridNetwork, build_network
 from pipelines.augment.recipe import Normalize
 from pipelines.common.errors import run_command
-from pipelines.config import DataConfig
+from pipelines.config import DataConfig, DigitsSource
 
 BATCH = 64
 
@@ -41,7 +41,7 @@ def main() -> None:
         runtimes = _runtimes(folder)
         sizes = {name: (folder / "bundle" / FILES[name]).stat().st_size for name in runtimes}
         rounds = 3 if arguments.quick else 9
-        network, images, data = _network(), _noise(BATCH), DataConfig()
+        network, images, data = _network(), _noise(BATCH), DataConfig(source=DigitsSource(kind="digits"))
         calls = 2 if arguments.quick else 8
         normalize = Normalize(data)
 
@@ -94,7 +94,7 @@ def _noise(count: int) -> np.ndarray:
 def _runtimes(folder: Path) -> dict[str, Runtime]:
     bundle = make_bundle(folder / "bundle")
     base = folder / "base.onnx"
-    export_base(_network(), DataConfig(), False, base)
+    export_base(_network(), DataConfig(source=DigitsSource(kind="digits")), False, base)
     to_fp16(base, folder / "fp16.onnx")
     to_int8(base, folder / "int8.onnx", _noise(128), this_machine())
     counts = np.arange(10, 0, -1)

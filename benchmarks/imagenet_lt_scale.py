@@ -22,7 +22,7 @@ from benchmarks.dataset_counts import imagenet_lt_counts
 from benchmarks.measure import report
 from pipelines.common.cores import usable_cores
 from pipelines.common.errors import run_command
-from pipelines.config import DataConfig, LoaderConfig, RandomResizedCrop, Sampling, Store, View
+from pipelines.config import DataConfig, DigitsSource, LoaderConfig, RandomResizedCrop, Sampling, Store, View
 from pipelines.loaders.ffcv_loader import FFCVLoader
 from pipelines.loaders.reading import Loader, ReadPlan, Share
 from pipelines.prepare.beton import Beton
@@ -63,7 +63,7 @@ def main() -> None:
     )
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        data = DataConfig(store=Store(mode="jpeg", shard_mb=32))
+        data = DataConfig(source=DigitsSource(kind="digits"), store=Store(mode="jpeg", shard_mb=32))
         with clock("write"):
             progress = write_split(folder, "train", images, data, seed=0)
         with clock("open"):

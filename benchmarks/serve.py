@@ -129,14 +129,14 @@ def make_bundle(folder: Path, seed: int = 0) -> Path:
     from cibl_ray.exporting.onnx_graph import export_base, finish
     from cibl_ray.losses.config import Needs
     from cibl_ray.networks.network import build_network
-    from pipelines.config import DataConfig
+    from pipelines.config import DataConfig, DigitsSource
     from pipelines.pixels import EvalRule
 
     folder.mkdir(parents=True)
     counts = np.array([5000, 2997, 1796, 1077, 645, 387, 232, 139, 83, 50])
     needs = Needs(projection=False, prototypes=None, detached_head=False)
     network = build_network(NetworkConfig(backbone="resnet32"), 10, needs, seed).eval()
-    export_base(network, DataConfig(), False, folder / "base")
+    export_base(network, DataConfig(source=DigitsSource(kind="digits")), False, folder / "base")
     groups = ["many"] * 8 + ["medium"] * 2
     card = Card("cifar", "fp32", [f"class {i}" for i in range(10)], counts.tolist(), groups, EvalRule(32), {}, {}, {}).dump()
     finish(folder / "base", folder / "model.onnx", counts, card)

@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 
 from cibl_ray.losses.config import CIBLConfig, HybridPSCConfig, HybridSCConfig, LDAMConfig, LossConfig, PaCoConfig
 from pipelines.common.files import write_atomically
-from pipelines.common.settings import Settings, absolute, find_config, override, parse_overrides, read_config, validate
+from pipelines.common.settings import Settings, build, find_config, read_content
 from pipelines.config import DataConfig, LoaderConfig
 
 log = logging.getLogger(__name__)
@@ -145,7 +145,7 @@ class RunConfig(Settings):
 
     seed: int = Field(default=0, ge=0, le=2**32 - 1)
     runs: Path = Field(default=Path("runs"), description="folder for run folders")
-    data: DataConfig = DataConfig()
+    data: DataConfig
     loader: LoaderConfig = LoaderConfig()
     network: NetworkConfig = NetworkConfig()
     loss: LossConfig = CIBLConfig()
@@ -199,13 +199,12 @@ def doubts(config: RunConfig) -> list[str]:
 def load_config(name: str, arguments: list[str]) -> RunConfig:
     """The configuration file or shipped configuration `name`, with command-line overrides. Raises UserError."""
     path = find_config(name)
-    place = f"{path} with {' '.join(arguments)}" if arguments else str(path)
-    return build_config(read_config(path), arguments, place)
+    return build_config(read_content(path, RunConfig), arguments, str(path))
 
 
 def build_config(content: dict[str, Any], arguments: list[str], place: str) -> RunConfig:
     """A validated configuration with absolute paths. `place` is named in errors."""
-    return absolute(validate(RunConfig, override(content, parse_overrides(arguments, RunConfig), RunConfig), place))
+    return build(RunConfig, content, arguments, place)
 
 
 def save_config(config: RunConfig, path: Path) -> None:

@@ -1,25 +1,29 @@
 """`python -m cibl_ray.train CONFIG [--field value ...]`: train, evaluate, and leave a run folder.
 
-CONFIG is a YAML file or the name of a shipped configuration. Any field may be overridden, by its dotted name or by the last
-part of it where that is unique: `--train.epochs 20`, `--lr .2`, `--loss.kind cross_entropy`.
+CONFIG is a YAML file or the name of a shipped configuration; without one, `quickstart` trains. Any field may be overridden, by
+its dotted name or by the last part of it where that is unique: `--train.epochs 20`, `--lr .2`, `--loss.kind cross_entropy`.
 """
 
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
 
 from cibl_ray.cluster.environment import settle
 from cibl_ray.run.folder import same_name
-from pipelines.common.errors import CommandParser, UserError, run_command
-from pipelines.common.settings import split_command_line
+from pipelines.common.command_line import ConfigParser, print_config
+from pipelines.common.errors import UserError, run_command
+
+DEFAULT = "quickstart"
 
 
 def main() -> None:
-    parser = CommandParser(
+    parser = ConfigParser(
         prog="python -m cibl_ray.train",
-        usage="%(prog)s CONFIG [--name NAME] [--cluster] [--field value ...]\n"
-        "       %(prog)s [CONFIG] --resume RUN [--cluster] [--field value ...]",
+        usage="%(prog)s [CONFIG] [--name NAME] [--cluster] [--field value ...]\n"
+        "       %(prog)s [CONFIG] --resume RUN [--cluster] [--field value ...]\n"
+        "       %(prog)s [CONFIG] --help [PART]",
         description=__doc__,
     )
     parser.add_argument("--name", help="of the run folder; by default the configuration's name and the time")
@@ -31,9 +35,12 @@ def main() -> None:
     cluster.add_argument("--storage", metavar="URI", help="s3://, gs://, ...: keep a copy of the run folder under it")
     cluster.add_argument("--cpus-per-worker", type=int, metavar="N", help="by default what fits")
     cluster.add_argument("--max-failures", type=int, metavar="N", help="lost workers to replace (default: 3)")
-    name, arguments, overrides = split_command_line(parser)
-    if name is None and arguments.resume is None:
-        raise UserError("name a configuration first (quickstart, say) to start a run, or --resume RUN to go on with one")
+    name, arguments, overrides = parser.split()
+    if arguments.help is not None:
+        from cibl_ray.config import RunConfig
+
+        parser.helped(RunConfig, name, DEFAULT, arguments, overrides)
+        return
     for option in ("workers", "address", "storage", "cpus_per_worker", "max_failures"):
         if getattr(arguments, option) is not None and not arguments.cluster:
             hint = "; the loader's threads are --loader.workers" if option == "workers" else ""
@@ -61,9 +68,18 @@ def main() -> None:
     else:
         from cibl_ray.config import load_config
 
-        assert name is not None
+        if name is None:
+            name = DEFAULT
+            print(
+                "no configuration named: training quickstart, long-tailed handwritten digits. "
+                "Your own images: python -m cibl_ray.train folder --data.source.path FOLDER",
+                file=sys.stderr,
+            )
         config = load_config(name, overrides)
         folder = config.runs / (arguments.name or f"{Path(name).stem}-{time.strftime('%Y%m%d-%H%M%S')}")
+    if arguments.print_config:
+        print_config(config)
+        return
     if arguments.cluster:
         settle(own=arguments.address is None)
         from cibl_ray.cluster.launch import FAILURES, Options, fit_on_cluster, parse_workers
@@ -87,4 +103,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, f"'cibl-ray[train{',cluster' if '--cluster' in sys.argv else ''}]'")

@@ -12,21 +12,29 @@ from pathlib import Path
 
 from cibl_ray.cluster.environment import settle
 from cibl_ray.run.folder import same_name
-from pipelines.common.errors import CommandParser, UserError, run_command
-from pipelines.common.settings import split_command_line
+from pipelines.common.command_line import ConfigParser, print_config
+from pipelines.common.errors import UserError, run_command
 
 
 def main() -> None:
-    parser = CommandParser(
+    parser = ConfigParser(
+        "sweeps",
         prog="python -m cibl_ray.tune",
-        usage="%(prog)s SWEEP [--name NAME] [--field value ...]\n       %(prog)s --resume FOLDER",
+        usage="%(prog)s SWEEP [--name NAME] [--field value ...]\n"
+        "       %(prog)s --resume FOLDER\n"
+        "       %(prog)s [SWEEP] --help [PART]",
         description=__doc__,
     )
     parser.add_argument("--name", help="of the sweep folder; by default the sweep's name and the time")
     parser.add_argument("--sweeps", type=Path, default=Path("runs"), help="folder for sweep folders (default: runs)")
     parser.add_argument("--resume", type=Path, metavar="FOLDER", help="go on with the sweep in this folder")
     parser.add_argument("--address", help="of a Ray cluster, or 'auto'; by default one is started on this machine")
-    name, arguments, overrides = split_command_line(parser)
+    name, arguments, overrides = parser.split()
+    if arguments.help is not None:
+        from cibl_ray.tuning.config import SweepConfig
+
+        parser.helped(SweepConfig, name, "sweeps/tail_skew", arguments, overrides)
+        return
     if (name is None) == (arguments.resume is None):
         raise UserError("name a sweep first (sweeps/tail_skew, say) to start one, or --resume FOLDER to go on with one")
     if arguments.resume is not None and arguments.name is not None:
@@ -50,6 +58,9 @@ def main() -> None:
             raise UserError(
                 f"sweep folder {str(folder)!r} already exists; go on with --resume {folder}, or choose another --name"
             )
+    if arguments.print_config:
+        print_config(sweep)
+        return
     settle(own=arguments.address is None)
     from cibl_ray.tuning.run import run
 
@@ -62,4 +73,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, "'cibl-ray[train,cluster]'")

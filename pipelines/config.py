@@ -227,7 +227,7 @@ Sampling = Literal["instance", "square_root", "class_balanced"]
 class DataConfig(Settings):
     """Images, their long tail, and what the network sees of them."""
 
-    source: Source = DigitsSource(kind="digits")
+    source: Source = Field(description="Where the images are, for example data: {source: {kind: folder, path: FOLDER}}.")
     profile: Profile = NoProfile()
     val_fraction: float = Field(
         default=0.0,

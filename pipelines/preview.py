@@ -14,20 +14,20 @@ import torch
 from PIL import Image, ImageDraw
 
 from pipelines.augment.recipe import Augment
-from pipelines.common.errors import CommandParser, UserError, run_command
-from pipelines.common.settings import split_command_line
+from pipelines.common.command_line import ConfigParser, print_config
+from pipelines.common.errors import UserError, run_command
 from pipelines.config import LoaderConfig
 from pipelines.loaders.make import make_loader
 from pipelines.loaders.reading import train_reading
 from pipelines.prepare.beton import RAW
-from pipelines.prepare.build import ensure_prepared, load_data
+from pipelines.prepare.build import PrepareConfig, ensure_prepared, load_data
 from pipelines.prepare.pictures import shot_groups
 
 _TILE, _GAP, _LINE = 160, 6, 16  # pixels of a tile's side, between tiles, of a line of text
 
 
 def main() -> None:
-    parser = CommandParser(
+    parser = ConfigParser(
         prog="python -m pipelines.preview",
         usage="%(prog)s CONFIG [--out FILE] [--images N] [--epoch E] [--field value ...]",
         description="A picture of what the network sees of the first training images of an epoch.",
@@ -35,11 +35,19 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("views.png"), help="the picture to write (views.png)")
     parser.add_argument("--images", type=int, default=6, help="how many images, 1 to 64 (6)")
     parser.add_argument("--epoch", type=int, default=0, help="whose draws are shown, from 0 on (0)")
-    name, arguments, rest = split_command_line(parser)
-    config = load_data(name, rest, parser.prog)
+    name, arguments, overrides = parser.split()
+    if parser.helped(PrepareConfig, name, "quickstart", arguments, overrides):
+        return
+    if name is None:
+        raise UserError(f"name a configuration first: {parser.prog} quickstart")
+    config = load_data(name, overrides)
+    if arguments.print_config:
+        print_config(config)
+        return
     if not 1 <= arguments.images <= 64 or arguments.epoch < 0:
         raise UserError(f"--images {arguments.images} --epoch {arguments.epoch}: 1 to 64 images, an epoch from 0 on")
-    if arguments.out.suffix.lower() not in Image.registered_extensions() or not arguments.out.parent.is_dir():
+    kind = Image.registered_extensions().get(arguments.out.suffix.lower())
+    if kind not in Image.SAVE or not arguments.out.parent.is_dir():  # Pillow reads more formats than it writes
         raise UserError(f"--out {str(arguments.out)!r}: name a file such as views.png in a folder that exists")
     if arguments.out.exists():
         raise UserError(f"{str(arguments.out)!r} is there already; name another file with --out")
@@ -86,4 +94,4 @@ def _grid(rows: list[tuple[str, list[Image.Image]]]) -> Image.Image:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, "'cibl-ray[train]'")

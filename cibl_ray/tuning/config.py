@@ -7,7 +7,8 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BeforeValidator, Field, model_validator
 
 from cibl_ray.config import RunConfig
-from pipelines.common.settings import Settings, known_keys
+from pipelines.common.fields import known_keys, nearest_key
+from pipelines.common.settings import Settings
 
 SWEEP, TRIALS, JOURNAL = "sweep.json", "trials.jsonl", "search.journal"
 
@@ -113,7 +114,11 @@ class SweepConfig(Settings):
         keys = known_keys(RunConfig)
         for key in (*self.set, *self.search):
             if key not in keys:
-                raise ValueError(f"{key!r} is no field of a run's configuration")
+                close = nearest_key(key, keys)
+                hint = f"; did you mean {close!r}?" if close else ""
+                raise ValueError(f"{key!r} is no field of a run's configuration{hint}")
+            if (within := keys[key].in_list) is not None:
+                raise ValueError(f"{key!r} is a field within {within!r}, which is set as a whole")
         for key in self.set:
             if key in self.search:
                 raise ValueError(f"{key!r} is in `set` and in `search`; take it out of one of them")

@@ -14,7 +14,7 @@ import numpy as np
 from cibl_ray.config import RunConfig, build_config
 from cibl_ray.tuning.config import TRIALS, Choice, Range, SweepConfig
 from pipelines.common.errors import UserError
-from pipelines.common.settings import find_config, override, read_config, validate
+from pipelines.common.settings import build, find_config, override, read_content, validate
 from pipelines.prepare.pictures import GROUPS, THIRDS
 
 _WORST = 1e9  # what the search optimises where a score is not finite
@@ -35,11 +35,12 @@ class Trial:
 
 def load_sweep(name: str, pairs: list[str]) -> SweepConfig:
     """A sweep file, or a shipped one's name, with `--field value` overrides. Raises UserError."""
-    from pipelines.common.settings import parse_overrides
-
     path = find_config(name)
-    content = override(read_config(path), parse_overrides(pairs, SweepConfig), SweepConfig)
-    sweep = validate(SweepConfig, content, str(path))
+    content = read_content(path, SweepConfig)
+    beside = path.absolute().parent / str(content.get("base", ""))
+    if beside.is_file():  # as every path in a configuration file
+        content["base"] = str(beside)
+    sweep = build(SweepConfig, content, pairs, str(path))
     base = Path(sweep.base)
     # Going on must work from any folder.
     return sweep.model_copy(update={"base": str(base.absolute())}) if base.is_file() else sweep
@@ -66,7 +67,7 @@ def base_content(sweep: SweepConfig) -> dict[str, Any]:
     Raises UserError where it is not a valid one with the first parameters of the search, or the search has impossible values.
     """
     path = find_config(sweep.base)
-    content = override(read_config(path), [*sweep.set.items()], RunConfig)
+    content = override(read_content(path, RunConfig), [*sweep.set.items()], RunConfig)
     first = {key: _ends(space)[0] for key, space in sweep.search.items()}
     place = f"{path} with {json.dumps({**sweep.set, **first})}"
     base = build_config(override(content, [*first.items()], RunConfig), [], place)

@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib.util
+import os
 import sys
+import tempfile
+import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn
+
+_LONG = 500  # characters of an unforeseen error's message that are shown
 
 
 class UserError(ValueError):
@@ -23,31 +31,71 @@ class CommandParser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
     def error(self, message: str) -> NoReturn:
+        """Raise a UserError where argparse would print the usage and exit."""
         raise UserError(f"{message}; see {self.prog} --help")
 
 
-def run_command(main: Callable[[], None], needs: str | None = None) -> NoReturn:
-    """Run a command's `main` and exit: 0 on success, 2 on a user's mistake or a failing disk, 130 on Ctrl-C.
+def run_command(main: Callable[[], None], needs: str = "") -> NoReturn:
+    """Run a command's `main` and exit.
 
-    needs: what to install for it; None: the extra `train`, or `cluster` where Ray or Optuna is missing.
+    No exception ends in a traceback: one that nobody foresaw is one line, and the whole of it is kept in a file.
+
+    Args:
+        main: The command.
+        needs: What to pip install where one of its packages is missing, such as "'cibl-ray[train]'".
+
+    Raises:
+        SystemExit: Always. 0: success; 2: a user's mistake, a missing package or a failing disk; 130: Ctrl-C; 1: anything
+            else.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a λ on a Latin-1 terminal is no reason to fail
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
+        sys.stdout.flush()
     except UserError as error:
-        sys.exit(_tell(str(error), 2))
+        sys.exit(_tell(f"error: {error}", 2))
     except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] in ("cibl_ray", "pipelines", "serve"):
-            raise  # ours: not for the user to install
-        extra = "cluster" if (error.name or "").partition(".")[0] in ("ray", "optuna") else "train"
-        needs = needs or f"'cibl-ray[{extra}]'"
-        sys.exit(_tell(f"{error.name} is not installed; this command needs: pip install {needs}", 2))
+        package = (error.name or "").partition(".")[0]
+        if not package or _present(package):
+            sys.exit(_unforeseen(error))
+        install = f"; this command needs: pip install {needs}" if needs else ""
+        sys.exit(_tell(f"error: {error.name} is not installed{install}", 2))
+    except BrokenPipeError:  # `... | head`
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except (OSError, MemoryError) as error:
-        sys.exit(_tell(f"{type(error).__name__}: {error}", 2))
+        sys.exit(_tell(f"error: {type(error).__name__}: {error}", 2))
     except KeyboardInterrupt as error:
         sys.exit(_tell(str(error) or "interrupted", 130))
+    except Exception as error:
+        sys.exit(_unforeseen(error))
     sys.exit(0)
 
 
+def _present(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except (ImportError, ValueError):
+        return False
+
+
 def _tell(message: str, status: int) -> int:
-    print("error: " + " ".join(message.split()) if status == 2 else message, file=sys.stderr)
+    print(" ".join(message.split()) if message.startswith("error: ") else message, file=sys.stderr)
     return status
+
+
+def _unforeseen(error: Exception) -> int:
+    """Keep the traceback of an error that nobody foresaw in a file, and tell where."""
+    text = "".join(traceback.format_exception(error))
+    message = " ".join(f"{type(error).__name__}: {error}".split())
+    message = message if len(message) <= _LONG else f"{message[:_LONG]}..."
+    try:
+        handle, name = tempfile.mkstemp(prefix=f"{Path(sys.argv[0]).stem}-error-", suffix=".txt")
+        with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(f"{' '.join(sys.argv)}\nPython {sys.version}\n\n{text}")
+    except OSError:  # nowhere to keep it
+        return _tell(f"error: unexpected {message}; the full trace could not be kept: no temporary folder can be written", 1)
+    return _tell(f"error: unexpected {message}; the full trace is in {name}, please report it", 1)

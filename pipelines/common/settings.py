@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
-import difflib
-import sys
-import typing
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,8 +11,25 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
 
 from pipelines.common.errors import UserError
+from pipelines.common.fields import (
+    Key,
+    defaults_of,
+    fields_at,
+    is_collection,
+    kind_of,
+    kinds_at,
+    known_keys,
+    models_in,
+    nearest,
+    nearest_key,
+    types_in,
+)
 
 Model = TypeVar("Model", bound=BaseModel)
+
+# The shipped configurations: beside the packages in a checkout, within this one in a wheel.
+_SHIPPED = (Path(__file__).resolve().parents[2] / "configs", Path(__file__).resolve().parents[1] / "configs")
+_LONG = 200  # characters of a value that an error repeats
 
 
 class Settings(BaseModel):
@@ -24,49 +38,135 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_default=True, frozen=True, allow_inf_nan=False)
 
 
-def split_command_line(parser: argparse.ArgumentParser) -> tuple[str | None, argparse.Namespace, list[str]]:
-    """(CONFIG or None, the parser's own options, the overrides). CONFIG, where there is one, comes first."""
-    arguments = sys.argv[1:]
-    config = arguments.pop(0) if arguments and not arguments[0].startswith("-") else None
-    return config, *parser.parse_known_args(arguments)
+def shipped_configs(folder: str = "") -> list[str]:
+    """The names of the shipped configurations: of runs, or of another kind in a folder of their own (`sweeps`)."""
+    found = {file.relative_to(top).with_suffix("") for top in _SHIPPED if top.is_dir() for file in top.rglob("*.yaml")}
+    others = ("cluster", "sweeps")  # those in `cluster` are for ray and kubectl
+    return sorted(str(name) for name in found if (name.parts[0] == folder if folder else name.parts[0] not in others))
 
 
 def find_config(name: str) -> Path:
-    """The file meant by a command's CONFIG: a path, or the name of a configuration shipped with the project."""
+    """The file that a command's CONFIG means.
+
+    Args:
+        name: A path, or the name of a shipped configuration.
+
+    Raises:
+        UserError: There is neither.
+    """
     path = Path(name)
-    if path.is_file():
+    if _is_file(path):
         return path
-    folders = _shipped_folders()
-    for folder in folders:
-        if (folder / f"{name}.yaml").is_file():
-            return folder / f"{name}.yaml"
-    found = {file.relative_to(folder).with_suffix("") for folder in folders for file in folder.rglob("*.yaml")}
-    known = sorted(str(name) for name in found if name.parts[0] != "cluster")  # those are for ray and kubectl
-    close = difflib.get_close_matches(name, known, n=1)
-    hint = f"; did you mean {close[0]!r}?" if close else ""
-    raise UserError(f"no configuration {name!r}: neither a file nor one of the shipped ones ({', '.join(known)}){hint}")
+    for top in _SHIPPED:
+        if _is_file(top / f"{name}.yaml"):
+            return top / f"{name}.yaml"
+    known = [*shipped_configs(), *shipped_configs("sweeps")]
+    close = nearest(name, known)
+    hint = f"did you mean {close}?" if close else "name a YAML file, or a shipped one, such as quickstart or folder"
+    raise UserError(f"no configuration {_shown(name)}; {hint}")
 
 
-def _shipped_folders() -> list[Path]:
-    top = Path(__file__).resolve().parents[2]
-    return [folder for folder in (top / "configs", top / "cibl_ray" / "configs") if folder.is_dir()]
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name too long, or with a NUL
+        return False
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file."""
+    """The mapping in a YAML file.
+
+    Raises:
+        UserError: It cannot be read, is not YAML or no mapping, or has a key twice.
+    """
     try:
         text = path.read_text(encoding="utf-8-sig")
         _refuse_repeated_keys(path, yaml.compose(text, Loader=yaml.SafeLoader))
         content = yaml.safe_load(text)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from error
-    except yaml.YAMLError as error:
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: cannot be read: not UTF-8 text") from error
+    except RecursionError as error:
+        raise UserError(f"{path}: nested too deeply, or within itself") from error
+    except (yaml.YAMLError, ValueError, OverflowError) as error:  # ValueError: the 45th of a month
         raise UserError(f"{path}: not valid YAML: {error}") from error
     if content is None:
         return {}
     if not isinstance(content, dict):
         raise UserError(f"{path}: a configuration is a mapping of keys to values, this is a {type(content).__name__}")
     return content
+
+
+def read_content(path: Path, model: type[BaseModel]) -> dict[str, Any]:
+    """The mapping in a YAML file of a model's fields, dotted keys written out (`train.epochs: 3`).
+
+    Relative paths in the file are relative to the file's folder. In the shipped configurations they stay as they are: those
+    name data in the working folder.
+
+    Raises:
+        UserError: As `read_config`; also a key that is given dotted and nested.
+    """
+    shipped = any(path.resolve().is_relative_to(top) for top in _SHIPPED)
+    return written_out(read_config(path), model, str(path), None if shipped else path.absolute().parent)
+
+
+def written_out(content: Mapping[str, Any], model: type[BaseModel], place: str, folder: Path | None = None) -> dict[str, Any]:
+    """`content` with the dotted keys of a model's parts as nested mappings.
+
+    Args:
+        content: What a file or a program gave.
+        model: Whose fields the keys are.
+        place: Where `content` comes from, for errors.
+        folder: What relative paths are made absolute by; None: they stay.
+
+    Raises:
+        UserError: A key is given dotted and nested.
+    """
+    try:
+        written: dict[str, Any] = _written_out(content, [model], place, folder, "")
+    except RecursionError as error:
+        raise UserError(f"{place}: nested too deeply, or within itself") from error
+    return written
+
+
+def _written_out(content: Any, models: list[type[BaseModel]], place: str, folder: Path | None, prefix: str) -> Any:
+    if isinstance(content, list):
+        return [_written_out(item, models, place, folder, prefix) for item in content]
+    if not isinstance(content, Mapping) or not models:
+        return content
+    result: dict[str, Any] = {}
+    for key, value in content.items():
+        name, dot, rest = key.partition(".") if isinstance(key, str) else (key, "", "")
+        fields = [model.model_fields[name] for model in models if name in model.model_fields]
+        inner = [each for field in fields for each in models_in(field.annotation)]
+        if dot and rest and inner:
+            value = {rest: value}
+        else:
+            name = key
+        if folder is not None and isinstance(value, str) and any(Path in types_in(field.annotation) for field in fields):
+            value = _beside(value, folder)
+        value = _written_out(value, inner, place, folder, f"{prefix}{name}.")
+        result[name] = _joined(result[name], value, place, f"{prefix}{name}") if name in result else value
+    return result
+
+
+def _joined(one: Any, other: Any, place: str, key: str) -> Any:
+    """Two mappings of one part as one."""
+    if not isinstance(one, dict) or not isinstance(other, dict):
+        raise UserError(f"{place}: {key!r} is given twice, dotted and nested; remove one")
+    return {
+        **one,
+        **{name: _joined(one[name], value, place, f"{key}.{name}") if name in one else value for name, value in other.items()},
+    }
+
+
+def _beside(text: str, folder: Path) -> str:
+    try:
+        path = Path(text).expanduser()
+    except RuntimeError:  # no home
+        path = Path(text)
+    return str(path if path.is_absolute() else folder / path)
 
 
 def _refuse_repeated_keys(path: Path, node: yaml.Node | None) -> None:
@@ -95,33 +195,48 @@ def _refuse_repeated_keys(path: Path, node: yaml.Node | None) -> None:
 
 
 def parse_overrides(arguments: list[str], model: type[BaseModel]) -> list[tuple[str, Any]]:
-    """`--field value` or `--field=value` pairs as (dotted key, value); values are read as YAML.
+    """The fields that a command line sets.
 
-    A field is named by its dotted key (`--optimizer.lr`), or by its last part where that is unique (`--lr`).
+    Args:
+        arguments: `--field value` or `--field=value`. A field is named by its dotted key (`--optimizer.lr`), or by its last
+            part where that is unique (`--lr`). Values are read as YAML.
+        model: Whose fields they are.
+
+    Returns:
+        (dotted key, value) for each.
+
+    Raises:
+        UserError: A field is unknown, or a value is missing or not valid.
     """
     pairs = []
     queue = list(arguments)
+    keys = known_keys(model)
     while queue:
         flag = queue.pop(0)
         if not flag.startswith("--"):
-            raise UserError(f"{flag!r}: expected --field value")
-        key, equals, text = flag[2:].partition("=")
+            raise UserError(f"{_shown(flag)}: expected --field value")
+        name, equals, text = flag[2:].partition("=")
+        key = _full_key(name, model, keys)
         if not equals:
             if not queue:
-                raise UserError(f"--{key}: a value is missing")
+                raise UserError(f"--{name}: a value is missing")
             text = queue.pop(0)
-        full = _full_key(key, model)
-        is_path = known_keys(model).get(full, False) and text != "null"
-        pairs.append((full, text if is_path else _value(key, text)))
+        is_path = key in keys and keys[key].is_path and text != "null"
+        pairs.append((key, text if is_path else _value(name, text)))
     return pairs
 
 
-def _value(key: str, text: str) -> Any:
+def _value(name: str, text: str) -> Any:
     """What `text` means in YAML."""
     try:
+        _refuse_repeated_keys(Path(f"--{name}"), yaml.compose(text, Loader=yaml.SafeLoader))
         value = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: the 45th of a month
-        raise UserError(f"--{key} {text}: not a valid value: {error}") from error
+    except UserError:
+        raise
+    except RecursionError as error:
+        raise UserError(f"--{name}: nested too deeply, or within itself") from error
+    except (yaml.YAMLError, ValueError, OverflowError) as error:  # ValueError: the 45th of a month
+        raise UserError(f"--{name} {_shown(text, quotes=False)}: not a valid value: {error}") from error
     if isinstance(value, str):
         try:
             return float(value)  # YAML 1.1 reads 1e-3 as a word; people mean the number
@@ -130,24 +245,28 @@ def _value(key: str, text: str) -> Any:
     return value
 
 
-def _full_key(key: str, model: type[BaseModel]) -> str:
-    keys = sorted(known_keys(model))
-    normal = key.replace("-", "_")
-    if normal in keys:
+def _full_key(name: str, model: type[BaseModel], keys: dict[str, Key]) -> str:
+    normal = name.replace("-", "_")
+    if normal in keys and keys[normal].in_list is None:
         return normal
-    tails = [known for known in keys if known.endswith("." + normal)]
-    if len(tails) == 1:
-        return tails[0]
+    tails = [key for key in sorted(keys) if f".{key}".endswith(f".{normal}")]
+    free = [key for key in tails if keys[key].in_list is None]
+    lists = sorted({known.in_list for key in tails if (known := keys[key]).in_list is not None})
+    if len(free) == 1 and not lists:
+        return free[0]
     if tails:
-        raise UserError(f"--{key}: say which one: {', '.join('--' + tail for tail in tails)}")
+        ways = [f"--{key}" for key in free] + [f"in --{key} '[...]', a list that is set as a whole" for key in lists]
+        raise UserError(f"--{name}: say which one: {' or '.join(ways)}" if len(ways) > 1 else f"--{name}: set it {ways[0]}")
     plain = ".".join(part for part in normal.split(".") if not part.isdecimal())
-    if plain != normal and plain in keys:
-        return plain  # within a list, of which `override` says how it is set
+    if plain != normal and plain in keys and (within := keys[plain].in_list) is not None:
+        raise UserError(f"--{name}: {within} is a list; set it as a whole: --{within} '[...]'")
     parent, _, leaf = normal.rpartition(".")
-    parents = [known for known in keys if parent and f".{known}".endswith(f".{parent}")]
-    if len(parents) == 1 and _kinds(model, parents[0]):
+    parents = [key for key in sorted(keys) if parent and f".{key}".endswith(f".{parent}") and keys[key].in_list is None]
+    if len(parents) == 1 and kinds_at(model, parents[0]):
         return f"{parents[0]}.{leaf}"  # what it could have been, `validate` says, which knows the kind
-    raise UserError(f"--{key}: unknown field{_nearest(normal, keys)}")
+    close = nearest_key(normal, keys)
+    hint = f"; did you mean --{close}?" if close else "; --help lists all fields"
+    raise UserError(f"--{_shown(name, quotes=False)}: unknown field{hint}")
 
 
 def override(content: dict[str, Any], pairs: list[tuple[str, Any]], model: type[BaseModel]) -> dict[str, Any]:
@@ -155,8 +274,11 @@ def override(content: dict[str, Any], pairs: list[tuple[str, Any]], model: type[
 
     Setting a part's `kind` to another one drops that part's other keys, setting a whole part all of them; what else `pairs`
     say of the part holds, before or after. Of two values of one key the last one counts.
+
+    Raises:
+        UserError: A key is within a list.
     """
-    defaults = _defaults(model)
+    defaults = defaults_of(model)
     result: dict[str, Any] = _with_kinds(_copy(content), defaults)  # the default's kind set again is no other one
     # A part before what is in it, and of that its kind first: `--loss.kappa 0.5 --loss '{kind: bcl}'` and
     # `--data.source.path X --data.source.kind folder` must mean the same in either order.
@@ -179,10 +301,6 @@ def override(content: dict[str, Any], pairs: list[tuple[str, Any]], model: type[
     return result
 
 
-def _defaults(model: type[BaseModel]) -> dict[str, Any]:
-    return model().model_dump(mode="json")
-
-
 def _with_kinds(content: Any, default: Any) -> Any:
     """`content` with the default `kind` in each part that names none: `loss: {tail_skew: .2}` is the default loss."""
     if not isinstance(content, dict) or not isinstance(default, dict):
@@ -191,55 +309,125 @@ def _with_kinds(content: Any, default: Any) -> Any:
     return {"kind": default["kind"], **filled} if "kind" in default else filled
 
 
+def _with_required_parts(content: Any, model: type[BaseModel]) -> Any:
+    """`content` with an empty mapping for a required part that is not there: what is missing is a field of the part."""
+    if not isinstance(content, dict):
+        return content
+    filled = dict(content)
+    for name, field in model.model_fields.items():
+        inner = models_in(field.annotation)
+        if field.is_required() and len(inner) == 1 and kind_of(inner[0]) is None and not is_collection(field.annotation):
+            filled[name] = _with_required_parts(filled.get(name, {}), inner[0])
+    return filled
+
+
 def _copy(content: Any) -> Any:
     if isinstance(content, dict):
         return {key: _copy(value) for key, value in content.items()}
     return [_copy(value) for value in content] if isinstance(content, list) else content
 
 
-def validate(model: type[Model], content: Any, place: str) -> Model:
-    """`content` as a `model`; the first problem becomes a one-line UserError that names the key and the nearest known one."""
-    content = _with_kinds(content, _defaults(model))
+def validate(model: type[Model], content: Any, place: str, flags: Collection[str] = ()) -> Model:
+    """`content` as a `model`.
+
+    Args:
+        model: The model.
+        content: A mapping; where a part names no kind, its default one is meant.
+        place: Where the content comes from, for errors.
+        flags: The dotted keys that the command line set: an error in one of them names that as its place.
+
+    Raises:
+        UserError: The first problem in one line, which names the key and the nearest known one.
+    """
     try:
+        content = _with_required_parts(_with_kinds(content, defaults_of(model)), model)
         return model.model_validate(content)
+    except RecursionError as error:
+        raise UserError(f"{place}: nested too deeply, or within itself") from error
     except ValidationError as error:
-        problems = error.errors(include_url=False)
-        first = problems[0]
-        key = _dotted(first["loc"], content)
-        plain = ".".join(part for part in key.split(".") if not part.isdigit())
-        kinds = _kinds(model, plain)
-        if first["type"] == "extra_forbidden":
-            parent, _, leaf = plain.rpartition(".")
-            chosen = _kinds(model, parent).get(str(first["loc"][-2])) if parent else None
-            if plain in known_keys(model):
-                message = f"{key!r} belongs to another kind; set {key.rpartition('.')[0]}.kind to the one that has it"
-            elif chosen is not None:
-                message = f"unknown key {key!r}{_nearest_field(parent, leaf, chosen)}"
-            else:
-                message = f"unknown key {key!r}{_nearest(plain, sorted(known_keys(model)))}"
-        elif first["type"] == "model_attributes_type" and kinds:
-            value = first["input"]
+        # A misspelt key first: what is missing may only be misspelt.
+        problems = sorted(error.errors(include_url=False), key=lambda problem: problem["type"] != "extra_forbidden")
+        key = _dotted(problems[0]["loc"], content)
+        if key and any(f"{key}.".startswith(f"{flag}.") or f"{flag}.".startswith(f"{key}.") for flag in flags):
+            place = "command line"
+        others = sum(not _follows(problem, problems) for problem in problems) - 1
+        more = f" (and {others} more)" if others else ""
+        raise UserError(f"{place}: {_explained(problems[0], key, model, content)}{more}") from error
+
+
+def _explained(problem: ErrorDetails, key: str, model: type[BaseModel], content: Any) -> str:
+    """What a problem of pydantic's means to who wrote the configuration. key: where, without the names of kinds."""
+    plain = ".".join(part for part in key.split(".") if not part.isdecimal())
+    keys, kinds, value = known_keys(model), kinds_at(model, plain), problem["input"]
+    parent, _, leaf = key.rpartition(".")
+    plain_parent = plain.rpartition(".")[0]
+    match problem["type"]:
+        case "extra_forbidden":
+            of_kinds = kinds_at(model, plain_parent) if plain_parent else {}
+            having = [kind for kind, each in of_kinds.items() if leaf in each.model_fields]
+            if having:
+                return f"{key!r} belongs to another kind; set {parent}.kind: {' or '.join(having)}"
+            chosen = of_kinds.get(str(_value_at(content, parent, "kind")))
+            if chosen is not None:
+                return f"unknown key {_shown(key)}{_nearest_field(parent, leaf, chosen)}"
+            if (plain_parent and plain_parent in keys and keys[plain_parent].in_list is not None) or plain != key:
+                names = [
+                    name
+                    for field in fields_at(model, plain_parent)
+                    for each in models_in(field.annotation)
+                    for name in each.model_fields
+                ]
+                close = nearest(leaf, names)
+                return f"unknown key {_shown(key)}" + (
+                    f"; did you mean {f'{parent}.{close}'!r}?" if close else f"; known: {', '.join(names)}"
+                )
+            close = nearest_key(plain, keys)
+            hint = f"did you mean {close!r}?" if close else f"known: {', '.join(model.model_fields)}"
+            return f"unknown key {_shown(key)}; {hint}"
+        case "model_attributes_type" | "model_type" if kinds:
             if value not in [*kinds]:
                 reason = f"expected {{kind: ...}}, one of {', '.join(kinds)}"
             elif key == plain:
-                reason = f"write --{key}.kind {value}, in a file {key.rpartition('.')[2]}: {{kind: {value}}}"
+                reason = f"write --{key}.kind {value}, in a file {leaf}: {{kind: {value}}}"
             else:  # in a list, which is set as a whole
                 reason = f"write {{kind: {value}}}"
-            message = f"{key} = {value!r}: {reason}"
-        elif first["type"] == "missing":
-            message = f"{key!r} is missing"
-        elif first["type"] == "union_tag_invalid":
-            message = f"{key}.kind = {first['input']['kind']!r}: expected one of {', '.join(kinds)}"
-        elif first["type"] == "tuple_type":
-            message = f"{key} = {first['input']!r}: expected a list, [...]"
+            return f"{key} = {_shown(value)}: {reason}"
+        case "missing":
+            choice = f"{{kind: ...}}, one of {', '.join(kinds)}" if kinds else ""
+            meaning = (keys[plain].description if plain in keys else "") or choice
+            return f"{key!r} is missing" + (f": {meaning}" if meaning else "")
+        case "union_tag_not_found":
+            return f"{key}.kind is missing: one of {', '.join(kinds)}"
+        case "union_tag_invalid":
+            return f"{key}.kind = {_shown(value['kind'])}: expected one of {', '.join(kinds)}"
+        case "tuple_type":
+            return f"{key} = {_shown(value)}: expected a list, [...]"
+        case "model_attributes_type" | "model_type" | "dict_type":
+            return f"{key} = {_shown(value)}: expected a mapping, {{field: value}}"
+    reason = problem["msg"].removeprefix("Value error, ")
+    # A whole part is not repeated: the reason names what in it is wrong.
+    shown = "" if isinstance(value, dict) else f" = {_shown(value)}"
+    return f"{key}{shown}: {reason}" if key else reason
+
+
+def _value_at(content: Any, key: str, last: str) -> Any:
+    for name in (*key.split("."), last):
+        if isinstance(content, list):
+            content = content[int(name)] if name.isdecimal() and int(name) < len(content) else None
         else:
-            reason = first["msg"].removeprefix("Value error, ")
-            # A whole part is not repeated: the reason names what in it is wrong.
-            value = "" if isinstance(first["input"], dict) else f" = {first['input']!r}"
-            message = f"{key}{value}: {reason}" if key else reason
-        others = sum(not _follows(problem, problems) for problem in problems) - 1
-        more = f" (and {others} more)" if others else ""
-        raise UserError(f"{place}: {message}{more}") from error
+            content = content.get(name) if isinstance(content, dict) else None
+    return content
+
+
+def _shown(value: Any, quotes: bool = True) -> str:
+    """A value as an error repeats it: in one line, cut where it is long."""
+    try:
+        text = repr(value) if quotes else str(value)
+    except ValueError:  # a whole number of thousands of digits
+        text = "a very large number"
+    except RecursionError:
+        text = "..."
+    return text if len(text) <= _LONG else f"{text[:_LONG]}..."
 
 
 def _follows(problem: ErrorDetails, problems: list[ErrorDetails]) -> bool:
@@ -262,48 +450,29 @@ def _dotted(location: tuple[int | str, ...], content: Any) -> str:
     return ".".join(parts)
 
 
-def _nearest(key: str, keys: list[str]) -> str:
-    leaves = {known.rsplit(".", 1)[-1]: known for known in keys}
-    close = difflib.get_close_matches(key, keys, n=1, cutoff=0.6)
-    if not close:
-        close = [leaves[leaf] for leaf in difflib.get_close_matches(key.rsplit(".", 1)[-1], list(leaves), n=1, cutoff=0.6)]
-    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(sorted({k.split('.')[0] for k in keys}))}"
-
-
 def _nearest_field(parent: str, leaf: str, chosen: type[BaseModel]) -> str:
-    """As `_nearest`, among the fields of the kind that a part is of."""
+    """The field of the chosen kind that an unknown one is near to, else all of them."""
     fields = [name for name in chosen.model_fields if name != "kind"]
-    close = difflib.get_close_matches(leaf, fields, n=1, cutoff=0.6)
+    close = nearest(leaf, fields)
     if close:
-        return f"; did you mean {f'{parent}.{close[0]}'!r}?"
+        return f"; did you mean {f'{parent}.{close}'!r}?"
     return f"; this kind has: {', '.join(fields)}" if fields else "; this kind has no fields"
 
 
-def _kinds(model: type[BaseModel], key: str) -> dict[str, type[BaseModel]]:
-    """What may stand at a dotted key: the models that have a `kind`, by that."""
-    models = [model]
-    for name in key.split("."):
-        fields = [outer.model_fields[name] for outer in models if name in outer.model_fields]
-        models = [inner for field in fields for inner in _types_in(field.annotation) if issubclass(inner, BaseModel)]
-    return {typing.get_args(each.model_fields["kind"].annotation)[0]: each for each in models if "kind" in each.model_fields}
+def build(model: type[Model], content: dict[str, Any], arguments: list[str], place: str) -> Model:
+    """A validated configuration with absolute paths.
 
+    Args:
+        model: The model.
+        content: What a file has, from `read_content`.
+        arguments: The command line's `--field value`.
+        place: The file, for errors.
 
-def known_keys(model: type[BaseModel], prefix: str = "") -> dict[str, bool]:
-    """The dotted name of every field of `model` and of the models in it (unions and lists too), and whether it is a path."""
-    keys: dict[str, bool] = {}
-    for name, field in model.model_fields.items():
-        types = _types_in(field.annotation)
-        keys[prefix + name] = Path in types
-        for inner in types:
-            if issubclass(inner, BaseModel):
-                keys |= known_keys(inner, f"{prefix}{name}.")
-    return keys
-
-
-def _types_in(annotation: Any) -> list[type]:
-    if isinstance(annotation, type) and not typing.get_args(annotation):
-        return [annotation]
-    return [inner for argument in typing.get_args(annotation) for inner in _types_in(argument)]
+    Raises:
+        UserError: A field is unknown or has a value that it cannot have.
+    """
+    pairs = parse_overrides(arguments, model)
+    return absolute(validate(model, override(content, pairs, model), place, [key for key, _ in pairs]))
 
 
 def absolute(model: Model) -> Model:

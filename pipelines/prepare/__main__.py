@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import numpy as np
 
-from pipelines.common.errors import CommandParser, run_command
-from pipelines.common.settings import split_command_line
-from pipelines.prepare.build import choose, ensure_prepared, load_data, subset_seed
+from pipelines.common.command_line import ConfigParser, print_config
+from pipelines.common.errors import UserError, run_command
+from pipelines.prepare.build import PrepareConfig, choose, ensure_prepared, load_data, subset_seed
 from pipelines.prepare.pictures import histogram_text
 from pipelines.prepare.sources import class_counts, open_source
 
 
 def main() -> None:
-    parser = CommandParser(
+    parser = ConfigParser(
         prog="python -m pipelines.prepare",
-        usage="%(prog)s CONFIG [--count] [--field value ...]",
+        usage="%(prog)s CONFIG [--count] [--field value ...]\n       %(prog)s [CONFIG] --help [PART]",
         description="Write the .beton files of CONFIG, a YAML file or the name of a shipped configuration.",
     )
     parser.add_argument("--count", action="store_true", help="only print the class counts; write nothing")
-    name, arguments, rest = split_command_line(parser)
-    config = load_data(name, rest, parser.prog)
+    name, arguments, overrides = parser.split()
+    if parser.helped(PrepareConfig, name, "quickstart", arguments, overrides):
+        return
+    if name is None:
+        raise UserError(f"name a configuration first: {parser.prog} quickstart")
+    config = load_data(name, overrides)
+    if arguments.print_config:
+        print_config(config)
+        return
     if arguments.count:
         classes, splits = choose(open_source(config.data.source), config.data, subset_seed(config.data, config.seed))
         counts = {name: class_counts(images.labels, len(classes)) for name, images in splits.items()}
@@ -35,4 +42,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, "'cibl-ray[train]'")

@@ -18,8 +18,9 @@ import numpy as np
 from pydantic import Field
 
 from pipelines.common.errors import UserError
+from pipelines.common.fields import nearest
 from pipelines.common.files import locked, write_atomically
-from pipelines.common.settings import Settings, absolute, find_config, override, parse_overrides, read_config, validate
+from pipelines.common.settings import Settings, build, find_config, read_content
 from pipelines.config import DataConfig
 from pipelines.prepare.longtail import apply_profile, carve_validation
 from pipelines.prepare.pictures import save_histogram
@@ -165,19 +166,24 @@ def _split(progress: Progress, name: str, images: Images, classes: list[str]) ->
 class PrepareConfig(Settings):
     """The part of a run's configuration that preparing reads."""
 
-    seed: int = Field(default=0, ge=0, le=2**32 - 1)
-    data: DataConfig = DataConfig()
+    seed: int = Field(default=0, ge=0, le=2**32 - 1, description="decides the subset and the order of the images on disk")
+    data: DataConfig
 
 
-# The other parts of a run's configuration, which training reads.
-OTHER_PARTS = ("runs", "loader", "network", "loss", "optimizer", "schedule", "train")
+def load_data(name: str, overrides: list[str]) -> PrepareConfig:
+    """The data of a run's configuration.
 
+    Args:
+        name: A path, or the name of a shipped configuration. What it says of other parts is not read.
+        overrides: The command line's `--field value`.
 
-def load_data(name: str | None, overrides: list[str], command: str) -> PrepareConfig:
-    """The data of a configuration (a path, or a shipped one's name) with a command line's overrides."""
-    if name is None:
-        raise UserError(f"name a configuration first: {command} quickstart")
+    Raises:
+        UserError: It cannot be read, or a field has a value that it cannot have.
+    """
     path = find_config(name)
-    content = {key: value for key, value in read_config(path).items() if key not in OTHER_PARTS}
-    pairs = parse_overrides(overrides, PrepareConfig)
-    return absolute(validate(PrepareConfig, override(content, pairs, PrepareConfig), str(path)))
+    content = read_content(path, PrepareConfig)
+    others = [key for key in content if key not in PrepareConfig.model_fields]
+    misspelt = "" if "data" in content else nearest("data", [key for key in others if isinstance(key, str)])
+    if misspelt:
+        raise UserError(f"{path}: unknown key {misspelt!r}; did you mean 'data'?")
+    return build(PrepareConfig, {key: content[key] for key in content if key not in others}, overrides, str(path))

@@ -153,9 +153,8 @@ def one_line_error(done: subprocess.CompletedProcess, message: str) -> None:
 
 def test_train_mistakes(finished, folders):
     for arguments, message in (
-        ([], "name a configuration"),
         (["quickstrat"], "no configuration 'quickstrat'"),
-        (["quickstart", "--epoch", "3"], "did you mean 'train.epochs'?"),
+        (["quickstart", "--epoch", "3"], "did you mean --train.epochs?"),
         (["quickstart", "--name", "whole", *folders], "already exists; go on with --resume"),
         (["--resume", "nowhere"], "not a run folder"),
         (["--resume", finished[0], "--name", "other"], f"--resume goes on in {finished[0]} itself; leave --name out"),

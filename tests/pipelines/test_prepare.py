@@ -11,9 +11,8 @@ from dataclasses import replace
 
 import pytest
 
-from cibl_ray.config import RunConfig
 from pipelines.common.errors import UserError
-from pipelines.prepare.build import OTHER_PARTS, ensure_prepared, prepare_folder, prepared_folder
+from pipelines.prepare.build import ensure_prepared, prepare_folder, prepared_folder
 from pipelines.prepare.prepared import EARLIER_FORMAT, SIDECAR
 from tests.conftest import REPOSITORY, data_config, digits_config
 
@@ -239,10 +238,6 @@ def test_read_only_prepared_data_can_be_used(image_folder, tmp_path, monkeypatch
     (prepared.folder / ".lock").unlink()
     monkeypatch.setattr("pipelines.prepare.build.locked", None)  # root may write anywhere, so: not even tried
     assert ensure_prepared(data, 0) == prepared
-
-
-def test_other_parts_are_those_that_training_reads():
-    assert {*OTHER_PARTS, "seed", "data"} == set(RunConfig.model_fields)
 
 
 @pytest.mark.parametrize(("flags", "message"), [(["--seed", "-1"], "seed"), ([], "unknown key 'datta'; did you mean 'data'?")])
