@@ -73,7 +73,7 @@ class NetworkConfig(Settings):
 class OptimizerConfig(Settings):
     """SGD with Nesterov momentum."""
 
-    lr: float = Field(default=0.1, gt=0)
+    lr: float = Field(default=0.1, gt=0, description="learning rate of the whole batch, which the schedule scales")
     momentum: float = Field(default=0.9, ge=0, lt=1)
     nesterov: bool = True
     weight_decay: float = Field(default=5e-4, ge=0)

@@ -68,14 +68,14 @@ def main() -> None:
     else:
         from cibl_ray.config import load_config
 
+        config = load_config(name or DEFAULT, overrides)
         if name is None:
-            name = DEFAULT
             print(
-                "no configuration named: training quickstart, long-tailed handwritten digits. "
+                f"no configuration named: training {DEFAULT}, long-tailed handwritten digits. "
                 "Your own images: python -m cibl_ray.train folder --data.source.path FOLDER",
                 file=sys.stderr,
             )
-        config = load_config(name, overrides)
+            name = DEFAULT
         folder = config.runs / (arguments.name or f"{Path(name).stem}-{time.strftime('%Y%m%d-%H%M%S')}")
     if arguments.print_config:
         print_config(config)

@@ -64,8 +64,10 @@ def _meant(part: str, model: type[BaseModel]) -> list[str]:
     return found
 
 
-def _part(model: type[BaseModel], content: Any, key: str, title: str, in_list: bool = False) -> Iterator[_Block]:
-    """The block of a part's own fields, then the blocks of the parts in it."""
+def _part(
+    model: type[BaseModel], content: Any, key: str, title: str, in_list: bool = False, one_of: bool = False
+) -> Iterator[_Block]:
+    """The block of a part's own fields, then the blocks of the parts in it. one_of: `kind` chooses this model."""
     content = content if isinstance(content, Mapping) else {}
     block = _Block(key, title or "at the top")
     inner: list[Iterator[_Block]] = []
@@ -74,7 +76,7 @@ def _part(model: type[BaseModel], content: Any, key: str, title: str, in_list: b
         default = as_plain(info.get_default()) if not info.is_required() and info.default_factory is None else None
         value = content.get(name, default)
         collection = is_collection(info.annotation)
-        if name != "kind" and (collection or not models):
+        if (collection or not models) and not (one_of and name == "kind"):
             block.lines.append((where, _line(where, info, value, in_list)))
         if not models:
             continue
@@ -92,7 +94,7 @@ def _part(model: type[BaseModel], content: Any, key: str, title: str, in_list: b
         inner.append(iter([_Block(where, heading + (f": {_sentence(info.description)}" if info.description else ""), [line])]))
         for each in sorted(models, key=lambda one: kind_of(one) != chosen):
             own = value if kind_of(each) == chosen and not collection else {}
-            inner.append(_part(each, own, where, f"{heading} of kind {_kind_names(each)}", in_list or collection))
+            inner.append(_part(each, own, where, f"{heading} of kind {_kind_names(each)}", in_list or collection, True))
     yield block
     for blocks in inner:
         yield from blocks

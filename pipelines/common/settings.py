@@ -255,7 +255,8 @@ def _full_key(name: str, model: type[BaseModel], keys: dict[str, Key]) -> str:
     if len(free) == 1 and not lists:
         return free[0]
     if tails:
-        ways = [f"--{key}" for key in free] + [f"in --{key} '[...]', a list that is set as a whole" for key in lists]
+        ways = [f"--{key}" for key in free]
+        ways += [f"in the list {key}, which is set as a whole (see --help {key})" for key in lists]
         raise UserError(f"--{name}: say which one: {' or '.join(ways)}" if len(ways) > 1 else f"--{name}: set it {ways[0]}")
     plain = ".".join(part for part in normal.split(".") if not part.isdecimal())
     if plain != normal and plain in keys and (within := keys[plain].in_list) is not None:

@@ -59,7 +59,7 @@ def test_what_stands_where_a_kind_is_expected(flags, message):
 
 
 def test_unknown_flag_names_the_nearest():
-    with pytest.raises(UserError, match=r"--epoch: unknown field; did you mean 'train.epochs'\?"):
+    with pytest.raises(UserError, match=r"--epoch: unknown field; did you mean --train.epochs\?"):
         load_config("quickstart", ["--epoch", "3"])
 
 
@@ -131,7 +131,7 @@ def test_a_whole_part_and_its_fields_mean_the_same_in_either_order():
 
 def test_a_kind_that_is_the_default_drops_nothing(tmp_path):
     (tmp_path / "small.yaml").write_text(
-        "{loss: {tail_skew: 0.2}, schedule: {warmup_epochs: 1}, data: {eval_cut: {ratio: 0.9}}}"
+        "{loss: {tail_skew: 0.2}, schedule: {warmup_epochs: 1}, data: {source: {kind: digits}, eval_cut: {ratio: 0.9}}}"
     )
     kinds = ["--loss.kind", "cibl", "--schedule.kind", "cosine", "--eval_cut.kind", "center"]
     config = load_config(str(tmp_path / "small.yaml"), kinds)
@@ -147,7 +147,7 @@ def test_override_leaves_the_original_alone():
 
 
 def test_a_part_that_the_file_lacks_starts_from_its_default(tmp_path):
-    (tmp_path / "small.yaml").write_text("loss: {tail_skew: 0.2}")
+    (tmp_path / "small.yaml").write_text("{loss: {tail_skew: 0.2}, data: {source: {kind: digits}}}")
     config = load_config(str(tmp_path / "small.yaml"), ["--schedule.warmup_epochs", "1", "--eval_cut.ratio", ".9"])
     assert (config.loss.kind, config.loss.tail_skew) == ("cibl", 0.2)
     assert (config.schedule.kind, config.schedule.warmup_epochs) == ("cosine", 1)
@@ -160,7 +160,7 @@ def test_a_field_of_another_kind_says_so():
 
 
 def test_unknown_key_in_a_list_names_the_nearest():
-    with pytest.raises(UserError, match=r"unknown key 'data.views.0.flp'; did you mean 'data.views.flip'\?"):
+    with pytest.raises(UserError, match=r"unknown key 'data.views.0.flp'; did you mean 'data.views.0.flip'\?"):
         build_config({"data": {"views": [{"flp": 1}]}}, [], "x.yaml")
 
 
@@ -185,7 +185,7 @@ def test_unreadable_files(tmp_path):
 
 
 def test_a_configuration_that_is_not_there_names_the_nearest():
-    with pytest.raises(UserError, match=r"no configuration 'quickstrat'.*did you mean 'quickstart'\?") as caught:
+    with pytest.raises(UserError, match=r"no configuration 'quickstrat'; did you mean quickstart\?") as caught:
         load_config("quickstrat", [])
     assert "cluster/" not in str(caught.value)  # those are no configurations of a run
 
