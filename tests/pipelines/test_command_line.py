@@ -10,7 +10,7 @@ import yaml
 
 from cibl_ray import train, tune
 from cibl_ray.config import RunConfig, load_config
-from cibl_ray.tuning.sweep import SweepConfig
+from cibl_ray.tuning.config import SweepConfig
 from pipelines import preview
 from pipelines.common.errors import UserError, run_command
 from pipelines.common.explain import explain
