@@ -21,9 +21,8 @@ from benchmarks.serve import make_bundle
 from cibl_ray.bundle.card import FILES
 from cibl_ray.bundle.runtime import Runtime
 from cibl_ray.bundle.targets import this_machine
-from cibl_ray.config import NetworkConfig
 from cibl_ray.exporting.onnx_graph import export_base, finish, to_fp16, to_int8
-from cibl_ray.losses.config import Needs
+from cibl_ray.networks.config import Needs, NetworkConfig
 from cibl_ray.networks.network import HybridNetwork, build_network
 from pipelines.augment.recipe import Normalize
 from pipelines.common.errors import run_command

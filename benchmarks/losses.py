@@ -2,9 +2,8 @@
 
 The peers are the matrix formulations of the public implementations, written here from the formulas: similarities, masks, a
 softmax over the whole matrix, all of it held for autograd. They take the same tensors, and the same threads. Memory is the peak
-of what autograd keeps and computes, by torch's profiler. `bounds`, where a batch is taken at once: what the ratio would be if
-all but our matrix products took no time. Then one CIBL step beside one cross-entropy step: ResNet-32, the same views, the
-trainer's own step.
+of what autograd keeps and computes, by torch's profiler. Then one CIBL step beside one cross-entropy step: ResNet-32, the same
+views, the trainer's own step.
 """
 
 from __future__ import annotations
@@ -24,22 +23,17 @@ import torch.nn.functional as F
 from benchmarks.data import add_arguments, cifar10_lt
 from benchmarks.measure import alternate, report
 from cibl_ray.hardware import resolve
+from cibl_ray.losses.bcl import balanced_contrastive
 from cibl_ray.losses.cibl import cibl
-from cibl_ray.losses.contrastive import Contrast, balanced_contrastive, paco, psc, supcon
+from cibl_ray.losses.inputs import ContrastSet
 from cibl_ray.losses.objective import Images
+from cibl_ray.losses.paco import paco
 from cibl_ray.losses.pairs.softmax import KEEP
-from cibl_ray.losses.pairs.within import few
+from cibl_ray.losses.psc import psc
+from cibl_ray.losses.supcon import supcon
 from cibl_ray.training.trainer import Trainer
 from pipelines.common.errors import run_command
 
-# What each loss multiplies where its batch is taken at once: pairs within it, and pairs with the prototypes.
-PRODUCTS = {
-    "supcon": ("within",),
-    "psc": ("prototypes",),
-    "bcl": ("within", "prototypes"),
-    "paco": ("within",),
-    "cibl": ("within",),
-}
 SIZES = ((256, 128, 100), (512, 128, 1000), (4096, 128, 1000))  # M, d, C
 TEMPERATURE, TAIL_SKEW, ALPHA, BETA = 0.1, 0.05, 0.05, 1.0
 
@@ -106,7 +100,7 @@ def pairs(labels: torch.Tensor, classes: int) -> dict[str, Pair]:
     """(ours, plain) of each loss, on embeddings z, logits and prototypes."""
     return {
         "supcon": (
-            lambda z, f, p: supcon(z, labels, Contrast(z, labels), classes, TEMPERATURE).mean(),
+            lambda z, f, p: supcon(z, labels, ContrastSet(z, labels), classes, TEMPERATURE).mean(),
             lambda z, f, p: plain_supcon(z, labels).mean(),
         ),
         "psc": (
@@ -114,15 +108,15 @@ def pairs(labels: torch.Tensor, classes: int) -> dict[str, Pair]:
             lambda z, f, p: plain_psc(z, labels, p).mean(),
         ),
         "bcl": (
-            lambda z, f, p: balanced_contrastive(z, labels, Contrast(z, labels), p, TEMPERATURE).mean(),
+            lambda z, f, p: balanced_contrastive(z, labels, ContrastSet(z, labels), p, TEMPERATURE).mean(),
             lambda z, f, p: plain_bcl(z, labels, p).mean(),
         ),
         "paco": (
-            lambda z, f, p: paco(f, z, labels, Contrast(z, labels), TEMPERATURE, ALPHA, BETA)["loss"],
+            lambda z, f, p: paco(f, z, labels, ContrastSet(z, labels), TEMPERATURE, ALPHA, BETA)["loss"],
             lambda z, f, p: plain_paco(f, z, labels).mean(),
         ),
         "cibl": (
-            lambda z, f, p: cibl(f, z, labels, Contrast(z, labels), TAIL_SKEW, TEMPERATURE)["loss"],
+            lambda z, f, p: cibl(f, z, labels, ContrastSet(z, labels), TAIL_SKEW, TEMPERATURE)["loss"],
             lambda z, f, p: plain_cibl(f, z, labels).mean(),
         ),
     }  # fmt: skip
@@ -134,7 +128,7 @@ def main() -> None:
     parser.add_argument("--no-step", action="store_true", help="leave out the training step, which needs CIFAR-10")
     arguments = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    ratios, spread, bounds, milliseconds, megabytes = {}, {}, {}, {}, {}
+    ratios, spread, milliseconds, megabytes = {}, {}, {}, {}
     # A training process has freed large activations, after which glibc keeps blocks below 32 MB instead of handing them back;
     # without that, either side pays at random for fresh pages. The plain matrices at M = 4096 are larger, there as in training.
     torch.empty(31 * 2**20, dtype=torch.uint8)
@@ -147,9 +141,6 @@ def main() -> None:
             assert abs(values[0] - values[1]) < 1e-3 * abs(values[1]) + 1e-4, (name, size, values)
             for side, loss in (("ours", ours), ("plain", plain)):
                 sides[f"{name} {side}"] = _repeat(partial(_gradients, loss, leaves), size, arguments.quick)
-        at_once = few(leaves[0])
-        for name, multiply in _products(leaves).items() if at_once else ():
-            sides[name] = _repeat(multiply, size, arguments.quick)
         # All losses take turns, so that a disturbance of the machine is spread over them.
         rates = alternate(sides, 2 if arguments.quick else 11 if size > 1000 else 21)
         for name, (ours, plain) in losses.items():
@@ -161,8 +152,6 @@ def main() -> None:
             ratios[key] = round(two["ours"] / two["plain"], 2)
             slowest, fastest = (rates[f"{name} ours"][end] / rates[f"{name} plain"][end] for end in ("lowest", "highest"))
             spread[key] = [round(slowest, 2), round(fastest, 2)]
-            if at_once:
-                bounds[key] = round(1 / (two["plain"] * sum(1 / rates[product]["median"] for product in PRODUCTS[name])), 2)
     # Beyond the threshold, memory at twice the batch over that at it: 2 where it grows like M, 4 like M².
     beyond = 2 * math.isqrt(KEEP[device])
     held = []
@@ -178,7 +167,6 @@ def main() -> None:
         memory_growth={f"{beyond}_to_{2 * beyond}": growth},
         sizes=SIZES,
         ratios_of_slowest_and_fastest_rounds=spread,
-        bounds=bounds,
         ratios=ratios,
     )
 
@@ -194,16 +182,6 @@ def _example(size: int, width: int, classes: int, device: str) -> tuple[torch.Te
         F.normalize(torch.randn(classes, width, generator=random), dim=1),
     ]
     return labels, [tensor.to(device).requires_grad_() for tensor in tensors]
-
-
-def _products(leaves: list[torch.Tensor]) -> dict[str, Callable[[], object]]:
-    """The matrix products of `PRODUCTS`, forward and back, by the library that the losses take."""
-    z, logits, prototypes = (leaf.detach() for leaf in leaves)
-    within = z @ z.T
-    return {
-        "within": lambda: (z @ z.T, within @ z),
-        "prototypes": lambda: (z @ prototypes.T, logits @ prototypes, logits.T @ z),
-    }
 
 
 def _gradients(loss: Callable[..., torch.Tensor], leaves: list[torch.Tensor]) -> object:

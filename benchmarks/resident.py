@@ -24,7 +24,6 @@ from benchmarks.data import add_arguments, cifar10_lt
 from benchmarks.measure import alternate, report
 from cibl_ray.config import RunConfig
 from cibl_ray.hardware import resolve
-from cibl_ray.losses.config import needs
 from cibl_ray.losses.objective import Images, Objective
 from cibl_ray.networks.network import Outputs, build_network
 from cibl_ray.training.trainer import Trainer
@@ -63,7 +62,7 @@ def plain_script(config: RunConfig, prepared: Prepared, bf16: bool) -> Callable[
         data, batch, shuffle=True, drop_last=True, num_workers=usable_cores(), persistent_workers=True,
         pin_memory=device.type == "cuda",
     )  # fmt: skip
-    network = build_network(config.network, len(prepared.classes), needs(config.loss), seed=0).to(device)
+    network = build_network(config.network, len(prepared.classes), config.loss.needs, seed=0).to(device)
     network = network.to(memory_format=torch.contiguous_format)
     objective = Objective(config.loss, network, prepared.train_counts, device, World(), batch)
     rates = config.optimizer

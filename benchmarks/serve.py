@@ -125,9 +125,8 @@ def main() -> None:
 def make_bundle(folder: Path, seed: int = 0) -> Path:
     """A ResNet-32 for CIFAR-10 with weights as drawn: as fast as a trained one."""
     from cibl_ray.bundle.card import MANIFEST, Card, file_sha256
-    from cibl_ray.config import NetworkConfig
     from cibl_ray.exporting.onnx_graph import export_base, finish
-    from cibl_ray.losses.config import Needs
+    from cibl_ray.networks.config import Needs, NetworkConfig
     from cibl_ray.networks.network import build_network
     from pipelines.config import DataConfig, DigitsSource
     from pipelines.pixels import EvalRule

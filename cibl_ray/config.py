@@ -3,71 +3,20 @@
 from __future__ import annotations
 
 import logging
-import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import Field, model_validator
 
-from cibl_ray.losses.config import CIBLConfig, HybridPSCConfig, HybridSCConfig, LDAMConfig, LossConfig, PaCoConfig
+from cibl_ray.losses.cibl import CIBLConfig
+from cibl_ray.losses.config import LossConfig
+from cibl_ray.networks.config import NetworkConfig
 from pipelines.common.files import write_atomically
 from pipelines.common.settings import Settings, build, find_config, read_content
 from pipelines.config import DataConfig, LoaderConfig
 
 log = logging.getLogger(__name__)
-
-
-class LinearHeadConfig(Settings):
-    """f = W·h + b."""
-
-    kind: Literal["linear"] = "linear"
-
-
-class ScaleConfig(Settings):
-    """A cosine head's s over the run: `start` for the warm-up epochs, then by the shape to `end`."""
-
-    start: float = Field(default=16.0, gt=0)
-    end: float | None = Field(default=None, gt=0, description="at the run's end; None: as at the start")
-    shape: Literal["constant", "linear", "cosine"] = "constant"
-    warmup: float = Field(default=0, ge=0, description="epochs at `start`, before the shape begins")
-    learnable: bool = Field(default=False, description="learned with the weights, from `start` on")
-
-    @model_validator(mode="after")
-    def _consistent(self) -> ScaleConfig:
-        if (self.end is None) != (self.shape == "constant"):
-            raise ValueError("a shape of linear or cosine needs an `end`, a constant scale has none")
-        if self.learnable and self.end is not None:
-            raise ValueError("a learned scale follows no shape: leave out `end`, or set learnable: false")
-        if self.warmup and self.end is None:
-            raise ValueError(
-                f"warmup {self.warmup:g} would do nothing: it delays a shape of linear or cosine, which needs an `end`; "
-                "leave it out, or set both"
-            )
-        return self
-
-
-class CosineHeadConfig(Settings):
-    """f_c = s · (ŵ_c · ĥ), both of unit norm."""
-
-    kind: Literal["cosine"]
-    scale: ScaleConfig = ScaleConfig()
-
-
-HeadConfig = Annotated[LinearHeadConfig | CosineHeadConfig, Field(discriminator="kind")]
-
-
-class ProjectionConfig(Settings):
-    """The MLP before the contrastive loss: d_h -> hidden -> size, of unit norm."""
-
-    hidden: int = Field(default=512, ge=1)
-    size: int = Field(default=128, ge=1)
-
-
-class NetworkConfig(Settings):
-    backbone: Literal["resnet20", "resnet32", "resnet50", "resnext50"] = "resnet32"
-    head: HeadConfig = LinearHeadConfig()
-    projection: ProjectionConfig = ProjectionConfig()
 
 
 class OptimizerConfig(Settings):
@@ -155,45 +104,19 @@ class RunConfig(Settings):
 
     @model_validator(mode="after")
     def _fits(self) -> RunConfig:
-        if self.network.backbone in ("resnet50", "resnext50") and self.data.size < 33:
-            raise ValueError(
-                f"network.backbone {self.network.backbone!r} shrinks images 32-fold, data.size is {self.data.size}; "
-                "use resnet20 or resnet32 for small images"
-            )
         if self.schedule.warmup_epochs > self.train.epochs:
             raise ValueError(
                 f"schedule.warmup_epochs = {self.schedule.warmup_epochs:g} is more than train.epochs = {self.train.epochs}; "
                 "lower it too: --warmup_epochs 1"
             )
-        head = self.network.head
-        if isinstance(head, CosineHeadConfig) and head.scale.warmup >= self.train.epochs:
-            raise ValueError(
-                f"network.head.scale.warmup = {head.scale.warmup:g} leaves no epoch of train.epochs = {self.train.epochs} for "
-                "the scale to move in; lower it: --head.scale.warmup 0"
-            )
-        if isinstance(self.loss, LDAMConfig) and not isinstance(head, CosineHeadConfig):
-            raise ValueError("loss.kind 'ldam' sets margins between cosines; set network.head.kind: cosine")
-        if isinstance(self.loss, PaCoConfig | CIBLConfig) and self.loss.momentum is not None and len(self.data.views) < 2:
-            raise ValueError(
-                "loss.momentum embeds every view but the first, and data.views has one; add a view, or set it to null"
-            )
-        if isinstance(self.loss, HybridSCConfig | HybridPSCConfig):
-            for view in self.loss.classifier_views:
-                if not 0 <= view < len(self.data.views):
-                    raise ValueError(f"loss.classifier_views names view {view}; data.views are 0 to {len(self.data.views) - 1}")
+        self.network.check(self.data.size, self.train.epochs)
+        self.loss.check(self.network.head, len(self.data.views))
         return self
 
 
-def doubts(config: RunConfig) -> list[str]:
-    """What a configuration may say and hardly means, a line each, for the log: refused, it would close finished checkpoints."""
-    loss, epochs = config.loss, config.train.epochs
-    last = (epochs - 1) / epochs  # t/T of the last epoch
-    if isinstance(loss, LDAMConfig) and last < loss.reweight_from < 1:
-        return [
-            f"loss.reweight_from = {loss.reweight_from:g} is after the last of {epochs} epochs begins: LDAM without its "
-            f"re-weighting; set it to {math.floor(100 * last) / 100:g} at most (1 if that is meant), or train.epochs higher"
-        ]
-    return []
+def config_warnings(config: RunConfig) -> list[str]:
+    """Mistakes that a configuration allows, one line each, for the log. Refusing them would make finished runs unreadable."""
+    return config.loss.config_warnings(config.train.epochs)
 
 
 def load_config(name: str, arguments: list[str]) -> RunConfig:

@@ -14,7 +14,7 @@ from benchmarks import claims, reproduce_lines, reproduce_report
 from benchmarks.many_runs import Run, RunsFailedError, computed, run_all
 from benchmarks.reproduce_cells import BUDGETS, TABLES, cells
 from benchmarks.reproduce_lines import failed, is_of, of_cell, record
-from cibl_ray.config import doubts, load_config, save_config
+from cibl_ray.config import config_warnings, load_config, save_config
 from cibl_ray.run.fingerprint import code_digest
 from tests.conftest import REPOSITORY
 
@@ -30,7 +30,7 @@ def test_every_cell_is_a_configuration(table, budget):
             longer = {"twice the epochs": 400, "PaCo": 400, "balanced softmax": 620}
             assert config.train.epochs <= longer.get(cell.value, 200)
             assert config.seed == 0
-            assert doubts(config) == []
+            assert config_warnings(config) == []
 
 
 @pytest.mark.parametrize("name", claims.BUDGETS)

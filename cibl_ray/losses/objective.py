@@ -10,23 +10,24 @@ import numpy as np
 import torch
 from torch import nn
 
-from cibl_ray.losses.classification import log_prior
-from cibl_ray.losses.config import AnyLoss, CIBLConfig, HybridPSCConfig, HybridSCConfig, PaCoConfig, PSCConfig
-from cibl_ray.losses.contrastive import Contrast
+from cibl_ray.losses.config import AnyLoss
+from cibl_ray.losses.inputs import ClassPrior, ContrastSet, LossInputs, Terms
 from cibl_ray.losses.memory import LabelledQueue
-from cibl_ray.losses.step import Seen, Tail, Terms, loss_terms
-from cibl_ray.networks.average import copy_buffers, follow
+from cibl_ray.networks.average import copy_buffers, update_average
 from cibl_ray.networks.network import HybridNetwork, Outputs
 from cibl_ray.world import World
 from pipelines.common.errors import UserError
-from pipelines.common.seeding import stream
-from pipelines.config import DataConfig
-from pipelines.loaders.reading import ReadPlan, Share, train_reading
 
 
 @dataclass(frozen=True)
 class Images:
-    """One stream's images, ready for the network: float32 (B*V, 3, S, S), m = b*V + v, and labels int64 (B,)."""
+    """One stream's images, ready for the network.
+
+    Attributes:
+        pixels: float32 (B*V, 3, S, S); row b*V + v is view v of sample b.
+        labels: int64 (B,).
+        views: V.
+    """
 
     pixels: torch.Tensor
     labels: torch.Tensor
@@ -37,21 +38,16 @@ class Images:
         return world.gather(self.labels, batch).repeat_interleave(self.views)
 
 
-def readings(loss: AnyLoss, data: DataConfig, batch_size: int, seed: int, share: Share) -> list[ReadPlan]:
-    """What each stream of images reads: one for most losses; Hybrid's classifier has one of its own, from the same file."""
-    streams = [train_reading(data, batch_size, seed, share)]
-    if isinstance(loss, HybridSCConfig | HybridPSCConfig):
-        views = tuple(data.views[number] for number in loss.classifier_views)
-        second = data.model_copy(update={"views": views, "sampling": loss.classifier_sampling})
-        streams.append(train_reading(second, batch_size, int(stream(seed, "classifier stream").integers(2**32)), share))
-    return streams
-
-
 class Objective:
     """What a run minimises. The trainer calls it and asks no further; its state goes into the checkpoint.
 
-    network: the one that is trained; copied where the loss embeds with an average of it. batch: samples of a step over all
-    workers of `world`. What is contrasted, and the queue, are those of all workers.
+    Args:
+        config: The loss.
+        network: The one that is trained; copied where the loss embeds with an average of it.
+        train_counts: Images of each class, (C,).
+        device: Where the network is.
+        world: The workers. The contrast set and the queue are those of all workers.
+        batch: Samples of a step over all workers.
     """
 
     def __init__(
@@ -63,28 +59,31 @@ class Objective:
         world: World,
         batch: int,
     ) -> None:
-        self.config, self.world, self.batch = config, world, batch
-        self._compares = not isinstance(config, PSCConfig | HybridPSCConfig)  # embeddings with each other, not with prototypes
+        self.config, self.needs, self.world, self.batch = config, config.needs, world, batch
         self._network = network
-        counts = torch.from_numpy(train_counts).to(device)
-        self.tail = Tail(counts, log_prior(counts).float())
+        self.prior = ClassPrior.of(torch.from_numpy(train_counts).to(device))
         self.averaged: HybridNetwork | None = None
         self.queue: LabelledQueue | None = None
-        if isinstance(config, PaCoConfig | CIBLConfig):
-            if config.momentum is not None:
-                self.averaged = copy.deepcopy(network).requires_grad_(False).train()
-                self._momentum = config.momentum
-            if config.queue:
-                assert network.projection is not None
-                self.queue = LabelledQueue(config.queue, network.projection.size, device)
+        if self.needs.momentum is not None:
+            self.averaged = copy.deepcopy(network).requires_grad_(False).train()
+        if self.needs.queue:
+            assert network.projection is not None
+            self.queue = LabelledQueue(self.needs.queue, network.projection.size, device)
 
     def __call__(
         self, network: HybridNetwork, run: Callable[[nn.Module, torch.Tensor], Outputs], streams: list[Images], progress: float
     ) -> Terms:
-        """The terms of one step: scalars by name, 'loss' and the 'accuracy' of what is classified among them.
+        """Compute the terms of one step.
 
-        They are means over this worker's images; weighted by the world's `fraction` they add up to the whole batch's.
-        `run` calls a network on pixels: mixed precision is the caller's. progress: t/T.
+        Args:
+            network: The one that is trained.
+            run: Calls a network on pixels; mixed precision is up to it.
+            streams: This worker's images, one or, where the loss needs a second stream, two.
+            progress: t/T, the share of the epochs done.
+
+        Returns:
+            Scalars by name, "loss" and the "accuracy" of what is classified among them. They are means over this worker's
+            images; weighted by the world's `fraction` they add up to the whole batch's.
         """
         main = streams[0]
         keys = None
@@ -93,26 +92,26 @@ class Objective:
         pixels = [main.pixels, *(other.pixels for other in streams[1:])]
         outputs = run(network, torch.cat(pixels) if len(pixels) > 1 else main.pixels)
         rows = len(main.pixels)
-        labels = main.labels.repeat_interleave(main.views)
-        everyone = main.all_labels(self.world, self.batch) if self.world.size > 1 else labels
-        classified = None
+        logits, labels = outputs.logits[:rows], main.labels.repeat_interleave(main.views)
+        all_labels = main.all_labels(self.world, self.batch) if self.world.size > 1 else labels
+        second = None
         if len(streams) > 1:
-            classified = outputs.logits[rows:], streams[1].labels.repeat_interleave(streams[1].views)
+            second = outputs.logits[rows:], streams[1].labels.repeat_interleave(streams[1].views)
         z = outputs.embeddings[:rows] if outputs.embeddings is not None else None
-        seen = Seen(
-            logits=outputs.logits[:rows],
+        inputs = LossInputs(
+            logits=logits,
             labels=labels,
-            all_labels=everyone,
+            all_labels=all_labels,
             views=main.views,
             embeddings=z,
-            contrast=self._contrast(z, everyone, keys) if z is not None and self._compares else None,
+            contrast=self._contrast(z, all_labels, keys) if z is not None and self.needs.contrast else None,
             prototypes=outputs.prototypes,
             scale=outputs.scale,
-            classified=classified,
+            second_stream=second,
         )
-        terms = loss_terms(self.config, seen, self.tail, progress)
-        logits, truth = classified if classified is not None else (seen.logits, labels)
-        return {"accuracy": (logits.detach().argmax(1) == truth).float().mean()} | terms
+        terms = self.config.terms(inputs, self.prior, progress)
+        classified, truth = second if second is not None else (logits, labels)
+        return {"accuracy": (classified.detach().argmax(1) == truth).float().mean()} | terms
 
     @property
     def networks(self) -> list[nn.Module]:
@@ -156,25 +155,26 @@ class Objective:
 
     @torch.no_grad()
     def _average(self, network: HybridNetwork) -> None:
-        """The averaged network a step further: its parameters follow, its running statistics are the network's."""
+        """Move the averaged network one step: its parameters follow, its running statistics are the network's."""
         assert self.averaged is not None
-        follow(self.averaged, network, 1 - self._momentum)
+        assert self.needs.momentum is not None
+        update_average(self.averaged, network, 1 - self.needs.momentum)
         copy_buffers(self.averaged.buffers(), network.buffers())
 
-    def _contrast(self, z: torch.Tensor, labels: torch.Tensor, keys: tuple[torch.Tensor, torch.Tensor] | None) -> Contrast:
+    def _contrast(self, z: torch.Tensor, labels: torch.Tensor, keys: tuple[torch.Tensor, torch.Tensor] | None) -> ContrastSet:
         """The batch's embeddings, the averaged network's, the queue's; the queue then takes in this step's.
 
         z: this worker's; labels and keys are all workers', and so is the result.
         """
-        everyone = self.world.gather(z, self.batch)
-        own = self.world.share.of(self.batch).start * (len(everyone) // self.batch)
-        parts = [(everyone, labels)] + ([keys] if keys is not None else [])
+        gathered = self.world.gather(z, self.batch)
+        start = self.world.share.of(self.batch).start * (len(gathered) // self.batch)
+        parts = [(gathered, labels)] + ([keys] if keys is not None else [])
         newest = parts[-1]
         if self.queue is not None:
             parts.append(self.queue.content())
         if len(parts) == 1:
-            return Contrast(everyone, labels, own)
-        contrast = Contrast(torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts]), own)
+            return ContrastSet(gathered, labels, start)
+        contrast = ContrastSet(torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts]), start)
         if self.queue is not None:
             self.queue.push(*newest)
         return contrast

@@ -12,7 +12,7 @@ from cibl_ray.networks.network import HybridNetwork
 
 
 @torch.no_grad()
-def follow(average: nn.Module, network: nn.Module, share: float) -> None:
+def update_average(average: nn.Module, network: nn.Module, share: float) -> None:
     """average ← (1 − share)·average + share·network, for the parameters; nothing is asked of the device.
 
     (torch's AveragedModel asks it in every step whether it is the first.)
@@ -47,7 +47,7 @@ class WeightAverage:
     def update(self, network: HybridNetwork, step: int) -> None:
         """`network` has just made step number `step` of the run, from 1 on."""
         share = 1 - min(self.decay, (1 + step) / (10 + step))
-        follow(self.network, network, share)
+        update_average(self.network, network, share)
         running: list[tuple[torch.Tensor, torch.Tensor]] = []
         rest: list[tuple[torch.Tensor, torch.Tensor]] = []
         for (name, own), theirs in zip(self.network.named_buffers(), network.buffers(), strict=True):

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass
-from typing import assert_never
 
 import torch
 from torch import nn
 
-from cibl_ray.config import CosineHeadConfig, LinearHeadConfig, NetworkConfig
-from cibl_ray.losses.config import Needs
-from cibl_ray.networks.heads import CosineHead, LearnedPrototypes, ProjectedPrototypes, Projection
-from cibl_ray.networks.precision import wide
-from cibl_ray.networks.resnet_cifar import CifarResNet
-from cibl_ray.training.schedules import head_scale
+from cibl_ray.networks.config import BACKBONES, Needs, NetworkConfig
+from cibl_ray.networks.modules import Head, LearnedPrototypes, ProjectedPrototypes, Projection
+from cibl_ray.networks.precision import at_least_float32
 from pipelines.common.seeding import torch_seed
 
 
 @dataclass(frozen=True)
 class Outputs:
-    """logits (M, C). embeddings (M, d_z) of unit norm, prototypes (C, d_z) of unit norm; None where the network has none. All
-    in at least float32. scale: s of a cosine head, else 1."""
+    """What the network makes of M images, in at least float32.
+
+    Attributes:
+        logits: (M, C).
+        embeddings: (M, d_z) of unit norm; None where the network has no projection.
+        prototypes: (C, d_z) of unit norm; None where the network has none.
+        scale: The head's scale s; 1 where it has none.
+    """
 
     logits: torch.Tensor
     embeddings: torch.Tensor | None
@@ -29,13 +32,19 @@ class Outputs:
 
 
 class HybridNetwork(nn.Module):
-    """Images (M, 3, S, S) to `Outputs`."""
+    """Images (M, 3, S, S) to `Outputs`.
+
+    Args:
+        config: Backbone, head and projection.
+        classes: C.
+        needs: What the loss asks for beside logits.
+    """
 
     def __init__(self, config: NetworkConfig, classes: int, needs: Needs) -> None:
         super().__init__()
-        self.classes, self.head_config, self.detached_head = classes, config.head, needs.detached_head
-        self.backbone, features = _backbone(config.backbone)
-        self.head = _head(config.head, features, classes)
+        self.classes, self.detached_head = classes, needs.detached_head
+        self.backbone, features = build_backbone(config.backbone)
+        self.head = Head(config.head, features, classes)
         self.projection: Projection | None = None
         self.prototypes: LearnedPrototypes | ProjectedPrototypes | None = None
         if needs.projection:
@@ -47,23 +56,24 @@ class HybridNetwork(nn.Module):
                 self.prototypes = ProjectedPrototypes(features, config.projection.hidden, config.projection.size)
 
     def forward(self, x: torch.Tensor) -> Outputs:
+        """Everything that a loss may need of images (M, 3, S, S)."""
         h = self.backbone(x)
         return Outputs(
-            logits=wide(self.head(h.detach() if self.detached_head else h)),
+            logits=at_least_float32(self.head(h.detach() if self.detached_head else h)),
             embeddings=self.projection(h) if self.projection is not None else None,
             prototypes=self.prototypes(self.head.weight) if self.prototypes is not None else None,
-            scale=self.head.scale if isinstance(self.head, CosineHead) else 1.0,
+            scale=self.head.scale,
         )
 
     def classify(self, x: torch.Tensor) -> torch.Tensor:
         """Logits alone, (M, C), in at least float32: what evaluation and serving need."""
-        return wide(self.head(self.backbone(x)))
+        return at_least_float32(self.head(self.backbone(x)))
 
     def schedule(self, epoch: float, epochs: int) -> None:
-        """Set what changes over a run of `epochs`: a cosine head's scale, where it is not learned."""
-        if isinstance(self.head_config, CosineHeadConfig) and not self.head_config.scale.learnable:
-            assert isinstance(self.head, CosineHead)
-            self.head.set_scale(head_scale(self.head_config.scale, epoch, epochs))
+        """Set what changes over a run of `epochs`: the head's scale, where a schedule sets it."""
+        scale = self.head.config.scale_at(epoch, epochs)
+        if scale is not None:
+            self.head.set_scale(scale)
 
     def decays(self, name: str) -> bool:
         """Whether weight decay applies to the parameter `name`: not to a learned scale, which it would pull to 1."""
@@ -71,9 +81,10 @@ class HybridNetwork(nn.Module):
 
 
 def build_network(config: NetworkConfig, classes: int, needs: Needs, seed: int) -> HybridNetwork:
-    """A network with weights drawn from `seed`, channels last in memory.
+    """Build a network with weights drawn from `seed`, channels last in memory.
 
-    Projection and prototypes are drawn last, so that networks with and without start from the same backbone and classifier.
+    Projection and prototypes are drawn last, so that networks with and without them start from the same backbone and
+    classifier. torch's global generator is left as it was.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(torch_seed(seed, "weights"))
@@ -81,24 +92,8 @@ def build_network(config: NetworkConfig, classes: int, needs: Needs, seed: int) 
     return network.to(memory_format=torch.channels_last)
 
 
-def _backbone(name: str) -> tuple[nn.Module, int]:
-    match name:
-        case "resnet20" | "resnet32":
-            return CifarResNet(int(name.removeprefix("resnet"))), CifarResNet.features
-        case "resnet50" | "resnext50":
-            from torchvision import models
-
-            backbone = models.resnet50() if name == "resnet50" else models.resnext50_32x4d()
-            features = backbone.fc.in_features
-            backbone.fc = nn.Identity()
-            return backbone, features
-    raise AssertionError(name)
-
-
-def _head(config: LinearHeadConfig | CosineHeadConfig, features: int, classes: int) -> nn.Module:
-    match config:
-        case LinearHeadConfig():
-            return nn.Linear(features, classes)
-        case CosineHeadConfig():
-            return CosineHead(features, classes, config.scale.start, config.scale.learnable)
-    assert_never(config)
+def build_backbone(name: str) -> tuple[nn.Module, int]:
+    """The backbone `name` of `BACKBONES`, with weights from torch's global generator, and how many features it has."""
+    module, _, function = BACKBONES[name].builder.partition(":")
+    backbone: tuple[nn.Module, int] = getattr(importlib.import_module(f"cibl_ray.networks.backbones.{module}"), function)()
+    return backbone

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 
-def wide(x: torch.Tensor) -> torch.Tensor:
-    """x in at least float32: half precision has too few digits for norms and sums of exponentials."""
-    return x if x.dtype == torch.float64 else x.float()
+def at_least_float32(x: torch.Tensor) -> torch.Tensor:
+    """x in float32, or in float64 where it is that: half precision has too few digits for norms and sums of exponentials."""
+    return x if x.element_size() >= 4 else x.float()

@@ -19,7 +19,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 
 from cibl_ray.config import RunConfig
-from cibl_ray.losses.config import needs
 from cibl_ray.networks.network import HybridNetwork, build_network
 from cibl_ray.run.folder import LAST, PREVIOUS
 from pipelines.common.errors import UserError
@@ -61,7 +60,7 @@ class Checkpoint:
 
     def network(self) -> HybridNetwork:
         """The network that this checkpoint describes, with the weights to judge and to use it by."""
-        network = build_network(self.config.network, len(self.classes), needs(self.config.loss), seed=0)
+        network = build_network(self.config.network, len(self.classes), self.config.loss.needs, seed=0)
         load_weights(network, self, averaged=True)
         return network
 

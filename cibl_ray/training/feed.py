@@ -8,11 +8,33 @@ from itertools import islice
 
 import torch
 
+from cibl_ray.losses.base import LossSettings
 from cibl_ray.losses.objective import Images
 from pipelines.augment.recipe import Augment, Normalize
-from pipelines.loaders.reading import Batch, Loader, ReadPlan
+from pipelines.common.seeding import stream
+from pipelines.config import DataConfig
+from pipelines.loaders.reading import Batch, Loader, ReadPlan, Share, train_reading
 
 _SMALL, _STEPS_AT_ONCE = 64, 8  # pixels of a side up to which a GPU augments so many steps at once
+
+
+def read_plans(loss: LossSettings, data: DataConfig, batch_size: int, seed: int, share: Share) -> list[ReadPlan]:
+    """What each stream of images reads: one stream, and a second from the same files where the loss needs it.
+
+    Args:
+        loss: Says whether it needs a second stream, and of what.
+        data: Sampling and views of the first stream.
+        batch_size: Samples of a step over all workers.
+        seed: The run's.
+        share: This worker's part of each batch.
+    """
+    plans = [train_reading(data, batch_size, seed, share)]
+    second = loss.needs.second_stream
+    if second is not None:
+        views = tuple(data.views[number] for number in second.views)
+        of_second = data.model_copy(update={"views": views, "sampling": second.sampling})
+        plans.append(train_reading(of_second, batch_size, int(stream(seed, "classifier stream").integers(2**32)), share))
+    return plans
 
 
 class Feed:

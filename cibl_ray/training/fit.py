@@ -15,7 +15,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from cibl_ray.config import RunConfig, doubts, save_config
+from cibl_ray.config import RunConfig, config_warnings, save_config
 from cibl_ray.evaluation.metrics import heading, table
 from cibl_ray.evaluation.pictures import save_accuracy_by_class, save_learning_curves
 from cibl_ray.hardware import TIMER_LAG, describe, keep_freed_memory, let_timers_lag, resolve
@@ -117,8 +117,8 @@ def _fit(trainer: Trainer, progress: Progress) -> dict[str, Any]:
         config.train.precision, trainer.train_loaders[0].name, _workers(trainer.world.size),
         trainer.epoch + 1, config.train.epochs,
     )  # fmt: skip
-    for doubt in doubts(config):
-        log.warning(doubt)
+    for warning in config_warnings(config):
+        log.warning(warning)
     if trainer.epoch >= config.train.epochs:
         log.info("all %d epochs are done; to train on: --resume %s --train.epochs N", trainer.epoch, folder)
     result = trainer.fit(progress)

@@ -1,11 +1,11 @@
-"""The learning rate and the cosine head's scale over a run: pure functions of progress, which need no state to resume."""
+"""The learning rate over a run: a pure function of progress, which needs no state to resume."""
 
 from __future__ import annotations
 
 import math
 from typing import assert_never
 
-from cibl_ray.config import CosineSchedule, ScaleConfig, StepSchedule
+from cibl_ray.config import CosineSchedule, StepSchedule
 
 
 def lr_factor(schedule: StepSchedule | CosineSchedule, epoch: float, epochs: int) -> float:
@@ -20,12 +20,3 @@ def lr_factor(schedule: StepSchedule | CosineSchedule, epoch: float, epochs: int
             done = (epoch - schedule.warmup_epochs) / max(epochs - schedule.warmup_epochs, 1e-9)
             return schedule.final + (1 - schedule.final) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
     assert_never(schedule)
-
-
-def head_scale(scale: ScaleConfig, epoch: float, epochs: int) -> float:
-    """A cosine head's s at `epoch`: `start` for the warm-up epochs, then by the shape to `end`, reached as the run ends."""
-    if scale.end is None or epoch < scale.warmup:
-        return scale.start
-    done = min((epoch - scale.warmup) / max(epochs - scale.warmup, 1e-9), 1.0)
-    share = done if scale.shape == "linear" else 0.5 * (1 - math.cos(math.pi * done))
-    return scale.start + (scale.end - scale.start) * share

@@ -19,8 +19,7 @@ from cibl_ray.config import RunConfig
 from cibl_ray.evaluation.metrics import Scores, score
 from cibl_ray.evaluation.predict import predict
 from cibl_ray.hardware import enough_memory
-from cibl_ray.losses.config import needs
-from cibl_ray.losses.objective import Images, Objective, readings
+from cibl_ray.losses.objective import Images, Objective
 from cibl_ray.networks.average import WeightAverage
 from cibl_ray.networks.network import HybridNetwork, Outputs, build_network
 from cibl_ray.run.checkpoint import Checkpoint, load_checkpoint, load_momentum, load_weights, momentum_of, save_checkpoint
@@ -29,7 +28,7 @@ from cibl_ray.run.folder import BEST, CHECKPOINTS, LAST
 from cibl_ray.run.log import RunLog
 from cibl_ray.run.progress import Progress, Silent
 from cibl_ray.training.compiled import begin_step, compile_network, explained
-from cibl_ray.training.feed import Feed
+from cibl_ray.training.feed import Feed, read_plans
 from cibl_ray.training.optimizer import Sgd
 from cibl_ray.training.schedules import lr_factor
 from cibl_ray.world import World
@@ -68,7 +67,7 @@ class Trainer:
         if self.device.type == "cuda":
             torch.backends.cudnn.benchmark = True  # a run has two or three shapes: the fastest convolutions are found once
         self.autocast = config.train.precision == "bf16"
-        self.network = build_network(config.network, len(prepared.classes), needs(config.loss), config.seed)
+        self.network = build_network(config.network, len(prepared.classes), config.loss.needs, config.seed)
         self.network.to(self.device)
         average = config.train.average
         self.average = WeightAverage(self.network, average) if average is not None else None
@@ -93,14 +92,14 @@ class Trainer:
         self.asked_to_stop = False  # from outside, by a signal
         self.spent = {"evaluation": 0.0, "checkpoint": 0.0}  # seconds since the last epoch's row
         self.best: dict[str, float] | None = None
-        streams = readings(config.loss, config.data, batch, config.seed, world.share)
+        plans = read_plans(config.loss, config.data, batch, config.seed, world.share)
         if config.train.compile:
             for network in self.objective.networks:
                 compile_network(network, self.device)
-        self.train_loaders = [make_loader(prepared, "train", reading, config.loader, self.device) for reading in streams]
+        self.train_loaders = [make_loader(prepared, "train", plan, config.loader, self.device) for plan in plans]
         self.feeds = [
-            Feed(loader, reading, self.normalize, self.device, world.share.of(batch), batch)
-            for loader, reading in zip(self.train_loaders, streams, strict=True)
+            Feed(loader, plan, self.normalize, self.device, world.share.of(batch), batch)
+            for loader, plan in zip(self.train_loaders, plans, strict=True)
         ]
         # Opened now, so that a damaged test set is not found out after the last epoch.
         held_out = eval_reading(config.data, config.train.eval_batch_size, world.share)

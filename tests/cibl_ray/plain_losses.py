@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from cibl_ray.losses.contrastive import Contrast
+from cibl_ray.losses.inputs import ContrastSet
 
 CLASSES, WIDTH, QUEUED = 12, 7, 5  # more classes than the ten anchors
 COUNTS = torch.tensor([500, 300, 200, 90, 60, 40, 20, 10, 8, 6, 5, 5])
@@ -116,7 +116,7 @@ class Example:
 
     def contrast(self):
         """Without a queue the anchors are the very tensor of the set, as in training."""
-        return Contrast(*self.everyone()) if len(self.queue) else Contrast(self.z, self.labels)
+        return ContrastSet(*self.everyone()) if len(self.queue) else ContrastSet(self.z, self.labels)
 
     def in_double(self):
         return self._in(torch.float64)

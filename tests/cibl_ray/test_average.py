@@ -7,8 +7,8 @@ import torch
 from cibl_ray.config import load_config
 from cibl_ray.evaluation.evaluate import evaluate
 from cibl_ray.hardware import resolve
-from cibl_ray.losses.config import Needs
 from cibl_ray.networks.average import WeightAverage
+from cibl_ray.networks.config import Needs
 from cibl_ray.networks.network import build_network
 from cibl_ray.run.checkpoint import load_checkpoint
 from cibl_ray.training.trainer import Trainer
@@ -25,7 +25,7 @@ def trainer(digits, folder, *more):
 
 def test_it_is_the_average_that_the_formula_says():
     config = load_config("quickstart", ["--head", "{kind: cosine}"]).network
-    network = build_network(config, 4, Needs(), seed=0)
+    network = build_network(config, 4, Needs(projection=True), seed=0)
     average = WeightAverage(network, decay=0.4)
     expected = {name: tensor.double() for name, tensor in network.state_dict().items()}
     random = torch.Generator().manual_seed(0)

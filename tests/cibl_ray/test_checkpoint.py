@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import save_file
 
 from cibl_ray.config import load_config
-from cibl_ray.losses.config import Needs, needs
+from cibl_ray.networks.config import Needs
 from cibl_ray.networks.network import build_network
 from cibl_ray.run.checkpoint import Checkpoint, load_checkpoint, load_weights, newest, save_checkpoint
 from pipelines.common.errors import UserError
@@ -14,7 +14,7 @@ from pipelines.common.errors import UserError
 
 def checkpoint(epoch=3, flags=(), average=None):
     config = load_config("quickstart", list(flags))
-    network = build_network(config.network, 3, needs(config.loss), seed=epoch)
+    network = build_network(config.network, 3, config.loss.needs, seed=epoch)
     momentum = {name: torch.full_like(p, 0.5) for name, p in network.named_parameters()}
     return Checkpoint(
         config, ["a", "b", "c"], np.array([9, 5, 2]), {"train": "x"}, epoch, 4, 2, {"epoch": 2, "balanced": 0.5},
@@ -41,9 +41,9 @@ def test_round_trip(tmp_path):
 def test_another_architecture(tmp_path):
     config = load_config("quickstart", ["--backbone", "resnet32"])
     with pytest.raises(UserError, match=r"another architecture: it was made by resnet20 with a linear head"):
-        load_weights(build_network(config.network, 3, Needs(), 0), checkpoint())
+        load_weights(build_network(config.network, 3, Needs(projection=True), 0), checkpoint())
     with pytest.raises(UserError, match="and 3 classes; 2 tensors differ, the first is 'head.weight'"):
-        load_weights(build_network(load_config("quickstart", []).network, 5, Needs(), 0), checkpoint())
+        load_weights(build_network(load_config("quickstart", []).network, 5, Needs(projection=True), 0), checkpoint())
 
 
 def test_cut_short_falls_back_to_the_one_before(tmp_path, caplog):

@@ -7,20 +7,19 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.losses import pairs, peak_bytes
+from cibl_ray.losses.balanced_softmax import adjust_logits
+from cibl_ray.losses.bcl import balanced_contrastive
 from cibl_ray.losses.cibl import cibl, term_weights
-from cibl_ray.losses.classification import (
-    adjusted,
-    cross_entropy,
-    effective_number_weights,
-    ldam,
-    ldam_margins,
-    log_prior,
-)
-from cibl_ray.losses.contrastive import Contrast, balanced_contrastive, paco, positive_counts, psc, supcon
+from cibl_ray.losses.cross_entropy import cross_entropy
 from cibl_ray.losses.hybrid import contrastive_share
+from cibl_ray.losses.inputs import ClassPrior, ContrastSet
+from cibl_ray.losses.ldam import effective_number_weights, ldam, ldam_margins
 from cibl_ray.losses.memory import LabelledQueue
-from cibl_ray.losses.pairs import softmax, within
-from cibl_ray.networks.precision import wide
+from cibl_ray.losses.paco import paco
+from cibl_ray.losses.pairs import positive_counts, self_pairs, softmax
+from cibl_ray.losses.psc import psc
+from cibl_ray.losses.supcon import supcon
+from cibl_ray.networks.precision import at_least_float32
 from tests.cibl_ray.plain_losses import (
     CLASSES,
     COUNTS,
@@ -35,12 +34,12 @@ from tests.cibl_ray.plain_losses import (
     plain_supcon,
 )
 
-PRIOR = log_prior(COUNTS)
+PRIOR = ClassPrior.of(COUNTS, torch.float64).log_prior
 MARGINS = ldam_margins(COUNTS, 0.5)
 LOSSES = {
     "cross_entropy": (lambda e: cross_entropy(e.logits, e.labels), lambda e: plain_cross_entropy(e.logits, e.labels)),
     "balanced_softmax": (
-        lambda e: cross_entropy(adjusted(e.logits, PRIOR.to(wide(e.logits).dtype), 1.5), e.labels),
+        lambda e: cross_entropy(adjust_logits(e.logits, PRIOR.to(at_least_float32(e.logits).dtype), 1.5), e.labels),
         lambda e: plain_cross_entropy(e.logits + 1.5 * torch.log(COUNTS.double() / COUNTS.sum()), e.labels),
     ),
     "ldam": (
@@ -147,7 +146,7 @@ def test_blocks_change_nothing(loss, rows, monkeypatch):
 @pytest.mark.parametrize("name", LABELS)
 @pytest.mark.parametrize("loss", LOSSES)
 def test_a_gpu_computes_the_same(loss, name, keep, queued, monkeypatch):
-    for limits, limit in ((softmax.KEEP, keep), (within.AT_ONCE, keep), (within.TILE, 3)):
+    for limits, limit in ((softmax.KEEP, keep), (self_pairs.AT_ONCE, keep), (self_pairs.TILE, 3)):
         monkeypatch.setitem(limits, "cuda", limit)
     ours, plain = LOSSES[loss]
     example, double = Example(name, torch.float64, queued), Example(name, torch.float64, queued).in_double()
@@ -176,10 +175,10 @@ def test_anchors_compared_with_themselves_have_both_gradients(loss, name, temper
     monkeypatch.setitem(softmax.KEEP, "cpu", keep)
     monkeypatch.setitem(softmax.BLOCK, "cpu", 20)
     if tile is not None:
-        monkeypatch.setitem(within.AT_ONCE, "cpu", 0)
-        monkeypatch.setitem(within.TILE, "cpu", tile)
+        monkeypatch.setitem(self_pairs.AT_ONCE, "cpu", 0)
+        monkeypatch.setitem(self_pairs.TILE, "cpu", tile)
     e = Example(name, torch.float64, queued=False)
-    contrast, everyone = Contrast(e.z, e.labels), (e.z, e.labels)
+    contrast, everyone = ContrastSet(e.z, e.labels), (e.z, e.labels)
     ours, plain = {
         "supcon": (
             lambda: supcon(e.z, e.labels, contrast, CLASSES, temperature),
@@ -214,7 +213,7 @@ def test_one_row_or_none(rows, temperature):
     z = F.normalize(torch.randn(rows, WIDTH, generator=torch.Generator().manual_seed(0)), dim=1).requires_grad_()
     prototypes = F.normalize(torch.randn(CLASSES, WIDTH, generator=torch.Generator().manual_seed(1)), dim=1).double()
     labels = torch.arange(rows)
-    contrast = Contrast(z, labels)
+    contrast = ContrastSet(z, labels)
     losses = (
         supcon(z, labels, contrast, CLASSES, temperature),
         psc(z, labels, prototypes, temperature),
@@ -236,7 +235,7 @@ def test_blocks_keep_memory_below_the_square():
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
         softmax.log_sum_exp(z, z, 0.1, exclude=torch.arange(2500))
-        supcon(z, labels, Contrast(z, labels), 7, 0.1)
+        supcon(z, labels, ContrastSet(z, labels), 7, 0.1)
     assert kept
     assert max(kept) <= z.numel()
 
@@ -246,8 +245,8 @@ def test_memory_grows_like_the_batch_and_not_like_its_square(loss, monkeypatch):
     """Forward and backward, everything counted, beyond the threshold."""
     monkeypatch.setitem(softmax.KEEP, "cpu", 2**15)
     monkeypatch.setitem(softmax.BLOCK, "cpu", 2**13)
-    monkeypatch.setitem(within.AT_ONCE, "cpu", 2**15)
-    monkeypatch.setitem(within.TILE, "cpu", 64)
+    monkeypatch.setitem(self_pairs.AT_ONCE, "cpu", 2**15)
+    monkeypatch.setitem(self_pairs.TILE, "cpu", 64)
     held = []
     for size in (600, 1200):
         random = torch.Generator().manual_seed(0)
@@ -266,7 +265,7 @@ def test_two_workers_halves_add_up_to_the_whole(loss):
 
     def half(start, stop, everyone):
         z, labels = everyone[start:stop], e.labels[start:stop]
-        contrast = Contrast(everyone, torch.cat((e.labels, e.queue_labels)), own=start)
+        contrast = ContrastSet(everyone, torch.cat((e.labels, e.queue_labels)), start=start)
         match loss:
             case "supcon":
                 return supcon(z, labels, contrast, CLASSES, 0.1).sum()
@@ -325,7 +324,7 @@ def test_finite_where_features_oppose_each_other_and_temperature_is_low():
     """A shift by anything but the row's own maximum would underflow: exp(-1/.02 - 1/.02)."""
     z = torch.tensor([[1.0, 0], [-1, 0], [0, 1.0]], requires_grad=True)
     labels = torch.tensor([0, 0, 1])
-    loss = supcon(z, labels, Contrast(z, labels), 2, 0.01).sum()
+    loss = supcon(z, labels, ContrastSet(z, labels), 2, 0.01).sum()
     loss.backward()
     assert math.isfinite(loss.item())
     assert z.grad is not None
@@ -343,7 +342,7 @@ def test_tail_skew_zero_is_cross_entropy_to_the_bit():
 
 def test_a_lone_sample_has_neither_loss_nor_gradient():
     z, labels = F.normalize(torch.randn(1, 8), dim=1).requires_grad_(), torch.tensor([3])
-    loss = supcon(z, labels, Contrast(z, labels), 5, 0.1).sum()
+    loss = supcon(z, labels, ContrastSet(z, labels), 5, 0.1).sum()
     assert loss.item() == 0
     assert torch.autograd.grad(loss, z)[0].count_nonzero() == 0
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cibl_ray.config import CosineHeadConfig, NetworkConfig, ScaleConfig
-from cibl_ray.losses.config import Needs
-from cibl_ray.networks.heads import CosineHead
+from cibl_ray.networks.config import Needs, NetworkConfig
+from cibl_ray.networks.heads.cosine import CosineHeadConfig, ScaleConfig
+from cibl_ray.networks.modules import Head
 from cibl_ray.networks.network import build_network
 
 
@@ -28,7 +28,7 @@ def test_sizes_and_shapes(backbone, size, expected):
 
 
 def test_embeddings_are_of_unit_norm():
-    network = build_network(NetworkConfig(backbone="resnet20"), 10, Needs(), seed=0)
+    network = build_network(NetworkConfig(backbone="resnet20"), 10, Needs(projection=True), seed=0)
     outputs = network(torch.randn(6, 3, 16, 16))
     assert outputs.embeddings is not None
     assert outputs.embeddings.shape == (6, 128)
@@ -50,15 +50,15 @@ def test_building_leaves_the_global_generator_alone():
     torch.manual_seed(5)
     expected = torch.rand(1)
     torch.manual_seed(5)
-    build_network(NetworkConfig(backbone="resnet20"), 10, Needs(), seed=0)
+    build_network(NetworkConfig(backbone="resnet20"), 10, Needs(projection=True), seed=0)
     assert torch.equal(torch.rand(1), expected)
 
 
 def test_cosine_head_is_the_scaled_cosine():
-    head = CosineHead(4, 3, scale=16)
+    head = Head(CosineHeadConfig(kind="cosine"), 4, 3)
     h = torch.randn(5, 4)
     expected = 16 * F.cosine_similarity(h[:, None], head.weight[None], dim=-1)
     assert torch.allclose(head(h), expected, atol=1e-5)
     assert torch.allclose(head(7 * h), expected, atol=1e-5)
     config = NetworkConfig(backbone="resnet20", head=CosineHeadConfig(kind="cosine", scale=ScaleConfig(start=8.0)))
-    assert build_network(config, 3, Needs(), 0).classify(torch.randn(2, 3, 8, 8)).abs().max() <= 8
+    assert build_network(config, 3, Needs(projection=True), 0).classify(torch.randn(2, 3, 8, 8)).abs().max() <= 8

@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cibl_ray.config import RunConfig, doubts, load_config, save_config
+from cibl_ray.config import RunConfig, config_warnings, load_config, save_config
 from cibl_ray.hardware import resolve
-from cibl_ray.losses.config import needs
-from cibl_ray.losses.objective import Images, Objective, readings
+from cibl_ray.losses.objective import Images, Objective
 from cibl_ray.networks.network import build_network
 from cibl_ray.run.checkpoint import load_checkpoint
 from cibl_ray.run.progress import Silent
+from cibl_ray.training.feed import read_plans
 from cibl_ray.training.trainer import Trainer
 from cibl_ray.world import World
 from pipelines.common.errors import UserError
@@ -263,7 +263,7 @@ def test_training_lowers_the_loss(loss, digits, tmp_path):
 
 def test_hybrid_reads_two_streams_from_one_file(tmp_path):
     config = load_config("quickstart", ["--loss", "{kind: hybrid_sc, classifier_views: [1]}", "--prepared", str(tmp_path)])
-    contrastive, classifier = readings(config.loss, config.data, 32, seed=0, share=Share())
+    contrastive, classifier = read_plans(config.loss, config.data, 32, seed=0, share=Share())
     assert (contrastive.sampling, classifier.sampling) == ("instance", "class_balanced")
     assert (len(contrastive.views), classifier.views) == (2, (config.data.views[1],))
     assert contrastive.seed != classifier.seed
@@ -283,7 +283,7 @@ def images_of(samples=6, views=2, size=16):
 
 def objective_of(loss: str, *more: str):
     config = config_of(loss, *more)
-    network = build_network(config.network, 10, needs(config.loss), seed=0)
+    network = build_network(config.network, 10, config.loss.needs, seed=0)
     return Objective(config.loss, network, np.arange(10, 0, -1), torch.device("cpu"), World(), 6), network
 
 
@@ -418,7 +418,7 @@ def test_the_least_temperature_gives_finite_terms_and_gradients(loss):
 def test_a_reweighting_that_never_begins_is_told(epochs, reweight_from, most):
     loss = f"{{kind: ldam, reweight_from: {reweight_from}}}"
     flags = ["--head", "{kind: cosine}", "--loss", loss, "--epochs", str(epochs), "--warmup_epochs", "0"]
-    told = doubts(load_config("quickstart", flags))
+    told = config_warnings(load_config("quickstart", flags))
     assert len(told) == (most is not None)
     assert all(f"after the last of {epochs} epochs begins" in line and f"set it to {most} at most" in line for line in told)
 

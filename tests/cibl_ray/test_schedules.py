@@ -2,8 +2,9 @@
 
 import pytest
 
-from cibl_ray.config import CosineSchedule, ScaleConfig, StepSchedule
-from cibl_ray.training.schedules import head_scale, lr_factor
+from cibl_ray.config import CosineSchedule, StepSchedule
+from cibl_ray.networks.heads.cosine import ScaleConfig, scheduled_scale
+from cibl_ray.training.schedules import lr_factor
 
 
 def test_steps():
@@ -29,8 +30,8 @@ def test_no_warmup_starts_at_the_full_rate():
 )
 def test_head_scale(shape, expected):
     scale = ScaleConfig(start=10, end=30, shape=shape, warmup=20)
-    assert [head_scale(scale, epoch, 100) for epoch in (0, 20, 40, 60, 100)] == pytest.approx(expected)
+    assert [scheduled_scale(scale, epoch, 100) for epoch in (0, 20, 40, 60, 100)] == pytest.approx(expected)
 
 
 def test_a_constant_head_scale():
-    assert [head_scale(ScaleConfig(start=16), epoch, 10) for epoch in (0, 5, 10)] == [16, 16, 16]
+    assert [scheduled_scale(ScaleConfig(start=16), epoch, 10) for epoch in (0, 5, 10)] == [16, 16, 16]

@@ -6,9 +6,7 @@ import pytest
 import torch
 
 from cibl_ray.config import load_config
-from cibl_ray.losses.classification import log_prior
-from cibl_ray.losses.contrastive import Contrast
-from cibl_ray.losses.step import Seen, Tail, loss_terms
+from cibl_ray.losses.inputs import ClassPrior, ContrastSet, LossInputs
 from tests.cibl_ray.plain_losses import (
     CLASSES,
     COUNTS,
@@ -101,10 +99,10 @@ CASES = {
 }  # fmt: skip
 
 
-def seen(e):
-    return Seen(
+def inputs(e):
+    return LossInputs(
         logits=e.logits, labels=e.labels, all_labels=e.labels, views=2, embeddings=e.z, contrast=e.contrast(),
-        prototypes=e.prototypes, scale=SCALE, classified=(second_logits(e), SECOND),
+        prototypes=e.prototypes, scale=SCALE, second_stream=(second_logits(e), SECOND),
     )  # fmt: skip
 
 
@@ -116,7 +114,7 @@ def test_a_configuration_composes_what_its_formula_says(case, name, queued):
     head = ["--head", "{kind: cosine}"] if "ldam" in text else []
     config = load_config("quickstart", ["--loss", text, *head]).loss
     e = Example(name, torch.float64, queued)
-    terms = loss_terms(config, seen(e), Tail(COUNTS, log_prior(COUNTS)), progress)
+    terms = config.terms(inputs(e), ClassPrior.of(COUNTS, torch.float64), progress)
     reference = plain(e)
     assert terms["loss"].item() == pytest.approx(reference.item(), rel=1e-6)
     ours, theirs = (torch.autograd.grad(loss, e.leaves, allow_unused=True) for loss in (terms["loss"], reference))
@@ -133,7 +131,7 @@ def test_the_terms_of_paco_add_up_to_its_loss(name, queued):
     e = Example(name, torch.float64, queued)
     alpha, beta = 0.02, 0.9
     config = load_config("quickstart", ["--loss", f"{{kind: paco, alpha: {alpha}, beta: {beta}}}"]).loss
-    terms = loss_terms(config, seen(e), Tail(COUNTS, log_prior(COUNTS)), 0.5)
+    terms = config.terms(inputs(e), ClassPrior.of(COUNTS, torch.float64), 0.5)
     assert list(terms) == ["loss", "center", "contrastive"]
     center = plain_paco(e.logits + PRIOR, e.z, e.labels, *e.everyone(), 0.07, 0.0, 1.0).mean()
     assert terms["center"].item() == pytest.approx(center.item(), rel=1e-6)
@@ -153,12 +151,12 @@ def test_the_terms_of_pacos_workers_add_up_to_the_batchs(name, queued):
     """Also where anchors with positives are not shared out as the batch is."""
     e = Example(name, torch.float64, queued)
     config = load_config("quickstart", ["--loss", "{kind: paco}"]).loss
-    tail = Tail(COUNTS, log_prior(COUNTS))
-    whole = loss_terms(config, seen(e), tail, 0.5)
+    prior = ClassPrior.of(COUNTS, torch.float64)
+    whole = config.terms(inputs(e), prior, 0.5)
     sums = dict.fromkeys(whole, 0.0)
     for start, stop in ((0, 3), (3, 10)):
         rows = slice(start, stop)
-        own = replace(seen(e), logits=e.logits[rows], labels=e.labels[rows], embeddings=e.z[rows])
-        terms = loss_terms(config, replace(own, contrast=Contrast(*e.everyone(), own=start)), tail, 0.5)
+        own = replace(inputs(e), logits=e.logits[rows], labels=e.labels[rows], embeddings=e.z[rows])
+        terms = config.terms(replace(own, contrast=ContrastSet(*e.everyone(), start)), prior, 0.5)
         sums = {key: sums[key] + (stop - start) / 10 * terms[key].item() for key in sums}
     assert sums == pytest.approx({key: term.item() for key, term in whole.items()}, rel=1e-9)

@@ -13,7 +13,6 @@ import torch.distributed as dist
 from torch import nn
 
 from cibl_ray.config import build_config
-from cibl_ray.losses.config import needs
 from cibl_ray.losses.objective import Images, Objective
 from cibl_ray.networks.network import build_network
 from cibl_ray.world import PeerLostError, World
@@ -56,7 +55,7 @@ def steps_of(loss, world):
     options = ["--loss", LOSSES[loss], "--backbone", "resnet20", *head]
     config = build_config(read_config(find_config("quickstart")), options, "test")
     # In float64, so that no ReLU switches over by rounding.
-    network = per_sample(build_network(config.network, CLASSES, needs(config.loss), seed=0)).double()
+    network = per_sample(build_network(config.network, CLASSES, config.loss.needs, seed=0)).double()
     objective = Objective(config.loss, network, np.array([50, 20, 9, 3, 1]), torch.device("cpu"), world, BATCH)
     network.train()
     random = torch.Generator().manual_seed(1)

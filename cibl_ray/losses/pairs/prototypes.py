@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 from cibl_ray.losses.pairs.softmax import BITS, PairWeights, kept, no_shift_needed, row_blocks
 
 
-def prototype_pairs(
+def prototype_pair_sums(
     z: torch.Tensor,
     labels: torch.Tensor,
     prototypes: torch.Tensor,
@@ -18,11 +18,18 @@ def prototype_pairs(
     weights: PairWeights | None = None,
     exclude_own: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """log Σ_c w_mc·exp(z_m·p_c/τ) and z_m·p_y/τ, (M,) each, differentiable in z (M, d) and prototypes p (C, d), float32 or
-    float64 of unit norm.
+    """The two sums of anchors compared with one prototype a class.
 
-    w is 1 where `weights` are None; their labels are `labels`, their other labels the classes. exclude_own: the anchor's own
-    class c = y does not count in the first sum.
+    Args:
+        z: float32 or float64 (M, d), of unit norm.
+        labels: int64 (M,).
+        prototypes: p, of unit norm, (C, d).
+        temperature: τ.
+        weights: w, what each pair counts in the first sum; None: 1. Their labels are `labels`, their other labels the classes.
+        exclude_own: The anchor's own class c = y does not count in the first sum.
+
+    Returns:
+        log Σ_c w_mc·exp(z_m·p_c/τ) and z_m·p_y/τ, (M,) each.
     """
     both: tuple[torch.Tensor, torch.Tensor] = _PrototypePairs.apply(z, labels, prototypes, temperature, weights, exclude_own)
     return both

@@ -140,31 +140,3 @@ def _exponentials(
     if ctx.weights is not None:
         block.mul_(ctx.weights.of(rows))
     return block, 0.0 if shift is None else shift
-
-
-def row_exponents(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of logits f (M, C): BITS·(f - shift), a new tensor, and the shift (M,), each row's largest."""
-    shift = logits.amax(1)
-    return torch.add((-BITS * shift)[:, None], logits, alpha=BITS), shift
-
-
-def row_log_sum_exp(logits: torch.Tensor) -> torch.Tensor:
-    """log Σ_c exp(f_mc), (M,), of logits (M, C): torch's logsumexp with the exponentials computed once."""
-    result: torch.Tensor = _RowLogSumExp.apply(logits)
-    return result
-
-
-class _RowLogSumExp(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, logits: torch.Tensor) -> torch.Tensor:
-        exponents, shift = row_exponents(logits)
-        sums = (exponentials := exponents.exp2_()).sum(1)
-        ctx.save_for_backward(exponentials, sums)
-        return shift + sums.log()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
-        exponentials, sums = ctx.saved_tensors
-        gradient: torch.Tensor = exponentials * (grad / sums)[:, None]
-        return gradient

@@ -26,6 +26,16 @@ class _Block(nn.Module):
         return F.relu(x + y, inplace=True)
 
 
+def resnet20() -> tuple[nn.Module, int]:
+    """ResNet-20, 0.27 million parameters, and how many features it has."""
+    return CifarResNet(20), CifarResNet.features
+
+
+def resnet32() -> tuple[nn.Module, int]:
+    """ResNet-32, 0.46 million parameters, and how many features it has."""
+    return CifarResNet(32), CifarResNet.features
+
+
 class CifarResNet(nn.Module):
     """Images (M, 3, S, S) to features (M, 64); depth 6n + 2."""
 

@@ -9,34 +9,30 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 
-def class_sizes(labels: torch.Tensor, classes: int) -> torch.Tensor:
-    """How often each class comes in labels (N,): int64 (C,). Unlike torch.bincount without a wait for the device."""
+def class_counts(labels: torch.Tensor, classes: int) -> torch.Tensor:
+    """How often each class is in labels (N,): int64 (C,). Unlike torch.bincount, it never waits for the device."""
     return labels.new_zeros(classes).index_add_(0, labels, torch.ones_like(labels))
+
+
+def positive_counts(labels: torch.Tensor, contrast_labels: torch.Tensor, classes: int) -> torch.Tensor:
+    """|P(m)|, the other members of m's class in the contrast set: int64 (M,)."""
+    return class_counts(contrast_labels, classes).index_select(0, labels) - 1
 
 
 def class_sums(x: torch.Tensor, labels: torch.Tensor, classes: int) -> torch.Tensor:
     """Σ of x (N, d) over the rows of each class: (C, d), 0 where a class has none. Deterministic on every device."""
-    return group_sums(x, *grouped(labels, class_sizes(labels, classes)))
-
-
-def grouped(labels: torch.Tensor, members: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The rows of labels (N,) in the order of their classes, and where each class begins, (C,); members: `class_sizes`."""
-    return labels.argsort(stable=True), members.cumsum(0) - members
-
-
-def group_sums(x: torch.Tensor, order: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
-    """`class_sums` of rows that are `grouped`."""
+    members = class_counts(labels, classes)
     # A third of index_add's time on a CPU, and in a fixed order on a GPU.
-    return F.embedding_bag(order, x, first, mode="sum")
+    return F.embedding_bag(labels.argsort(stable=True), x, members.cumsum(0) - members, mode="sum")
 
 
 def positive_sums(
-    z: torch.Tensor, labels: torch.Tensor, others: torch.Tensor, other_labels: torch.Tensor, own: int, classes: int
+    z: torch.Tensor, labels: torch.Tensor, others: torch.Tensor, other_labels: torch.Tensor, start: int, classes: int
 ) -> torch.Tensor:
-    """Σ_{p∈P(m)} z_m·others_p, (M,), differentiable in z (M, d) and others (A, d), whose rows own, own+1, ... are z."""
+    """Σ_{p∈P(m)} z_m·others_p, (M,), differentiable in z (M, d) and others (A, d), whose rows start, start+1, ... are z."""
     itself = others is z
     result: torch.Tensor = _PositiveSums.apply(
-        z, others.detach() if itself else others, labels, other_labels, own, classes, itself
+        z, others.detach() if itself else others, labels, other_labels, start, classes, itself
     )
     return result
 
@@ -51,12 +47,12 @@ class _PositiveSums(torch.autograd.Function):
         others: torch.Tensor,
         labels: torch.Tensor,
         other_labels: torch.Tensor,
-        own: int,
+        start: int,
         classes: int,
         itself: bool,
     ) -> torch.Tensor:
-        ctx.own, ctx.classes, ctx.itself = own, classes, itself
-        rest = class_sums(others, other_labels, classes).index_select(0, labels).sub_(others[own : own + len(z)])
+        ctx.start, ctx.classes, ctx.itself = start, classes, itself
+        rest = class_sums(others, other_labels, classes).index_select(0, labels).sub_(others[start : start + len(z)])
         ctx.save_for_backward(z, rest, labels, other_labels)
         return (z * rest).sum(1)
 
@@ -69,7 +65,7 @@ class _PositiveSums(torch.autograd.Function):
         if ctx.itself or ctx.needs_input_grad[1]:
             pulled = grad[:, None] * z
             grad_others = class_sums(pulled, labels, ctx.classes).index_select(0, other_labels)
-            grad_others[ctx.own : ctx.own + len(z)] -= pulled
+            grad_others[ctx.start : ctx.start + len(z)] -= pulled
         if ctx.itself:
             grad_z, grad_others = grad_z.add_(grad_others), None
         return grad_z, grad_others, None, None, None, None, None

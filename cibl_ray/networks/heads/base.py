@@ -1,0 +1,60 @@
+"""What every classification head has: its configuration, and how logits follow from features."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import TYPE_CHECKING, ClassVar
+
+from pipelines.common.settings import Settings
+
+if TYPE_CHECKING:
+    import torch
+
+
+class HeadSettings(Settings):
+    """Base of every head's configuration. A head has weights (C, d_h), and a bias and a scale where it says so.
+
+    Attributes:
+        bias: Whether the head has a bias (C,).
+        cosine: Whether its logits are cosines times a scale. Losses with margins between cosines need that.
+    """
+
+    bias: ClassVar[bool] = False
+    cosine: ClassVar[bool] = False
+
+    @abstractmethod
+    def logits(
+        self, h: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, scale: torch.Tensor | float
+    ) -> torch.Tensor:
+        """Compute the logits.
+
+        Args:
+            h: Features, (M, d_h).
+            weight: The classes' weights, (C, d_h).
+            bias: (C,), or None where the head has none.
+            scale: The head's scale s; 1 where it has none.
+
+        Returns:
+            Logits, (M, C).
+        """
+
+    @property
+    def initial_scale(self) -> float | None:
+        """The scale s at the start of a run; None for a head without one."""
+        return None
+
+    @property
+    def learns_scale(self) -> bool:
+        """Whether the scale is a parameter, learned with the weights."""
+        return False
+
+    def scale_at(self, epoch: float, epochs: int) -> float | None:
+        """The scheduled scale at `epoch` (fractional) of `epochs`; None where no schedule sets it."""
+        return None
+
+    def check(self, epochs: int) -> None:
+        """Refuse what does not fit a run of `epochs` epochs.
+
+        Raises:
+            ValueError: One line that names the field, its value and the fix.
+        """

@@ -1,0 +1,85 @@
+"""What stands on a backbone's features: the classification head, and the projection and prototypes for contrastive losses."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from cibl_ray.networks.heads.base import HeadSettings
+from cibl_ray.networks.precision import at_least_float32
+
+
+class Head(nn.Module):
+    """Features (M, d_h) to logits (M, C) by the formula of a head's configuration, which holds no tensors itself.
+
+    The scale s is set from outside as a schedule says, or learned. It is kept as its logarithm, so that it stays positive.
+
+    Args:
+        config: The head's configuration.
+        features: d_h.
+        classes: C.
+    """
+
+    def __init__(self, config: HeadSettings, features: int, classes: int) -> None:
+        super().__init__()
+        self.config = config
+        # As torch.nn.Linear draws them.
+        self.weight = nn.Parameter(torch.empty(classes, features))
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+        self.bias: nn.Parameter | None = None
+        if config.bias:
+            bound = 1 / math.sqrt(features)
+            self.bias = nn.Parameter(torch.empty(classes).uniform_(-bound, bound))
+        self.log_scale: torch.Tensor | None
+        if config.initial_scale is None:
+            self.log_scale = None
+        elif config.learns_scale:
+            self.log_scale = nn.Parameter(torch.tensor(math.log(config.initial_scale)))
+        else:
+            self.register_buffer("log_scale", torch.tensor(math.log(config.initial_scale)))
+
+    @property
+    def scale(self) -> torch.Tensor | float:
+        """The scale s; 1 for a head without one."""
+        return 1.0 if self.log_scale is None else self.log_scale.exp()
+
+    def set_scale(self, scale: float) -> None:
+        """Set the scale of a head that has one."""
+        assert self.log_scale is not None
+        self.log_scale.fill_(math.log(scale))
+
+    def forward(self, h: torch.Tensor) -> torch.Tensor:
+        """Logits (M, C) of features (M, d_h)."""
+        return self.config.logits(h, self.weight, self.bias, self.scale)
+
+
+class Projection(nn.Module):
+    """z = MLP(h)/|MLP(h)|: features (M, d_h) to embeddings (M, d_z) of unit norm, in at least float32."""
+
+    def __init__(self, features: int, hidden: int, size: int) -> None:
+        super().__init__()
+        self.size = size
+        self.layers = nn.Sequential(nn.Linear(features, hidden), nn.ReLU(inplace=True), nn.Linear(hidden, size))
+
+    def forward(self, h: torch.Tensor) -> torch.Tensor:
+        """Embeddings (M, d_z) of features (M, d_h)."""
+        return F.normalize(at_least_float32(self.layers(h)), dim=1)
+
+
+class LearnedPrototypes(nn.Module):
+    """One unit vector for each class in the space of the embeddings, (C, d_z), learned directly (Hybrid-PSC)."""
+
+    def __init__(self, classes: int, size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(F.normalize(torch.randn(classes, size), dim=1))
+
+    def forward(self, classifier: torch.Tensor) -> torch.Tensor:
+        """Prototypes (C, d_z); the classifier's weights play no part."""
+        return F.normalize(at_least_float32(self.weight), dim=1)
+
+
+class ProjectedPrototypes(Projection):
+    """One unit vector for each class, (C, d_z): an MLP of the classifier's weights (C, d_h) (balanced contrastive learning)."""
