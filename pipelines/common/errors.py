@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-_LONG = 500  # characters of an unforeseen error's message that are shown
+_LONG = 500  # characters that are shown of an unforeseen error's message, or of arguments that argparse refuses
 
 
 class UserError(ValueError):
@@ -32,7 +32,7 @@ class CommandParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise a UserError where argparse would print the usage and exit."""
-        raise UserError(f"{message}; see {self.prog} --help")
+        raise UserError(f"{_cut(message)}; see {self.prog} --help")
 
 
 def run_command(main: Callable[[], None], needs: str = "") -> NoReturn:
@@ -82,6 +82,10 @@ def _present(package: str) -> bool:
         return False
 
 
+def _cut(text: str) -> str:
+    return text if len(text) <= _LONG else f"{text[:_LONG]}..."
+
+
 def _tell(message: str, status: int) -> int:
     print(" ".join(message.split()) if message.startswith("error: ") else message, file=sys.stderr)
     return status
@@ -90,8 +94,7 @@ def _tell(message: str, status: int) -> int:
 def _unforeseen(error: Exception) -> int:
     """Keep the traceback of an error that nobody foresaw in a file, and tell where."""
     text = "".join(traceback.format_exception(error))
-    message = " ".join(f"{type(error).__name__}: {error}".split())
-    message = message if len(message) <= _LONG else f"{message[:_LONG]}..."
+    message = _cut(" ".join(f"{type(error).__name__}: {error}".split()))
     try:
         handle, name = tempfile.mkstemp(prefix=f"{Path(sys.argv[0]).stem}-error-", suffix=".txt")
         with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as file:

@@ -47,9 +47,16 @@ def test_a_view_belongs_to_its_image(digits, tmp_path):
         assert (stored == view).all()
 
 
-@pytest.mark.parametrize(("flags", "message"), [(["--images", "0"], "1 to 64 images"), (["--nonsense", "1"], "unknown field")])
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--images", "0"], "1 to 64 images"),
+        (["--nonsense", "1"], "unknown field"),
+        (["--out", "v.psd"], "--out 'v.psd': name a file such as views.png in a folder that exists"),  # Pillow only reads it
+    ],
+)
 def test_mistakes_are_one_line(tmp_path, flags, message):
-    done = preview("quickstart", *flags, "--out", str(tmp_path / "views.png"))
+    done = preview("quickstart", "--out", str(tmp_path / "views.png"), *flags)
     assert done.returncode == 2
     assert message in done.stderr
     assert done.stderr.count("\n") == 1
