@@ -38,6 +38,9 @@ def main() -> None:
         "--keys", type=Path, metavar="FILE", help="API keys, one a line; without, everyone who reaches the port may ask"
     )
     parser.add_argument("--access-log", type=Path, metavar="FOLDER", help="JSON lines, one file a replica")
+    parser.add_argument(
+        "--cors", nargs="+", metavar="ORIGIN", default=[], help="pages of these origins may call the service; '*' allows all"
+    )
     arguments = parser.parse_args()
     least, most = _replicas(arguments.replicas)
     bundles = [open_bundle(path) for path in arguments.bundles]  # a mistake is told before anything is started
@@ -65,6 +68,7 @@ def main() -> None:
         "max_queue": arguments.max_queue,
         "keys_file": str(arguments.keys.absolute()) if arguments.keys else None,
         "access_log": str(arguments.access_log.absolute()) if arguments.access_log else None,
+        "cors": arguments.cors,
     }
     check(args)
     _free(arguments.host, arguments.port)

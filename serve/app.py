@@ -16,10 +16,11 @@ from typing import Any
 from cibl_ray.bundle.card import MANIFEST
 from serve import v2
 from serve.access import AccessLog
+from serve.cors import cors_headers, preflight
 from serve.downloads import file_of, send_file
 from serve.errors import ProblemError, overloaded
 from serve.metrics import CONTENT_TYPE, Metrics
-from serve.openapi import docs_page, openapi
+from serve.page.routes import Page
 from serve.request import GoneError, Headers, Receive, Request, Scope, Send, respond
 from serve.settings import ReplicaConfig, read_keys
 from serve.store import Model, Store
@@ -43,6 +44,7 @@ class App:
         self._predict = Predict(config)
         self._access = AccessLog(config.access_log)
         self._keys = read_keys(config)
+        self._page = Page(config, bool(self._keys))
         self._waiting = 0
         self._held = 0  # bytes of their bodies, and of images decoded from them
         self._watching: asyncio.Task[None] | None = None
@@ -70,6 +72,7 @@ class App:
         common: Headers = [(b"x-content-type-options", b"nosniff")]
         if self._names_requests:
             common.append((b"x-request-id", request.id.encode()))
+        common += cors_headers(request, self.config.cors)
         try:
             route, handler = self._route(request)
             status, facts = await handler(request, send, common)
@@ -97,8 +100,12 @@ class App:
             return "live", self._live
         if path == "/v2/health/ready":
             return "ready", self._ready
-        self._check_key(request)
         reads = method in ("GET", "HEAD")
+        if (allowed := preflight(request, self.config.cors)) is not None:  # a browser sends it without a key
+            return "preflight", self._preflight(allowed)
+        if (page := self._page.route(path)) is not None:
+            return "page", self._allowed(page, reads, b"GET, HEAD")
+        self._check_key(request)
         if path == "/v1/predict":
             return "predict", self._allowed(self._v1_predict, method == "POST", b"POST")
         if found := _V2_MODEL.fullmatch(path):
@@ -113,10 +120,9 @@ class App:
         if found := _V1_FILE.fullmatch(path):
             request.model, request.file = found[1], found[2]
             return "download", self._allowed(self._v1_file, reads, b"GET, HEAD")
-        known = {"/": self._docs, "/docs": self._docs, "/openapi.json": self._openapi, "/metrics": self._metrics}
-        known |= {"/v1/models": self._v1_models, "/v2": self._v2_server, "/v2/": self._v2_server}
+        known = {"/metrics": self._metrics, "/v1/models": self._v1_models, "/v2": self._v2_server, "/v2/": self._v2_server}
         if path in known:
-            return path.strip("/") or "docs", self._allowed(known[path], reads, b"GET, HEAD")
+            return path.strip("/"), self._allowed(known[path], reads, b"GET, HEAD")
         raise ProblemError(404, "not_found", "no such path; /docs lists them")
 
     @staticmethod
@@ -159,13 +165,13 @@ class App:
             turn.hold(len(files) * 3 * model.bundle.card.rule.size**2)  # a body of kilobytes may be images of megabytes
             answers = await self._predict.answer(model, files, options)
         for answer in answers:
-            self.metrics.answer(model.name, answer[0]["label"])
+            self.metrics.answer(model.name, answer["top"][0]["label"])
         content = {
             "model": model.name,
             "precision": self.config.precision,
             "sha256": model.sha256,
             "request_id": request.id,
-            "predictions": [{"top": answer} for answer in answers],
+            "predictions": answers,
         }
         await respond(send, 200, [*_JSON, *common], json.dumps(content).encode())
         return 200, {"model": model.name, "images": len(files)}
@@ -254,12 +260,14 @@ class App:
         await respond(send, 200, [(b"content-type", CONTENT_TYPE.encode()), *common], text)
         return 200, {}
 
-    async def _openapi(self, request: Request, send: Send, common: Headers) -> tuple[int, dict[str, Any]]:
-        return await self._json(send, common, openapi(self.config))
+    @staticmethod
+    def _preflight(allowed: Headers) -> Any:
+        async def handler(request: Request, send: Send, common: Headers) -> tuple[int, dict[str, Any]]:
+            await send({"type": "http.response.start", "status": 204, "headers": [*allowed, *common]})
+            await send({"type": "http.response.body", "body": b""})
+            return 204, {}
 
-    async def _docs(self, request: Request, send: Send, common: Headers) -> tuple[int, dict[str, Any]]:
-        await respond(send, 200, [(b"content-type", b"text/html; charset=utf-8"), *common], docs_page(openapi(self.config)))
-        return 200, {}
+        return handler
 
     @staticmethod
     async def _json(send: Send, common: Headers, content: Any, status: int = 200) -> tuple[int, dict[str, Any]]:

@@ -1,11 +1,11 @@
-"""What the service says of itself: OpenAPI, and a page of it that needs nothing from elsewhere."""
+"""The OpenAPI document of the service."""
 
 from __future__ import annotations
 
-import html
 from typing import Any
 
 from serve.settings import ReplicaConfig
+from serve.v1 import MAX_LOGITS
 
 _ERROR = {
     "type": "object",
@@ -40,7 +40,12 @@ _PREDICTION = {
                                 "index": {"type": "integer"},
                             },
                         },
-                    }
+                    },
+                    "logits": {
+                        "type": "array",
+                        "items": {"type": "number"},
+                        "description": "of all classes, if asked for: probabilities are their softmax",
+                    },
                 },
             },
         },
@@ -56,11 +61,13 @@ def openapi(config: ReplicaConfig) -> dict[str, Any]:
         _query(
             "tail_shift", {"type": "number", "default": 0}, "logits - tail_shift * log prior: more of it favours rare classes"
         ),
+        _query("logits", {"type": "boolean", "default": False}, f"also the logits of all classes; {MAX_LOGITS:,} at most"),
     ]
     files = {"type": "string", "format": "binary"}
     formats = {f"image/{name.lower()}": {"schema": files} for name in config.formats}
     texts = {"type": "string", "contentEncoding": "base64"}
     fields = {"model": {"type": "string"}, "top_k": {"type": "integer"}, "tail_shift": {"type": "number"}}
+    fields["logits"] = {"type": "boolean"}
     body = {
         **formats,
         "application/octet-stream": {"schema": files},
@@ -125,31 +132,3 @@ def _operation(
     if body:
         operation["requestBody"] = body
     return operation
-
-
-def docs_page(document: dict[str, Any]) -> bytes:
-    """The document as HTML."""
-    rows = []
-    for path, methods in document["paths"].items():
-        for method, operation in methods.items():
-            parts = [f"<h3><code>{method.upper()} {html.escape(path)}</code></h3><p>{html.escape(operation['summary'])}</p>"]
-            parameters = operation.get("parameters", [])
-            if parameters:
-                items = "".join(
-                    f"<li><code>{html.escape(part['name'])}</code> ({part['in']}): {html.escape(part['description'])}</li>"
-                    for part in parameters
-                )
-                parts.append(f"<ul>{items}</ul>")
-            content = operation.get("requestBody", {}).get("content", {})
-            if content:
-                parts.append(f"<p>Body: {', '.join(f'<code>{html.escape(kind)}</code>' for kind in content)}</p>")
-            rows.append("".join(parts))
-    style = (
-        "body{font:16px/1.5 system-ui;max-width:46rem;margin:2rem auto;padding:0 1rem}code{background:#eee;padding:.1em .3em}"
-    )
-    page = (
-        f"<!doctype html><meta charset=utf-8><title>cibl-ray</title><style>{style}</style><h1>cibl-ray</h1>"
-        f"<p>{html.escape(document['info']['description'])} <a href=/openapi.json>OpenAPI document</a>. "
-        "<code>curl --data-binary @image.jpg http://HOST/v1/predict</code></p>" + "".join(rows)
-    )
-    return page.encode()

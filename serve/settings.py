@@ -7,9 +7,10 @@ import os
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from pipelines.common.errors import UserError
+from serve.cors import ORIGIN
 
 KEYS = "CIBL_RAY_API_KEYS"  # in the environment, separated by commas
 Format = Literal["JPEG", "PNG", "WEBP", "GIF", "BMP"]
@@ -37,6 +38,18 @@ class ReplicaConfig(BaseModel):
     keys_file: Path | None = Field(default=None, description="API keys, one a line")
     access_log: Path | None = Field(default=None, description="folder for JSON lines, one file a replica")
     watch_seconds: float = Field(default=2, gt=0, description="between looks for a new version in a bundle's place")
+
+    cors: tuple[str, ...] = Field(
+        default=(), max_length=64, description="origins whose pages may call the service, such as https://example.org; * is all"
+    )
+
+    @field_validator("cors")
+    @classmethod
+    def _are_origins(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for origin in value:
+            if origin != "*" and not ORIGIN.fullmatch(origin):
+                raise ValueError(f"{origin!r} is no origin; give scheme, host and port, as in https://example.org, or *")
+        return tuple(origin.lower() for origin in value)
 
 
 class ServiceConfig(ReplicaConfig):

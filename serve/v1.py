@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from cibl_ray.bundle.card import PROBABILITIES
+from cibl_ray.bundle.card import LOGITS, PROBABILITIES
 from pipelines.pixels import BadImageError
 from serve.decode import MAX_SHIFT, Limits, UnsupportedImageError, announced, pixels, top
 from serve.errors import ProblemError, bad_request
@@ -26,6 +26,7 @@ T = TypeVar("T")
 
 _SMALL = 16 << 10  # bytes of a file that is decoded in less time than handing it to a thread takes
 _SMALL_PIXELS = 1 << 16
+MAX_LOGITS = 1 << 18  # numbers of one answer, some three megabytes of JSON
 _PASSES = 15  # over as many pixels as a request may have: an ordinary progressive file has 10
 
 
@@ -37,6 +38,7 @@ class Options(BaseModel):
     model: str | None = Field(default=None, max_length=128)
     top_k: int = Field(default=5, ge=1, le=1000)
     tail_shift: float = Field(default=0, ge=-MAX_SHIFT, le=MAX_SHIFT, allow_inf_nan=False)
+    logits: bool = False
 
 
 class _Json(Options):
@@ -94,12 +96,32 @@ class Predict:
             raise ProblemError(413, "too_many", f"{len(files)} images, {self._config.max_images} at most")
         return files
 
-    async def answer(self, model: Model, files: list[bytes], options: Options) -> list[list[dict[str, Any]]]:
-        """The most likely classes of each file. Raises ProblemError."""
+    async def answer(self, model: Model, files: list[bytes], options: Options) -> list[dict[str, Any]]:
+        """Classify image files.
+
+        Args:
+            model: The model.
+            files: The files.
+            options: What the client asks for.
+
+        Returns:
+            For each file its most likely classes under `top`, as `serve.decode.top` describes them. With `options.logits`, also
+            the logits of all classes, from which the probabilities come.
+
+        Raises:
+            ProblemError: A file is no image, or the answer would be too large.
+        """
+        if options.logits and len(files) * len(model.bundle.card.classes) > MAX_LOGITS:
+            most = max(1, MAX_LOGITS // len(model.bundle.card.classes))
+            raise ProblemError(413, "too_many", f"with logits {most} images at most; send them in parts, or leave logits out")
         images = await self._pixels(model, files)
         shift = np.full(len(images), options.tail_shift, np.float32) if options.tail_shift else None
         result = await model.engine.submit(images, shift)
-        return [top(model.bundle.card, row, options.top_k) for row in result[PROBABILITIES]]
+        answers: list[dict[str, Any]] = [{"top": top(model.bundle.card, row, options.top_k)} for row in result[PROBABILITIES]]
+        if options.logits:
+            for answer, row in zip(answers, result[LOGITS].tolist(), strict=True):
+                answer["logits"] = [round(value, 6) for value in row]
+        return answers
 
     async def _pixels(self, model: Model, files: list[bytes]) -> np.ndarray:
         rule = model.engine.runtime.card.rule

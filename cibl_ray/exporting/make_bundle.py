@@ -163,6 +163,7 @@ class _Export:
             "provider": provider,
             "precisions": list(options.precisions),
             "split": self.split,
+            "per_class": {precision: row.per_class for precision, row in scores.items()},
             "tail_shift": {str(shift): _figures(row, self.split) for shift, row in shifted.items()},
             "config": checkpoint.config.model_dump(mode="json", exclude={"runs": True, "data": {"source", "prepared"}}),
             "created": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -246,7 +246,7 @@ def test_keys(bundle, tmp_path, monkeypatch):
     monkeypatch.setenv("CIBL_RAY_API_KEYS", "secret-two")
     with serving([bundle], keys_file=tmp_path / "keys") as server:
         assert server.ask("GET", "/v2/health/ready").status == 200
-        for path in ("/v1/models", "/metrics", "/docs", "/v1/models/digits/fp32.onnx", "/v2"):
+        for path in ("/v1/models", "/metrics", "/v1/models/digits/fp32.onnx", "/v2"):
             refused = server.ask("GET", path)
             assert (refused.status, refused.json()["code"]) == (401, "unauthorized")
         assert server.ask("GET", "/v1/models", X_API_Key="secret").status == 401

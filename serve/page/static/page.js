@@ -1,0 +1,302 @@
+// The page: images in, bars out. State lives here; nothing is stored, nothing leaves for another host.
+
+import { Api, Problem } from "./api.js";
+import { card } from "./card.js";
+import { shiftChart } from "./charts.js";
+import { GROUPS, count, h, percent, size } from "./dom.js";
+import { between, logPrior, measuredPoints, probabilities, topK } from "./shift.js";
+
+const TOP = 5;
+const AT_ONCE = 4; // requests
+const MOST = 200; // images on the page
+
+const $ = (id) => document.getElementById(id);
+const state = { api: null, models: [], model: null, shift: 0, items: [], number: 0, place: "service" };
+
+async function start() {
+  let config;
+  try {
+    config = await (await fetch("page/config.json")).json();
+  } catch {
+    return tell("The service does not answer. Check that it runs, then reload the page.");
+  }
+  state.api = new Api(config);
+  document.querySelectorAll("[data-service]").forEach((element) => (element.hidden = !state.api.isService));
+  $("limits").textContent = `${config.formats.map((name) => (name === "WEBP" ? "WebP" : name)).join(", ")}, at most ${size(config.max_bytes)} each.`;
+  $("camera").hidden = !navigator.mediaDevices?.getUserMedia;
+  $("key-form").hidden = !config.keys;
+  listen();
+  if (config.keys) $("key").focus();
+  else await load();
+}
+
+async function load() {
+  try {
+    state.models = await state.api.models();
+  } catch (error) {
+    return tell(sentence(error), error.needsKey);
+  }
+  tell("");
+  $("key-form").hidden = true;
+  $("model").replaceChildren(...state.models.map((model) => h("option", { value: model.name }, model.name)));
+  document.querySelector("header .model").hidden = false;
+  const asked = state.models.find((model) => model.name === state.model?.name) ?? state.models[0];
+  choose(asked);
+}
+
+function choose(model) {
+  state.model = model;
+  model.prior ??= logPrior(model.manifest.train_counts);
+  model.points ??= measuredPoints(model.manifest);
+  $("model").value = model.name;
+  const points = model.points;
+  $("shift").min = points.length ? points[0].shift : 0;
+  $("shift").max = points.length ? points.at(-1).shift : 2;
+  $("shift-panel").hidden = false;
+  $("card-body").replaceChildren(...card(model, state.api, download));
+  document.title = `${model.name}: try the model`;
+  showShift();
+  again();
+}
+
+function listen() {
+  $("key-form").addEventListener("submit", (event) => {
+    event.preventDefault();
+    state.api.key = $("key").value.trim();
+    load();
+  });
+  $("model").addEventListener("change", () => choose(state.models.find((model) => model.name === $("model").value)));
+  $("files").addEventListener("change", () => {
+    add($("files").files);
+    $("files").value = "";
+  });
+  document.addEventListener("paste", (event) => {
+    if (event.clipboardData?.files.length) add(event.clipboardData.files);
+  });
+  document.addEventListener("dragover", (event) => {
+    event.preventDefault();
+    document.body.classList.add("dragging");
+  });
+  document.addEventListener("dragleave", (event) => {
+    if (event.relatedTarget === null) document.body.classList.remove("dragging");
+  });
+  document.addEventListener("drop", (event) => {
+    event.preventDefault();
+    document.body.classList.remove("dragging");
+    if (event.dataTransfer.files.length) add(event.dataTransfer.files);
+    else tell("That was not a file. Drop image files, or paste an image.");
+  });
+  let asked = 0;
+  $("shift").addEventListener("input", () => {
+    cancelAnimationFrame(asked);
+    asked = requestAnimationFrame(() => {
+      showShift();
+      state.items.forEach(showAnswer);
+    });
+  });
+  $("clear").addEventListener("click", () => {
+    state.items.forEach((item) => URL.revokeObjectURL(item.url));
+    state.items = [];
+    $("results").replaceChildren();
+    $("clear").hidden = true;
+    $("status").textContent = "";
+    $("files").focus();
+  });
+  listenCamera();
+}
+
+// Images
+
+function add(files) {
+  if (!state.model) return tell(state.api.config.keys ? "Enter the API key first." : "The models are not loaded yet. Try again in a moment.");
+  tell("");
+  const room = MOST - state.items.length;
+  if (files.length > room) tell(`This page shows ${MOST} images at most; ${files.length - room} were left out.`);
+  const added = [...files].slice(0, room).map((file) => ({ id: ++state.number, file, url: URL.createObjectURL(file), run: 0 }));
+  for (const item of added) {
+    item.element = itemElement(item);
+    $("results").prepend(item.element);
+  }
+  state.items.push(...added);
+  $("clear").hidden = state.items.length === 0;
+  answer(added);
+}
+
+/** Ask for all images again: the model or its place has changed. */
+function again() {
+  for (const item of state.items) item.logits = item.problem = null;
+  state.items.forEach(showAnswer);
+  answer(state.items);
+}
+
+async function answer(items) {
+  const waiting = items.map((item) => [item, ++item.run]);
+  const { model } = state;
+  let [done, failed] = [0, 0];
+  const work = async () => {
+    for (let next = waiting.shift(); next; next = waiting.shift()) {
+      const [item, run] = next;
+      let [result, problem] = [null, null];
+      try {
+        result = await ask(item.file, model);
+      } catch (error) {
+        problem = error;
+      }
+      if (item.run !== run) continue; // asked again meanwhile
+      Object.assign(item, { ...result, problem: problem && sentence(problem) });
+      if (problem?.needsKey) askForKey();
+      if (problem) failed++;
+      done++;
+      showAnswer(item);
+      $("status").textContent =
+        done < items.length ? `${done} of ${items.length} images answered.` : items.length === 1 && !problem ? spoken(item) : `${done - failed} of ${items.length} images answered${failed ? `, ${failed} failed` : ""}.`;
+    }
+  };
+  await Promise.all(Array.from({ length: AT_ONCE }, work));
+}
+
+async function ask(file, model) {
+  const result = await state.api.predict(file, model);
+  if (result.sha256 !== model.files[model.serves].sha256) load(); // a new version was put in the model's place
+  return { ...result, where: `service, ${model.serves}` };
+}
+
+function itemElement(item) {
+  const image = h("img", { src: item.url, alt: `the image ${item.file.name}` });
+  image.addEventListener("load", () => image.classList.toggle("tiny", image.naturalWidth < 100));
+  image.addEventListener("error", () => (image.hidden = true));
+  item.body = h("div", { class: "body" }, h("p", { class: "hint" }, "asking …"));
+  return h("li", { class: "result" }, h("figure", {}, image, h("figcaption", {}, item.file.name)), item.body);
+}
+
+function ranked(item) {
+  const { manifest, prior } = state.model;
+  const shares = probabilities(item.logits, prior, state.shift);
+  return topK(shares, TOP).map((i) => ({ label: manifest.classes[i], group: manifest.groups[i], count: manifest.train_counts[i], share: shares[i], index: i }));
+}
+
+function showAnswer(item) {
+  const remove = h("button", { type: "button", "aria-label": `Remove ${item.file.name}`, onclick: () => {
+    URL.revokeObjectURL(item.url);
+    item.run++;
+    state.items = state.items.filter((other) => other !== item);
+    item.element.remove();
+    $("clear").hidden = state.items.length === 0;
+  } }, "Remove");
+  if (item.problem) {
+    item.body.replaceChildren(h("p", { class: "problem" }, item.problem), h("div", { class: "foot" }, h("span"), remove));
+    return;
+  }
+  if (!item.logits) {
+    item.body.replaceChildren(h("p", { class: "hint" }, "asking …"));
+    return;
+  }
+  const bars = ranked(item).map((row) => {
+    const bar = h("span");
+    bar.style.width = `${(100 * row.share).toFixed(2)}%`;
+    return h("li", { class: row.group, "data-index": row.index, "data-share": row.share },
+      h("span", { class: "label" }, row.label), h("span", { class: "track", "aria-hidden": "true" }, bar), h("span", { class: "prob" }, percent(row.share)),
+      h("span", { class: "group" }, h("span", { class: "dot", "aria-hidden": "true" }), row.group, h("span", { class: "count" }, `, ${count(row.count)} images`)));
+  });
+  const time = item.ms < 10 ? item.ms.toFixed(1) : Math.round(item.ms);
+  item.body.replaceChildren(
+    h("ol", { class: "bars", "aria-label": `Most likely classes of ${item.file.name}` }, bars),
+    h("div", { class: "foot" }, h("span", {}, `${time} ms, ${item.where}`), remove),
+  );
+}
+
+function spoken(item) {
+  const [best] = ranked(item);
+  return `${item.file.name}: ${best.label}, ${percent(best.share)}.`;
+}
+
+// Tail shift
+
+function showShift() {
+  state.shift = Number($("shift").value);
+  const text = state.shift.toFixed(2);
+  $("shift-value").textContent = text;
+  $("shift").setAttribute("aria-valuetext", `${text}: ${state.shift === 0 ? "as trained" : state.shift > 0 ? "favours rare classes" : "favours common classes"}`);
+  const { points, manifest } = state.model;
+  if (!points.length) {
+    $("measured").replaceChildren(h("p", { class: "hint" }, "This bundle has no accuracy measured under other shifts."));
+    return;
+  }
+  const rows = ["overall", ...GROUPS].map((score) => {
+    const [now, before] = [between(points, state.shift, score), between(points, 0, score)];
+    const change = now === null ? null : 100 * (now - before);
+    const kind = change === null || Math.abs(change) < 0.05 ? "" : change > 0 ? "up" : "down";
+    return h("tr", {}, h("th", { scope: "row" }, h("span", { class: `dot ${score}` }), score), h("td", {}, percent(now)),
+      h("td", { class: kind }, kind ? `${change > 0 ? "+" : "−"}${Math.abs(change).toFixed(1)}` : "0.0"));
+  });
+  $("measured").replaceChildren(
+    h("div", { class: "measured" },
+      h("table", {}, h("thead", {}, h("tr", {}, h("th", { scope: "col" }, "Accuracy"), h("th", { scope: "col" }, "here"), h("th", { scope: "col" }, "change"))), h("tbody", {}, rows)),
+      shiftChart(points, state.shift)),
+    h("p", { class: "hint" }, `Measured on the ${manifest.split ?? "test"} images when the model was exported, at ${points.length} shifts; between them a straight line.`),
+  );
+}
+
+// Camera
+
+function listenCamera() {
+  let stream = null;
+  const stop = () => {
+    stream?.getTracks().forEach((track) => track.stop());
+    stream = null;
+  };
+  $("camera").addEventListener("click", async () => {
+    try {
+      stream = await navigator.mediaDevices.getUserMedia({ video: { facingMode: "environment" }, audio: false });
+    } catch {
+      return tell("The camera cannot be used. Allow it for this page, or choose an image file.");
+    }
+    $("video").srcObject = stream;
+    $("camera-dialog").showModal();
+    await $("video").play();
+  });
+  $("shoot").addEventListener("click", () => {
+    const video = $("video");
+    const canvas = h("canvas", { width: video.videoWidth, height: video.videoHeight });
+    canvas.getContext("2d").drawImage(video, 0, 0);
+    canvas.toBlob((blob) => add([new File([blob], `photograph-${state.number + 1}.jpg`, { type: "image/jpeg" })]), "image/jpeg", 0.95);
+    $("camera-dialog").close();
+  });
+  $("camera-close").addEventListener("click", () => $("camera-dialog").close());
+  $("camera-dialog").addEventListener("close", stop);
+}
+
+// Words
+
+function sentence(error) {
+  if (error instanceof Problem) return error.message;
+  console.error(error);
+  return `This page failed: ${error.message}`;
+}
+
+function tell(text, needsKey = false) {
+  $("problem").textContent = text;
+  $("problem").hidden = !text;
+  if (needsKey) askForKey();
+}
+
+function askForKey() {
+  $("key-form").hidden = false;
+  $("key").focus();
+}
+
+/** Save a file. With a key a plain link would be refused, so the page fetches it. */
+async function download(event, url, name) {
+  if (!state.api.key) return;
+  event.preventDefault();
+  try {
+    const blob = await (await state.api.fetch(url)).blob();
+    const link = h("a", { href: URL.createObjectURL(blob), download: name });
+    link.click();
+    setTimeout(() => URL.revokeObjectURL(link.href), 10_000);
+  } catch (error) {
+    tell(sentence(error));
+  }
+}
+
+start();

@@ -1,0 +1,53 @@
+// What a tail shift does to logits, and to the accuracy that was measured. Pure functions.
+
+/** The log of each class's share of the training images. */
+export function logPrior(counts) {
+  const total = counts.reduce((sum, count) => sum + count, 0);
+  return counts.map((count) => Math.log(count / total));
+}
+
+/** Probabilities of logits - shift * prior: as the model's input `tail_shift` gives them. */
+export function probabilities(logits, prior, shift) {
+  const moved = shift === 0 ? Array.from(logits) : Array.from(logits, (logit, i) => logit - shift * prior[i]);
+  let most = -Infinity;
+  for (const value of moved) most = Math.max(most, value);
+  let sum = 0;
+  const powers = moved.map((value) => {
+    const power = Math.exp(value - most);
+    sum += power;
+    return power;
+  });
+  return powers.map((power) => power / sum);
+}
+
+/** Indices of the k largest values, largest first; of equal ones the first. */
+export function topK(values, k) {
+  const best = [];
+  values.forEach((value, index) => {
+    if (best.length === k && !(value > values[best[k - 1]])) return;
+    let place = best.length;
+    while (place > 0 && value > values[best[place - 1]]) place--;
+    best.splice(place, 0, index);
+    if (best.length > k) best.pop();
+  });
+  return best;
+}
+
+/** The measured points of a manifest, smallest shift first: [{shift, overall, many, medium, few}]. */
+export function measuredPoints(manifest) {
+  return Object.entries(manifest.tail_shift ?? {})
+    .map(([shift, figures]) => ({ ...figures, shift: Number(shift) }))
+    .sort((a, b) => a.shift - b.shift);
+}
+
+/** A score at a shift between measured points, by a straight line between its neighbours; null where there is none. */
+export function between(points, shift, score) {
+  const known = points.filter((point) => point[score] !== null && point[score] !== undefined);
+  if (!known.length) return null;
+  const after = known.findIndex((point) => point.shift >= shift);
+  if (after === 0) return known[0][score];
+  if (after < 0) return known[known.length - 1][score];
+  const [low, high] = [known[after - 1], known[after]];
+  const part = (shift - low.shift) / (high.shift - low.shift);
+  return low[score] + part * (high[score] - low[score]);
+}
