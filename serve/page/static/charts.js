@@ -36,7 +36,7 @@ export function histogram(manifest) {
 
 /** Measured accuracy of the shot groups over the tail shift, with a line at the shift that is set. */
 export function shiftChart(points, shift) {
-  const [width, height, left, bottom] = [360, 170, 34, 20];
+  const [width, height, left, bottom] = [360, 180, 42, 20];
   const [low, high] = [points[0].shift, points.at(-1).shift];
   const x = (value) => left + ((value - low) / (high - low || 1)) * (width - left - 10);
   const y = (share) => 8 + (1 - share) * (height - bottom - 8);
