@@ -1,10 +1,9 @@
 """`python -m benchmarks.tail_shift --runs FOLDER`: how much of the tail skew can be had after training?
 
-FOLDER holds the runs of `python -m benchmarks.claims --budget cpu` (CIFAR-10-LT, three seeds, five values of lambda). Each
-run's last
-checkpoint is evaluated on the test set under tail shifts from 0 to 2 (logits - tail_shift * log prior), as an exported model
-would
-answer, and set beside what the other values of lambda reach by training. Writes docs/serve/tail_shift.png and prints the table.
+FOLDER holds the runs of `python -m benchmarks.reproduce tail_skew --budget cpu`: runs/reproduce/cpu/tail_skew. Of
+CIFAR-10-LT and five values of λ, each run's last checkpoint is evaluated on the test set under tail shifts from 0 to 2 (logits
+- tail_shift · log prior), as an exported model answers, and set beside what the other values of λ reach by training. Writes
+docs/serve/tail_shift.png and prints the table.
 """
 
 from __future__ import annotations
@@ -16,8 +15,8 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from benchmarks.claims_cells import LAMBDAS
 from benchmarks.measure import report
+from benchmarks.reproduce.cells import cells
 from cibl_ray.evaluation.metrics import Scores, score
 from cibl_ray.evaluation.predict import predict
 from cibl_ray.hardware import resolve
@@ -28,6 +27,7 @@ from pipelines.loaders.make import make_loader
 from pipelines.loaders.reading import eval_reading
 from pipelines.prepare.build import ensure_prepared
 
+LAMBDAS = (0.0, 0.01, 0.05, 0.5, 5.0)
 SHIFTS = tuple(step / 4 for step in range(9))
 SEEDS = 3
 PICTURE = Path("docs/serve/tail_shift.png")
@@ -35,14 +35,15 @@ PICTURE = Path("docs/serve/tail_shift.png")
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tail_shift", description=__doc__)
-    parser.add_argument("--runs", type=Path, required=True, help="the claims' runs: FOLDER/cifar10-lambda-0.0-0 and so on")
+    parser.add_argument("--runs", type=Path, required=True, help="runs/reproduce/cpu/tail_skew")
     parser.add_argument("--quick", action="store_true", help="one seed")
     arguments = parser.parse_args()
     seeds = 1 if arguments.quick else SEEDS
     rows: dict[float, dict[float, list[Scores]]] = {}
-    for value in LAMBDAS:
-        for seed in range(seeds):
-            for shift, scores in shifted(arguments.runs / f"cifar10-lambda-{value}-{seed}").items():
+    for cell in cells("tail_skew", "cpu", seeds, 0.0):
+        value = float(cell.value.removeprefix("λ="))
+        if cell.dataset == "cifar10" and value in LAMBDAS:
+            for shift, scores in shifted(arguments.runs / cell.name).items():
                 rows.setdefault(value, {}).setdefault(shift, []).append(scores)
     table = {
         value: {

@@ -9,7 +9,7 @@ from benchmarks.cibl_vs_ce import _cell
 from pipelines.common.errors import UserError
 from tests.conftest import REPOSITORY
 
-COMMANDS = [path for path in sorted((REPOSITORY / "benchmarks").glob("*.py")) if '__name__ == "__main__"' in path.read_text()]
+COMMANDS = [path for path in sorted((REPOSITORY / "benchmarks").rglob("*.py")) if '__name__ == "__main__"' in path.read_text()]
 
 
 @pytest.mark.parametrize("path", COMMANDS, ids=lambda path: path.stem)

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks import claims, reproduce_lines, reproduce_report
 from benchmarks.many_runs import Run, RunsFailedError, computed, run_all
-from benchmarks.reproduce_cells import BUDGETS, TABLES, cells
-from benchmarks.reproduce_lines import failed, is_of, of_cell, record
+from benchmarks.reproduce import lines as reproduce_lines
+from benchmarks.reproduce import report as reproduce_report
+from benchmarks.reproduce.cells import BUDGETS, TABLES, cells
+from benchmarks.reproduce.lines import failed, is_of, of_cell, record
 from cibl_ray.config import config_warnings, load_config, save_config
 from cibl_ray.run.fingerprint import code_digest
 from tests.conftest import REPOSITORY
@@ -33,20 +34,16 @@ def test_every_cell_is_a_configuration(table, budget):
             assert config_warnings(config) == []
 
 
-@pytest.mark.parametrize("name", claims.BUDGETS)
-def test_every_cell_of_the_claims_is_a_configuration(name):
-    budget = claims.BUDGETS[name]
-    every = claims.cells(budget, ["cifar10", "cifar100"])
-    configs = {run.name: load_config(run.config, list(run.options)) for run in claims._runs(every, {}, budget)}
-    assert len(configs) == len(every)
-    assert configs["cifar10-method-Hybrid-PSC-0"].loss.temperature == 1.0  # as its authors set it there
-    assert configs["cifar100-method-Hybrid-PSC-0"].loss.temperature == 0.1
-    assert {config.network.backbone for config in configs.values()} == {"resnet32" if budget.full else "resnet20"}
-    heads = {name: config.network.head.kind for name, config in configs.items()}
-    assert all(head == ("cosine" if "-cosine-" in name else "linear") for name, head in heads.items())
-    if budget.full:
-        assert configs["cifar100-method-Hybrid-SC-0"].train.batch_size == 512
-        assert configs["cifar100-method-BCL-0"].data.views[0].augment
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_readings_differ_in_the_loss_alone(budget):
+    every = {cell.value: load_config(cell.config, list(cell.options)) for cell in cells("readings", budget, 1, 0.0)}
+    assert len(every) == 15
+    base = every["plain, λ=0.05"].model_dump(mode="json")
+    for config in every.values():
+        assert {part for part, value in config.model_dump(mode="json").items() if value != base[part]} <= {"loss"}
+        assert config.network.head.kind == "linear"
+    assert every["log-prior, λ=5.0"].loss.kappa == 1
+    assert every["normalised by class, λ=0.5"].loss.normalize == "class"
 
 
 def test_recipes_change_one_thing_and_are_scored_on_validation(tmp_path):

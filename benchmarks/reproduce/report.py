@@ -9,8 +9,9 @@ from threading import Lock
 import numpy as np
 from matplotlib.figure import Figure
 
-from benchmarks.reproduce_cells import BEST_PUBLISHED, PUBLISHED, PUBLISHED_EPOCHS, Cell
-from benchmarks.reproduce_lines import Line, source_of
+from benchmarks.reproduce import claims
+from benchmarks.reproduce.cells import BEST_PUBLISHED, PUBLISHED, PUBLISHED_EPOCHS, Cell
+from benchmarks.reproduce.lines import Line, source_of
 
 TITLES = {"cifar10": "CIFAR-10-LT", "cifar100": "CIFAR-100-LT", "imagenet": "ImageNet-LT"}
 COLUMNS = ("overall", "many", "medium", "few", "head", "middle", "tail")
@@ -19,6 +20,7 @@ _CHOICE = {
     "recipe": "No score here is of the test set: recipes are chosen by these.",
     "tail_skew": "No epoch is chosen on the test set. CIBL without the log-prior (κ = 0).",
     "imagenet_lt": "No epoch is chosen on the test set. CIBL: λ = .05, κ = 1, chosen on no data of this set.",
+    "readings": "No epoch is chosen on the test set. CIBL, linear head.",
     "cosine_epochs": "No epoch is chosen on the test set. CIBL: λ = .05, κ = 0.",
 }
 _OF_METHODS = {
@@ -112,6 +114,7 @@ def write(path: Path, known: list[Line], of: int) -> None:
             number, epochs = BEST_PUBLISHED[dataset][factor]
             text += ["", f"The best published number with this network is ProCo's: {number:.1f}, in {epochs} epochs."]
         text += [*_unlike(rows), "", f"![{title}]({picture.name})"]
+    text += claims.sentences(claims.figures(table, lines))
     again = f"{table} --budget {first['budget']} --seeds {1 + max(line['seed'] for line in lines)}"
     again += (" --val SHARE" if "-val" in path.stem else "") + (" --compile" if path.stem.endswith("-compiled") else "")
     text += [

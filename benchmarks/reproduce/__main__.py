@@ -1,7 +1,14 @@
 """`python -m benchmarks.reproduce TABLE [--budget gpu|cpu|smoke] [--seeds 3] [--jobs N]`: a table, from runs to docs/results/.
 
-TABLE: cifar10_lt, cifar100_lt (nine methods at imbalance factors 100, 50, 10), tail_skew, cosine_epochs, imagenet_lt, and
-recipe: CIBL's recipe with one thing changed at a time, scored on a tenth of each class that is set aside for validation.
+TABLE is one of:
+
+cifar10_lt, cifar100_lt  Nine methods at imbalance factors 100, 50 and 10.
+tail_skew       Does λ move accuracy from the head to the tail? Accuracy of each third of the classes against λ.
+cosine_epochs   Does the cosine head need fewer epochs? Whole runs of a quarter to all of the linear head's epochs.
+readings        What the paper's text leaves open: a log-prior in the logits, a queue, cross-entropy weights normalised to a
+                mean of 1, means within each class first. With which does λ move accuracy to the tail?
+recipe          CIBL's recipe with one thing changed at a time, scored on a tenth of each class, set aside for validation.
+imagenet_lt     ResNet-50, 90 epochs.
 
 gpu: ResNet-32, 200 epochs, the published recipes, three runs at a time. cpu: ResNet-20, 3 epochs, imbalance factor 100, one
 short recipe for all methods, a run a core: it says how methods compare after so little training. smoke: one epoch of few
@@ -21,11 +28,12 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import reproduce_report
 from benchmarks.many_runs import Run, RunsFailedError, refuse_another, run_all
 from benchmarks.measure import report
-from benchmarks.reproduce_cells import BUDGETS, TABLES, Cell, cells
-from benchmarks.reproduce_lines import failed, is_of, record, source, source_of
+from benchmarks.reproduce import report as tables
+from benchmarks.reproduce.cells import BUDGETS, TABLES, Cell, cells
+from benchmarks.reproduce.claims import figures
+from benchmarks.reproduce.lines import failed, is_of, record, source, source_of
 from pipelines.common.cores import usable_cores
 from pipelines.common.errors import UserError, run_command
 
@@ -37,6 +45,7 @@ def main() -> None:
     parser.add_argument("table", choices=TABLES)
     parser.add_argument("--budget", choices=BUDGETS, default="gpu" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--hours", type=float, help="begin no run that would end later; the same command does the rest")
     parser.add_argument("--jobs", type=int, help="runs at a time; by default three on a GPU, one a core without")
     parser.add_argument("--methods", nargs="+", metavar="ROW", help="train only these rows of the table")
     parser.add_argument("--datasets", nargs="+", choices=("cifar10", "cifar100"), help="train only on these")
@@ -62,7 +71,7 @@ def main() -> None:
     if table == "imagenet_lt" and budget == "cpu":
         parser.error("imagenet_lt is ResNet-50 at 224 pixels, 90 epochs: it has the budgets gpu and smoke")
     seeds = 1 if budget == "smoke" else arguments.seeds
-    known_seeds = [1 + line["seed"] for line in reproduce_report.read(lines)]
+    known_seeds = [1 + line["seed"] for line in tables.read(lines)]
     every = cells(table, budget, max([seeds, *known_seeds]), arguments.val)
     wanted = [cell for cell in every if cell.seed < seeds]
     for option, name in (("methods", "value"), ("datasets", "dataset"), ("factors", "imbalance")):
@@ -73,23 +82,24 @@ def main() -> None:
             wanted = [cell for cell in wanted if getattr(cell, name) in chosen]
     stopped = None if arguments.report_only else _train(wanted, arguments, lines)
     # The table is always the whole one: of every line that still says what its cell would train.
-    rows = {reproduce_report.row(cell): number for number, cell in reversed([*enumerate(every)])}
-    by_key = {(*reproduce_report.row(cell), cell.seed): cell for cell in every}
+    rows = {tables.row(cell): number for number, cell in reversed([*enumerate(every)])}
+    by_key = {(*tables.row(cell), cell.seed): cell for cell in every}
     known = []
-    for line in reproduce_report.read(lines):
-        cell = by_key.get(reproduce_report.key(line))
+    for line in tables.read(lines):
+        cell = by_key.get(tables.key(line))
         if cell is not None and is_of(line, Run(cell.name, cell.config, cell.options).configuration(Path())):
             known.append(line)
-    known.sort(key=lambda line: (rows[reproduce_report.key(line)[:3]], line["seed"]))
+    known.sort(key=lambda line: (rows[tables.key(line)[:3]], line["seed"]))
     results = [line for line in known if "failed" not in line]
     if stopped is not None and not results:
         raise UserError(str(stopped))
     if not results:
         parser.error(f"{lines} has no results yet")
-    reproduce_report.write(lines, known, of=len(every))
+    tables.write(lines, known, of=len(every))
     if stopped is not None:
         raise UserError(f"{stopped}; the table has the others")
-    report(table=table, budget=budget, runs=len(results), of=len(every), ratios={}, rows=reproduce_report.means(results))
+    found = {"ratios": {}} | figures(table, results)
+    report(table=table, budget=budget, runs=len(results), of=len(every), rows=tables.means(results), **found)
 
 
 def _suffix(arguments: argparse.Namespace) -> str:
@@ -108,17 +118,17 @@ def _train(every: list[Cell], arguments: argparse.Namespace, lines: Path) -> Run
     # Compiled runs have folders, lines and a table of their own.
     runs = arguments.runs / f"{budget}{'-val' if arguments.val else ''}{_suffix(arguments)}" / table
     by_name = {cell.name: cell for cell in every}
-    known = {reproduce_report.key(line): line for line in reproduce_report.read(lines)}
+    known = {tables.key(line): line for line in tables.read(lines)}
 
     def done(run: Run, seconds: float | None) -> None:
-        reproduce_report.add(lines, record(by_name[run.name], runs / run.name, table, budget, jobs, seconds))
+        tables.add(lines, record(by_name[run.name], runs / run.name, table, budget, jobs, seconds))
 
     todo = []
     for cell in every:
         kind = "lists" if table == "imagenet_lt" and budget != "smoke" else "folder"
         place = source(kind, getattr(arguments, cell.dataset))
         run = Run(cell.name, cell.config, (*place, *cell.options, *compiled, "--prepared", str(arguments.prepared)))
-        config, line = run.configuration(runs), known.get((*reproduce_report.row(cell), cell.seed))
+        config, line = run.configuration(runs), known.get((*tables.row(cell), cell.seed))
         if line is None or "failed" in line or not is_of(line, config):
             todo.append(run)
         elif source_of(line) != config.data.source.kind:
@@ -131,12 +141,12 @@ def _train(every: list[Cell], arguments: argparse.Namespace, lines: Path) -> Run
             refuse_another(runs / run.name, run.configuration(runs))
             done(run, None)
     try:
-        run_all(todo, runs, jobs, done)
+        run_all(todo, runs, jobs, done, None if arguments.hours is None else 3600 * arguments.hours)
     except RunsFailedError as error:
         for run in todo:
             if run.name in error.reasons:
                 reason = error.reasons[run.name].replace(str(runs), "RUNS")
-                reproduce_report.add(lines, failed(by_name[run.name], table, budget, run.configuration(runs), reason))
+                tables.add(lines, failed(by_name[run.name], table, budget, run.configuration(runs), reason))
         return error
     return None
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks.many_runs import computed
 from benchmarks.measure import machine
-from benchmarks.reproduce_cells import Cell
+from benchmarks.reproduce.cells import Cell
 from cibl_ray.config import RunConfig
 from cibl_ray.run.fingerprint import code_digest
 from cibl_ray.run.folder import CONFIG
@@ -20,7 +20,7 @@ from pipelines.common.settings import read_config, validate
 
 Line = dict[str, Any]
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+REPOSITORY = Path(__file__).resolve().parents[2]
 CODE = ("benchmarks", "cibl_ray", "configs", "pipelines")  # what decides a result
 
 

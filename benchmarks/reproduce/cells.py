@@ -9,8 +9,17 @@ import yaml
 
 from pipelines.prepare.longtail import exp_counts
 
-TABLES = ("cifar10_lt", "cifar100_lt", "tail_skew", "cosine_epochs", "recipe", "imagenet_lt")
+TABLES = ("cifar10_lt", "cifar100_lt", "tail_skew", "cosine_epochs", "readings", "recipe", "imagenet_lt")
 LAMBDAS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 5.0)
+# What the paper's text leaves open, at the λ where it matters.
+READINGS = {
+    "plain": "",
+    "log-prior": ", kappa: 1",
+    "queue": ", queue: 1024",
+    "normalised over the batch": ", normalize: batch",
+    "normalised by class": ", normalize: class",
+}
+READ_AT = (0.05, 0.5, 5.0)
 
 # Top-1 on the balanced test set, %, by imbalance factor; ResNet-32. Leaderboards and READMEs of Bag of Tricks LT, MiSLAS, PaCo,
 # BCL and ProCo; Hybrid's from a table of its paper as others quote it. CIBL's own tables were not at hand.
@@ -244,6 +253,12 @@ def cells(table: str, name: str, seeds: int, val: float) -> list[Cell]:
                     for skew in LAMBDAS:
                         options = (*_LINEAR, "--loss", f"{{kind: cibl, tail_skew: {skew}}}")
                         found.append(_cell(dataset, 100, f"λ={skew}", seed, name, "plain", options, budget.epochs, common))
+            case "readings":
+                for reading, option in READINGS.items():
+                    for skew in READ_AT:
+                        options = (*_LINEAR, "--loss", f"{{kind: cibl, tail_skew: {skew}{option}}}")
+                        value = f"{reading}, λ={skew}"
+                        found.append(_cell("cifar100", 100, value, seed, name, "plain", options, budget.epochs, common))
             case "recipe":
                 for dataset in ("cifar100", "cifar10"):
                     for value, (times, options) in variants(dataset, budget).items():

@@ -1,0 +1,1 @@
+"""The published tables and the papers' claims, from runs to docs/results/."""
