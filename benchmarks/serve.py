@@ -102,6 +102,8 @@ def main() -> None:
             with service(bundle) as base:
                 _measure(figures, "ours", f"{base}/v1/predict", scripts["json"], connections, seconds)
                 _measure(figures, "ours_raw_bytes", f"{base}/v1/predict", scripts["raw"], connections, seconds)
+            with service(bundle, "--simple") as base:
+                _measure(figures, "ours_simple", f"{base}/v1/predict", scripts["json"], connections, seconds)
             for name, setting in settings.items():
                 with _litserve(bundle, folder, *setting) as base:
                     _measure(figures, f"litserve_{name}", f"{base}/predict", scripts["json"], connections, seconds)
@@ -317,10 +319,10 @@ def kill():
     victims = [p for p in psutil.Process().children(recursive=True) if "ServeReplica" in " ".join(p.cmdline())]
     os.kill(victims[0].pid, signal.SIGKILL)
 
-with running(args, "127.0.0.1", port, cpus=8) as deploy:
+with running(args, "127.0.0.1", port, cpus=8) as service:
     result = {{"swap": asyncio.run(load(10, swap))}}
-    result["scale_down"] = asyncio.run(load(20, lambda: deploy({{**args, "replicas": 1}})))
-    deploy(args)
+    result["scale_down"] = asyncio.run(load(20, lambda: service.deploy({{**args, "replicas": 1}})))
+    service.deploy(args)
     time.sleep(3)
     result["kill"] = asyncio.run(load(12, kill))
 print(json.dumps(result))

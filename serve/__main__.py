@@ -1,6 +1,6 @@
-"""`python -m serve BUNDLE...`: serve exported models on this machine; listens on 127.0.0.1 unless told otherwise.
+"""`python -m serve BUNDLE...`: serve exported models on this machine. It listens on 127.0.0.1 unless --host says otherwise.
 
-A bundle that is replaced in its place (move a new one there) is taken up without a failed request, if it works.
+Replace a bundle in its place (move a new one there) and it is loaded without a failed request, if it works.
 """
 
 from __future__ import annotations
@@ -15,79 +15,161 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from cibl_ray.bundle.card import open_bundle
+from cibl_ray.bundle.card import Bundle, open_bundle
 from cibl_ray.bundle.targets import misfit
 from pipelines.common.errors import CommandParser, UserError, run_command
 from serve.haproxy import addresses, authority
-from serve.local import running
-from serve.settings import KEYS, check
+from serve.settings import KEYS, ServiceConfig, check
+
+# Flags of numbers and words that are fields of the settings, and have their meaning and default from there.
+_FIELDS: dict[str, type] = {
+    "threads": int,
+    "max_batch": int,
+    "max_queue": int,
+    "max_bytes": int,
+    "max_held_bytes": int,
+    "max_images": int,
+    "max_pixels": int,
+    "max_request_pixels": int,
+    "max_waiting_pixels": int,
+    "max_connections": int,
+    "max_connections_per_address": int,
+    "idle_seconds": float,
+    "body_seconds": float,
+    "path_prefix": str,
+}
 
 
 def main() -> None:
-    parser = CommandParser(prog="python -m serve", description=__doc__)
-    parser.add_argument("bundles", nargs="+", type=Path, metavar="BUNDLE", help="folder written by python -m cibl_ray.export")
-    parser.add_argument("--host", default="127.0.0.1", help="to listen on (default: 127.0.0.1, this machine alone)")
-    parser.add_argument("--port", type=int, default=8000)
-    parser.add_argument("--replicas", default="1", help="processes that answer; MIN-MAX scales with the load (default: 1)")
-    parser.add_argument("--threads", type=int, default=1, help="of onnxruntime in each replica (default: 1)")
-    parser.add_argument("--precision", choices=["fp32", "fp16", "int8"], default="fp32")
-    parser.add_argument("--provider", choices=["auto", "cpu", "cuda", "tensorrt"], default="auto")
-    parser.add_argument("--max-batch", type=int, default=32, help="images of one call (default: 32)")
-    parser.add_argument("--max-queue", type=int, default=256, help="requests waiting in a replica; more get 503 (default: 256)")
-    parser.add_argument(
-        "--keys", type=Path, metavar="FILE", help="API keys, one a line; without, everyone who reaches the port may ask"
-    )
-    parser.add_argument("--access-log", type=Path, metavar="FOLDER", help="JSON lines, one file a replica")
-    parser.add_argument(
-        "--cors", nargs="+", metavar="ORIGIN", default=[], help="pages of these origins may call the service; '*' allows all"
-    )
-    arguments = parser.parse_args()
+    """Parse the command line, check everything that can be checked, then serve until a signal comes."""
+    arguments = _parser().parse_args()
     least, most = _replicas(arguments.replicas)
-    bundles = [open_bundle(path) for path in arguments.bundles]  # a mistake is told before anything is started
-    names = [bundle.card.name for bundle in bundles]
-    if twice := next((name for name in names if names.count(name) > 1), None):
-        raise UserError(f"two bundles have the name {twice!r}; export one under another: --name")
-    for bundle in bundles:
-        if arguments.precision not in bundle.models:
-            made = ", ".join(bundle.models)
-            raise UserError(f"{str(bundle.folder)!r} has no {arguments.precision} model; it has {made}: --precision")
-        # Replicas log it, where nobody looks.
-        if arguments.precision == "int8" and arguments.provider in ("auto", "cpu") and (problem := misfit(bundle.card.source)):
-            from cibl_ray.bundle.runtime import usable
-
-            if arguments.provider == "cpu" or not usable("cuda"):
-                print(f"warning: {str(bundle.models['int8'].path)!r} {problem}", file=sys.stderr)
     args: dict[str, Any] = {
         "bundles": [str(path.absolute()) for path in arguments.bundles],
         "precision": arguments.precision,
         "provider": arguments.provider,
-        "threads": arguments.threads,
         "replicas": least,
         "max_replicas": most if most > least else None,
-        "max_batch": arguments.max_batch,
-        "max_queue": arguments.max_queue,
-        "keys_file": str(arguments.keys.absolute()) if arguments.keys else None,
-        "access_log": str(arguments.access_log.absolute()) if arguments.access_log else None,
+        "keys_file": _absolute(arguments.keys),
+        "access_log": _absolute(arguments.access_log),
         "cors": arguments.cors,
+        "tls_certificate": _absolute(arguments.tls_certificate),
+        "tls_key": _absolute(arguments.tls_key),
+        **{name: getattr(arguments, name) for name in _FIELDS if getattr(arguments, name) is not None},
     }
-    check(args)
+    if arguments.formats:
+        args["formats"] = [name.upper().replace("JPG", "JPEG") for name in arguments.formats]
+    if arguments.trusted_proxies:
+        args["trusted_proxies"] = arguments.trusted_proxies
+    config = check(args)
+    names = _check_bundles([open_bundle(path) for path in arguments.bundles], arguments.precision, arguments.provider)
+    _check_log(config.access_log)
     _free(arguments.host, arguments.port)
     ended = threading.Event()
 
     def end(number: int, frame: FrameType | None) -> None:
         ended.set()
 
-    where = f"http://{authority(arguments.host, arguments.port)}"
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, end)
+    where = f"{'https' if config.tls_certificate else 'http'}://{authority(arguments.host, arguments.port)}{config.path_prefix}"
     private = ipaddress.ip_address(addresses(arguments.host)[0]).is_loopback
-    with running(args, arguments.host, arguments.port):
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, end)
-        if not private and not (arguments.keys or os.environ.get(KEYS)):
-            print(f"warning: everyone who reaches {where} may ask; --keys FILE asks for API keys", file=sys.stderr)
-        print(f"serving {', '.join(names)} ({arguments.precision}) on {where}; {where}/docs says how to ask", flush=True)
+    if not private and not (arguments.keys or os.environ.get(KEYS)):
+        print(f"warning: everyone who reaches {where} may ask; --keys FILE asks for API keys", file=sys.stderr)
+
+    def ready() -> None:
+        if not ended.is_set():
+            print(f"serving {', '.join(names)} ({arguments.precision}) on {where}; {where}/docs lists the routes", flush=True)
+
+    if arguments.simple:
+        from serve.simple import running as running_simple
+
+        with running_simple(args, arguments.host, arguments.port) as server:
+            ready()
+            while not ended.wait(1):
+                if not server.healthy:
+                    raise UserError("a model's thread has ended; start the service again")
+            print("answering what was asked, then ending", flush=True)
+        return
+    from serve.local import running
+
+    with running(args, arguments.host, arguments.port, cancelled=ended) as service:
+        ready()
         while not ended.wait(1):
-            pass
+            if service.problem is not None:
+                raise UserError(service.problem)
         print("answering what was asked, then ending", flush=True)
+
+
+def _parser() -> CommandParser:
+    parser = CommandParser(prog="python -m serve", description=__doc__)
+    parser.add_argument("bundles", nargs="+", type=Path, metavar="BUNDLE", help="folder written by python -m cibl_ray.export")
+    parser.add_argument("--host", default="127.0.0.1", help="address or name to listen on (default: 127.0.0.1)")
+    parser.add_argument("--port", type=int, default=8000, help="port to listen on (default: 8000)")
+    parser.add_argument(
+        "--simple", action="store_true", help="one process under uvicorn, without Ray and HAProxy, for a small machine"
+    )
+    parser.add_argument("--replicas", default="1", help="processes that answer; MIN-MAX scales with the load (default: 1)")
+    parser.add_argument("--precision", choices=["fp32", "fp16", "int8"], default="fp32")
+    parser.add_argument("--provider", choices=["auto", "cpu", "cuda", "tensorrt"], default="auto")
+    parser.add_argument("--keys", type=Path, metavar="FILE", help="API keys, one a line; without it everyone may ask")
+    parser.add_argument("--access-log", type=Path, metavar="FOLDER", help="JSON lines, one file for each replica")
+    parser.add_argument("--tls-certificate", type=Path, metavar="FILE", help="PEM file; the port then speaks HTTPS")
+    parser.add_argument("--tls-key", type=Path, metavar="FILE", help="PEM file with the certificate's private key")
+    parser.add_argument(
+        "--cors", nargs="+", metavar="ORIGIN", default=[], help="pages of these origins may call the service; '*' allows all"
+    )
+    fields = ServiceConfig.model_fields
+    parser.add_argument("--formats", nargs="+", metavar="FORMAT", help=_help("formats"))
+    parser.add_argument("--trusted-proxies", nargs="+", metavar="ADDRESS", help=fields["trusted_proxies"].description)
+    for name, kind in _FIELDS.items():
+        letter = {int: "N", float: "SECONDS", str: "PATH"}[kind]
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=letter, help=_help(name))
+    return parser
+
+
+def _help(name: str) -> str:
+    field = ServiceConfig.model_fields[name]
+    default = " ".join(field.default) if isinstance(field.default, tuple) else field.default
+    return f"{field.description} (default: {default or 'none'})"
+
+
+def _absolute(path: Path | None) -> str | None:
+    return str(path.absolute()) if path is not None else None
+
+
+def _check_bundles(bundles: list[Bundle], precision: str, provider: str) -> list[str]:
+    """The models' names. Raises UserError before anything is started."""
+    names = [bundle.card.name for bundle in bundles]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise UserError(f"two bundles have the name {twice!r}; export one under another: --name")
+    for bundle in bundles:
+        if precision not in bundle.models:
+            made = ", ".join(bundle.models)
+            raise UserError(f"{str(bundle.folder)!r} has no {precision} model; it has {made}: --precision")
+        # Replicas log it, where nobody looks.
+        if precision == "int8" and provider in ("auto", "cpu") and (problem := misfit(bundle.card.source)):
+            from cibl_ray.bundle.runtime import usable
+
+            if provider == "cpu" or not usable("cuda"):
+                print(f"warning: {str(bundle.models['int8'].path)!r} {problem}", file=sys.stderr)
+    if provider in ("cuda", "tensorrt"):
+        from cibl_ray.bundle.runtime import usable
+
+        if not usable(provider):
+            raise UserError(f"--provider {provider}: this machine or this onnxruntime has none; give --provider auto or cpu")
+    return names
+
+
+def _check_log(folder: Path | None) -> None:
+    if folder is not None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            writable = os.access(folder, os.W_OK | os.X_OK)
+        except OSError as error:
+            raise UserError(f"--access-log {str(folder)!r}: {error.strerror}; give another folder") from error
+        if not writable:
+            raise UserError(f"--access-log {str(folder)!r}: it cannot be written; give another folder")
 
 
 def _replicas(text: str) -> tuple[int, int]:
@@ -102,7 +184,7 @@ def _replicas(text: str) -> tuple[int, int]:
 
 
 def _free(host: str, port: int) -> None:
-    """Raise UserError where the port cannot be listened on: Ray Serve would try for a minute."""
+    """Raise UserError if the port cannot be listened on."""
     if not 0 < port < 65536:
         raise UserError(f"--port {port}: give one from 1 to 65535")
     for address in addresses(host):

@@ -1,5 +1,7 @@
-"""The HTTP application of one replica: routes, keys, limits, metrics, access log. Plain ASGI, so that a request costs
-little."""
+"""The HTTP application of one replica: routes, keys, limits, metrics, access log.
+
+Plain ASGI, so that a request costs little. Ray Serve, `serve.server` behind HAProxy, and `python -m serve --simple` all run it.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from cibl_ray.bundle.card import MANIFEST
+from pipelines.common.errors import UserError
 from serve import v2
 from serve.access import AccessLog
 from serve.cors import cors_headers, preflight
@@ -21,7 +24,7 @@ from serve.downloads import file_of, send_file
 from serve.errors import ProblemError, overloaded
 from serve.metrics import CONTENT_TYPE, Metrics
 from serve.page.routes import Page
-from serve.request import GoneError, Headers, Receive, Request, Scope, Send, respond
+from serve.request import GoneError, Headers, Receive, Request, Scope, Send, client_of, respond
 from serve.settings import ReplicaConfig, read_keys
 from serve.store import Model, Store
 from serve.v1 import Predict
@@ -29,39 +32,86 @@ from serve.v1 import Predict
 log = logging.getLogger(__name__)
 
 _JSON: Headers = [(b"content-type", b"application/json")]
-_V2_MODEL = re.compile(r"/v2/models/([^/]+)(?:/versions/([^/]+))?(/ready|/infer)?")
+_V2_MODEL = re.compile(r"/v2/models/([^/]+)(?:/versions/([^/]+))?(/ready|/infer|/config|/stats)?")
 _V1_FILE = re.compile(r"/v1/models/([^/]+)/([^/]+)")
+_READS, _POSTS = b"GET, HEAD", b"POST"
+_HEALTH = ("/v2/health/live", "/v2/health/ready")
 
 
 class App:
-    """An ASGI application. `start` must have been awaited, in the loop that serves."""
+    """An ASGI application. It answers 503 until `start` has been awaited, in the loop that serves.
+
+    Attributes:
+        store: The models.
+        metrics: What Prometheus reads.
+        stopping: While true, new requests get 503 and `Connection: close`. Set it before the listener closes.
+    """
 
     def __init__(self, config: ReplicaConfig, names_requests: bool = True) -> None:
-        """names_requests: answers carry their request's id; False where what is in front adds it."""
+        """Make the application, without models.
+
+        Args:
+            config: The settings.
+            names_requests: Whether answers carry their request's id. False where the proxy in front adds it.
+
+        Raises:
+            UserError: The keys cannot be read, or the access log cannot be written.
+        """
         self.config, self._names_requests = config, names_requests
         self.metrics = Metrics()
         self.store = Store(config, self.metrics)
+        self.stopping = False
         self._predict = Predict(config)
         self._access = AccessLog(config.access_log)
-        self._keys = read_keys(config)
+        self._keys, self._keys_state = read_keys(config), _state(config.keys_file)
         self._page = Page(config, bool(self._keys))
         self._waiting = 0
         self._held = 0  # bytes of their bodies, and of images decoded from them
-        self._watching: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+
+    @property
+    def waiting(self) -> int:
+        """Requests that wait for an answer of a model."""
+        return self._waiting
 
     async def start(self, bundles: tuple[Path, ...]) -> None:
-        """Load the models. Raises UserError."""
+        """Load the models, then look for new versions and new keys until `stop`.
+
+        Args:
+            bundles: The folders.
+
+        Raises:
+            UserError: A bundle cannot be used.
+        """
         await self.store.set(bundles)
-        self._watching = asyncio.create_task(self.store.watch())
+        self._tasks = [asyncio.create_task(self.store.watch())]
+        if self.config.keys_file is not None:
+            self._tasks.append(asyncio.create_task(self._watch_keys()))
 
     async def stop(self) -> None:
-        if self._watching is not None:
-            self._watching.cancel()
+        """Let go of models, threads and files."""
+        for task in self._tasks:
+            task.cancel()
         self.store.close()
         self._predict.close()
         self._access.close()
 
+    async def _watch_keys(self) -> None:
+        """Read the keys again when their file changes. A file without keys changes nothing."""
+        while True:
+            await asyncio.sleep(self.config.watch_seconds)
+            state = await asyncio.to_thread(_state, self.config.keys_file)
+            if state == self._keys_state:
+                continue
+            self._keys_state = state
+            try:
+                self._keys = await asyncio.to_thread(read_keys, self.config)
+                log.warning("the API keys were read again: %d", len(self._keys))
+            except UserError as error:
+                log.error("the API keys stay as they were: %s", error)
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
         if scope["type"] != "http":
             if scope["type"] == "websocket":
                 await send({"type": "websocket.close", "code": 1003})
@@ -91,39 +141,60 @@ class App:
         finally:
             seconds = time.perf_counter() - begun
             self.metrics.request(route, status, seconds)
-            self._access.write(request, route, status, seconds, facts)
+            if self._access.open:
+                request.client = client_of(scope, self.config.networks)
+                self._access.write(request, route, status, seconds, facts)
 
     def _route(self, request: Request) -> tuple[str, Any]:
         """(name for the metrics, handler). Raises ProblemError."""
-        path, method = request.path, request.method
-        if path == "/v2/health/live":
-            return "live", self._live
-        if path == "/v2/health/ready":
-            return "ready", self._ready
+        path, method, prefix = request.path, request.method, self.config.path_prefix
         reads = method in ("GET", "HEAD")
+        if prefix and path not in _HEALTH:  # what is in front of replicas asks for their health without it
+            if not path.startswith(f"{prefix}/"):
+                raise ProblemError(404, "not_found", f"no such path; {prefix}/docs lists them")
+            path = path[len(prefix) :]
+        if path == "/v2/health/live":
+            return "live", self._allowed(self._live, reads, _READS)
+        if path == "/v2/health/ready":
+            return "ready", self._allowed(self._ready, reads, _READS)
+        if self.stopping:
+            raise ProblemError(
+                503,
+                "stopping",
+                "the service is ending; ask another one, or try again later",
+                ((b"retry-after", b"1"), (b"connection", b"close")),
+            )
         if (allowed := preflight(request, self.config.cors)) is not None:  # a browser sends it without a key
             return "preflight", self._preflight(allowed)
         if (page := self._page.route(path)) is not None:
-            return "page", self._allowed(page, reads, b"GET, HEAD")
+            return "page", self._allowed(page, reads, _READS)
         self._check_key(request)
         if path == "/v1/predict":
-            return "predict", self._allowed(self._v1_predict, method == "POST", b"POST")
+            return "predict", self._allowed(self._v1_predict, method == "POST", _POSTS)
         if found := _V2_MODEL.fullmatch(path):
             request.model, request.version = found[1], found[2]
             match found[3]:
                 case "/infer":
-                    return "infer", self._allowed(self._v2_infer, method == "POST", b"POST")
+                    return "infer", self._allowed(self._v2_infer, method == "POST", _POSTS)
                 case "/ready":
-                    return "model_ready", self._allowed(self._v2_model_ready, reads, b"GET, HEAD")
+                    return "model_ready", self._allowed(self._v2_model_ready, reads, _READS)
+                case "/config":
+                    return "model_config", self._allowed(self._v2_model_config, reads, _READS)
+                case "/stats":
+                    return "model_stats", self._allowed(self._v2_stats, reads, _READS)
                 case _:
-                    return "model", self._allowed(self._v2_model, reads, b"GET, HEAD")
+                    return "model", self._allowed(self._v2_model, reads, _READS)
+        if path == "/v2/models/stats":
+            return "stats", self._allowed(self._v2_stats, reads, _READS)
+        if path == "/v2/repository/index":
+            return "index", self._allowed(self._v2_index, method == "POST", _POSTS)
         if found := _V1_FILE.fullmatch(path):
             request.model, request.file = found[1], found[2]
-            return "download", self._allowed(self._v1_file, reads, b"GET, HEAD")
+            return "download", self._allowed(self._v1_file, reads, _READS)
         known = {"/metrics": self._metrics, "/v1/models": self._v1_models, "/v2": self._v2_server, "/v2/": self._v2_server}
         if path in known:
-            return path.strip("/"), self._allowed(known[path], reads, b"GET, HEAD")
-        raise ProblemError(404, "not_found", "no such path; /docs lists them")
+            return path.strip("/"), self._allowed(known[path], reads, _READS)
+        raise ProblemError(404, "not_found", f"no such path; {prefix}/docs lists them")
 
     @staticmethod
     def _allowed(handler: Any, allowed: bool, methods: bytes) -> Any:
@@ -147,6 +218,8 @@ class App:
 
     def _model(self, name: str | None, version: str | None = None) -> Model:
         models = self.store.models
+        if not models:
+            raise overloaded("the service is starting; try again")
         if name is None and len(models) == 1:
             return next(iter(models.values()))
         if name is None:
@@ -178,12 +251,21 @@ class App:
 
     async def _v2_infer(self, request: Request, send: Send, common: Headers) -> tuple[int, dict[str, Any]]:
         model = self._model(request.model, request.version)
-        with self._turn() as turn:
-            body = await request.body(self.config.max_bytes, self.config.body_seconds, turn.hold)
-            header_length = request.headers.get(v2.HEADER_LENGTH)
-            most = self.config.max_images
-            inference = await self._predict.apart(body, lambda: v2.Inference(model, body, header_length, most))
-            result = await model.engine.submit(inference.images, inference.shift, inference.embedding)
+        begun = time.perf_counter_ns()
+        try:
+            with self._turn() as turn:
+                body = await request.body(self.config.max_bytes, self.config.body_seconds, turn.hold)
+                header_length = request.headers.get(v2.HEADER_LENGTH)
+                most = self.config.max_images
+                inference = await self._predict.apart(body, lambda: v2.Inference(model, body, header_length, most))
+                if inference.files:
+                    turn.hold(len(inference.files) * 3 * model.bundle.card.rule.size**2)
+                    inference.images = await self._predict.pixels(model, inference.files)
+                result = await model.engine.submit(inference.images, inference.shift, inference.embedding)
+        except ProblemError:
+            model.statistics.failed(time.perf_counter_ns() - begun)
+            raise
+        model.statistics.answered(len(inference.images), time.perf_counter_ns() - begun)
         for index in result["logits"].argmax(1).tolist():
             self.metrics.answer(model.name, model.bundle.card.classes[index])
         headers, answer = inference.answer(result)
@@ -196,25 +278,35 @@ class App:
         return _Turn(self)
 
     def wait(self, change: int) -> None:
+        """Count requests that wait for a model."""
         self._waiting += change
         self.metrics.waiting(self._waiting)
 
     def hold(self, change: int, own: int) -> None:
-        """Raises ProblemError where all requests would be more than a replica holds; one that is alone with its `own` never
-        is."""
+        """Count bytes of bodies and decoded images.
+
+        Args:
+            change: More bytes.
+            own: Bytes that the same request holds already. A request that is alone is never refused.
+
+        Raises:
+            ProblemError: All requests together would hold more than `max_held_bytes`.
+        """
         if self._held > own and self._held + change > self.config.max_held_bytes:
             raise overloaded(f"requests of {self._held:,} bytes are waiting; try again", ((b"connection", b"close"),))
         self._held += change
 
     def release(self, change: int) -> None:
+        """Give bytes back that `hold` has counted."""
         self._held -= change
 
     async def _v1_models(self, request: Request, send: Send, common: Headers) -> tuple[int, dict[str, Any]]:
         models = []
+        at = f"{self.config.path_prefix}/v1/models"
         for name, model in self.store.models.items():
             card = model.bundle.card
             files = {
-                precision: {"url": f"/v1/models/{name}/{precision}.onnx", "sha256": entry.sha256, "bytes": entry.bytes}
+                precision: {"url": f"{at}/{name}/{precision}.onnx", "sha256": entry.sha256, "bytes": entry.bytes}
                 for precision, entry in model.bundle.models.items()
             }
             models.append(
@@ -238,10 +330,22 @@ class App:
         return await send_file(request, send, file, sha256, common), {"model": model.name}
 
     async def _v2_server(self, request: Request, send: Send, common: Headers) -> tuple[int, dict[str, Any]]:
-        return await self._json(send, common, {"name": "cibl-ray", "version": "2", "extensions": ["binary_tensor_data"]})
+        return await self._json(send, common, v2.SERVER)
+
+    async def _v2_index(self, request: Request, send: Send, common: Headers) -> tuple[int, dict[str, Any]]:
+        index = [{"name": name, "version": model.version, "state": "READY"} for name, model in self.store.models.items()]
+        return await self._json(send, common, index)
+
+    async def _v2_stats(self, request: Request, send: Send, common: Headers) -> tuple[int, dict[str, Any]]:
+        models = self.store.models.values() if request.model is None else [self._model(request.model, request.version)]
+        return await self._json(send, common, {"model_stats": [v2.statistics(model) for model in models]})
 
     async def _v2_model(self, request: Request, send: Send, common: Headers) -> tuple[int, dict[str, Any]]:
         return await self._json(send, common, v2.metadata(self._model(request.model, request.version)))
+
+    async def _v2_model_config(self, request: Request, send: Send, common: Headers) -> tuple[int, dict[str, Any]]:
+        model = self._model(request.model, request.version)
+        return await self._json(send, common, v2.configuration(model, self.config.max_batch))
 
     async def _v2_model_ready(self, request: Request, send: Send, common: Headers) -> tuple[int, dict[str, Any]]:
         model = self._model(request.model, request.version)
@@ -252,8 +356,9 @@ class App:
 
     async def _ready(self, request: Request, send: Send, common: Headers) -> tuple[int, dict[str, Any]]:
         # A model is in the store when it has answered an inference.
-        ready = bool(self.store.models)
-        return await self._json(send, common, {"ready": ready}, 200 if ready else 503)
+        ready = bool(self.store.models) and not self.stopping
+        more: Headers = [] if ready else [(b"retry-after", b"1")]
+        return await self._json(send, [*common, *more], {"ready": ready}, 200 if ready else 503)
 
     async def _metrics(self, request: Request, send: Send, common: Headers) -> tuple[int, dict[str, Any]]:
         text = await asyncio.to_thread(self.metrics.text)
@@ -294,3 +399,12 @@ class _Turn:
     def __exit__(self, *error: object) -> None:
         self._app.wait(-1)
         self._app.release(self._held)
+
+
+def _state(path: Path | None) -> tuple[int, int, int] | None:
+    """Changes when a file does; None where there is none."""
+    try:
+        stat = path.stat() if path is not None else None
+    except OSError:
+        return None
+    return (stat.st_ino, stat.st_mtime_ns, stat.st_size) if stat is not None else None

@@ -1,4 +1,4 @@
-"""From the bytes of image files to the most likely classes. No Ray, no torch."""
+"""From the bytes of image files to the most likely classes, without Ray and torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image, PngImagePlugin
 
 from cibl_ray.bundle.card import FORMATS, Card
-from pipelines.pixels import BadImageError, EvalRule, decode, opened
+from pipelines.pixels import MAX_PIXELS, BadImageError, EvalRule, decode, opened
 
 Image.MAX_IMAGE_PIXELS = None  # Pillow's own check warns in one range and raises in another; `Limits.max_pixels` is ours
 PngImagePlugin.MAX_TEXT_MEMORY = 4 << 20  # of a file's texts, which may be inflated a thousand times
@@ -21,25 +21,46 @@ _SIGNATURES = {
     "WEBP": b"RIFF",
     "GIF": b"GIF8",
     "BMP": b"BM",
+    "TIFF": b"II*\0",
+    "TIFF ": b"MM\0*",
 }
+_HEIF = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What one image may be. formats: Pillow's names. max_scans: of a JPEG."""
+    """What one image may be.
 
-    max_pixels: int = 40_000_000
+    Attributes:
+        max_pixels: Of its header.
+        formats: Pillow's names.
+        max_scans: Of a JPEG.
+    """
+
+    max_pixels: int = MAX_PIXELS
     formats: tuple[str, ...] = FORMATS
     max_scans: int = 100
 
 
 class UnsupportedImageError(BadImageError):
-    """Bytes of no format that is accepted."""
+    """The bytes are of no format that is accepted."""
 
 
 def pixels(data: bytes, rule: EvalRule, limits: Limits) -> np.ndarray:
-    """uint8 (S, S, 3) of an image file, by the rule that evaluation followed. Raises BadImageError, or
-    UnsupportedImageError."""
+    """Decode an image file as evaluation did.
+
+    Args:
+        data: The file.
+        rule: From the model's card.
+        limits: Checked before anything is decoded.
+
+    Returns:
+        uint8 (S, S, 3).
+
+    Raises:
+        UnsupportedImageError: It is of no format that is accepted.
+        BadImageError: It is damaged, or beyond the limits.
+    """
     _check_format(data, limits)
     try:
         return rule(decode(data, limits.formats, limits.max_pixels, limits.max_scans))
@@ -50,8 +71,19 @@ def pixels(data: bytes, rule: EvalRule, limits: Limits) -> np.ndarray:
 
 
 def announced(data: bytes, limits: Limits) -> tuple[int, int]:
-    """(pixels, pixels that all passes of its decoder go over) of an image file, not decoded. Raises BadImageError, or
-    UnsupportedImageError."""
+    """Read from an image file's head what decoding will cost.
+
+    Args:
+        data: The file.
+        limits: What it may be.
+
+    Returns:
+        Its pixels, and its pixels times the passes of its decoder (the scans of a JPEG).
+
+    Raises:
+        UnsupportedImageError: It is of no format that is accepted.
+        BadImageError: It is damaged, or beyond the limits.
+    """
     _check_format(data, limits)
     try:
         image, scans = opened(data, limits.formats, limits.max_pixels, limits.max_scans)
@@ -64,14 +96,33 @@ def announced(data: bytes, limits: Limits) -> tuple[int, int]:
         raise BadImageError(f"{len(data):,} bytes, {type(error).__name__}") from error
 
 
+def named(data: bytes) -> str | None:
+    """The format of an image file by its first bytes, in Pillow's words; None for anything else."""
+    for name, signature in _SIGNATURES.items():
+        if data.startswith(signature) and (name != "WEBP" or data[8:12] == b"WEBP"):
+            return name.strip()
+    if data[4:8] == b"ftyp":
+        return "AVIF" if data[8:11] == b"avi" else "HEIF" if data[8:12] in _HEIF else None
+    return None
+
+
 def _check_format(data: bytes, limits: Limits) -> None:
-    known = any(data.startswith(_SIGNATURES[name]) for name in limits.formats)
-    if not known or (data.startswith(b"RIFF") and data[8:12] != b"WEBP"):
-        raise UnsupportedImageError(f"not an image of {', '.join(limits.formats)}")
+    if (found := named(data)) not in limits.formats:
+        accepted = ", ".join(limits.formats)
+        raise UnsupportedImageError(f"not an image of {accepted}" if found is None else f"a {found} file; send {accepted}")
 
 
 def top(card: Card, probabilities: np.ndarray, k: int) -> list[dict[str, Any]]:
-    """The k most likely classes of probabilities float32 (C,), most likely first: label, probability, shot group, index."""
+    """Name the most likely classes.
+
+    Args:
+        card: Of the model.
+        probabilities: float32 (C,).
+        k: How many; C at most.
+
+    Returns:
+        For each class, the most likely first: label, probability, group (many, medium or few), index.
+    """
     k = min(k, len(probabilities))
     best = np.argpartition(-probabilities, k - 1)[:k]
     best = best[np.argsort(-probabilities[best], kind="stable")]

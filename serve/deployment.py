@@ -1,40 +1,49 @@
 """The service as a Ray Serve application: `serve run serve/config.yaml`, or `serve deploy` of the same.
 
-A new version in a bundle's place is taken up by each replica without a restart. Other arguments, deployed again, replace the
+A new version in a bundle's place is loaded by each replica without a restart. Other settings, deployed again, replace the
 replicas one after another, each when its successor answers.
 """
 
 from __future__ import annotations
 
+import fcntl
+import json
 import logging
+import os
+import socket
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import ray
 from ray import serve
 from ray.serve import Application
-from ray.serve.config import AutoscalingConfig
+from ray.serve.config import AutoscalingConfig, AutoscalingContext, AutoscalingPolicy
 
 from pipelines.common.errors import UserError
-from serve.app import App
-from serve.settings import ReplicaConfig, check
+from pipelines.common.files import write_atomically
+from serve.settings import FRONT, ReplicaConfig, ServiceConfig, check
+
+if TYPE_CHECKING:
+    from serve.server import Server
 
 log = logging.getLogger("ray.serve")
 GRACE = 30  # seconds that a replica has to answer what it has taken in
+_KNOWN_RAY = ("2.60",)  # releases whose replicas open their internal port as `_keep_on_loopback` expects
+_WAITING = "waiting"
 
 
 @serve.deployment(name="Models")
 @serve.ingress()
 class Service:
-    """One replica: all models of the service."""
+    """One replica behind Ray Serve's own proxy: all models of the service."""
 
-    def __init__(self, settings: dict[str, Any], local: bool) -> None:
-        """local: all replicas are on this machine, and nothing else shall reach them."""
-        if local:
-            _listen_on_loopback()
+    def __init__(self, settings: dict[str, Any]) -> None:
+        from serve.app import App
+
         self._app = App(ReplicaConfig.model_validate(settings), names_requests=False)  # Ray Serve does
         self._started = False
 
-    def __serve_build_asgi_app__(self) -> App:
+    def __serve_build_asgi_app__(self) -> Any:
         return self._app
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
@@ -58,48 +67,190 @@ class Service:
         await self._app.stop()
 
 
-def _listen_on_loopback() -> None:
-    """Replicas listen for each other on every interface, and for HAProxy where that listens; Ray Serve has no setting for
-    it."""
-    from ray.serve._private import replica
+@serve.deployment(name="Models")
+class Local:
+    """One replica of `python -m serve`, on a Unix socket in the service's private folder, behind HAProxy.
 
-    add, start = replica.add_port_to_grpc_server, replica.start_asgi_http_server
-    replica.add_port_to_grpc_server = lambda server, address: add(server, address.replace("[::]", "127.0.0.1"))
-    replica.start_asgi_http_server = lambda app, options, **more: start(
-        app, options.model_copy(update={"host": "127.0.0.1"}), **more
-    )
+    Ray Serve starts it, looks after its health and scales it. Requests do not pass through Ray.
+    """
+
+    async def __init__(  # type: ignore[misc]  # Ray Serve calls it in its event loop
+        self, settings: dict[str, Any], folder: str, slots: int
+    ) -> None:
+        self._folder, self._slots = Path(folder), slots
+        self._server: Server | None = None
+        self._settings = settings
+        os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(self._folder / "metrics")  # read when the client library is imported
+        _keep_on_loopback(self._folder)
+
+    def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Called before the first request, and again where the bundles change. What does not load changes nothing."""
+        bundles = tuple(Path(path) for path in user_config["bundles"])
+        try:
+            if self._server is None:
+                self._start(bundles)
+            else:
+                self._server.set(bundles)
+        except (UserError, OSError) as error:
+            tell(self._folder, str(error))
+            if self._server is None:
+                raise
+            log.error("the new configuration is not used: %s", error)
+
+    def _start(self, bundles: tuple[Path, ...]) -> None:
+        from serve.server import Server
+
+        self._slot, listener = _listen(self._folder, self._slots)
+        server = Server(ReplicaConfig.model_validate(self._settings), listener)
+        try:
+            server.load(bundles)
+        except BaseException:
+            server.stop(0)
+            raise
+        self._server = server
+
+    def check_health(self) -> None:
+        """Ray Serve replaces a replica for which this raises."""
+        if self._server is not None and not self._server.healthy:
+            raise RuntimeError("a model's thread has ended")
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """What `by_waiting` decides by."""
+        return {_WAITING: self._server.app.waiting if self._server is not None else 0}
+
+    def __del__(self) -> None:
+        if self._server is not None:
+            self._server.stop(GRACE - 5)
+
+
+def tell(folder: Path, text: str) -> None:
+    """Leave a message for the command that started the service, which shows it on its standard error."""
+    write_atomically(folder / f"message-{os.getpid()}", json.dumps(" ".join(text.split())))
+
+
+def _listen(folder: Path, slots: int) -> tuple[Any, socket.socket]:
+    """Take a free slot among those that HAProxy knows: its lock, which ends with this process, and its socket."""
+    from serve.haproxy import socket_of
+
+    for slot in range(slots):
+        lock = (folder / f"replica-{slot}.lock").open("a")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.close()
+            continue
+        path = socket_of(folder, slot)
+        path.unlink(missing_ok=True)  # of a replica that was killed
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(str(path))
+        return lock, listener
+    raise UserError(f"all {slots} places for replicas are taken")
+
+
+def _keep_on_loopback(folder: Path) -> None:
+    """Replicas open a port for calls among deployments, on every interface, and Ray Serve has no setting for that.
+
+    This service makes no such calls. gRPC's own method is wrapped in this process, so that a wildcard address means loopback.
+    With a release of Ray that is not known the port is opened as that release does it, and the command says so.
+    """
+    if not ray.__version__.startswith(tuple(f"{known}." for known in _KNOWN_RAY)):
+        tell(
+            folder,
+            f"warning: ray {ray.__version__} is not known here: its replicas may listen on every interface, for callers that "
+            f"have the cluster's token. Known: {', '.join(_KNOWN_RAY)}",
+        )
+        return
+    import grpc.aio  # type: ignore[import-untyped]
+
+    kind = type(grpc.aio.server())
+    add = kind.add_insecure_port
+    if getattr(add, "loopback", False):
+        return
+
+    def add_on_loopback(server: Any, address: str) -> int:
+        return int(add(server, address.replace("[::]:", "127.0.0.1:").replace("0.0.0.0:", "127.0.0.1:")))
+
+    add_on_loopback.loopback = True  # type: ignore[attr-defined]
+    kind.add_insecure_port = add_on_loopback
+
+
+def by_waiting(context: AutoscalingContext) -> tuple[float, dict[str, Any]]:
+    """Ray Serve's policy for `--replicas MIN-MAX`: as many replicas as the requests that wait need."""
+    waiting = (context.aggregated_metrics or {}).get(_WAITING, {})
+    if not waiting:
+        return context.target_num_replicas, {}
+    assert context.config is not None
+    return sum(waiting.values()) / context.config.target_ongoing_requests, {}
 
 
 def build(args: dict[str, Any]) -> Application:
-    """The application of a configuration's `args`. Raises UserError."""
-    return application(args, None)
+    """Build the application of a cluster's configuration.
 
+    Args:
+        args: Field names of `ServiceConfig` with their values.
 
-def application(args: dict[str, Any], metrics: Path | None) -> Application:
-    """The same where all replicas are on this machine, and add their metrics up in a folder. Raises UserError."""
+    Returns:
+        The application.
+
+    Raises:
+        UserError: A setting is wrong, or one that Ray Serve's own proxy does not keep to.
+    """
+    if found := next((name for name in FRONT if name in args), None):
+        raise UserError(
+            f"{found}: Ray Serve's own proxy has no such limit; set it in the proxy before it, or use python -m serve"
+        )
     config = check(args)
-    most = config.max_replicas
-    scaling: dict[str, Any] = {"num_replicas": config.replicas}
-    if most is not None:
-        scaling = {
-            "autoscaling_config": AutoscalingConfig(
-                min_replicas=config.replicas,
-                max_replicas=max(most, config.replicas),
-                target_ongoing_requests=config.max_batch,
-                upscale_delay_s=5,
-                downscale_delay_s=60,
-            )
-        }
     return Service.options(  # type: ignore[attr-defined]  # the decorators make a deployment of it
-        **scaling,
+        **_options(config, {}),
         # The application counts for itself, and answers 503 in its own shape.
         max_ongoing_requests=config.max_queue + 64,
         max_queued_requests=-1,
-        ray_actor_options={
-            "num_cpus": config.threads or 1,
-            "runtime_env": {"env_vars": {"PROMETHEUS_MULTIPROC_DIR": str(metrics)} if metrics else {}},
-        },
-        graceful_shutdown_timeout_s=GRACE,
-        health_check_period_s=5,
-        user_config={"bundles": [str(path) for path in config.bundles]},
-    ).bind(config.model_dump(mode="json", include=set(ReplicaConfig.model_fields)), local=metrics is not None)
+    ).bind(_settings(config))
+
+
+def local_application(args: dict[str, Any], folder: Path) -> Application:
+    """Build the application of `python -m serve`.
+
+    Args:
+        args: Field names of `ServiceConfig` with their values.
+        folder: Private to the service: sockets, metrics, messages.
+
+    Returns:
+        The application.
+
+    Raises:
+        UserError: A setting is wrong.
+    """
+    from serve.haproxy import slots
+
+    config = check(args)
+    policy = AutoscalingPolicy(policy_function="serve.deployment:by_waiting")
+    return Local.options(  # type: ignore[attr-defined]
+        **_options(config, {"policy": policy, "metrics_interval_s": 1, "look_back_period_s": 5}),
+    ).bind(_settings(config), str(folder), slots(config))
+
+
+def _settings(config: ServiceConfig) -> dict[str, Any]:
+    return config.model_dump(mode="json", include=set(ReplicaConfig.model_fields))
+
+
+def _options(config: ServiceConfig, scaling: dict[str, Any]) -> dict[str, Any]:
+    options: dict[str, Any] = {
+        "ray_actor_options": {"num_cpus": config.threads or 1},
+        "graceful_shutdown_timeout_s": GRACE,
+        "health_check_period_s": 2,
+        "user_config": {"bundles": [str(path) for path in config.bundles]},
+    }
+    if config.max_replicas is None:
+        return {**options, "num_replicas": config.replicas}
+    return {
+        **options,
+        "autoscaling_config": AutoscalingConfig(
+            min_replicas=config.replicas,
+            max_replicas=max(config.max_replicas, config.replicas),
+            target_ongoing_requests=config.max_batch,
+            upscale_delay_s=5,
+            downscale_delay_s=60,
+            **scaling,
+        ),
+    }

@@ -17,7 +17,18 @@ _RANGE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})")
 
 
 def file_of(model: Model, file: str) -> tuple[int, str]:
-    """(descriptor, SHA-256) of a file by the name that its URL ends with. Raises ProblemError: only what is listed."""
+    """Find a model's file.
+
+    Args:
+        model: The model.
+        file: The name that the URL ends with, such as `fp32.onnx`.
+
+    Returns:
+        Its descriptor and its SHA-256.
+
+    Raises:
+        ProblemError: 404 for any other name.
+    """
     precision = file.removesuffix(".onnx")
     if file.endswith(".onnx") and precision in model.files:
         return model.files[precision], model.bundle.models[precision].sha256
@@ -26,7 +37,21 @@ def file_of(model: Model, file: str) -> tuple[int, str]:
 
 
 async def send_file(request: Request, send: Send, file: int, sha256: str, headers: Headers) -> int:
-    """Answer with a file, or the part of it that is asked for; returns the status."""
+    """Answer with a file, or with the part of it that is asked for.
+
+    Args:
+        request: The request, with its conditions and range.
+        send: Of ASGI.
+        file: The descriptor.
+        sha256: Of the file.
+        headers: More headers.
+
+    Returns:
+        The status: 200, 206 or 304.
+
+    Raises:
+        ProblemError: 416 where the file has nothing in the range.
+    """
     size = os.fstat(file).st_size
     tag = f'"{sha256}"'.encode()
     digest = base64.b64encode(bytes.fromhex(sha256))
@@ -38,7 +63,9 @@ async def send_file(request: Request, send: Send, file: int, sha256: str, header
         (b"etag", tag),
         (b"repr-digest", b"sha-256=:" + digest + b":"),
     ]
-    known = [part.strip() for part in request.headers.get(b"if-none-match", b"").split(b",")]
+    # RFC 9110, 13.1.2: tags are compared weakly here, because a proxy that compresses makes them weak. If-Range needs a strong
+    # one.
+    known = [part.strip().removeprefix(b"W/") for part in request.headers.get(b"if-none-match", b"").split(b",")]
     if tag in known or b"*" in known:
         await send({"type": "http.response.start", "status": 304, "headers": headers})
         await send({"type": "http.response.body", "body": b""})
@@ -66,8 +93,8 @@ async def send_file(request: Request, send: Send, file: int, sha256: str, header
 
 
 def _range(wanted: str, size: int) -> tuple[int, int] | None:
-    """(start, end) of the one range that is asked for; (0, 0) where the file has nothing there; None where it is not one range
-    of bytes: then the whole is a right answer."""
+    """(start, end) of the range that is asked for. (0, 0): the file has nothing there. None: not one range of bytes, so send
+    the whole file."""
     found = _RANGE.fullmatch(wanted.strip())
     if found is None or found.groups() == ("", ""):
         return None

@@ -1,8 +1,7 @@
-"""One model at work: whatever waits goes through onnxruntime in one call, and nobody waits for a batch to fill.
+"""One model at work. All requests that wait go through onnxruntime in one call, and nobody waits for a batch to fill.
 
-A thread of its own runs the model, so batches grow with the load by themselves: while one runs, the next gathers. On a CPU,
-where a longer batch is no more efficient, one ends after as many images as run in a few milliseconds: its answers leave, and
-their successors are decoded, while the next runs.
+The model runs in a thread of its own. Batches grow with the load by themselves: while one runs, the next gathers. On a CPU a
+longer batch is no more efficient, so a batch ends after as many images as run in a few milliseconds.
 """
 
 from __future__ import annotations
@@ -34,10 +33,22 @@ class _Job:
 
 
 class Engine:
-    """`submit` from one event loop; results are the rows that belong to each caller."""
+    """Runs a model for the requests of one event loop.
+
+    Attributes:
+        batches: Calls of onnxruntime.
+        nanoseconds: That they have taken.
+    """
 
     def __init__(self, runtime: Runtime, max_batch: int, observe: Callable[[int], None] = lambda images: None) -> None:
-        """observe: told the images of every call of onnxruntime, in the engine's thread."""
+        """Start the thread.
+
+        Args:
+            runtime: The model.
+            max_batch: Images of one call.
+            observe: Called in the thread with the number of images of each call.
+        """
+        self.batches = self.nanoseconds = 0
         self.runtime = runtime
         self._max_batch, self._observe = max_batch, observe
         self._on_cpu = runtime.provider == _CPU
@@ -48,13 +59,23 @@ class Engine:
         self._thread.start()
 
     def submit(self, images: np.ndarray, shift: np.ndarray | None = None, embedding: bool = False) -> asyncio.Future[Result]:
-        """Logits, probabilities (and embedding) of images uint8 (n, S, S, 3), n >= 1; shift float32 (n,) or None for 0."""
+        """Run the model soon.
+
+        Args:
+            images: uint8 (n, S, S, 3), n >= 1.
+            shift: float32 (n,), or None for 0.
+            embedding: Whether it is wanted.
+
+        Returns:
+            A future of output name -> float32 (n, width).
+        """
         done: asyncio.Future[Result] = self._loop.create_future()
         self._jobs.put(_Job(images, shift, embedding, done))
         return done
 
     @property
     def alive(self) -> bool:
+        """Whether the thread is."""
         return self._thread.is_alive()
 
     @property
@@ -90,7 +111,7 @@ class Engine:
         answers: list[Result | Exception]
         try:
             answers = [*self._answers(jobs)]
-        except Exception as error:  # told to each caller, who alone can answer for it
+        except Exception as error:  # raised in each request
             answers = [error] * len(jobs)
         self._loop.call_soon_threadsafe(_resolve, jobs, answers)
 
@@ -106,7 +127,10 @@ class Engine:
             rows_of = slice(start, start + self._max_batch)
             begun = time.perf_counter()
             parts.append(self.runtime(images[rows_of], None if shift is None else shift[rows_of], names))
-            self._time((time.perf_counter() - begun) / len(images[rows_of]), len(images[rows_of]))
+            seconds = time.perf_counter() - begun
+            self.batches += 1
+            self.nanoseconds += int(1e9 * seconds)
+            self._time(seconds / len(images[rows_of]), len(images[rows_of]))
             self._observe(len(images[rows_of]))
         outputs = parts[0] if len(parts) == 1 else [np.concatenate(part) for part in zip(*parts, strict=True)]
         ends = np.cumsum([len(job.images) for job in jobs])
@@ -116,7 +140,7 @@ class Engine:
         ]
 
     def _time(self, seconds: float, images: int) -> None:
-        """Remember what an image takes. A batch too small tells more of the call than of the images."""
+        """Remember what an image takes. A small batch is left out: it measures the call more than the images."""
         if images >= _LEAST or self._image_seconds is None:
             before = seconds if self._image_seconds is None else self._image_seconds
             self._image_seconds = 0.9 * before + 0.1 * seconds

@@ -22,3 +22,10 @@ def bad_request(message: str) -> ProblemError:
 
 def overloaded(message: str, headers: tuple[tuple[bytes, bytes], ...] = ()) -> ProblemError:
     return ProblemError(503, "overloaded", message, ((b"retry-after", b"1"), *headers))
+
+
+def page(status: int, reason: str, code: str, message: str) -> bytes:
+    """A whole HTTP response in the shape of all errors, for what is answered before the application."""
+    body = json.dumps({"error": message, "code": code, "request_id": ""})
+    head = f"HTTP/1.1 {status} {reason}\r\ncontent-type: application/json\r\nconnection: close\r\nretry-after: 1\r\n"
+    return f"{head}content-length: {len(body)}\r\n\r\n{body}".encode()

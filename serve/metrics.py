@@ -17,9 +17,10 @@ _BATCH = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
 class Metrics:
-    """One registry a replica."""
+    """The counters of one replica."""
 
     def __init__(self) -> None:
+        """Make them; in `PROMETHEUS_MULTIPROC_DIR`, if that is set."""
         shared = bool(os.environ.get("PROMETHEUS_MULTIPROC_DIR"))
         self._registry = CollectorRegistry()
         self._requests = Counter("cibl_ray_requests", "Requests answered", ["route", "status"], registry=self._registry)
@@ -42,12 +43,20 @@ class Metrics:
         self._answers = Counter(
             "cibl_ray_answers", "Most likely class of each image", ["model", "label"], registry=self._registry
         )
+        self._failed = Counter(
+            "cibl_ray_failed_updates", "New versions and replicas that did not load", registry=self._registry
+        )
         self._shared = shared
         self._of_class: dict[tuple[str, str], Counter] = {}
         self._of_batch: dict[str, Histogram] = {}
         self._of_route: dict[tuple[str, int], tuple[Counter, Histogram]] = {}
 
+    def failed_update(self) -> None:
+        """Count a bundle that did not load."""
+        self._failed.inc()
+
     def request(self, route: str, status: int, seconds: float) -> None:
+        """Count an answer and its time."""
         known = self._of_route.get((route, status))
         if known is None:
             known = self._of_route[route, status] = self._requests.labels(route, str(status)), self._seconds.labels(route)
@@ -55,22 +64,25 @@ class Metrics:
         known[1].observe(seconds)
 
     def batch(self, model: str, images: int) -> None:
+        """Count a call of onnxruntime."""
         known = self._of_batch.get(model)
         if known is None:
             known = self._of_batch[model] = self._batches.labels(model)
         known.observe(images)
 
     def answer(self, model: str, label: str) -> None:
+        """Count the most likely class of an image."""
         known = self._of_class.get((model, label))
         if known is None:
             known = self._of_class[model, label] = self._answers.labels(model, label)
         known.inc()
 
     def waiting(self, requests: int) -> None:
+        """Set how many requests wait."""
         self._waiting.set(requests)
 
     def text(self) -> bytes:
-        """The exposition format."""
+        """The exposition format, of all replicas that share the folder."""
         if not self._shared:
             return generate_latest(self._registry)
         for path in Path(os.environ["PROMETHEUS_MULTIPROC_DIR"]).glob("gauge_live*_*.db"):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import re
 import uuid
-from collections.abc import Awaitable, Callable
+import zlib
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 from urllib.parse import parse_qsl
 
@@ -16,6 +18,9 @@ Receive = Callable[[], Awaitable[dict[str, Any]]]
 Send = Callable[[dict[str, Any]], Awaitable[None]]
 Headers = list[tuple[bytes, bytes]]
 
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+_DECODED_HERE = 16 << 10  # bytes of a compressed body that is decompressed in the event loop
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 
 
@@ -24,7 +29,13 @@ class GoneError(Exception):
 
 
 class Request:
-    """What a route needs of an ASGI scope."""
+    """What a route needs of an ASGI scope.
+
+    Attributes:
+        id: What the answer and the access log call the request: the client's own, if it has a valid form.
+        model: The name in the path, if there is one; likewise `version` and `file`.
+        bytes_in: Bytes of the body that have arrived.
+    """
 
     def __init__(self, scope: Scope, receive: Receive) -> None:
         self.method: str = scope["method"]
@@ -32,17 +43,17 @@ class Request:
         self.headers: dict[bytes, bytes] = dict(scope["headers"])
         self._query: bytes = scope.get("query_string", b"")
         self._receive = receive
-        client = scope.get("client")
-        self.client = client[0] if client else ""
+        self.client = ""  # found when it is logged
         given = self.headers.get(b"x-request-id", b"")
         self.id = given.decode() if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
         self.bytes_in = 0
-        self.model: str | None = None  # of the path, where it names one
+        self.model: str | None = None
         self.version: str | None = None
         self.file: str | None = None
 
     @property
     def query(self) -> dict[str, str]:
+        """The fields of the query; of a field that stands twice, the last. Raises ProblemError."""
         try:
             return dict(parse_qsl(self._query.decode("latin-1"), keep_blank_values=True, max_num_fields=32))
         except ValueError as error:
@@ -50,13 +61,27 @@ class Request:
 
     @property
     def content_type(self) -> str:
+        """The header of the body's type, as it was sent."""
         return self.headers.get(b"content-type", b"").decode("latin-1")
 
     async def body(self, limit: int, seconds: float, hold: Callable[[int], None]) -> bytes:
-        """The whole body. Raises ProblemError: 413 before more than `limit` bytes are taken, 408 after `seconds`; GoneError.
+        """Read the whole body, decompressed.
 
-        hold: told the bytes of each part that comes, and raises where there is no room for it.
+        Args:
+            limit: Bytes that are allowed, also after decompression.
+            seconds: In which it must arrive.
+            hold: Called with the bytes of each part. It raises if there is no room for them.
+
+        Returns:
+            The body.
+
+        Raises:
+            ProblemError: 413 before more than `limit` bytes are read, 408 after `seconds`, 415 for a compression that is not
+            known,
+                400 for a damaged one.
+            GoneError: The client has closed the connection.
         """
+        encoding = self._encoding()
         length = self.headers.get(b"content-length", b"0")
         too_large = ProblemError(413, "too_large", f"the body may have {limit:,} bytes at most", ((b"connection", b"close"),))
         if not length.isdigit() or len(length) > 18:
@@ -77,15 +102,99 @@ class Request:
                     hold(len(chunk))
                     chunks.append(chunk)
                     if not message.get("more_body", False):
-                        return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+                        break
         except TimeoutError:
             raise ProblemError(
                 408, "too_slow", f"the body did not arrive within {seconds:g} seconds", ((b"connection", b"close"),)
             ) from None
+        body = chunks[0] if len(chunks) == 1 else b"".join(chunks)
+        if not encoding:
+            return body
+        if len(body) <= _DECODED_HERE and limit <= 1 << 20:
+            body = decompressed(body, encoding, limit)
+        else:
+            body = await asyncio.to_thread(decompressed, body, encoding, limit)
+        hold(len(body))
+        return body
+
+    def _encoding(self) -> str:
+        """How the body is compressed; empty: not at all. Raises ProblemError."""
+        encoding = self.headers.get(b"content-encoding", b"").decode("latin-1").strip().lower()
+        if encoding in ("", "identity"):
+            return ""
+        if encoding not in ("gzip", "x-gzip", "deflate"):
+            accepted = ((b"accept-encoding", b"gzip, deflate, identity"), (b"connection", b"close"))
+            raise ProblemError(
+                415,
+                "unsupported_encoding",
+                f"Content-Encoding {encoding[:64]!r} is not read here; send gzip or deflate",
+                accepted,
+            )
+        return encoding
+
+
+def decompressed(body: bytes, encoding: str, limit: int) -> bytes:
+    """Decompress a body.
+
+    Args:
+        body: The bytes as they were sent.
+        encoding: Of HTTP: `gzip`, or `deflate`, which some clients send without zlib's head.
+        limit: Bytes that may come out.
+
+    Returns:
+        The bytes.
+
+    Raises:
+        ProblemError: 413 for more than `limit` bytes, 400 for damaged ones.
+    """
+    raw = encoding == "deflate" and body[:1] and (body[0] & 0x0F != 8 or int.from_bytes(body[:2]) % 31)
+    decoder = zlib.decompressobj(-zlib.MAX_WBITS if raw else zlib.MAX_WBITS | 32)
+    try:
+        content = decoder.decompress(body, limit + 1)
+    except zlib.error as error:
+        raise bad_request(f"the body is not valid {encoding}, as its Content-Encoding says") from error
+    if len(content) > limit:
+        raise ProblemError(413, "too_large", f"the decompressed body may have {limit:,} bytes at most")
+    if not decoder.eof or decoder.unused_data:
+        raise bad_request(f"the body is not whole {encoding}, as its Content-Encoding says")
+    return content
+
+
+def client_of(scope: Scope, trusted: Sequence[Network]) -> str:
+    """Find the client's address for the access log.
+
+    Args:
+        scope: Of ASGI. Behind HAProxy it has no address, and HAProxy has appended one to X-Forwarded-For.
+        trusted: Networks of proxies. What they append to X-Forwarded-For is believed.
+
+    Returns:
+        The address; empty if there is none.
+    """
+    lines = [value for name, value in scope["headers"] if name == b"x-forwarded-for"]
+    hops = [hop.strip() for hop in b",".join(lines).decode("latin-1").split(",") if hop.strip()]
+    peer = scope.get("client")
+    client = str(peer[0]) if peer else (hops.pop() if hops else "")
+    while hops and _within(client, trusted) and _address(hops[-1]) is not None:
+        client = hops.pop()
+    return client
+
+
+def _address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    try:
+        return ipaddress.ip_address(text)
+    except ValueError:
+        return None
+
+
+def _within(text: str, networks: Sequence[Network]) -> bool:
+    address = _address(text)
+    if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped is not None:
+        address = address.ipv4_mapped
+    return address is not None and any(address in network for network in networks)
 
 
 async def respond(send: Send, status: int, headers: Headers, body: bytes) -> None:
-    """A whole answer at once."""
+    """Send a whole answer at once, with its Content-Length."""
     headers = [*headers, (b"content-length", str(len(body)).encode())]
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})

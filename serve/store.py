@@ -6,8 +6,9 @@ import asyncio
 import contextlib
 import logging
 import os
+import time
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -23,18 +24,50 @@ log = logging.getLogger(__name__)
 _State = tuple[tuple[str, int, int, int], ...]
 
 
+@dataclass
+class Statistics:
+    """What a model has done since it was loaded, as Triton's statistics count: requests of the v2 protocol, in nanoseconds."""
+
+    requests: int = 0
+    images: int = 0
+    nanoseconds: int = 0
+    failures: int = 0
+    failure_nanoseconds: int = 0
+    last: int = 0  # milliseconds since 1970
+
+    def answered(self, images: int, nanoseconds: int) -> None:
+        """Count a request that was answered."""
+        self.requests += 1
+        self.images += images
+        self.nanoseconds += nanoseconds
+        self.last = int(1000 * time.time())
+
+    def failed(self, nanoseconds: int) -> None:
+        """Count a request that was refused."""
+        self.failures += 1
+        self.failure_nanoseconds += nanoseconds
+
+
 @dataclass(eq=False)
 class Model:
-    """A bundle at work. sha256: of the file that answers. files: open descriptors by precision: what is downloaded stays this
-    version while another takes its place on disk."""
+    """A bundle at work.
+
+    Attributes:
+        bundle: What was loaded.
+        engine: Runs it.
+        sha256: Of the file that answers.
+        files: Open descriptors by precision, so that downloads stay this version while another takes its place on disk.
+        statistics: Of its requests.
+    """
 
     bundle: Bundle
     engine: Engine
     sha256: str
     files: dict[str, int]
+    statistics: Statistics = field(default_factory=Statistics)
 
     def __post_init__(self) -> None:
-        # When the last request that took this model up has let go of it. The engine answers all that it was asked before.
+        # When no request has this model any more. The engine answers all that it was asked before.
         weakref.finalize(self, _close, self.engine, [*self.files.values()])
 
     @property
@@ -48,9 +81,19 @@ class Model:
 
 
 class Store:
-    """Models by name. `failed` says why a bundle's new version is not in use."""
+    """The models of a replica.
+
+    Attributes:
+        failed: Model name -> why its new version is not in use.
+    """
 
     def __init__(self, config: ReplicaConfig, metrics: Metrics) -> None:
+        """Start empty.
+
+        Args:
+            config: The settings.
+            metrics: Counts batches and failed updates.
+        """
         self._config, self._metrics = config, metrics
         self._at: dict[Path, Model] = {}  # by the bundle's place
         self._seen: dict[Path, _State | None] = {}
@@ -59,6 +102,7 @@ class Store:
 
     @property
     def models(self) -> dict[str, Model]:
+        """The models by name."""
         return {model.name: model for model in self._at.values()}
 
     @property
@@ -67,11 +111,22 @@ class Store:
         return all(model.engine.alive for model in self._at.values())
 
     async def set(self, bundles: tuple[Path, ...]) -> None:
-        """Serve these bundles. Raises UserError, with everything as it was, where one of them does not load."""
+        """Serve these bundles.
+
+        Args:
+            bundles: The folders. Those that are loaded already stay.
+
+        Raises:
+            UserError: One of them does not load. Everything stays as it was.
+        """
         async with self._changing:
             places = [path.expanduser().absolute() for path in bundles]
             seen = {path: _state(path) for path in places}
-            at = {path: self._at.get(path) or await self._load(path) for path in places}
+            try:
+                at = {path: self._at.get(path) or await self._load(path) for path in places}
+            except Exception:
+                self._metrics.failed_update()
+                raise
             names = [model.name for model in at.values()]
             if twice := next((name for name in names if names.count(name) > 1), None):
                 raise UserError(f"two bundles have the name {twice!r}; export one under another: --name")
@@ -81,7 +136,7 @@ class Store:
             self._at, self._seen = at, {path: self._seen.get(path, state) for path, state in seen.items()}
 
     async def watch(self) -> None:
-        """Take up a bundle that another has replaced, when it has shown that it works; runs until cancelled."""
+        """Load new versions of bundles when they appear, until cancelled. A version that does not work is not used."""
         while True:
             await asyncio.sleep(self._config.watch_seconds)
             for path in list(self._at):
@@ -105,6 +160,7 @@ class Store:
                     )
             except Exception as error:  # whatever is wrong with it, the version that works goes on, and the watch too
                 self.failed[before.name] = str(error)
+                self._metrics.failed_update()
                 log.error("the new version of %s is not used: %s", before.name, error)
                 return
             self.failed.pop(before.name, None)

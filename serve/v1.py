@@ -1,10 +1,8 @@
-"""`POST /v1/predict`: image files in, labels out."""
+"""`POST /v1/predict`: from image files to labels."""
 
 from __future__ import annotations
 
 import asyncio
-import base64
-import binascii
 import math
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -15,23 +13,25 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cibl_ray.bundle.card import LOGITS, PROBABILITIES
 from pipelines.pixels import BadImageError
-from serve.decode import MAX_SHIFT, Limits, UnsupportedImageError, announced, pixels, top
-from serve.errors import ProblemError, bad_request
+from serve.decode import MAX_SHIFT, Limits, UnsupportedImageError, announced, named, pixels, top
+from serve.errors import ProblemError, bad_request, overloaded
 from serve.request import Request
 from serve.settings import ReplicaConfig
 from serve.store import Model
-from serve.v2 import LARGE, parse_json
+from serve.v2 import LARGE, of_base64, parse_json
 
 T = TypeVar("T")
 
 _SMALL = 16 << 10  # bytes of a file that is decoded in less time than handing it to a thread takes
 _SMALL_PIXELS = 1 << 16
+_FEW = 4  # files whose heads are read in the event loop
+_LARGE_WORK = 16_000_000  # pixels, each as often as its decoder passes over it: an image of more is large
 MAX_LOGITS = 1 << 18  # numbers of one answer, some three megabytes of JSON
 _PASSES = 15  # over as many pixels as a request may have: an ordinary progressive file has 10
 
 
 class Options(BaseModel):
-    """What a client may ask beside its images: in the query, in fields of a form, or in JSON."""
+    """What a client may set: in the query, in fields of a form, or in JSON."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -47,29 +47,51 @@ class _Json(Options):
 
 
 class Predict:
-    """Decodes within limits and asks a model's engine."""
+    """Reads requests, decodes their images within limits, and asks a model's engine."""
 
     def __init__(self, config: ReplicaConfig) -> None:
+        """Make the threads that decode.
+
+        Args:
+            config: The limits.
+        """
         self._config = config
         self._limits = Limits(min(config.max_pixels, config.max_request_pixels), config.formats)
         self._small = Limits(_SMALL_PIXELS, config.formats, max_scans=1)
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="decode")
+        self._large = ThreadPoolExecutor(1, thread_name_prefix="decode-large")
+        self._large_work = 0  # pixels that wait in it, each as often as its decoder passes over it
 
     async def read(self, request: Request, hold: Callable[[int], None]) -> tuple[list[bytes], Options]:
-        """The image files of a request, and its options. hold: as in `Request.body`. Raises ProblemError."""
+        """Read the image files of a request, and its options.
+
+        Args:
+            request: The request.
+            hold: As in `Request.body`.
+
+        Returns:
+            The files, one at least, and the options.
+
+        Raises:
+            ProblemError: The body is not what its content type says, or too much.
+        """
         body = await request.body(self._config.max_bytes, self._config.body_seconds, hold)
         kind = request.content_type.partition(";")[0].strip().lower()
         given: dict[str, Any] = dict(request.query)
         if kind == "multipart/form-data":
             form = _multipart(request.content_type, body, self._config.max_images)
             files, fields = await form if len(body) <= LARGE else await self.apart(body, lambda: asyncio.run(form))
-            return self._checked(files), _options(Options, {**given, **fields})
-        if kind == "application/json":
+            known = {name: value for name, value in fields.items() if name in Options.model_fields}  # browsers send more
+            return self._checked(files), _options(Options, {**given, **known})
+        if kind in ("application/json", "text/json") or kind.endswith("+json"):
             return await self.apart(body, lambda: self._of_json(body, given))
-        return self._checked([body]), _options(Options, given)
+        options = _options(Options, given)
+        if named(body) is None:
+            _check_type(kind, body)
+        return self._checked([body]), options
 
     async def apart(self, body: bytes, work: Callable[[], T]) -> T:
-        """What `work` makes of a body: in a thread where that is large, so that others are answered meanwhile."""
+        """Call `work`: in a thread if the body is large, so that others are answered meanwhile."""
         if len(body) <= LARGE:
             return work()
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
@@ -84,10 +106,7 @@ class Predict:
         if (content.image is None) == (content.images is None):
             raise bad_request("JSON needs one of 'image' and 'images', in base64")
         texts = content.images if content.images is not None else [content.image or ""]
-        try:
-            return self._checked([base64.b64decode(text, validate=True) for text in texts]), content
-        except (binascii.Error, ValueError) as error:
-            raise bad_request("an image is not valid base64") from error
+        return self._checked([of_base64(text) for text in texts]), content
 
     def _checked(self, files: list[bytes]) -> list[bytes]:
         if not files or not all(files):
@@ -109,12 +128,13 @@ class Predict:
             the logits of all classes, from which the probabilities come.
 
         Raises:
-            ProblemError: A file is no image, or the answer would be too large.
+            ProblemError: A file is no image (415), damaged (422), too large (413 or 422), or too many large ones wait (503);
+                or the answer would be too large (413).
         """
         if options.logits and len(files) * len(model.bundle.card.classes) > MAX_LOGITS:
             most = max(1, MAX_LOGITS // len(model.bundle.card.classes))
             raise ProblemError(413, "too_many", f"with logits {most} images at most; send them in parts, or leave logits out")
-        images = await self._pixels(model, files)
+        images = await self.pixels(model, files)
         shift = np.full(len(images), options.tail_shift, np.float32) if options.tail_shift else None
         result = await model.engine.submit(images, shift)
         answers: list[dict[str, Any]] = [{"top": top(model.bundle.card, row, options.top_k)} for row in result[PROBABILITIES]]
@@ -123,7 +143,19 @@ class Predict:
                 answer["logits"] = [round(value, 6) for value in row]
         return answers
 
-    async def _pixels(self, model: Model, files: list[bytes]) -> np.ndarray:
+    async def pixels(self, model: Model, files: list[bytes]) -> np.ndarray:
+        """Decode image files as evaluation did.
+
+        Args:
+            model: Whose rule and size to follow.
+            files: n of them.
+
+        Returns:
+            uint8 (n, S, S, 3).
+
+        Raises:
+            ProblemError: As in `answer`.
+        """
         rule = model.engine.runtime.card.rule
         if len(files) == 1 and len(files[0]) <= _SMALL:
             try:
@@ -132,10 +164,22 @@ class Predict:
                 pass
         loop = asyncio.get_running_loop()
         work: list[asyncio.Future[Any]] = []
+        large = 0
         try:
-            if len(files) > 1:
-                await loop.run_in_executor(self._threads, self._check_together, files)
-            work += [loop.run_in_executor(self._threads, pixels, file, rule, self._limits) for file in files]
+            # What decoding costs is known from the files' heads. A large image waits for large ones alone, one at a time.
+            if sum(map(len, files)) <= LARGE and len(files) <= _FEW:
+                costs = self._costs(files)
+            else:
+                costs = await loop.run_in_executor(self._threads, self._costs, files)
+            large = sum(cost for cost in costs if cost > _LARGE_WORK)
+            if large and self._large_work and self._large_work + large > self._config.max_waiting_pixels:
+                large = 0
+                raise overloaded(f"images of {self._large_work:,} pixels wait to be decoded; try again")
+            self._large_work += large
+            work += [
+                loop.run_in_executor(self._large if cost > _LARGE_WORK else self._threads, pixels, file, rule, self._limits)
+                for file, cost in zip(files, costs, strict=True)
+            ]
             return np.stack(await asyncio.gather(*work))
         except UnsupportedImageError as error:
             raise ProblemError(415, "unsupported_image", str(error)) from error
@@ -144,23 +188,43 @@ class Predict:
         finally:
             for future in work:
                 future.cancel()
+            self._large_work -= large
 
-    def _check_together(self, files: list[bytes]) -> None:
-        """Raise ProblemError before anything is decoded where it is too much; BadImageError."""
-        most, total, work = self._config.max_request_pixels, 0, 0
+    def _costs(self, files: list[bytes]) -> list[int]:
+        """Pixels that a decoder goes over for each file. Raises ProblemError if it is too much; BadImageError."""
+        most, total, costs = self._config.max_request_pixels, 0, []
         for file in files:
-            pixels, passed = announced(file, self._limits)
-            total += pixels
-            work += passed
-            if work > _PASSES * most:
+            size, passed = announced(file, self._limits)
+            total += size
+            costs.append(passed)
+            if sum(costs) > _PASSES * most and len(files) > 1:
                 raise ProblemError(
                     413, "too_large", f"the scans of the images go over more than {_PASSES * most:,} pixels; send them in parts"
                 )
             if total > most:
                 raise ProblemError(413, "too_large", f"the images have more than {most:,} pixels together; send them in parts")
+        return costs
 
     def close(self) -> None:
+        """End the threads."""
         self._threads.shutdown(wait=False, cancel_futures=True)
+        self._large.shutdown(wait=False, cancel_futures=True)
+
+
+def _check_type(kind: str, body: bytes) -> None:
+    """Raise ProblemError for a body that is plainly something else than an image, and say what its content type should be."""
+    start = body[:256].lstrip()
+    says = f"the body's Content-Type is {kind[:64]!r}, " if kind else "the body has no Content-Type, "
+    if start.startswith((b"{", b"[")):
+        raise ProblemError(415, "unsupported_type", f"{says}but it looks like JSON: send it as application/json")
+    if start.startswith(b"--") and b"content-disposition" in body[:1024].lower():
+        raise ProblemError(415, "unsupported_type", f"{says}but it looks like a form: send it as multipart/form-data")
+    if kind == "application/x-www-form-urlencoded" and b"=" in body[:64] and start[:64].isascii():
+        raise ProblemError(
+            415,
+            "unsupported_type",
+            f"{says}which is not read here: send an image's bytes, multipart/form-data, or application/json",
+        )
 
 
 def _options(kind: type[Options], content: dict[str, Any]) -> Options:
@@ -178,7 +242,7 @@ def _options(kind: type[Options], content: dict[str, Any]) -> Options:
 
 
 async def _multipart(content_type: str, body: bytes, max_files: int) -> tuple[list[bytes], dict[str, str]]:
-    """(files, other fields) of a form."""
+    """(files, text fields) of a form."""
     from starlette.datastructures import Headers, UploadFile
     from starlette.formparsers import MultiPartException, MultiPartParser
 

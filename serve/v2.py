@@ -1,10 +1,13 @@
-"""The Open Inference Protocol, version 2, as Triton and KServe speak it: JSON tensors, and the binary extension.
+"""The Open Inference Protocol, version 2, as Triton and KServe speak it: JSON tensors, and Triton's extensions.
 
-https://github.com/kserve/open-inference-protocol and Triton's extension_binary_data.
+https://github.com/kserve/open-inference-protocol; of Triton's extensions binary_tensor_data, model_configuration, statistics,
+and the index of model_repository. The input `images` takes pixels (UINT8), or image files (BYTES).
 """
 
 from __future__ import annotations
 
+import base64
+import binascii
 import json
 import math
 from typing import Any
@@ -18,13 +21,19 @@ from serve.store import Model
 
 HEADER_LENGTH = b"inference-header-content-length"
 LARGE = 256 << 10  # bytes of a body that is read in a thread
+_BASE64 = str.maketrans({"-": "+", "_": "/", "=": None, **dict.fromkeys(" \t\r\n")})
 _MORE_VALUES = 1000  # of JSON, beside what its images need
 _DEEPEST = 10  # lists that begin one in another: a tensor of images has four
+SERVER = {
+    "name": "cibl-ray",
+    "version": "2",
+    "extensions": ["binary_tensor_data", "model_configuration", "model_repository", "statistics"],
+}
 _INPUTS: dict[str, tuple[str, np.dtype[Any]]] = {IMAGES: ("UINT8", np.dtype("u1")), TAIL_SHIFT: ("FP32", np.dtype("<f4"))}
 
 
 def metadata(model: Model) -> dict[str, Any]:
-    """What a client may send and will get."""
+    """Describe a model's tensors, as `/v2/models/NAME` does."""
     size, classes = model.engine.runtime.size, len(model.bundle.card.classes)
     outputs = [(LOGITS, classes), (PROBABILITIES, classes)]
     if model.engine.runtime.has_embedding:
@@ -41,40 +50,120 @@ def metadata(model: Model) -> dict[str, Any]:
     }
 
 
+def configuration(model: Model, max_batch: int) -> dict[str, Any]:
+    """Describe a model as Triton's `/v2/models/NAME/config` does, whose clients (perf_analyzer) read it.
+
+    Args:
+        model: The model.
+        max_batch: Images of one request at most.
+
+    Returns:
+        The fields of ModelConfig, without those that have no meaning here. Shapes are without the batch.
+    """
+    found = metadata(model)
+
+    def tensors(kind: str) -> list[dict[str, Any]]:
+        return [
+            {"name": part["name"], "data_type": f"TYPE_{part['datatype']}", "dims": part["shape"][1:] or [1]}
+            | ({"optional": True} if "parameters" in part else {})
+            for part in found[kind]
+        ]
+
+    return {
+        "name": model.name,
+        "platform": "onnxruntime_onnx",
+        "backend": "onnxruntime",
+        "max_batch_size": max_batch,
+        "input": tensors("inputs"),
+        "output": tensors("outputs"),
+        "dynamic_batching": {},
+        "default_model_filename": model.bundle.models[model.engine.runtime.card.precision].path.name,
+    }
+
+
+def statistics(model: Model) -> dict[str, Any]:
+    """What a model has done since it was loaded, as Triton's `/v2/models/NAME/stats` says it: of the replica that answers."""
+    counted = model.statistics
+    none = {"count": 0, "ns": 0}
+    return {
+        "name": model.name,
+        "version": model.version,
+        "last_inference": counted.last,
+        "inference_count": counted.images,
+        "execution_count": model.engine.batches,
+        "inference_stats": {
+            "success": {"count": counted.requests, "ns": counted.nanoseconds},
+            "fail": {"count": counted.failures, "ns": counted.failure_nanoseconds},
+            "queue": none,
+            "compute_input": none,
+            "compute_infer": {"count": model.engine.batches, "ns": model.engine.nanoseconds},
+            "compute_output": none,
+            "cache_hit": none,
+            "cache_miss": none,
+        },
+        "batch_stats": [],
+    }
+
+
 class Inference:
-    """One request: images uint8 (n, S, S, 3), shift float32 (n,) or None, and how its outputs are wanted. Raises
-    ProblemError."""
+    """One request.
+
+    Attributes:
+        images: uint8 (n, S, S, 3). Where the request has image files, the caller sets it from `files`.
+        files: Image files, of a BYTES tensor; else empty.
+        shift: float32 (n,), or None.
+    """
 
     def __init__(self, model: Model, body: bytes, header_length: bytes | None, max_images: int) -> None:
+        """Read a request.
+
+        Args:
+            model: Which it asks.
+            body: JSON, and binary tensors after it.
+            header_length: Bytes of the JSON, if binary tensors follow.
+            max_images: n at most.
+
+        Raises:
+            ProblemError: It is not valid, or too much.
+        """
         self._model = model
         size = model.engine.runtime.size
         content, binary = _split(body, header_length, max_images * (3 * size * size + 1))
         self.id = content.get("id")
         if self.id is not None and not isinstance(self.id, str):
             raise bad_request("id must be a string")
-        tensors = self._tensors(content.get("inputs"), binary)
-        if IMAGES not in tensors:
+        self.files: list[bytes] = []
+        tensors = self._tensors(content.get("inputs"), binary, max_images)
+        if self.files:
+            count = len(self.files)
+            self.images = np.empty((0, size, size, 3), np.uint8)
+        elif IMAGES in tensors:
+            self.images = tensors[IMAGES]
+            if self.images.ndim != 4 or self.images.shape[1:] != (size, size, 3):
+                raise bad_request(f"{IMAGES!r} must have the shape [n, {size}, {size}, 3], not {list(self.images.shape)}")
+            count = len(self.images)
+        else:
             raise bad_request(f"the input {IMAGES!r} is missing")
-        self.images = tensors[IMAGES]
-        if self.images.ndim != 4 or self.images.shape[1:] != (size, size, 3):
-            raise bad_request(f"{IMAGES!r} must have the shape [n, {size}, {size}, 3], not {list(self.images.shape)}")
-        if not 1 <= len(self.images) <= max_images:
-            raise bad_request(f"{IMAGES!r} has {len(self.images)} images; 1 to {max_images} are taken")
+        if not 1 <= count <= max_images:
+            raise bad_request(f"{IMAGES!r} has {count} images; 1 to {max_images} are taken")
         self.shift = None
         if TAIL_SHIFT in tensors:
-            shift = tensors[TAIL_SHIFT]
-            if shift.ndim != 1 or len(shift) not in (1, len(self.images)):
-                raise bad_request(f"{TAIL_SHIFT!r} must have the shape [1] or [{len(self.images)}], not {list(shift.shape)}")
+            shift = tensors[TAIL_SHIFT].ravel()
+            if tensors[TAIL_SHIFT].ndim > 2 or len(shift) not in (1, count):
+                wrong = list(tensors[TAIL_SHIFT].shape)
+                raise bad_request(f"{TAIL_SHIFT!r} must have the shape [1] or [{count}], not {wrong}")
             if not (np.abs(shift) <= MAX_SHIFT).all():  # false for NaN too
                 raise bad_request(f"{TAIL_SHIFT!r} must be numbers from {-MAX_SHIFT:g} to {MAX_SHIFT:g}")
-            self.shift = np.ascontiguousarray(np.broadcast_to(shift, len(self.images)), dtype=np.float32)
+            self.shift = np.ascontiguousarray(np.broadcast_to(shift, count), dtype=np.float32)
         self._outputs = self._wanted(content)
 
     @property
     def embedding(self) -> bool:
+        """Whether the embedding is wanted."""
         return EMBEDDING in self._outputs
 
-    def _tensors(self, inputs: Any, binary: memoryview) -> dict[str, np.ndarray]:
+    def _tensors(self, inputs: Any, binary: memoryview, max_images: int) -> dict[str, np.ndarray]:
+        """The tensors that are numbers, by name; image files go to `files`."""
         if not isinstance(inputs, list) or not all(isinstance(part, dict) for part in inputs):
             raise bad_request("inputs must be a list of tensors")
         tensors: dict[str, np.ndarray] = {}
@@ -82,11 +171,12 @@ class Inference:
             name, shape = part.get("name"), part.get("shape")
             if not isinstance(name, str) or name not in _INPUTS:
                 raise bad_request(f"unknown input; there are {IMAGES!r} and {TAIL_SHIFT!r}")
-            if name in tensors:
+            if name in tensors or (name == IMAGES and self.files):
                 raise bad_request(f"the input {name!r} comes twice")
             kind, dtype = _INPUTS[name]
-            if part.get("datatype") != kind:
-                raise bad_request(f"the datatype of {name!r} must be {kind}")
+            encoded = name == IMAGES and part.get("datatype") == "BYTES"
+            if part.get("datatype") != kind and not encoded:
+                raise bad_request(f"the datatype of {name!r} must be {kind}{' or BYTES' if name == IMAGES else ''}")
             if (
                 not isinstance(shape, list)
                 or not 1 <= len(shape) <= 4
@@ -98,7 +188,17 @@ class Inference:
             count = math.prod(shape)
             if count == 0:
                 raise bad_request(f"{name!r} is empty: its shape is {shape}")
-            if size is not None:
+            if encoded:
+                if count > max_images:
+                    raise ProblemError(413, "too_many", f"{count} images, {max_images} at most")
+                if size is None:
+                    self.files = _texts(name, part.get("data"), count)
+                else:
+                    if type(size) is not int or not 0 < size <= len(binary):
+                        raise bad_request(f"{name!r}: binary_data_size must be the bytes of the tensor, and the body hold them")
+                    self.files = _elements(name, binary[:size], count)
+                    binary = binary[size:]
+            elif size is not None:
                 if type(size) is not int or size != count * dtype.itemsize or size > len(binary):
                     needed = count * dtype.itemsize
                     raise bad_request(
@@ -113,7 +213,7 @@ class Inference:
         return tensors
 
     def _wanted(self, content: dict[str, Any]) -> dict[str, bool]:
-        """Output name -> whether in binary."""
+        """Output name -> whether it is binary."""
         available = [output["name"] for output in metadata(self._model)["outputs"]]
         parameters = content.get("parameters") or {}
         default = bool(parameters.get("binary_data_output")) if isinstance(parameters, dict) else False
@@ -133,7 +233,14 @@ class Inference:
         return wanted
 
     def answer(self, result: dict[str, np.ndarray]) -> tuple[list[tuple[bytes, bytes]], bytes]:
-        """(headers, body)."""
+        """Make the answer.
+
+        Args:
+            result: Output name -> float32 (n, width).
+
+        Returns:
+            Its headers and its body.
+        """
         outputs, binary = [], []
         for name, as_binary in self._outputs.items():
             values = np.ascontiguousarray(result[name], dtype="<f4")
@@ -165,8 +272,19 @@ def _split(body: bytes, header_length: bytes | None, values: int) -> tuple[dict[
 
 
 def parse_json(text: bytes, values: int, texts: int = 0) -> dict[str, Any]:
-    """A JSON object of a client. values: that its images need at most; texts: how many of them are no numbers. Raises
-    ProblemError."""
+    """Parse a client's JSON object.
+
+    Args:
+        text: The bytes.
+        values: How many its images may need.
+        texts: How many of those are strings.
+
+    Returns:
+        The object.
+
+    Raises:
+        ProblemError: It is not valid (400), or has more values than its images need (413).
+    """
     most = values + _MORE_VALUES
     # Counted before it is parsed: a value of two bytes would take a hundred.
     if (count := text.count(b",")) > most:
@@ -194,6 +312,55 @@ def _check_large(text: bytes, texts: int) -> None:
         raise ProblemError(413, "too_many", f"JSON of {other:,} values that are no numbers, {texts + _MORE_VALUES:,} at most")
     if b"[" * _DEEPEST in text:
         raise bad_request(f"the body is not valid JSON for this service: lists in lists, {_DEEPEST} deep")
+
+
+def _elements(name: str, binary: memoryview, count: int) -> list[bytes]:
+    """The elements of a binary BYTES tensor: each after its length, four bytes, little-endian."""
+    files: list[bytes] = []
+    while len(binary) >= 4 and len(files) < count:
+        length = int.from_bytes(binary[:4], "little")
+        if length > len(binary) - 4:
+            break
+        files.append(bytes(binary[4 : 4 + length]))
+        binary = binary[4 + length :]
+    if len(files) != count or len(binary) or not all(files):
+        raise bad_request(f"{name!r}: the binary data must be {count} image files, each after its length in four bytes")
+    return files
+
+
+def _texts(name: str, data: Any, count: int) -> list[bytes]:
+    """The elements of a BYTES tensor in JSON, which has no bytes: base64."""
+    while isinstance(data, list) and len(data) == 1 and isinstance(data[0], list):
+        data = data[0]
+    rows = [row[0] if isinstance(row, list) and len(row) == 1 else row for row in data] if isinstance(data, list) else []
+    if len(rows) != count or not all(isinstance(row, str) and row for row in rows):
+        raise bad_request(f"{name!r}: data must be {count} image files in base64")
+    return [of_base64(row) for row in rows]
+
+
+def of_base64(text: str) -> bytes:
+    """Decode base64 as clients send it: also url-safe, with line breaks, without padding, or as a `data:` URL.
+
+    Args:
+        text: The text.
+
+    Returns:
+        The bytes.
+
+    Raises:
+        ProblemError: It is something else.
+    """
+    if text[:5].lower() == "data:":
+        head, comma, text = text.partition(",")
+        if not comma or not head.lower().endswith(";base64"):
+            raise bad_request("an image is a data: URL without ';base64,'; send base64")
+    plain = text.translate(_BASE64)
+    try:
+        return base64.b64decode(plain + "=" * (-len(plain) % 4), validate=True)
+    except (binascii.Error, ValueError) as error:
+        if text[:8].lower().startswith(("http://", "https://", "file:/", "s3://")):
+            raise bad_request("an image is a URL; send its bytes, in base64") from error
+        raise bad_request("an image is not valid base64") from error
 
 
 def _from_json(name: str, data: Any, dtype: np.dtype[Any], shape: list[int], count: int) -> np.ndarray:

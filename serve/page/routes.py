@@ -39,7 +39,7 @@ class Page:
             config: The limits, which the page checks before it sends an image.
             keys: Whether the service asks for API keys.
         """
-        self._config = config
+        self._document = openapi(config, keys)
         self._facts = {
             "mode": "service",
             "keys": keys,
@@ -94,10 +94,10 @@ class Page:
         return 200, {}
 
     async def _openapi(self, request: Request, send: Send, common: Headers) -> tuple[int, dict[str, Any]]:
-        await respond(send, 200, [(b"content-type", b"application/json"), *common], json.dumps(openapi(self._config)).encode())
+        await respond(send, 200, [(b"content-type", b"application/json"), *common], json.dumps(self._document).encode())
         return 200, {}
 
     async def _docs(self, request: Request, send: Send, common: Headers) -> tuple[int, dict[str, Any]]:
         headers = [(b"content-type", b"text/html; charset=utf-8"), *_PAGE, *common]
-        await respond(send, 200, headers, docs_page(openapi(self._config)))
+        await respond(send, 200, headers, docs_page(self._document))
         return 200, {}

@@ -1,17 +1,17 @@
-"""The application behind uvicorn in a thread: what a replica runs, without the seconds that Ray takes to start."""
+"""The service in a thread: what a replica runs, without the seconds that Ray takes to start."""
 
 from __future__ import annotations
 
-import asyncio
 import http.client
 import io
 import json
+import random
+import socket
 import struct
-import threading
 import time
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,10 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from serve.app import App
-from serve.settings import ReplicaConfig
+from serve.haproxy import HAProxy, socket_of
+from serve.local import private_folder
+from serve.server import Server
+from serve.settings import ServiceConfig
 
 
 @dataclass
@@ -36,10 +39,15 @@ class Answer:
 
 
 @dataclass
-class Server:
+class Served:
+    """A service in this process: the same application as in a replica, without the seconds that Ray takes to start."""
+
     port: int
-    app: App
-    loop: asyncio.AbstractEventLoop
+    server: Server
+
+    @property
+    def app(self) -> App:
+        return self.server.app
 
     def ask(self, method: str, path: str, body: Any = None, **headers: str) -> Answer:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
@@ -52,51 +60,67 @@ class Server:
 
     def run(self, coroutine: Any) -> Any:
         """Run in the application's own loop."""
-        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(20)
+        return self.server.call(coroutine)
+
+
+def free_port() -> int:
+    """A port that stays free until the service binds it: below those that the kernel gives to sockets that ask for any."""
+    for port in random.sample(range(20000, 32000), 100):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("no port is free")
 
 
 @contextmanager
-def serving(bundles: list[Path], **settings: Any) -> Iterator[Server]:
-    import uvicorn
-
-    ready = threading.Event()
-    found: dict[str, Any] = {}
-
-    async def main() -> None:
+def serving(bundles: list[Path], way: str = "simple", **settings: Any) -> Iterator[Served]:
+    """A service. way: `simple`, as `python -m serve --simple`; `haproxy`, behind HAProxy as a replica of `python -m serve`."""
+    config = ServiceConfig.model_validate({"bundles": bundles, "provider": "cpu", **settings})
+    with private_folder() as folder:
+        if way == "simple":
+            listener = socket.create_server(("127.0.0.1", 0))
+            port, front = listener.getsockname()[1], config
+        else:
+            listener, port, front = socket.socket(socket.AF_UNIX), free_port(), None
+            listener.bind(str(socket_of(folder, 0)))
+        server = Server(config, listener, front)
+        haproxy = None
         try:
-            app = App(ReplicaConfig(**{"provider": "cpu", **settings}))
-            await app.start(tuple(bundles))
-        except Exception as error:
-            found["error"] = error
-            ready.set()
-            return
-        server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", lifespan="off"))
-        task = asyncio.create_task(server.serve())
-        while not server.started:
-            await asyncio.sleep(0.01)
-        port = server.servers[0].sockets[0].getsockname()[1]
-        found.update(app=app, server=server, port=port, loop=asyncio.get_running_loop())
-        ready.set()
-        await task
-        await app.stop()
+            server.load(config.bundles)
+            if way == "haproxy":
+                haproxy = HAProxy(folder, config, "127.0.0.1", port)
+                served = Served(port, server)
+                until(lambda: served.ask("GET", "/v2/health/ready").status == 200)
+            yield Served(port, server)
+        finally:
+            if haproxy is not None:
+                haproxy.kill()
+            server.stop(5)
 
-    thread = threading.Thread(target=lambda: asyncio.run(main()), daemon=True)
-    thread.start()
-    ready.wait(60)
-    if "error" in found:
-        raise found["error"]
-    try:
-        yield Server(found["port"], found["app"], found["loop"])
-    finally:
-        found["server"].should_exit = True
-        thread.join(20)
-        assert not thread.is_alive()
+
+@pytest.fixture(scope="session", params=["simple", "haproxy"])
+def server(request: pytest.FixtureRequest, bundle: Path) -> Iterator[Served]:
+    with serving([bundle], request.param, max_bytes=1 << 20, max_pixels=1_000_000, body_seconds=2) as running:
+        yield running
 
 
 @pytest.fixture(scope="session")
-def server(bundle: Path) -> Iterator[Server]:
+def simple(bundle: Path) -> Iterator[Served]:
+    """For tests of the application alone, which what is in front cannot change."""
     with serving([bundle], max_bytes=1 << 20, max_pixels=1_000_000, body_seconds=2) as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def versions(run_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """More bundles: `last` and `previous`, of the name `digits`, and `other`, of another name. Copy them: `shutil.copytree`."""
+    from cibl_ray.exporting.make_bundle import Options, make_bundle
+
+    folder = tmp_path_factory.mktemp("versions")
+    for name, checkpoint in (("last", "last"), ("previous", "previous"), ("other", "last")):
+        options = Options(name="other" if name == "other" else "digits", provider="cpu")
+        make_bundle(run_folder / "checkpoints" / f"{checkpoint}.safetensors", folder / name, options)
+    return {name: folder / name for name in ("last", "previous", "other")}
 
 
 def encoded(kind: str, number: int = 0, size: int | None = None, **options: Any) -> bytes:

