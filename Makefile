@@ -1,11 +1,12 @@
 # Two commands are enough on a fresh machine: `make quickstart` and `make test`. Both set up first; a second run skips that.
 VENV := .venv/bin/python
 
-.PHONY: help setup quickstart test lint lock wheel
+.PHONY: help setup quickstart test test-all lint lock wheel
 
 help:
 	@echo "make quickstart   set up, train CIBL on long-tailed digits through FFCV, pictures in runs/"
 	@echo "make test         set up, lint, types, tests"
+	@echo "make test-all     the same with the slow tests, which take minutes each"
 	@echo "make setup        Debian packages for FFCV (as root), virtual environment, pinned packages"
 	@echo "make wheel        build the wheel into dist/"
 	@echo "make lock         resolve requirements.lock anew"
@@ -21,8 +22,13 @@ lint: setup
 	$(VENV) -m ruff format --check .
 	$(VENV) -m mypy
 
+PYTEST := $(VENV) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
 test: lint
-	$(VENV) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(PYTEST)
+
+test-all: lint
+	$(PYTEST) -m "not gpu"
 
 lock: setup
 	$(VENV) -m pip install --quiet uv

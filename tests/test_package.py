@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from cibl_ray.config import load_config
+from cibl_ray import train
 from tests.conftest import REPOSITORY
 
 
@@ -64,18 +64,15 @@ def readme_commands() -> list[str]:
 
 
 @pytest.mark.parametrize("command", [c for c in readme_commands() if " -m " in c])
-def test_readme_commands_name_real_modules_and_fields(command):
+def test_readme_commands_name_real_modules_and_fields(command, monkeypatch, capsys):
     words = shlex.split(command)
     module = words[words.index("-m") + 1]
     path = REPOSITORY / module.replace(".", "/")
     assert path.with_suffix(".py").exists() or (path / "__main__.py").exists()
     if module == "cibl_ray.train" and "--resume" not in words:
-        flags = [word for word in words[words.index(module) + 2 :] if word != "--cluster"]
-        for option in ("--name", "--workers", "--address"):
-            if option in flags:
-                place = flags.index(option)
-                del flags[place : place + 2]
-        load_config(words[words.index(module) + 1], flags)
+        monkeypatch.setattr(sys, "argv", [*words[words.index(module) :], "--print-config"])
+        train.main()
+        assert "tail_skew" in capsys.readouterr().out
 
 
 def test_readme_make_targets_exist():
