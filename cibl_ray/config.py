@@ -22,11 +22,11 @@ log = logging.getLogger(__name__)
 class OptimizerConfig(Settings):
     """SGD with Nesterov momentum."""
 
-    lr: float = Field(default=0.1, gt=0, description="learning rate of the whole batch, which the schedule scales")
-    momentum: float = Field(default=0.9, ge=0, lt=1)
-    nesterov: bool = True
-    weight_decay: float = Field(default=5e-4, ge=0)
-    clip_norm: float | None = Field(default=None, gt=0, description="largest norm of the gradient; None: no clipping")
+    lr: float = Field(default=0.1, gt=0, description="Learning rate for the whole batch; the schedule scales it.")
+    momentum: float = Field(default=0.9, ge=0, lt=1, description="Momentum of SGD.")
+    nesterov: bool = Field(default=True, description="Use Nesterov momentum.")
+    weight_decay: float = Field(default=5e-4, ge=0, description="L2 penalty on all weights.")
+    clip_norm: float | None = Field(default=None, gt=0, description="Gradients are clipped to this norm; null: no clipping.")
 
     @model_validator(mode="after")
     def _nesterov_needs_momentum(self) -> OptimizerConfig:
@@ -39,9 +39,11 @@ class StepSchedule(Settings):
     """Linear warm-up, then the rate times `gamma` at each milestone (a share of the epochs)."""
 
     kind: Literal["steps"]
-    warmup_epochs: float = Field(default=5, ge=0)
-    milestones: tuple[float, ...] = (0.8, 0.9)
-    gamma: float = Field(default=0.1, gt=0, le=1)
+    warmup_epochs: float = Field(default=5, ge=0, description="Epochs in which the rate rises linearly from 0.")
+    milestones: tuple[float, ...] = Field(
+        default=(0.8, 0.9), description="Fractions of the run at which the rate is multiplied by gamma."
+    )
+    gamma: float = Field(default=0.1, gt=0, le=1, description="Factor of the rate at each milestone.")
 
     @model_validator(mode="after")
     def _shares(self) -> StepSchedule:
@@ -54,46 +56,50 @@ class CosineSchedule(Settings):
     """Linear warm-up, then half a cosine down to `final` times the rate."""
 
     kind: Literal["cosine"] = "cosine"
-    warmup_epochs: float = Field(default=5, ge=0)
-    final: float = Field(default=0.0, ge=0, le=1)
+    warmup_epochs: float = Field(default=5, ge=0, description="Epochs in which the rate rises linearly from 0.")
+    final: float = Field(default=0.0, ge=0, le=1, description="Rate at the end, as a fraction of the rate after warm-up.")
 
 
 ScheduleConfig = Annotated[StepSchedule | CosineSchedule, Field(discriminator="kind")]
 
 
 class TrainConfig(Settings):
-    epochs: int = Field(default=200, ge=1)
-    batch_size: int = Field(default=128, ge=2, description="images a step; each gives data.views views")
-    eval_batch_size: int = Field(default=500, ge=1)
+    """Length, batch, arithmetic and checkpoints of the training."""
+
+    epochs: int = Field(default=200, ge=1, description="How often the training split is gone through.")
+    batch_size: int = Field(
+        default=128, ge=2, description="Images in a step, over all workers; each gives as many views as data.views has."
+    )
+    eval_batch_size: int = Field(default=500, ge=1, description="Images in a batch of evaluation.")
     precision: Literal["auto", "fp32", "bf16"] = Field(
         default="auto",
-        description="auto: bf16 mixed precision where GPU or CPU have it, else fp32 (on GPUs torch's: TF32 in convolutions)",
+        description="auto: bf16 mixed precision where the GPU or CPU has it, else fp32 (on GPUs with TF32 in convolutions).",
     )
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto: a GPU where there is one.")
     average: float | None = Field(
         default=None,
         gt=0,
         lt=1,
-        description="decay of an average of the weights over the steps (.999, say), by which the network is then evaluated and "
-        "exported; None: the weights themselves",
+        description="Decay of an exponential average of the weights, for example 0.999. The average is then evaluated and "
+        "exported; null: the weights themselves.",
     )
     compile: bool = Field(
         default=False,
-        description="the networks by torch.compile, on a GPU as CUDA graphs; half a minute at the start, needs a C++ compiler",
+        description="Compile the networks with torch.compile, on a GPU as CUDA graphs. Takes half a minute and a C++ compiler.",
     )
-    checkpoint_every: int = Field(default=1, ge=1, description="epochs between checkpoints")
+    checkpoint_every: int = Field(default=1, ge=1, description="Epochs between checkpoints.")
     checkpoint_minutes: float | None = Field(
         default=None,
         gt=0,
-        description="within an epoch, at most so long between checkpoints; None: at the ends of epochs alone",
+        description="Most minutes between checkpoints within an epoch; null: checkpoints at the ends of epochs only.",
     )
 
 
 class RunConfig(Settings):
-    """Everything that decides a run. `seed` decides the order, the subset, the augmentation and the weights."""
+    """Everything that decides a run."""
 
-    seed: int = Field(default=0, ge=0, le=2**32 - 1)
-    runs: Path = Field(default=Path("runs"), description="folder for run folders")
+    seed: int = Field(default=0, ge=0, le=2**32 - 1, description="Decides order, subset, augmentation and weights.")
+    runs: Path = Field(default=Path("runs"), description="Folder in which the run folders are made.")
     data: DataConfig
     loader: LoaderConfig = LoaderConfig()
     network: NetworkConfig = NetworkConfig()

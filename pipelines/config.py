@@ -64,33 +64,33 @@ class NoProfile(Settings):
 
 
 class ExpProfile(Settings):
-    """n_i = int(n_max · μ^(i/(C-1))), μ = 1/imbalance, classes in index order: the community's CIFAR-LT."""
+    """n_i = int(n_max · μ^(i/(C-1))), μ = 1/imbalance, classes in index order, as in CIFAR-LT."""
 
     kind: Literal["exp"]
-    imbalance: float = Field(ge=1)
-    largest: int | None = Field(default=None, ge=1, description="n_max; by default the smallest class's image count")
+    imbalance: float = Field(ge=1, description="Largest over smallest class.")
+    largest: int | None = Field(default=None, ge=1, description="Images of the largest class; by default as the smallest has.")
 
 
 class StepProfile(Settings):
     """The first half of the classes keeps n_max images, the second half n_max / imbalance."""
 
     kind: Literal["step"]
-    imbalance: float = Field(ge=1)
-    largest: int | None = Field(default=None, ge=1)
+    imbalance: float = Field(ge=1, description="Largest over smallest class.")
+    largest: int | None = Field(default=None, ge=1, description="Images of the large classes; by default as the smallest has.")
 
 
 class ListProfile(Settings):
     """The images that a split list names ("path label" a line), of a source that holds more."""
 
     kind: Literal["list"]
-    path: Path
+    path: Path = Field(description="The split list.")
 
 
 class CountsProfile(Settings):
     """So many images of each class, in index order: a JSON list, or a mapping of class index to count."""
 
     kind: Literal["counts"]
-    path: Path
+    path: Path = Field(description="The JSON file.")
 
 
 Profile = Annotated[NoProfile | ExpProfile | StepProfile | ListProfile | CountsProfile, Field(discriminator="kind")]
@@ -104,26 +104,30 @@ class Store(Settings):
         description="auto: raw pixels up to 64x64, JPEG above; original JPEG bytes are kept where they fit; "
         "mixed: a share of the training images raw, which takes room and spares decoding",
     )
-    raw_share: float = Field(default=0.5, ge=0, le=1, description="of mode 'mixed'")
-    shard_mb: int | None = Field(default=None, ge=1, description="begin another file after so many MiB; None: one file a split")
-    max_side: int | None = Field(default=500, ge=1, le=65535, description="longer images are scaled down to this")
-    square: int | None = Field(default=None, ge=1, le=4096, description="resize every image to this width and height")
-    quality: int = Field(default=92, ge=1, le=100, description="of re-encoded JPEGs")
+    raw_share: float = Field(default=0.5, ge=0, le=1, description="Share of the training images that mode 'mixed' stores raw.")
+    shard_mb: int | None = Field(default=None, ge=1, description="Size of a file in MiB; null: one file for each split.")
+    max_side: int | None = Field(
+        default=500, ge=1, le=65535, description="Images with a longer side are scaled down to it, in pixels; null: no limit."
+    )
+    square: int | None = Field(
+        default=None, ge=1, le=4096, description="Resize every image to this width and height, in pixels."
+    )
+    quality: int = Field(default=92, ge=1, le=100, description="JPEG quality of images that are encoded again.")
 
 
 class RandomCrop(Settings):
     """A crop of the output size at a random place of the image padded with black: torchvision's RandomCrop."""
 
     kind: Literal["crop"]
-    padding: int = Field(default=4, ge=0)
+    padding: int = Field(default=4, ge=0, description="Pixels of padding on each side.")
 
 
 class RandomResizedCrop(Settings):
     """A crop of random area and aspect ratio, resized to the output size: torchvision's RandomResizedCrop."""
 
     kind: Literal["resized"]
-    scale: tuple[float, float] = (0.08, 1.0)
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    scale: tuple[float, float] = Field(default=(0.08, 1.0), description="Smallest and largest share of the image's area.")
+    ratio: tuple[float, float] = Field(default=(3 / 4, 4 / 3), description="Smallest and largest width over height.")
 
     @model_validator(mode="after")
     def _ordered(self) -> RandomResizedCrop:
@@ -139,7 +143,7 @@ class CenterCrop(Settings):
     """The central square, `ratio` of the shorter side, resized to the output size (224 of 256: ratio .875)."""
 
     kind: Literal["center"]
-    ratio: float = Field(default=1.0, gt=0, le=1)
+    ratio: float = Field(default=1.0, gt=0, le=1, description="Share of the shorter side.")
 
 
 Cut = Annotated[RandomCrop | RandomResizedCrop | CenterCrop, Field(discriminator="kind")]
@@ -149,22 +153,22 @@ class AutoAugment(Settings):
     """One of the policy's 25 pairs of operations, each with its own probability and strength: torchvision's AutoAugment."""
 
     kind: Literal["auto_augment"]
-    policy: Literal["cifar10"] = "cifar10"
+    policy: Literal["cifar10"] = Field(default="cifar10", description="The learned policy.")
 
 
 class RandAugment(Settings):
     """`count` operations drawn from 14, all of strength `magnitude` of 0 to 30: torchvision's RandAugment."""
 
     kind: Literal["rand_augment"]
-    count: int = Field(default=2, ge=1, le=8)
-    magnitude: int = Field(default=10, ge=0, le=30)
+    count: int = Field(default=2, ge=1, le=8, description="Operations for each sample.")
+    magnitude: int = Field(default=10, ge=0, le=30, description="Strength of the operations.")
 
 
 class Cutout(Settings):
     """A black square about a pixel drawn anywhere in the image, clipped by its border: DeVries & Taylor, arXiv:1708.04552."""
 
     kind: Literal["cutout"]
-    size: int = Field(default=16, ge=1, le=2048, description="width and height of the square, pixels")
+    size: int = Field(default=16, ge=1, le=2048, description="Width and height of the square, in pixels.")
 
 
 class ColorJitter(Settings):
@@ -174,28 +178,31 @@ class ColorJitter(Settings):
     """
 
     kind: Literal["color_jitter"]
-    brightness: float = Field(default=0.4, ge=0, le=10)
-    contrast: float = Field(default=0.4, ge=0, le=10)
-    saturation: float = Field(default=0.4, ge=0, le=10)
-    hue: float = Field(default=0.1, ge=0, le=0.5)
-    probability: float = Field(default=0.8, ge=0, le=1)
+    brightness: float = Field(default=0.4, ge=0, le=10, description="x of the brightness factor.")
+    contrast: float = Field(default=0.4, ge=0, le=10, description="x of the contrast factor.")
+    saturation: float = Field(default=0.4, ge=0, le=10, description="x of the saturation factor.")
+    hue: float = Field(default=0.1, ge=0, le=0.5, description="x of the turn of the hue.")
+    probability: float = Field(default=0.8, ge=0, le=1, description="Share of the samples that change.")
 
 
 class Grayscale(Settings):
     """Luma in all three channels: torchvision's RandomGrayscale."""
 
     kind: Literal["grayscale"]
-    probability: float = Field(default=0.2, ge=0, le=1)
+    probability: float = Field(default=0.2, ge=0, le=1, description="Share of the samples that change.")
 
 
 class Blur(Settings):
     """A Gaussian of a width drawn for each sample: torchvision's GaussianBlur."""
 
     kind: Literal["blur"]
-    sigma: tuple[float, float] = Field(default=(0.1, 2.0), description="least and greatest standard deviation, pixels")
-    probability: float = Field(default=0.5, ge=0, le=1)
+    sigma: tuple[float, float] = Field(default=(0.1, 2.0), description="Smallest and largest standard deviation, in pixels.")
+    probability: float = Field(default=0.5, ge=0, le=1, description="Share of the samples that change.")
     kernel: int | None = Field(
-        default=None, ge=3, le=255, description="taps, an odd number; by default a tenth of the image's width, as SimCLR"
+        default=None,
+        ge=3,
+        le=255,
+        description="Width of the kernel, an odd number; null: a tenth of the image's width, as in SimCLR.",
     )
 
     @model_validator(mode="after")
@@ -217,8 +224,10 @@ class View(Settings):
     """How one view of an image is cut, and what is done to its pixels then. Every sample of every view has its own draw."""
 
     cut: Cut = RandomCrop(kind="crop")
-    flip: float = Field(default=0.5, ge=0, le=1, description="probability of a horizontal flip")
-    augment: tuple[Augmentation, ...] = Field(default=(), max_length=8, description="in this order, after cut and flip")
+    flip: float = Field(default=0.5, ge=0, le=1, description="Probability of a horizontal flip.")
+    augment: tuple[Augmentation, ...] = Field(
+        default=(), max_length=8, description="Augmentations, in this order, after cut and flip."
+    )
 
 
 Sampling = Literal["instance", "square_root", "class_balanced"]
@@ -233,9 +242,9 @@ class DataConfig(Settings):
         default=0.0,
         ge=0,
         lt=1,
-        description="share of each class's training images set aside for validation, before the profile",
+        description="Share of each class's training images set aside for validation, before the profile.",
     )
-    subset_seed: int | None = Field(default=None, ge=0, description="of the profile's draw; by default the run's seed")
+    subset_seed: int | None = Field(default=None, ge=0, description="Seed of the profile's draw; null: the run's seed.")
     on_bad_image: Literal["error", "skip"] = Field(
         default="error", description="skip: unreadable images are left out, counted, and listed with their reasons"
     )
@@ -246,16 +255,20 @@ class DataConfig(Settings):
         "[0, 4095] for 12 bits",
     )
     store: Store = Store()
-    prepared: Path = Field(default=Path("prepared"), description="folder for .beton files")
-    size: int = Field(default=32, ge=4, le=2048, description="width and height of the network's input")
-    views: tuple[View, ...] = Field(default=(View(), View()), min_length=1, max_length=8)
+    prepared: Path = Field(default=Path("prepared"), description="Folder of the .beton files.")
+    size: int = Field(default=32, ge=4, le=2048, description="Width and height of the network's input, in pixels.")
+    views: tuple[View, ...] = Field(
+        default=(View(), View()), min_length=1, max_length=8, description="The views of each training image."
+    )
     sampling: Sampling = Field(
         default="instance",
-        description="how often an epoch shows a class: as often as it has images, as their square root, or each class alike",
+        description="How often an epoch shows a class: by its number of images, by the square root of it, or every class alike.",
     )
     eval_cut: Cut = CenterCrop(kind="center")
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    mean: tuple[float, float, float] = Field(
+        default=(0.485, 0.456, 0.406), description="Subtracted from red, green and blue, which are 0 to 1."
+    )
+    std: tuple[float, float, float] = Field(default=(0.229, 0.224, 0.225), description="Divides red, green and blue then.")
 
     @model_validator(mode="after")
     def _usable(self) -> DataConfig:
@@ -288,11 +301,13 @@ class LoaderConfig(Settings):
         description="os: files mapped into memory, any image at any time, for data that fit into memory; process: pages are "
         "read ahead in large pieces (by FFCV's loader), in an order random within `read_ahead_mb`; auto: by the size of memory",
     )
-    read_ahead_mb: int = Field(default=1024, ge=16, description="of cache 'process': what a worker holds at once, MiB, twice")
+    read_ahead_mb: int = Field(
+        default=1024, ge=16, description="MiB that a worker with cache 'process' reads ahead; it holds twice as much."
+    )
     part: Literal["all", "shards"] = Field(
         default="all",
         description="all: each worker reads any image; shards: worker r of R only the files r, r + R, ..., so that a node "
         "needs no others (data.store.shard_mb)",
     )
-    workers: int | None = Field(default=None, ge=1, le=512, description="threads (ffcv) or processes (torch); None: what fits")
-    batches_ahead: int = Field(default=3, ge=1, le=32)
+    workers: int | None = Field(default=None, ge=1, le=512, description="Threads (ffcv) or processes (torch); null: what fits.")
+    batches_ahead: int = Field(default=3, ge=1, le=32, description="Batches that are read before they are needed.")

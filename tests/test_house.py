@@ -6,6 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from cibl_ray.config import RunConfig
+from cibl_ray.tuning.config import SweepConfig
+from pipelines.common.fields import known_keys
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 PACKAGES = ("pipelines", "cibl_ray", "serve", "benchmarks")
 # Each package imports itself and what stands before it; serve takes the contract with the exported model alone, no torch.
@@ -73,3 +77,15 @@ def test_the_walk_sees_imports_of_every_kind(tmp_path):
         "def f():\n    from p import c, NAME\n    import p.d\n"
     )
     assert imports(path, {"p", "p.b", "p.c", "p.d", "p.e"}) == {"p.b", "p.c", "p.d"}
+
+
+@pytest.mark.parametrize("model", [RunConfig, SweepConfig])
+def test_every_field_has_a_description(model):
+    """`--help` prints it. A part says what it is in the docstring of its model."""
+    parts = {key.rpartition(".")[0] for key in known_keys(model)}
+    bare = [
+        key
+        for key, known in known_keys(model).items()
+        if not known.description and key not in parts and not key.endswith("kind") and not key.startswith("data.source.")
+    ]
+    assert bare == []

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     import torch
 
 # Far below what trains, .05 to 1; with 1e-10 the quotients leave float32.
-Temperature = Annotated[float, Field(ge=1e-3, description="τ: divides the cosine of two embeddings")]
-Kappa = Annotated[float, Field(ge=0, description="κ: adds κ·log π to the logits; 0 is plain, 1 balanced softmax")]
+Temperature = Annotated[float, Field(ge=1e-3, description="τ: divides the cosine of two embeddings.")]
+Kappa = Annotated[float, Field(ge=0, description="κ: adds κ·log π to the logits. 0 is plain, 1 is balanced softmax.")]
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,8 @@ class LossNeeds(Needs):
     Attributes:
         contrast: The embeddings of all workers, to compare the anchors with.
         queue: How many labelled embeddings of earlier batches are contrasted, too.
-        momentum: Of an averaged network that embeds every view but the first; None: the network itself embeds all.
-        second_stream: A second stream of images, whose logits the loss gets; None: one stream.
+        momentum: Of an averaged network that embeds every view but the first; null: the network itself embeds all.
+        second_stream: A second stream of images, whose logits the loss gets; null: one stream.
     """
 
     contrast: bool = False
@@ -92,12 +92,12 @@ class LossSettings(Settings):
 class ContrastMemory(LossSettings):
     """What is contrasted beyond the batch's own embeddings."""
 
-    queue: int = Field(default=0, ge=0, le=2**20, description="labelled embeddings of earlier batches to contrast with")
+    queue: int = Field(default=0, ge=0, le=2**20, description="Embeddings of earlier batches to contrast with.")
     momentum: float | None = Field(
         default=None,
         ge=0,
         lt=1,
-        description="of the averaged network that embeds every view but the first; None: the network itself embeds all",
+        description="Decay of the averaged network that embeds every view but the first; null: the network embeds all.",
     )
 
     @property

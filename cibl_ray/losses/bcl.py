@@ -26,9 +26,9 @@ class BCLConfig(LossSettings):
     kind: Literal["bcl"]
     temperature: Temperature = 0.1
     kappa: Kappa = 1.0
-    cross_entropy_weight: float = Field(default=2.0, ge=0)
-    contrastive_weight: float = Field(default=0.6, ge=0)
-    classify: Literal["all", "first"] = Field(default="all", description="views that cross-entropy sees")
+    cross_entropy_weight: float = Field(default=2.0, ge=0, description="Weight of the cross-entropy term.")
+    contrastive_weight: float = Field(default=0.6, ge=0, description="Weight of the contrastive term.")
+    classify: Literal["all", "first"] = Field(default="all", description="Views that cross-entropy sees.")
 
     @property
     def needs(self) -> LossNeeds:

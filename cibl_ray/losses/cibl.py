@@ -32,11 +32,11 @@ class CIBLConfig(ContrastMemory):
     """Class instance balanced loss."""
 
     kind: Literal["cibl"] = "cibl"
-    tail_skew: float = Field(default=0.05, ge=0, le=1e9, description="λ: 0 is cross-entropy; more moves accuracy to the tail")
+    tail_skew: float = Field(default=0.05, ge=0, le=1e9, description="λ: 0 is cross-entropy; more moves accuracy to the tail.")
     temperature: Temperature = 0.1
     kappa: Kappa = 0.0
     classify: Literal["all", "first"] = Field(
-        default="all", description="views that cross-entropy sees; with momentum always the first"
+        default="all", description="Views that cross-entropy sees; with momentum always the first."
     )
     normalize: Annotated[Normalization, BeforeValidator(_from_bool)] = Field(
         default="none",

@@ -29,12 +29,17 @@ Curve = Literal["parabolic", "linear", "cosine", "constant"]
 class _Hybrid(LossSettings):
     temperature: Temperature = 0.1
     curve: Curve = Field(
-        default="parabolic", description="of the contrastive share: 1-(t/T)², 1-t/T, half a cosine, or `share` throughout"
+        default="parabolic",
+        description="Weight of the contrastive loss over the run: 1-(t/T)², 1-t/T, half a cosine, or `share` throughout.",
     )
-    share: float = Field(default=0.5, ge=0, le=1, description="of the contrastive loss where the curve is constant")
+    share: float = Field(default=0.5, ge=0, le=1, description="Weight of the contrastive loss where the curve is constant.")
     kappa: Kappa = 0.0
-    classifier_sampling: Sampling = Field(default="class_balanced", description="of the batches that the classifier sees")
-    classifier_views: tuple[int, ...] = Field(default=(0,), min_length=1, description="which of data.views the classifier sees")
+    classifier_sampling: Sampling = Field(
+        default="class_balanced", description="Sampling of the batches that the classifier sees."
+    )
+    classifier_views: tuple[int, ...] = Field(
+        default=(0,), min_length=1, description="Numbers of the data.views that the classifier sees."
+    )
 
     @model_validator(mode="after")
     def _share_has_an_effect(self) -> _Hybrid:
@@ -90,7 +95,9 @@ class HybridPSCConfig(_Hybrid):
     """The same with learned prototypes: memory grows with the classes, not with the square of the batch."""
 
     kind: Literal["hybrid_psc"]
-    positive_in_denominator: bool = False
+    positive_in_denominator: bool = Field(
+        default=False, description="Whether the denominator of the softmax has the own class's prototype."
+    )
 
     @property
     def needs(self) -> LossNeeds:

@@ -25,9 +25,14 @@ class LDAMConfig(LossSettings):
     """Label-distribution-aware margins, with deferred re-weighting from `reweight_from` (a share of the epochs) on."""
 
     kind: Literal["ldam"]
-    max_margin: float = Field(default=0.5, gt=0, description="of the rarest class, in cosine")
-    reweight_from: float = Field(default=0.8, ge=0, le=1, description="share of the epochs; 1: never")
-    beta: float = Field(default=0.9999, ge=0, lt=1, description="of the effective number of samples (1 - β^n)/(1 - β)")
+    max_margin: float = Field(default=0.5, gt=0, description="Margin of the rarest class, in cosine.")
+    reweight_from: float = Field(
+        default=0.8,
+        ge=0,
+        le=1,
+        description="Re-weighting starts at this fraction of the run; 1: never. With fewer than 5 epochs, lower it.",
+    )
+    beta: float = Field(default=0.9999, ge=0, lt=1, description="β of the effective number of samples, (1 - β^n)/(1 - β).")
 
     def check(self, head: HeadSettings, views: int) -> None:
         """Refuse a head whose logits are no cosines."""

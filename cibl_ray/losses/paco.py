@@ -22,10 +22,15 @@ class PaCoConfig(ContrastMemory):
     kind: Literal["paco"]
     temperature: Temperature = 0.07
     kappa: Kappa = 1.0
-    alpha: float = Field(default=0.05, gt=0, description="weight of each positive embedding")
-    beta: float = Field(default=1.0, gt=0, description="weight of the class centre")
-    queue: int = Field(default=1024, ge=0, le=2**20)
-    momentum: float | None = Field(default=0.999, ge=0, lt=1)
+    alpha: float = Field(default=0.05, gt=0, description="Weight of each positive embedding.")
+    beta: float = Field(default=1.0, gt=0, description="Weight of the class centre.")
+    queue: int = Field(default=1024, ge=0, le=2**20, description="Embeddings of earlier batches to contrast with.")
+    momentum: float | None = Field(
+        default=0.999,
+        ge=0,
+        lt=1,
+        description="Decay of the averaged network that embeds every view but the first; null: the network embeds all.",
+    )
 
     def terms(self, inputs: LossInputs, prior: ClassPrior, progress: float) -> Terms:
         """The terms of `paco`."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
+from pydantic import Field
+
 from cibl_ray.losses import pairs
 from cibl_ray.losses.base import LossNeeds, LossSettings, Temperature, weighted_sum
 from cibl_ray.losses.cross_entropy import cross_entropy
@@ -19,7 +21,9 @@ class PSCConfig(LossSettings):
 
     kind: Literal["psc"]
     temperature: Temperature = 0.1
-    positive_in_denominator: bool = False
+    positive_in_denominator: bool = Field(
+        default=False, description="Whether the denominator of the softmax has the own class's prototype."
+    )
 
     @property
     def needs(self) -> LossNeeds:

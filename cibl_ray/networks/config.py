@@ -47,14 +47,14 @@ HeadConfig = Annotated[
 class ProjectionConfig(Settings):
     """The MLP before the contrastive loss: d_h -> hidden -> size, of unit norm."""
 
-    hidden: int = Field(default=512, ge=1)
-    size: int = Field(default=128, ge=1)
+    hidden: int = Field(default=512, ge=1, description="Width of the hidden layer.")
+    size: int = Field(default=128, ge=1, description="Dimensions of the embedding.")
 
 
 class NetworkConfig(Settings):
     """Backbone, classification head, and the projection for losses that contrast embeddings."""
 
-    backbone: BackboneName = "resnet32"
+    backbone: BackboneName = Field(default="resnet32", description="The network before the head.")
     head: HeadConfig = LinearHeadConfig()
     projection: ProjectionConfig = ProjectionConfig()
 

@@ -23,8 +23,8 @@ class Range(Settings):
     """Numbers from `low` to `high`: evenly, evenly in the logarithm, or whole ones evenly."""
 
     kind: Literal["uniform", "log_uniform", "integer"]
-    low: float
-    high: float
+    low: float = Field(description="Smallest value.")
+    high: float = Field(description="Largest value.")
 
     @model_validator(mode="after")
     def _ordered(self) -> Range:
@@ -46,8 +46,10 @@ def _number(value: Any) -> Any:
 
 
 class Choice(Settings):
+    """One of the listed values."""
+
     kind: Literal["choice"]
-    values: tuple[Annotated[Any, BeforeValidator(_number)], ...] = Field(min_length=1)
+    values: tuple[Annotated[Any, BeforeValidator(_number)], ...] = Field(min_length=1, description="The values.")
 
 
 Space = Annotated[Range | Choice, Field(discriminator="kind")]
@@ -56,10 +58,10 @@ Space = Annotated[Range | Choice, Field(discriminator="kind")]
 class Objective(Settings):
     """A score of the validation split, after a trial's last epoch."""
 
-    metric: Metric = "balanced"
+    metric: Metric = Field(default="balanced", description="Score to optimise.")
     mode: Literal["max", "min"] = Field(
         default_factory=lambda given: "min" if given.get("metric") in _SMALL else "max",
-        description="by default as the metric is meant: small losses and errors, large accuracies",
+        description="By default min for losses and errors, max for accuracies.",
     )
 
     @model_validator(mode="after")
@@ -70,11 +72,11 @@ class Objective(Settings):
 
 
 class Bound(Settings):
-    """Trials that do not keep it rank behind all that do."""
+    """Trials that meet the bound rank first, the rest by how close they come."""
 
-    metric: Metric
-    at_least: float | None = Field(default=None, ge=0, le=1)
-    at_most: float | None = Field(default=None, ge=0)
+    metric: Metric = Field(description="Score that is bounded.")
+    at_least: float | None = Field(default=None, ge=0, le=1, description="Smallest accuracy that is accepted.")
+    at_most: float | None = Field(default=None, ge=0, description="Largest loss or error that is accepted.")
 
     @model_validator(mode="after")
     def _meant(self) -> Bound:
@@ -89,25 +91,37 @@ class Bound(Settings):
 
 
 class AshaConfig(Settings):
-    """Stop trials that are behind: after `grace` epochs, and at each multiple by `reduction`, one in `reduction` goes on."""
+    """Stop trials that are behind: after `grace` epochs, and at each multiple by `reduction`, one in `reduction` continues."""
 
-    grace: int = Field(default=1, ge=1)
-    reduction: int = Field(default=3, ge=2)
+    grace: int = Field(default=1, ge=1, description="Epochs before the first trials are stopped.")
+    reduction: int = Field(default=3, ge=2, description="One in this many trials continues.")
 
 
 class SweepConfig(Settings):
-    base: str = Field(default="quickstart", description="a configuration: file or shipped name")
-    set: dict[str, Any] = Field(default={}, description="fields of every trial, by dotted name")
-    search: dict[str, Space] = Field(default={"loss.tail_skew": Range(kind="log_uniform", low=0.005, high=5)}, min_length=1)
-    trials: int = Field(default=20, ge=1, le=10_000)
-    algorithm: Literal["tpe", "random", "nsga2"] = "tpe"
-    objective: tuple[Objective, ...] = Field(default=(Objective(),), min_length=1, max_length=2)
+    """A search over the fields of a run's configuration."""
+
+    base: str = Field(default="quickstart", description="Configuration of the trials: a file, or a shipped one's name.")
+    set: dict[str, Any] = Field(default={}, description="Fields that every trial has, by dotted name.")
+    search: dict[str, Space] = Field(
+        default={"loss.tail_skew": Range(kind="log_uniform", low=0.005, high=5)},
+        min_length=1,
+        description="Fields to search, by dotted name, each with its range or values.",
+    )
+    trials: int = Field(default=20, ge=1, le=10_000, description="How many trials to run.")
+    algorithm: Literal["tpe", "random", "nsga2"] = Field(default="tpe", description="How Optuna proposes values.")
+    objective: tuple[Objective, ...] = Field(
+        default=(Objective(),), min_length=1, max_length=2, description="Scores to optimise: one, or two with their front."
+    )
     bound: Bound | None = None
     asha: AshaConfig | None = AshaConfig()
-    concurrent: int | None = Field(default=None, ge=1, description="trials at a time; None: what the cluster has room for")
-    workers: int = Field(default=1, ge=1, description="of each trial")
-    cpus: int = Field(default=1, ge=1, description="of each worker")
-    seed: int = Field(default=0, ge=0, le=2**32 - 1, description="of the search; the trials' own is in the configuration")
+    concurrent: int | None = Field(
+        default=None, ge=1, description="Trials at a time; null: as many as the cluster has room for."
+    )
+    workers: int = Field(default=1, ge=1, description="Workers of each trial.")
+    cpus: int = Field(default=1, ge=1, description="CPUs of each worker.")
+    seed: int = Field(
+        default=0, ge=0, le=2**32 - 1, description="Seed of the search; the trials' own stands in their configuration."
+    )
 
     @model_validator(mode="after")
     def _known(self) -> SweepConfig:

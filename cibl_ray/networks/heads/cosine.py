@@ -17,11 +17,13 @@ if TYPE_CHECKING:
 class ScaleConfig(Settings):
     """A cosine head's s over the run: `start` for the warm-up epochs, then by the shape to `end`."""
 
-    start: float = Field(default=16.0, gt=0)
-    end: float | None = Field(default=None, gt=0, description="at the run's end; None: as at the start")
-    shape: Literal["constant", "linear", "cosine"] = "constant"
-    warmup: float = Field(default=0, ge=0, description="epochs at `start`, before the shape begins")
-    learnable: bool = Field(default=False, description="learned with the weights, from `start` on")
+    start: float = Field(default=16.0, gt=0, description="Scale at the start.")
+    end: float | None = Field(default=None, gt=0, description="Scale at the end of the run; null: as at the start.")
+    shape: Literal["constant", "linear", "cosine"] = Field(
+        default="constant", description="How the scale moves from start to end."
+    )
+    warmup: float = Field(default=0, ge=0, description="Epochs at `start` before the scale moves.")
+    learnable: bool = Field(default=False, description="Learn the scale with the weights, beginning at `start`.")
 
     @model_validator(mode="after")
     def _consistent(self) -> ScaleConfig:
