@@ -107,7 +107,7 @@ class Store(Settings):
     raw_share: float = Field(default=0.5, ge=0, le=1, description="Share of the training images that mode 'mixed' stores raw.")
     shard_mb: int | None = Field(default=None, ge=1, description="Size of a file in MiB; null: one file for each split.")
     max_side: int | None = Field(
-        default=500, ge=1, le=65535, description="Images with a longer side are scaled down to it, in pixels; null: no limit."
+        default=500, ge=1, le=65535, description="Longer images are scaled down to this many pixels; null: no limit."
     )
     square: int | None = Field(
         default=None, ge=1, le=4096, description="Resize every image to this width and height, in pixels."
@@ -262,7 +262,7 @@ class DataConfig(Settings):
     )
     sampling: Sampling = Field(
         default="instance",
-        description="How often an epoch shows a class: by its number of images, by the square root of it, or every class alike.",
+        description="How often an epoch shows a class: by its number of images, by its square root, or every class alike.",
     )
     eval_cut: Cut = CenterCrop(kind="center")
     mean: tuple[float, float, float] = Field(
