@@ -29,7 +29,6 @@ from cibl_ray.run.log import RunLog
 from cibl_ray.run.progress import Progress, Silent
 from cibl_ray.training.compiled import begin_step, compile_network, explained
 from cibl_ray.training.feed import Feed, read_plans
-from cibl_ray.training.optimizer import Sgd
 from cibl_ray.training.schedules import lr_factor
 from cibl_ray.world import World
 from pipelines.augment.recipe import Normalize
@@ -76,7 +75,7 @@ class Trainer:
         decayed: dict[bool, list[nn.Parameter]] = {True: [], False: []}
         for name, parameter in self.network.named_parameters():
             decayed[self.network.decays(name)].append(parameter)
-        self.optimizer = Sgd(
+        self.optimizer = torch.optim.SGD(
             [
                 {"params": decayed[True], "weight_decay": config.optimizer.weight_decay},
                 {"params": decayed[False], "weight_decay": 0.0},

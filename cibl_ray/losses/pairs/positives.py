@@ -30,9 +30,9 @@ def positive_sums(
     z: torch.Tensor, labels: torch.Tensor, others: torch.Tensor, other_labels: torch.Tensor, start: int, classes: int
 ) -> torch.Tensor:
     """Σ_{p∈P(m)} z_m·others_p, (M,), differentiable in z (M, d) and others (A, d), whose rows start, start+1, ... are z."""
-    itself = others is z
+    # torch.compile takes no tensor twice.
     result: torch.Tensor = _PositiveSums.apply(
-        z, others.detach() if itself else others, labels, other_labels, start, classes, itself
+        z, None if others is z else others, labels, None if other_labels is labels else other_labels, start, classes
     )
     return result
 
@@ -44,14 +44,15 @@ class _PositiveSums(torch.autograd.Function):
     def forward(
         ctx: Any,
         z: torch.Tensor,
-        others: torch.Tensor,
+        others: torch.Tensor | None,
         labels: torch.Tensor,
-        other_labels: torch.Tensor,
+        other_labels: torch.Tensor | None,
         start: int,
         classes: int,
-        itself: bool,
     ) -> torch.Tensor:
-        ctx.start, ctx.classes, ctx.itself = start, classes, itself
+        ctx.start, ctx.classes, ctx.itself = start, classes, others is None
+        others = z if others is None else others
+        other_labels = labels if other_labels is None else other_labels
         rest = class_sums(others, other_labels, classes).index_select(0, labels).sub_(others[start : start + len(z)])
         ctx.save_for_backward(z, rest, labels, other_labels)
         return (z * rest).sum(1)
@@ -66,6 +67,6 @@ class _PositiveSums(torch.autograd.Function):
             pulled = grad[:, None] * z
             grad_others = class_sums(pulled, labels, ctx.classes).index_select(0, other_labels)
             grad_others[ctx.start : ctx.start + len(z)] -= pulled
-        if ctx.itself:
-            grad_z, grad_others = grad_z.add_(grad_others), None
-        return grad_z, grad_others, None, None, None, None, None
+            if ctx.itself:
+                grad_z, grad_others = grad_z.add_(grad_others), None
+        return grad_z, grad_others, None, None, None, None

@@ -67,8 +67,8 @@ def log_sum_exp(
     Rows of z and others have norm 1, or about. exclude: int64 (M,), the column that does not count for each row. w is 1 where
     `weights` are None.
     """
-    itself = others is z
-    result: torch.Tensor = _LogSumExp.apply(z, others.detach() if itself else others, temperature, exclude, weights, itself)
+    # torch.compile takes no tensor twice.
+    result: torch.Tensor = _LogSumExp.apply(z, None if others is z else others, temperature, exclude, weights)
     return result
 
 
@@ -79,13 +79,13 @@ class _LogSumExp(torch.autograd.Function):
     def forward(
         ctx: Any,
         z: torch.Tensor,
-        others: torch.Tensor,
+        others: torch.Tensor | None,
         temperature: float,
         exclude: torch.Tensor,
         weights: PairWeights | None,
-        itself: bool,
     ) -> torch.Tensor:
-        ctx.temperature, ctx.exclude, ctx.weights, ctx.itself = temperature, exclude, weights, itself
+        ctx.temperature, ctx.exclude, ctx.weights, ctx.itself = temperature, exclude, weights, others is None
+        others = z if others is None else others
         ctx.blocks, held = row_blocks(z, others), []
         result = z.new_empty(len(z))
         for rows in ctx.blocks:
@@ -115,7 +115,7 @@ class _LogSumExp(torch.autograd.Function):
                     grad_others.add_(block.T @ (pushed[:, None] * z[rows]))
         if ctx.itself and grad_others is not None:
             grad_z, grad_others = grad_z + grad_others, None
-        return grad_z, grad_others, None, None, None, None
+        return grad_z, grad_others, None, None, None
 
 
 def row_blocks(z: torch.Tensor, others: torch.Tensor) -> list[slice]:

@@ -1,0 +1,112 @@
+"""What the loss modules check of their inputs, before a kernel fails on them or a NaN spreads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+# Unit norm as bf16 keeps it: its numbers have 8 bits.
+NORM_TOLERANCE = 0.02
+
+
+def checked_counts(class_counts: Sequence[float] | np.ndarray | torch.Tensor) -> torch.Tensor:
+    """The class counts as a tensor, (C,), on the CPU.
+
+    Raises:
+        ValueError: They are not C finite numbers of 0 or more.
+    """
+    counts = torch.as_tensor(class_counts).detach().cpu()
+    if counts.ndim != 1 or len(counts) == 0:
+        raise ValueError(f"class_counts has shape {tuple(counts.shape)}; give one number for each class, (C,)")
+    if counts.is_complex() or counts.dtype == torch.bool:
+        raise ValueError(f"class_counts is of type {counts.dtype}; give how many training images each class has")
+    wrong = torch.nonzero(~(torch.isfinite(counts) & (counts >= 0))).flatten()
+    if len(wrong):
+        raise ValueError(f"class_counts[{wrong[0]}] = {counts[wrong[0]].item()}; counts are finite and 0 or more")
+    return counts
+
+
+def check_labels(name: str, labels: torch.Tensor, rows: int) -> torch.Tensor:
+    """Labels as int64, (M,).
+
+    Args:
+        name: What the caller calls them, for the message.
+        labels: Of any integer type, (M,).
+        rows: M.
+
+    Raises:
+        ValueError: They have another shape, or are no integers.
+    """
+    if labels.shape != (rows,):
+        raise ValueError(f"{name} has shape {tuple(labels.shape)}; expected one label for each row, ({rows},)")
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise ValueError(f"{name} is of type {labels.dtype}; give the classes' numbers, as torch.int64")
+    return labels.long()
+
+
+def check_matrix(name: str, x: torch.Tensor, rows: int | None = None, columns: int | None = None) -> None:
+    """Check the shape and the type of floats.
+
+    Args:
+        name: What the caller calls them, for the message.
+        x: Floats, (rows, columns).
+        rows: How many rows it must have; None: any number.
+        columns: How many columns it must have; None: any number.
+
+    Raises:
+        ValueError: It has another shape, or holds no real floats.
+    """
+    fits = x.ndim == 2 and rows in (None, x.shape[0]) and columns in (None, x.shape[1])
+    if not fits:
+        expected = f"({'M' if rows is None else rows}, {'d' if columns is None else columns})"
+        raise ValueError(f"{name} has shape {tuple(x.shape)}; expected {expected}")
+    if not x.is_floating_point():
+        raise ValueError(f"{name} is of type {x.dtype}; expected floats")
+
+
+@torch.compiler.disable
+@torch.no_grad()
+def check_values(
+    labels: dict[str, torch.Tensor], floats: dict[str, torch.Tensor], units: dict[str, torch.Tensor], classes: int
+) -> None:
+    """Check the values of all inputs. Waits for the device, once.
+
+    Args:
+        labels: Of int64, each (M,), by name.
+        floats: What must be finite, by name.
+        units: What must have rows of unit norm, (M, d), by name.
+        classes: C.
+
+    Raises:
+        ValueError: A label is not in 0, ..., C-1, a number is not finite, or a norm is not 1.
+    """
+    faults = [((each < 0) | (each >= classes)).any() for each in labels.values()]
+    faults += [~torch.isfinite(each).all() for each in floats.values()]
+    faults += [((norms(each) - 1).abs() > NORM_TOLERANCE).any() for each in units.values()]
+    if not faults or not any(found := torch.stack(faults).tolist()):
+        return
+    names = [*labels, *floats, *units]
+    number = found.index(True)
+    name = names[number]
+    if number < len(labels):
+        wrong = next(each for each in labels[name].tolist() if not 0 <= each < classes)
+        raise ValueError(f"{name} holds {wrong}; with {classes} classes labels are 0 to {classes - 1}")
+    if number < len(labels) + len(floats):
+        count = int((~torch.isfinite(floats[name])).sum())
+        raise ValueError(f"{name} holds {count} values that are not finite (NaN or infinite); lower the learning rate, or clip")
+    wrong = next(each for each in norms(units[name]).tolist() if abs(each - 1) > NORM_TOLERANCE)
+    raise ValueError(f"{name} has a row of norm {wrong:.4g}, though normalized=True promises 1; leave normalized out")
+
+
+def norms(x: torch.Tensor) -> torch.Tensor:
+    """Euclidean norms of the rows of x (M, d), (M,), in at least float32."""
+    return torch.linalg.vector_norm(x if x.element_size() >= 4 else x.float(), dim=1)
+
+
+def to_unit_norm(x: torch.Tensor) -> torch.Tensor:
+    """The rows of x (M, d) at unit norm, in at least float32. A row of zeros stays one, with a finite gradient."""
+    x = x if x.element_size() >= 4 else x.float()
+    lengths = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+    return x / torch.where(lengths > 0, lengths, 1.0)
