@@ -171,6 +171,8 @@ class App:
         self._check_key(request)
         if path == "/v1/predict":
             return "predict", self._allowed(self._v1_predict, method == "POST", _POSTS)
+        if path == "/v2/models/stats":
+            return "stats", self._allowed(self._v2_stats, reads, _READS)
         if found := _V2_MODEL.fullmatch(path):
             request.model, request.version = found[1], found[2]
             match found[3]:
@@ -184,8 +186,6 @@ class App:
                     return "model_stats", self._allowed(self._v2_stats, reads, _READS)
                 case _:
                     return "model", self._allowed(self._v2_model, reads, _READS)
-        if path == "/v2/models/stats":
-            return "stats", self._allowed(self._v2_stats, reads, _READS)
         if path == "/v2/repository/index":
             return "index", self._allowed(self._v2_index, method == "POST", _POSTS)
         if found := _V1_FILE.fullmatch(path):

@@ -43,7 +43,7 @@ defaults
     timeout server 60s
     timeout queue 1s
     timeout check 2s
-    timeout http-request {body}ms
+    timeout http-request {idle}ms
     timeout http-keep-alive {idle}ms
     option abortonclose
     option http-no-delay
