@@ -180,8 +180,8 @@ def openapi(config: ReplicaConfig, keys: bool = False) -> dict[str, Any]:
             )
         },
         "/v2": {"get": _operation("Open Inference Protocol: the server", {"type": "object"})},
-        "/v2/health/live": {"get": {**_operation("The process answers", _HEALTHY), "security": []}},
-        "/v2/health/ready": {"get": {**_operation("A model has answered a real inference", _READY), "security": []}},
+        "/v2/health/live": {"get": _operation("The process answers", _HEALTHY)},
+        "/v2/health/ready": {"get": _operation("A model has answered a real inference", _READY)},
         "/v2/repository/index": {"post": _operation("Triton's list of models", _LIST)},
         "/v2/models/stats": {"get": _operation("Triton's statistics of all models, of one replica", _STATISTICS)},
         "/metrics": {"get": _operation("For Prometheus", None, also={"text/plain": {"schema": {"type": "string"}}})},
@@ -207,6 +207,8 @@ def openapi(config: ReplicaConfig, keys: bool = False) -> dict[str, Any]:
         "paths": paths,
         "components": {"schemas": {"Error": _ERROR}},
     }
+    for path in ("/v2/health/live", "/v2/health/ready", "/openapi.json", "/docs"):
+        paths[path]["get"]["security"] = []
     if keys:
         document["components"]["securitySchemes"] = {
             "key": {"type": "apiKey", "in": "header", "name": "x-api-key"},

