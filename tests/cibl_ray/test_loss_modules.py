@@ -150,14 +150,13 @@ def test_learned_prototypes_are_parameters(make):
     assert all(torch.allclose(mine, other, rtol=1e-6, atol=1e-9) for mine, other in zip(ours, theirs, strict=True))
 
 
-def test_every_method_of_a_configuration_has_a_module():
+def test_every_module_is_a_method_of_a_configuration():
     from typing import get_args
 
     from cibl_ray.losses.config import AnyLoss
 
-    assert {kind.__name__.removesuffix("Config") for kind in get_args(AnyLoss)} == {
-        name.removesuffix("Loss") for name in cibl_ray.losses.__all__
-    }
+    methods = {kind.__name__.removesuffix("Config") for kind in get_args(AnyLoss)}
+    assert {name.removesuffix("Loss") for name in cibl_ray.losses.__all__} <= methods
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int16, torch.int32])
