@@ -5,6 +5,7 @@ Replace a bundle in its place (move a new one there) and it is loaded without a 
 
 from __future__ import annotations
 
+import importlib.util
 import ipaddress
 import os
 import signal
@@ -13,7 +14,7 @@ import sys
 import threading
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 from cibl_ray.bundle.card import Bundle, open_bundle
 from cibl_ray.bundle.targets import misfit
@@ -64,6 +65,8 @@ def main() -> None:
     config = check(args)
     names = _check_bundles([open_bundle(path) for path in arguments.bundles], arguments.precision, arguments.provider)
     _check_log(config.access_log)
+    if not arguments.simple and importlib.util.find_spec("ray") is None:
+        raise ModuleNotFoundError("No module named 'ray'", name="ray")
     _free(arguments.host, arguments.port)
     ended = threading.Event()
 
@@ -196,5 +199,10 @@ def _free(host: str, port: int) -> None:
             raise UserError(f"--host {host} --port {port}: {address}: {error}; choose another") from error
 
 
-if __name__ == "__main__":
+def command() -> NoReturn:
+    """The console script `cibl-ray-serve`, which also works beside a file `serve.py`."""
     run_command(main, "'cibl-ray[serve]'")
+
+
+if __name__ == "__main__":
+    command()

@@ -33,12 +33,12 @@ class Limits:
 
     Attributes:
         max_pixels: Of its header.
-        formats: Pillow's names.
+        formats: Pillow's names; None: all that Pillow reads.
         max_scans: Of a JPEG.
     """
 
     max_pixels: int = MAX_PIXELS
-    formats: tuple[str, ...] = FORMATS
+    formats: tuple[str, ...] | None = FORMATS
     max_scans: int = 100
 
 
@@ -107,7 +107,7 @@ def named(data: bytes) -> str | None:
 
 
 def _check_format(data: bytes, limits: Limits) -> None:
-    if (found := named(data)) not in limits.formats:
+    if limits.formats is not None and (found := named(data)) not in limits.formats:
         accepted = ", ".join(limits.formats)
         raise UnsupportedImageError(f"not an image of {accepted}" if found is None else f"a {found} file; send {accepted}")
 

@@ -11,16 +11,20 @@ import subprocess
 import sys
 import threading
 import time
+import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
 from cibl_ray.bundle.card import open_bundle
 from pipelines.common.errors import UserError
-from pipelines.prepare.sources import IMAGE_SUFFIXES
-from serve import edge
-from serve.edge import Edge, download, frames
+from pipelines.formats import readable_suffixes
+from serve.edge import download as downloading
+from serve.edge.__main__ import main
+from serve.edge.download import download
+from serve.edge.model import Edge, frames, images
 from tests.conftest import REPOSITORY
 from tests.serve.conftest import encoded, serving
 
@@ -73,13 +77,13 @@ def test_a_broken_download_goes_on_and_a_false_one_is_not_kept(bundle, server, t
     whole = entry.path.read_bytes()
     (tmp_path / f"{entry.sha256}.part").write_bytes(whole[:-100])
     asked = []
-    true = edge._open
+    true = downloading._open
 
     def opened(url, key, headers=None):
         asked.append(headers)
         return true(url, key, headers)
 
-    edge._open = opened
+    downloading._open = opened
     try:
         assert download(url, tmp_path).read_bytes() == whole
         assert asked[-1]["Range"] == f"bytes={len(whole) - 100}-"
@@ -91,7 +95,7 @@ def test_a_broken_download_goes_on_and_a_false_one_is_not_kept(bundle, server, t
         assert not list(other.glob("*.onnx"))
         assert download(url, other).read_bytes() == whole  # from the start
     finally:
-        edge._open = true
+        downloading._open = true
 
 
 def test_without_the_service_what_was_downloaded_is_used(bundle, tmp_path, capsys):
@@ -297,7 +301,7 @@ def test_a_number_of_bytes_in_quotes_is_a_number(tmp_path):
 def test_wrong_arguments_are_one_line(arguments, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["edge", "model.onnx", *arguments])
     with pytest.raises(UserError, match=f"{arguments[0]}.*; see python -m serve.edge --help") as error:
-        edge.main()
+        main()
     assert "\n" not in str(error.value)
 
 
@@ -322,13 +326,98 @@ runpy.run_module({module!r}, run_name='__main__', alter_sys=True)
     assert done.stderr == f"error: {missing} is not installed; this command needs: {advice}\n"
 
 
-def test_images_of_a_folder_that_are_not_read_are_told(tmp_path, capsys):
+def told(names: list[str], stdin: bytes = b"") -> tuple[list[str], list[str]]:
+    """(places of the images, lines)."""
+    lines: list[str] = []
+    return [place for place, _ in images(names, io.BytesIO(stdin), lines.append)], lines
+
+
+def test_files_of_a_folder_that_are_left_out_are_told(tmp_path):
     (tmp_path / "folder.jpg").mkdir()
-    for name in ("a.png", "folder.jpg/b.JPG", "c.gif", "d.TIFF", "e.gif", "notes.txt"):
+    for name in ("a.png", "folder.jpg/b.JPG", "c.gif", "d.TIFF", "e.heic", "f.HEIC", "notes.txt", "noending"):
         (tmp_path / name).write_bytes(name.encode())
-    assert [data for _, data in edge._images([str(tmp_path)])] == [b"a.png", b"folder.jpg/b.JPG"]
-    assert capsys.readouterr().err == f"{tmp_path}: 3 files (.gif, .tiff) skipped, not of JPEG, PNG, WEBP; save them as PNG\n"
-    assert {*IMAGE_SUFFIXES} == edge._SUFFIXES | edge._UNREAD
+    found, lines = told([str(tmp_path)])
+    heif = [] if ".heic" not in readable_suffixes() else ["e.heic", "f.HEIC"]
+    assert found == [str(tmp_path / name) for name in ("a.png", "c.gif", "d.TIFF", *heif, "folder.jpg/b.JPG")]
+    if not heif:
+        text = "2 .heic, 1 .txt, 1 without ending, not among the endings of images; for HEIC: pip install 'cibl-ray[heic]'"
+        assert lines == [f"{tmp_path}: left out {text}"]
+
+
+@pytest.mark.parametrize(
+    ("names", "stdin", "found", "line"),
+    [
+        (["EMPTY"], b"", [], "error: EMPTY: no image in this folder"),
+        (["TEXTS"], b"", [], "error: TEXTS: no image in this folder"),
+        (["nowhere.png", "IMAGE"], b"", ["IMAGE"], "error: nowhere.png: No such file or directory"),
+        (["-"], b"", [], "error: -: standard input has no image"),
+        (["-"], b"hello " * 9, [], "error: -: standard input has no image"),
+    ],
+)
+def test_a_place_without_an_image_is_an_error_and_the_rest_is_read(names, stdin, found, line, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("a")
+    (tmp_path / "image.png").write_bytes(encoded("PNG"))
+    places = {"EMPTY": tmp_path / "empty", "TEXTS": tmp_path / "texts", "IMAGE": tmp_path / "image.png"}
+
+    def filled(text: str) -> str:
+        for name, path in places.items():
+            text = text.replace(name, str(path))
+        return text
+
+    got, lines = told([filled(name) for name in names], stdin)
+    assert got == [filled(place) for place in found]
+    assert [text for text in lines if text.startswith(filled(line))], lines
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "GIF", "TIFF", "BMP"])
+def test_one_image_of_another_format_on_standard_input(kind, bundle):
+    data = encoded(kind, 3, 200)
+    ((place, got),) = images(["-"], io.BytesIO(data), pytest.fail)
+    assert (place, got) == ("frame 0", data)
+    edge = Edge(bundle / "model.onnx")
+    assert edge.classify(got)[0]["label"] == edge.classify(encoded("PNG", 3, 200))[0]["label"]
+
+
+def test_a_cache_that_cannot_be_written_is_named(bundle, simple):
+    with pytest.raises(UserError, match="the cache '/proc/nowhere' cannot be written: .*; give another folder: --cache"):
+        download(f"http://127.0.0.1:{simple.port}", Path("/proc/nowhere"))
+
+
+def test_a_service_under_a_prefix(bundle, tmp_path):
+    whole = (bundle / "model.onnx").read_bytes()
+    with serving([bundle], path_prefix="/models/here") as server:
+        base = f"http://127.0.0.1:{server.port}/models/here"
+        for url in (base, f"{base}/", f"{base}/v1/models/digits/fp32.onnx"):
+            assert download(url, tmp_path).read_bytes() == whole
+
+
+@pytest.mark.parametrize("module", ["serve.edge", "serve"])
+def test_other_packages_in_the_working_folder_do_not_matter(module, bundle, tmp_path):
+    """A folder `pipelines`, as many projects have one."""
+    for name in ("pipelines", "cibl_ray"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("raise SystemExit('another one')")
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    command = [sys.executable, "-m", module, "--help"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_console_script_works_beside_a_file_of_the_packages_name(bundle, tmp_path):
+    scripts = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["scripts"]
+    module, _, name = scripts["cibl-ray-edge"].partition(":")
+    (tmp_path / "serve.py").write_text("raise SystemExit('another one')")
+    (tmp_path / "image.png").write_bytes(encoded("PNG"))
+    # As pip writes it: the folder of the script is first on the path, not the working folder.
+    program = (
+        f"import sys; from {module} import {name}; sys.argv = ['x', {str(bundle / 'model.onnx')!r}, 'image.png']; {name}()"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "PYTHONSAFEPATH": "1"}
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("image.png\t")
 
 
 def test_command_needs_no_torch_no_ray(bundle, tmp_path):

@@ -1,0 +1,1 @@
+"""The edge: a downloaded model alone, with numpy, Pillow and onnxruntime."""

@@ -1,0 +1,145 @@
+"""One model in this process, and the images that it is asked for."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from cibl_ray.bundle.card import PROBABILITIES
+from pipelines import jpeg
+from pipelines.formats import left_out_text, readable_suffixes
+from pipelines.pixels import MAX_PIXELS
+from serve.decode import Limits, named, pixels, top
+
+_CHUNK = 1 << 20
+_FRAME = 16 << 20  # bytes of a picture in a stream
+_WHOLE = 1 << 30  # bytes of a file on standard input that is no JPEG
+
+
+class Edge:
+    """A downloaded model.
+
+    Attributes:
+        runtime: The onnxruntime session.
+        card: What the file says of itself.
+    """
+
+    def __init__(self, model: Path, threads: int | None = None) -> None:
+        """Load the model.
+
+        Args:
+            model: The ONNX file.
+            threads: Threads of onnxruntime; None: all cores.
+
+        Raises:
+            UserError: It cannot be loaded.
+        """
+        from cibl_ray.bundle.runtime import Runtime  # here, so that a missing onnxruntime is one line
+
+        self.runtime = Runtime(model, "auto", threads)
+        self.card = self.runtime.card
+        self._limits = Limits(MAX_PIXELS, formats=None)  # as training reads: the files are the user's own
+
+    def classify(self, data: bytes, k: int = 1, tail_shift: float = 0.0) -> list[dict[str, Any]]:
+        """Classify an image file.
+
+        Args:
+            data: The file.
+            k: How many classes.
+            tail_shift: More of it favours rare classes.
+
+        Returns:
+            The k most likely classes: label, probability, group, index.
+
+        Raises:
+            BadImageError: It is no image, damaged, or too large.
+        """
+        image = pixels(data, self.card.rule, self._limits)
+        shift = np.array([tail_shift], np.float32) if tail_shift else None
+        (probabilities,) = self.runtime(image[None], shift, (PROBABILITIES,))
+        return top(self.card, probabilities[0], k)
+
+
+def images(names: list[str], stdin: BinaryIO, tell: Callable[[str], None]) -> Iterator[tuple[str, bytes]]:
+    """Read all images that are named.
+
+    Args:
+        names: Files, folders, or '-' for standard input.
+        stdin: Standard input: JPEG images one after another, or one image of another format.
+        tell: Called with one line for each place without an image, each file that cannot be read, and the files of a folder
+            that are left out. A line that begins with 'error: ' counts as a failure.
+
+    Yields:
+        The image's place, and its bytes.
+    """
+    for name in names:
+        if name == "-":
+            number = 0
+            for number, frame in enumerate(frames(stdin), 1):
+                yield f"frame {number - 1}", frame
+            if not number:
+                tell("error: -: standard input has no image; give JPEG images, or one image of another format")
+        elif Path(name).is_dir():
+            yield from _of_folder(name, tell)
+        else:
+            yield from _of_file(Path(name), tell)
+
+
+def _of_folder(name: str, tell: Callable[[str], None]) -> Iterator[tuple[str, bytes]]:
+    suffixes = readable_suffixes()
+    paths = sorted(path for path in Path(name).rglob("*") if path.is_file())
+    found = [path for path in paths if path.suffix.lower() in suffixes]
+    left = Counter(path.suffix.lower() or "without ending" for path in paths if path.suffix.lower() not in suffixes)
+    if left:
+        tell(f"{name}: left out {left_out_text(left)}")
+    if not found:
+        tell(f"error: {name}: no image in this folder; endings that are read: {' '.join(suffixes)}")
+    for path in found:
+        yield from _of_file(path, tell)
+
+
+def _of_file(path: Path, tell: Callable[[str], None]) -> Iterator[tuple[str, bytes]]:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        tell(f"error: {path}: {error.strerror}")
+        return
+    yield str(path), data
+
+
+def frames(stream: BinaryIO) -> Iterator[bytes]:
+    """Cut a stream into its images.
+
+    Args:
+        stream: JPEG images one after another, with or without other bytes between (MJPEG); or one image of another format.
+
+    Yields:
+        Each image file.
+    """
+    buffer = bytearray()
+    first = True
+    while chunk := stream.read1(_CHUNK) if hasattr(stream, "read1") else stream.read(_CHUNK):
+        buffer += chunk
+        if first and len(buffer) >= 12:
+            first = False
+            if named(bytes(buffer[:12])) not in (None, "JPEG"):
+                yield bytes(buffer) + stream.read(_WHOLE)
+                return
+        while True:
+            start = buffer.find(b"\xff\xd8\xff")
+            if start < 0:
+                del buffer[:-2]
+                break
+            del buffer[:start]
+            end = jpeg.end(buffer)
+            if end is None:
+                if len(buffer) > _FRAME:
+                    del buffer[:2]  # not a picture after all
+                    continue
+                break
+            yield bytes(buffer[:end])
+            del buffer[:end]
