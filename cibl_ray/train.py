@@ -90,10 +90,12 @@ def main() -> None:
         )
         fit_on_cluster(config, folder, arguments.resume is not None, options)
         return
+    from cibl_ray.hardware import keep_freed_memory
     from cibl_ray.run.progress import Silent, Terminal
     from cibl_ray.training.fit import fit
     from cibl_ray.world import join, leave
 
+    keep_freed_memory()
     world = join()
     folder = world.broadcast_from_rank0(lambda: folder)  # every rank has a clock of its own
     try:

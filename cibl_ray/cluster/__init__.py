@@ -1,1 +1,0 @@
-"""Training in the workers of Ray Train: options, start, workers, storage."""

@@ -39,7 +39,7 @@ from cibl_ray.cluster.ray_doze import main_thread_dozes
 from cibl_ray.cluster.ray_trainer import LeanTrainer, OneMachineConfig, StopOnError, end_needless, known, reason
 from cibl_ray.cluster.shared_folder import mark_beside, same_folder
 from cibl_ray.cluster.storage import Mirror, join
-from cibl_ray.hardware import TIMER_LAG, let_timers_lag
+from cibl_ray.hardware import TIMER_LAG, keep_freed_memory, let_timers_lag
 from cibl_ray.run.folder import CHECKPOINTS, is_run, need_new
 from cibl_ray.run.progress import Progress, Silent, Terminal
 from cibl_ray.world import PeerLostError, World
@@ -284,6 +284,8 @@ def _worker(given: dict[str, Any]) -> None:
 
     from cibl_ray.training.fit import fit
 
+    keep_freed_memory()
+    let_timers_lag(TIMER_LAG)  # Ray's processes have left more
     config = validate(run_config.RunConfig, given["config"], "the driver")
     if config.train.device == "cuda":
         torch.cuda.set_device(get_device())

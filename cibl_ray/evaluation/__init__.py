@@ -1,1 +1,0 @@
-"""Predictions, metrics and pictures of a network."""

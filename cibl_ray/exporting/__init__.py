@@ -1,1 +1,0 @@
-"""From a checkpoint to a verified bundle of ONNX files."""

@@ -1,1 +1,0 @@
-"""The run folder: its files, its checkpoints, its log, its progress."""

@@ -38,10 +38,10 @@ def need_new(folder: Path) -> None:
         return
     way = ""
     if is_run(folder):
-        way = f"go on with --resume {folder}, or "
+        way = f"resume it (--resume {folder}), or "
     elif never_begun(folder):
-        way = "no run began in it: remove it, or "
-    raise UserError(f"run folder {str(folder)!r} already exists; {way}choose another --name")
+        way = "it holds no run: remove it, or "
+    raise UserError(f"run folder {str(folder)!r} already exists; {way}choose another name (--name)")
 
 
 def same_name(name: str, resumed: str) -> None:

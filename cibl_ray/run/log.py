@@ -35,7 +35,6 @@ class RunLog:
         self._events.flush()
 
     def close(self) -> None:
-        """Close the files."""
         self._events.close()
 
 

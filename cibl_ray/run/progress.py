@@ -1,68 +1,95 @@
-"""What a run shows while it goes. The trainer tells it; where it appears is the caller's choice."""
+"""How a run shows its progress: a bar, lines of text, or nothing. The caller chooses; the trainer reports."""
 
 from __future__ import annotations
 
 import logging
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
-from tqdm import tqdm
+from tqdm.auto import tqdm
+
+_LINE_EVERY = 60  # seconds between lines where there is no bar
+_NOTEBOOK = any(base.__module__ == "tqdm.notebook" for base in tqdm.__mro__)  # its bar is a widget, which needs no terminal
 
 
 class Progress(Protocol):
-    """Told by rank 0 alone."""
+    """Where rank 0 of a run reports its progress."""
 
     def begin(self, total: int, done: int) -> None:
-        """A run of `total` images, `done` of them already."""
+        """Start a run of `total` images, `done` of which an earlier process has trained."""
         ...
 
-    def advance(self, images: int) -> None: ...
+    def advance(self, images: int) -> None:
+        """Count `images` more as trained."""
+        ...
 
     def epoch(self, row: dict[str, Any], text: str) -> None:
-        """An epoch's figures, as the log has them, and to be read."""
+        """Report an epoch: its numbers as the log has them, and a line of text."""
         ...
 
     def line(self, text: str) -> None:
-        """Something to be read."""
+        """Report a line of text."""
         ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """End the bar. Lines may still follow."""
+        ...
 
     def log_handler(self) -> logging.Handler:
-        """Where log messages are shown."""
+        """A handler that shows log messages."""
         ...
 
 
 class Terminal:
-    """A bar with images a second, and lines above it."""
+    """A bar with images a second, and lines above it. Where the output is no terminal, a line a minute instead of the bar."""
 
     def __init__(self) -> None:
-        self._bar: tqdm | None = None
+        self._bar: Any = None
+        self._total = self._done = 0
+        self._since = self._next_line = 0.0
+        self._done_before = 0
 
     def begin(self, total: int, done: int) -> None:
-        self._bar = tqdm(total=total, initial=done, unit="img", unit_scale=True, disable=None, mininterval=1)
+        self._total, self._done, self._done_before = total, done, done
+        self._since = time.monotonic()
+        self._next_line = self._since + _LINE_EVERY
+        disable = False if _NOTEBOOK else None  # None: where stderr is no terminal
+        self._bar = tqdm(total=total, initial=done, unit="img", unit_scale=True, disable=disable, mininterval=1)
 
     def advance(self, images: int) -> None:
-        if self._bar is not None:
-            self._bar.update(images)
+        if self._bar is None:
+            return
+        self._done += images
+        self._bar.update(images)
+        if self._bar.disable and time.monotonic() >= self._next_line:
+            now = time.monotonic()
+            self._next_line = now + _LINE_EVERY
+            rate = (self._done - self._done_before) / (now - self._since)
+            left = max(self._total - self._done, 0) / rate
+            share = 100 * self._done / self._total
+            self.line(f"{share:.0f} % of all images, {rate:,.0f} img/s, about {duration(left)} left")
 
     def epoch(self, row: dict[str, Any], text: str) -> None:
         self.line(text)
 
     def line(self, text: str) -> None:
         tqdm.write(text)
-        sys.stdout.flush()  # in its place among the messages of stderr, where both go to one file
+        sys.stdout.flush()  # keeps the order of lines where stdout and stderr go to one file
 
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
 
     def log_handler(self) -> logging.Handler:
-        return logging.StreamHandler()
+        # A program that has set up logging shows the messages itself.
+        return logging.NullHandler() if logging.getLogger().handlers else logging.StreamHandler()
 
 
 class Silent:
-    """Nothing: for every rank but the first, and for measurements."""
+    """Shows nothing: for all ranks but the first, and for measurements."""
 
     def begin(self, total: int, done: int) -> None: ...
 
@@ -87,3 +114,29 @@ class Lines(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         self._progress.line(self.format(record))
+
+
+@contextmanager
+def messages_to(handler: logging.Handler) -> Iterator[None]:
+    """Send the log messages of this project to `handler`, too, from level INFO on. Afterwards logging is as it was before."""
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    loggers = [logging.getLogger(name) for name in ("cibl_ray", "pipelines")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        if logger.getEffectiveLevel() > logging.INFO:
+            logger.setLevel(logging.INFO)
+        logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.removeHandler(handler)
+            logger.setLevel(level)
+        handler.close()
+
+
+def duration(seconds: float) -> str:
+    """A time to read: '40 s', '12 min' or '3.5 h'."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

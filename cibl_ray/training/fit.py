@@ -9,7 +9,7 @@ import signal
 import statistics
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
@@ -18,11 +18,11 @@ from typing import Any
 from cibl_ray.config import RunConfig, config_warnings, save_config
 from cibl_ray.evaluation.metrics import heading, table
 from cibl_ray.evaluation.pictures import save_accuracy_by_class, save_learning_curves
-from cibl_ray.hardware import TIMER_LAG, describe, keep_freed_memory, let_timers_lag, resolve
+from cibl_ray.hardware import describe, resolve
 from cibl_ray.run.checkpoint import newest
 from cibl_ray.run.folder import CHECKPOINTS, CONFIG, LOG, RESULT, copy_of, lock_folder, need_new
 from cibl_ray.run.log import read_metrics
-from cibl_ray.run.progress import Progress
+from cibl_ray.run.progress import Progress, messages_to
 from cibl_ray.training.trainer import Trainer
 from cibl_ray.world import World, require_own_gpu
 from pipelines.common.errors import Interrupted, UserError
@@ -50,8 +50,19 @@ def fit(
     patience: seconds to wait for another process that works in the folder: a lost worker's may end after it is replaced.
     """
 
-    keep_freed_memory()
-    let_timers_lag(TIMER_LAG)  # a cluster of this machine's own has left more
+    with messages_to(progress.log_handler()) if world.is_rank0 else nullcontext():
+        return _fit_in(config, folder, resume, world, progress, after_save, patience)
+
+
+def _fit_in(
+    config: RunConfig,
+    folder: Path,
+    resume: bool,
+    world: World,
+    progress: Progress,
+    after_save: Callable[[], None] | None,
+    patience: float,
+) -> dict[str, Any]:
     config = world.broadcast_from_rank0(lambda: resolve(config))
     require_own_gpu(config.train.device)
     if not resume:
@@ -59,7 +70,6 @@ def fit(
     prepared = ensure_prepared(config.data, config.seed)
     _same_data(world, prepared)
     if world.is_rank0:
-        _log_to(None, progress)
         copy = copy_of(folder)
         if copy is not None and after_save is None:
             log.warning("its copy %s is not brought up to date; --resume %s --cluster does that", copy, folder)
@@ -77,12 +87,13 @@ def fit(
     try:
         folder.mkdir(parents=True, exist_ok=resume)
     except FileExistsError as error:
-        raise UserError(f"run folder {str(folder)!r} has just been made by another process; choose another --name") from error
+        raise UserError(f"run folder {str(folder)!r} was just made by another process; choose another name (--name)") from error
     with lock_folder(folder, "training", max(patience, 30 if world.size > 1 else 0)), _stops_in_order(trainer):
         try:
             if after_save is not None:
                 trainer.after_save = after_save
-            result = _fit(trainer, progress)
+            with messages_to(logging.FileHandler(folder / LOG)):
+                result = _fit(trainer, progress)
             if after_save is not None:
                 after_save()
             return result
@@ -108,7 +119,6 @@ def _fit(trainer: Trainer, progress: Progress) -> dict[str, Any]:
     """Train, and leave everything that a run folder holds."""
 
     config, folder, prepared = trainer.config, trainer.folder, trainer.prepared
-    _log_to(folder / LOG, progress)
     save_config(config, folder / CONFIG)
     save_histogram(folder / "class_counts.png", prepared.classes, prepared.train_counts)
     log.info(
@@ -188,19 +198,3 @@ def _stops_in_order(trainer: Trainer) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler or signal.SIG_DFL)
-
-
-def _log_to(path: Path | None, progress: Progress) -> None:
-    """Messages go where progress is shown, and to the file where there is one."""
-    for name in ("cibl_ray", "pipelines"):
-        logger = logging.getLogger(name)
-        logger.setLevel(logging.INFO)
-        for handler in [*logger.handlers]:
-            logger.removeHandler(handler)
-            handler.close()
-        handlers = [progress.log_handler()]
-        if path is not None:
-            handlers.append(logging.FileHandler(path))
-        for handler in handlers:
-            handler.setFormatter(logging.Formatter("%(message)s"))
-            logger.addHandler(handler)

@@ -1,1 +1,0 @@
-"""Sweeps: the search, the trials, the report."""

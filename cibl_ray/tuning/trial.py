@@ -14,6 +14,7 @@ from ray import tune
 
 from cibl_ray.cluster.shared_folder import same_folder
 from cibl_ray.config import RunConfig
+from cibl_ray.hardware import TIMER_LAG, keep_freed_memory, let_timers_lag
 from cibl_ray.run.log import read_metrics
 from cibl_ray.run.progress import Progress
 from cibl_ray.training.fit import fit
@@ -36,6 +37,8 @@ def trial(params: dict[str, Any], given: dict[str, Any]) -> None:
         params: The values of the searched fields, by dotted name.
         given: The sweep, its base configuration, its folder and mark, and the CPUs of a worker.
     """
+    keep_freed_memory()
+    let_timers_lag(TIMER_LAG)  # Ray's processes have left more
     torch.set_num_threads(given["cpus"])
     limit_cores(given["cpus"])
     sweep = validate(SweepConfig, given["sweep"], "the sweep")

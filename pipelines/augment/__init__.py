@@ -1,1 +1,0 @@
-"""Augmentation: the recipe, the draws of each sample, and their application."""

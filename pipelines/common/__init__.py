@@ -1,1 +1,0 @@
-"""What every room needs: errors, settings, seeding, cores, fonts, files."""

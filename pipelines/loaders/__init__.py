@@ -1,1 +1,0 @@
-"""Loaders: from .beton files to batches of views."""

@@ -155,7 +155,7 @@ def test_train_mistakes(finished, folders):
     for arguments, message in (
         (["quickstrat"], "no configuration 'quickstrat'"),
         (["quickstart", "--epoch", "3"], "did you mean --train.epochs?"),
-        (["quickstart", "--name", "whole", *folders], "already exists; go on with --resume"),
+        (["quickstart", "--name", "whole", *folders], r"already exists; resume it \(--resume"),
         (["--resume", "nowhere"], "not a run folder"),
         (["--resume", finished[0], "--name", "other"], f"--resume goes on in {finished[0]} itself; leave --name out"),
         (
@@ -224,12 +224,12 @@ def test_a_configuration_is_written_whole_or_not_at_all(tmp_path):
 def test_a_folder_in_which_no_run_began(tmp_path):
     """As a kill leaves it between the folder and its configuration."""
     (tmp_path / ".lock").touch()
-    with pytest.raises(UserError, match="already exists; no run began in it: remove it, or choose another --name"):
+    with pytest.raises(UserError, match="already exists; it holds no run: remove it, or choose another name"):
         need_new(tmp_path)
     with pytest.raises(UserError, match="it has no config.yaml; no run began in it: remove it, and start the run anew"):
         resumed(tmp_path, [], None)
     (tmp_path / "photo.jpg").touch()  # somebody's own
-    with pytest.raises(UserError, match="already exists; choose another --name"):
+    with pytest.raises(UserError, match="already exists; choose another name"):
         need_new(tmp_path)
     need_new(tmp_path / "new")
 
@@ -458,7 +458,7 @@ def test_every_worker_is_told_of_a_folder_that_is_there(tmp_path):
         def broadcast_from_rank0(self, make):
             return make()
 
-    with pytest.raises(UserError, match="already exists; no run began in it"):
+    with pytest.raises(UserError, match="already exists; it holds no run"):
         fit(load_config("quickstart", []), tmp_path, False, Second(), Silent())
 
 

@@ -1,0 +1,301 @@
+"""The Python interface: what `import cibl_ray` offers. It trains in this process and changes nothing else in it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from cibl_ray.config import RunConfig
+from cibl_ray.evaluation.evaluate import evaluate
+from cibl_ray.evaluation.files import Prediction, predict_files
+from cibl_ray.networks.network import HybridNetwork
+from cibl_ray.run.checkpoint import Checkpoint, load_checkpoint
+from cibl_ray.run.folder import CONFIG, RESULT, checkpoint, is_run
+from cibl_ray.run.log import read_metrics
+from cibl_ray.run.progress import Silent, Terminal
+from cibl_ray.training import fit as training
+from cibl_ray.training.resume import resumed
+from cibl_ray.world import World
+from pipelines.common.errors import UserError
+from pipelines.common.settings import absolute, find_config, override, read_config, read_content, validate
+
+__all__ = ["Prediction", "Run", "UserError", "fit", "load_config", "open_run"]
+
+Which = Literal["best", "last"]
+
+
+def load_config(name: str | Path, settings: Mapping[str, Any] | None = None) -> RunConfig:
+    """Load a configuration.
+
+    Args:
+        name: A YAML file, or the name of a shipped configuration ("cifar100_lt").
+        settings: Values by dotted name, which replace those of the file: {"loss.tail_skew": 0.2, "train.epochs": 20}.
+
+    Returns:
+        The configuration, with absolute paths. It cannot be changed; load it again with other settings.
+
+    Raises:
+        UserError: There is no such configuration, or a field is unknown or has a value that it cannot have.
+    """
+    path = find_config(str(name))
+    return _with(read_content(path, RunConfig), settings, str(path))
+
+
+def fit(config: RunConfig, name: str | None = None, *, progress: bool = True) -> Run:
+    """Train a configuration in this process.
+
+    The run folder is the same that `python -m cibl_ray.train` writes. Signal handlers, logging, memory settings and the
+    random numbers of this process stay as they are. Ctrl-C raises KeyboardInterrupt; `Run.resume` resumes from the last
+    checkpoint.
+
+    Args:
+        config: The configuration.
+        name: The run folder's name below `config.runs`. None takes the time.
+        progress: Whether to show a progress bar and a line for each epoch.
+
+    Returns:
+        The finished run.
+
+    Raises:
+        UserError: The run folder exists, the data are missing, the loss is not finite, or the machine lacks memory.
+    """
+    return _fit(config, config.runs / (name or f"run-{time.strftime('%Y%m%d-%H%M%S')}"), resume=False, progress=progress)
+
+
+def open_run(folder: str | Path) -> Run:
+    """Open a run folder, finished or not.
+
+    Args:
+        folder: The run folder.
+
+    Raises:
+        UserError: It is not a run folder.
+    """
+    path = Path(folder).expanduser().absolute()
+    if not is_run(path):
+        raise UserError(f"{str(folder)!r} is not a run folder: it has no {CONFIG}")
+    return Run(path)
+
+
+class Run:
+    """A run folder.
+
+    Where a method takes a `checkpoint`, None stands for the best epoch on the validation split, or the last epoch where the
+    data have no validation split.
+
+    Attributes:
+        folder: The folder's absolute path.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.folder)!r})"
+
+    @property
+    def config(self) -> RunConfig:
+        """The configuration that was trained."""
+        path = self.folder / CONFIG
+        return validate(RunConfig, read_config(path), str(path))
+
+    @property
+    def classes(self) -> list[str]:
+        """The class names, in the order of the logits."""
+        return self._load(None).classes
+
+    @property
+    def result(self) -> dict[str, Any]:
+        """What `result.json` holds: the scores of both checkpoints with every class, times and versions.
+
+        Raises:
+            UserError: The run is not finished.
+        """
+        path = self.folder / RESULT
+        try:
+            content: dict[str, Any] = json.loads(path.read_text())
+        except FileNotFoundError:
+            raise UserError(f"the run in {str(self.folder)!r} is not finished, it has no {RESULT}; resume it") from None
+        except ValueError as error:
+            raise UserError(f"{str(path)!r} is damaged: {error}; resume the run to write it again") from error
+        return content
+
+    @property
+    def scores(self) -> dict[str, float]:
+        """The scores on the test split, or on the validation split where there is no test split, by name.
+
+        Accuracies are fractions from 0 to 1: `overall`, `balanced`, `many`, `medium`, `few`, `head`, `middle`, `tail`,
+        `worst`, `harmonic`; also `calibration_error` and `loss`. A group without classes is left out. `result` has the scores
+        of every class.
+
+        Raises:
+            UserError: The run is not finished.
+        """
+        result = self.result
+        kind = "best" if "best" in result else "last"
+        return {name: value for name, value in result[kind]["scores"].items() if isinstance(value, float)}
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """One dict for each epoch: `epoch`, `train` and `val` (numbers by name), `rate`, `seconds`."""
+        return read_metrics(self.folder)
+
+    def network(self, checkpoint: Which | None = None) -> HybridNetwork:
+        """The trained network on the CPU, in evaluation mode.
+
+        It maps normalised images, float32 (N, 3, S, S), to an object with `logits` (N, C) and `embeddings`.
+        `network.classify(images)` returns the logits alone.
+
+        Raises:
+            UserError: The run has no such checkpoint.
+        """
+        return self._load(checkpoint).network().eval()
+
+    def evaluate(
+        self,
+        folder: str | Path | None = None,
+        *,
+        split: Literal["train", "val", "test"] | None = None,
+        checkpoint: Which | None = None,
+    ) -> dict[str, float]:
+        """Evaluate the run.
+
+        Args:
+            folder: An image folder, FOLDER/CLASS/*, with the class names of the run. None takes the run's own data.
+            split: The split of the run's own data. None takes test, or val where there is no test split.
+            checkpoint: The checkpoint.
+
+        Returns:
+            Scores by name, as in `scores`.
+
+        Raises:
+            UserError: The images, the split or the checkpoint are missing, or the class names differ.
+        """
+        if folder is not None and split is not None:
+            raise UserError("split names a split of the run's own data; leave it out where a folder is given")
+        images = Path(folder).expanduser() if folder is not None else None
+        with _same_process():
+            return evaluate(self._load(checkpoint), images, split).scores.numbers()
+
+    def predict(self, images: Iterable[str | Path], *, checkpoint: Which | None = None) -> list[Prediction]:
+        """Classify image files.
+
+        Args:
+            images: Paths of image files.
+            checkpoint: The checkpoint.
+
+        Returns:
+            A prediction for each image, in the same order.
+
+        Raises:
+            UserError: A file is missing or is not an image.
+        """
+        if isinstance(images, str | Path):
+            raise UserError(f"predict takes a list of image files; write predict([{str(images)!r}])")
+        with _same_process():
+            return predict_files(self._load(checkpoint), [Path(image).expanduser() for image in images])
+
+    def export(
+        self,
+        precisions: Iterable[str] = ("fp32",),
+        out: str | Path | None = None,
+        *,
+        checkpoint: Which | None = None,
+        overwrite: bool = False,
+        **options: Any,
+    ) -> Path:
+        """Export the run as a bundle of ONNX files, which `python -m serve` serves.
+
+        Args:
+            precisions: 'fp32', 'fp16' and 'int8'. fp32 is always made.
+            out: The bundle's folder. None takes `bundle` in the run folder.
+            checkpoint: The checkpoint.
+            overwrite: Whether to replace a bundle that is already there.
+            **options: Other fields of `cibl_ray.exporting.make_bundle.Options`: `name`, `embedding`, `target`, `max_drop`,
+                `calibration`, `provider`.
+
+        Returns:
+            The bundle's folder.
+
+        Raises:
+            UserError: The folder exists, an option is unknown, or a precision loses too much accuracy.
+        """
+        from cibl_ray.exporting.make_bundle import MANIFEST, Options, make_bundle  # needs the extra `export`
+
+        if isinstance(precisions, str):
+            precisions = [precisions]
+        wanted = tuple(dict.fromkeys(["fp32", *precisions]))
+        unknown = [*{*wanted} - {"fp32", "fp16", "int8"}, *{*options} - {*Options.__dataclass_fields__}]
+        if unknown:
+            raise UserError(f"export does not know {unknown[0]!r}; precisions are fp32, fp16 and int8")
+        folder = Path(out).expanduser().absolute() if out is not None else self.folder / "bundle"
+        path = self._path(checkpoint)
+        if overwrite and (folder / MANIFEST).is_file():
+            shutil.rmtree(folder)
+        with _same_process():
+            make_bundle(path, folder, Options(precisions=wanted, **options))
+        return folder
+
+    def resume(self, settings: Mapping[str, Any] | None = None, *, progress: bool = True) -> Run:
+        """Train on from the last checkpoint, to the last epoch of the configuration.
+
+        Args:
+            settings: Values by dotted name, which replace those of the run: {"train.epochs": 300} trains a finished run on.
+            progress: Whether to show a progress bar and a line for each epoch.
+
+        Returns:
+            This run.
+
+        Raises:
+            UserError: A setting cannot be changed, the data have changed, or another process trains in the folder.
+        """
+        config, folder = resumed(self.folder, [], None)
+        config = _with(config.model_dump(mode="json"), settings, str(folder / CONFIG))
+        return _fit(config, folder, resume=True, progress=progress)
+
+    def _path(self, which: Which | None) -> Path:
+        return checkpoint(self.folder, which)
+
+    def _load(self, which: Which | None) -> Checkpoint:
+        return load_checkpoint(self._path(which))
+
+
+def _fit(config: RunConfig, folder: Path, resume: bool, progress: bool) -> Run:
+    with _same_process():
+        training.fit(config, folder, resume, World(), Terminal() if progress else Silent())
+    return Run(folder.absolute())
+
+
+def _with(content: dict[str, Any], settings: Mapping[str, Any] | None, place: str) -> RunConfig:
+    """A configuration with values by dotted name."""
+    pairs = [(str(key), _plain(value)) for key, value in (settings or {}).items()]
+    where = f"{place} with {dict(pairs)}" if pairs else place
+    return absolute(validate(RunConfig, override(content, pairs, RunConfig), where))
+
+
+def _plain(value: Any) -> Any:
+    """A value as a YAML file has it."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+@contextmanager
+def _same_process() -> Iterator[None]:
+    """Leave torch's random numbers and its choice of convolutions as they are."""
+    benchmark = torch.backends.cudnn.benchmark
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        torch.backends.cudnn.benchmark = benchmark

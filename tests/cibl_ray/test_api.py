@@ -1,0 +1,205 @@
+"""`import cibl_ray` as a library: what it gives, and what it leaves alone."""
+
+import json
+import logging
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pytest
+import torch
+import yaml
+from nbclient import NotebookClient
+from PIL import Image
+
+import cibl_ray
+from cibl_ray import hardware
+from tests.conftest import REPOSITORY
+
+FAST_DATA = {
+    "source": {"kind": "digits"},
+    "profile": {"kind": "exp", "imbalance": 10, "largest": 30},
+    "val_fraction": 0.1,
+    "store": {"square": 16},
+    "size": 16,
+    "views": [{"cut": {"kind": "crop", "padding": 2}}],
+}
+TINY = {
+    "data.profile": FAST_DATA["profile"],
+    "data.views": FAST_DATA["views"],
+    "loss": {"kind": "cross_entropy"},
+    "schedule.warmup_epochs": 0,
+    "train.epochs": 2,
+    "train.precision": "fp32",
+    "train.device": "cpu",
+    "loader.kind": "torch",
+}
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("api")
+    return cibl_ray.load_config("quickstart", {**TINY, "runs": folder / "runs", "data.prepared": str(folder / "prepared")})
+
+
+@pytest.fixture(scope="module")
+def run(config) -> cibl_ray.Run:
+    return cibl_ray.fit(config, name="first", progress=False)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> Path:
+    """FOLDER/CLASS/*.png of digits."""
+    import sklearn.datasets
+
+    folder = tmp_path_factory.mktemp("images")
+    digits = sklearn.datasets.load_digits()
+    for index in range(20):
+        path = folder / str(digits.target[index]) / f"{index}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray((digits.images[index] * 255 / 16).astype(np.uint8)).save(path)
+    return folder
+
+
+def test_the_import_is_light():
+    code = "import sys, cibl_ray; dir(cibl_ray); print([x for x in ('torch', 'ray', 'ffcv', 'numpy') if x in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY)
+    assert done.stdout.strip() == "[]", done.stderr
+    with pytest.raises(AttributeError, match="no attribute 'fitt'"):
+        cibl_ray.fitt  # noqa: B018
+
+
+def test_settings_by_dotted_name():
+    config = cibl_ray.load_config("cifar100_lt", {"loss.tail_skew": 0.2, "data.size": 32})
+    assert config.loss.tail_skew == 0.2
+    assert config.runs.is_absolute()
+    with pytest.raises(cibl_ray.UserError, match=r"unknown key 'loss.tail_skw'; did you mean 'loss.tail_skew'\?"):
+        cibl_ray.load_config("cifar100_lt", {"loss.tail_skw": 0.2})
+    with pytest.raises(cibl_ray.UserError, match="no configuration 'cifar_100_lt'; did you mean cifar100_lt?"):
+        cibl_ray.load_config("cifar_100_lt")
+
+
+def test_a_run_has_scores_history_and_a_network(run):
+    result = json.loads((run.folder / "result.json").read_text())
+    assert run.scores["overall"] == result["best"]["scores"]["overall"]
+    assert all(isinstance(value, float) for value in run.scores.values())
+    assert [row["epoch"] for row in run.history] == [1, 2]
+    assert run.history[0]["train"]["loss"] > 0
+    network = run.network()
+    assert isinstance(network, torch.nn.Module)
+    assert not network.training
+    assert network(torch.zeros(2, 3, 16, 16)).logits.shape == (2, 10)
+    assert run.classes == [str(digit) for digit in range(10)]
+    assert run.config.train.epochs == 2
+
+
+def test_evaluate_repeats_the_scores(run, images):
+    assert run.evaluate() == run.scores
+    assert run.evaluate(checkpoint="last", split="val")["balanced"] == run.history[-1]["val"]["balanced"]
+    assert 0 <= run.evaluate(images)["overall"] <= 1
+    with pytest.raises(cibl_ray.UserError, match="leave it out where a folder is given"):
+        run.evaluate(images, split="val")
+
+
+def test_predict_agrees_with_the_evaluation(run, images):
+    files = sorted(images.glob("*/*.png"))
+    predictions = run.predict(map(str, files))
+    right = [prediction.label == prediction.image.parent.name for prediction in predictions]
+    assert np.mean(right) == pytest.approx(run.evaluate(images)["overall"])
+    assert [prediction.image for prediction in predictions] == files
+    for prediction in predictions:
+        assert sum(prediction.probabilities.values()) == pytest.approx(1, abs=1e-5)
+        assert prediction.probability == max(prediction.probabilities.values()) == prediction.probabilities[prediction.label]
+    assert run.predict([]) == []
+    with pytest.raises(cibl_ray.UserError, match="a list of image files"):
+        run.predict(str(files[0]))
+    with pytest.raises(cibl_ray.UserError, match=r"gone.png' cannot be read: No such file"):
+        run.predict([images / "gone.png"])
+    with pytest.raises(cibl_ray.UserError, match="is not an image that can be read"):
+        run.predict([__file__])
+
+
+def test_export_makes_a_bundle(run, tmp_path):
+    bundle = run.export(out=tmp_path / "bundle", provider="cpu")
+    assert (bundle / "manifest.json").is_file()
+    with pytest.raises(cibl_ray.UserError, match="exists; remove it, or choose another folder"):
+        run.export(out=bundle)
+    with pytest.raises(cibl_ray.UserError, match="does not know 'int4'"):
+        run.export(["int4"], out=bundle)
+
+
+def test_errors_make_sense_without_a_command_line(run, config, tmp_path):
+    with pytest.raises(cibl_ray.UserError, match=r"run folder '.*first' already exists; resume it .* or choose another name"):
+        cibl_ray.fit(config, name="first")
+    with pytest.raises(cibl_ray.UserError, match=r"is not a run folder: it has no config.yaml"):
+        cibl_ray.open_run(tmp_path)
+
+
+def test_the_process_is_left_alone(config, monkeypatch, run):
+    """No signal handler, no change to the logging of others, no setting of malloc, no exit; random numbers stay."""
+    caught: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: caught.append(record.getMessage())  # type: ignore[method-assign]
+    loggers = [logging.getLogger(name) for name in (None, "cibl_ray", "pipelines")]
+    for logger in loggers:
+        logger.addHandler(handler)
+    handlers = [[*logger.handlers] for logger in loggers]
+    levels = [logger.level for logger in loggers]
+
+    def refuse(*arguments: object) -> None:
+        raise AssertionError(f"called with {arguments}")
+
+    torch.manual_seed(7)
+    state, threads, benchmark = torch.get_rng_state(), torch.get_num_threads(), torch.backends.cudnn.benchmark
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "exit", refuse)
+            patch.setattr(hardware, "keep_freed_memory", refuse)
+            again = cibl_ray.fit(config, name="again", progress=False)
+        assert [[*logger.handlers] for logger in loggers] == handlers
+        assert [logger.level for logger in loggers] == levels
+    finally:
+        for logger in loggers:
+            logger.removeHandler(handler)
+    assert any("from epoch 1 of 2" in message for message in caught)  # the program's own handlers hear the run
+    assert "from epoch 1 of 2" in (again.folder / "train.log").read_text()
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.get_num_threads() == threads
+    assert torch.backends.cudnn.benchmark == benchmark
+    assert again.scores == run.scores  # the second run in one process is the first one again
+
+
+def test_a_run_in_a_thread_and_resumed(config, run, capfd):
+    found: list[cibl_ray.Run] = []
+    one = config.model_copy(update={"train": config.train.model_copy(update={"epochs": 1})})
+    thread = threading.Thread(target=lambda: found.append(cibl_ray.fit(one, name="thread")))
+    thread.start()
+    thread.join()
+    assert len(found[0].history) == 1
+    assert "epoch 1/1" in capfd.readouterr().out
+    assert found[0].resume({"train.epochs": 2}, progress=False).scores.keys() == run.scores.keys()
+    assert len(found[0].history) == 2
+
+
+def test_the_page_runs_as_a_notebook(tmp_path, images):
+    """Every block of docs/python.md, in a Jupyter kernel."""
+    blocks = [block.partition("```")[0] for block in (REPOSITORY / "docs" / "python.md").read_text().split("```python\n")[1:]]
+    assert len(blocks) >= 6
+    (tmp_path / "more-images").symlink_to(images)
+    (tmp_path / "photo.png").write_bytes(next(images.glob("3/*.png")).read_bytes())
+    # A file in the working folder goes before the shipped configuration of that name: this one trains faster.
+    (tmp_path / "quickstart").write_text(
+        yaml.safe_dump(
+            {"data": FAST_DATA, "loader": {"kind": "torch"}, "loss": {"kind": "cross_entropy"}, "train": {"batch_size": 32}}
+        )
+    )
+    setup = f"import sys; sys.path.insert(0, {str(REPOSITORY)!r})"
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in (setup, *blocks)])
+    NotebookClient(notebook, timeout=280, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    outputs = json.dumps([cell.outputs for cell in notebook.cells])
+    assert "epoch 3/3" in outputs
+    assert "model.onnx" in outputs
+    assert (tmp_path / "runs" / "first" / "bundle" / "manifest.json").is_file()
