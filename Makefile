@@ -1,7 +1,7 @@
 # Two commands are enough on a fresh machine: `make quickstart` and `make test`. Both set up first; a second run skips that.
 VENV := .venv/bin/python
 
-.PHONY: help setup quickstart test test-all lint lock wheel
+.PHONY: help setup quickstart test test-all lint lock wheel web
 
 help:
 	@echo "make quickstart   set up, train CIBL on long-tailed digits through FFCV, pictures in runs/"
@@ -9,6 +9,7 @@ help:
 	@echo "make test-all     the same with the slow tests, which take minutes each"
 	@echo "make setup        Debian packages for FFCV (as root), virtual environment, pinned packages"
 	@echo "make wheel        build the wheel into dist/"
+	@echo "make web          fetch onnxruntime-web with npm, for models in the browser"
 	@echo "make lock         resolve requirements.lock anew"
 
 setup:
@@ -37,3 +38,6 @@ lock: setup
 
 wheel: setup
 	$(VENV) -m pip wheel --quiet --no-deps --wheel-dir dist .
+
+web: setup
+	$(VENV) -m serve.page.ort

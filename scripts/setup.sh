@@ -1,8 +1,9 @@
 #!/bin/sh
 # Everything a command of this project needs, on Debian 12, Ubuntu and their like: `make setup` calls it.
 #   1. the Debian packages with which FFCV compiles (installed as root, named otherwise)
-#   2. a virtual environment in .venv
-#   3. the packages pinned in requirements.lock
+#   2. Chromium, for the tests of the service's page (as root, on Debian; skipped elsewhere, and the tests with it)
+#   3. a virtual environment in .venv
+#   4. the packages pinned in requirements.lock
 # What is already done is skipped. Where FFCV cannot be built the set-up goes on: training then uses the torchvision loader.
 # PYTHON=/path/to/python3 chooses the interpreter.
 set -eu
@@ -48,6 +49,15 @@ if [ -n "$venv$missing" ] && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null
 fi
 if [ -n "$venv" ] && [ ! -x .venv/bin/pip ]; then
   fail "a virtual environment needs a package that only an administrator can install: apt-get install -y $venv$missing"
+fi
+has_browser() { command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null; }
+if ! has_browser; then
+  # Elsewhere the package of this name installs a snap, which containers cannot run.
+  if [ "$(id -u)" = 0 ] && grep -qs '^ID=debian' /etc/os-release; then
+    say "installing Chromium for the tests of the page"
+    { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium; } >/dev/null 2>&1 || :
+  fi
+  has_browser || say "without Chromium the tests of the page in a browser are skipped"
 fi
 ffcv=,ffcv
 if [ -n "$missing" ]; then

@@ -1,6 +1,7 @@
 // The page: images in, bars out. State lives here; nothing is stored, nothing leaves for another host.
 
 import { Api, Problem } from "./api.js";
+import { BrowserModel } from "./browser.js";
 import { card } from "./card.js";
 import { shiftChart } from "./charts.js";
 import { GROUPS, count, h, percent, size } from "./dom.js";
@@ -11,7 +12,7 @@ const AT_ONCE = 4; // requests
 const MOST = 200; // images on the page
 
 const $ = (id) => document.getElementById(id);
-const state = { api: null, models: [], model: null, shift: 0, items: [], number: 0, place: "service" };
+const state = { api: null, models: [], model: null, shift: 0, items: [], number: 0, place: null, opened: new Map() };
 
 async function start() {
   let config;
@@ -26,6 +27,7 @@ async function start() {
   $("camera").hidden = !navigator.mediaDevices?.getUserMedia;
   $("key-form").hidden = !config.keys;
   listen();
+  if (!state.api.isService) navigator.serviceWorker?.register("sw.js").catch(() => {}); // without it the page needs the host
   if (config.keys) $("key").focus();
   else await load();
 }
@@ -53,6 +55,7 @@ function choose(model) {
   $("shift").min = points.length ? points[0].shift : 0;
   $("shift").max = points.length ? points.at(-1).shift : 2;
   $("shift-panel").hidden = false;
+  showPlaces();
   $("card-body").replaceChildren(...card(model, state.api, download));
   document.title = `${model.name}: try the model`;
   showShift();
@@ -105,6 +108,45 @@ function listen() {
   listenCamera();
 }
 
+// Places: the service, and each precision in this browser
+
+function showPlaces() {
+  const { api, model } = state;
+  const places = api.isService ? [["service", `On the service (${model.serves})`]] : [];
+  if (api.config.browser)
+    for (const [precision, file] of Object.entries(model.files)) places.push([precision, `In this browser, ${precision} (${size(file.bytes)})`]);
+  if (!places.some(([place]) => place === state.place)) state.place = api.isService ? "service" : model.serves;
+  $("places").replaceChildren(...places.map(([place, name]) =>
+    h("label", {}, h("input", { type: "radio", name: "place", value: place, checked: place === state.place, onchange: () => {
+      state.place = place;
+      showPlaceHint();
+      again();
+    } }), name)));
+  $("where").hidden = false;
+  showPlaceHint();
+}
+
+function showPlaceHint() {
+  const { api, place } = state;
+  const isolated = globalThis.crossOriginIsolated ? "" : " Here it uses one thread, because this page is not isolated from other origins.";
+  $("place-hint").textContent =
+    place !== "service" ? `The image does not leave this device. The model is loaded once, and its SHA-256 is checked.${isolated}`
+    : api.config.browser ? "Images are sent to the service. In this browser the same model gives the same answers, without sending them."
+    : "Images are sent to the service. To run the model in this browser, the service needs onnxruntime-web: python -m serve.page.ort";
+}
+
+/** The model in this browser, opened once. */
+function opened(model, precision) {
+  const { sha256, bytes } = model.files[precision];
+  if (!state.opened.has(sha256)) {
+    $("status").textContent = `Loading ${model.name}, ${precision} (${size(bytes)}) into this browser …`;
+    const opening = BrowserModel.open(model, precision, state.api);
+    opening.catch(() => state.opened.delete(sha256)); // the next image tries again
+    state.opened.set(sha256, opening);
+  }
+  return state.opened.get(sha256);
+}
+
 // Images
 
 function add(files) {
@@ -131,19 +173,20 @@ function again() {
 
 async function answer(items) {
   const waiting = items.map((item) => [item, ++item.run]);
-  const { model } = state;
+  const { model, place } = state;
   let [done, failed] = [0, 0];
   const work = async () => {
     for (let next = waiting.shift(); next; next = waiting.shift()) {
       const [item, run] = next;
       let [result, problem] = [null, null];
       try {
-        result = await ask(item.file, model);
+        result = await ask(item.file, model, place);
       } catch (error) {
         problem = error;
       }
       if (item.run !== run) continue; // asked again meanwhile
-      Object.assign(item, { ...result, problem: problem && sentence(problem) });
+      Object.assign(item, { logits: result?.logits, problem: problem && sentence(problem) });
+      if (result) (item.times ??= new Map()).set(`${model.name} ${place}`, result.ms);
       if (problem?.needsKey) askForKey();
       if (problem) failed++;
       done++;
@@ -155,10 +198,23 @@ async function answer(items) {
   await Promise.all(Array.from({ length: AT_ONCE }, work));
 }
 
-async function ask(file, model) {
+async function ask(file, model, place) {
+  if (place !== "service") {
+    state.api.checkSize(file);
+    return (await opened(model, place)).predict(file);
+  }
   const result = await state.api.predict(file, model);
   if (result.sha256 !== model.files[model.serves].sha256) load(); // a new version was put in the model's place
-  return { ...result, where: `service, ${model.serves}` };
+  return result;
+}
+
+/** The time of each place that has answered: "service: 12 ms, browser fp32: 5.1 ms". */
+function times(item) {
+  const { model } = state;
+  return ["service", ...Object.keys(model.files)].map((place) => [place, item.times?.get(`${model.name} ${place}`)])
+    .filter(([, ms]) => ms !== undefined)
+    .map(([place, ms]) => `${place === "service" ? `service ${model.serves}` : `browser ${place}`}: ${ms < 10 ? ms.toFixed(1) : Math.round(ms)} ms`)
+    .join(", ");
 }
 
 function itemElement(item) {
@@ -198,10 +254,9 @@ function showAnswer(item) {
       h("span", { class: "label" }, row.label), h("span", { class: "track", "aria-hidden": "true" }, bar), h("span", { class: "prob" }, percent(row.share)),
       h("span", { class: "group" }, h("span", { class: "dot", "aria-hidden": "true" }), row.group, h("span", { class: "count" }, `, ${count(row.count)} images`)));
   });
-  const time = item.ms < 10 ? item.ms.toFixed(1) : Math.round(item.ms);
   item.body.replaceChildren(
     h("ol", { class: "bars", "aria-label": `Most likely classes of ${item.file.name}` }, bars),
-    h("div", { class: "foot" }, h("span", {}, `${time} ms, ${item.where}`), remove),
+    h("div", { class: "foot" }, h("span", {}, times(item)), remove),
   );
 }
 

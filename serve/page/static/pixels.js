@@ -1,0 +1,201 @@
+// From an image file to the network's input: the rule that training, service and the Python edge follow (pipelines/pixels.py).
+//
+// Resizing is that of Pillow 13, number for number: the same weights in double precision, rounded to 22 bits, and two passes, each
+// rounded to bytes. The horizontal pass is the first, unless the height shrinks by more than twice what the width does: Pillow was
+// compared over many sizes, see tests/serve/test_browser.py. Only the decoder is the browser's own.
+
+const BITS = 22;
+const LARGEST_SIDE = 16384; // of a canvas
+
+const FILTERS = {
+  bilinear: { support: 1, at: (x) => (Math.abs(x) < 1 ? 1 - Math.abs(x) : 0) },
+  bicubic: {
+    support: 2,
+    at: (x) => {
+      const [a, d] = [-0.5, Math.abs(x)];
+      if (d < 1) return ((a + 2) * d - (a + 3)) * d * d + 1;
+      return d < 2 ? (((d - 5) * d + 8) * d - 4) * a : 0;
+    },
+  },
+};
+
+/** Python's round: halves go to the even number. */
+export function roundHalfEven(x) {
+  const low = Math.floor(x);
+  const rest = x - low;
+  return rest < 0.5 || (rest === 0.5 && low % 2 === 0) ? low : low + 1;
+}
+
+/** For each output pixel its first input pixel, and the weights of it and its successors as integers. */
+function weights(inputs, from, to, outputs, filter) {
+  const scale = Math.fround(to - from) / outputs;
+  const stretch = Math.max(scale, 1);
+  const support = filter.support * stretch;
+  return Array.from({ length: outputs }, (_, place) => {
+    const center = from + (place + 0.5) * scale;
+    const first = Math.max(0, Math.trunc(center - support + 0.5));
+    const end = Math.min(inputs, Math.trunc(center + support + 0.5));
+    const values = Array.from({ length: end - first }, (_, i) => filter.at((i + first - center + 0.5) * (1 / stretch)));
+    const sum = values.reduce((total, value) => total + value, 0);
+    const taps = Int32Array.from(values, (value) => {
+      const share = sum === 0 ? value : value / sum;
+      return Math.trunc(share * 2 ** BITS + (share < 0 ? -0.5 : 0.5));
+    });
+    return { first, taps };
+  });
+}
+
+/** Resize {data: RGB bytes, width, height} to width x height; box: [left, top, right, bottom] of the input, floats. */
+export function resize(image, width, height, filter, box) {
+  const [left, top, right, bottom] = box.map(Math.fround);
+  const across = weights(image.width, left, right, width, FILTERS[filter]);
+  const down = weights(image.height, top, bottom, height, FILTERS[filter]);
+  const needsAcross = width !== image.width || left !== 0 || right !== width;
+  const needsDown = height !== image.height || top !== 0 || bottom !== height;
+  const downFirst = height < image.height && image.height - height > 2 * (image.width - width);
+  if (needsDown && downFirst) image = vertical(image, down);
+  if (needsAcross) image = horizontal(image, across, needsDown && !downFirst ? used(down) : [0, image.height]);
+  if (needsDown && !downFirst) image = vertical(image, down, needsAcross ? used(down)[0] : 0);
+  return image;
+}
+
+/** The first input row that is used, and the end of them. */
+const used = (down) => [down[0].first, down.at(-1).first + down.at(-1).taps.length];
+
+/** Resize the rows from `first` to `end` across. */
+function horizontal({ data, width }, across, [top, end]) {
+  const out = new Uint8ClampedArray((end - top) * across.length * 3);
+  let place = 0;
+  for (let y = top; y < end; y++) {
+    for (const { first, taps } of across) {
+      let [r, g, b] = [1 << (BITS - 1), 1 << (BITS - 1), 1 << (BITS - 1)];
+      let at = (y * width + first) * 3;
+      for (let i = 0; i < taps.length; i++, at += 3) {
+        const tap = taps[i];
+        r += data[at] * tap;
+        g += data[at + 1] * tap;
+        b += data[at + 2] * tap;
+      }
+      out[place++] = r >> BITS;
+      out[place++] = g >> BITS;
+      out[place++] = b >> BITS;
+    }
+  }
+  return { data: out, width: across.length, height: end - top };
+}
+
+/** Resize down. skipped: rows of the original that the image lacks at its top. */
+function vertical({ data, width }, down, skipped = 0) {
+  const row = width * 3;
+  const out = new Uint8ClampedArray(down.length * row);
+  const sums = new Int32Array(row);
+  down.forEach(({ first, taps }, y) => {
+    sums.fill(1 << (BITS - 1));
+    for (let i = 0; i < taps.length; i++) {
+      const tap = taps[i];
+      const start = (first - skipped + i) * row;
+      for (let x = 0; x < row; x++) sums[x] += data[start + x] * tap;
+    }
+    for (let x = 0; x < row; x++) out[y * row + x] = sums[x] >> BITS;
+  });
+  return { data: out, width, height: down.length };
+}
+
+function crop(image, left, top, size) {
+  const out = new Uint8ClampedArray(size * size * 3);
+  for (let y = 0; y < size; y++) {
+    const start = ((top + y) * image.width + left) * 3;
+    out.set(image.data.subarray(start, start + size * 3), y * size * 3);
+  }
+  return { data: out, width: size, height: size };
+}
+
+/** Apply a manifest's rule {size, ratio, square, max_side} to an RGB image; the result has size x size pixels. */
+export function applyRule(image, rule) {
+  const { size } = rule;
+  const side = roundHalfEven(size / rule.ratio);
+  let [width, height] = [image.width, image.height];
+  let stored = [width, height];
+  if (rule.square !== null) stored = [rule.square, rule.square];
+  else if (rule.max_side !== null) {
+    const scale = Math.min(1, rule.max_side / Math.max(width, height));
+    stored = [Math.max(1, roundHalfEven(width * scale)), Math.max(1, roundHalfEven(height * scale))];
+  }
+  if (stored[0] !== width || stored[1] !== height) image = resize(image, ...stored, "bicubic", [0, 0, width, height]);
+  [width, height] = stored;
+  const shorter = Math.min(width, height);
+  const [wide, high] = [Math.trunc((side * width) / shorter), Math.trunc((side * height) / shorter)];
+  const [left, top] = [roundHalfEven((wide - size) / 2), roundHalfEven((high - size) / 2)];
+  if (wide === width && high === height) return crop(image, left, top, size);
+  const [x, y] = [width / wide, height / high];
+  return resize(image, size, size, "bilinear", [left * x, top * y, Math.min(width, (left + size) * x), Math.min(height, (top + size) * y)]);
+}
+
+// EXIF's orientations as matrices of a canvas of width w and height h.
+const TURNS = {
+  1: () => [1, 0, 0, 1, 0, 0],
+  2: (w) => [-1, 0, 0, 1, w, 0],
+  3: (w, h) => [-1, 0, 0, -1, w, h],
+  4: (w, h) => [1, 0, 0, -1, 0, h],
+  5: () => [0, 1, 1, 0, 0, 0],
+  6: (w) => [0, 1, -1, 0, w, 0],
+  7: (w, h) => [0, -1, -1, 0, w, h],
+  8: (w, h) => [0, -1, 1, 0, 0, h],
+};
+
+/** The orientation that the EXIF data of a WebP file name, 1 to 8; 1 for every other file. */
+export async function webpOrientation(file) {
+  const head = new DataView(await file.slice(0, 30).arrayBuffer());
+  const text = (view, at) => String.fromCharCode(...[0, 1, 2, 3].map((i) => view.getUint8(at + i)));
+  if (head.byteLength < 30 || text(head, 0) !== "RIFF" || text(head, 8) !== "WEBP") return 1;
+  if (text(head, 12) !== "VP8X" || !(head.getUint8(20) & 8)) return 1; // no EXIF data
+  const view = new DataView(await file.arrayBuffer());
+  try {
+    let at = 12;
+    while (text(view, at) !== "EXIF") at += 8 + view.getUint32(at + 4, true) + (view.getUint32(at + 4, true) & 1);
+    let tiff = at + 8;
+    if (text(view, tiff) === "Exif") tiff += 6;
+    const little = view.getUint16(tiff) === 0x4949;
+    const table = tiff + view.getUint32(tiff + 4, little);
+    const entries = view.getUint16(table, little);
+    for (let i = 0, entry = table + 2; i < entries; i++, entry += 12)
+      if (view.getUint16(entry, little) === 0x0112) {
+        const value = view.getUint16(entry + 8, little);
+        return value in TURNS ? value : 1;
+      }
+  } catch {
+    // damaged: the image is taken as it lies
+  }
+  return 1;
+}
+
+/** Decode an image file as a viewer shows it: turned as EXIF says, transparency over white, colour profiles ignored. RGB. */
+export async function decode(file, maxPixels) {
+  let bitmap;
+  const turn = await webpOrientation(file); // browsers heed it in JPEG and PNG alone
+  try {
+    bitmap = await createImageBitmap(file, { imageOrientation: turn === 1 ? "from-image" : "none", premultiplyAlpha: "none", colorSpaceConversion: "none" });
+  } catch {
+    throw new Error("not an image that this browser reads");
+  }
+  const [width, height] = turn > 4 ? [bitmap.height, bitmap.width] : [bitmap.width, bitmap.height];
+  try {
+    if (width * height > maxPixels) throw new Error(`${width} × ${height} pixels, ${maxPixels.toLocaleString("en")} at most`);
+    if (Math.max(width, height) > LARGEST_SIDE) throw new Error(`a side of more than ${LARGEST_SIDE.toLocaleString("en")} pixels`);
+    const context = new OffscreenCanvas(width, height).getContext("2d", { willReadFrequently: true });
+    context.fillStyle = "#fff";
+    context.fillRect(0, 0, width, height);
+    context.setTransform(...TURNS[turn](width, height));
+    context.drawImage(bitmap, 0, 0);
+    const rgba = context.getImageData(0, 0, width, height).data;
+    const data = new Uint8ClampedArray(width * height * 3);
+    for (let from = 0, to = 0; from < rgba.length; from += 4) {
+      data[to++] = rgba[from];
+      data[to++] = rgba[from + 1];
+      data[to++] = rgba[from + 2];
+    }
+    return { data, width, height };
+  } finally {
+    bitmap.close();
+  }
+}

@@ -1,0 +1,384 @@
+"""The page in a real browser, on the service and as a static folder: what people see, with the service's numbers."""
+
+from __future__ import annotations
+
+import base64
+import functools
+import http.server
+import io
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cibl_ray.bundle.card import open_bundle
+from cibl_ray.bundle.runtime import Runtime
+from pipelines.common.errors import UserError
+from pipelines.pixels import EvalRule, decode
+from serve import web
+from serve.page.ort import installed, pinned
+from tests.serve.browsers import Tab
+from tests.serve.conftest import encoded, png, serving, until
+from tests.serve.pictures import picture_files
+
+pytestmark = pytest.mark.browser
+needs_ort = pytest.mark.skipif(installed() != pinned(), reason="onnxruntime-web is not installed: make web")
+
+OPEN = "#places input"  # is there once the models are known
+RULES = {
+    "as it is": EvalRule(64),
+    "ImageNet": EvalRule(224, 0.875),
+    "stored square": EvalRule(32, 1.0, 48),
+    "stored with a longest side": EvalRule(64, 0.875, None, 200),
+}
+DECODE = """async ([text, rule]) => {
+  const { decode, applyRule } = await import(new URL("page/pixels.js", location));
+  const bytes = Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
+  const { data } = applyRule(await decode(new Blob([bytes]), 4e7), rule);
+  return btoa(Array.from(data, (value) => String.fromCharCode(value)).join(""));
+}"""
+APPLY = """async ([text, width, height, rule]) => {
+  const { applyRule } = await import(new URL("page/pixels.js", location));
+  const data = Uint8ClampedArray.from(atob(text), (letter) => letter.charCodeAt(0));
+  const image = applyRule({ data, width, height }, rule);
+  return btoa(Array.from(image.data, (value) => String.fromCharCode(value)).join(""));
+}"""
+
+
+def upload(name: str, data: bytes) -> dict[str, Any]:
+    return {"name": name, "mimeType": "image/png", "buffer": data}
+
+
+def wait(tab: Tab, condition: str) -> None:
+    """Wait until an expression is true. Playwright's own way is an eval, which the page's policy forbids."""
+    until(lambda: tab.page.evaluate(condition), 60)
+
+
+def pixels_of(tab: Tab, script: str, argument: list[Any], rule: EvalRule) -> np.ndarray:
+    """uint8 (S, S, 3) that the browser makes by a rule."""
+    content = base64.b64decode(tab.page.evaluate(script, [*argument, rule_of(rule)]))
+    return np.frombuffer(content, np.uint8).reshape(rule.size, rule.size, 3)
+
+
+def shown(tab: Tab) -> list[list[tuple[int, float]]]:
+    """(class, probability) of the bars of each answer, the newest first."""
+    wait(tab, "!document.querySelector('.result .body > .hint')")
+    return tab.page.eval_on_selector_all(
+        ".result",
+        "all => all.map(one => [...one.querySelectorAll('.bars li')].map(bar => [+bar.dataset.index, +bar.dataset.share]))",
+    )
+
+
+def rule_of(rule: EvalRule) -> dict[str, Any]:
+    return {"size": rule.size, "ratio": rule.ratio, "square": rule.square, "max_side": rule.max_side}
+
+
+@pytest.fixture
+def opened(tab: Tab, server: Any) -> Tab:
+    """The service's page, ready for images."""
+    tab.page.goto(f"http://127.0.0.1:{server.port}/")
+    tab.page.wait_for_selector(OPEN)
+    return tab
+
+
+def drop(tab: Tab, data: bytes, kind: str = "drop") -> None:
+    """Drop or paste a file on the page."""
+    tab.page.evaluate(
+        """([text, kind]) => {
+          const bytes = Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
+          const transfer = new DataTransfer();
+          transfer.items.add(new File([bytes], "thrown.png", { type: "image/png" }));
+          const event = kind === "drop" ? new DragEvent("drop", { dataTransfer: transfer, bubbles: true })
+            : new ClipboardEvent("paste", { clipboardData: transfer, bubbles: true });
+          document.body.dispatchEvent(event);
+        }""",
+        [base64.b64encode(data).decode(), kind],
+    )
+
+
+def test_drop_and_slider_rank_as_the_server_does(opened, server):
+    data = encoded("PNG", 11)
+    drop(opened, data)
+    for shift in (0, 0.75, 2):
+        opened.page.locator("#shift").fill(str(shift))
+        wait(opened, f"document.querySelector('#shift-value').textContent === '{shift:.2f}'")
+        before = len(opened.requests)
+        (bars,) = shown(opened)
+        (asked,) = server.ask("POST", f"/v1/predict?top_k=5&tail_shift={shift}", data).json()["predictions"]
+        assert [index for index, _ in bars] == [row["index"] for row in asked["top"]]
+        assert [share for _, share in bars] == pytest.approx([row["probability"] for row in asked["top"]], abs=1e-4)
+        assert len(opened.requests) == before  # the browser ranks by itself
+    drop(opened, encoded("PNG", 12), "paste")
+    opened.page.wait_for_selector(".result:nth-child(2)")
+    assert len(shown(opened)) == 2
+    opened.page.get_by_role("button", name="Remove thrown.png").first.click()
+    assert len(shown(opened)) == 1
+    assert opened.hosts() == {f"127.0.0.1:{server.port}"}
+    assert opened.problems == []
+
+
+def test_measured_accuracy_moves_with_the_slider(opened, bundle):
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    opened.page.locator("#shift").fill("1.5")
+    wait(opened, "document.querySelector('#shift-value').textContent === '1.50'")
+    row = opened.page.locator(".measured tr", has_text="medium")
+    assert row.locator("td").first.inner_text() == f"{100 * manifest['tail_shift']['1.5']['medium']:.1f} %"
+    change = 100 * (manifest["tail_shift"]["1.5"]["medium"] - manifest["tail_shift"]["0.0"]["medium"])
+    assert float(row.locator("td").nth(1).inner_text().replace("−", "-")) == pytest.approx(change, abs=0.051)
+
+
+def test_the_model_card(opened, bundle):
+    manifest = open_bundle(bundle).manifest
+    card = opened.page.locator("#card")
+    assert manifest["files"]["model.onnx"] in card.inner_text()
+    table = card.locator(".tall table")
+    assert table.locator("tbody tr").count() == len(manifest["classes"])
+    table.get_by_role("button", name="Accuracy").click()
+    accuracy = [float(text.split()[0]) for text in table.locator("tbody td:last-child").all_inner_texts()]
+    assert accuracy == sorted(accuracy)
+    assert accuracy == [round(100 * share, 1) for share in sorted(manifest["per_class"]["fp32"])]
+    card.get_by_label("Find").fill(manifest["classes"][3])
+    assert table.locator("tbody tr").count() == 1
+    line = card.locator("pre").first.inner_text()
+    assert line.startswith("curl --data-binary @image.jpg 'http://127.0.0.1:")
+    with opened.page.expect_download() as download:
+        card.get_by_role("link", name="Download digits.fp32.onnx").click()
+    assert Path(download.value.path()).read_bytes() == (bundle / "model.onnx").read_bytes()
+
+
+def test_mistakes_are_sentences(tab, bundle):
+    with serving([bundle], max_bytes=60_000, max_pixels=1_000_000) as server:
+        tab.page.goto(f"http://127.0.0.1:{server.port}/")
+        tab.page.wait_for_selector(OPEN)
+        noise = np.random.default_rng(0).integers(0, 256, (200, 200, 3), dtype=np.uint8)
+        buffer = io.BytesIO()
+        Image.fromarray(noise).save(buffer, "PNG")
+        for name, data, sentence in (
+            ("large.png", buffer.getvalue(), "large.png is too large: it has 120 kB, and at most 60 kB are accepted."),
+            ("notes.png", b"no image at all", "notes.png is not an image that can be read here. Save it as JPEG, PNG or WebP."),
+            ("wide.png", png(2000, 2000), "wide.png cannot be read as an image: 2000x2000 pixels, 1,000,000 at most."),
+            ("empty.png", b"", "empty.png is empty."),
+        ):
+            tab.page.set_input_files("#files", [upload(name, data)])
+            tab.page.wait_for_selector(".result .problem")
+            assert sentence in tab.page.locator(".result .problem").inner_text()
+            tab.page.get_by_role("button", name="Remove all images").click()
+    tab.page.set_input_files("#files", [upload("late.png", encoded("PNG"))])
+    tab.page.wait_for_selector(".result .problem")
+    assert "does not answer" in tab.page.locator(".result .problem").inner_text()
+
+
+def test_the_key_is_asked_for_and_kept_in_memory(tab, bundle, monkeypatch):
+    monkeypatch.setenv("CIBL_RAY_API_KEYS", "secret-key")
+    with serving([bundle]) as server:
+        tab.page.goto(f"http://127.0.0.1:{server.port}/")
+        field = tab.page.get_by_label("API key")
+        field.fill("wrong")
+        tab.page.get_by_role("button", name="Use this key").click()
+        tab.page.wait_for_selector("#problem:not([hidden])")
+        assert "does not accept this API key" in tab.page.locator("#problem").inner_text()
+        field.fill("secret-key")
+        field.press("Enter")
+        tab.page.wait_for_selector(OPEN)
+        assert not field.is_visible()
+        tab.page.set_input_files("#files", [upload("one.png", encoded("PNG", 1))])
+        assert len(shown(tab)[0]) == 5
+        with tab.page.expect_download() as download:  # a plain link would be refused
+            tab.page.get_by_role("link", name="Download digits.int8.onnx").click()
+        assert Path(download.value.path()).read_bytes() == (bundle / "model.int8.onnx").read_bytes()
+        kept = tab.page.evaluate("[localStorage.length, sessionStorage.length, document.cookie]")
+        assert kept == [0, 0, ""]
+        assert not any("secret-key" in url for url in tab.requests)
+        tab.page.reload()
+        tab.page.wait_for_selector("#key-form:not([hidden])")
+        tab.page.goto(f"http://127.0.0.1:{server.port}/docs")
+        assert "/v1/predict" in tab.page.inner_text("main")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_phone(chromium, server, scheme):
+    context = chromium.new_context(viewport={"width": 360, "height": 740}, color_scheme=scheme, has_touch=True, is_mobile=True)
+    tab = Tab(context)
+    tab.page.goto(f"http://127.0.0.1:{server.port}/")
+    tab.page.wait_for_selector(OPEN)
+    tab.page.set_input_files("#files", [upload("a-file-with-a-long-name-of-a-telephone-20261129.png", encoded("PNG", 2))])
+    shown(tab)
+    assert tab.page.evaluate("document.documentElement.scrollWidth") == 360  # nothing sticks out
+    back = tab.page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert (sum(map(int, back[4:-1].split(","))) < 200) == (scheme == "dark")
+    context.close()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_no_violation_of_accessibility(chromium, server, scheme):
+    """axe's rules, on the page with an answer, a mistake and the key field, and on the routes."""
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
+    context = chromium.new_context(viewport={"width": 1280, "height": 900}, color_scheme=scheme, bypass_csp=True)
+    tab = Tab(context)
+    tab.page.goto(f"http://127.0.0.1:{server.port}/")
+    tab.page.wait_for_selector(OPEN)
+    tab.page.set_input_files("#files", [upload("one.png", encoded("PNG")), upload("two.png", b"two")])
+    shown(tab)
+    tab.page.evaluate("document.querySelector('#key-form').hidden = false")
+    found = axe.run(tab.page).response["violations"]
+    tab.page.goto(f"http://127.0.0.1:{server.port}/docs")
+    found += axe.run(tab.page).response["violations"]
+    assert [(rule["id"], [node["html"] for node in rule["nodes"]]) for rule in found] == []
+    context.close()
+
+
+def test_keyboard_alone(opened):
+    reached = []
+    for _ in range(12):
+        opened.page.keyboard.press("Tab")
+        reached.append(opened.page.evaluate("document.activeElement.id || document.activeElement.getAttribute('href')"))
+    assert reached[0] == "#try"
+    assert {"model", "files", "shift"} <= set(reached)
+
+
+# The model in the browser
+
+
+@needs_ort
+def test_fifty_answers_equal_onnxruntimes(opened, bundle):
+    opened.page.get_by_label("In this browser, fp32").check()
+    files = [encoded("PNG", number, size=8 + number % 40) for number in range(100, 150)]
+    opened.page.set_input_files("#files", [upload(f"{number}.png", data) for number, data in enumerate(files)])
+    wait(opened, "document.querySelector('#status').textContent.startsWith('50 of 50')")
+    runtime = Runtime(bundle / "model.onnx", "cpu", 1)
+    images = np.stack([runtime.card.rule(decode(data)) for data in files])
+    _, expected = runtime(images)
+    for bars, row in zip(reversed(shown(opened)), expected, strict=True):
+        assert [share for _, share in bars] == pytest.approx(row[[index for index, _ in bars]].tolist(), abs=1e-3)
+        assert [index for index, _ in bars] == np.argsort(-row, kind="stable")[:5].tolist()
+    assert not any("predict" in url for url in opened.requests)
+    assert opened.problems == []
+
+
+def test_resizing_gives_pillows_pixels(opened):
+    """Every pixel, over many sizes: wide, tall, enlarged and reduced."""
+    random = np.random.default_rng(0)
+    for number in range(24):
+        height, width = random.integers(20, 260, 2)
+        rule = list(RULES.values())[number % len(RULES)]
+        image = random.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        got = pixels_of(opened, APPLY, [base64.b64encode(image.tobytes()).decode(), int(width), int(height)], rule)
+        np.testing.assert_array_equal(got, rule(Image.fromarray(image)), err_msg=f"{width}x{height}, {rule}")
+
+
+def test_files_of_all_kinds_give_the_services_pixels(opened, photos):
+    for name, data in picture_files(photos[0]).items():
+        for words in ("as it is", "stored with a longest side"):
+            got = pixels_of(opened, DECODE, [base64.b64encode(data).decode()], RULES[words])
+            apart = np.abs(got.astype(int) - RULES[words](decode(data))).max()
+            assert apart <= 1, f"{name}, {words}: {apart}"  # 0 with Debian's Chromium; another build may decode otherwise
+
+
+def test_the_checksum_without_a_secure_context(opened):
+    """Browsers have SHA-256 on https and localhost alone."""
+    import hashlib
+
+    for length in (0, 1, 55, 56, 63, 64, 65, 1000, 100_000):
+        data = np.random.default_rng(length).integers(0, 256, length, dtype=np.uint8).tobytes()
+        script = """async (text) => {
+          const { plain } = await import(new URL("page/sha256.js", location));
+          const digest = plain(Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0)));
+          return Array.from(digest, (byte) => byte.toString(16).padStart(2, "0")).join("");
+        }"""
+        assert opened.page.evaluate(script, base64.b64encode(data).decode()) == hashlib.sha256(data).hexdigest(), length
+
+
+# The static folder
+
+
+@pytest.fixture(scope="module")
+def folder(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("host") / "some" / "where"
+    table = web.write([bundle], out)
+    assert "onnxruntime-web's WebAssembly" in table
+    assert table in (out / "README.md").read_text()
+    return out
+
+
+@pytest.fixture
+def host(folder: Path) -> Iterator[tuple[http.server.ThreadingHTTPServer, str]]:
+    """A plain file server; the folder lies two levels below its root."""
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_: object) -> None:
+            pass
+
+    handler = functools.partial(Quiet, directory=str(folder.parent.parent))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield server, f"http://127.0.0.1:{server.server_port}/some/where/"
+        server.shutdown()
+        thread.join()
+
+
+@needs_ort
+def test_a_static_folder_works_without_a_service_and_offline(tab, host, bundle):
+    server, address = host
+    data = encoded("PNG", 30)
+    runtime = Runtime(bundle / "model.onnx", "cpu", 1)
+    _, (expected,) = runtime(runtime.card.rule(decode(data))[None])
+
+    def answers() -> None:
+        tab.page.wait_for_selector(OPEN)
+        tab.page.set_input_files("#files", [upload("one.png", data)])
+        tab.page.wait_for_selector(".bars", timeout=30_000)
+        (bars,) = shown(tab)
+        assert [share for _, share in bars] == pytest.approx(expected[[index for index, _ in bars]].tolist(), abs=1e-3)
+
+    tab.page.goto(address)
+    answers()
+    tab.page.evaluate("navigator.serviceWorker.ready.then(() => undefined)")
+    wait(tab, "navigator.serviceWorker.controller !== null")
+    tab.page.reload()
+    answers()
+    assert tab.page.evaluate("crossOriginIsolated")  # the worker isolates the page, so that threads may be used
+    assert tab.hosts() == {address.split("/")[2]}
+    assert tab.problems == []
+    tab.context.set_offline(True)
+    server.shutdown()
+    tab.page.reload()
+    answers()
+    server_thread = threading.Thread(target=server.serve_forever)  # so that the fixture can end it
+    server_thread.start()
+
+
+@needs_ort
+def test_a_changed_model_is_not_used(chromium, host, folder):
+    """Neither by the page, nor kept by the service worker."""
+    model = folder / "models" / "digits" / "fp32.onnx"
+    content = model.read_bytes()
+    context = chromium.new_context(service_workers="block")
+    tab = Tab(context)
+    try:
+        model.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        tab.page.goto(host[1])
+        tab.page.wait_for_selector(OPEN)
+        tab.page.set_input_files("#files", [upload("one.png", encoded("PNG"))])
+        tab.page.wait_for_selector(".result .problem", timeout=30_000)
+        assert "is not the one that its manifest names" in tab.page.locator(".result .problem").inner_text()
+    finally:
+        model.write_bytes(content)
+        context.close()
+
+
+@needs_ort
+def test_the_folder_is_refused_where_it_cannot_be_right(bundle, folder, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="exists; remove it"):
+        web.write([bundle], folder)
+    with pytest.raises(UserError, match="two bundles have the name 'digits'"):
+        web.write([bundle, bundle], tmp_path / "twice")
+    monkeypatch.setattr(web, "installed", lambda: None)
+    with pytest.raises(UserError, match="fetch it with npm: python -m serve.page.ort"):
+        web.write([bundle], tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
