@@ -52,6 +52,7 @@ export class BrowserModel {
     } catch (error) {
       if (error.message.includes("pixels")) throw new Problem(`${file.name} is too large: ${error.message}.`);
       if (error.message.includes("not an image")) throw new Problem(`${file.name} is not an image that this browser reads. Save it as JPEG, PNG or WebP.`);
+      if (error.message.includes("16-bit")) throw new Problem(`${file.name} has ${error.message}. Save it with 8 bits, or ask the service.`);
       throw new Problem(`${file.name} failed in this browser: ${error.message}.`);
     }
   }

@@ -128,7 +128,7 @@ export function applyRule(image, rule) {
   const [left, top] = [roundHalfEven((wide - size) / 2), roundHalfEven((high - size) / 2)];
   if (wide === width && high === height) return crop(image, left, top, size);
   const [x, y] = [width / wide, height / high];
-  return resize(image, size, size, "bilinear", [left * x, top * y, Math.min(width, (left + size) * x), Math.min(height, (top + size) * y)]);
+  return resize(image, size, size, rule.interpolation ?? "bilinear", [left * x, top * y, Math.min(width, (left + size) * x), Math.min(height, (top + size) * y)]);
 }
 
 // EXIF's orientations as matrices of a canvas of width w and height h.
@@ -169,8 +169,22 @@ export async function webpOrientation(file) {
   return 1;
 }
 
-/** Decode an image file as a viewer shows it: turned as EXIF says, transparency over white, colour profiles ignored. RGB. */
-export async function decode(file, maxPixels) {
+/** Whether a file is a PNG of 16 bits a value, and whether it says that fewer of them are used. */
+async function deepPng(file) {
+  const bytes = new Uint8Array(await file.slice(0, 4096).arrayBuffer());
+  const deep = bytes.length > 25 && bytes[0] === 0x89 && bytes[1] === 0x50 && bytes[24] === 16;
+  return { deep, narrow: deep && new TextDecoder("latin1").decode(bytes).includes("sBIT") };
+}
+
+const TOO_DEEP = "16-bit values of another range than 0 to 65,535, of which browsers keep only 8 bits";
+
+/**
+ * Decode an image file as a viewer shows it: turned as EXIF says, transparency over white, colour profiles ignored. RGB.
+ * window: the rule's, which needs all 16 bits.
+ */
+export async function decode(file, maxPixels, window = null) {
+  const { deep, narrow } = await deepPng(file);
+  if (deep && (narrow || window)) throw new Error(TOO_DEEP);
   let bitmap;
   const turn = await webpOrientation(file); // browsers heed it in JPEG and PNG alone
   try {
@@ -194,6 +208,8 @@ export async function decode(file, maxPixels) {
       data[to++] = rgba[from + 1];
       data[to++] = rgba[from + 2];
     }
+    // The upper 8 bits of 12-bit values are black: the service refuses them, too, or shifts them.
+    if (deep && data.some((value) => value > 0) && !data.some((value) => value > 15)) throw new Error(TOO_DEEP);
     return { data, width, height };
   } finally {
     bitmap.close();

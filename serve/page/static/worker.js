@@ -31,7 +31,7 @@ async function run(images, count) {
 
 async function predict({ file, maxPixels }) {
   const begun = performance.now();
-  const image = applyRule(await decode(file, maxPixels), rule);
+  const image = applyRule(await decode(file, maxPixels, rule.window ?? null), rule);
   const decodeMs = performance.now() - begun;
   return { ...(await run(new Uint8Array(image.data.buffer), 1)), decodeMs };
 }
