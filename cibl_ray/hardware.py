@@ -70,8 +70,11 @@ def out_of_memory(error: BaseException | None) -> bool:
 
 
 def keep_freed_memory() -> None:
-    """Let the C library keep what is freed for the next allocation, where it knows how: a training step frees and allocates the
-    same tensors again, and giving them back to the kernel in between costs the CPU some percent of its time in page faults."""
+    """Let the C library keep freed memory for the next allocation, where it can.
+
+    A training step frees and allocates the same tensors again. Giving them back to the kernel in between costs the CPU some
+    percent of its time in page faults.
+    """
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(_M_MMAP_THRESHOLD, 32 << 20)  # the most that glibc takes

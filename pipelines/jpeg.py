@@ -32,8 +32,10 @@ def end(data: bytes | bytearray) -> int | None:
 
 
 def scans(data: bytes | bytearray, most: int, most_segments: int | None = None) -> int | None:
-    """Passes over the picture that a decoder makes: one, or several in a progressive file. Counted up to `most`; None where
-    there are more than `most_segments` before."""
+    """Passes over the picture that a decoder makes: one, or several in a progressive file.
+
+    Counted up to `most`; None where there are more than `most_segments` before.
+    """
     count = 0
     for number, (marker, _) in enumerate(_markers(data)):
         if number == most_segments:

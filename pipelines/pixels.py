@@ -301,8 +301,10 @@ def scaled(image: Image.Image, size: tuple[int, int]) -> Image.Image:
 
 @dataclass(frozen=True)
 class EvalRule:
-    """What evaluation shows of an image: scaled as it would be stored, then resized so that the shorter side has `side` pixels
-    (bilinear, antialiased), then the central square: torchvision's Resize and CenterCrop (256 and 224: ratio .875).
+    """What evaluation shows of an image: torchvision's Resize and CenterCrop (256 and 224: ratio .875).
+
+    The image is scaled as it would be stored, then resized so that the shorter side has `side` pixels (bilinear, antialiased),
+    then cut to the central square.
 
     size: of the result. ratio: size over side. square, max_side: as `stored_size`. window: as `to_rgb`.
     """

@@ -43,13 +43,16 @@ class Runtime:
 
     @property
     def size(self) -> int:
+        """Width and height of an image, in pixels."""
         return self.card.rule.size
 
     def __call__(
         self, images: np.ndarray, tail_shift: np.ndarray | None = None, outputs: tuple[str, ...] = (LOGITS, PROBABILITIES)
     ) -> list[np.ndarray]:
-        """The named outputs, float32 (N, C) or (N, d). tail_shift: float32 (N,) or (1,), finite; None: the file's default,
-        0."""
+        """The named outputs, float32 (N, C) or (N, d).
+
+        tail_shift: float32 (N,) or (1,), finite; None: the file's default, 0.
+        """
         feeds = {IMAGES: images}
         if tail_shift is not None:
             feeds[TAIL_SHIFT] = tail_shift
@@ -93,8 +96,10 @@ def _open(model: Path, provider: Provider, threads: int | None) -> onnxruntime.I
 
 @cache
 def _load_cuda() -> None:
-    """CUDA's libraries from Python packages that are not on the loader's path, where torch has not loaded them yet. What is not
-    found is printed there; a session that misses it says so itself."""
+    """Load CUDA's libraries from Python packages that are not on the loader's path, unless torch has loaded them.
+
+    onnxruntime prints what is not found; a session that misses it says so itself.
+    """
     with redirect_stdout(io.StringIO()):
         onnxruntime.preload_dlls()
 

@@ -1,0 +1,1 @@
+"""Training in the workers of Ray Train: options, start, workers, storage."""

@@ -71,8 +71,15 @@ def score(logits: torch.Tensor, labels: torch.Tensor, train_counts: np.ndarray) 
 
 
 def calibration_error(confidence: torch.Tensor, right: torch.Tensor) -> float:
-    """Expected calibration error: the gap between confidence (N,) and the share of right answers (N,), in bins of equal width,
-    averaged over the samples (Guo et al., On Calibration of Modern Neural Networks, eq. 3)."""
+    """Expected calibration error (Guo et al., On Calibration of Modern Neural Networks, equation 3).
+
+    Args:
+        confidence: Probability of the predicted class, (N,).
+        right: Whether the prediction is right, (N,).
+
+    Returns:
+        The gap between confidence and the share of right answers in bins of equal width, averaged over the samples.
+    """
     bins = (confidence * CALIBRATION_BINS).ceil().long().clamp(1, CALIBRATION_BINS).numpy()
     gaps = np.bincount(bins, (confidence.double() - right.double()).numpy())
     return float(np.abs(gaps).sum() / len(bins))

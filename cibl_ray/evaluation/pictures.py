@@ -15,8 +15,10 @@ from pipelines.prepare.pictures import COLORS, GROUPS, shot_groups
 
 
 def save_learning_curves(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Loss terms, accuracy and learning rate over the epochs. A term that a run had for a part of them, having gone on with
-    another loss, is drawn there."""
+    """Draw loss terms, accuracy and learning rate over the epochs.
+
+    A term that a run had for a part of its epochs, because it continued with another loss, is drawn for those.
+    """
     epochs = [row["epoch"] for row in rows]
     figure = Figure(figsize=(11, 3.4), layout="constrained")
     loss, accuracy, rate = figure.subplots(1, 3)

@@ -29,7 +29,7 @@ class BalancedSoftmaxConfig(LossSettings):
 
 
 def adjust_logits(logits: torch.Tensor, log_prior: torch.Tensor, kappa: float) -> torch.Tensor:
-    """f + κ·log π (Ren et al. 2020, equation 3; Menon et al. 2021, equation 10).
+    """Logits f + κ·log π (Ren et al. 2020, equation 3; Menon et al. 2021, equation 10).
 
     Args:
         logits: f, (M, C).

@@ -28,9 +28,11 @@ class LabelledQueue:
         self.written += len(labels)
 
     def state(self) -> dict[str, torch.Tensor]:
+        """What a checkpoint keeps of the queue."""
         return {"embeddings": self.embeddings, "labels": self.labels, "written": torch.tensor(self.written)}
 
     def load(self, state: dict[str, torch.Tensor]) -> None:
+        """Take up the `state` of a checkpoint."""
         self.embeddings = state["embeddings"].to(self.embeddings.device)
         self.labels = state["labels"].to(self.labels.device)
         self.written = int(state["written"])

@@ -13,7 +13,7 @@ from cibl_ray.networks.network import HybridNetwork
 
 @torch.no_grad()
 def update_average(average: nn.Module, network: nn.Module, share: float) -> None:
-    """average ← (1 − share)·average + share·network, for the parameters; nothing is asked of the device.
+    """Set average ← (1 − share)·average + share·network, for the parameters, without waiting for the device.
 
     (torch's AveragedModel asks it in every step whether it is the first.)
     """
@@ -22,7 +22,7 @@ def update_average(average: nn.Module, network: nn.Module, share: float) -> None
 
 @torch.no_grad()
 def copy_buffers(own: Iterable[torch.Tensor], theirs: Iterable[torch.Tensor]) -> None:
-    """own ← theirs; few launches on a GPU, where tensors of one type are copied together."""
+    """Copy theirs to own, with few launches on a GPU: tensors of one type are copied together."""
     by_type: dict[torch.dtype, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
     for mine, other in zip(own, theirs, strict=True):
         pair = by_type.setdefault(mine.dtype, ([], []))

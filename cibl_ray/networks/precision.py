@@ -9,5 +9,5 @@ if TYPE_CHECKING:
 
 
 def at_least_float32(x: torch.Tensor) -> torch.Tensor:
-    """x in float32, or in float64 where it is that: half precision has too few digits for norms and sums of exponentials."""
+    """Give x in float32, or in float64 if it is that: half precision has too few digits for norms and sums of exponentials."""
     return x if x.element_size() >= 4 else x.float()

@@ -66,8 +66,16 @@ class Checkpoint:
 
 
 def load_weights(network: HybridNetwork, checkpoint: Checkpoint, averaged: bool = False) -> None:
-    """Put a checkpoint's weights (or their average, where it has one) into `network`. Raises UserError where it is of another
-    architecture."""
+    """Put a checkpoint's weights into `network`.
+
+    Args:
+        network: The network.
+        checkpoint: The checkpoint.
+        averaged: Take the average of the weights, where the checkpoint has one.
+
+    Raises:
+        UserError: The checkpoint is of another architecture.
+    """
     weights = (averaged and checkpoint.average) or checkpoint.weights
     state = network.state_dict()
     strange = sorted(set(state) ^ set(weights))
@@ -91,6 +99,7 @@ def momentum_of(network: HybridNetwork, optimizer: torch.optim.SGD) -> dict[str,
 
 
 def load_momentum(network: HybridNetwork, optimizer: torch.optim.SGD, momentum: dict[str, torch.Tensor]) -> None:
+    """Put a checkpoint's momentum, by the parameters' names, into `optimizer`."""
     for name, parameter in network.named_parameters():
         if name in momentum:
             # Same memory layout as the parameter: a resumed step must add up in the same order.

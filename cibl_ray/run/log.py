@@ -35,6 +35,7 @@ class RunLog:
         self._events.flush()
 
     def close(self) -> None:
+        """Close the files."""
         self._events.close()
 
 

@@ -22,8 +22,11 @@ def compile_network(network: nn.Module, device: torch.device) -> None:
 
 
 def begin_step(compiled: bool) -> None:
-    """A step of training begins: what earlier ones left in the memory of CUDA graphs may be overwritten. Without it every call
-    of a network would be a step, and an averaged network's embeddings would be gone before the loss is computed."""
+    """Mark the start of a training step: what earlier steps left in the memory of CUDA graphs may be overwritten.
+
+    Without it every call of a network would be a step, and an averaged network's embeddings would be gone before the loss is
+    computed.
+    """
     if compiled:
         torch.compiler.cudagraph_mark_step_begin()
 

@@ -16,7 +16,6 @@ log = logging.getLogger("cibl_ray")
 
 def resumed(folder: Path, overrides: list[str], name: str | None) -> tuple[RunConfig, Path]:
     """The run's configuration with `overrides`; where `name` is given too, as in the command that began it, it must agree."""
-
     if not (folder / CONFIG).is_file():
         left = "; no run began in it: remove it, and start the run anew" if never_begun(folder) else ""
         raise UserError(f"--resume {folder}: not a run folder, it has no {CONFIG}{left}")
@@ -37,7 +36,6 @@ def resumed(folder: Path, overrides: list[str], name: str | None) -> tuple[RunCo
 
 def _of_checkpoint(folder: Path) -> dict[str, Any]:
     """The configuration of a run whose file is empty, as a power cut may leave it."""
-
     from cibl_ray.run.checkpoint import newest  # torch, which the command does without until then
 
     checkpoint = newest(folder / CHECKPOINTS)

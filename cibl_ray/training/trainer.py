@@ -159,8 +159,14 @@ class Trainer:
                 loader.close()
 
     def train_epoch(self, progress: Progress | None = None) -> dict[str, Any]:
-        """One epoch, or the rest of it; returns its row for the log: mean terms over all workers, learning rate, images a
-        second, and where the time went."""
+        """Train one epoch, or the rest of it.
+
+        Args:
+            progress: What is told of each step.
+
+        Returns:
+            The epoch's row for the log: mean terms over all workers, learning rate, images a second, and where the time went.
+        """
         number, batches, batch_size = self.epoch, self.train_loaders[0].batches, self.config.train.batch_size
         torch.manual_seed(torch_seed(self.config.seed, "epoch", number))
         self.network.train()

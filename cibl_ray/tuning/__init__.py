@@ -1,0 +1,1 @@
+"""Sweeps: the search, the trials, the report."""

@@ -127,8 +127,16 @@ def trial_config(base: dict[str, Any], params: dict[str, Any]) -> RunConfig:
 
 
 def check_metrics(sweep: SweepConfig, groups: set[str], has_validation: bool) -> None:
-    """Raise UserError where trials could not be compared. groups: of `GROUPS` and `THIRDS` those with a class that validation
-    has images of."""
+    """Check that trials can be compared.
+
+    Args:
+        sweep: The sweep.
+        groups: Of `GROUPS` and `THIRDS`, those with a class that validation has images of.
+        has_validation: Whether there is a validation split.
+
+    Raises:
+        UserError: They cannot.
+    """
     if not has_validation:
         raise UserError(
             f"{sweep.base} has no validation split, and a sweep must not choose on the test set; set data.val_fraction: 0.1"
@@ -152,8 +160,11 @@ def trial_name(params: dict[str, Any]) -> str:
 
 
 def objectives(sweep: SweepConfig, scores: dict[str, float]) -> list[float]:
-    """What the search optimises. A bound that is not kept costs 1 and the distance: such trials come behind all others, but for
-    those with a score that is not finite."""
+    """What the search optimises.
+
+    Trials that miss the bound rank behind all that meet it: it costs 1 and the distance. Trials with a score that is not finite
+    rank last.
+    """
     if not _comparable(sweep, scores):
         return [-_WORST if objective.mode == "max" else _WORST for objective in sweep.objective]
     values = []
@@ -190,8 +201,11 @@ def best(sweep: SweepConfig, trials: list[Trial]) -> Trial | None:
 
 
 def axes(sweep: SweepConfig, trials: list[Trial]) -> tuple[str, str]:
-    """The two scores of the trade-off: the two objectives, or many and few; head and tail where a group has no class; balanced
-    and worst where a third has none either, as with two classes."""
+    """The two scores of the trade-off.
+
+    The two objectives, or many and few; head and tail where a group has no class; balanced and worst where a third has none
+    either, as with two classes.
+    """
     if len(sweep.objective) == 2:
         return sweep.objective[0].metric, sweep.objective[1].metric
     pairs = (("many", "few"), ("head", "tail"))
@@ -199,8 +213,10 @@ def axes(sweep: SweepConfig, trials: list[Trial]) -> tuple[str, str]:
 
 
 def front(points: np.ndarray) -> np.ndarray:
-    """Which of points (N, 2) are on the Pareto front: no other is larger in one coordinate and as large in the other. One that
-    is not finite is on none."""
+    """Which of points (N, 2) are on the Pareto front.
+
+    On the front, no other point is larger in one coordinate and as large in the other. A point that is not finite is not on it.
+    """
     at_least = np.all(points[None] >= points[:, None], axis=2)
     better = np.any(points[None] > points[:, None], axis=2)
     on_front: np.ndarray = ~np.any(at_least & better, axis=1) & np.isfinite(points).all(axis=1)

@@ -1,0 +1,1 @@
+"""Augmentation: the recipe, the draws of each sample, and their application."""

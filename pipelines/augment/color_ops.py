@@ -28,6 +28,7 @@ def luma(planes: torch.Tensor) -> torch.Tensor:
 
 
 def grayscale(planes: torch.Tensor) -> torch.Tensor:
+    """Luma in all three channels: torchvision's rgb_to_grayscale."""
     return to_bytes(luma(planes.float())).expand_as(planes)
 
 

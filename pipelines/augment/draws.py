@@ -56,6 +56,7 @@ class Stage:
     size: int = 0
 
     def rows(self, part: slice) -> Stage:
+        """The draws of some samples."""
         return Stage(self.op[part], self.value[part], self.size)
 
     @staticmethod

@@ -33,6 +33,7 @@ class Normalize(nn.Module):
         self.shift: torch.Tensor
 
     def forward(self, views: torch.Tensor) -> torch.Tensor:
+        """Normalised pixels, float32 (B·V, 3, S, S), channels-last, of views uint8 (B, V, S, S, 3)."""
         pixels = views.flatten(0, 1).permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.channels_last)
         return torch.addcmul(self.shift, pixels, self.scale)
 
@@ -59,7 +60,7 @@ class Augment(nn.Module):
     def forward(
         self, views: torch.Tensor, epoch: int, step: int, rows: slice | None = None, batch: int | None = None, steps: int = 1
     ) -> torch.Tensor:
-        """views uint8 (B, V, S, S, 3) to new ones of the same shape; the very same tensor where no view has a recipe.
+        """Augment views, uint8 (B, V, S, S, 3), to new ones of that shape; the same tensor where no view has a recipe.
 
         rows, batch: where several processes share a batch of `batch` samples, these views are its `rows`; their draws are
         then those that one process would make for the whole. steps: the views are those of so many steps, from `step` on, one

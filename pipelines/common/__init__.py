@@ -1,0 +1,1 @@
+"""What every room needs: errors, settings, seeding, cores, fonts, files."""

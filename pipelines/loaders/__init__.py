@@ -1,0 +1,1 @@
+"""Loaders: from .beton files to batches of views."""

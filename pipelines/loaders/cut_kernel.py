@@ -131,7 +131,7 @@ def _plus(b: Any, value: Any, factor: float, other: Any) -> Any:
 
 
 def _weighted(b: Any, taps: Any, source: Any, stride: Any, weights: Any, weight_stride: Any, start: Any) -> Any:
-    """start + the weighted sum of `taps` vectors of bytes, `stride` bytes apart."""
+    """Add to start the weighted sum of `taps` vectors of bytes, `stride` bytes apart."""
     total, at, weight_at = cgutils.alloca_once(b, _FLOATS), cgutils.alloca_once(b, _I64), cgutils.alloca_once(b, _I64)
     for place, value in ((total, start), (at, source), (weight_at, weights)):
         b.store(value, place)

@@ -55,8 +55,10 @@ def epoch_order(
 def worker_weights(
     counts: np.ndarray, sampling: Literal["square_root", "class_balanced"], batches: Sequence[int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """How often each of R workers, who read files of their own, is to draw each class: float64 (R, C), rows adding up to 1.
-    And what each class gets of its share over all of them: float64 (C,), 1 where it is exact.
+    """How often each of R workers, who read files of their own, draws each class.
+
+    Returns float64 (R, C), whose rows add up to 1, and what each class gets of its share over all workers: float64 (C,), 1
+    where it is exact.
 
     counts: int64 (R, C), images in each worker's files, of each class at least one. batches: images of each in a step.
 
@@ -127,7 +129,7 @@ def _random_crop(cut: RandomCrop, size: int, heights: np.ndarray, widths: np.nda
 
 
 def _random_resized_crop(cut: RandomResizedCrop, heights: np.ndarray, widths: np.ndarray, random: np.random.Generator) -> Boxes:
-    """torchvision's RandomResizedCrop.get_params, for all images at once."""
+    """Draw as torchvision's RandomResizedCrop.get_params, for all images at once."""
     count = len(heights)
     low, high = np.log(cut.ratio)
     height, width = np.zeros(count, dtype=np.int64), np.zeros(count, dtype=np.int64)

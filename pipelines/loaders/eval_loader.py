@@ -17,8 +17,10 @@ from pipelines.prepare.beton import RAW, Beton
 
 
 class EvalLoader:
-    """`Loader` for evaluation, whichever loader trains. Pillow decodes and resizes in threads, outside Python's
-    lock; images that lie as they are needed are copied."""
+    """`Loader` for evaluation, whichever loader trains.
+
+    Pillow decodes and resizes in threads, outside Python's lock. Images that are stored as they are needed are copied.
+    """
 
     lasting = True
 

@@ -57,11 +57,14 @@ class CutViews(Operation):
         self.views, self.size = views, size
 
     def declare_state_and_memory(self, previous_state: State) -> tuple[State, AllocationQuery]:
+        """FFCV's question for the memory of a batch."""
         shape = (self.views, self.size, self.size, 3)
         dtype = np.dtype("u1")
         return replace(previous_state, jit_mode=True, shape=shape, dtype=dtype), AllocationQuery(shape, dtype)
 
     def generate_code(self) -> Callable[..., Any]:
+        """FFCV's question for the function that fills a batch."""
+
         def cut_views(positions, destination, metadata, storage):  # type: ignore[no-untyped-def]
             table, work = metadata
             cut_batch(positions, destination, table, work)
@@ -186,6 +189,7 @@ class FFCVLoader:
         self._running: _Epoch | None = None
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """The batches of an epoch, from batch `start` on."""
         reading = self._reading
         order = reading.order(self._beton, epoch)
         records = self._beton.records["f0"][order]

@@ -93,6 +93,7 @@ class ResidentLoader:
         self.name = f"resident loader, {self._pixels.padded.nbytes / 1e6:,.0f} MB in {device.type} memory"
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """The batches of an epoch, from batch `start` on."""
         reading, pixels = self._reading, self._pixels
         order = reading.order(self._beton, epoch)
         heights, widths = (np.full(len(order), side) for side in (pixels.height, pixels.width))

@@ -84,6 +84,7 @@ class TorchLoader:
         self.name = f"torchvision loader, {self._workers or 'no'} worker processes"
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """The batches of an epoch, from batch `start` on."""
         reading = self._reading
         dataset = _Epoch(self._beton, reading, epoch)
         if self._workers and dataset.resizes:

@@ -36,8 +36,11 @@ def prototype_pair_sums(
 
 
 class _PrototypePairs(torch.autograd.Function):
-    """With E = w·exp(s - shift), R its row sums, u = g/(R·τ) and h the other output's gradient, G = u·E + [c = y]·h/τ:
-    dl/dz = G·p, dl/dp = Gᵀ·z."""
+    """The sums over prototypes, with their gradients.
+
+    With E = w·exp(s - shift), R its row sums, u = g/(R·τ) and h the other output's gradient, G = u·E + [c = y]·h/τ:
+    dl/dz = G·p, dl/dp = Gᵀ·z.
+    """
 
     @staticmethod
     def forward(

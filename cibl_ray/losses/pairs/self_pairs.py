@@ -52,7 +52,7 @@ def dense_pair_sums(
 def tiled_log_sum_exp(
     z: torch.Tensor, labels: torch.Tensor, temperature: float, weights: PairWeights | None = None
 ) -> torch.Tensor:
-    """log Σ_{a≠m} w_ma·exp(z_m·z_a/τ), (M,), in tiles.
+    """Compute log Σ_{a≠m} w_ma·exp(z_m·z_a/τ), (M,), in tiles.
 
     Args:
         z: float32 or float64 (M, d), of unit norm.
@@ -111,7 +111,9 @@ def _tiles(ctx: Any, z: torch.Tensor, labels: torch.Tensor) -> Iterator[tuple[sl
 
 
 def _weigh(block: torch.Tensor, same: torch.Tensor, weights: PairWeights, rows: slice, columns: slice) -> None:
-    """Multiply by w_m·w_mk, which is symmetric as the similarities are, so that the rest need not know of weights: the factor
-    w_m of a row's sum is taken from its logarithm."""
+    """Multiply by w_m·w_mk, which is symmetric as the similarities are, so that the rest need not know of weights.
+
+    The factor w_m of a row's sum is taken from its logarithm.
+    """
     weight = weights.weight
     block.mul_(torch.outer(weight[rows], weight[columns]).addcmul_(same, (weight[rows] * weights.more[rows])[:, None]))

@@ -62,7 +62,7 @@ def log_sum_exp(
     exclude: torch.Tensor,
     weights: PairWeights | None = None,
 ) -> torch.Tensor:
-    """log Σ_a w_ma·exp(z_m·others_a/τ), (M,), differentiable in z (M, d) and others (A, d), which are float32 or float64.
+    """Compute log Σ_a w_ma·exp(z_m·others_a/τ), (M,), differentiable in z (M, d) and others (A, d), float32 or float64.
 
     Rows of z and others have norm 1, or about. exclude: int64 (M,), the column that does not count for each row. w is 1 where
     `weights` are None.
@@ -127,8 +127,11 @@ def row_blocks(z: torch.Tensor, others: torch.Tensor) -> list[slice]:
 def _exponentials(
     ctx: Any, z: torch.Tensor, others: torch.Tensor, rows: slice, shift: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor | float]:
-    """w·exp(s - shift) of some rows, (R, A), and the shift: unless given, 0 where no exponential of similarities of unit
-    vectors leaves the range of normal numbers, else each row's largest, (R,)."""
+    """Compute w·exp(s - shift) of some rows, (R, A), and the shift.
+
+    Unless it is given, the shift is 0 where no exponential of similarities of unit vectors leaves the range of normal numbers,
+    else each row's largest, (R,).
+    """
     with torch.autocast(z.device.type, enabled=False):
         block = z[rows] * (BITS / ctx.temperature) @ others.T
     block.scatter_(1, ctx.exclude[rows, None], float("-inf"))

@@ -58,6 +58,7 @@ class CifarResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Features (M, d_h) of images (M, 3, S, S)."""
         x = F.relu(self.bn(self.conv(x)), inplace=True)
         x = self.blocks(x)
         return x.mean((2, 3))
