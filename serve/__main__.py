@@ -54,6 +54,7 @@ def main() -> None:
         "keys_file": _absolute(arguments.keys),
         "access_log": _absolute(arguments.access_log),
         "cors": arguments.cors,
+        "private_ports": not arguments.no_private_ports,
         "tls_certificate": _absolute(arguments.tls_certificate),
         "tls_key": _absolute(arguments.tls_key),
         **{name: getattr(arguments, name) for name in _FIELDS if getattr(arguments, name) is not None},
@@ -117,6 +118,11 @@ def _parser() -> CommandParser:
     parser.add_argument("--provider", choices=["auto", "cpu", "cuda", "tensorrt"], default="auto")
     parser.add_argument("--keys", type=Path, metavar="FILE", help="API keys, one a line; without it everyone may ask")
     parser.add_argument("--access-log", type=Path, metavar="FOLDER", help="JSON lines, one file for each replica")
+    parser.add_argument(
+        "--no-private-ports",
+        action="store_true",
+        help="leave the port of replicas as Ray opens it: on all interfaces",
+    )
     parser.add_argument("--tls-certificate", type=Path, metavar="FILE", help="PEM file; the port then speaks HTTPS")
     parser.add_argument("--tls-key", type=Path, metavar="FILE", help="PEM file with the certificate's private key")
     parser.add_argument(

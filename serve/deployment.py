@@ -81,7 +81,8 @@ class Local:
         self._server: Server | None = None
         self._settings = settings
         os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(self._folder / "metrics")  # read when the client library is imported
-        _keep_on_loopback(self._folder)
+        if settings["private_ports"]:
+            _keep_on_loopback(self._folder)
 
     def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Called before the first request, and again where the bundles change. What does not load changes nothing."""

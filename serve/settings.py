@@ -49,6 +49,10 @@ class ReplicaConfig(BaseModel):
         default=(), description="addresses or networks of proxies whose X-Forwarded-For names the client"
     )
 
+    private_ports: bool = Field(
+        default=True,
+        description="keep the port that Ray Serve's replicas open on loopback, by wrapping gRPC's add_insecure_port in them",
+    )
     cors: tuple[str, ...] = Field(
         default=(), max_length=64, description="origins whose pages may call the service, such as https://example.org; * is all"
     )

@@ -378,6 +378,34 @@ def test_why_haproxy_does_not_start_is_one_line(tmp_path):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(("version", "address"), [("2.60.1", "127.0.0.1:0"), ("9.9.0", "[::]:0")])
+def test_the_port_of_replicas_is_private_with_a_known_ray(version, address, tmp_path, monkeypatch):
+    """With another release of Ray nothing is wrapped, and the command says so."""
+    import grpc.aio
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Ray's models are written for an older pydantic
+        from serve import deployment
+
+    class Listener:
+        def __init__(self):
+            self.asked = []
+
+        def add_insecure_port(self, address):
+            self.asked.append(address)
+            return 7
+
+    monkeypatch.setattr(deployment.ray, "__version__", version)
+    monkeypatch.setattr(grpc.aio, "server", Listener)
+    deployment._keep_on_loopback(tmp_path)
+    deployment._keep_on_loopback(tmp_path)  # of a second replica in the same process
+    listener = Listener()
+    assert listener.add_insecure_port("[::]:0") == 7
+    assert listener.asked == [address]
+    messages = [json.loads(path.read_text()) for path in tmp_path.glob("message-*")]
+    assert [text.startswith("warning: ray 9.9.0 is not known here") for text in messages] == [True] * (version == "9.9.0")
+
+
 def test_the_cluster_configuration_is_one_that_ray_serve_takes():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Ray's schema is written for an older pydantic
