@@ -17,7 +17,7 @@ from tests.conftest import REPOSITORY
 
 # What is trained with each addition, all with the small backbone that is added.
 FLAGS = {
-    "Add a loss": ["--loss", "{kind: focal, gamma: 1.5}"],
+    "Add a loss": ["--loss", "{kind: focal, focusing: 1.5}"],
     "Add a backbone": ["--loss.kind", "cross_entropy"],
     "Add a head": ["--loss.kind", "cross_entropy", "--head", "{kind: unit_weights}"],
 }

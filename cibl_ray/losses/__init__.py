@@ -16,10 +16,12 @@ if TYPE_CHECKING:
         CrossEntropyLoss,
         HybridPSCLoss,
         HybridSCLoss,
+        LabelSmoothingLoss,
         LDAMLoss,
         PaCoLoss,
         PSCLoss,
         SupConLoss,
+        VSLoss,
     )
 
 __all__ = [
@@ -30,9 +32,11 @@ __all__ = [
     "HybridPSCLoss",
     "HybridSCLoss",
     "LDAMLoss",
+    "LabelSmoothingLoss",
     "PSCLoss",
     "PaCoLoss",
     "SupConLoss",
+    "VSLoss",
 ]
 
 

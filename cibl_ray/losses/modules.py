@@ -34,10 +34,12 @@ from cibl_ray.losses.cross_entropy import CrossEntropyConfig
 from cibl_ray.losses.gather import Rows, agree_on_rows, gather
 from cibl_ray.losses.hybrid import Curve, HybridPSCConfig, HybridSCConfig
 from cibl_ray.losses.inputs import ClassPrior, ContrastSet, LossInputs
+from cibl_ray.losses.label_smoothing import LabelSmoothingConfig, Shape
 from cibl_ray.losses.ldam import LDAMConfig
 from cibl_ray.losses.paco import PaCoConfig
 from cibl_ray.losses.psc import PSCConfig, psc
 from cibl_ray.losses.supcon import SupConConfig, supcon
+from cibl_ray.losses.vs import VSConfig
 
 ClassCounts = Sequence[float] | np.ndarray | torch.Tensor
 Labelled = tuple[torch.Tensor, torch.Tensor]
@@ -260,6 +262,62 @@ class LDAMLoss(_Loss):
             A scalar.
         """
         return self._mean(labels, logits, scale=self.scale, progress=progress)
+
+
+class VSLoss(_Loss):
+    """Vector scaling: cross-entropy on (n_c / n_max)^γ·f + κ·log π (Kini et al. 2021).
+
+    Args:
+        class_counts: Training images of each class, (C,).
+        logit_gamma: γ. 0 is balanced softmax.
+        kappa: κ.
+        validate: Check the values of the inputs.
+    """
+
+    def __init__(
+        self, class_counts: ClassCounts, logit_gamma: float = 0.15, kappa: float = 1.0, *, validate: bool = True
+    ) -> None:
+        super().__init__(VSConfig(kind="vs", logit_gamma=logit_gamma, kappa=kappa), class_counts, validate=validate)
+
+    def forward(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """The loss, a scalar, of logits (M, C) and labels (M,)."""
+        return self._mean(labels, logits)
+
+
+class LabelSmoothingLoss(_Loss):
+    """Cross-entropy against labels that are smoothed more the more common their class is (Zhong et al. 2021).
+
+    Args:
+        class_counts: Training images of each class, (C,).
+        head_smoothing: ε of the most common class.
+        tail_smoothing: ε of the rarest class.
+        smoothing_shape: How ε grows with the images of a class.
+        kappa: κ: adds κ·log π to the logits.
+        validate: Check the values of the inputs.
+    """
+
+    def __init__(
+        self,
+        class_counts: ClassCounts,
+        head_smoothing: float = 0.4,
+        tail_smoothing: float = 0.1,
+        smoothing_shape: Shape = "concave",
+        kappa: float = 0.0,
+        *,
+        validate: bool = True,
+    ) -> None:
+        config = LabelSmoothingConfig(
+            kind="label_smoothing",
+            head_smoothing=head_smoothing,
+            tail_smoothing=tail_smoothing,
+            smoothing_shape=smoothing_shape,
+            kappa=kappa,
+        )
+        super().__init__(config, class_counts, validate=validate)
+
+    def forward(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """The loss, a scalar, of logits (M, C) and labels (M,)."""
+        return self._mean(labels, logits)
 
 
 class SupConLoss(_Loss):

@@ -1,5 +1,7 @@
 """The losses as plain loops, written from their formulas; and a small example to hold ours against them."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -68,6 +70,30 @@ def plain_paco(logits, z, labels, everyone, all_labels, temperature, alpha, beta
 
 def plain_cross_entropy(logits, labels):
     return torch.stack([-torch.log(torch.exp(f[y]) / sum(torch.exp(f))) for f, y in zip(logits, labels.tolist(), strict=True)])
+
+
+def plain_vs(logits, labels, gamma, kappa):
+    counts, losses = COUNTS.tolist(), []
+    for f, y in zip(logits, labels.tolist(), strict=True):
+        moved = [(n / max(counts)) ** gamma * f[c] + kappa * math.log(n / sum(counts)) for c, n in enumerate(counts)]
+        losses.append(-torch.log(torch.exp(moved[y]) / sum(torch.exp(x) for x in moved)))
+    return torch.stack(losses)
+
+
+def plain_label_smoothing(logits, labels, head, tail, shape):
+    losses = []
+    for f, y in zip(logits, labels.tolist(), strict=True):
+        share = (int(COUNTS[y]) - int(COUNTS.min())) / (int(COUNTS.max()) - int(COUNTS.min()))
+        # As Zhong et al. write them: the convex one by a sine from 3π/2 on.
+        epsilon = {
+            "concave": tail + (head - tail) * math.sin(math.pi * share / 2),
+            "linear": tail + (head - tail) * share,
+            "convex": head + (head - tail) * math.sin(3 * math.pi / 2 + math.pi * share / 2),
+        }[shape]
+        target = [1 - epsilon if c == y else epsilon / (CLASSES - 1) for c in range(CLASSES)]
+        total = sum(torch.exp(f))
+        losses.append(-sum(share_of * torch.log(torch.exp(f[c]) / total) for c, share_of in enumerate(target)))
+    return torch.stack(losses)
 
 
 def plain_cibl(logits, z, labels, everyone, all_labels, tail_skew, temperature, every, normalization="none"):

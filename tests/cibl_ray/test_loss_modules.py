@@ -23,10 +23,12 @@ from cibl_ray.losses import (
     CrossEntropyLoss,
     HybridPSCLoss,
     HybridSCLoss,
+    LabelSmoothingLoss,
     LDAMLoss,
     PaCoLoss,
     PSCLoss,
     SupConLoss,
+    VSLoss,
 )
 from tests.cibl_ray.plain_losses import (
     CLASSES,
@@ -37,9 +39,11 @@ from tests.cibl_ray.plain_losses import (
     plain_balanced,
     plain_cibl,
     plain_cross_entropy,
+    plain_label_smoothing,
     plain_paco,
     plain_psc,
     plain_supcon,
+    plain_vs,
 )
 from tests.conftest import REPOSITORY
 
@@ -62,6 +66,16 @@ CASES = {
         lambda e, z, all_z, all_y: plain_cross_entropy(
             e.logits - 3 * 0.4 * (COUNTS.double() / 5) ** -0.25 * F.one_hot(e.labels, CLASSES), e.labels
         ).mean(),
+    ),
+    "VSLoss": (
+        VSLoss,
+        lambda loss, e, q: loss(e.logits, e.labels),
+        lambda e, z, all_z, all_y: plain_vs(e.logits, e.labels, 0.15, 1.0).mean(),
+    ),
+    "LabelSmoothingLoss": (
+        lambda counts, **more: LabelSmoothingLoss(counts, 0.3, 0.05, "linear", **more),
+        lambda loss, e, q: loss(e.logits, e.labels),
+        lambda e, z, all_z, all_y: plain_label_smoothing(e.logits, e.labels, 0.3, 0.05, "linear").mean(),
     ),
     "SupConLoss": (
         lambda counts, **more: SupConLoss(counts, 0.2, **more),
@@ -99,8 +113,7 @@ CASES = {
         lambda e, z, all_z, all_y: plain_cibl(e.logits, z, e.labels, all_z, all_y, 0.3, 0.1, 2, "batch"),
     ),
 }  # fmt: skip
-CONTRASTIVE = [name for name in CASES if name not in ("CrossEntropyLoss", "BalancedSoftmaxLoss", "LDAMLoss")]
-GATHERING = CONTRASTIVE
+CONTRASTIVE = [name for name in CASES if name.startswith(("SupCon", "BCL", "PaCo", "Hybrid", "CIBL"))]
 
 
 def example(name="mixed", queued=False, dtype=torch.float64):
@@ -355,7 +368,7 @@ def two_processes(tmp_path_factory):
 
 
 @pytest.mark.parametrize("split", ["even", "uneven", "one empty"])
-@pytest.mark.parametrize("name", GATHERING)
+@pytest.mark.parametrize("name", CONTRASTIVE)
 def test_two_processes_have_the_gradients_of_one(name, split, two_processes):
     """DistributedDataParallel's average is the gradient of the mean over all rows."""
     alone = gradients_of(name, Model(), slice(0, 10), gather=False)
@@ -375,7 +388,7 @@ SPLITS = {"even": 4, "uneven": 6, "one empty": 10}  # rows of the first process;
 def _work(folder, rank):
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     result = {}
-    for name in GATHERING:
+    for name in CONTRASTIVE:
         for split, first in SPLITS.items():
             rows = slice(0, first) if rank == 0 else slice(first, 10)
             result[name, split] = gradients_of(name, DistributedDataParallel(Model()), rows, gather=True)

@@ -13,12 +13,14 @@ from cibl_ray.losses.cibl import cibl, term_weights
 from cibl_ray.losses.cross_entropy import cross_entropy
 from cibl_ray.losses.hybrid import contrastive_share
 from cibl_ray.losses.inputs import ClassPrior, ContrastSet
+from cibl_ray.losses.label_smoothing import class_smoothing, smoothed_cross_entropy
 from cibl_ray.losses.ldam import effective_number_weights, ldam, ldam_margins
 from cibl_ray.losses.memory import LabelledQueue
 from cibl_ray.losses.paco import paco
 from cibl_ray.losses.pairs import positive_counts, self_pairs, softmax
 from cibl_ray.losses.psc import psc
 from cibl_ray.losses.supcon import supcon
+from cibl_ray.losses.vs import logit_scales, vs
 from cibl_ray.networks.precision import at_least_float32
 from tests.cibl_ray.plain_losses import (
     CLASSES,
@@ -29,9 +31,11 @@ from tests.cibl_ray.plain_losses import (
     plain_balanced,
     plain_cibl,
     plain_cross_entropy,
+    plain_label_smoothing,
     plain_paco,
     plain_psc,
     plain_supcon,
+    plain_vs,
 )
 
 PRIOR = ClassPrior.of(COUNTS, torch.float64).log_prior
@@ -47,6 +51,14 @@ LOSSES = {
         lambda e: plain_cross_entropy(
             e.logits - 3.0 * F.one_hot(e.labels, CLASSES) * (0.5 * (5 / COUNTS.double()) ** 0.25), e.labels
         ),
+    ),
+    "vs": (
+        lambda e: vs(e.logits, e.labels, logit_scales(COUNTS, 0.3), PRIOR.to(at_least_float32(e.logits).dtype), 1.5),
+        lambda e: plain_vs(e.logits, e.labels, 0.3, 1.5),
+    ),
+    "label_smoothing": (
+        lambda e: smoothed_cross_entropy(e.logits, e.labels, class_smoothing(COUNTS, 0.4, 0.1)),
+        lambda e: plain_label_smoothing(e.logits, e.labels, 0.4, 0.1, "concave"),
     ),
     "supcon": (
         lambda e: supcon(e.z, e.labels, e.contrast(), CLASSES, 0.1),
@@ -85,6 +97,7 @@ LOSSES = {
         lambda e: plain_cibl(e.logits, e.z, e.labels, *e.everyone(), 0.3, 0.1, 2, "class"),
     ),
 }
+CONTRASTIVE = [name for name in LOSSES if name.startswith(("supcon", "psc", "bcl", "paco", "cibl"))]
 
 
 def relative(ours, reference):
@@ -123,7 +136,7 @@ def test_loss_is_the_formula_value_and_gradient(loss, name, queued, precision):
         assert theirs is None or agree(mine.double(), theirs, tolerance)
 
 
-@pytest.mark.parametrize("loss", [name for name in LOSSES if "cross" not in name and name not in ("balanced_softmax", "ldam")])
+@pytest.mark.parametrize("loss", [name for name in LOSSES if name in CONTRASTIVE])
 @pytest.mark.parametrize("rows", [1, 3])
 def test_blocks_change_nothing(loss, rows, monkeypatch):
     """With a block too small for the whole matrix, value and gradient stay the same."""
@@ -301,7 +314,7 @@ def test_finite_where_features_coincide_and_temperature_is_low(queued, loss, dty
     alike = F.normalize(torch.ones(1, WIDTH, dtype=torch.float64), dim=1).to(dtype)
     e.z, e.prototypes = alike.repeat(10, 1).requires_grad_(), alike.repeat(CLASSES, 1).requires_grad_()
     e.queue = alike.repeat(len(e.queue), 1)
-    value = (LOSSES[loss][0] if loss in ("cross_entropy", "balanced_softmax", "ldam") else LOW_TEMPERATURE[loss])(e)
+    value = (LOW_TEMPERATURE[loss] if loss in CONTRASTIVE else LOSSES[loss][0])(e)
     gradients = torch.autograd.grad(value.sum(), (e.logits, e.z, e.prototypes), allow_unused=True)
     assert value.isfinite().all()
     assert all(gradient.isfinite().all() for gradient in gradients if gradient is not None)
@@ -433,3 +446,27 @@ def test_queue_is_a_ring_that_never_shows_an_empty_slot():
         assert one.content()[1].tolist() == [3, 4, 9, 1, 2]
     queue.push(torch.ones(12, 2), torch.arange(12))  # more than it holds: the newest stay
     assert sorted(queue.content()[1].tolist()) == [7, 8, 9, 10, 11]
+
+
+def test_vs_without_scales_is_balanced_softmax_and_smoothing_by_0_is_cross_entropy():
+    e = Example("mixed", torch.float64, queued=False)
+    balanced = cross_entropy(adjust_logits(e.logits, PRIOR, 1.0), e.labels)
+    assert torch.equal(vs(e.logits, e.labels, logit_scales(COUNTS, 0.0), PRIOR, 1.0), balanced)
+    plain = smoothed_cross_entropy(e.logits, e.labels, class_smoothing(COUNTS, 0.0, 0.0))
+    assert torch.allclose(plain, cross_entropy(e.logits, e.labels), rtol=1e-12)
+
+
+def test_equal_smoothing_is_torchs():
+    """torch shares ε among all classes, the true one too: its ε is C/(C-1) of ours."""
+    e = Example("mixed", torch.float64, queued=False)
+    ours = smoothed_cross_entropy(e.logits, e.labels, class_smoothing(COUNTS, 0.11, 0.11))
+    theirs = F.cross_entropy(e.logits, e.labels, reduction="none", label_smoothing=0.11 * CLASSES / (CLASSES - 1))
+    assert torch.allclose(ours, theirs, rtol=1e-12)
+
+
+@pytest.mark.parametrize("shape", ["concave", "linear", "convex"])
+def test_smoothing_grows_from_the_tail_to_the_head(shape):
+    smoothing = class_smoothing(COUNTS, 0.4, 0.1, shape)
+    assert smoothing[[0, -1]].tolist() == pytest.approx([0.4, 0.1])
+    assert (smoothing.diff() <= 0).all()
+    assert class_smoothing(torch.tensor([7, 7, 7]), 0.4, 0.1, shape).tolist() == pytest.approx([0.4] * 3)

@@ -15,9 +15,11 @@ from tests.cibl_ray.plain_losses import (
     plain_balanced,
     plain_cibl,
     plain_cross_entropy,
+    plain_label_smoothing,
     plain_paco,
     plain_psc,
     plain_supcon,
+    plain_vs,
 )
 
 PRIOR = torch.log(COUNTS.double() / COUNTS.sum())
@@ -51,6 +53,18 @@ CASES = {
     ),
     "ldam, before its re-weighting": ("{kind: ldam, beta: 0.99}", 0.5, lambda e: ldam(e, [1] * CLASSES)),
     "ldam, re-weighted": ("{kind: ldam, beta: 0.99}", 0.9, lambda e: ldam(e, EFFECTIVE)),
+    "vs": ("{kind: vs, logit_gamma: 0.2, kappa: 0.8}", 0.5, lambda e: plain_vs(e.logits, e.labels, 0.2, 0.8).mean()),
+    "label_smoothing, concave": (
+        "{kind: label_smoothing}", 0.5, lambda e: plain_label_smoothing(e.logits, e.labels, 0.4, 0.1, "concave").mean(),
+    ),
+    "label_smoothing, linear, with the prior": (
+        "{kind: label_smoothing, head_smoothing: 0.3, tail_smoothing: 0, smoothing_shape: linear, kappa: 1}", 0.5,
+        lambda e: plain_label_smoothing(e.logits + PRIOR, e.labels, 0.3, 0, "linear").mean(),
+    ),
+    "label_smoothing, convex": (
+        "{kind: label_smoothing, smoothing_shape: convex}", 0.5,
+        lambda e: plain_label_smoothing(e.logits, e.labels, 0.4, 0.1, "convex").mean(),
+    ),
     "supcon": (
         "{kind: supcon}", 0.5,
         lambda e: plain_supcon(e.z, e.labels, *e.everyone(), 0.1).mean() + plain_cross_entropy(e.logits, e.labels).mean(),
@@ -160,3 +174,15 @@ def test_the_terms_of_pacos_workers_add_up_to_the_batchs(name, queued):
         terms = config.terms(replace(own, contrast=ContrastSet(*e.everyone(), start)), prior, 0.5)
         sums = {key: sums[key] + (stop - start) / 10 * terms[key].item() for key in sums}
     assert sums == pytest.approx({key: term.item() for key, term in whole.items()}, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--head", "{kind: cosine}"],
+        ["--schedule", "{kind: steps}", "--gamma", "0.5"],
+        ["--head", "{kind: cosine, scale: {start: 1, end: 2, shape: linear}}", "--shape", "cosine"],
+    ],
+)
+def test_no_field_of_a_loss_takes_a_short_flag_from_another_part(flags):
+    load_config("quickstart", flags)
