@@ -1,12 +1,11 @@
 """A benchmark is a command like any other: a user's mistake is one line, and exit status 2."""
 
-import subprocess
-import sys
-
 import pytest
 
+from benchmarks import cifar_loader
 from benchmarks.cibl_vs_ce import _cell
 from pipelines.common.errors import UserError
+from tests.commands import in_process
 from tests.conftest import REPOSITORY
 
 COMMANDS = [path for path in sorted((REPOSITORY / "benchmarks").rglob("*.py")) if '__name__ == "__main__"' in path.read_text()]
@@ -18,8 +17,7 @@ def test_every_benchmark_tells_mistakes_as_commands_do(path):
 
 
 def test_a_folder_that_is_not_there(tmp_path):
-    command = [sys.executable, "-m", "benchmarks.cifar_loader", "--images", str(tmp_path / "nowhere")]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY)
+    done = in_process(cifar_loader.main, "--images", tmp_path / "nowhere")
     assert done.returncode == 2
     assert done.stderr.startswith("error: image folder ")
     assert "Traceback" not in done.stderr

@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 
 import numpy as np
@@ -11,13 +9,14 @@ import pytest
 from PIL import Image
 
 from benchmarks.many_runs import Run, RunsFailedError, computed, run_all
+from benchmarks.reproduce import __main__ as reproduce
 from benchmarks.reproduce import lines as reproduce_lines
 from benchmarks.reproduce import report as reproduce_report
 from benchmarks.reproduce.cells import BUDGETS, TABLES, cells
 from benchmarks.reproduce.lines import failed, is_of, of_cell, record
 from cibl_ray.config import config_warnings, load_config, save_config
 from cibl_ray.run.fingerprint import code_digest
-from tests.conftest import REPOSITORY
+from tests.commands import in_process
 
 
 @pytest.mark.parametrize("budget", BUDGETS)
@@ -135,10 +134,10 @@ def small_cifar100(small_cifar, tmp_path_factory):
 @pytest.mark.parametrize("table", TABLES)
 def test_every_row_runs(table, small_cifar, small_cifar100, tmp_path):
     """Every method, λ, length and change of the recipe, on every data set, from images to the table."""
-    command = [sys.executable, "-m", "benchmarks.reproduce", table, "--budget", "smoke"]
+    command = [table, "--budget", "smoke"]
     command += ["--cifar10", str(small_cifar), "--cifar100", str(small_cifar100), "--imagenet", str(small_cifar)]
     command += [part for name in ("prepared", "runs", "docs") for part in (f"--{name}", str(tmp_path / name))]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    done = in_process(reproduce.main, *command)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["runs"] == found["of"] == len(cells(table, "smoke", 1, 0.1 if table == "recipe" else 0.0))
@@ -147,10 +146,10 @@ def test_every_row_runs(table, small_cifar, small_cifar100, tmp_path):
 
 
 def test_smoke(small_cifar, tmp_path):
-    command = [sys.executable, "-m", "benchmarks.reproduce", "cifar10_lt", "--budget", "smoke", "--methods", "CE", "Hybrid-SC"]
+    command = ["cifar10_lt", "--budget", "smoke", "--methods", "CE", "Hybrid-SC"]
     places = ["--cifar10", str(small_cifar)]
     places += [part for name in ("prepared", "runs", "docs") for part in (f"--{name}", str(tmp_path / name))]
-    done = subprocess.run([*command, *places], cwd=REPOSITORY, capture_output=True, text=True)
+    done = in_process(reproduce.main, *command, *places)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert (found["runs"], found["of"]) == (2, 9)
@@ -170,14 +169,14 @@ def test_smoke(small_cifar, tmp_path):
     # Again: nothing is trained twice.
     before = [path.stat().st_mtime_ns for path in sorted((tmp_path / "runs").rglob("result.json"))]
     assert len(before) == 2
-    again = subprocess.run([*command, *places], cwd=REPOSITORY, capture_output=True, text=True)
+    again = in_process(reproduce.main, *command, *places)
     assert again.returncode == 0, again.stderr
     assert [path.stat().st_mtime_ns for path in sorted((tmp_path / "runs").rglob("result.json"))] == before
     assert reproduce_report.read(tmp_path / "docs" / "cifar10_lt-smoke.jsonl") == lines
     # Images from another kind of source are not these.
     lines_file = tmp_path / "docs" / "cifar10_lt-smoke.jsonl"
     lines_file.write_text("".join(json.dumps(entry | {"source": "cifar10"}) + "\n" for entry in lines))
-    mixed = subprocess.run([*command, *places], cwd=REPOSITORY, capture_output=True, text=True)
+    mixed = in_process(reproduce.main, *command, *places)
     assert mixed.returncode == 2
     assert "of images from 'cifar10', this command reads 'folder': choose another --docs" in mixed.stderr
     # Another recipe under the same name is neither taken for this one's result nor written over.
@@ -188,27 +187,27 @@ def test_smoke(small_cifar, tmp_path):
     path = next((tmp_path / "runs").rglob("*CE-0/config.yaml"))
     text = path.read_text()
     path.write_text(text.replace("weight_decay: 0.0002", "weight_decay: 0.3"))
-    changed = subprocess.run([*command, *places], cwd=REPOSITORY, capture_output=True, text=True)
+    changed = in_process(reproduce.main, *command, *places)
     assert changed.returncode == 2
     assert "holds a run of another configuration (optimizer differ): remove it" in changed.stderr
     path.write_text(text)
-    mended = subprocess.run([*command, *places], cwd=REPOSITORY, capture_output=True, text=True)
+    mended = in_process(reproduce.main, *command, *places)
     assert mended.returncode == 0, mended.stderr
     assert [entry["config"] for entry in reproduce_report.read(lines_file)] == [entry["config"] for entry in lines]
     # The table is drawn of all lines, whichever rows are asked for; and of none whose recipe is another by now.
     stale = [entry if entry["value"] != "CE" else entry | {"config": another} for entry in lines]
     lines_file.write_text("".join(json.dumps(entry) + "\n" for entry in stale) + '{"table": "cifar10_lt", "bud')
-    drawn = subprocess.run([*command[:-1], *places, "--report-only"], cwd=REPOSITORY, capture_output=True, text=True)
+    drawn = in_process(reproduce.main, *command[:-1], *places, "--report-only")
     assert drawn.returncode == 0, drawn.stderr
     text = (tmp_path / "docs" / "cifar10_lt-smoke.md").read_text()
     assert "1 of 9 runs" in text
     assert "| Hybrid-SC |" in text
     assert "| CE |" not in text
-    wrong = subprocess.run([*command[:-2], "Nonsense", *places], cwd=REPOSITORY, capture_output=True, text=True)
+    wrong = in_process(reproduce.main, *command[:-2], "Nonsense", *places)
     assert wrong.returncode == 2
     assert "no row 'Nonsense'; there are: BCL, CE" in wrong.stderr
     # The best epoch on validation, in a table of its own.
-    best = subprocess.run([*command[:-1], *places, "--val", "0.1"], cwd=REPOSITORY, capture_output=True, text=True)
+    best = in_process(reproduce.main, *command[:-1], *places, "--val", "0.1")
     assert best.returncode == 0, best.stderr
     (entry,) = reproduce_report.read(tmp_path / "docs" / "cifar10_lt-smoke-val.jsonl")
     assert entry["best"]["epoch"] == 1
@@ -217,16 +216,16 @@ def test_smoke(small_cifar, tmp_path):
 
 def test_smoke_of_imagenet(small_cifar, tmp_path):
     """ResNet-50 under its recipe, from any image folder."""
-    command = [sys.executable, "-m", "benchmarks.reproduce", "imagenet_lt", "--methods", "BCL", "--imagenet", str(small_cifar)]
+    command = ["imagenet_lt", "--methods", "BCL", "--imagenet", str(small_cifar)]
     command += [part for name in ("prepared", "runs", "docs") for part in (f"--{name}", str(tmp_path / name))]
-    done = subprocess.run([*command, "--budget", "smoke"], cwd=REPOSITORY, capture_output=True, text=True)
+    done = in_process(reproduce.main, *command, "--budget", "smoke")
     assert done.returncode == 0, done.stderr
     (entry,) = reproduce_report.read(tmp_path / "docs" / "imagenet_lt-smoke.jsonl")
     where = "--data.source.kind folder --data.source.path FOLDER"
     assert entry["command"].startswith(f"python -m cibl_ray.train recipes/imagenet_lt_90 {where}")
     assert entry["config"]["network"]["backbone"] == "resnet50"
     assert "`--imagenet FOLDER`" in (tmp_path / "docs" / "imagenet_lt-smoke.md").read_text()
-    refused = subprocess.run([*command, "--budget", "cpu"], cwd=REPOSITORY, capture_output=True, text=True)
+    refused = in_process(reproduce.main, *command, "--budget", "cpu")
     assert refused.returncode == 2
     assert refused.stderr.endswith("it has the budgets gpu and smoke\n")
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 import yaml
 
+from cibl_ray import evaluate, train
 from cibl_ray.config import load_config, save_config
 from cibl_ray.hardware import resolve
 from cibl_ray.run.checkpoint import load_checkpoint, save_checkpoint
@@ -27,6 +28,7 @@ from cibl_ray.training.trainer import Trainer
 from cibl_ray.world import World, require_own_gpu
 from pipelines.common.errors import UserError
 from pipelines.prepare.build import ensure_prepared
+from tests.commands import in_process
 from tests.conftest import REPOSITORY, needs_ffcv
 
 TINY = ["--epochs", "4", "--warmup_epochs", "1", "--batch_size", "64"]
@@ -140,7 +142,7 @@ def test_evaluate_on_a_folder(finished, image_folder, tmp_path):
     ],
 )
 def test_evaluate_mistakes(arguments, message):
-    one_line_error(run("evaluate", *arguments), message)
+    one_line_error(in_process(evaluate.main, *arguments), message)
 
 
 def one_line_error(done: subprocess.CompletedProcess, message: str) -> None:
@@ -165,11 +167,13 @@ def test_train_mistakes(finished, folders):
         (["--resume", finished[0], "--backbone", "resnet32"], "another architecture"),
         (["quickstart", "--lr", "1e9", "--name", "diverged", *TINY, *folders], "the loss is not finite in epoch"),
     ):
-        one_line_error(run("train", *arguments), message)
+        one_line_error(in_process(train.main, *arguments), message)
     # What was refused left nothing behind and changed nothing.
     assert load_checkpoint(finished[0] / "checkpoints" / "last.safetensors").epoch == 4
     assert yaml.safe_load((finished[0] / "config.yaml").read_text())["network"]["backbone"] == "resnet20"
-    one_line_error(run("train", "quickstart", "--name", "big", "--batch_size", "5000", *folders), "fewer than one batch")
+    one_line_error(
+        in_process(train.main, "quickstart", "--name", "big", "--batch_size", "5000", *folders), "fewer than one batch"
+    )
     assert not (Path(folders[1]) / "big").exists()
 
 

@@ -12,8 +12,10 @@ from dataclasses import replace
 import pytest
 
 from pipelines.common.errors import UserError
+from pipelines.prepare import __main__ as prepare
 from pipelines.prepare.build import ensure_prepared, prepare_folder, prepared_folder
 from pipelines.prepare.prepared import EARLIER_FORMAT, SIDECAR
+from tests.commands import in_process
 from tests.conftest import REPOSITORY, data_config, digits_config
 
 
@@ -167,9 +169,8 @@ def test_a_folder_for_evaluation(image_folder, tmp_path):
         prepare_folder(image_folder / "test", ["one", "nought"], data)
 
 
-def run(*arguments, **options):
-    command = [sys.executable, "-m", "pipelines.prepare", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, **options)
+def run(*arguments):
+    return in_process(prepare.main, *arguments)
 
 
 def test_the_command(tmp_path):

@@ -1,19 +1,17 @@
 """The preview shows what training sees."""
 
 import subprocess
-import sys
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from tests.conftest import REPOSITORY
+from pipelines import preview as preview_command
+from tests.commands import in_process
 
 
-def preview(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "pipelines.preview", *arguments], cwd=REPOSITORY, capture_output=True, text=True
-    )
+def preview(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return in_process(preview_command.main, *arguments)
 
 
 def test_a_picture_of_the_views(photo_folder, tmp_path):
