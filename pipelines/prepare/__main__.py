@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 
 from pipelines.common.command_line import ConfigParser, print_config
-from pipelines.common.errors import UserError, run_command
+from pipelines.common.errors import Interrupted, UserError, run_command
 from pipelines.prepare.build import PrepareConfig, choose, ensure_prepared, load_data, subset_seed
 from pipelines.prepare.pictures import histogram_text
 from pipelines.prepare.sources import class_counts, open_source
 
 
-def main() -> None:
+def _prepare() -> None:
     parser = ConfigParser(
         prog="python -m pipelines.prepare",
         usage="%(prog)s CONFIG [--count] [--field value ...]\n       %(prog)s [CONFIG] --help [PART]",
@@ -39,6 +39,14 @@ def main() -> None:
         print(f"{name}: {of_class.sum():,} images, {len(classes)} classes, {of_class.min()} to {of_class.max()} a class")
     if not arguments.count:
         print(f"prepared: {prepared.folder}, picture: {prepared.folder / 'class_counts.png'}")
+
+
+def main() -> None:
+    """Prepare, or say how to continue where Ctrl-C stops it."""
+    try:
+        _prepare()
+    except KeyboardInterrupt as error:
+        raise Interrupted("stopped; finished files are kept: run the same command again to continue") from error
 
 
 if __name__ == "__main__":

@@ -185,6 +185,16 @@ def test_the_command(tmp_path):
     assert len(mistake.stderr.splitlines()) == 1
 
 
+def test_ctrl_c_says_how_to_continue(tmp_path, monkeypatch):
+    def stop(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(prepare, "ensure_prepared", stop)
+    done = run("quickstart", "--prepared", tmp_path)
+    assert done.returncode == 130
+    assert done.stderr == "stopped; finished files are kept: run the same command again to continue\n"
+
+
 def test_a_killed_run_leaves_nothing_that_looks_whole(photo_folder, tmp_path):
     """Killed at many moments: what is left is either prepared or prepared again, and then whole."""
     data = data_config(source={"kind": "folder", "path": str(photo_folder)}, prepared=str(tmp_path), store={"max_side": 100})
