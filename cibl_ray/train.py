@@ -19,6 +19,7 @@ DEFAULT = "quickstart"
 
 
 def main() -> None:
+    """The command."""
     parser = ConfigParser(
         prog="python -m cibl_ray.train",
         usage="%(prog)s [CONFIG] [--name NAME] [--cluster] [--field value ...]\n"

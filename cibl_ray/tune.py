@@ -17,6 +17,7 @@ from pipelines.common.errors import UserError, run_command
 
 
 def main() -> None:
+    """The command."""
     parser = ConfigParser(
         "sweeps",
         prog="python -m cibl_ray.tune",

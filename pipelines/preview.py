@@ -27,6 +27,7 @@ _TILE, _GAP, _LINE = 160, 6, 16  # pixels of a tile's side, between tiles, of a 
 
 
 def main() -> None:
+    """The command."""
     parser = ConfigParser(
         prog="python -m pipelines.preview",
         usage="%(prog)s CONFIG [--out FILE] [--images N] [--epoch E] [--field value ...]",

@@ -93,8 +93,10 @@ async def send_file(request: Request, send: Send, file: int, sha256: str, header
 
 
 def _range(wanted: str, size: int) -> tuple[int, int] | None:
-    """(start, end) of the range that is asked for. (0, 0): the file has nothing there. None: not one range of bytes, so send
-    the whole file."""
+    """The (start, end) of the range that is asked for.
+
+    (0, 0): the file has nothing there. None: not one range of bytes, so the whole file is sent.
+    """
     found = _RANGE.fullmatch(wanted.strip())
     if found is None or found.groups() == ("", ""):
         return None

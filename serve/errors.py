@@ -13,14 +13,17 @@ class ProblemError(Exception):
         self.status, self.code, self.message, self.headers = status, code, message, headers
 
     def body(self, request_id: str) -> bytes:
+        """The answer's JSON."""
         return json.dumps({"error": self.message, "code": self.code, "request_id": request_id}).encode()
 
 
 def bad_request(message: str) -> ProblemError:
+    """Status 400: the request cannot be answered as it is."""
     return ProblemError(400, "invalid_request", message)
 
 
 def overloaded(message: str, headers: tuple[tuple[bytes, bytes], ...] = ()) -> ProblemError:
+    """Status 503: the same request may succeed in a second."""
     return ProblemError(503, "overloaded", message, ((b"retry-after", b"1"), *headers))
 
 

@@ -72,6 +72,7 @@ class Model:
 
     @property
     def name(self) -> str:
+        """The model's name for its clients."""
         return self.bundle.card.name
 
     @property

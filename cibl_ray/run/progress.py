@@ -53,6 +53,7 @@ class Terminal:
         self._done_before = 0
 
     def begin(self, total: int, done: int) -> None:
+        """Start the bar."""
         self._total, self._done, self._done_before = total, done, done
         self._since = time.monotonic()
         self._next_line = self._since + _LINE_EVERY
@@ -60,6 +61,7 @@ class Terminal:
         self._bar = tqdm(total=total, initial=done, unit="img", unit_scale=True, disable=disable, mininterval=1)
 
     def advance(self, images: int) -> None:
+        """Move the bar."""
         if self._bar is None:
             return
         self._done += images
@@ -73,17 +75,21 @@ class Terminal:
             self.line(f"{share:.0f} % of all images, {rate:,.0f} img/s, about {duration(left)} left")
 
     def epoch(self, row: dict[str, Any], text: str) -> None:
+        """Print the text."""
         self.line(text)
 
     def line(self, text: str) -> None:
+        """Print a line above the bar."""
         tqdm.write(text)
         sys.stdout.flush()  # keeps the order of lines where stdout and stderr go to one file
 
     def close(self) -> None:
+        """End the bar."""
         if self._bar is not None:
             self._bar.close()
 
     def log_handler(self) -> logging.Handler:
+        """Messages go to standard error, unless the program shows them itself."""
         # A program that has set up logging shows the messages itself.
         return logging.NullHandler() if logging.getLogger().handlers else logging.StreamHandler()
 
@@ -91,17 +97,23 @@ class Terminal:
 class Silent:
     """Shows nothing: for all ranks but the first, and for measurements."""
 
-    def begin(self, total: int, done: int) -> None: ...
+    def begin(self, total: int, done: int) -> None:
+        """Show nothing."""
 
-    def advance(self, images: int) -> None: ...
+    def advance(self, images: int) -> None:
+        """Show nothing."""
 
-    def epoch(self, row: dict[str, Any], text: str) -> None: ...
+    def epoch(self, row: dict[str, Any], text: str) -> None:
+        """Show nothing."""
 
-    def line(self, text: str) -> None: ...
+    def line(self, text: str) -> None:
+        """Show nothing."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Show nothing."""
 
     def log_handler(self) -> logging.Handler:
+        """Messages go nowhere."""
         return logging.NullHandler()
 
 
@@ -113,6 +125,7 @@ class Lines(logging.Handler):
         self._progress = progress
 
     def emit(self, record: logging.LogRecord) -> None:
+        """Report the message."""
         self._progress.line(self.format(record))
 
 

@@ -49,7 +49,6 @@ def fit(
     when a checkpoint or the result is written, to keep a copy of the folder.
     patience: seconds to wait for another process that works in the folder: a lost worker's may end after it is replaced.
     """
-
     with messages_to(progress.log_handler()) if world.is_rank0 else nullcontext():
         return _fit_in(config, folder, resume, world, progress, after_save, patience)
 
@@ -117,7 +116,6 @@ def _same_data(world: World, prepared: Prepared) -> None:
 
 def _fit(trainer: Trainer, progress: Progress) -> dict[str, Any]:
     """Train, and leave everything that a run folder holds."""
-
     config, folder, prepared = trainer.config, trainer.folder, trainer.prepared
     save_config(config, folder / CONFIG)
     save_histogram(folder / "class_counts.png", prepared.classes, prepared.train_counts)

@@ -217,8 +217,10 @@ def _remembered(file: Path, cache: Path) -> Path | None:
 
 
 def _tidy(cache: Path, path: Path) -> None:
-    """Remove models, and parts of them, that no download stands for any more; never `path`, nor what another command may be
-    downloading."""
+    """Remove models, and parts of them, that belong to no download any more.
+
+    Neither `path` nor what another command may be downloading is removed.
+    """
     named = {path.stem}
     with contextlib.suppress(OSError):
         for file in cache.glob("*.json"):
