@@ -11,26 +11,38 @@ from pydantic import Field, model_validator
 
 from cibl_ray.losses.cibl import CIBLConfig
 from cibl_ray.losses.config import LossConfig
-from cibl_ray.networks.config import NetworkConfig
+from cibl_ray.networks.backbones.config import weights_file
+from cibl_ray.networks.config import LastBlocks, NetworkConfig, PartialConfig
+from pipelines.common.errors import UserError
 from pipelines.common.files import write_atomically
-from pipelines.common.settings import Settings, build, find_config, read_content
-from pipelines.config import DataConfig, LoaderConfig
+from pipelines.common.settings import Settings, absolute, find_config, override, parse_overrides, read_content, validate
+from pipelines.config import CenterCrop, DataConfig, LoaderConfig
 
 log = logging.getLogger(__name__)
 
 
 class OptimizerConfig(Settings):
-    """SGD with Nesterov momentum."""
+    """SGD with Nesterov momentum, or AdamW (Loshchilov and Hutter 2019)."""
 
+    kind: Literal["sgd", "adamw"] = Field(default="sgd", description="sgd: for training from scratch; adamw: for fine-tuning.")
     lr: float = Field(default=0.1, gt=0, description="Learning rate for the whole batch; the schedule scales it.")
+    layer_decay: float = Field(
+        default=1.0,
+        gt=0,
+        le=1,
+        description="Each block of the backbone has the learning rate of the next one times this; 1: the same for all.",
+    )
+    betas: tuple[float, float] = Field(default=(0.9, 0.999), description="The two decay rates of AdamW.")
     momentum: float = Field(default=0.9, ge=0, lt=1, description="Momentum of SGD.")
-    nesterov: bool = Field(default=True, description="Use Nesterov momentum.")
-    weight_decay: float = Field(default=5e-4, ge=0, description="L2 penalty on all weights.")
+    nesterov: bool = Field(default=True, description="Use Nesterov momentum, with SGD.")
+    weight_decay: float = Field(
+        default=5e-4, ge=0, description="L2 penalty of SGD on all weights; AdamW's is decoupled and spares norms and biases."
+    )
     clip_norm: float | None = Field(default=None, gt=0, description="Gradients are clipped to this norm; null: no clipping.")
 
     @model_validator(mode="after")
     def _nesterov_needs_momentum(self) -> OptimizerConfig:
-        if self.nesterov and self.momentum == 0:
+        if self.kind == "sgd" and self.nesterov and self.momentum == 0:
             raise ValueError("nesterov needs momentum > 0; set optimizer.nesterov: false")
         return self
 
@@ -64,8 +76,19 @@ ScheduleConfig = Annotated[StepSchedule | CosineSchedule, Field(discriminator="k
 
 
 class TrainConfig(Settings):
-    """Length, batch, arithmetic and checkpoints of the training."""
+    """Length, batch, arithmetic and checkpoints of the training, and what of the backbone is trained."""
 
+    tune: Literal["head", "partial", "full"] = Field(
+        default="full",
+        description="head: the backbone is frozen, and its features are computed once; partial: a part of the backbone is "
+        "trained, too; full: all of it.",
+    )
+    partial: PartialConfig = Field(
+        default=LastBlocks(), discriminator="kind", description="Which part of the backbone tune 'partial' trains."
+    )
+    feature_views: int = Field(
+        default=0, ge=0, le=64, description="Augmented views of each training image that tune 'head' computes features of."
+    )
     epochs: int = Field(default=200, ge=1, description="How often the training split is gone through.")
     batch_size: int = Field(
         default=128, ge=2, description="Images in a step, over all workers; each gives as many views as data.views has."
@@ -133,7 +156,35 @@ def load_config(name: str, arguments: list[str]) -> RunConfig:
 
 def build_config(content: dict[str, Any], arguments: list[str], place: str) -> RunConfig:
     """A validated configuration with absolute paths. `place` is named in errors."""
-    return build(RunConfig, content, arguments, place)
+    pairs = parse_overrides(arguments, RunConfig)
+    config = validate(RunConfig, override(content, pairs, RunConfig), place, [key for key, _ in pairs])
+    return absolute(_as_pretrained(config, place))
+
+
+def _as_pretrained(config: RunConfig, place: str) -> RunConfig:
+    """`config` with the input that the backbone's weights were trained for, where the configuration does not set it."""
+    backbone = config.network.backbone
+    if (file := weights_file(backbone)) is not None:
+        network = config.network.model_copy(update={"backbone": backbone.model_copy(update={"weights": str(file)})})
+        config = config.model_copy(update={"network": network})
+    rule = backbone.input_rule()
+    if rule is None:
+        return config
+    wanted = {
+        "size": rule.size,
+        "mean": rule.mean,
+        "std": rule.std,
+        "interpolation": rule.interpolation,
+        "eval_cut": CenterCrop(kind="center", ratio=rule.ratio),
+    }
+    said = config.data.model_fields_set
+    data = config.data.model_copy(update={name: value for name, value in wanted.items() if name not in said})
+    if rule.fixed and data.size != rule.size:
+        raise UserError(
+            f"{place}: network.backbone {backbone.title!r} takes images of {rule.size} pixels only, data.size is {data.size}; "
+            "leave data.size out"
+        )
+    return validate(RunConfig, config.model_copy(update={"data": data}).model_dump(mode="json"), place)
 
 
 def save_config(config: RunConfig, path: Path) -> None:

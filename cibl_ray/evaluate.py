@@ -6,13 +6,17 @@ images are the run's own, prepared again if they are gone, or those of an image 
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
 from dataclasses import asdict
 from pathlib import Path
+from typing import Literal
 
 from cibl_ray.run.folder import checkpoints
 from pipelines.common.errors import CommandParser, UserError, run_command
+
+METRICS = ("overall", "balanced", "many", "medium", "few", "tail", "worst", "harmonic")
 
 
 def main() -> None:
@@ -21,6 +25,14 @@ def main() -> None:
     parser.add_argument("--checkpoint", choices=["last", "best"], help="of a run folder; by default each that exists")
     parser.add_argument("--data", type=Path, metavar="FOLDER", help="evaluate on the images of FOLDER/CLASS/* instead")
     parser.add_argument("--split", choices=["train", "val", "test"], help="of the run's data; by default test, else val")
+    parser.add_argument(
+        "--tail-shift",
+        type=_shift,
+        default=0.0,
+        metavar="auto|NUMBER",
+        help="score logits - NUMBER * log prior; auto: as is best on validation; default 0",
+    )
+    parser.add_argument("--metric", choices=METRICS, default="balanced", help="by which auto chooses; default balanced")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the scores, every class's too, to FILE")
     arguments = parser.parse_args()
     if arguments.data is not None and arguments.split is not None:
@@ -36,7 +48,9 @@ def main() -> None:
     scores = {}
     for path in checkpoints(arguments.run, arguments.checkpoint):
         checkpoint = load_checkpoint(path)
-        evaluation = evaluate(checkpoint, arguments.data, arguments.split)
+        evaluation = evaluate(checkpoint, arguments.data, arguments.split, arguments.tail_shift, arguments.metric)
+        if evaluation.tail_shift is not None:
+            print(f"{path.stem}: {evaluation.tail_shift.line()}")
         scores[f"{path.stem} (epoch {checkpoint.epoch})"] = evaluation.scores
     where = f"the {evaluation.split} split" if arguments.data is None else repr(str(arguments.data))
     print(heading(where) + "\n")
@@ -44,6 +58,15 @@ def main() -> None:
     if arguments.json is not None:
         content = {"classes": checkpoint.classes} | {name: asdict(row) for name, row in scores.items()}
         arguments.json.write_text(json.dumps(content, indent=1))
+
+
+def _shift(text: str) -> float | Literal["auto"]:
+    if text == "auto":
+        return "auto"
+    value = float(text)
+    if not -100 <= value <= 100:
+        raise argparse.ArgumentTypeError("'auto', or a number from -100 to 100")
+    return value
 
 
 if __name__ == "__main__":

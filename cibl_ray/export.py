@@ -13,6 +13,7 @@ import logging
 from pathlib import Path
 
 from cibl_ray.run.folder import checkpoint
+from cibl_ray.run.shift import chosen_shift
 from pipelines.common.errors import CommandParser, run_command
 
 
@@ -30,6 +31,13 @@ def main() -> None:
     parser.add_argument("--max-drop", type=_points, default=1.0, help="points a shot group may lose to fp16 or int8; default 1")
     parser.add_argument("--calibration", type=_count, default=512, help="images that calibrate int8; default 512")
     parser.add_argument("--provider", choices=["auto", "cpu", "cuda", "tensorrt"], default="auto", help="of onnxruntime")
+    parser.add_argument(
+        "--tail-shift",
+        type=_shift,
+        default="auto",
+        metavar="auto|NUMBER",
+        help="what the answers have of it by default; auto: what the run's validation images chose, else 0",
+    )
     arguments = parser.parse_args()
     from cibl_ray.exporting.make_bundle import Options, make_bundle
 
@@ -45,6 +53,7 @@ def main() -> None:
         max_drop=arguments.max_drop,
         calibration=arguments.calibration,
         provider=arguments.provider,
+        tail_shift=chosen_shift(path) if arguments.tail_shift == "auto" else arguments.tail_shift,
     )
     print(make_bundle(path, out.absolute(), options).table())
     print(f"bundle: {out}; serve it: python -m serve {out}")
@@ -54,6 +63,15 @@ def _points(text: str) -> float:
     value = float(text)
     if not 0 <= value <= 100:
         raise argparse.ArgumentTypeError("points of accuracy, 0 to 100")
+    return value
+
+
+def _shift(text: str) -> float | str:
+    if text == "auto":
+        return text
+    value = float(text)
+    if not -100 <= value <= 100:
+        raise argparse.ArgumentTypeError("'auto', or a number from -100 to 100")
     return value
 
 

@@ -6,11 +6,13 @@ import contextlib
 import ctypes
 import platform
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
 from cibl_ray.config import RunConfig
+from pipelines.common.cores import usable_cores
 from pipelines.common.errors import UserError
 
 
@@ -61,6 +63,22 @@ def enough_memory(task: str, remedy: str) -> Iterator[None]:
         if not out_of_memory(error) and not out_of_memory(error.__cause__):
             raise
         raise UserError(f"out of memory in {task}; {remedy}") from error
+
+
+@contextlib.contextmanager
+def one_thread_a_core() -> Iterator[ThreadPoolExecutor]:
+    """Threads, one for each core, in which torch computes by itself.
+
+    For work on many images that do not depend on each other. No core waits for another, as they do within one operation: where
+    other processes have a part of the cores, that makes several threads slower than one.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(usable_cores(), initializer=lambda: torch.set_num_threads(1)) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(before)
 
 
 def out_of_memory(error: BaseException | None) -> bool:

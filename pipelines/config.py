@@ -265,6 +265,9 @@ class DataConfig(Settings):
         description="How often an epoch shows a class: by its number of images, by its square root, or every class alike.",
     )
     eval_cut: Cut = CenterCrop(kind="center")
+    interpolation: Literal["bilinear", "bicubic"] = Field(
+        default="bilinear", description="How evaluation resizes, with antialiasing."
+    )
     mean: tuple[float, float, float] = Field(
         default=(0.485, 0.456, 0.406), description="Subtracted from red, green and blue, which are 0 to 1."
     )

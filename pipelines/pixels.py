@@ -303,10 +303,16 @@ def scaled(image: Image.Image, size: tuple[int, int]) -> Image.Image:
 class EvalRule:
     """What evaluation shows of an image: torchvision's Resize and CenterCrop (256 and 224: ratio .875).
 
-    The image is scaled as it would be stored, then resized so that the shorter side has `side` pixels (bilinear, antialiased),
-    then cut to the central square.
+    The image is scaled as it would be stored, then resized so that the shorter side has `side` pixels (antialiased), then cut
+    to the central square.
 
-    size: of the result. ratio: size over side. square, max_side: as `stored_size`. window: as `to_rgb`.
+    Attributes:
+        size: Width and height of the result, pixels.
+        ratio: `size` over `side`.
+        square: As in `stored_size`.
+        max_side: As in `stored_size`.
+        window: As in `to_rgb`.
+        interpolation: Of the resize to `side`: "bilinear" or "bicubic".
     """
 
     size: int
@@ -314,6 +320,7 @@ class EvalRule:
     square: int | None = None
     max_side: int | None = None
     window: tuple[float, float] | None = None
+    interpolation: str = "bilinear"
 
     def __post_init__(self) -> None:
         if self.window is not None:  # a list, where it comes from a file
@@ -338,4 +345,4 @@ class EvalRule:
         # Only what remains of it is resized: the box in the original's coordinates.
         x, y = width / wide, height / high
         box = (left * x, top * y, min(width, (left + self.size) * x), min(height, (top + self.size) * y))
-        return np.asarray(image.resize((self.size, self.size), Image.Resampling.BILINEAR, box=box))
+        return np.asarray(image.resize((self.size, self.size), Image.Resampling[self.interpolation.upper()], box=box))

@@ -80,7 +80,7 @@ def test_the_published_tables_are_whole():
         every = cells(table, "gpu", 3, 0.0)
         assert len(every) == 9 * 3 * 3
         configs = {cell.value: load_config(cell.config, list(cell.options)) for cell in every if cell.imbalance == 100}
-        assert {config.network.backbone for config in configs.values()} == {"resnet32"}
+        assert {config.network.backbone.title for config in configs.values()} == {"resnet32"}
         longer = {name: config.train.epochs for name, config in configs.items() if config.train.epochs != 200}
         assert longer == {"PaCo": 400, "balanced softmax": 542 if table == "cifar10_lt" else 620}
         steps = {"cifar10_lt": 12406, "cifar100_lt": 10847}[table] // 512 * longer["balanced softmax"]

@@ -33,6 +33,7 @@ class Card:
     """What an ONNX file's metadata says; the same for every precision of a bundle but for `precision`.
 
     classes: names, in the order of the logits. train_counts, groups: of each class; groups are 'many', 'medium' or 'few'.
+    tail_shift: what the answers have of it without asking; a client's counts from there.
     accuracy: precision -> score -> share, measured with onnxruntime. source: run, checkpoint, epoch. versions: of what made it.
     """
 
@@ -45,11 +46,16 @@ class Card:
     accuracy: dict[str, dict[str, Any]]
     source: dict[str, Any]
     versions: dict[str, str]
+    tail_shift: float = 0.0
 
     def dump(self) -> dict[str, Any]:
         content = {"format": FORMAT, **asdict(self), "input": describe(self.rule)}
         if self.rule.window is None:
             del content["rule"]["window"]  # earlier versions do not know it
+        if self.rule.interpolation == "bilinear":
+            del content["rule"]["interpolation"]
+        # In a manifest, `tail_shift` is the table of shifts.
+        content["default_tail_shift"] = content.pop("tail_shift")
         return content
 
 
@@ -64,7 +70,9 @@ def describe(rule: EvalRule) -> str:
         steps.append(
             f"if a side is longer than {rule.max_side}, scale down so that it is {rule.max_side} (bicubic, antialiased)"
         )
-    steps.append(f"resize so that the shorter side is {rule.side} (bilinear, antialiased), the longer one rounded down")
+    steps.append(
+        f"resize so that the shorter side is {rule.side} ({rule.interpolation}, antialiased), the longer one rounded down"
+    )
     steps.append(f"central {rule.size}x{rule.size}; uint8 NHWC, 0 to 255")
     return "; ".join(steps)
 
@@ -77,7 +85,9 @@ def read_card(content: Any, place: str) -> Card:
         if content["format"] != FORMAT:
             raise UserError(f"{place} has format {content['format']}, this version reads {FORMAT}")
         card = Card(
-            **{key: content[key] for key in Card.__dataclass_fields__ if key != "rule"}, rule=EvalRule(**content["rule"])
+            **{key: content[key] for key in Card.__dataclass_fields__ if key not in ("rule", "tail_shift")},
+            tail_shift=content.get("default_tail_shift", 0.0),  # a bundle of an earlier version has none
+            rule=EvalRule(**content["rule"]),
         )
         if not isinstance(card.name, str):
             raise TypeError("name")

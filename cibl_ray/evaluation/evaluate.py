@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
 from cibl_ray.evaluation.metrics import Scores, score
 from cibl_ray.evaluation.predict import predict
+from cibl_ray.evaluation.tail_shift import TailShift, choose_shift, shifted
 from cibl_ray.hardware import resolve
 from cibl_ray.run.checkpoint import Checkpoint
 from pipelines.augment.recipe import Normalize
@@ -17,19 +19,33 @@ from pipelines.common.errors import UserError
 from pipelines.loaders.make import make_loader
 from pipelines.loaders.reading import eval_reading
 from pipelines.prepare.build import ensure_prepared, prepare_folder
+from pipelines.prepare.prepared import Prepared
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores, and the split that they were measured on."""
+    """Scores, and the split that they were measured on.
+
+    Attributes:
+        split: The split.
+        scores: Its scores.
+        tail_shift: The shift that was chosen on validation images; None where none was asked for.
+    """
 
     split: str
     scores: Scores
+    tail_shift: TailShift | None = None
 
 
-def evaluate(checkpoint: Checkpoint, folder: Path | None = None, split: str | None = None) -> Evaluation:
+def evaluate(
+    checkpoint: Checkpoint,
+    folder: Path | None = None,
+    split: str | None = None,
+    tail_shift: float | Literal["auto"] = 0.0,
+    metric: str = "balanced",
+) -> Evaluation:
     """Evaluate a checkpoint, on a GPU where there is one.
 
     The run's own data are prepared again if they are gone.
@@ -38,6 +54,8 @@ def evaluate(checkpoint: Checkpoint, folder: Path | None = None, split: str | No
         checkpoint: The checkpoint. Its network, classes and training counts decide.
         folder: An image folder, FOLDER/CLASS/*, with the class names of the run. None evaluates the run's own data.
         split: 'train', 'val' or 'test' of the run's data. None takes test, or val where there is no test split.
+        tail_shift: Times log π is taken off the logits; "auto": as is best on the validation split.
+        metric: The score by which "auto" chooses.
 
     Raises:
         UserError: The data have no such split, or their classes are not those of the checkpoint.
@@ -57,9 +75,22 @@ def evaluate(checkpoint: Checkpoint, folder: Path | None = None, split: str | No
             log.warning("the %s images have changed since this checkpoint was trained", split)
     else:
         prepared, split = prepare_folder(folder.absolute(), checkpoint.classes, config.data), "test"
-    loader = make_loader(prepared, split, eval_reading(config.data, config.train.eval_batch_size), config.loader)
-    try:
-        logits, labels = predict(network.to(device), loader, Normalize(config.data).to(device), device)
-    finally:
-        loader.close()
-    return Evaluation(split, score(logits, labels, checkpoint.train_counts))
+
+    def outputs(data: Prepared, of: str) -> tuple[torch.Tensor, torch.Tensor]:
+        loader = make_loader(data, of, eval_reading(config.data, config.train.eval_batch_size), config.loader)
+        try:
+            return predict(network.to(device), loader, Normalize(config.data).to(device), device)
+        finally:
+            loader.close()
+
+    chosen: TailShift | None = None
+    if tail_shift == "auto":
+        own = prepared if folder is None else ensure_prepared(config.data, config.seed)
+        if "val" not in own.splits:
+            raise UserError("--tail-shift auto chooses on validation images, and the run's data have none; give a number")
+        chosen = choose_shift(*outputs(own, "val"), checkpoint.train_counts, metric)
+        tail_shift = chosen.shift
+    logits, labels = outputs(prepared, split)
+    return Evaluation(
+        split, score(shifted(logits, checkpoint.train_counts, tail_shift), labels, checkpoint.train_counts), chosen
+    )

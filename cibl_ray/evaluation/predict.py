@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import nn
 
+from cibl_ray.hardware import one_thread_a_core
 from cibl_ray.networks.network import HybridNetwork
 from pipelines.loaders.reading import Loader
 
@@ -14,7 +17,6 @@ def _at_once(size: int) -> int:
     return max(4, 2**16 // size**2)
 
 
-@torch.inference_mode()
 def predict(
     network: HybridNetwork, loader: Loader, normalize: nn.Module, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -23,11 +25,21 @@ def predict(
     was_training = network.training
     network.eval()
     logits, labels = [], []
+
+    @torch.inference_mode()
+    def classify(part: torch.Tensor) -> torch.Tensor:
+        return network.classify(normalize(part.to(device, non_blocking=True))).cpu()
+
     # On GPUs torch lets convolutions round to TF32 unless told otherwise.
-    with torch.backends.cudnn.flags(enabled=True, benchmark=torch.backends.cudnn.benchmark, allow_tf32=False):
+    with (
+        torch.backends.cudnn.flags(enabled=True, benchmark=torch.backends.cudnn.benchmark, allow_tf32=False),
+        one_thread_a_core() if device.type == "cpu" else nullcontext() as pool,
+    ):
         for batch in loader.epoch(0):
-            parts = batch.views.split(_at_once(batch.views.shape[2]) if device.type == "cpu" else len(batch.views))
-            logits += [network.classify(normalize(part.to(device, non_blocking=True))).cpu() for part in parts]
+            if pool is not None and batch.views.ndim == 5:  # else features of a frozen backbone
+                logits += [*pool.map(classify, batch.views.split(_at_once(batch.views.shape[2])))]
+            else:
+                logits.append(classify(batch.views))
             labels.append(batch.labels.clone())
     network.train(was_training)
     if not logits:  # fewer images than workers

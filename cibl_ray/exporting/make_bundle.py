@@ -60,6 +60,7 @@ class Options:
         max_drop: Points of accuracy that a shot group may lose to fp16 or int8.
         calibration: Number of training images that calibrate int8, as many of each class.
         provider: The provider of onnxruntime that measures the bundle.
+        tail_shift: What the bundle's answers have of it by default; a client's own counts from there.
     """
 
     precisions: tuple[str, ...] = ("fp32",)
@@ -69,6 +70,7 @@ class Options:
     max_drop: float = 1.0
     calibration: int = 512
     provider: Provider = "auto"
+    tail_shift: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -200,9 +202,12 @@ class _Export:
             accuracy=accuracy,
             source=self.source,
             versions=_versions(),
+            tail_shift=self.options.tail_shift,
         )
         for precision, base in bases.items():
-            finish(base, self.part / FILES[precision], counts, replace(card, precision=precision).dump())
+            finish(
+                base, self.part / FILES[precision], counts, replace(card, precision=precision).dump(), self.options.tail_shift
+            )
         return card.dump()
 
     def _open(self) -> dict[str, Runtime]:
@@ -259,7 +264,7 @@ class _Export:
             start += size
             with torch.inference_mode():
                 expected = self.network.classify(normalize(torch.from_numpy(batch)[:, None])).numpy()
-            (got,) = runtime(batch, outputs=(LOGITS,))
+            (got,) = runtime(batch, np.array([-self.options.tail_shift], np.float32), (LOGITS,))  # back to what torch gives
             apart = float(np.abs(got - expected).max())
             if not apart <= TOLERANCE or (got.argmax(1) != expected.argmax(1)).any():
                 raise UserError(
@@ -281,12 +286,12 @@ class _Export:
                 labels.append(of_batch)
                 progress.update(len(images))
         counts = self.checkpoint.train_counts
-        true = torch.cat(labels)
+        true, default = torch.cat(labels), self.options.tail_shift
         joined = {precision: torch.from_numpy(np.concatenate(parts)) for precision, parts in logits.items()}
         log_prior = torch.from_numpy(np.log(counts / counts.sum()).astype(np.float32))
         return (
             {precision: score(values, true, counts) for precision, values in joined.items()},
-            {shift: score(joined["fp32"] - shift * log_prior, true, counts) for shift in SHIFTS},
+            {shift: score(joined["fp32"] - (shift - default) * log_prior, true, counts) for shift in SHIFTS},
         )
 
     def _compare(self, scores: dict[str, Scores]) -> None:

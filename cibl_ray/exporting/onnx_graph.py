@@ -44,7 +44,7 @@ class _Served(nn.Module):
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
         x = images.permute(0, 3, 1, 2).float() * self.factor + self.offset
-        h = self.network.backbone(x)
+        h = self.network.features(x)
         logits = self.network.head(h)
         if not self.embedding:
             return (logits,)
@@ -69,8 +69,16 @@ def export_base(network: HybridNetwork, data: DataConfig, embedding: bool, path:
     )
 
 
-def finish(base: Path, path: Path, train_counts: np.ndarray, card: dict[str, Any]) -> None:
-    """Add what follows the raw logits, and the metadata; check; write to `path`."""
+def finish(base: Path, path: Path, train_counts: np.ndarray, card: dict[str, Any], default_shift: float = 0.0) -> None:
+    """Add what follows the raw logits, and the metadata; check; write to `path`.
+
+    Args:
+        base: The base graph.
+        path: The finished model.
+        train_counts: Training images of each class, (C,).
+        card: The metadata.
+        default_shift: The shift that a client gets who asks for none; the input `tail_shift` counts from it.
+    """
     model = onnx.load(base)
     graph = model.graph
     log_prior = np.log(train_counts / train_counts.sum()).astype(np.float32)
@@ -80,6 +88,7 @@ def finish(base: Path, path: Path, train_counts: np.ndarray, card: dict[str, Any
             numpy_helper.from_array(np.array([1], dtype=np.int64), "tail_shift_axis"),
             # An input that has an initializer of its name may be left out: the initializer is its default.
             numpy_helper.from_array(np.zeros(1, dtype=np.float32), TAIL_SHIFT),
+            numpy_helper.from_array(np.float32(default_shift) * log_prior, "default_shift_logits"),
         ]
     )
     graph.input.append(helper.make_tensor_value_info(TAIL_SHIFT, TensorProto.FLOAT, ["shifts"]))
@@ -87,7 +96,8 @@ def finish(base: Path, path: Path, train_counts: np.ndarray, card: dict[str, Any
         [
             helper.make_node("Unsqueeze", [TAIL_SHIFT, "tail_shift_axis"], ["tail_shift_column"]),
             helper.make_node("Mul", ["tail_shift_column", "log_prior"], ["tail_shift_logits"]),
-            helper.make_node("Sub", [_RAW, "tail_shift_logits"], [LOGITS]),
+            helper.make_node("Sub", [_RAW, "default_shift_logits"], ["default_logits"]),
+            helper.make_node("Sub", ["default_logits", "tail_shift_logits"], [LOGITS]),
             helper.make_node("Softmax", [LOGITS], [PROBABILITIES], axis=1),
         ]
     )

@@ -3,39 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_serializer
 
+from cibl_ray.networks.backbones.config import AnyBackbone, BackboneConfig, ResNet32Backbone, dump
 from cibl_ray.networks.heads.cosine import CosineHeadConfig
 from cibl_ray.networks.heads.linear import LinearHeadConfig
 from pipelines.common.settings import Settings
 
-
-@dataclass(frozen=True)
-class Backbone:
-    """Where a backbone comes from.
-
-    Attributes:
-        builder: "module:function", the module below `cibl_ray.networks.backbones`. The function takes nothing. It returns the
-            network, images (M, 3, S, S) to features (M, d_h), and d_h.
-        min_size: The smallest images that it takes, pixels a side.
-    """
-
-    builder: str
-    min_size: int = 1
-
-
-BACKBONES = {
-    "resnet20": Backbone("resnet_cifar:resnet20"),
-    "resnet32": Backbone("resnet_cifar:resnet32"),
-    "resnet50": Backbone("resnet_imagenet:resnet50", min_size=33),
-    "resnext50": Backbone("resnet_imagenet:resnext50", min_size=33),
-}
 if TYPE_CHECKING:
-    BackboneName = str
-else:
-    BackboneName = Literal[tuple(BACKBONES)]
+    from torch import nn
 
 HeadConfig = Annotated[
     LinearHeadConfig
@@ -51,12 +29,24 @@ class ProjectionConfig(Settings):
     size: int = Field(default=128, ge=1, description="Dimensions of the embedding.")
 
 
+class NeckConfig(Settings):
+    """A layer between backbone and head: d -> hidden, ReLU. With a frozen backbone it is what contrastive losses shape."""
+
+    hidden: int = Field(default=512, ge=1, description="Width of the layer.")
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="Share of the backbone's features that training leaves out.")
+
+
 class NetworkConfig(Settings):
     """Backbone, classification head, and the projection for losses that contrast embeddings."""
 
-    backbone: BackboneName = Field(default="resnet32", description="The network before the head.")
+    backbone: AnyBackbone = Field(default=ResNet32Backbone(), description="The network before the head.")
+    neck: NeckConfig | None = Field(default=None, description="A trained layer after the backbone; null: none.")
     head: HeadConfig = LinearHeadConfig()
     projection: ProjectionConfig = ProjectionConfig()
+
+    @field_serializer("backbone")
+    def _short(self, backbone: BackboneConfig) -> Any:
+        return dump(backbone)
 
     def check(self, image_size: int, epochs: int) -> None:
         """Refuse what does not fit the images or the length of the run.
@@ -64,14 +54,41 @@ class NetworkConfig(Settings):
         Raises:
             ValueError: One line that names the field, its value and the fix.
         """
-        smallest = BACKBONES[self.backbone].min_size
+        smallest = self.backbone.min_size
         if image_size < smallest:
-            small = " or ".join(name for name, backbone in BACKBONES.items() if backbone.min_size <= image_size)
             raise ValueError(
-                f"network.backbone {self.backbone!r} takes images of {smallest} pixels and more, data.size is {image_size}; "
-                f"use {small} for small images"
+                f"network.backbone {self.backbone.title!r} takes images of {smallest} pixels and more, data.size is "
+                f"{image_size}; use resnet20 or resnet32 for small images"
             )
         self.head.check(epochs)
+
+
+class LastBlocks(Settings):
+    """Train the last blocks of the backbone: stages of a convolutional network, layers of a transformer."""
+
+    kind: Literal["blocks"] = "blocks"
+    count: int = Field(default=2, ge=1, le=100, description="How many blocks, with what follows them.")
+
+    def freeze(self, backbone: nn.Module) -> None:
+        """Freeze all but these blocks."""
+        from cibl_ray.networks.depth import train_last
+
+        train_last(backbone, self.count)
+
+
+class Norms(Settings):
+    """Train the scales and shifts of the normalisation layers. Their running statistics stay as they are."""
+
+    kind: Literal["norms"]
+
+    def freeze(self, backbone: nn.Module) -> None:
+        """Freeze all but the normalisation layers' parameters."""
+        from cibl_ray.networks.depth import train_norms
+
+        train_norms(backbone)
+
+
+PartialConfig = LastBlocks | Norms
 
 
 @dataclass(frozen=True)

@@ -56,6 +56,19 @@ class Head(nn.Module):
         return self.config.logits(h, self.weight, self.bias, self.scale)
 
 
+class Neck(nn.Module):
+    """Features (M, d) of the backbone to those that the head sees, (M, hidden): dropout, linear, ReLU."""
+
+    def __init__(self, features: int, hidden: int, dropout: float) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Dropout(dropout), nn.Linear(features, hidden), nn.ReLU(inplace=True))
+
+    def forward(self, h: torch.Tensor) -> torch.Tensor:
+        """Features (M, hidden) of features (M, d)."""
+        result: torch.Tensor = self.layers(h)
+        return result
+
+
 class Projection(nn.Module):
     """z = MLP(h)/|MLP(h)|: features (M, d_h) to embeddings (M, d_z) of unit norm, in at least float32."""
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import importlib
+import logging
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import nn
 
-from cibl_ray.networks.config import BACKBONES, Needs, NetworkConfig
-from cibl_ray.networks.modules import Head, LearnedPrototypes, ProjectedPrototypes, Projection
+from cibl_ray.networks.config import Needs, NetworkConfig, PartialConfig
+from cibl_ray.networks.depth import frozen_modules
+from cibl_ray.networks.modules import Head, LearnedPrototypes, Neck, ProjectedPrototypes, Projection
 from cibl_ray.networks.precision import at_least_float32
 from pipelines.common.seeding import torch_seed
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -42,8 +46,13 @@ class HybridNetwork(nn.Module):
 
     def __init__(self, config: NetworkConfig, classes: int, needs: Needs) -> None:
         super().__init__()
+        self._still: list[str] = []
         self.classes, self.detached_head = classes, needs.detached_head
-        self.backbone, features = build_backbone(config.backbone)
+        self.backbone, features = config.backbone.build()
+        self.neck: nn.Module | None = None
+        if config.neck is not None:
+            self.neck = Neck(features, config.neck.hidden, config.neck.dropout)
+            features = config.neck.hidden
         self.head = Head(config.head, features, classes)
         self.projection: Projection | None = None
         self.prototypes: LearnedPrototypes | ProjectedPrototypes | None = None
@@ -56,8 +65,8 @@ class HybridNetwork(nn.Module):
                 self.prototypes = ProjectedPrototypes(features, config.projection.hidden, config.projection.size)
 
     def forward(self, x: torch.Tensor) -> Outputs:
-        """Everything that a loss may need of images (M, 3, S, S)."""
-        h = self.backbone(x)
+        """Everything that a loss may need of images (M, 3, S, S), or of the backbone's features of them (M, d)."""
+        h = self.features(x)
         return Outputs(
             logits=at_least_float32(self.head(h.detach() if self.detached_head else h)),
             embeddings=self.projection(h) if self.projection is not None else None,
@@ -65,9 +74,37 @@ class HybridNetwork(nn.Module):
             scale=self.head.scale,
         )
 
+    def features(self, x: torch.Tensor) -> torch.Tensor:
+        """What the head sees, (M, d_h), of images (M, 3, S, S), or of the backbone's features of them (M, d)."""
+        h = x if x.ndim == 2 else self.backbone(x)
+        return h if self.neck is None else self.neck(h)
+
     def classify(self, x: torch.Tensor) -> torch.Tensor:
         """Logits alone, (M, C), in at least float32: what evaluation and serving need."""
-        return at_least_float32(self.head(self.backbone(x)))
+        return at_least_float32(self.head(self.features(x)))
+
+    def freeze(self, tune: Literal["head", "partial", "full"], partial: PartialConfig) -> None:
+        """Choose what of the backbone is trained. Frozen batch norm keeps its statistics in training mode, too.
+
+        Args:
+            tune: Nothing of the backbone, a part, or all of it.
+            partial: Which part.
+        """
+        match tune:
+            case "head":
+                self.backbone.requires_grad_(False)
+            case "partial":
+                partial.freeze(self.backbone)
+            case "full":
+                self.backbone.requires_grad_(True)
+        self._still = frozen_modules(self.backbone)
+
+    def train(self, mode: bool = True) -> HybridNetwork:
+        """Set training mode; what is frozen stays in evaluation mode."""
+        super().train(mode)
+        for name in self._still:
+            self.backbone.get_submodule(name).eval()
+        return self
 
     def schedule(self, epoch: float, epochs: int) -> None:
         """Set what changes over a run of `epochs`: the head's scale, where a schedule sets it."""
@@ -80,20 +117,30 @@ class HybridNetwork(nn.Module):
         return name != "head.log_scale"
 
 
-def build_network(config: NetworkConfig, classes: int, needs: Needs, seed: int) -> HybridNetwork:
+def build_network(config: NetworkConfig, classes: int, needs: Needs, seed: int, pretrained: bool = False) -> HybridNetwork:
     """Build a network with weights drawn from `seed`, channels last in memory.
 
     Projection and prototypes are drawn last, so that networks with and without them start from the same backbone and
     classifier. torch's global generator is left as it was.
+
+    Args:
+        config: Backbone, head and projection.
+        classes: C.
+        needs: What the loss asks for beside logits.
+        seed: Of the random weights.
+        pretrained: Load the backbone's pretrained weights, where the configuration names some.
+
+    Returns:
+        The network, on the CPU.
+
+    Raises:
+        UserError: The pretrained weights cannot be had, or are of another network.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(torch_seed(seed, "weights"))
         network = HybridNetwork(config, classes, needs)
+    if pretrained and (source := config.backbone.load(network.backbone)) is not None:
+        of_backbone, all_of_it = (sum(p.numel() for p in part.parameters()) for part in (network.backbone, network))
+        log.info("%s: %s parameters from %s", config.backbone.title, f"{of_backbone:,}", source)
+        log.info("heads: %s parameters are new", f"{all_of_it - of_backbone:,}")
     return network.to(memory_format=torch.channels_last)
-
-
-def build_backbone(name: str) -> tuple[nn.Module, int]:
-    """The backbone `name` of `BACKBONES`, with weights from torch's global generator, and how many features it has."""
-    module, _, function = BACKBONES[name].builder.partition(":")
-    backbone: tuple[nn.Module, int] = getattr(importlib.import_module(f"cibl_ray.networks.backbones.{module}"), function)()
-    return backbone

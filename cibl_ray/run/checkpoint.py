@@ -31,6 +31,7 @@ FORMAT = 4
 _READ = (2, 3, 4)  # 2: without steps within an epoch; 3: without an average of the weights
 _HEADER = "cibl_ray"
 _LARGEST_HEAD = 100_000_000  # bytes, of a safetensors file
+_MOMENTUM = "momentum_buffer"  # torch's name of it
 _PARTS = ("weights", "momentum", "objective", "average")  # the tensors of a Checkpoint
 
 
@@ -83,27 +84,37 @@ def load_weights(network: HybridNetwork, checkpoint: Checkpoint, averaged: bool 
     if strange:
         made_by, classes = checkpoint.config.network, len(checkpoint.classes)
         raise UserError(
-            f"the checkpoint is of another architecture: it was made by {made_by.backbone} with a {made_by.head.kind} head, "
-            f"loss {checkpoint.config.loss.kind} and {classes} classes; "
+            f"the checkpoint is of another architecture: it was made by {made_by.backbone.title} with a "
+            f"{made_by.head.kind} head, loss {checkpoint.config.loss.kind} and {classes} classes; "
             f"{len(strange)} tensors differ, the first is {strange[0]!r}"
         )
     network.load_state_dict(weights)
 
 
-def momentum_of(network: HybridNetwork, optimizer: torch.optim.SGD) -> dict[str, torch.Tensor]:
-    """SGD's momentum buffers by parameter name."""
-    buffers = {
-        name: optimizer.state.get(parameter, {}).get("momentum_buffer") for name, parameter in network.named_parameters()
-    }
-    return {name: buffer for name, buffer in buffers.items() if buffer is not None}
-
-
-def load_momentum(network: HybridNetwork, optimizer: torch.optim.SGD, momentum: dict[str, torch.Tensor]) -> None:
-    """Put a checkpoint's momentum, by the parameters' names, into `optimizer`."""
+def optimizer_state(network: HybridNetwork, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """The optimizer's tensors: SGD's momentum by the parameter's name, others by that and their own, with a colon."""
+    state = {}
     for name, parameter in network.named_parameters():
-        if name in momentum:
-            # Same memory layout as the parameter: a resumed step must add up in the same order.
-            optimizer.state[parameter]["momentum_buffer"] = torch.empty_like(parameter).copy_(momentum[name])
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if isinstance(value, torch.Tensor):
+                state[name if key == _MOMENTUM else f"{name}:{key}"] = value
+    return state
+
+
+def load_optimizer(network: HybridNetwork, optimizer: torch.optim.Optimizer, state: dict[str, torch.Tensor]) -> None:
+    """Take over what `optimizer_state` gave."""
+    parameters = dict(network.named_parameters())
+    for place, value in state.items():
+        name, _, key = place.partition(":")
+        parameter = parameters.get(name)
+        if parameter is None:
+            continue
+        # Same memory layout as the parameter: a resumed step must add up in the same order.
+        if value.shape == parameter.shape:
+            like = torch.empty_like(parameter)
+        else:  # AdamW's count of steps, which its fused kernel wants beside the weights
+            like = torch.empty_like(value, device=parameter.device if optimizer.defaults.get("fused") else "cpu")
+        optimizer.state[parameter][key or _MOMENTUM] = like.copy_(value)
 
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint, keep_previous: bool = False) -> None:

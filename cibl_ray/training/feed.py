@@ -37,6 +37,24 @@ def read_plans(loss: LossSettings, data: DataConfig, batch_size: int, seed: int,
     return plans
 
 
+class FeatureFeed:
+    """`Feed` of features that were computed before: nothing is read, augmented or normalised."""
+
+    waited = 0.0
+
+    def __init__(self, loader: Loader, device: torch.device) -> None:
+        self.loader, self.device = loader, device
+
+    def steps(self, epoch: int, step: int) -> Iterator[Images]:
+        """The features of the epoch's steps from `step` on."""
+        for number, batch in enumerate(self.loader.epoch(epoch, step)):
+            yield from self.ready([batch], epoch, step + number)
+
+    def ready(self, batches: list[Batch], epoch: int, step: int) -> list[Images]:
+        """The features of so many steps."""
+        return [Images(batch.views.flatten(0, 1), batch.labels, batch.views.shape[1]) for batch in batches]
+
+
 class Feed:
     """What the network sees of one stream, step by step: the loader's views, augmented and normalised on the device.
 

@@ -16,6 +16,7 @@ from types import FrameType
 from typing import Any
 
 from cibl_ray.config import RunConfig, config_warnings, save_config
+from cibl_ray.evaluation.confusion import save_confusion
 from cibl_ray.evaluation.metrics import heading, table
 from cibl_ray.evaluation.pictures import save_accuracy_by_class, save_learning_curves
 from cibl_ray.hardware import describe, resolve
@@ -27,11 +28,14 @@ from cibl_ray.training.trainer import Trainer
 from cibl_ray.world import World, require_own_gpu
 from pipelines.common.errors import Interrupted, UserError
 from pipelines.common.files import write_atomically
+from pipelines.loaders.reading import eval_rule
 from pipelines.prepare.build import ensure_prepared
 from pipelines.prepare.pictures import save_histogram
 from pipelines.prepare.prepared import Prepared
 
 log = logging.getLogger("cibl_ray")
+
+_PHOTOGRAPHS = 64  # pixels of a side, from which on people can tell what an image shows
 
 
 def fit(
@@ -77,7 +81,7 @@ def _fit_in(
         # Decided when the run began: another order would not be the epoch that the checkpoint stands in.
         loader = config.loader.model_copy(update={"cache": checkpoint.config.loader.cache})
         config = config.model_copy(update={"loader": loader})
-    trainer = Trainer(config, prepared, folder, world)
+    trainer = Trainer(config, prepared, folder, world, start=checkpoint)
     if checkpoint is not None:
         trainer.restore(checkpoint)
     if not world.is_rank0:
@@ -121,7 +125,7 @@ def _fit(trainer: Trainer, progress: Progress) -> dict[str, Any]:
     save_histogram(folder / "class_counts.png", prepared.classes, prepared.train_counts)
     log.info(
         "%s: %s, %s head, %s, %s, %s, %s, %s; from epoch %d of %d",
-        folder, config.network.backbone, config.network.head.kind, config.loss.kind, config.train.device,
+        folder, config.network.backbone.title, config.network.head.kind, config.loss.kind, config.train.device,
         config.train.precision, trainer.train_loaders[0].name, _workers(trainer.world.size),
         trainer.epoch + 1, config.train.epochs,
     )  # fmt: skip
@@ -133,7 +137,10 @@ def _fit(trainer: Trainer, progress: Progress) -> dict[str, Any]:
     rows = read_metrics(folder)
     kinds = [name for name in ("last", "best") if name in result]
     scores = {f"{name} (epoch {result[name]['epoch']})": result[name]["scores"] for name in kinds}
+    shifts = {name: result[name]["tail_shift"] for name in kinds if "tail_shift" in result[name]}
     result |= {name: {**result[name], "scores": asdict(result[name]["scores"])} for name in kinds}
+    for name, shift in shifts.items():
+        result[name] = {**result[name], "tail_shift": shift.dump()}
     result |= {
         "seconds": sum(row["seconds"]["epoch"] for row in rows),
         "time": {name: seconds + trainer.spent.get(name, 0.0) for name, seconds in _time(rows).items()},
@@ -149,13 +156,20 @@ def _fit(trainer: Trainer, progress: Progress) -> dict[str, Any]:
     if rows:
         save_learning_curves(folder / "learning_curves.png", rows)
     save_accuracy_by_class(folder / "accuracy_by_class.png", prepared.classes, prepared.train_counts, scores)
+    report = config.data.size >= _PHOTOGRAPHS and trainer.outputs is not None
+    if report and trainer.outputs is not None:
+        save_confusion(folder, prepared, result["split"], *trainer.outputs, eval_rule(config.data))
     where = f"the {result['split']} split"
     progress.line(f"\n{heading(where)}\n")
     progress.line(table(scores))
+    if (chosen := shifts.get("best", shifts.get("last"))) is not None and chosen.shift:
+        progress.line(f"\nValidation chooses {chosen.line()}; the scores with it: evaluate RUN --tail-shift auto")
     if "best" not in result:
         progress.line("\nNo validation split, so no best epoch: data.val_fraction carves one out.")
     progress.line(f"\nTime: {_shares(result['time'])}")
     progress.line(f"Run folder: {folder}\nPictures:   learning_curves.png, accuracy_by_class.png, class_counts.png")
+    if report:
+        progress.line("Confusion:  confusion.html: pairs of classes, worst classes, images that the network disagrees with")
     return result
 
 

@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
@@ -18,17 +18,20 @@ from torch import nn
 from cibl_ray.config import RunConfig
 from cibl_ray.evaluation.metrics import Scores, score
 from cibl_ray.evaluation.predict import predict
+from cibl_ray.evaluation.tail_shift import choose_shift
+from cibl_ray.features.loader import AsTheyAre, FeatureLoaders
 from cibl_ray.hardware import enough_memory
 from cibl_ray.losses.objective import Images, Objective
 from cibl_ray.networks.average import WeightAverage
 from cibl_ray.networks.network import HybridNetwork, Outputs, build_network
-from cibl_ray.run.checkpoint import Checkpoint, load_checkpoint, load_momentum, load_weights, momentum_of, save_checkpoint
+from cibl_ray.run.checkpoint import Checkpoint, load_checkpoint, load_optimizer, load_weights, optimizer_state, save_checkpoint
 from cibl_ray.run.fingerprint import code_digest
 from cibl_ray.run.folder import BEST, CHECKPOINTS, LAST
 from cibl_ray.run.log import RunLog
 from cibl_ray.run.progress import Progress, Silent
 from cibl_ray.training.compiled import begin_step, compile_network, explained
-from cibl_ray.training.feed import Feed, read_plans
+from cibl_ray.training.feed import FeatureFeed, Feed, read_plans
+from cibl_ray.training.optimizer import make_optimizer
 from cibl_ray.training.schedules import lr_factor
 from cibl_ray.world import World
 from pipelines.augment.recipe import Normalize
@@ -52,10 +55,14 @@ class Trainer:
 
     `config` has no 'auto' left (`hardware.resolve`). `epoch` counts the whole epochs done. In a `world` of several
     workers every one has a trainer of its own, with the same network; rank 0's alone touches `folder`.
+    `start`: the checkpoint that `restore` will go on from; without one, the backbone's pretrained weights are loaded.
     """
 
-    def __init__(self, config: RunConfig, prepared: Prepared, folder: Path, world: World | None = None) -> None:
+    def __init__(
+        self, config: RunConfig, prepared: Prepared, folder: Path, world: World | None = None, start: Checkpoint | None = None
+    ) -> None:
         self.world = world = world or World()
+        config = _fitting_batch(config, prepared)
         config = config.model_copy(update={"loader": _decide_cache(config.loader, prepared, world, config.train.device)})
         self.config, self.prepared, self.folder = config, prepared, folder
         self.code = code_digest()  # before a long run's source files can change
@@ -66,25 +73,17 @@ class Trainer:
         if self.device.type == "cuda":
             torch.backends.cudnn.benchmark = True  # a run has two or three shapes: the fastest convolutions are found once
         self.autocast = config.train.precision == "bf16"
-        self.network = build_network(config.network, len(prepared.classes), config.loss.needs, config.seed)
+        self.network = build_network(config.network, len(prepared.classes), config.loss.needs, config.seed, start is None)
+        if start is not None:
+            load_weights(self.network, start)  # before features are made of it
+        self.network.freeze(config.train.tune, config.train.partial)
         self.network.to(self.device)
         average = config.train.average
         self.average = WeightAverage(self.network, average) if average is not None else None
-        self.normalize = Normalize(config.data).to(self.device)
+        self.normalize: nn.Module = Normalize(config.data).to(self.device)
         self.objective = Objective(config.loss, self.network, prepared.train_counts, self.device, world, batch)
-        decayed: dict[bool, list[nn.Parameter]] = {True: [], False: []}
-        for name, parameter in self.network.named_parameters():
-            decayed[self.network.decays(name)].append(parameter)
-        self.optimizer = torch.optim.SGD(
-            [
-                {"params": decayed[True], "weight_decay": config.optimizer.weight_decay},
-                {"params": decayed[False], "weight_decay": 0.0},
-            ],
-            lr=config.optimizer.lr,
-            momentum=config.optimizer.momentum,
-            nesterov=config.optimizer.nesterov,
-            fused=self.device.type == "cuda",  # one launch for all parameters instead of ten
-        )
+        self.optimizer = make_optimizer(self.network, config.optimizer, fused=self.device.type == "cuda")
+        self.outputs: tuple[torch.Tensor, torch.Tensor] | None = None  # logits and labels that the result scored last
         self.epoch = self.step = 0
         self._saved = time.monotonic()
         self.after_save: Callable[[], None] = lambda: None
@@ -95,16 +94,26 @@ class Trainer:
         if config.train.compile:
             for network in self.objective.networks:
                 compile_network(network, self.device)
-        self.train_loaders = [make_loader(prepared, "train", plan, config.loader, self.device) for plan in plans]
-        self.feeds = [
-            Feed(loader, plan, self.normalize, self.device, world.share.of(batch), batch)
-            for loader, plan in zip(self.train_loaders, plans, strict=True)
-        ]
-        # Opened now, so that a damaged test set is not found out after the last epoch.
         held_out = eval_reading(config.data, config.train.eval_batch_size, world.share)
-        self.eval_loaders: dict[str, Loader] = {
-            split: make_loader(prepared, split, held_out, config.loader) for split in prepared.splits if split != "train"
-        }
+        splits = [split for split in prepared.splits if split != "train"]
+        self.train_loaders: Sequence[Loader]
+        self.eval_loaders: Mapping[str, Loader]
+        self.feeds: Sequence[Feed | FeatureFeed]
+        if config.train.tune == "head":
+            self.autocast = False  # a head alone gains nothing by it
+            make = FeatureLoaders(self.network.backbone, config, prepared, self.device, world)
+            self.train_loaders = [make.train(plan) for plan in plans]
+            self.eval_loaders = {split: make.evaluation(split, held_out) for split in splits}
+            self.feeds = [FeatureFeed(loader, self.device) for loader in self.train_loaders]
+            self.normalize = AsTheyAre()
+        else:
+            self.train_loaders = [make_loader(prepared, "train", plan, config.loader, self.device) for plan in plans]
+            self.feeds = [
+                Feed(loader, plan, self.normalize, self.device, world.share.of(batch), batch)
+                for loader, plan in zip(self.train_loaders, plans, strict=True)
+            ]
+            # Opened now, so that a damaged test set is not found out after the last epoch.
+            self.eval_loaders = {split: make_loader(prepared, split, held_out, config.loader) for split in splits}
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go on from a checkpoint. Raises UserError where it is of another network or other data."""
@@ -112,7 +121,7 @@ class Trainer:
         if set(checkpoint.data) != set(splits) or not all(splits[name].has(digest) for name, digest in checkpoint.data.items()):
             raise UserError("the data have changed since this run began; start a new run")
         load_weights(self.network, checkpoint)
-        load_momentum(self.network, self.optimizer, checkpoint.momentum)
+        load_optimizer(self.network, self.optimizer, checkpoint.momentum)
         self.objective.load(checkpoint.objective)
         if self.average is not None:  # of the weights from here on, where the run kept none before
             load_weights(self.average.network, checkpoint, averaged=True)
@@ -203,7 +212,10 @@ class Trainer:
             "epoch": self.epoch,
             "code": self.code,
             "train": dict(zip(totals, means, strict=True)),
-            "rate": {"lr": self.optimizer.param_groups[0]["lr"], "images_per_s": (batches - first) * batch_size / seconds},
+            "rate": {
+                "lr": max(group["lr"] for group in self.optimizer.param_groups),
+                "images_per_s": (batches - first) * batch_size / seconds,
+            },
             "seconds": {
                 "epoch": seconds,
                 "data_wait": sum(feed.waited for feed in self.feeds) - waited,
@@ -252,10 +264,10 @@ class Trainer:
 
     def evaluate(self, split: str) -> Scores | None:
         """Scores of the network as it is on 'val' or 'test', each sample once over all workers; rank 0's alone."""
-        started = time.perf_counter()
-        with enough_memory(f"evaluation, {self.config.train.eval_batch_size} images at once", "lower train.eval_batch_size"):
-            logits, labels = predict(self.judged, self.eval_loaders[split], self.normalize, self.device)
-        logits, labels = self.world.gather_to_rank0(logits), self.world.gather_to_rank0(labels)
+        return self._score(split, *self._predict(split))
+
+    def _score(self, split: str, logits: torch.Tensor, labels: torch.Tensor) -> Scores | None:
+        """Scores of rank 0's logits. Raises UserError where they are not finite."""
         scores = score(logits, labels, self.prepared.train_counts) if self.world.is_rank0 else None
         # Training may go on all the same, by each batch's own statistics: the running ones, once not finite, stay so.
         if scores is not None and not math.isfinite(scores.loss):
@@ -264,15 +276,34 @@ class Trainer:
                 f"optimizer.lr (it is {self.config.optimizer.lr}), set optimizer.clip_norm, or train.precision: fp32; "
                 "earlier checkpoints are kept"
             )
-        self.spent["evaluation"] += time.perf_counter() - started
         return scores
+
+    def _predict(self, split: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits and labels of the network as it is, of the whole split on rank 0."""
+        started = time.perf_counter()
+        with enough_memory(f"evaluation, {self.config.train.eval_batch_size} images at once", "lower train.eval_batch_size"):
+            logits, labels = predict(self.judged, self.eval_loaders[split], self.normalize, self.device)
+        logits, labels = self.world.gather_to_rank0(logits), self.world.gather_to_rank0(labels)
+        self.spent["evaluation"] += time.perf_counter() - started
+        return logits, labels
+
+    def _scored(self, split: str, epoch: int) -> dict[str, Any]:
+        """What the result says of the network as it is, with the tail shift that validation images choose."""
+        logits, labels = self._predict(split)
+        result: dict[str, Any] = {"epoch": epoch, "scores": self._score(split, logits, labels)}
+        self.outputs = logits, labels
+        if "val" in self.prepared.splits and split != "val":
+            logits, labels = self._predict("val")
+            if self.world.is_rank0:
+                result["tail_shift"] = choose_shift(logits, labels, self.prepared.train_counts)
+        return result
 
     def save(self) -> None:
         """Write the checkpoint to go on from."""
         started = time.perf_counter()
         whole = self._checkpoint(
             self.network.state_dict(),
-            momentum=momentum_of(self.network, self.optimizer),
+            momentum=optimizer_state(self.network, self.optimizer),
             objective=self.objective.state(),
             average=self.average.network.state_dict() if self.average is not None else {},
         )
@@ -306,7 +337,7 @@ class Trainer:
         self.network.schedule(epoch, self.config.train.epochs)
         factor = lr_factor(self.config.schedule, epoch, self.config.train.epochs)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.config.optimizer.lr * factor
+            group["lr"] = self.config.optimizer.lr * factor * group["scale"]
 
     def _check_finite(self, total: torch.Tensor, step: int) -> None:
         if not torch.isfinite(total):
@@ -345,7 +376,7 @@ class Trainer:
     def _result(self) -> dict[str, Any]:
         """Both checkpoints on the held-out split. The test set is looked at here for the first time, and chooses nothing."""
         split = "test" if "test" in self.prepared.splits else "val"
-        result: dict[str, Any] = {"split": split, "last": {"epoch": self.epoch, "scores": self.evaluate(split)}}
+        result: dict[str, Any] = {"split": split, "last": self._scored(split, self.epoch)}
         path = self._checkpoints / BEST
         epoch = None if self.best is None else self.best["epoch"]  # known to rank 0 alone
         same = epoch == self.epoch and self.step == 0  # the same weights; not where fewer epochs were set within the next one
@@ -354,7 +385,7 @@ class Trainer:
         best = self.world.broadcast_from_rank0(lambda: _readable(path) if epoch is not None and not same else None)
         if best is not None:
             load_weights(self.judged, best)
-            result["best"] = {"epoch": best.epoch, "scores": self.evaluate(split)}
+            result["best"] = self._scored(split, best.epoch)
         return result if self.world.is_rank0 else {}
 
 
@@ -381,6 +412,15 @@ class _Watch:
         if self._arrived is not None:
             self._arrived.synchronize()
         self._check(self._value)
+
+
+def _fitting_batch(config: RunConfig, prepared: Prepared) -> RunConfig:
+    """`config` with a batch of all images where a head is trained on fewer than one batch has."""
+    samples, batch = prepared.splits["train"].samples, config.train.batch_size
+    if config.train.tune != "head" or batch <= samples:
+        return config
+    log.info("train.batch_size is lowered from %d to all %d training images", batch, samples)
+    return config.model_copy(update={"train": config.train.model_copy(update={"batch_size": samples})})
 
 
 def _decide_cache(config: LoaderConfig, prepared: Prepared, world: World, device: str) -> LoaderConfig:

@@ -293,8 +293,8 @@ def override(content: dict[str, Any], pairs: list[tuple[str, Any]], model: type[
             if isinstance(child, list):
                 where = ".".join(parents[: depth + 1])
                 raise UserError(f"--{key}: {where} is a list; set it as a whole: --{where} '[...]'")
-            if not isinstance(child, dict):
-                child = node[name] = {}
+            if not isinstance(child, dict):  # `backbone: resnet20` is short for {kind: resnet20}
+                child = node[name] = {"kind": child} if isinstance(child, str) and last != "kind" else {}
             node = child
         if last == "kind" and node.get("kind") != value:
             node.clear()

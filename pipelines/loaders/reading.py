@@ -137,4 +137,4 @@ def eval_reading(data: DataConfig, batch_size: int, share: Share = Share()) -> R
 def eval_rule(data: DataConfig) -> EvalRule:
     """What this configuration's evaluation shows of an image."""
     assert isinstance(data.eval_cut, CenterCrop)
-    return EvalRule(data.size, data.eval_cut.ratio, data.store.square, data.store.max_side, data.window)
+    return EvalRule(data.size, data.eval_cut.ratio, data.store.square, data.store.max_side, data.window, data.interpolation)

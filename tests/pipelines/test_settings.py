@@ -124,7 +124,7 @@ def test_a_whole_part_and_its_fields_mean_the_same_in_either_order():
     head, scale = ["--network", "{backbone: resnet20, head: {kind: cosine}}"], ["--head.scale", "{start: 30}"]
     for flags in ([*head, *scale], [*scale, *head], [*scale, "--head.kind", "cosine", "--backbone", "resnet20"]):
         network = load_config("quickstart", flags).network
-        assert (network.backbone, network.head.scale.start) == ("resnet20", 30)
+        assert (network.backbone.title, network.head.scale.start) == ("resnet20", 30)
     # The last of two values counts.
     assert load_config("quickstart", [*field, *whole, "--loss.kappa", ".7", "--loss", "{kind: paco}"]).loss.kappa == 0.7
 
@@ -198,7 +198,7 @@ def test_a_configuration_that_is_not_there_names_the_nearest():
 def test_shipped_configurations_are_valid(path):
     config = load_config(str(path.relative_to(REPOSITORY / "configs").with_suffix("")), [])
     assert config.data.prepared.is_absolute()
-    assert len(config.data.views) == 2
+    assert len(config.data.views) == (1 if path.stem == "photos" else 2)
 
 
 def test_an_optional_path_can_be_unset():

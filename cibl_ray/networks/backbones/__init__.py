@@ -1,1 +1,1 @@
-"""Backbones: one file a family, with a function a network. `cibl_ray.networks.config.BACKBONES` lists them."""
+"""Backbones, images to features: one file a family. `config` says which there are and where their weights come from."""

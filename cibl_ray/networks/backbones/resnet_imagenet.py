@@ -4,24 +4,43 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
+from cibl_ray.networks.backbones.weights import cannot_fetch, put
 
-def resnet50() -> tuple[nn.Module, int]:
-    """ResNet-50 without its classifier, and how many features it has."""
+
+def build(name: str) -> tuple[nn.Module, int]:
+    """The network `name` with random weights and without its classifier, and how many features it has."""
     from torchvision import models
 
-    return _without_classifier(models.resnet50())
-
-
-def resnext50() -> tuple[nn.Module, int]:
-    """ResNeXt-50 (32x4d) without its classifier, and how many features it has."""
-    from torchvision import models
-
-    return _without_classifier(models.resnext50_32x4d())
-
-
-def _without_classifier(network: Any) -> tuple[nn.Module, int]:
-    features = network.fc.in_features
+    builders = {"resnet18": models.resnet18, "resnet50": models.resnet50, "resnext50": models.resnext50_32x4d}
+    network: Any = builders[name]()
+    features = int(network.fc.in_features)
     network.fc = nn.Identity()
     return network, features
+
+
+def load(network: nn.Module, name: str) -> str:
+    """Load torchvision's own ImageNet weights of the network `name`.
+
+    Returns:
+        Where they came from.
+
+    Raises:
+        UserError: They are not on this machine, and cannot be fetched.
+    """
+    from torchvision import models
+
+    known = {
+        "resnet18": models.ResNet18_Weights.DEFAULT,
+        "resnet50": models.ResNet50_Weights.DEFAULT,
+        "resnext50": models.ResNeXt50_32X4D_Weights.DEFAULT,
+    }
+    url = known[name].url
+    try:
+        tensors = torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True, progress=False)
+    except (OSError, RuntimeError) as error:  # URLError is an OSError
+        raise cannot_fetch(f"torchvision's weights of {name}", url.rpartition("/")[2], error) from error
+    put(network, tensors, f"of torchvision for {name}", ("fc",))
+    return f"torchvision, {known[name]}"

@@ -1,0 +1,150 @@
+"""Image files to classes, by a run's checkpoint or by a bundle, without a service."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from pipelines.common.cores import usable_cores
+from pipelines.common.errors import UserError
+from pipelines.pixels import BadImageError, EvalRule, decode
+from pipelines.prepare.sources import IMAGE_SUFFIXES
+
+_AT_ONCE = 32  # images
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """What classifies, whatever it came from.
+
+    Attributes:
+        classes: In the order of the probabilities.
+        rule: What it is shown of an image.
+        probabilities: uint8 (N, S, S, 3) to float32 (N, C).
+        where: For messages.
+    """
+
+    classes: list[str]
+    rule: EvalRule
+    probabilities: Callable[[np.ndarray], np.ndarray]
+    where: str
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a network makes of one file.
+
+    Attributes:
+        file: The image.
+        top: The most probable classes with their probabilities, best first; empty for a file that cannot be read.
+        problem: Why it cannot be read; empty for an image.
+    """
+
+    file: Path
+    top: list[tuple[str, float]]
+    problem: str = ""
+
+
+def from_bundle(folder: Path) -> Classifier:
+    """A bundle's float32 model by onnxruntime. Raises UserError where the bundle is not whole."""
+    from cibl_ray.bundle.card import PROBABILITIES, open_bundle
+    from cibl_ray.bundle.runtime import Runtime
+
+    bundle = open_bundle(folder)
+    runtime = Runtime(bundle.models["fp32"].path)
+
+    def probabilities(images: np.ndarray) -> np.ndarray:
+        (values,) = runtime(images, outputs=(PROBABILITIES,))
+        return values
+
+    return Classifier(bundle.card.classes, bundle.card.rule, probabilities, str(folder))
+
+
+def from_checkpoint(path: Path, tail_shift: float) -> Classifier:
+    """A checkpoint's network, on a GPU where there is one.
+
+    Args:
+        path: The checkpoint.
+        tail_shift: Times log π is taken off the logits.
+
+    Raises:
+        UserError: The checkpoint cannot be read.
+    """
+    import torch
+
+    from cibl_ray.evaluation.tail_shift import shifted
+    from cibl_ray.hardware import resolve
+    from cibl_ray.run.checkpoint import load_checkpoint
+    from pipelines.augment.recipe import Normalize
+    from pipelines.loaders.reading import eval_rule
+
+    checkpoint = load_checkpoint(path)
+    train = checkpoint.config.train.model_copy(update={"device": "auto"})
+    config = resolve(checkpoint.config.model_copy(update={"train": train}))
+    device = torch.device(config.train.device)
+    network, normalize = checkpoint.network().eval().to(device), Normalize(config.data).to(device)
+
+    @torch.inference_mode()
+    def probabilities(images: np.ndarray) -> np.ndarray:
+        logits = network.classify(normalize(torch.from_numpy(images)[:, None].to(device))).cpu()
+        values: np.ndarray = shifted(logits, checkpoint.train_counts, tail_shift).softmax(1).numpy()
+        return values
+
+    return Classifier(checkpoint.classes, eval_rule(config.data), probabilities, str(path))
+
+
+def image_files(places: Sequence[Path]) -> list[Path]:
+    """The files among `places`, and the images anywhere below the folders among them.
+
+    Raises:
+        UserError: A place does not exist, or there is no image.
+    """
+    found: list[Path] = []
+    for place in places:
+        if place.is_dir():
+            inside = (path for path in place.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
+            found += sorted(path for path in inside if not path.name.startswith("."))
+        elif place.is_file():
+            found.append(place)
+        else:
+            raise UserError(f"{str(place)!r} does not exist; give image files, or folders of them")
+    if not found:
+        raise UserError(f"no images in {', '.join(map(repr, map(str, places)))} ({', '.join(IMAGE_SUFFIXES)})")
+    return found
+
+
+def classify(classifier: Classifier, files: Sequence[Path], top: int = 1) -> Iterator[Answer]:
+    """Classify files, in order. One that cannot be read has a `problem`, and the others are answered all the same.
+
+    Args:
+        classifier: What classifies.
+        files: The files.
+        top: How many classes an answer names.
+    """
+    with ThreadPoolExecutor(usable_cores()) as pool:
+        for start in range(0, len(files), _AT_ONCE):
+            some = files[start : start + _AT_ONCE]
+            read = list(pool.map(lambda file: _read(file, classifier.rule), some))
+            images = [image for image in read if isinstance(image, np.ndarray)]
+            rows = iter(classifier.probabilities(np.stack(images)) if images else [])
+            for file, image in zip(some, read, strict=True):
+                if isinstance(image, str):
+                    yield Answer(file, [], image)
+                    continue
+                row = next(rows)
+                best = np.argsort(-row, kind="stable")[:top]
+                yield Answer(file, [(classifier.classes[i], float(row[i])) for i in best])
+
+
+def _read(file: Path, rule: EvalRule) -> np.ndarray | str:
+    """uint8 (S, S, 3), or why there is none."""
+    try:
+        return rule(decode(file.read_bytes()))
+    except OSError as error:
+        return f"cannot be read: {error.strerror or error}"
+    except BadImageError as error:
+        return f"not an image: {error}"

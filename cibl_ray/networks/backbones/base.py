@@ -1,0 +1,59 @@
+"""What every backbone's configuration offers. Imports no torch."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import TYPE_CHECKING
+
+from pydantic import Field
+
+from cibl_ray.networks.backbones.input_rule import InputRule
+from pipelines.common.errors import UserError
+from pipelines.common.settings import Settings
+
+if TYPE_CHECKING:
+    from torch import nn
+
+WEIGHTS = "none: random; default: the weights that are known for it; FILE: safetensors, or a state dict of torch."
+
+
+class BackboneSettings(Settings):
+    """Base of every backbone's configuration. Methods that need torch import it themselves."""
+
+    weights: str = Field(default="none", description=WEIGHTS)
+
+    @property
+    def title(self) -> str:
+        """The network's name, for logs."""
+        kind: str = self.kind  # type: ignore[attr-defined]
+        return kind
+
+    @property
+    def min_size(self) -> int:
+        """The smallest images that it takes, pixels a side."""
+        return 1
+
+    def input_rule(self) -> InputRule | None:
+        """How its weights were trained to see images; None where they were not, or where nothing is known of that."""
+        return None
+
+    @abstractmethod
+    def build(self) -> tuple[nn.Module, int]:
+        """The network with random weights, images (M, 3, S, S) to features (M, d_h), and d_h."""
+
+    def load(self, backbone: nn.Module) -> str | None:
+        """Load the pretrained weights into what `build` returned.
+
+        Returns:
+            Where they came from; None where the weights stay random.
+
+        Raises:
+            UserError: The weights cannot be had, or are of another network.
+        """
+        from cibl_ray.networks.backbones.weights import load_file
+
+        if self.weights == "none":
+            return None
+        if self.weights == "default":
+            raise UserError(f"network.backbone {self.title!r} has no pretrained weights; set its weights to none, or to a file")
+        return load_file(backbone, self.weights)

@@ -1,0 +1,164 @@
+"""What `network.backbone` in a configuration may say: a network's name, or `{kind: ..., weights: ...}`. Imports no torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
+
+from cibl_ray.networks.backbones.base import WEIGHTS, BackboneSettings
+from cibl_ray.networks.backbones.input_rule import InputRule
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+class ResNet20Backbone(BackboneSettings):
+    """ResNet-20 of 16 base channels, for images of 32 pixels (He et al. 2016, section 4.2)."""
+
+    kind: Literal["resnet20"]
+
+    def build(self) -> tuple[nn.Module, int]:
+        from cibl_ray.networks.backbones.resnet_cifar import resnet20
+
+        return resnet20()
+
+
+class ResNet32Backbone(BackboneSettings):
+    """ResNet-32 of 16 base channels, for images of 32 pixels (He et al. 2016, section 4.2)."""
+
+    kind: Literal["resnet32"] = "resnet32"
+
+    def build(self) -> tuple[nn.Module, int]:
+        from cibl_ray.networks.backbones.resnet_cifar import resnet32
+
+        return resnet32()
+
+
+class _TorchvisionResNet(BackboneSettings):
+    @property
+    def min_size(self) -> int:
+        return 33
+
+    def input_rule(self) -> InputRule | None:
+        if self.weights == "none":
+            return None
+        # What torchvision's weights of this network were evaluated with.
+        ratio = 224 / 232 if self.weights == "default" else 0.875
+        return InputRule(224, ratio, "bilinear", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+    def build(self) -> tuple[nn.Module, int]:
+        from cibl_ray.networks.backbones.resnet_imagenet import build
+
+        return build(self.title)
+
+    def load(self, backbone: nn.Module) -> str | None:
+        from cibl_ray.networks.backbones.resnet_imagenet import load
+
+        return load(backbone, self.title) if self.weights == "default" else super().load(backbone)
+
+
+class ResNet18Backbone(_TorchvisionResNet):
+    """torchvision's ResNet-18, for photographs."""
+
+    kind: Literal["resnet18"]
+
+
+class ResNet50Backbone(_TorchvisionResNet):
+    """torchvision's ResNet-50, for photographs."""
+
+    kind: Literal["resnet50"]
+
+
+class ResNeXt50Backbone(_TorchvisionResNet):
+    """torchvision's ResNeXt-50 32x4d, for photographs."""
+
+    kind: Literal["resnext50"]
+
+
+class TimmBackbone(BackboneSettings):
+    """Any classification model of the library timm, by its name there."""
+
+    kind: Literal["timm"]
+    name: str = Field(default="tf_efficientnet_lite0", min_length=1, description="The model's name in timm.")
+    weights: str = Field(
+        default="default", min_length=1, description=f"{WEIGHTS} hf-hub:OWNER/NAME: a repository of the Hugging Face hub."
+    )
+    drop_path: float = Field(default=0.0, ge=0, lt=1, description="Stochastic depth in training, where the model has it.")
+
+    @property
+    def title(self) -> str:
+        return self.name
+
+    def input_rule(self) -> InputRule:
+        from cibl_ray.networks.backbones.timm_model import input_rule
+
+        return input_rule(self.name)
+
+    def build(self) -> tuple[nn.Module, int]:
+        from cibl_ray.networks.backbones.timm_model import build
+
+        return build(self.name, self.drop_path)
+
+    def load(self, backbone: nn.Module) -> str | None:
+        from cibl_ray.networks.backbones.timm_model import load
+
+        return load(backbone, self.name, self.weights)
+
+
+class ModuleBackbone(BackboneSettings):
+    """A network of your own: a function without arguments that returns a torch module, images to features (M, d_h)."""
+
+    kind: Literal["module"]
+    path: str = Field(
+        pattern=r"^[A-Za-z_][\w.]*\.[A-Za-z_]\w*$",
+        description="my_package.my_function, as Python finds it, or in the folder that the command runs in.",
+    )
+    weights: str = Field(
+        default="none", description="none: as the function returns it; FILE: safetensors, or a state dict of torch."
+    )
+
+    @property
+    def title(self) -> str:
+        return self.path
+
+    def build(self) -> tuple[nn.Module, int]:
+        from cibl_ray.networks.backbones.module import build
+
+        return build(self.path)
+
+    def load(self, backbone: nn.Module) -> str | None:
+        from cibl_ray.networks.backbones.weights import load_file
+
+        return None if self.weights == "none" else load_file(backbone, self.weights)
+
+
+def _by_name(value: Any) -> Any:
+    """`backbone: resnet32` is `backbone: {kind: resnet32}`."""
+    return {"kind": value} if isinstance(value, str) else value
+
+
+BackboneConfig = (
+    ResNet20Backbone
+    | ResNet32Backbone
+    | ResNet18Backbone
+    | ResNet50Backbone
+    | ResNeXt50Backbone
+    | TimmBackbone
+    | ModuleBackbone
+)
+AnyBackbone = Annotated[Annotated[BackboneConfig, Field(discriminator="kind")], BeforeValidator(_by_name)]
+
+
+def weights_file(backbone: BackboneConfig) -> Path | None:
+    """The file that the weights are to be read from, as an absolute path; None where they are no file's."""
+    if backbone.weights in ("none", "default") or backbone.weights.startswith("hf-hub:"):
+        return None
+    return Path(backbone.weights).expanduser().absolute()
+
+
+def dump(backbone: BackboneConfig) -> Any:
+    """As a configuration file says it: by its name alone where nothing else is to be said."""
+    content = backbone.model_dump(mode="json")
+    return content["kind"] if content == {"kind": content["kind"], "weights": "none"} else content

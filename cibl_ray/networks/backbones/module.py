@@ -1,0 +1,65 @@
+"""A backbone of the user's own, named by its Python path."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from pipelines.common.errors import UserError
+
+_SIZES = (64, 224, 32)  # pixels of a side that a network is tried with, for the number of its features
+
+
+def build(path: str) -> tuple[nn.Module, int]:
+    """Call the function that `path` names.
+
+    Args:
+        path: "package.module.function"; the folder that the command runs in is searched, too.
+
+    Returns:
+        The network, images (M, 3, S, S) to features (M, d_h), and d_h.
+
+    Raises:
+        UserError: There is no such function, or what it returns is not such a network.
+    """
+    module, _, name = path.rpartition(".")
+    here = str(Path.cwd())
+    added = here not in sys.path
+    if added:
+        sys.path.append(here)
+    try:
+        function = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"network.backbone.path {path!r} cannot be imported ({error}); is its folder on PYTHONPATH?") from error
+    finally:
+        if added:
+            sys.path.remove(here)
+    network = function()
+    if not isinstance(network, nn.Module):
+        raise UserError(f"network.backbone.path {path!r} returns a {type(network).__name__}; it must return a torch.nn.Module")
+    return network, _features(network, path)
+
+
+def _features(network: nn.Module, path: str) -> int:
+    """d_h, by a try on blank images."""
+    was_training, problem = network.training, ""
+    network.eval()
+    try:
+        for size in _SIZES:
+            try:
+                with torch.inference_mode():
+                    features = network(torch.zeros(2, 3, size, size))
+            except RuntimeError as error:
+                problem = str(error).partition("\n")[0]
+                continue
+            if isinstance(features, torch.Tensor) and features.ndim == 2:
+                return features.shape[1]
+            shape = tuple(features.shape) if isinstance(features, torch.Tensor) else type(features).__name__
+            raise UserError(f"network.backbone.path {path!r} gives {shape} for 2 images; features (2, d) are needed")
+    finally:
+        network.train(was_training)
+    raise UserError(f"network.backbone.path {path!r} takes no images (2, 3, S, S) of {_SIZES} pixels: {problem}")

@@ -1,0 +1,72 @@
+"""`python -m cibl_ray.predict RUN IMAGES... [--out answers.csv]`: classify image files and folders, without a service.
+
+RUN is a run folder, a checkpoint file, or a bundle. IMAGES are files, and folders whose images are all classified. The answers
+are CSV: image, class, probability; with --top N the N most probable classes. Of a run whose validation images have chosen a
+tail shift, the answers have it, as those of its bundle.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import sys
+from pathlib import Path
+
+from cibl_ray.run.folder import checkpoint
+from cibl_ray.run.shift import chosen_shift
+from pipelines.common.errors import CommandParser, UserError, run_command
+
+
+def main() -> None:
+    parser = CommandParser(prog="python -m cibl_ray.predict", description=__doc__)
+    parser.add_argument("run", type=Path, help="a run folder, a checkpoint file, or a bundle")
+    parser.add_argument("images", type=Path, nargs="+", help="image files, or folders of them")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the answers to FILE; by default they are printed")
+    parser.add_argument("--top", type=int, default=1, metavar="N", help="classes of an answer; default 1")
+    parser.add_argument("--checkpoint", choices=["best", "last"], help="of a run folder; by default best, else last")
+    parser.add_argument("--tail-shift", type=float, metavar="NUMBER", help="of a run; by default what validation chose")
+    arguments = parser.parse_args()
+    if arguments.top < 1:
+        raise UserError(f"--top {arguments.top}: at least 1")
+    if arguments.out is not None and not arguments.out.absolute().parent.is_dir():
+        raise UserError(f"--out {arguments.out}: the folder {str(arguments.out.parent)!r} does not exist")
+    from cibl_ray.bundle.card import MANIFEST
+    from cibl_ray.evaluation.classify import classify, from_bundle, from_checkpoint, image_files
+
+    files = image_files(arguments.images)
+    if (arguments.run / MANIFEST).is_file():
+        if arguments.tail_shift is not None or arguments.checkpoint is not None:
+            raise UserError("--tail-shift and --checkpoint are of a run; a bundle has its own")
+        classifier = from_bundle(arguments.run)
+    else:
+        path = checkpoint(arguments.run, arguments.checkpoint)
+        shift = chosen_shift(path) if arguments.tail_shift is None else arguments.tail_shift
+        classifier = from_checkpoint(path, shift)
+    bad = 0
+    kept = io.StringIO(newline="")
+    writer = csv.writer(sys.stdout if arguments.out is None else kept, lineterminator="\n")
+    numbers = ["", *(f"_{number}" for number in range(2, arguments.top + 1))]
+    writer.writerow(["image", *(f"{name}{number}" for number in numbers for name in ("class", "probability"))])
+    for answer in classify(classifier, files, arguments.top):
+        if answer.problem:
+            bad += 1
+            print(f"{answer.file}: {answer.problem}", file=sys.stderr)
+            continue
+        writer.writerow([answer.file, *(part for name, value in answer.top for part in (name, f"{value:.4f}"))])
+    if arguments.out is not None:
+        _save(arguments.out, kept.getvalue())
+    if bad:
+        raise UserError(f"{bad} of {len(files)} files could not be classified; the lines above say why")
+
+
+def _save(path: Path, text: str) -> None:
+    from pipelines.common.files import write_atomically
+
+    try:
+        write_atomically(path, text)
+    except OSError as error:
+        raise UserError(f"--out {path}: cannot be written ({error.strerror})") from error
+
+
+if __name__ == "__main__":
+    run_command(main, "'cibl-ray[train]'")

@@ -1,0 +1,40 @@
+"""The optimizer of a run: what it trains, how fast, and with which decay."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from cibl_ray.config import OptimizerConfig
+from cibl_ray.networks.depth import blocks, depth_of
+from cibl_ray.networks.network import HybridNetwork
+
+
+def make_optimizer(network: HybridNetwork, config: OptimizerConfig, fused: bool) -> torch.optim.Optimizer:
+    """An optimizer of what is trained of a network.
+
+    Each of its groups has a `scale`, by which the learning rate of the schedule is multiplied.
+
+    Args:
+        network: Its parameters without gradient are left out.
+        config: Kind, rate, decay.
+        fused: One kernel for all parameters, on a GPU.
+    """
+    parts = blocks(network.backbone)
+    groups: dict[tuple[float, bool], list[torch.nn.Parameter]] = {}
+    for name, parameter in network.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        scale = 1.0
+        if config.layer_decay < 1 and name.startswith("backbone."):
+            scale = config.layer_decay ** (len(parts) - depth_of(name.removeprefix("backbone."), parts))
+        spared = config.kind == "adamw" and parameter.ndim < 2
+        groups.setdefault((scale, network.decays(name) and not spared), []).append(parameter)
+    content: list[dict[str, Any]] = [
+        {"params": parameters, "weight_decay": config.weight_decay if decays else 0.0, "scale": scale}
+        for (scale, decays), parameters in groups.items()
+    ]
+    if config.kind == "adamw":
+        return torch.optim.AdamW(content, lr=config.lr, betas=config.betas, fused=fused)
+    return torch.optim.SGD(content, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, fused=fused)

@@ -1,0 +1,171 @@
+"""A head on features: computed once, those of evaluation, kept whole, and a run on them goes on to the bit."""
+
+import errno
+import logging
+
+import numpy as np
+import pytest
+import torch
+
+from cibl_ray.config import load_config
+from cibl_ray.evaluation.evaluate import evaluate
+from cibl_ray.features import store
+from cibl_ray.features.extract import Extractor
+from cibl_ray.features.loader import FeatureLoader
+from cibl_ray.hardware import resolve
+from cibl_ray.run.checkpoint import load_checkpoint
+from cibl_ray.run.log import read_metrics
+from cibl_ray.training.trainer import Trainer
+from pipelines.common.errors import UserError
+from pipelines.config import View
+from pipelines.loaders.reading import ReadPlan
+from pipelines.prepare.build import ensure_prepared
+
+FLAGS = [
+    "--tune",
+    "head",
+    "--epochs",
+    "3",
+    "--warmup_epochs",
+    "1",
+    "--batch_size",
+    "32",
+    "--loader.kind",
+    "torch",
+    "--precision",
+    "fp32",
+]
+
+
+def configure(folder, *more):
+    return resolve(load_config("quickstart", [*FLAGS, "--data.prepared", str(folder / "prepared"), *more]))
+
+
+def trainer(folder, name, *more, start=None):
+    config = configure(folder, *more)
+    (folder / name).mkdir(exist_ok=True)
+    return Trainer(config, ensure_prepared(config.data, config.seed), folder / name, start=start)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("features")
+
+
+def test_only_the_head_learns_and_evaluation_of_the_images_agrees(folder):
+    run = trainer(folder, "plain", "--loss", "{kind: balanced_softmax}", "--optimizer", "{kind: adamw, lr: 0.01}")
+    before = {name: value.clone() for name, value in run.network.state_dict().items()}
+    result = run.fit()
+    after = run.network.state_dict()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"head.weight", "head.bias"}
+    checkpoint = load_checkpoint(folder / "plain" / "checkpoints" / "last.safetensors")
+    scores, of_images = result["last"]["scores"], evaluate(checkpoint).scores
+    assert of_images.overall == scores.overall
+    assert of_images.loss == pytest.approx(scores.loss, rel=1e-4)
+    rows = read_metrics(folder / "plain")
+    assert rows[-1]["train"]["loss"] < rows[0]["train"]["loss"]
+
+
+def test_a_run_goes_on_to_the_bit(folder):
+    flags = ("--loss", "{kind: cibl}", "--network.neck", "{hidden: 32, dropout: 0.1}", "--optimizer.kind", "adamw")
+    whole = trainer(folder, "whole", *flags)
+    whole.fit()
+    half = trainer(folder, "half", *flags)
+    half.train_epoch()
+    half.save()
+    start = load_checkpoint(folder / "half" / "checkpoints" / "last.safetensors")
+    rest = trainer(folder, "half", *flags, start=start)
+    rest.restore(start)
+    rest.fit()
+    last, expected = (load_checkpoint(folder / name / "checkpoints" / "last.safetensors") for name in ("half", "whole"))
+    for mine, theirs in ((last.weights, expected.weights), (last.momentum, expected.momentum)):
+        assert mine.keys() == theirs.keys()
+        assert all(torch.equal(value, theirs[name]) for name, value in mine.items())
+    assert {name.partition(":")[2] for name in last.momentum} == {"exp_avg", "exp_avg_sq", "step"}
+
+
+def extractor(folder, *more, seed=0):
+    config = configure(folder, *more)
+    torch.manual_seed(seed)
+    backbone, _ = config.network.backbone.build()
+    said: list[str] = []
+    made = Extractor(backbone, "small", config.data, config.loader, torch.device("cpu"), said.append)
+    return made, ensure_prepared(config.data, config.seed), said
+
+
+def test_features_are_computed_once_and_only_for_new_images_or_weights(tmp_path):
+    made, prepared, said = extractor(tmp_path)
+    first = made.split(prepared, "test")
+    assert first.shape == (prepared.splits["test"].samples, 1, 64)
+    assert "all known" not in said[0]
+    again, _, said = extractor(tmp_path)
+    assert torch.equal(again.split(prepared, "test"), first)
+    assert said == [f"features of test: {len(first):,} images, all known"]
+    # Another seed carves other images out for validation; those that were seen are not computed again.
+    made, moved, said = extractor(tmp_path, "--seed", "1")
+    made.split(prepared, "train")
+    made.split(moved, "train")
+    new = set(store.digests_of(moved.beton("train")).tolist()) - set(store.digests_of(prepared.beton("train")).tolist())
+    line = next(line for line in reversed(said) if line.startswith("features of train"))
+    assert f"on {len(new):,} images, {moved.splits['train'].samples - len(new):,} known" in line
+    other, _, said = extractor(tmp_path, seed=1)
+    assert not torch.equal(other.split(prepared, "test"), first)
+    assert "all known" not in said[0]
+
+
+def test_files_that_are_damaged_or_half_written_are_never_used(tmp_path, caplog):
+    made, prepared, _ = extractor(tmp_path)
+    expected = made.split(prepared, "test")
+    (file,) = (tmp_path / "prepared" / "features").rglob("*.safetensors")
+    whole = file.read_bytes()
+    file.with_name("000001.safetensors.part").write_bytes(whole[: len(whole) // 2])
+    file.write_bytes(whole[: len(whole) // 2])
+    again, _, said = extractor(tmp_path)
+    with caplog.at_level(logging.WARNING):
+        assert torch.equal(again.split(prepared, "test"), expected)
+    assert "are damaged" in caplog.text
+    assert f"on {len(expected):,} images" in said[0]
+
+
+def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
+    made, prepared, _ = extractor(tmp_path)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(store, "write_atomically", full)
+    with pytest.raises(UserError, match="No space left on device.*--data.prepared"):
+        made.split(prepared, "test")
+
+
+def test_views_are_drawn_among_those_that_are_kept(tmp_path):
+    made, prepared, said = extractor(tmp_path)
+    features = made.split(prepared, "train", views=2)
+    assert features.shape[1] == 3
+    assert not torch.equal(features[:, 0], features[:, 1])
+    assert not torch.equal(features[:, 1], features[:, 2])
+    again, _, said = extractor(tmp_path)
+    assert torch.equal(again.split(prepared, "train", views=2), features)
+    assert not any("augmented" in line for line in said)
+    labels = np.arange(40) % 4
+    kept = torch.arange(40 * 3).view(40, 3, 1).float()
+    plan = ReadPlan((View(), View()), 8, 10, 0, "instance", drop_last=True)
+    loader = FeatureLoader(kept, labels, plan, torch.device("cpu"), "train")
+    batches = [*loader.epoch(0)]
+    assert len(batches) == loader.batches == 4
+    views = torch.cat([batch.views for batch in batches])[..., 0]
+    rows = torch.cat([batch.index for batch in batches])
+    assert sorted(rows.tolist()) == [*range(40)]
+    assert torch.equal(views // 3, rows[:, None].expand(-1, 2).float())  # a sample's own features
+    assert {*(views % 3).flatten().tolist()} == {0, 1, 2}
+    # From the middle of an epoch on, the same.
+    assert torch.equal(next(iter(loader.epoch(0, 2))).views, batches[2].views)
+    assert not torch.equal(next(iter(loader.epoch(1))).index, batches[0].index)
+
+
+def test_a_folder_smaller_than_a_batch_is_one_batch(tmp_path):
+    config = configure(tmp_path, "--batch_size", "100000")
+    run = Trainer(config, ensure_prepared(config.data, config.seed), tmp_path)
+    assert run.train_loaders[0].batches == 1
+    assert run.config.train.batch_size == run.prepared.splits["train"].samples

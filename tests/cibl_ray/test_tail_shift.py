@@ -1,0 +1,140 @@
+"""The tail shift is chosen on validation images, and is what evaluation, export and prediction then use."""
+
+import csv
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from cibl_ray.bundle.card import open_bundle
+from cibl_ray.bundle.runtime import Runtime
+from cibl_ray.evaluation.classify import classify, from_bundle, from_checkpoint, image_files
+from cibl_ray.evaluation.evaluate import evaluate
+from cibl_ray.evaluation.metrics import score
+from cibl_ray.evaluation.tail_shift import choose_shift, shifted
+from cibl_ray.exporting.make_bundle import Options, make_bundle
+from cibl_ray.run.checkpoint import load_checkpoint
+from cibl_ray.run.shift import chosen_shift
+from pipelines.common.errors import UserError
+from tests.conftest import REPOSITORY
+
+
+def biased(shift: float):
+    """Logits that are right but for `shift` times the log-prior of a long tail."""
+    counts = np.array([400, 40, 4])
+    labels = torch.arange(3).repeat_interleave(50)
+    margin = torch.linspace(0.1, 2, 50).repeat(3)[:, None]
+    right = torch.nn.functional.one_hot(labels, 3) * margin
+    return shifted(right, counts, -shift), labels, counts
+
+
+@pytest.mark.parametrize("bias", [1.0, -0.5, 0.0])
+def test_it_undoes_a_bias(bias):
+    logits, labels, counts = biased(bias)
+    chosen = choose_shift(logits, labels, counts)
+    assert chosen.after == 1
+    assert score(shifted(logits, counts, chosen.shift), labels, counts).balanced == 1
+    assert abs(chosen.shift - bias) <= 0.05
+    assert chosen.before == pytest.approx(score(logits, labels, counts).balanced)
+    assert (chosen.before < 1) == (bias != 0)
+
+
+def test_the_metric_decides():
+    logits, labels, counts = biased(1.0)
+    rare = choose_shift(logits, labels, counts, "few")
+    assert rare.metric == "few"
+    assert score(shifted(logits, counts, rare.shift), labels, counts).few == 1
+    assert "few 0.0 -> 100.0 %" in rare.line()
+
+
+def test_a_runs_result_has_it_and_evaluate_finds_it_again(run_folder):
+    result = json.loads((run_folder / "result.json").read_text())
+    path = run_folder / "checkpoints" / "best.safetensors"
+    assert chosen_shift(path) == result["best"]["tail_shift"]["shift"]
+    assert chosen_shift(run_folder / "elsewhere.safetensors") == 0
+    checkpoint = load_checkpoint(path)
+    found = evaluate(checkpoint, tail_shift="auto")
+    assert found.tail_shift is not None
+    assert found.tail_shift.dump() == result["best"]["tail_shift"]
+    assert found.scores == evaluate(checkpoint, tail_shift=found.tail_shift.shift).scores
+    on_val = evaluate(checkpoint, split="val", tail_shift="auto")
+    assert on_val.tail_shift is not None
+    assert on_val.scores.balanced == pytest.approx(on_val.tail_shift.after)
+
+
+@pytest.fixture(scope="module")
+def skewed(run_folder, tmp_path_factory):
+    """A bundle whose answers have a tail shift by default."""
+    out = tmp_path_factory.mktemp("bundle") / "skewed"
+    return make_bundle(run_folder / "checkpoints" / "best.safetensors", out, Options(provider="cpu", tail_shift=1.5))
+
+
+def test_a_bundle_has_it_by_default(skewed, bundle):
+    images = np.random.default_rng(0).integers(0, 256, (5, 32, 32, 3), dtype=np.uint8)
+    plain, shifted_one = Runtime(bundle / "model.onnx", "cpu"), Runtime(skewed.folder / "model.onnx", "cpu")
+    assert (plain.card.tail_shift, shifted_one.card.tail_shift) == (0, 1.5)
+    assert open_bundle(skewed.folder).card.tail_shift == 1.5
+    images = images[:, : plain.size, : plain.size]
+    (expected,) = plain(images, np.array([1.5], np.float32), ("logits",))
+    (found,) = shifted_one(images, outputs=("logits",))
+    assert np.allclose(found, expected, atol=1e-5)
+    # A client's own shift counts from there.
+    (back,) = shifted_one(images, np.array([-1.5], np.float32), ("logits",))
+    assert np.allclose(back, plain(images, outputs=("logits",))[0], atol=1e-5)
+
+
+def test_its_accuracy_is_measured_with_it(skewed, run_folder):
+    manifest = open_bundle(skewed.folder).manifest
+    checkpoint = load_checkpoint(run_folder / "checkpoints" / "best.safetensors")
+    expected = evaluate(checkpoint, tail_shift=1.5).scores
+    assert manifest["accuracy"]["fp32"]["balanced"] == pytest.approx(expected.balanced, abs=0.005)
+    # The table of shifts counts from none.
+    plain = evaluate(checkpoint).scores
+    assert manifest["tail_shift"]["0.0"]["balanced"] == pytest.approx(plain.balanced, abs=0.005)
+    assert manifest["tail_shift"]["1.5"]["balanced"] == manifest["accuracy"]["fp32"]["balanced"]
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    random = np.random.default_rng(0)
+    for name in ("b.png", "a.jpg", "inner/c.webp"):
+        path = tmp_path / "pictures" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(random.integers(0, 256, (40, 50, 3), dtype=np.uint8)).save(path)
+    return tmp_path / "pictures"
+
+
+def test_run_and_bundle_answer_alike(run_folder, bundle, skewed, pictures):
+    files = image_files([pictures])
+    assert [file.name for file in files] == ["a.jpg", "b.png", "c.webp"]
+    path = run_folder / "checkpoints" / "best.safetensors"
+    for mine, theirs in ((from_checkpoint(path, 0.0), bundle), (from_checkpoint(path, 1.5), skewed.folder)):
+        for one, other in zip(classify(mine, files, 3), classify(from_bundle(theirs), files, 3), strict=True):
+            assert [name for name, _ in one.top] == [name for name, _ in other.top]
+            assert [value for _, value in one.top] == pytest.approx([value for _, value in other.top], abs=1e-4)
+            assert one.file == other.file
+
+
+def test_the_command_answers_what_it_can_read(run_folder, pictures, tmp_path):
+    (pictures / "d.jpg").write_bytes(b"no image")
+    command = [sys.executable, "-m", "cibl_ray.predict", str(run_folder), str(pictures), "--top", "2", "--out"]
+    done = subprocess.run([*command, str(tmp_path / "answers.csv")], capture_output=True, text=True, cwd=REPOSITORY)
+    assert done.returncode != 0
+    assert "d.jpg: not an image" in done.stderr
+    assert "1 of 4 files could not be classified" in done.stderr
+    assert "Traceback" not in done.stderr
+    rows = [*csv.DictReader((tmp_path / "answers.csv").read_text().splitlines())]
+    assert [row["image"] for row in rows] == [str(pictures / name) for name in ("a.jpg", "b.png", "inner/c.webp")]
+    assert {*rows[0]} == {"image", "class", "probability", "class_2", "probability_2"}
+    assert float(rows[0]["probability"]) >= float(rows[0]["probability_2"])
+
+
+def test_what_is_not_there_is_told(tmp_path):
+    with pytest.raises(UserError, match="does not exist"):
+        image_files([tmp_path / "gone"])
+    with pytest.raises(UserError, match="no images in"):
+        image_files([tmp_path])
