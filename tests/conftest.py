@@ -48,7 +48,8 @@ def archive(name: str) -> Path:
 
 
 def data_config(**content: object) -> DataConfig:
-    return validate(DataConfig, content, "test")
+    """A DataConfig of `content`; its images are scikit-learn's digits where `content` names no source."""
+    return validate(DataConfig, {"source": {"kind": "digits"}, **content}, "test")
 
 
 @pytest.fixture(scope="session")

@@ -509,7 +509,7 @@ def test_a_kernel_wider_than_the_mirrored_image_is_refused():
 
     line = r"^test: data: views\.1 has a blur kernel of 17, too wide for images of 8x8; set it to 15 at most$"
     with pytest.raises(UserError, match=line):
-        validate(PrepareConfig, {"data": {"size": 8, "views": views(17)}}, "test")
+        validate(PrepareConfig, {"data": {"source": {"kind": "digits"}, "size": 8, "views": views(17)}}, "test")
     widest = data_config(size=8, views=views(15))
     assert Augment(widest.views, 8, 0)(torch.zeros(1, 2, 8, 8, 3, dtype=torch.uint8), 0, 0).max() == 0
 

@@ -105,6 +105,6 @@ def test_a_transparent_value_of_sixteen_bits_lies_over_white():
 
 
 def test_the_window_is_two_values_in_order():
-    assert DataConfig(window=[0, 4095]).window == (0, 4095)
+    assert DataConfig(source={"kind": "digits"}, window=[0, 4095]).window == (0, 4095)
     with pytest.raises(ValueError, match="black < white"):
         data_config(window=[4095, 0])

@@ -223,7 +223,7 @@ def test_imagenet_lt_is_the_communitys(name, tmp_path):
     """The lists' true names; one cut short is noticed before a single image is looked for."""
     from pipelines.prepare.build import load_data
 
-    source = load_data(name, [], "test").data.source
+    source = load_data(name, []).data.source
     assert [path.name for path in (source.train, source.val, source.test)] == [
         f"ImageNet_LT_{split}.txt" for split in ("train", "val", "test")
     ]
