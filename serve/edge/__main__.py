@@ -13,20 +13,24 @@ import math
 import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NoReturn
 
 from pipelines.common.errors import CommandParser, UserError, run_command
 from pipelines.pixels import BadImageError
 from serve.decode import MAX_SHIFT
+from serve.edge.api import default_cache, local_file
 from serve.edge.download import download
 from serve.edge.model import Edge, images
+from serve.edge.results import ENDINGS, Results
 
 
 def main() -> None:
     """Parse the command line, download the model if it is a URL, and classify the images."""
     parser = CommandParser(prog="python -m serve.edge", description=__doc__)
-    parser.add_argument("model", metavar="URL", help="a service, a model's file there, or a local .onnx file")
+    parser.add_argument("model", metavar="URL", help="a service, a model's file there, a bundle's folder, or an .onnx file")
     parser.add_argument("images", nargs="*", metavar="IMAGE", help="files, folders, or '-' for JPEG images on standard input")
     parser.add_argument("--name", help="which model, where the service has several")
     parser.add_argument("--precision", choices=["fp32", "fp16", "int8"], default="fp32")
@@ -34,13 +38,14 @@ def main() -> None:
     parser.add_argument("--tail-shift", type=_shift, default=0.0, help="more of it favours rare classes (default: 0)")
     parser.add_argument("--threads", type=_count, help="threads of onnxruntime (default: all cores)")
     parser.add_argument(
-        "--cache", type=Path, default=_default_cache(), help="folder for downloaded models (default: %(default)s)"
+        "--cache", type=Path, default=default_cache(), help="folder for downloaded models (default: %(default)s)"
     )
     parser.add_argument("--key", default=os.environ.get("CIBL_RAY_API_KEY"), help="API key (default: CIBL_RAY_API_KEY)")
     parser.add_argument("--json", action="store_true", help="a JSON object for each image")
+    parser.add_argument("--out", type=_table, metavar="FILE", help="write the answers to FILE.csv or FILE.jsonl instead")
     arguments = parser.parse_args()
-    path = Path(arguments.model)
-    if not path.is_file():
+    path = local_file(arguments.model, arguments.precision)
+    if path is None:
         path = download(arguments.model, arguments.cache, arguments.name, arguments.precision, arguments.key)
     edge = Edge(path, arguments.threads)
     card = edge.card
@@ -52,20 +57,43 @@ def main() -> None:
         failed += line.startswith("error: ")
         print(line.removeprefix("error: "), file=sys.stderr)
 
-    for place, data in images(arguments.images, sys.stdin.buffer, tell):
-        try:
-            begun = time.perf_counter()
-            answer = edge.classify(data, arguments.top, arguments.tail_shift)
-        except BadImageError as error:
-            tell(f"error: {place}: {error}")
-            continue
-        if arguments.json:
-            print(json.dumps({"image": place, "top": answer, "ms": round(1000 * (time.perf_counter() - begun), 2)}), flush=True)
-        else:
-            labels = (f"{entry['label']} {100 * entry['probability']:.1f} % ({entry['group']})" for entry in answer)
-            print(place, *labels, sep="\t", flush=True)
+    with Results(arguments.out) if arguments.out else nullcontext() as results:
+        found = images(arguments.images, sys.stdin.buffer, tell)
+        if results is not None:
+            found = _with_progress(found)
+        for place, data in found:
+            try:
+                begun = time.perf_counter()
+                answer = edge.classify(data, arguments.top, arguments.tail_shift)
+            except BadImageError as error:
+                tell(f"error: {place}: {error}")
+                if results is not None:
+                    results.write(place, [], str(error))
+                continue
+            if results is not None:
+                results.write(place, answer)
+            elif arguments.json:
+                milliseconds = round(1000 * (time.perf_counter() - begun), 2)
+                print(json.dumps({"image": place, "top": answer, "ms": milliseconds}), flush=True)
+            else:
+                labels = (f"{entry['label']} {100 * entry['probability']:.1f} % ({entry['group']})" for entry in answer)
+                print(place, *labels, sep="\t", flush=True)
     if failed:
         raise UserError(f"{failed} of the images and folders could not be read; the lines above say why")
+
+
+def _with_progress(found: Iterator[tuple[str, bytes]]) -> Iterator[tuple[str, bytes]]:
+    """The same, with a bar on a terminal."""
+    from tqdm import tqdm
+
+    yield from tqdm(found, unit="img", leave=False, disable=None)
+
+
+def _table(text: str) -> Path:
+    path = Path(text)
+    if path.suffix.lower() not in ENDINGS:
+        raise argparse.ArgumentTypeError(f"{text} ends in neither {' nor '.join(ENDINGS)}")
+    return path
 
 
 def _count(text: str) -> int:
@@ -82,10 +110,6 @@ def _shift(text: str) -> float:
     if not abs(value) <= MAX_SHIFT:  # false for NaN too
         raise argparse.ArgumentTypeError(f"{text} is not a number from {-MAX_SHIFT:g} to {MAX_SHIFT:g}")
     return value
-
-
-def _default_cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cibl_ray"
 
 
 def command() -> NoReturn:

@@ -58,10 +58,24 @@ class Edge:
         Raises:
             BadImageError: It is no image, damaged, or too large.
         """
-        image = pixels(data, self.card.rule, self._limits)
+        image = self.pixels(data)
         shift = np.array([tail_shift], np.float32) if tail_shift else None
         (probabilities,) = self.runtime(image[None], shift, (PROBABILITIES,))
         return top(self.card, probabilities[0], k)
+
+    def pixels(self, data: bytes) -> np.ndarray:
+        """Decode an image file by the model's rule.
+
+        Args:
+            data: The file.
+
+        Returns:
+            uint8 (S, S, 3).
+
+        Raises:
+            BadImageError: As in `classify`.
+        """
+        return pixels(data, self.card.rule, self._limits)
 
 
 def images(names: list[str], stdin: BinaryIO, tell: Callable[[str], None]) -> Iterator[tuple[str, bytes]]:

@@ -1,0 +1,105 @@
+"""`serve.edge.Model` in a program, and the command on a bundle's folder with answers in a file."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cibl_ray.bundle.runtime import Runtime
+from pipelines.common.errors import UserError
+from pipelines.pixels import decode
+from serve.edge import Model
+from serve.edge.__main__ import main
+from tests.serve.conftest import encoded, serving
+
+
+@pytest.fixture(scope="module")
+def model(bundle) -> Model:
+    return Model(bundle, threads=1)
+
+
+def test_paths_bytes_arrays_and_images_give_the_runtimes_answers(model, bundle, tmp_path):
+    data = [encoded("PNG", number) for number in range(5)]
+    (tmp_path / "one.png").write_bytes(data[0])
+    array = np.asarray(Image.open(io.BytesIO(data[2])))
+    images = [tmp_path / "one.png", str(tmp_path / "one.png"), data[1], array, array[:, :, 0], Image.open(io.BytesIO(data[4]))]
+    runtime = Runtime(bundle / "model.onnx", "cpu", 1)
+    stacked = np.stack([runtime.card.rule(decode(data[number])) for number in (0, 0, 1, 2, 2, 4)])  # digits are gray
+    _, expected = runtime(stacked, np.array([0.5], np.float32))
+    for batch in (1, 4, 32):
+        answers = model.predict(images, k=3, tail_shift=0.5, batch=batch)
+        for answer, row in zip(answers, expected, strict=True):
+            best = np.argsort(-row, kind="stable")[:3]
+            assert [entry["index"] for entry in answer.top] == best.tolist()
+            assert [entry["probability"] for entry in answer.top] == pytest.approx(row[best].tolist(), abs=1e-5)
+            assert (answer.label, answer.probability) == (model.card.classes[best[0]], answer.top[0]["probability"])
+
+
+def test_bad_images_are_told_and_the_others_answered(model, tmp_path):
+    answers = model.predict([b"none", encoded("PNG"), tmp_path / "gone.png", np.zeros((4, 4), np.float32)])
+    assert [answer.problem is None for answer in answers] == [False, True, False, False]
+    assert answers[0].label is None
+    assert answers[0].probability is None
+    assert "No such file" in str(answers[2].problem)
+    assert answers[3].problem == "an array of float32 (4, 4); give uint8 (H, W, 3) or (H, W)"
+    assert model.predict([]) == []
+    for wrong in ({"k": 0}, {"batch": 0}, {"tail_shift": float("nan")}, {"tail_shift": 101}):
+        with pytest.raises(UserError):
+            model.predict([encoded("PNG")], **wrong)
+
+
+def test_the_model_of_a_service(bundle, model, tmp_path, monkeypatch):
+    monkeypatch.setenv("CIBL_RAY_API_KEYS", "secret")
+    with serving([bundle]) as server:
+        served = Model(f"http://127.0.0.1:{server.port}", key="secret", cache=tmp_path, precision="int8")
+    assert served.card.precision == "int8"
+    data = encoded("PNG", 3)
+    assert served.predict([data])[0].top[0]["probability"] == pytest.approx(model.predict([data])[0].probability, abs=0.1)
+
+
+def test_a_folder_that_is_no_bundle(tmp_path, bundle):
+    with pytest.raises(UserError, match="is not a bundle"):
+        Model(tmp_path)
+    with pytest.raises(UserError, match="neither a file nor a service's URL"):
+        Model(tmp_path / "nowhere")
+
+
+def test_the_command_on_a_bundle_writes_a_table(bundle, tmp_path, monkeypatch, capsys):
+    images = tmp_path / "images"
+    images.mkdir()
+    for number in range(3):
+        (images / f"{number}.png").write_bytes(encoded("PNG", number))
+    (images / "bad.png").write_bytes(b"bad")
+
+    def run(*arguments: str) -> None:
+        monkeypatch.setattr(sys, "argv", ["edge", str(bundle), str(images), "--top", "2", *arguments])
+        main()
+
+    with pytest.raises(UserError, match="1 of the images"):
+        run("--out", str(tmp_path / "answers.csv"))
+    assert capsys.readouterr().out == ""
+    with (tmp_path / "answers.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["image"][-5:], row["rank"]) for row in rows if not row["problem"]] == [
+        (f"{number}.png"[-5:], str(rank)) for number in range(3) for rank in (1, 2)
+    ]
+    (bad,) = [row for row in rows if row["problem"]]
+    assert bad["image"].endswith("bad.png")
+    assert bad["label"] == ""
+    with pytest.raises(UserError, match="1 of the images"):
+        run("--out", str(tmp_path / "answers.jsonl"))
+    lines = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert [len(line.get("top", [])) for line in lines] == [2, 2, 2, 0]
+    assert "problem" in lines[3]
+    by_row = [(row["label"], float(row["probability"])) for row in rows if row["rank"]]
+    assert by_row == [(entry["label"], entry["probability"]) for line in lines[:3] for entry in line["top"]]
+    with pytest.raises(UserError, match="cannot be written"):
+        run("--out", str(tmp_path / "no" / "answers.csv"))
+    with pytest.raises((SystemExit, UserError)):
+        run("--out", str(tmp_path / "answers.xml"))
