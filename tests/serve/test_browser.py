@@ -133,6 +133,15 @@ def test_measured_accuracy_moves_with_the_slider(opened, bundle):
     assert float(row.locator("td").nth(1).inner_text().replace("−", "-")) == pytest.approx(change, abs=0.051)
 
 
+def test_measured_shifts_count_from_the_bundles_own(opened):
+    """A bundle that was exported with a tail shift has it without asking."""
+    script = """async () => {
+      const { measuredPoints } = await import(new URL("page/shift.js", location));
+      return measuredPoints({ default_tail_shift: 0.5, tail_shift: { "1.0": { few: 0.4 }, "0.0": { few: 0.1 } } });
+    }"""
+    assert opened.page.evaluate(script) == [{"few": 0.1, "shift": -0.5}, {"few": 0.4, "shift": 0.5}]
+
+
 def test_the_model_card(opened, bundle):
     manifest = open_bundle(bundle).manifest
     card = opened.page.locator("#card")

@@ -52,8 +52,8 @@ function choose(model) {
   model.points ??= measuredPoints(model.manifest);
   $("model").value = model.name;
   const points = model.points;
-  $("shift").min = points.length ? points[0].shift : 0;
-  $("shift").max = points.length ? points.at(-1).shift : 2;
+  $("shift").min = Math.min(0, points[0]?.shift ?? 0);
+  $("shift").max = Math.max(0, points.at(-1)?.shift ?? 2);
   $("shift-panel").hidden = false;
   showPlaces();
   $("card-body").replaceChildren(...card(model, state.api, download));
@@ -271,7 +271,7 @@ function showShift() {
   state.shift = Number($("shift").value);
   const text = state.shift.toFixed(2);
   $("shift-value").textContent = text;
-  $("shift").setAttribute("aria-valuetext", `${text}: ${state.shift === 0 ? "as trained" : state.shift > 0 ? "favours rare classes" : "favours common classes"}`);
+  $("shift").setAttribute("aria-valuetext", `${text}: ${state.shift === 0 ? "as exported" : state.shift > 0 ? "favours rare classes" : "favours common classes"}`);
   const { points, manifest } = state.model;
   if (!points.length) {
     $("measured").replaceChildren(h("p", { class: "hint" }, "This bundle has no accuracy measured under other shifts."));

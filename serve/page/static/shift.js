@@ -33,10 +33,14 @@ export function topK(values, k) {
   return best;
 }
 
-/** The measured points of a manifest, smallest shift first: [{shift, overall, many, medium, few}]. */
+/**
+ * The measured points of a manifest, smallest shift first: [{shift, overall, many, medium, few}].
+ * The manifest counts from the network as trained, a client from the shift that the bundle has by default.
+ */
 export function measuredPoints(manifest) {
+  const byDefault = manifest.default_tail_shift ?? 0;
   return Object.entries(manifest.tail_shift ?? {})
-    .map(([shift, figures]) => ({ ...figures, shift: Number(shift) }))
+    .map(([shift, figures]) => ({ ...figures, shift: Number(shift) - byDefault }))
     .sort((a, b) => a.shift - b.shift);
 }
 
