@@ -9,52 +9,7 @@ from pydantic import Field, model_validator
 
 from pipelines.common.settings import Settings
 from pipelines.pixels import MAX_PIXELS
-
-
-class FolderSource(Settings):
-    """An image folder: `train/CLASS/*`, optionally `val/CLASS/*` and `test/CLASS/*`. Classes in alphabetical order."""
-
-    kind: Literal["folder"]
-    path: Path
-
-
-class ListsSource(Settings):
-    """Split lists, one "path label" a line, paths relative to `root`: ImageNet-LT, Places-LT, iNaturalist."""
-
-    kind: Literal["lists"]
-    root: Path
-    train: Path
-    val: Path | None = None
-    test: Path | None = None
-    classes: Path | None = Field(default=None, description="class names, one a line, in label order")
-    expect: dict[Literal["train", "val", "test"], int] | None = Field(
-        default=None, description="images that each list must name: a list cut short or of another year is noticed"
-    )
-
-
-class Cifar10Source(Settings):
-    """CIFAR-10 through torchvision."""
-
-    kind: Literal["cifar10"]
-    path: Path = Path("data")
-    download: bool = True
-
-
-class Cifar100Source(Settings):
-    """CIFAR-100 through torchvision."""
-
-    kind: Literal["cifar100"]
-    path: Path = Path("data")
-    download: bool = True
-
-
-class DigitsSource(Settings):
-    """scikit-learn's 1,797 handwritten digits, 8x8 pixels: real images that need no download."""
-
-    kind: Literal["digits"]
-
-
-Source = Annotated[FolderSource | ListsSource | Cifar10Source | Cifar100Source | DigitsSource, Field(discriminator="kind")]
+from pipelines.prepare.sources import Source
 
 
 class NoProfile(Settings):

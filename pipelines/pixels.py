@@ -5,7 +5,6 @@ Evaluation, the server and the edge client all go through `EvalRule`, so that wh
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import threading
 from collections.abc import Iterator
@@ -128,10 +127,10 @@ def opened(
 
 def _register_heif() -> None:
     """Let Pillow read HEIC. Raises BadImageError where the package for it is missing."""
-    if importlib.util.find_spec("pillow_heif") is None:
-        raise BadImageError("HEIC, which needs: pip install 'cibl-ray[heic]'")
-    import pillow_heif
-
+    try:
+        import pillow_heif
+    except ImportError as error:
+        raise BadImageError("HEIC, which needs: pip install 'cibl-ray[heic]'") from error
     pillow_heif.register_heif_opener()
 
 

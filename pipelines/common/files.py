@@ -6,6 +6,7 @@ import errno
 import fcntl
 import logging
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -47,7 +48,7 @@ def write_atomically(path: Path, content: str | bytes | Callable[[IO[bytes]], ob
 
 
 @contextmanager
-def locked(path: Path, patience: float | None = None, busy: str = "") -> Iterator[None]:
+def locked(path: Path, patience: float | None = None, busy: str = "", waiting: str = "") -> Iterator[None]:
     """Hold a lock that only one process has at a time. It ends with its process, however that ends.
 
     On a file system without locks the work goes on without one, with a warning.
@@ -56,6 +57,7 @@ def locked(path: Path, patience: float | None = None, busy: str = "") -> Iterato
         path: The lock file; made where it is missing.
         patience: Seconds to wait for another process; None waits for as long as it takes.
         busy: The message of the error.
+        waiting: What standard error says, once, where another process holds the lock.
 
     Raises:
         UserError: Another process still holds the lock after `patience` seconds.
@@ -64,9 +66,13 @@ def locked(path: Path, patience: float | None = None, busy: str = "") -> Iterato
     with path.open("a") as file:
         while True:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | (0 if deadline is None else fcntl.LOCK_NB))
+                fcntl.flock(file, fcntl.LOCK_EX | (0 if deadline is None and not waiting else fcntl.LOCK_NB))
                 break
             except BlockingIOError as error:
+                if waiting:
+                    print(waiting, file=sys.stderr, flush=True)
+                    waiting = ""
+                    continue
                 if deadline is not None and time.monotonic() >= deadline:
                     raise UserError(busy or f"another process holds {str(path)!r}; wait for it, or end it") from error
                 time.sleep(0.2)

@@ -8,7 +8,7 @@ from pipelines.common.command_line import ConfigParser, print_config
 from pipelines.common.errors import Interrupted, UserError, run_command
 from pipelines.prepare.build import PrepareConfig, choose, ensure_prepared, load_data, subset_seed
 from pipelines.prepare.pictures import histogram_text
-from pipelines.prepare.sources import class_counts, open_source
+from pipelines.prepare.sources import class_counts
 
 
 def _prepare() -> None:
@@ -28,7 +28,7 @@ def _prepare() -> None:
         print_config(config)
         return
     if arguments.count:
-        classes, splits = choose(open_source(config.data.source), config.data, subset_seed(config.data, config.seed))
+        classes, splits = choose(config.data.source.open(), config.data, subset_seed(config.data, config.seed))
         counts = {name: class_counts(images.labels, len(classes)) for name, images in splits.items()}
     else:
         prepared = ensure_prepared(config.data, config.seed)

@@ -12,7 +12,6 @@ import errno
 import mmap
 import os
 import weakref
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
@@ -38,23 +37,15 @@ ALLOCATION = np.dtype([("sample", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
 _RECORDS_AT = HEADER.itemsize + len(_FIELDS) * FIELD.itemsize
 
 
-@dataclass(frozen=True)
-class Written:
-    """What a `BetonWriter` has written so far: enough to go on in another process. next: the file's end, bytes."""
-
-    records: np.ndarray
-    allocations: np.ndarray
-    next: int
-
-
 class BetonWriter:
     """Writes `path` sample by sample; the file appears under its name only when `finish` has flushed all of it to disk.
 
-    capacity: the number of samples at most; the records' place is set aside before the images are known.
-    before: what an earlier writer of the same path and capacity had written (`pause`); it is gone on with.
+    Args:
+        path: The file.
+        capacity: The number of samples at most: the records' place is set aside before the images are known.
     """
 
-    def __init__(self, path: Path, capacity: int, before: Written | None = None) -> None:
+    def __init__(self, path: Path, capacity: int) -> None:
         self._path = path
         self._part = part_of(path)
         self._records = np.zeros(capacity, dtype=SAMPLE)
@@ -62,10 +53,7 @@ class BetonWriter:
         self.samples = 0
         self.next = -(-(_RECORDS_AT + self._records.nbytes) // PAGE) * PAGE
         self._first = self.next
-        if before is not None:
-            self.samples, self.next = len(before.records), before.next
-            self._records[: self.samples], self._allocations[: self.samples] = before.records, before.allocations
-        self._file: BinaryIO = self._part.open("wb" if before is None else "r+b")
+        self._file: BinaryIO = self._part.open("wb")
 
     @property
     def image_bytes(self) -> int:
@@ -93,12 +81,6 @@ class BetonWriter:
         self.next += size
         self.samples += 1
 
-    def pause(self) -> Written:
-        """Flush to disk; from what this returns, another writer can go on."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        return Written(self._records[: self.samples].copy(), self._allocations[: self.samples].copy(), self.next)
-
     def finish(self) -> None:
         """Complete the file and give it its name."""
         header = np.zeros(1, dtype=HEADER)
@@ -111,15 +93,10 @@ class BetonWriter:
         self._file.write(header.tobytes() + fields.tobytes() + self._records[: self.samples].tobytes())
         self._file.seek(self.next)
         self._file.write(self._allocations[: self.samples].tobytes())
-        self._file.truncate()  # an earlier writer may have got further than it could tell
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
         self._part.replace(self._path)
-
-    def leave(self) -> None:
-        """Close, and keep what is written for another writer to go on with."""
-        self._file.close()
 
     def __enter__(self) -> BetonWriter:
         return self

@@ -22,12 +22,15 @@ from pipelines.common.fields import nearest
 from pipelines.common.files import locked, write_atomically
 from pipelines.common.settings import Settings, build, find_config, read_content
 from pipelines.config import DataConfig
+from pipelines.prepare.doubles import find_copies, refuse_shared_files
 from pipelines.prepare.longtail import apply_profile, carve_validation
 from pipelines.prepare.pictures import save_histogram
 from pipelines.prepare.prepared import EARLIER_FORMAT, FORMAT, SIDECAR, Prepared, Split, counts_of_files, read_sidecar
-from pipelines.prepare.sources import Dataset, Images, class_counts, open_folder, open_source, source_present
-from pipelines.prepare.writer import Progress, Shard, forget_journals, write_split
+from pipelines.prepare.sources import Dataset, Images, class_counts, open_folder
+from pipelines.prepare.writer import Progress, Shard, forget_records, write_split
 
+COPIES = "copies.txt"  # in a prepared folder: images with the same bytes
+_SET_ASIDE = 0.2  # of the images of a source without val and test
 _STORED = {"on_bad_image", "max_pixels", "window", "store"}  # what decides how a source's images are stored
 
 
@@ -39,8 +42,8 @@ def prepared_folder(data: DataConfig, seed: int, file_format: int = FORMAT) -> P
         seed: The run's seed.
         file_format: An earlier one gives the folder that an earlier version used.
     """
-    content = data.model_dump(mode="json", include={"source", "profile", "val_fraction", *_STORED})
-    content["source"].pop("expect", None)  # checks the lists, changes nothing
+    content = data.model_dump(mode="json", include={"profile", "val_fraction", *_STORED})
+    content["source"] = data.source.identity()
     if data.store.mode != "mixed":
         del content["store"]["raw_share"]
     if file_format < 4:  # which had no such fields
@@ -61,20 +64,22 @@ def ensure_prepared(data: DataConfig, seed: int) -> Prepared:
         UserError: The source is missing or has a fault that the message names.
     """
     folder = prepared_folder(data, seed)
-    if not source_present(data.source):
+    if not data.source.present():
         found = read_sidecar(folder) or read_sidecar(prepared_folder(data, seed, EARLIER_FORMAT))
         if found is not None:
             print(f"data: the source is not on this machine; using {found.folder} as it was prepared", file=sys.stderr)
             return found
-    return _up_to_date(folder, choose(open_source(data.source), data, subset_seed(data, seed)), data, subset_seed(data, seed))
+    return _up_to_date(folder, choose(data.source.open(), data, subset_seed(data, seed)), data, subset_seed(data, seed))
 
 
 def prepare_folder(images: Path, classes: list[str], data: DataConfig) -> Prepared:
     """The images of `images/CLASS/*` as a test split, stored as `data` says, for a network that knows `classes`."""
     content = {"images": str(images), **data.model_dump(mode="json", include=_STORED)}
-    return _up_to_date(
-        data.prepared / f"images-{_key(content)}", (classes, {"test": open_folder(images, classes)}), data, seed=0
-    )
+    names = data.source.class_names()
+    if names:
+        content["names"] = names
+    chosen = (classes, {"test": open_folder(images, classes, names)})
+    return _up_to_date(data.prepared / f"images-{_key(content)}", chosen, data, seed=0)
 
 
 Chosen = tuple[list[str], dict[str, Images]]
@@ -86,7 +91,7 @@ def _up_to_date(folder: Path, chosen: Chosen, data: DataConfig, seed: int) -> Pr
     if found is not None and _matches(found, chosen):
         return found
     folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder / ".lock"):
+    with locked(folder / ".lock", waiting=f"data: another command prepares {folder}; waiting for it"):
         found = read_sidecar(folder)  # another process may have written it while this one waited
         return found if found is not None and _matches(found, chosen) else _write(folder, chosen, data, seed)
 
@@ -97,21 +102,33 @@ def _key(content: Mapping[str, object], file_format: int = FORMAT) -> str:
 
 def choose(dataset: Dataset, data: DataConfig, seed: int) -> tuple[list[str], dict[str, Images]]:
     """(classes, split name -> images): validation carved out, then the long-tail profile, for training only."""
-    train, val = dataset.train, dataset.val
-    if data.val_fraction > 0:
+    train, val, fraction = dataset.train, dataset.val, data.val_fraction
+    if fraction == 0 and val is None and dataset.test is None:
+        fraction = _SET_ASIDE
+        print(
+            f"data: the source has neither a 'val' nor a 'test' split; {fraction:.0%} of each class's images are set aside as "
+            "'val' (data.val_fraction)",
+            file=sys.stderr,
+        )
+    if fraction > 0:
         if val is not None:
             raise UserError(
                 f"data.val_fraction = {data.val_fraction:g}, but the source has a 'val' split of its own; "
                 "to use that: --val_fraction 0"
             )
-        train, val = carve_validation(train, len(dataset.classes), data.val_fraction, seed)
+        train, val = carve_validation(train, len(dataset.classes), fraction, seed)
     splits = {"train": apply_profile(data.profile, train, len(dataset.classes), seed)}
     if len(splits["train"]) < len(train):
         kept = f"{len(splits['train']):,} of {len(train):,} training images"
         print(f"data: profile {data.profile.kind!r} keeps {kept}; --data.profile '{{kind: none}}' keeps all", file=sys.stderr)
     splits |= {name: images for name, images in (("val", val), ("test", dataset.test)) if images is not None}
-    if len(splits) == 1:
-        raise UserError("the source has neither a 'val' nor a 'test' split; set data.val_fraction (.1, say) to carve one out")
+    for images in (dataset.train, val, dataset.test):
+        if images is not None and images.missing and data.on_bad_image == "error":
+            some = ", ".join(map(repr, images.missing[:3])) + (" and others" if len(images.missing) > 3 else "")
+            raise UserError(
+                f"{len(images.missing):,} listed images are missing, such as {some}; correct the list or data.source.root, or "
+                "set data.on_bad_image: skip"
+            )
     return dataset.classes, splits
 
 
@@ -128,11 +145,11 @@ def _whole(path: Path, shard: Shard) -> bool:
 
 def _write(folder: Path, chosen: Chosen, data: DataConfig, seed: int) -> Prepared:
     classes, splits = chosen
+    refuse_shared_files(splits)
     (folder / SIDECAR).unlink(missing_ok=True)
     print(f"data: preparing {sum(len(images) for images in splits.values()):,} images in {folder}", file=sys.stderr)
-    written = {
-        name: _split(write_split(folder, name, images, data, seed), name, images, classes) for name, images in splits.items()
-    }
+    progress = {name: write_split(folder, name, images, data, seed) for name, images in splits.items()}
+    written = {name: _split(progress[name], name, images, classes) for name, images in splits.items()}
     prepared = Prepared(folder, classes, seed, data.profile.model_dump(mode="json"), written)
     content = {
         "format": FORMAT,
@@ -142,12 +159,18 @@ def _write(folder: Path, chosen: Chosen, data: DataConfig, seed: int) -> Prepare
         "splits": {name: asdict(split) for name, split in written.items()},
     }
     write_atomically(folder / SIDECAR, json.dumps(content, indent=1))
-    forget_journals(folder)
-    skipped = {name: split.skipped for name, split in written.items() if split.skipped}
-    for name, paths in skipped.items():
-        print(f"data: {len(paths)} unreadable images left out of {name}, listed in {folder / SIDECAR}:", file=sys.stderr)
-        for path in paths[:10]:
-            print(f"  {path}", file=sys.stderr)
+    forget_records(folder)
+    for name, split in written.items():
+        if split.skipped:
+            count = f"{len(split.skipped):,} unreadable images"
+            print(f"data: {count} left out of {name}, listed with their reasons in {folder / SIDECAR}:", file=sys.stderr)
+            for path, reason in [*zip(split.skipped, split.reasons, strict=True)][:10]:
+                print(f"  {path}: {reason}", file=sys.stderr)
+    copies = find_copies({name: (each.names, each.labels, each.sources) for name, each in progress.items()})
+    (folder / COPIES).unlink(missing_ok=True)
+    if copies.lines:
+        copies.write(folder / COPIES)
+        print(f"data: copies of the same image: {copies.text()}; listed in {folder / COPIES}", file=sys.stderr)
     if "train" in written and importlib.util.find_spec("matplotlib") is not None:
         save_histogram(folder / "class_counts.png", classes, prepared.train_counts)
     return prepared
@@ -160,7 +183,9 @@ def _split(progress: Progress, name: str, images: Images, classes: list[str]) ->
     of_files = counts_of_files(np.array(progress.labels), progress.shards, len(classes))
     # Of images that are no files, the source's digest is one of their content already, and recorded results have it.
     content = progress.digest if images.files is None else progress.content
-    return Split(progress.shards, counts.tolist(), progress.digest, progress.skipped, of_files.tolist(), content)
+    return Split(
+        progress.shards, counts.tolist(), progress.digest, progress.skipped, of_files.tolist(), content, progress.reasons
+    )
 
 
 class PrepareConfig(Settings):

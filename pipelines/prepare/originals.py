@@ -11,7 +11,6 @@ from PIL import Image
 from pipelines.config import DataConfig
 from pipelines.prepare.beton import RAW
 from pipelines.prepare.build import Prepared, choose, subset_seed
-from pipelines.prepare.sources import open_source, source_present
 from pipelines.prepare.writer import line_of, read_lines
 
 log = logging.getLogger(__name__)
@@ -25,8 +24,8 @@ def original_images(prepared: Prepared, split: str, data: DataConfig, seed: int,
     beton = prepared.beton(split)
     names = read_lines(prepared.folder / f"{split}.files.txt")
     images = None
-    if source_present(data.source) and len(names) == len(beton):  # an earlier version wrote ends of lines in names as they are
-        _, splits = choose(open_source(data.source), data, subset_seed(data, seed))
+    if data.source.present() and len(names) == len(beton):  # an earlier version wrote ends of lines in names as they are
+        _, splits = choose(data.source.open(), data, subset_seed(data, seed))
         if split in splits and splits[split].digest() == prepared.splits[split].source_digest:
             images = splits[split]
     if images is None:

@@ -21,11 +21,16 @@ SIDECAR = "prepared.json"
 
 @dataclass(frozen=True)
 class Split:
-    """The .beton files of a split, and what they hold; `skipped` names the unreadable images that were left out.
+    """The .beton files of a split, and what they hold.
 
-    source_digest: of the source, by size and time of change: whether to prepare anew. content: of names, labels and images
-    alone, which a copy of the source has too. shard_counts: of each file, its images of each class. Both are empty where an
-    earlier version prepared the data.
+    Attributes:
+        shards: The files.
+        counts: Images of each class.
+        source_digest: Of the source, by size and time of change: whether to prepare again.
+        skipped: The unreadable images that were left out.
+        shard_counts: Of each file, its images of each class; empty where an earlier version prepared the data.
+        content: Digest of names, labels and images alone, which a copy of the source has too; empty as above.
+        reasons: Why each of `skipped` was unreadable; empty as above.
     """
 
     shards: list[Shard]
@@ -34,6 +39,7 @@ class Split:
     skipped: list[str]
     shard_counts: list[list[int]] = field(default_factory=list)
     content: str = ""
+    reasons: list[str] = field(default_factory=list)
 
     @property
     def digest(self) -> str:
@@ -77,7 +83,7 @@ class Prepared:
         sizes = [os.fstat(file).st_size for file in beton.files]
         now = read_sidecar(self.folder)  # gone before the first file is replaced, and back after the last
         if now is None or now.splits != self.splits:
-            raise UserError(f"another command has prepared {str(self.folder)!r} anew since this one began; begin again")
+            raise UserError(f"{str(self.folder)!r} was prepared again while this command ran; run it again")
         whole = only is not None or class_counts(beton.labels, len(self.classes)).tolist() == entry.counts
         if not whole or len(beton) != len(rows) or sizes != [shard.bytes for shard in chosen]:
             raise UserError(

@@ -340,7 +340,7 @@ def test_data_prepared_anew_do_not_reach_a_loader_in_use(image_folder, tmp_path,
     assert len(again.beton("train")) == 22
     assert same(batches(running, 1), untouched[1])
     assert same(batches(held_out, 0), scored)
-    with pytest.raises(UserError, match=r"another command has prepared .* anew since this one began"):
+    with pytest.raises(UserError, match=r"was prepared again while this command ran; run it again"):
         make_loader(prepared, "train", train, LoaderConfig(**config))
 
 

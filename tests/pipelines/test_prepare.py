@@ -2,18 +2,25 @@
 
 import json
 import os
+import re
 import shutil
 import signal
+import struct
 import subprocess
 import sys
+import threading
 import time
+import warnings
 from dataclasses import replace
 
 import pytest
+from PIL import Image
 
 from pipelines.common.errors import UserError
+from pipelines.common.files import locked
 from pipelines.prepare import __main__ as prepare
 from pipelines.prepare.build import ensure_prepared, prepare_folder, prepared_folder
+from pipelines.prepare.library_warnings import collected_warnings
 from pipelines.prepare.prepared import EARLIER_FORMAT, SIDECAR
 from tests.commands import in_process
 from tests.conftest import REPOSITORY, data_config, digits_config
@@ -147,12 +154,13 @@ def test_a_class_of_bad_images_only(image_folder, tmp_path):
         ensure_prepared(folder_config(image_folder, tmp_path, on_bad_image="skip"), 0)
 
 
-def test_needs_something_to_evaluate_on(image_folder, tmp_path):
+def test_a_source_without_val_and_test_gets_a_val_split(image_folder, tmp_path, capsys):
     (image_folder / "test").rename(tmp_path / "away")
-    with pytest.raises(UserError, match=r"data\.val_fraction"):
-        ensure_prepared(folder_config(image_folder, tmp_path), 0)
-    prepared = ensure_prepared(folder_config(image_folder, tmp_path, val_fraction=0.2), 0)
-    assert set(prepared.splits) == {"train", "val"}
+    prepared = ensure_prepared(folder_config(image_folder, tmp_path), 0)
+    assert "20% of each class's images are set aside as 'val' (data.val_fraction)" in capsys.readouterr().err
+    assert {name: split.counts for name, split in prepared.splits.items()} == {"train": [6, 5, 4], "val": [2, 1, 1]}
+    prepared = ensure_prepared(folder_config(image_folder, tmp_path, val_fraction=0.4), 0)
+    assert {name: split.counts for name, split in prepared.splits.items()} == {"train": [5, 4, 3], "val": [3, 2, 2]}
 
 
 def test_two_validation_splits(image_folder, tmp_path):
@@ -258,3 +266,57 @@ def test_prepare_refuses_what_train_refuses(tmp_path, flags, message):
     assert done.returncode == 2
     assert message in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_missing_files_of_a_list(image_folder, tmp_path):
+    lists = {"train": "train/nought/0.png 0\ntrain/one/0.png 1\n" + "".join(f"gone/{n}.png 1\n" for n in range(5))}
+    lists["test"] = "test/one/0.png 1\n"
+    for split, lines in lists.items():
+        (tmp_path / f"{split}.txt").write_text(lines)
+    source = {"kind": "lists", "root": str(image_folder), **{split: str(tmp_path / f"{split}.txt") for split in lists}}
+    with pytest.raises(
+        UserError, match=r"5 listed images are missing, such as 'gone/0.png', 'gone/1.png', 'gone/2.png' and others"
+    ):
+        ensure_prepared(data_config(source=source, prepared=str(tmp_path / "prepared")), 0)
+    split = ensure_prepared(data_config(source=source, prepared=str(tmp_path / "prepared"), on_bad_image="skip"), 0).splits[
+        "train"
+    ]
+    assert split.counts == [1, 1]
+    assert sorted(split.skipped) == [str(image_folder / f"gone/{n}.png") for n in range(5)]
+    assert split.reasons == ["No such file or directory"] * 5
+
+
+def test_warnings_of_decoders_are_one_line(image_folder, tmp_path, capsys):
+    exif = b"Exif\0\0II*\0\x08\0\0\0\x02\0" + struct.pack("<HHII", 0x9286, 7, 0xFFFFFF, 0xFFFF) * 2
+    for number in range(3):
+        Image.new("RGB", (9, 9)).save(image_folder / "train" / "one" / f"warned{number}.jpg", exif=exif)
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        ensure_prepared(folder_config(image_folder, tmp_path), 0)
+    lines = [line for line in capsys.readouterr().err.splitlines() if "warn" in line.lower()]
+    assert len(lines) == 1
+    assert re.match(r"data: 3 images were read with a warning of the decoder, such as .*/one/warned\d\.jpg: ", lines[0])
+
+
+def test_other_warnings_are_shown_as_before():
+    with collected_warnings() as warned, pytest.warns(UserWarning, match="mine"):
+        warnings.warn("mine", UserWarning, stacklevel=1)
+    assert warned.text() == ""
+
+
+def test_a_second_command_says_that_it_waits(image_folder, tmp_path, capsys):
+    data = folder_config(image_folder, tmp_path)
+    folder = prepared_folder(data, 0)
+    folder.mkdir(parents=True)
+    with locked(folder / ".lock"):
+        process = threading.Thread(target=ensure_prepared, args=(data, 0))
+        process.start()
+        deadline = time.monotonic() + 60
+        said = ""
+        while "waiting" not in said and time.monotonic() < deadline:
+            said += capsys.readouterr().err
+            time.sleep(0.01)
+        assert not (folder / SIDECAR).exists()
+    process.join()
+    assert said.count(f"data: another command prepares {folder}; waiting for it") == 1
+    assert (folder / SIDECAR).exists()

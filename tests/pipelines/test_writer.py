@@ -1,7 +1,10 @@
-"""Splits in several files, gone on with after a stop, and stored in every mode."""
+"""Splits in several files, continued after a stop, and stored in every mode."""
 
+import errno
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,7 +13,7 @@ import time
 import numpy as np
 import pytest
 
-from pipelines.common.errors import UserError
+from pipelines.common.errors import Interrupted, UserError
 from pipelines.prepare import writer
 from pipelines.prepare.beton import BetonWriter
 from pipelines.prepare.build import ensure_prepared, prepared_folder
@@ -54,68 +57,120 @@ def test_some_of_the_files_know_their_rows(config):
     assert f"line {part.rows[0] + 1} of train.files.txt" in part.where(0)
 
 
-@pytest.mark.parametrize("place", ["between", "at a border", "before the journal", "late"])
-def test_a_kill_at_any_moment_is_gone_on_with(config, monkeypatch, capsys, place):
+@pytest.mark.parametrize("place", ["in the first file", "at a border", "before the record", "in a later file"])
+def test_a_kill_at_any_moment_costs_the_file_in_hand(config, monkeypatch, capsys, place):
     """Planted exceptions that nothing catches stand for the kill: the files stay as they are at that moment."""
     undisturbed = ensure_prepared(config(mode="raw"), 0)
     expected = contents(undisturbed)
     data = config(mode="raw", shard_mb=1)
-    monkeypatch.setattr(writer._Files, "failed", writer._Files.leave)
+    monkeypatch.setattr(writer._Files, "failed", lambda self: self._writer and self._writer._file.close())
+    close, step, record = writer._Files._close_shard, writer._Files.step, writer.write_atomically
     shards, steps = [], []
-    originals = writer._Files._close_shard, writer._Files.step, writer._Files.save
 
-    def close(self):
-        originals[0](self)
-        shards.append(1)
-        if place == "before the journal" and len(shards) == 2:
-            raise ZeroDivisionError
+    def planted_close(self):
+        close(self)
+        shards.append(self.kept)
 
-    def step(self):
-        originals[1](self)
+    def planted_step(self):
+        step(self)
         steps.append(len(shards))
-        if (place == "between" and len(steps) == 3) or (place == "at a border" and len(shards) == 2):
+        if (place == "in the first file" and len(steps) == 3) or (place == "at a border" and len(shards) == 2):
             raise ZeroDivisionError
-        if place == "late" and steps[-3:] == [2, 2, 2]:
+        if place == "in a later file" and steps[-3:] == [2, 2, 2]:
             raise ZeroDivisionError
 
-    if place == "before the journal":  # and a journal that knows of a part of that file
-        monkeypatch.setattr(writer, "_JOURNAL_SECONDS", -1.0)
-    monkeypatch.setattr(writer._Files, "_close_shard", close)
-    monkeypatch.setattr(writer._Files, "step", step)
+    def planted_record(path, content):
+        if place == "before the record" and len(shards) == 1:  # of the second file
+            raise ZeroDivisionError
+        record(path, content)
+
+    monkeypatch.setattr(writer, "write_atomically", planted_record)
+    monkeypatch.setattr(writer._Files, "_close_shard", planted_close)
+    monkeypatch.setattr(writer._Files, "step", planted_step)
     with pytest.raises(ZeroDivisionError):
         ensure_prepared(data, 0)
     monkeypatch.undo()
     capsys.readouterr()
     prepared = ensure_prepared(data, 0)
-    assert ("goes on after" in capsys.readouterr().err) == (place != "between")
+    report = capsys.readouterr().err
+    after = shards[0] if place == "before the record" else shards[-1] if shards else 0
+    assert (f"train continues after {after} of 24 images" in report) if after else ("continues" not in report)
     assert contents(prepared) == expected
     assert prepared.digests == undisturbed.digests
     names = (prepared.folder / "train.files.txt").read_text().split()
     assert len(names) == len(set(names)) == 24
+    assert not [*prepared.folder.glob("*.part"), *prepared.folder.glob("*.done")]
 
 
-def test_ctrl_c_waits_for_the_image_in_hand(config, monkeypatch, capsys):
+@pytest.mark.parametrize("shard_mb", [1, None])
+def test_ctrl_c_says_how_to_go_on(config, monkeypatch, capsys, shard_mb):
     expected = contents(ensure_prepared(config(mode="raw"), 0))
-    data = config(mode="raw", shard_mb=1)
+    data = config(mode="raw", shard_mb=shard_mb, quality=91)
     original, calls = BetonWriter.append, []
 
     def append(self, image, label):
         original(self, image, label)
         calls.append(1)
-        if len(calls) == 7:
+        if len(calls) == 17:
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(0.01)
 
     monkeypatch.setattr(BetonWriter, "append", append)
-    before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Interrupted) as caught:
         ensure_prepared(data, 0)
-    assert signal.getsignal(signal.SIGINT) is before
     monkeypatch.undo()
     capsys.readouterr()
     prepared = ensure_prepared(data, 0)
-    assert "train goes on after 7 of 24 images" in capsys.readouterr().err
+    if shard_mb:
+        kept = re.fullmatch(r"stopped: (\d+) of 24 train images are in finished files; .*", str(caught.value))[1]
+        assert 0 < int(kept) < 17
+        assert f"train continues after {kept} of 24 images" in capsys.readouterr().err
+    else:
+        assert "the same command starts it again (with data.store.shard_mb" in str(caught.value)
+        assert "continues" not in capsys.readouterr().err
     assert contents(prepared) == expected
+
+
+def test_splits_that_are_whole_are_not_written_again(config, monkeypatch, capsys):
+    data = config(mode="raw")
+    original = writer.pack
+    monkeypatch.setattr(writer, "pack", lambda *given, **more: original(*given, **more) if not given[2] else _fail())
+    with pytest.raises(UserError, match="planted"):
+        ensure_prepared(data, 0)
+    monkeypatch.undo()
+    capsys.readouterr()
+    ensure_prepared(data, 0)
+    assert "train continues after 24 of 24 images" in capsys.readouterr().err
+
+
+def _fail():
+    raise writer.BadImageError("planted")
+
+
+def test_a_disk_without_room_is_told_before_it_is_full(config, monkeypatch):
+    free = shutil.disk_usage("/")._replace(free=1000)
+    monkeypatch.setattr(writer.shutil, "disk_usage", lambda path: free)
+    monkeypatch.setattr(writer, "_SAMPLED", 6)
+    data = config(mode="raw")
+    with pytest.raises(UserError, match=r"the disk of '.*' has 0\.00 GB free, and the train split needs about 0\.\d+ GB more"):
+        ensure_prepared(data, 0)
+    assert [path.name for path in prepared_folder(data, 0).iterdir()] == [".lock"]
+
+
+def test_a_full_disk_says_place_and_need(config, monkeypatch):
+    original, calls = BetonWriter.append, []
+
+    def append(self, image, label):
+        original(self, image, label)
+        calls.append(1)
+        if len(calls) == 20:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(BetonWriter, "append", append)
+    with pytest.raises(
+        UserError, match=r"the disk of .* GB free, .* data\.prepared .*; stopped: \d+ of 24 train images are in"
+    ):
+        ensure_prepared(config(mode="raw", shard_mb=1), 0)
 
 
 @pytest.mark.parametrize(("mode", "kinds"), [("raw", {0}), ("jpeg", {1}), ("auto", {1}), ("mixed", {0, 1})])
@@ -141,74 +196,49 @@ def test_the_share_of_raw_images(config):
     assert RAW_SIDE < 150  # the photographs are larger, so 'auto' would store none raw
 
 
-def test_a_stop_from_the_keyboard_is_gone_on_with(config, monkeypatch, capsys):
-    expected = contents(ensure_prepared(config(mode="raw"), 0))
+def test_a_killed_writer_is_continued(config, capsys, tmp_path):
     data = config(mode="raw", shard_mb=1)
-    original, calls = writer._Files.step, []
-
-    def step(self):
-        original(self)
-        calls.append(1)
-        if len(calls) == 13:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(writer._Files, "step", step)
-    with pytest.raises(KeyboardInterrupt):
-        ensure_prepared(data, 0)
-    folder = prepared_folder(data, 0)
-    assert not (folder / SIDECAR).exists()
-    capsys.readouterr()
-    prepared = ensure_prepared(data, 0)
-    assert "train goes on after 13 of 24 images" in capsys.readouterr().err
-    assert contents(prepared) == expected
-    assert not [*folder.glob("*.part"), *folder.glob("*.journal")]
-
-
-def test_a_killed_writer_is_gone_on_with(config, monkeypatch, capsys, tmp_path):
-    data = config(mode="raw")
     code = f"""
 import json, time
 from pipelines.prepare import writer
-from pipelines.prepare.beton import BetonWriter
 from pipelines.config import DataConfig
 from pipelines.prepare.build import ensure_prepared
-writer._JOURNAL_SECONDS = 0.0
 original = writer._Files.step
 def step(self):
     original(self)
-    if self.progress.done == 9:
-        open({str(tmp_path / "now")!r}, "w").close()
+    if len(self.progress.shards) == 2:
+        open({str(tmp_path / "now")!r}, "w").write(str(self.kept))
         time.sleep(60)
 writer._Files.step = step
 ensure_prepared(DataConfig.model_validate(json.loads({data.model_dump_json()!r})), 0)
 """
     process = subprocess.Popen([sys.executable, "-c", code], cwd=REPOSITORY, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
-    while not (tmp_path / "now").exists() and time.monotonic() < deadline:
+    while not ((tmp_path / "now").exists() and (tmp_path / "now").read_text()) and time.monotonic() < deadline:
         time.sleep(0.05)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     prepared = ensure_prepared(data, 0)
-    assert "train goes on after 9 of 24 images" in capsys.readouterr().err
+    assert f"train continues after {(tmp_path / 'now').read_text()} of 24 images" in capsys.readouterr().err
     assert contents(prepared) == contents(ensure_prepared(config(mode="raw", quality=91), 0))
 
 
-@pytest.mark.parametrize("how", ["cut short", "of other images"])
-def test_a_journal_that_does_not_fit_is_not_believed(config, monkeypatch, capsys, how, photo_folder):
-    data = config(mode="raw")
-    monkeypatch.setattr(writer._Files, "step", _stop_after(5, writer._Files.step))
-    with pytest.raises(KeyboardInterrupt):
+@pytest.mark.parametrize("how", ["record cut short", "file cut short", "of other images"])
+def test_a_record_that_does_not_fit_is_not_believed(config, monkeypatch, capsys, how, photo_folder):
+    data = config(mode="raw", shard_mb=1)
+    monkeypatch.setattr(writer._Files, "step", _stop_after(12, writer._Files.step))
+    with pytest.raises(Interrupted):
         ensure_prepared(data, 0)
     monkeypatch.undo()
-    journal = prepared_folder(data, 0) / "train.journal"
-    if how == "cut short":
-        journal.write_bytes(journal.read_bytes()[:-50])
-    else:  # an image has been replaced since
-        changed = next((photo_folder / "train").rglob("*.jpg"))
-        os.utime(changed, ns=(1, time.time_ns()))
+    file = prepared_folder(data, 0) / "train-00000.beton"
+    record = file.with_name("train-00000.beton.done")
+    if how == "of other images":  # one has been replaced since
+        os.utime(next((photo_folder / "train").rglob("*.jpg")), ns=(1, time.time_ns()))
+    else:
+        os.truncate(file if how == "file cut short" else record, 50)
     capsys.readouterr()
     assert len(ensure_prepared(data, 0).beton("train")) == 24
-    assert "goes on" not in capsys.readouterr().err
+    assert "continues" not in capsys.readouterr().err
 
 
 def _stop_after(count, original):

@@ -1,0 +1,87 @@
+"""The image files of a folder: which endings count, what is left out, and how that is told."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pipelines.common.errors import UserError
+from pipelines.formats import LEFTOVERS, left_out_text, readable_suffixes
+
+
+@dataclass
+class LeftOut:
+    """What a walk through folders did not take: files by ending, folders of other systems by name."""
+
+    endings: Counter[str] = field(default_factory=Counter)
+    folders: Counter[str] = field(default_factory=Counter)
+
+    def tell(self, place: Path) -> None:
+        """Say it on standard error, in a line each."""
+        if self.endings:
+            print(f"data: left out of {str(place)!r}: {left_out_text(self.endings)}", file=sys.stderr)
+        if self.folders:
+            kinds = ", ".join(f"{count:,} {name}" for name, count in sorted(self.folders.items()))
+            print(f"data: left out of {str(place)!r}: folders that systems leave there: {kinds}", file=sys.stderr)
+
+
+def is_leftover(name: str) -> bool:
+    """Whether a folder is one that an operating system or an archive program makes."""
+    return name.lower() in LEFTOVERS
+
+
+def class_folders(folder: Path, left_out: LeftOut) -> list[str]:
+    """The names of the folders in a folder, sorted, without hidden ones and leftovers, which are counted."""
+    names = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith(".") and entry.is_dir())
+    left_out.folders.update(name for name in names if is_leftover(name))
+    return [name for name in names if not is_leftover(name)]
+
+
+def loose_images(folder: Path) -> int:
+    """Images directly in a folder."""
+    suffixes = readable_suffixes()
+    entries = (entry for entry in folder.iterdir() if not entry.name.startswith("."))
+    return sum(entry.name.lower().endswith(suffixes) and entry.is_file() for entry in entries)
+
+
+def image_files(folder: Path, left_out: LeftOut) -> list[str]:
+    """The image files anywhere below a folder, relative to it, in the order of their parts; none where it is no folder.
+
+    Hidden files and folders are left out, and so are those of other systems. Links are followed; a folder that is reached
+    twice is read once.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise UserError(f"{error.filename!r} cannot be read: {error.strerror}; make it readable or take it out") from error
+
+    found: list[str] = []
+    if not folder.is_dir():
+        return found
+    suffixes = readable_suffixes()
+    seen = {_identity(parent) for parent in folder.resolve().parents}  # a link upwards would bring in other classes
+    # Strings: a hundred thousand objects of pathlib take seconds.
+    for place, inner, names in os.walk(folder, onerror=refuse, followlinks=True):
+        if (identity := _identity(Path(place))) in seen:
+            inner.clear()
+            continue
+        seen.add(identity)
+        # Links last, else by name: which of two names a folder is read under is the same on every machine.
+        folders = [name for name in inner if not name.startswith(".")]
+        left_out.folders.update(name for name in folders if is_leftover(name))
+        folders = [name for name in folders if not is_leftover(name)]
+        inner[:] = sorted(folders, key=lambda name: (Path(place, name).is_symlink(), name))
+        inside = os.path.relpath(place, folder)
+        names = [name for name in names if not name.startswith(".")]
+        images = [name for name in names if name.lower().endswith(suffixes)]
+        if len(images) < len(names):
+            left_out.endings.update(Path(name).suffix.lower() or "without ending" for name in {*names} - {*images})
+        found += images if inside == "." else [f"{inside}/{name}" for name in images]
+    return sorted(found, key=lambda path: path.split("/"))
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    stat = folder.stat()
+    return stat.st_dev, stat.st_ino

@@ -1,0 +1,201 @@
+"""An image folder: a folder a class, with or without splits."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from pydantic import Field
+
+from pipelines.common.errors import UserError
+from pipelines.prepare.sources.dataset import Dataset, Images, SourceConfig
+from pipelines.prepare.sources.files import LeftOut, class_folders, image_files, loose_images
+from pipelines.prepare.sources.names import hint_for, name_key, read_text, refuse_alike
+
+SPLITS = ("train", "val", "test")
+# Names of folders that are splits under another name, and no classes.
+_LIKE_SPLITS = {"train", "training", "trn", "val", "valid", "validation", "dev", "test", "testing", "tst", "eval"}
+
+
+class FolderSource(SourceConfig):
+    """An image folder: `train/CLASS/*`, optionally `val/CLASS/*` and `test/CLASS/*`; or `CLASS/*` alone.
+
+    Classes are in alphabetical order, or as the file `classes` says.
+    """
+
+    kind: Literal["folder"]
+    path: Path = Field(description="the folder")
+    classes: Path | None = Field(
+        default=None,
+        description="which classes, in which order: a folder's name a line, and after a tab, the class's name",
+    )
+
+    def open(self) -> Dataset:
+        root = self.path
+        if not root.is_dir():
+            hint = hint_for(root) or "; set data.source.path to a folder with train/CLASS/*, or CLASS/*"
+            raise UserError(f"image folder {str(root)!r} does not exist{hint}")
+        left_out = LeftOut()
+        inside = class_folders(root, left_out)
+        present = [name for name in SPLITS if name in inside]
+        top = root / "train" if present else root
+        if present:
+            if "train" not in present:
+                raise UserError(
+                    f"image folder {str(root)!r} has a folder {present[0]!r} and no 'train'; expected train/CLASS/*"
+                )
+            _tell_beside(root, [name for name in inside if name not in SPLITS])
+        else:
+            for name in inside:
+                if name.lower() in _LIKE_SPLITS:
+                    raise UserError(f"{str(root / name)!r} looks like a split; rename it: the splits are train, val and test")
+        folders = class_folders(top, left_out) if present else inside
+        names = self._chosen(top, folders)
+        if len(names) < 2:
+            loose = loose_images(top)
+            hint = f"; {loose:,} images are directly in it: put those of each class into a folder of its own" if loose else ""
+            raise UserError(f"{str(top)!r} has {len(names)} class folders; at least 2 are needed{hint}")
+        for name in names.values():
+            if not _is_text(name):
+                raise UserError(f"class folder {str(top / name)!r} has a name that is not UTF-8; rename it")
+        classes = [*names.values()]
+        refuse_alike([*names], [repr(str(top / name)) for name in names])
+        others = self.classes is not None
+        if not present:
+            _tell_loose(root)
+            images = _labelled(root, "", names, left_out, every_class=True, others=others)
+            left_out.tell(root)
+            return Dataset(classes, images)
+        for split in present:
+            _tell_loose(root / split)
+        splits = {
+            split: _labelled(root, split, names, left_out, every_class=split == "train", others=others) for split in present
+        }
+        left_out.tell(root)
+        return Dataset(classes, splits["train"], splits.get("val"), splits.get("test"))
+
+    def present(self) -> bool:
+        return self.path.is_dir()
+
+    def identity(self) -> dict[str, object]:
+        return self.model_dump(mode="json", exclude={"classes"} if self.classes is None else None)
+
+    def class_names(self) -> dict[str, str]:
+        return {} if self.classes is None or not self.classes.is_file() else self._listed()
+
+    def _listed(self) -> dict[str, str]:
+        """Class names by folder name, as the file has them."""
+        assert self.classes is not None
+        rows: list[tuple[str, str, str]] = []  # place, folder, class
+        for number, line in enumerate(read_text(self.classes, "classes").split("\n"), start=1):
+            if line.strip():
+                folder, _, name = line.partition("\t")
+                rows.append((f"{self.classes}:{number}", folder.strip(), name.strip() or folder.strip()))
+        places = [place for place, _, _ in rows]
+        refuse_alike([folder for _, folder, _ in rows], places)
+        refuse_alike([name for _, _, name in rows], places)
+        return {folder: name for _, folder, name in rows}
+
+    def _chosen(self, top: Path, folders: list[str]) -> dict[str, str]:
+        """Class names by folder name, in label order."""
+        if self.classes is None:
+            return {folder: folder for folder in folders}
+        there = {name_key(folder): folder for folder in folders}
+        listed = self._listed()
+        for folder in listed:
+            if name_key(folder) not in there:
+                hint = "; write FOLDER, or FOLDER, a tab and NAME" if " " in folder else ""
+                raise UserError(f"{self.classes} names {folder!r}, which is no folder in {str(top)!r}{hint}")
+        if len(listed) < len(folders):
+            print(f"data: {len(listed)} of {len(folders)} class folders, as {str(self.classes)!r} says", file=sys.stderr)
+        return {there[name_key(folder)]: name for folder, name in listed.items()}
+
+
+def open_folder(folder: Path, classes: list[str], class_names: dict[str, str] | None = None) -> Images:
+    """The images of `folder/CLASS/*`, labelled by the given class names.
+
+    Args:
+        folder: The folder.
+        classes: Names in label order.
+        class_names: The classes of folders that are named in another way.
+
+    Raises:
+        UserError: The folder has a class that is not among them, or no images in class folders.
+    """
+    if not folder.is_dir():
+        raise UserError(f"image folder {str(folder)!r} does not exist{hint_for(folder)}")
+    for split in ("test", "val", "train"):
+        if split not in classes and (folder / split).is_dir():
+            raise UserError(f"{str(folder)!r} has splits; name one of them, as {str(folder / split)!r}")
+    refuse_alike(classes, [f"class {number}" for number in range(len(classes))])
+    left_out = LeftOut()
+    there = class_folders(folder, left_out)
+    if not there and (loose := loose_images(folder)):
+        raise UserError(
+            f"{str(folder)!r} has {loose:,} images directly in it, without classes; expected {str(folder / 'CLASS')!r}/*"
+        )
+    refuse_alike(there, [repr(str(folder / name)) for name in there])
+    named = {name_key(other): name for other, name in (class_names or {}).items()} | {name_key(name): name for name in classes}
+    labels = {name: named.get(name_key(name), name) for name in there}
+    strangers = [name for name in there if labels[name] not in classes]
+    if strangers:
+        raise UserError(f"{str(folder / strangers[0])!r}: the class {strangers[0]!r} is not one of the training classes")
+    folders = {name: other for other, name in labels.items()}
+    by_folder = {folders.get(name, name): name for name in classes}
+    images = _labelled(folder.parent, folder.name, by_folder, left_out, every_class=False, others=True)
+    left_out.tell(folder)
+    return images
+
+
+def _tell_beside(root: Path, beside: list[str]) -> None:
+    if beside:
+        names = ", ".join(map(repr, beside[:5])) + (" and others" if len(beside) > 5 else "")
+        print(f"data: not read of {str(root)!r}: {names}; the splits are the folders train, val and test", file=sys.stderr)
+
+
+def _tell_loose(folder: Path) -> None:
+    if loose := loose_images(folder):
+        print(f"data: {loose:,} images of {str(folder)!r} are in no class folder, and not read", file=sys.stderr)
+
+
+def _is_text(name: str) -> bool:
+    """Whether a file's name can be written and drawn: bytes of other encodings stand in it as lone surrogates."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _labelled(root: Path, split: str, names: dict[str, str], left_out: LeftOut, every_class: bool, others: bool) -> Images:
+    """The images of the class folders of one split.
+
+    Args:
+        root: What the images' names are relative to.
+        split: The folder below `root` that holds the class folders; empty for `root` itself.
+        names: The class by folder name, in label order.
+        left_out: Counts what is not read.
+        every_class: Whether each class must have an image.
+        others: Whether further class folders are left out, rather than refused.
+    """
+    there = {name_key(name): name for name in class_folders(root / split, LeftOut())}
+    keys = [name_key(folder) for folder in names]
+    strangers = sorted(there[key] for key in there.keys() - {*keys})
+    if strangers and not others:
+        raise UserError(f"{str(root / split / strangers[0])!r}: the class {strangers[0]!r} is not one of the training classes")
+    found_names: list[str] = []
+    labels: list[int] = []
+    for label, key in enumerate(keys):
+        name = there.get(key)
+        found = [] if name is None else image_files(root / split / name, left_out)
+        if not found and every_class:
+            place = root / split / (name or [*names][label])
+            raise UserError(f"class folder {str(place)!r} has no images (.jpg, .png, .tif and the like); remove it")
+        place = Path(split) / (name or "")  # split is empty where root is "."
+        found_names += [f"{place.as_posix()}/{path}" for path in found]
+        labels += [label] * len(found)
+    if not found_names:
+        raise UserError(f"{str(root / split)!r} has no images; remove the folder or fill it")
+    return Images(found_names, np.array(labels, dtype=np.int64), files=[root / name for name in found_names])

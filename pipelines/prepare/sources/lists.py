@@ -1,0 +1,143 @@
+"""Split lists: ImageNet-LT, Places-LT, iNaturalist, and lists of one's own."""
+
+from __future__ import annotations
+
+import os
+import unicodedata
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from pydantic import Field
+
+from pipelines.common.errors import UserError
+from pipelines.prepare.sources.dataset import Dataset, Images, SourceConfig
+from pipelines.prepare.sources.names import hint_for, name_key, read_text, refuse_alike
+
+_MAX_CLASSES = 1_000_000  # a label beyond is a mistake, and would take gigabytes
+
+
+class ListsSource(SourceConfig):
+    """Split lists, one "path label" a line, paths relative to `root`: ImageNet-LT, Places-LT, iNaturalist."""
+
+    kind: Literal["lists"]
+    root: Path = Field(description="folder that the paths in the lists are relative to")
+    train: Path = Field(description="list of the training images")
+    val: Path | None = Field(default=None, description="list of the validation images")
+    test: Path | None = Field(default=None, description="list of the test images")
+    classes: Path | None = Field(default=None, description="class names, one a line, in label order")
+    expect: dict[Literal["train", "val", "test"], int] | None = Field(
+        default=None, description="images that each list must name: a list cut short or of another year is noticed"
+    )
+
+    def open(self) -> Dataset:
+        if not self.root.is_dir():
+            raise UserError(
+                f"the lists' root folder {str(self.root)!r} does not exist{hint_for(self.root) or '; set data.source.root'}"
+            )
+        named = {"train": self.train, "val": self.val, "test": self.test}
+        expected = {str(split): count for split, count in (self.expect or {}).items()}
+        splits = {split: _split(self.root, path, expected.get(split)) for split, path in named.items() if path is not None}
+        train = splits["train"]
+        count = int(train.labels.max()) + 1
+        if count < 2:
+            raise UserError(f"{self.train} has labels of one class only; at least 2 are needed")
+        absent = np.flatnonzero(np.bincount(train.labels, minlength=count) == 0)
+        if absent.size:
+            raise UserError(f"{self.train}: no image has label {absent[0]}, though labels go up to {count - 1}")
+        for split, images in splits.items():
+            if images.labels.max() >= count:
+                raise UserError(f"{named[split]}: label {images.labels.max()} does not occur in {self.train}")
+        _refuse_repeats(splits, named)
+        return Dataset(self._names(train, count), train, splits.get("val"), splits.get("test"))
+
+    def present(self) -> bool:
+        return self.train.is_file() and self.root.is_dir()
+
+    def identity(self) -> dict[str, object]:
+        return self.model_dump(mode="json", exclude={"expect"})  # which checks the lists, and changes nothing
+
+    def _names(self, train: Images, count: int) -> list[str]:
+        """The names in the `classes` file; else the images' folders, where each label has one of its own; else numbers."""
+        if self.classes is not None:
+            lines = enumerate(read_text(self.classes, "class names").split("\n"), start=1)
+            named = [(number, line.strip()) for number, line in lines if line.strip()]
+            refuse_alike([name for _, name in named], [f"{self.classes}:{number}" for number, _ in named])
+            if len(named) != count:
+                raise UserError(f"{self.classes} names {len(named)} classes, the lists have {count}")
+            return [name for _, name in named]
+        folders: dict[int, dict[str, str]] = {}
+        for name, label in zip(train.names, train.labels, strict=True):
+            folder = Path(name).parent.name
+            folders.setdefault(int(label), {}).setdefault(name_key(folder), folder)
+        single = [next(iter(folders[label].values())) for label in range(count) if len(folders[label]) == 1]
+        distinct = len({name_key(name) for name in single}) == count
+        return single if distinct and all(single) else [str(label) for label in range(count)]
+
+
+def read_list(path: Path) -> tuple[list[str], np.ndarray]:
+    """A split list's paths and labels: one "path label" a line, blank lines skipped. Labels are int64 (N,)."""
+    lines = read_text(path, "split list").splitlines()
+    names: list[str] = []
+    labels: list[int] = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        name, *label = line.strip().rsplit(maxsplit=1)
+        if len(label) != 1 or not label[0].isdecimal():
+            raise UserError(f"{path}:{number}: {_wrong_line(line, number)}")
+        if len(label[0]) > 7 or int(label[0]) >= _MAX_CLASSES:
+            raise UserError(
+                f"{path}:{number}: the label {label[0][:30]} is too large; labels are numbers from 0 on, without gaps"
+            )
+        names.append(name)
+        labels.append(int(label[0]))
+    if not names:
+        raise UserError(f"split list {str(path)!r} names no image")
+    return names, np.array(labels, dtype=np.int64)
+
+
+def _wrong_line(line: str, number: int) -> str:
+    shown = repr(line if len(line) < 200 else line[:200] + "...")
+    if number == 1 and not any(letter.isdigit() for letter in line):
+        return f"{shown} looks like a header; remove it: a list has one 'path label' a line"
+    if "," in line and line.rpartition(",")[2].strip().isdecimal():
+        return f"{shown} has a comma; write 'path label', with a space between"
+    return f"{shown} is not 'path label', the label a number from 0 on"
+
+
+def _refuse_repeats(splits: dict[str, Images], lists: dict[str, Path | None]) -> None:
+    """Raises UserError for the first image that is listed twice: it would be trained on and then scored."""
+    seen: dict[str, str] = {}
+    for split, images in splits.items():
+        for name, file in zip(images.names, images.files or (), strict=True):
+            path = os.path.normpath(file)
+            before = seen.get(path)
+            if before is not None:
+                one, other = str(lists[before]), str(lists[split])
+                place = f"listed twice in {one!r}" if before == split else f"in both lists {one!r} and {other!r}"
+                raise UserError(f"image {name!r} is {place}; leave it in one of these lines")
+            seen[path] = split
+
+
+def _split(root: Path, path: Path, expected: int | None) -> Images:
+    names, labels = read_list(path)
+    if expected is not None and len(names) != expected:
+        raise UserError(
+            f"split list {str(path)!r} names {len(names):,} images, {expected:,} are expected; fetch the list again, "
+            "or, for a list of your own, set --data.source.expect null"
+        )
+    files = [_file(root, name) for name in names]
+    missing = tuple(name for name, file in zip(names, files, strict=True) if not file.is_file())
+    if len(missing) == len(names):
+        raise UserError(f"split list {str(path)!r}: no image of it, such as {names[0]!r}, is below {str(root)!r}")
+    return Images(names, labels, files=files, missing=missing)
+
+
+def _file(root: Path, name: str) -> Path:
+    """The file of a listed path, whose accents the disk may write in another way."""
+    file = root / name
+    if name.isascii() or file.is_file():
+        return file
+    others = (root / unicodedata.normalize(form, name) for form in ("NFC", "NFD"))
+    return next((other for other in others if other.is_file()), file)

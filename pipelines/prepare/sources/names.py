@@ -1,0 +1,93 @@
+"""Names of classes and files, compared as people read them: without invisible characters, accents in one spelling."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Sequence
+from pathlib import Path
+
+from pipelines.common.errors import UserError
+
+
+def name_key(name: str) -> str:
+    """What two spellings of one name have in common: Unicode's composed form (NFC), without format characters."""
+    if name.isascii():
+        return name.strip()
+    visible = "".join(letter for letter in name if unicodedata.category(letter) != "Cf")
+    return unicodedata.normalize("NFC", visible).strip()
+
+
+def refuse_alike(names: Sequence[str], places: Sequence[str]) -> None:
+    """Raise UserError where two classes have one name, or names that look the same. places: of each, for the message."""
+    seen: dict[str, int] = {}
+    for number, name in enumerate(names):
+        first = seen.setdefault(name_key(name), number)
+        if first == number:
+            continue
+        if names[first] == name:
+            problem = f"the class {name!r} stands twice, first in {places[first]}; give each class a name of its own"
+        else:
+            codes = " and ".join(ascii(each) for each in (names[first], name))
+            problem = f"two classes differ only in invisible characters or in how accents are written: {codes}; rename one"
+        raise UserError(f"{places[number]}: {problem}")
+
+
+def read_text(path: Path, what: str) -> str:
+    """The text of a list that the user made: UTF-8, with or without a byte order mark.
+
+    Raises:
+        UserError: It cannot be read, with what it is instead.
+    """
+    try:
+        data = path.read_bytes()
+        return data.decode("utf-8-sig")
+    except OSError as error:
+        raise UserError(f"{what} {str(path)!r} cannot be read: {error.strerror}{hint_for(path)}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{what} {str(path)!r} cannot be read: {_not_text(data, error)}") from error
+
+
+def _not_text(data: bytes, error: UnicodeDecodeError) -> str:
+    kind = kind_of(data)
+    return f"it is {kind}" if kind else f"{error}; save it as UTF-8"
+
+
+def kind_of(start: bytes) -> str:
+    """What a file is by its first bytes, where that is not text: 'a zip archive'; '' where that is not known."""
+    kinds = {
+        b"PK\x03\x04": "a zip archive; unpack it first",
+        b"\x1f\x8b": "a gzip archive; unpack it first",
+        b"7z\xbc\xaf": "a 7z archive; unpack it first",
+        b"BZh": "a bzip2 archive; unpack it first",
+        b"\xfd7zXZ": "an xz archive; unpack it first",
+        b"\x89PNG": "an image; give a list of images",
+        b"\xff\xd8\xff": "an image; give a list of images",
+        b"PAR1": "a Parquet file; write its paths and labels as text",
+        b"\xff\xfe": "UTF-16 text; save it as UTF-8",
+        b"\xfe\xff": "UTF-16 text; save it as UTF-8",
+    }
+    found = [kind for magic, kind in kinds.items() if start.startswith(magic)]
+    if not found and start[257:262] == b"ustar":
+        found = ["a tar archive; unpack it first"]
+    return found[0] if found else ""
+
+
+_ADDRESSES = ("s3:/", "gs:/", "http:/", "https:/", "hdfs:/", "abfs:/", "abfss:/", "ftp:/", "file:/", "dbfs:/", "hf:/")
+
+
+def hint_for(path: Path) -> str:
+    """What a missing path seems to be, and what to do; '' where nothing is known."""
+    text = f"/{path}"
+    scheme = next((address for address in _ADDRESSES if f"/{address}" in text), None)
+    if scheme == "file:/":
+        return "; write the path without file://"
+    if scheme is not None:
+        return f"; {scheme}/... is an address: copy the data to a folder, or mount it"
+    if path.is_file():
+        try:
+            with path.open("rb") as file:
+                kind = kind_of(file.read(512))
+        except OSError:
+            kind = ""
+        return f"; it is {kind}" if kind else "; it is a file; for a list of images set data.source.kind: lists"
+    return ""
