@@ -26,7 +26,8 @@ from cibl_ray.networks.config import Needs, NetworkConfig
 from cibl_ray.networks.network import HybridNetwork, build_network
 from pipelines.augment.recipe import Normalize
 from pipelines.common.errors import run_command
-from pipelines.config import DataConfig, DigitsSource
+from pipelines.config import DataConfig
+from pipelines.prepare.sources import DigitsSource
 
 BATCH = 64
 

@@ -22,12 +22,12 @@ from benchmarks.dataset_counts import imagenet_lt_counts
 from benchmarks.measure import report
 from pipelines.common.cores import usable_cores
 from pipelines.common.errors import run_command
-from pipelines.config import DataConfig, DigitsSource, LoaderConfig, RandomResizedCrop, Sampling, Store, View
+from pipelines.config import DataConfig, LoaderConfig, RandomResizedCrop, Sampling, Store, View
 from pipelines.loaders.ffcv_loader import FFCVLoader
 from pipelines.loaders.reading import Loader, ReadPlan, Share
 from pipelines.prepare.beton import Beton
 from pipelines.prepare.pictures import save_histogram
-from pipelines.prepare.sources import Images, class_counts
+from pipelines.prepare.sources import DigitsSource, Images, class_counts
 from pipelines.prepare.writer import write_split
 
 BATCH = 256

@@ -130,8 +130,9 @@ def make_bundle(folder: Path, seed: int = 0) -> Path:
     from cibl_ray.exporting.onnx_graph import export_base, finish
     from cibl_ray.networks.config import Needs, NetworkConfig
     from cibl_ray.networks.network import build_network
-    from pipelines.config import DataConfig, DigitsSource
+    from pipelines.config import DataConfig
     from pipelines.pixels import EvalRule
+    from pipelines.prepare.sources import DigitsSource
 
     folder.mkdir(parents=True)
     counts = np.array([5000, 2997, 1796, 1077, 645, 387, 232, 139, 83, 50])

@@ -37,6 +37,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.data is not None and arguments.split is not None:
         raise UserError("--split is of the run's own data; it says nothing of --data")
+    if arguments.data is not None:
+        _refuse_unlabelled(arguments.data, arguments.run)
     if arguments.json is not None and not arguments.json.absolute().parent.is_dir():
         raise UserError(f"--json {arguments.json}: the folder {str(arguments.json.parent)!r} does not exist")
     from cibl_ray.evaluation.evaluate import evaluate
@@ -67,6 +69,17 @@ def _shift(text: str) -> float | Literal["auto"]:
     if not -100 <= value <= 100:
         raise argparse.ArgumentTypeError("'auto', or a number from -100 to 100")
     return value
+
+
+def _refuse_unlabelled(folder: Path, run: Path) -> None:
+    """Raise UserError for a folder that holds images and no classes."""
+    from pipelines.prepare.sources.files import LeftOut, class_folders, loose_images
+
+    if folder.is_dir() and not class_folders(folder, LeftOut()) and (count := loose_images(folder)):
+        raise UserError(
+            f"--data {folder}: {count:,} images are directly in it, without classes; to evaluate, put them into "
+            f"{folder / 'CLASS'}/*; to classify images without labels: python -m cibl_ray.predict {run} {folder}"
+        )
 
 
 if __name__ == "__main__":

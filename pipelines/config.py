@@ -42,7 +42,7 @@ class ListProfile(Settings):
 
 
 class CountsProfile(Settings):
-    """So many images of each class, in index order: a JSON list, or a mapping of class index to count."""
+    """So many images of each class: a JSON list in label order, or a mapping of class name or index to count."""
 
     kind: Literal["counts"]
     path: Path = Field(description="The JSON file.")

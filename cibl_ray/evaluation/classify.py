@@ -11,8 +11,8 @@ import numpy as np
 
 from pipelines.common.cores import usable_cores
 from pipelines.common.errors import UserError
+from pipelines.formats import readable_suffixes
 from pipelines.pixels import BadImageError, EvalRule, decode
-from pipelines.prepare.sources import IMAGE_SUFFIXES
 
 _AT_ONCE = 32  # images
 
@@ -106,14 +106,14 @@ def image_files(places: Sequence[Path]) -> list[Path]:
     found: list[Path] = []
     for place in places:
         if place.is_dir():
-            inside = (path for path in place.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
+            inside = (path for path in place.rglob("*") if path.suffix.lower() in readable_suffixes() and path.is_file())
             found += sorted(path for path in inside if not path.name.startswith("."))
         elif place.is_file():
             found.append(place)
         else:
             raise UserError(f"{str(place)!r} does not exist; give image files, or folders of them")
     if not found:
-        raise UserError(f"no images in {', '.join(map(repr, map(str, places)))} ({', '.join(IMAGE_SUFFIXES)})")
+        raise UserError(f"no images in {', '.join(map(repr, map(str, places)))} ({', '.join(readable_suffixes())})")
     return found
 
 

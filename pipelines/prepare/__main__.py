@@ -7,6 +7,7 @@ import numpy as np
 from pipelines.common.command_line import ConfigParser, print_config
 from pipelines.common.errors import Interrupted, UserError, run_command
 from pipelines.prepare.build import PrepareConfig, choose, ensure_prepared, load_data, subset_seed
+from pipelines.prepare.check import check
 from pipelines.prepare.pictures import histogram_text
 from pipelines.prepare.sources import class_counts
 
@@ -14,10 +15,13 @@ from pipelines.prepare.sources import class_counts
 def _prepare() -> None:
     parser = ConfigParser(
         prog="python -m pipelines.prepare",
-        usage="%(prog)s CONFIG [--count] [--field value ...]\n       %(prog)s [CONFIG] --help [PART]",
+        usage="%(prog)s CONFIG [--count | --check] [--field value ...]\n       %(prog)s [CONFIG] --help [PART]",
         description="Write the .beton files of CONFIG, a YAML file or the name of a shipped configuration.",
     )
     parser.add_argument("--count", action="store_true", help="only print the class counts; write nothing")
+    parser.add_argument(
+        "--check", action="store_true", help="only list unreadable images, copies, and files in two places; write nothing"
+    )
     name, arguments, overrides = parser.split()
     if parser.helped(PrepareConfig, name, "quickstart", arguments, overrides):
         return
@@ -26,6 +30,9 @@ def _prepare() -> None:
     config = load_data(name, overrides)
     if arguments.print_config:
         print_config(config)
+        return
+    if arguments.check:
+        _check(config)
         return
     if arguments.count:
         classes, splits = choose(config.data.source.open(), config.data, subset_seed(config.data, config.seed))
@@ -45,8 +52,22 @@ def main() -> None:
     """Prepare, or say how to continue where Ctrl-C stops it."""
     try:
         _prepare()
+    except Interrupted:  # which says what is kept
+        raise
     except KeyboardInterrupt as error:
         raise Interrupted("stopped; finished files are kept: run the same command again to continue") from error
+
+
+def _check(config: PrepareConfig) -> None:
+    """List what is wrong with the images. Raises UserError where anything is."""
+    data = config.data.model_copy(update={"on_bad_image": "skip"})  # missing files are listed, too
+    seed = subset_seed(data, config.seed)
+    findings = check(choose(data.source.open(), data, seed)[1], data, seed)
+    for line in findings.lines():
+        print(line)
+    if findings.bad or findings.shared:
+        raise UserError(findings.summary())
+    print(findings.summary())
 
 
 if __name__ == "__main__":

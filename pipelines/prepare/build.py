@@ -117,7 +117,7 @@ def choose(dataset: Dataset, data: DataConfig, seed: int) -> tuple[list[str], di
                 "to use that: --val_fraction 0"
             )
         train, val = carve_validation(train, len(dataset.classes), fraction, seed)
-    splits = {"train": apply_profile(data.profile, train, len(dataset.classes), seed)}
+    splits = {"train": apply_profile(data.profile, train, len(dataset.classes), seed, dataset.classes)}
     if len(splits["train"]) < len(train):
         kept = f"{len(splits['train']):,} of {len(train):,} training images"
         print(f"data: profile {data.profile.kind!r} keeps {kept}; --data.profile '{{kind: none}}' keeps all", file=sys.stderr)

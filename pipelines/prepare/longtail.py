@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import assert_never
 
 import numpy as np
@@ -11,6 +12,7 @@ from pipelines.common.errors import UserError
 from pipelines.common.seeding import stream
 from pipelines.config import CountsProfile, ExpProfile, ListProfile, NoProfile, Profile, StepProfile
 from pipelines.prepare.sources import Images, class_counts, read_list
+from pipelines.prepare.sources.names import name_key
 
 
 def exp_counts(classes: int, largest: int, imbalance: float) -> np.ndarray:
@@ -38,11 +40,20 @@ def carve_validation(images: Images, classes: int, fraction: float, seed: int) -
     return images.take(np.sort(np.concatenate(rest))), images.take(np.sort(np.concatenate(val)))
 
 
-def apply_profile(profile: Profile, images: Images, classes: int, seed: int) -> Images:
-    """The training images that `profile` keeps.
+def apply_profile(profile: Profile, images: Images, classes: int, seed: int, names: Sequence[str] = ()) -> Images:
+    """Choose the training images that `profile` keeps.
 
     The images of a class are a seeded shuffle's first n_i, so that a smaller imbalance's subset contains a larger's.
-    Raises UserError where the profile asks for more images than a class has.
+
+    Args:
+        profile: The profile.
+        images: All training images.
+        classes: How many classes there are.
+        seed: Of the shuffle.
+        names: Class names in label order, where counts may be given by them.
+
+    Raises:
+        UserError: The profile asks for more images than a class has.
     """
     available = class_counts(images.labels, classes)
     match profile:
@@ -51,7 +62,7 @@ def apply_profile(profile: Profile, images: Images, classes: int, seed: int) -> 
         case ListProfile():
             return _named(profile, images)
         case CountsProfile():
-            wanted = _counts_file(profile, classes)
+            wanted = _counts_file(profile, classes, names)
         case ExpProfile():
             wanted = exp_counts(classes, profile.largest or int(available.min()), profile.imbalance)
         case StepProfile():
@@ -96,15 +107,35 @@ def _named(profile: ListProfile, images: Images) -> Images:
     return images.take(np.array(sorted(kept), np.int64))
 
 
-def _counts_file(profile: CountsProfile, classes: int) -> np.ndarray:
+def _counts_file(profile: CountsProfile, classes: int, names: Sequence[str]) -> np.ndarray:
     try:
-        content = json.loads(profile.path.read_text())
+        content = json.loads(profile.path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise UserError(f"class counts {str(profile.path)!r} cannot be read as JSON: {error}") from error
     if isinstance(content, dict):
-        content = [content.get(str(label)) for label in range(max(len(content), classes))]
-    if not isinstance(content, list) or not all(isinstance(count, int) for count in content):
-        raise UserError(f"{profile.path}: expected a list of counts, or a mapping of class index to count")
+        content = _in_label_order(content, classes, names, str(profile.path))
+    if not isinstance(content, list) or not all(type(count) is int for count in content):
+        raise UserError(f"{profile.path}: expected a list of counts, or a mapping of class name or index to count")
     if len(content) != classes:
         raise UserError(f"{profile.path} has {len(content)} counts, the source {classes} classes")
     return np.array(content, dtype=np.int64)
+
+
+def _in_label_order(content: dict[str, object], classes: int, names: Sequence[str], place: str) -> list[object]:
+    """The values of a mapping by class name or by class index, which must not mean different classes."""
+    by_index = [content.get(str(label)) for label in range(max(len(content), classes))]
+    labels = {name_key(name): label for label, name in enumerate(names)}
+    unknown = [key for key in content if name_key(key) not in labels]
+    if names and len(unknown) < len(content):
+        if unknown and not all(key.isdecimal() for key in content):
+            raise UserError(f"{place}: {unknown[0]!r} is not one of the classes")
+        if not unknown:
+            keyed = {labels[name_key(key)]: count for key, count in content.items()}
+            by_name = [keyed.get(label) for label in range(classes)]
+            if all(key.isdecimal() for key in content) and by_name != by_index:
+                raise UserError(f"{place}: the keys are class names and class indices of other classes; write a list instead")
+            missing = [name for label, name in enumerate(names) if label not in keyed]
+            if missing:
+                raise UserError(f"{place} has no count of class {missing[0]!r}")
+            return by_name
+    return by_index

@@ -62,7 +62,7 @@ def save_histogram(path: Path, classes: list[str], counts: np.ndarray) -> None:
         title=f"{counts.sum():,} training images in {len(classes)} classes",
     )
     if len(order) <= 30:
-        names = [classes[i] for i in order]
+        names = [classes[i] if len(classes[i]) <= 24 else f"{classes[i][:23]}…" for i in order]  # long ones squeeze the axes
         axes.set_xticks(range(len(order)), names, rotation=60 if len(order) > 12 else 20, ha="right", parse_math=False)
     else:
         axes.set_xlabel("classes, from most to fewest images")

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from pipelines.common.errors import CommandParser, UserError, run_command
-from pipelines.pixels import BadImageError
+from pipelines.pixels import MAX_PIXELS, BadImageError
 from serve.decode import MAX_SHIFT
 from serve.edge.api import default_cache, local_file
 from serve.edge.download import download
@@ -41,13 +41,16 @@ def main() -> None:
         "--cache", type=Path, default=default_cache(), help="folder for downloaded models (default: %(default)s)"
     )
     parser.add_argument("--key", default=os.environ.get("CIBL_RAY_API_KEY"), help="API key (default: CIBL_RAY_API_KEY)")
+    parser.add_argument(
+        "--max-pixels", type=_pixels, default=MAX_PIXELS, help="pixels of an image, at most (default: %(default)s)"
+    )
     parser.add_argument("--json", action="store_true", help="a JSON object for each image")
     parser.add_argument("--out", type=_table, metavar="FILE", help="write the answers to FILE.csv or FILE.jsonl instead")
     arguments = parser.parse_args()
     path = local_file(arguments.model, arguments.precision)
     if path is None:
         path = download(arguments.model, arguments.cache, arguments.name, arguments.precision, arguments.key)
-    edge = Edge(path, arguments.threads)
+    edge = Edge(path, arguments.threads, arguments.max_pixels)
     card = edge.card
     print(f"{card.name} ({card.precision}), {len(card.classes)} classes, {edge.runtime.provider}", file=sys.stderr)
     failed = 0
@@ -99,6 +102,12 @@ def _table(text: str) -> Path:
 def _count(text: str) -> int:
     if not (text.isdecimal() and len(text) < 6 and int(text) >= 1):
         raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1 to 99999")
+    return int(text)
+
+
+def _pixels(text: str) -> int:
+    if not (text.isdecimal() and len(text) < 11 and int(text) >= 1):
+        raise argparse.ArgumentTypeError(f"{text} is not a number of pixels from 1 to 9999999999")
     return int(text)
 
 

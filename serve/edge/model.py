@@ -28,12 +28,13 @@ class Edge:
         card: What the file says of itself.
     """
 
-    def __init__(self, model: Path, threads: int | None = None) -> None:
+    def __init__(self, model: Path, threads: int | None = None, max_pixels: int = MAX_PIXELS) -> None:
         """Load the model.
 
         Args:
             model: The ONNX file.
             threads: Threads of onnxruntime; None: all cores.
+            max_pixels: Of an image; larger ones are refused.
 
         Raises:
             UserError: It cannot be loaded.
@@ -42,7 +43,7 @@ class Edge:
 
         self.runtime = Runtime(model, "auto", threads)
         self.card = self.runtime.card
-        self._limits = Limits(MAX_PIXELS, formats=None)  # as training reads: the files are the user's own
+        self._limits = Limits(max_pixels, formats=None)  # as training reads: the files are the user's own
 
     def classify(self, data: bytes, k: int = 1, tail_shift: float = 0.0) -> list[dict[str, Any]]:
         """Classify an image file.

@@ -115,6 +115,29 @@ def test_counts_file_as_mapping(tmp_path):
     assert class_counts(kept.labels, 2).tolist() == [5, 1]
 
 
+@pytest.mark.parametrize(
+    ("names", "content", "expected"),
+    [
+        (["oak", "ash"], {"ash": 1, "oak": 5}, [5, 1]),
+        (["oak", "fa\u0308hre"], {"f\u00e4hre": 2, "oak": 5}, [5, 2]),
+        (["oak", "ash"], {"1": 4, "0": 3}, [3, 4]),
+        (["0", "1"], {"1": 4, "0": 3}, [3, 4]),
+        (["1", "0"], {"1": 4, "0": 3}, "keys are class names and class indices of other classes"),
+        (["oak", "ash"], {"ash": 1, "elm": 5}, "'elm' is not one of the classes"),
+        (["oak", "ash"], {"ash": 1}, "has no count of class 'oak'"),
+    ],
+)
+def test_counts_by_class_name(tmp_path, names, content, expected):
+    path = tmp_path / "counts.json"
+    path.write_text(json.dumps(content), encoding="utf-8-sig")
+    profile = CountsProfile(kind="counts", path=path)
+    if isinstance(expected, str):
+        with pytest.raises(UserError, match=expected):
+            apply_profile(profile, balanced(2, 9), 2, 0, names)
+    else:
+        assert class_counts(apply_profile(profile, balanced(2, 9), 2, 0, names).labels, 2).tolist() == expected
+
+
 def test_validation_is_balanced_disjoint_and_independent_of_the_profile():
     images = balanced(10, 50)
     train, val = carve_validation(images, 10, 0.2, seed=0)

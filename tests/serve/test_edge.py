@@ -20,7 +20,10 @@ import pytest
 
 from cibl_ray.bundle.card import open_bundle
 from pipelines.common.errors import UserError
+from pipelines.config import DataConfig
 from pipelines.formats import readable_suffixes
+from pipelines.pixels import BadImageError
+from serve.decode import Limits
 from serve.edge import download as downloading
 from serve.edge.__main__ import main
 from serve.edge.download import download
@@ -378,6 +381,14 @@ def test_one_image_of_another_format_on_standard_input(kind, bundle):
     assert (place, got) == ("frame 0", data)
     edge = Edge(bundle / "model.onnx")
     assert edge.classify(got)[0]["label"] == edge.classify(encoded("PNG", 3, 200))[0]["label"]
+
+
+def test_the_largest_image_is_one_setting(bundle):
+    data = encoded("PNG", 0, 20)
+    assert Edge(bundle / "model.onnx", max_pixels=400).classify(data)
+    with pytest.raises(BadImageError, match="20x20 pixels, 399 at most"):
+        Edge(bundle / "model.onnx", max_pixels=399).classify(data)
+    assert Limits().max_pixels == DataConfig.model_fields["max_pixels"].default == 60_000_000
 
 
 def test_a_cache_that_cannot_be_written_is_named(bundle, simple):
