@@ -5,9 +5,9 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterator
 
+from PIL import PngImagePlugin
+
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
-# Pillow reads text chunks and colour profiles of up to a megabyte, and text of 64 altogether.
-_LARGEST, _ALL_TEXT = 1 << 20, 64 << 20
 _METADATA = {b"tEXt", b"zTXt", b"iTXt", b"iCCP"}
 
 
@@ -39,7 +39,12 @@ def without_large_metadata(data: bytes) -> bytes:
             content = data[at : at + length]
             size = _inflated(kind, content)
             whole = zlib.crc32(kind + content) == int.from_bytes(data[at + length : at + length + 4], "big")
-            if size is None or size >= _LARGEST or text + size > _ALL_TEXT or not whole:
+            if (
+                size is None
+                or size >= PngImagePlugin.MAX_TEXT_CHUNK
+                or text + size > PngImagePlugin.MAX_TEXT_MEMORY
+                or not whole
+            ):
                 continue
             text += size
         kept.append(data[at - 8 : at + length + 4])
@@ -58,6 +63,6 @@ def _inflated(kind: bytes, content: bytes) -> int | None:
     else:
         rest = rest[1:]  # the method
     try:
-        return len(zlib.decompressobj().decompress(rest, _LARGEST))
+        return len(zlib.decompressobj().decompress(rest, PngImagePlugin.MAX_TEXT_CHUNK))
     except zlib.error:
         return None
