@@ -1,12 +1,13 @@
 # Two commands are enough on a fresh machine: `make quickstart` and `make test`. Both set up first; a second run skips that.
 VENV := .venv/bin/python
 
-.PHONY: help setup quickstart test test-all lint lock wheel web
+.PHONY: help setup quickstart test test-all test-ray lint lock wheel web
 
 help:
 	@echo "make quickstart   set up, train CIBL on long-tailed digits through FFCV, pictures in runs/"
 	@echo "make test         set up, lint, types, tests"
 	@echo "make test-all     the same with the slow tests, which take minutes each"
+	@echo "make test-ray     cluster tests with another release of Ray: VERSION=2.58.1"
 	@echo "make setup        Debian packages for FFCV (as root), virtual environment, pinned packages"
 	@echo "make wheel        build the wheel into dist/"
 	@echo "make web          fetch onnxruntime-web with npm, for models in the browser"
@@ -30,6 +31,9 @@ test: lint
 
 test-all: lint
 	$(PYTEST) -m "not gpu"
+
+test-ray: setup
+	@sh scripts/test_ray.sh "$(VERSION)"
 
 lock: setup
 	$(VENV) -m pip install --quiet uv

@@ -2,7 +2,8 @@
 
 Two Ray workers beside two torchrun processes, one Ray worker beside one plain process: the same command, data and threads. A
 machine's own speed may change by a tenth within minutes, so the two sides of a pair are started once and then take turns every
-few seconds: all processes of the other side are stopped meanwhile (SIGSTOP), and images a second count the time in turn alone.
+few seconds (more where epochs are long, so that some end within the turns). All processes of the other side are stopped
+meanwhile (SIGSTOP), and images a second count the time in turn alone.
 A start is the time from the command to the first step of the first epoch, FFCV's compilation included where it is not cached.
 Beside it: the CPU time a second of all processes but those that train (Ray's services and the driver, torchrun's agent).
 """
@@ -28,26 +29,35 @@ from cibl_ray.config import save_config
 from cibl_ray.run.log import METRICS, read_metrics
 from pipelines.common.errors import run_command
 
-TURN, LARGEST = 12.0, 300  # seconds: some epochs of a data set whose largest class has so many images
+TURN = 12.0  # seconds, more where epochs are long
+LARGEST = 300  # images of the data set's largest class
+EPOCHS = 6  # that each side must have time for in all its turns together, by the last epoch of its warm-up
 
 
 class Side:
-    """A training command that runs for ever, in turns."""
+    """A training command that runs for ever, in turns.
+
+    start: seconds from the command to the first step.
+    epoch: seconds from one epoch's end to the next one's, while the other side is stopped.
+    """
 
     def __init__(self, command: list[str], run: Path) -> None:
         self._command, self._run = command, run
         begun = time.time()
         self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         self.start = 0.0
+        ends: list[float] = []
         try:
-            while self._done() < 3:  # the first epochs warm up
+            while len(ends) < 3:  # the first epochs warm up
                 self._alive()
                 time.sleep(0.02)
-                if not self.start and self._done():
-                    self.start = time.time() - begun - read_metrics(run)[0]["seconds"]["epoch"]
+                ends += [time.time()] * (self._done() - len(ends))
+                if not self.start and ends:
+                    self.start = ends[0] - begun - read_metrics(run)[0]["seconds"]["epoch"]
         except BaseException:
             self.end()
             raise
+        self.epoch = ends[-1] - ends[-2]
         self.active = self.beside = 0.0
         self._bounds = [0.0]  # time in turn, where one ends
         self.epochs: list[tuple[float, int]] = []  # time in turn, epochs done by then
@@ -124,9 +134,9 @@ class Side:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cluster", description=__doc__)
     add_arguments(parser)
-    parser.add_argument("--turns", type=int, help=f"of {TURN:g} s of each side; by default 15")
+    parser.add_argument("--turns", type=int, help=f"of {TURN:g} s of each side, or longer; by default 15")
     arguments = parser.parse_args()
-    turn, largest, turns = (3.0, 100, 2) if arguments.quick else (TURN, LARGEST, arguments.turns or 15)
+    shortest, largest, turns = (3.0, 100, 2) if arguments.quick else (TURN, LARGEST, arguments.turns or 15)
     train = [sys.executable, "-m", "cibl_ray.train"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "cibl_ray.train"]
     pairs: dict[tuple[str, str], tuple] = {
@@ -139,7 +149,7 @@ def main() -> None:
     save_config(config, folder / "config.yaml")
     size = config.train.batch_size
     images = int(prepared.train_counts.sum()) // size * size
-    rates, spread, starts, beside = {}, {}, {}, {}
+    rates, spread, starts, beside, lengths = {}, {}, {}, {}, {}
     try:
         for names, commands in pairs.items():
             sides: dict[str, Side] = {}
@@ -147,6 +157,8 @@ def main() -> None:
                 for name, (command, more) in zip(names, commands, strict=True):
                     arguments_of = [*command, str(folder / "config.yaml"), "--name", name, *more]
                     sides[name] = Side(arguments_of, folder / name)
+                # Epochs may be long here: some must end within the turns.
+                turn = max(shortest, *(EPOCHS * side.epoch / turns for side in sides.values()))
                 for number in range(turns):
                     # ABBA: neither side always follows the other.
                     for side in [*sides.values()][:: 1 if number % 2 == 0 else -1]:
@@ -155,6 +167,7 @@ def main() -> None:
                 for side in sides.values():
                     side.end()
             key = "_over_".join(names)
+            lengths[key] = round(turn, 1)
             rates[key], spread[key] = _ratio(*sides.values())
             for name, side in sides.items():
                 done, seconds = side.by_turn()
@@ -168,6 +181,7 @@ def main() -> None:
         seconds_to_first_step=starts,
         cpu_ms_per_s_beside_training=beside,
         turns=turns,
+        seconds_a_turn=lengths,
         ratio_with_95_percent_interval=spread,
         ratios={key: round(rates[key], 3) for key in spread},
     )

@@ -20,6 +20,7 @@ from cibl_ray.run.checkpoint import Checkpoint, load_checkpoint
 from cibl_ray.run.folder import CONFIG, RESULT, checkpoint, is_run
 from cibl_ray.run.log import read_metrics
 from cibl_ray.run.progress import Silent, Terminal
+from cibl_ray.run.stop import stop_signals
 from cibl_ray.training import fit as training
 from cibl_ray.training.resume import resumed
 from cibl_ray.world import World
@@ -268,8 +269,8 @@ class Run:
 
 
 def _fit(config: RunConfig, folder: Path, resume: bool, progress: bool) -> Run:
-    with _same_process():
-        training.fit(config, folder, resume, World(), Terminal() if progress else Silent())
+    with _same_process(), stop_signals() as stop:
+        training.fit(config, folder, resume, World(), Terminal() if progress else Silent(), stop=stop)
     return Run(folder.absolute())
 
 

@@ -99,19 +99,7 @@ def keep_freed_memory() -> None:
         mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-def let_timers_lag(seconds: float) -> None:
-    """By how much Linux may delay a timed wait of this thread, and of what it starts from now on, to wake several at once.
-
-    Without `seconds` of its own a thread has 50 µs. Elsewhere nothing is changed.
-    """
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(_PR_SET_TIMERSLACK, ctypes.c_ulong(round(seconds * 1e9)), 0, 0, 0)
-
-
-TIMER_LAG = 50e-6  # Linux's default, seconds
-
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-_PR_SET_TIMERSLACK = 29
 # What PyTorch's CPU allocator, CUDA itself and its libraries say; the last two where several processes share a GPU.
 _NO_MEMORY = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
 

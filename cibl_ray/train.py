@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-from cibl_ray.cluster.environment import settle
+from cibl_ray.cluster.environment import configure_ray_env
 from cibl_ray.run.folder import same_name
 from pipelines.common.command_line import ConfigParser, print_config
 from pipelines.common.errors import UserError, run_command
@@ -82,7 +82,7 @@ def main() -> None:
         print_config(config)
         return
     if arguments.cluster:
-        settle(own=arguments.address is None)
+        configure_ray_env(own=arguments.address is None)
         from cibl_ray.cluster.launch import FAILURES, Options, fit_on_cluster, parse_workers
 
         failures = FAILURES if arguments.max_failures is None else arguments.max_failures
@@ -91,18 +91,22 @@ def main() -> None:
         )
         fit_on_cluster(config, folder, arguments.resume is not None, options)
         return
-    from cibl_ray.hardware import keep_freed_memory
-    from cibl_ray.run.progress import Silent, Terminal
-    from cibl_ray.training.fit import fit
-    from cibl_ray.world import join, leave
+    from cibl_ray.run.stop import stop_signals
 
-    keep_freed_memory()
-    world = join()
-    folder = world.broadcast_from_rank0(lambda: folder)  # every rank has a clock of its own
-    try:
-        fit(config, folder, arguments.resume is not None, world, Terminal() if world.is_rank0 else Silent())
-    finally:
-        leave()
+    with stop_signals() as stop:
+        from cibl_ray.hardware import keep_freed_memory
+        from cibl_ray.run.progress import Silent, Terminal
+        from cibl_ray.training.fit import fit
+        from cibl_ray.world import join, leave
+
+        keep_freed_memory()
+        world = join()
+        folder = world.broadcast_from_rank0(lambda: folder)  # every rank has a clock of its own
+        progress = Terminal() if world.is_rank0 else Silent()
+        try:
+            fit(config, folder, arguments.resume is not None, world, progress, stop=stop)
+        finally:
+            leave()
 
 
 if __name__ == "__main__":

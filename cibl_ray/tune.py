@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from cibl_ray.cluster.environment import settle
+from cibl_ray.cluster.environment import configure_ray_env
 from cibl_ray.run.folder import same_name
 from pipelines.common.command_line import ConfigParser, print_config
 from pipelines.common.errors import UserError, run_command
@@ -62,7 +62,7 @@ def main() -> None:
     if arguments.print_config:
         print_config(sweep)
         return
-    settle(own=arguments.address is None)
+    configure_ray_env(own=arguments.address is None)
     from cibl_ray.tuning.run import run
 
     trials, front = run(sweep, folder, arguments.address, base)

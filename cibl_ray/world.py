@@ -177,6 +177,10 @@ class World:
                 dist.all_gather_object(values, value, group=self._cpu)
         return values
 
+    def close(self) -> None:
+        """Forget the process group, before it is destroyed."""
+        self._cpu = None
+
     @contextmanager
     def _timed_collective(self) -> Iterator[None]:
         started = time.perf_counter()
@@ -246,5 +250,5 @@ def require_own_gpu(device: str) -> None:
 def leave() -> None:
     """Close the process group that `join` opened. Its threads must end before Python does, which aborts otherwise."""
     if "TORCHELASTIC_RUN_ID" in os.environ and dist.is_initialized():
-        join()._cpu = None
+        join().close()
         dist.destroy_process_group()

@@ -16,10 +16,14 @@ OPTIONS = ["--epochs", EPOCHS, "--warmup_epochs", "1", "--batch_size", "62", "--
 LAST = Path("checkpoints") / "last.safetensors"
 
 
-def start(folder, *arguments, workers="2", cwd=REPOSITORY):
-    """The command, with its output in a file: (process, file)."""
+NOTEBOOK = "import asyncio, cibl_ray.train\nasync def cell(): cibl_ray.train.main()\nasyncio.run(cell())"
+
+
+def start(folder, *arguments, workers="2", cwd=REPOSITORY, notebook=False):
+    """The command, with its output in a file: (process, file). notebook: within a running event loop."""
     log = folder / f"{time.time_ns()}.log"
-    command = [sys.executable, "-m", "cibl_ray.train", *arguments, "--cluster", "--workers", workers]
+    program = ["-c", NOTEBOOK] if notebook else ["-m", "cibl_ray.train"]
+    command = [sys.executable, *program, *arguments, "--cluster", "--workers", workers]
     with log.open("w") as output:
         process = subprocess.Popen([*map(str, command)], stdout=output, stderr=subprocess.STDOUT, cwd=cwd)
     return process, log

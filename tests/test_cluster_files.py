@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -66,7 +67,58 @@ def test_slurm_script_is_a_script():
     subprocess.run(["bash", "-n", path], check=True)
     lines = path.read_text().splitlines()
     assert lines[0] == "#!/bin/bash"
-    assert all(line.startswith("#SBATCH ") for line in lines[1:8])
+    assert all(line.startswith("#SBATCH ") for line in lines[1:10])
+    assert "#SBATCH --requeue" in lines
+
+
+PROGRAMS = {
+    "scontrol": '[ "$1" = show ] && printf "n1\\nn2\\n" || echo "$@" >> requeued',
+    "srun": 'while [[ $1 = -* ]]; do [ "$1" = -w ] && shift; shift; done; "$@"',
+    "hostname": "echo 10.0.0.1",
+    "ray": 'if [ "$1" = status ]; then [ -e started ]; else echo "$RAY_TMPDIR $@" >> started; fi',
+    "python": """
+        if [ "$1" = -c ]; then echo secret; exit; fi
+        echo "$RAY_AUTH_TOKEN $@" > trained
+        trap 'exit 75' TERM
+        touch training
+        for _ in $(seq 600); do sleep 0.1; done
+    """,
+}
+
+
+def test_slurm_script_stops_in_order_and_is_queued_again(tmp_path):
+    """With programs in the place of Slurm's, Ray's and Python: what each is called with."""
+    programs = tmp_path / ".venv" / "bin"
+    programs.mkdir(parents=True)
+    (programs / "activate").touch()
+    for name, text in PROGRAMS.items():
+        (programs / name).write_text(f"#!/bin/bash\n{text}\n")
+        (programs / name).chmod(0o755)
+    job = {"SLURM_JOB_ID": "123", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_JOB_NUM_NODES": "2", "SLURM_CPUS_PER_TASK": "8"}
+    environment = os.environ | job | {"PATH": f"{programs}:{os.environ['PATH']}"}
+    script = ["bash", FILES / "slurm.sh", "imagenet_lt", "--name", "a"]
+    for restarts in ("0", "1"):
+        for name in ("started", "trained", "training", "requeued"):
+            (tmp_path / name).unlink(missing_ok=True)
+        process = subprocess.Popen(script, cwd=tmp_path, env=environment | {"SLURM_RESTART_COUNT": restarts})
+        while not (tmp_path / "training").exists():
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM if restarts == "0" else signal.SIGUSR1)
+        assert process.wait(timeout=60) == 75
+        assert (tmp_path / "requeued").read_text() == "requeue 123\n"
+        more = "" if restarts == "0" else " --resume runs/a"
+        cluster = "--cluster --address 10.0.0.1:20900 --workers 1-2"
+        assert (tmp_path / "trained").read_text() == f"secret -m cibl_ray.train imagenet_lt --name a{more} {cluster}\n"
+        head, other = (tmp_path / "started").read_text().splitlines()
+        assert head.startswith("/tmp/ray-123 start --block --num-cpus=8 --num-gpus=0 ")
+        assert "--port=20900" in head.split()
+        assert "--address=10.0.0.1:20900" in other.split()
+        for line in (head, other):
+            assert {"--min-worker-port=20910", "--max-worker-port=21199"} <= {*line.split()}
+        (tmp_path / "runs" / "a").mkdir(parents=True, exist_ok=True)
+    done = subprocess.run(script[:3], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (2, "slurm.sh: give the run a --name\n")
 
 
 @pytest.mark.timeout(280)

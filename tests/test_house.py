@@ -1,6 +1,7 @@
 """The rooms and the arrows between them: every import is read, those within functions and for type checkers too."""
 
 import ast
+import re
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -89,3 +90,18 @@ def test_every_field_has_a_description(model):
         if not known.description and key not in parts and not key.endswith("kind") and not key.startswith("data.source.")
     ]
     assert bare == []
+
+
+# What mends a fault of Ray's may use its insides, guardedly; nothing else may.
+MAY_USE_RAYS_INSIDES = "cibl_ray/cluster/ray_workarounds.py"
+
+
+def test_only_rays_documented_interface_is_used():
+    private = re.compile(r"\bray\.(\w+\.)*_(?!_version__)|\bray\b.*_internal")
+    found = {
+        path.relative_to(REPOSITORY).as_posix()
+        for package in ("cibl_ray", "serve")
+        for path in (REPOSITORY / package).rglob("*.py")
+        if any(private.search(line) for line in path.read_text().splitlines())
+    }
+    assert found <= {MAY_USE_RAYS_INSIDES}

@@ -34,6 +34,8 @@ def mark_beside(folder: Path, storage: str | None) -> Iterator[str | None]:
             yield str(mark)
         finally:
             mark.unlink(missing_ok=True)
+            with suppress(OSError):
+                mark.parent.rmdir()  # where nothing else is in it
 
 
 def same_folder(folder: Path, mark: str | None, option: str = "--runs") -> None:

@@ -7,6 +7,7 @@ whatever node rank 0 then is.
 from __future__ import annotations
 
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 from cibl_ray.run.folder import CHECKPOINTS, CONFIG, COPY, LAST, LOCK, PREVIOUS, RESULT, copy_of, is_run
@@ -26,6 +27,15 @@ def split(uri: str) -> tuple[str, str]:
     path, mark, query = uri.partition("?")
     storage, _, name = path.rstrip("/").rpartition("/")
     return f"{storage}{mark}{query}", name
+
+
+def remove(uri: str) -> None:
+    """Remove a folder in a store, where it is there and can be removed."""
+    from pyarrow import ArrowException, fs
+
+    with suppress(ArrowException, OSError, ValueError):
+        files, top = fs.FileSystem.from_uri(uri)
+        files.delete_dir(top)
 
 
 def fetched(uri: str) -> tuple[str, Path]:
@@ -128,7 +138,7 @@ class Mirror:
         if here > there:
             raise UserError(
                 f"run folder {str(self._folder)!r} has been trained further (to epoch {here[0]}, step {here[1]}) than its copy "
-                f"{self._uri} (epoch {there[0]}, step {there[1]}); go on with --resume {self._folder} --cluster, which brings "
+                f"{self._uri} (epoch {there[0]}, step {there[1]}); resume with --resume {self._folder} --cluster, which brings "
                 "the copy up to date, or move the folder away"
             )
         selector = fs.FileSelector(self._top, recursive=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
@@ -18,10 +19,24 @@ def _at_once(size: int) -> int:
 
 
 def predict(
-    network: HybridNetwork, loader: Loader, normalize: nn.Module, device: torch.device
+    network: HybridNetwork,
+    loader: Loader,
+    normalize: nn.Module,
+    device: torch.device,
+    before_batch: Callable[[], None] = lambda: None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(logits float32 (N, C), labels int64 (N,)), both on the CPU, in the file's order. Leaves the network in training mode
-    or not as it was."""
+    """Classify every image of a loader once. The network's training mode stays as it was.
+
+    Args:
+        network: The network, on `device`.
+        loader: The images.
+        normalize: Turns the loader's pixels into the network's input.
+        device: Where the network is.
+        before_batch: Called before each batch.
+
+    Returns:
+        Logits, float32 (N, C), and labels, int64 (N,), both on the CPU in the file's order.
+    """
     was_training = network.training
     network.eval()
     logits, labels = [], []
@@ -36,6 +51,7 @@ def predict(
         one_thread_a_core() if device.type == "cpu" else nullcontext() as pool,
     ):
         for batch in loader.epoch(0):
+            before_batch()
             if pool is not None and batch.views.ndim == 5:  # else features of a frozen backbone
                 logits += [*pool.map(classify, batch.views.split(_at_once(batch.views.shape[2])))]
             else:

@@ -34,6 +34,17 @@ class RunLog:
                     self._events.add_scalar(f"{group}/{name}", value, row["epoch"])
         self._events.flush()
 
+    def last_without(self, group: str, epoch: int) -> dict[str, Any] | None:
+        """The last row, where it is of `epoch` and has no numbers of `group`: the run was stopped before it had them."""
+        rows = read_metrics(self._path.parent)
+        return rows[-1] if rows and rows[-1]["epoch"] == epoch and group not in rows[-1] else None
+
+    def replace_last(self, row: dict[str, Any]) -> None:
+        """Write a row in the place of the last one."""
+        rows = read_metrics(self._path.parent)[:-1]
+        write_atomically(self._path, "".join(json.dumps(each) + "\n" for each in rows))
+        self.write(row)
+
     def close(self) -> None:
         """Close the files."""
         self._events.close()

@@ -5,14 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import shlex
-import signal
 import statistics
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from cibl_ray.config import RunConfig, config_warnings, save_config
@@ -24,8 +21,9 @@ from cibl_ray.run.checkpoint import newest
 from cibl_ray.run.folder import CHECKPOINTS, CONFIG, LOG, RESULT, copy_of, lock_folder, need_new
 from cibl_ray.run.log import read_metrics
 from cibl_ray.run.progress import Progress, messages_to
+from cibl_ray.run.stop import Stop
 from cibl_ray.training.trainer import Trainer
-from cibl_ray.world import World, require_own_gpu
+from cibl_ray.world import PeerLostError, World, require_own_gpu
 from pipelines.common.errors import Interrupted, UserError
 from pipelines.common.files import write_atomically
 from pipelines.loaders.reading import eval_rule
@@ -46,15 +44,17 @@ def fit(
     progress: Progress,
     after_save: Callable[[], None] | None = None,
     patience: float = 0,
+    stop: Stop | None = None,
 ) -> dict[str, Any]:
     """Run a configuration in `folder`, new or (with `resume`) an earlier run's; returns the result that result.json holds.
 
     Every worker of `world` calls it; rank 0 alone writes, and has a result. after_save: called by rank 0
     when a checkpoint or the result is written, to keep a copy of the folder.
     patience: seconds to wait for another process that works in the folder: a lost worker's may end after it is replaced.
+    stop: what asks the run to stop. It then saves, and raises Interrupted.
     """
     with messages_to(progress.log_handler()) if world.is_rank0 else nullcontext():
-        return _fit_in(config, folder, resume, world, progress, after_save, patience)
+        return _fit_in(config, folder, resume, world, progress, after_save, patience, stop or Stop())
 
 
 def _fit_in(
@@ -65,6 +65,7 @@ def _fit_in(
     progress: Progress,
     after_save: Callable[[], None] | None,
     patience: float,
+    stop: Stop,
 ) -> dict[str, Any]:
     config = world.broadcast_from_rank0(lambda: resolve(config))
     require_own_gpu(config.train.device)
@@ -82,16 +83,22 @@ def _fit_in(
         loader = config.loader.model_copy(update={"cache": checkpoint.config.loader.cache})
         config = config.model_copy(update={"loader": loader})
     trainer = Trainer(config, prepared, folder, world, start=checkpoint)
+    trainer.stop = stop
     if checkpoint is not None:
         trainer.restore(checkpoint)
     if not world.is_rank0:
-        return trainer.fit(progress)
+        try:
+            return trainer.fit(progress)
+        except PeerLostError:
+            if stop.asked():  # rank 0 has saved and ended
+                raise KeyboardInterrupt from None
+            raise
     # From here on nothing is refused any more, so that a mistake leaves no folder and changes no earlier run.
     try:
         folder.mkdir(parents=True, exist_ok=resume)
     except FileExistsError as error:
         raise UserError(f"run folder {str(folder)!r} was just made by another process; choose another name (--name)") from error
-    with lock_folder(folder, "training", max(patience, 30 if world.size > 1 else 0)), _stops_in_order(trainer):
+    with lock_folder(folder, "training", max(patience, 30 if world.size > 1 else 0)):
         try:
             if after_save is not None:
                 trainer.after_save = after_save
@@ -102,8 +109,9 @@ def _fit_in(
             return result
         except KeyboardInterrupt:
             raise Interrupted(
-                f"stopped in epoch {min(trainer.epoch + 1, config.train.epochs)}; go on with: "
-                f"python -m cibl_ray.train --resume {shlex.quote(str(folder))}"
+                f"stopped in epoch {min(trainer.epoch + 1, config.train.epochs)}; resume with: "
+                f"python -m cibl_ray.train --resume {shlex.quote(str(folder))}",
+                stop.status,
             ) from None
 
 
@@ -188,25 +196,3 @@ def _time(rows: list[dict[str, Any]]) -> dict[str, float]:
 def _shares(seconds: dict[str, float]) -> str:
     total = sum(seconds.values()) or 1.0
     return ", ".join(f"{name.replace('_', ' ')} {100 * value / total:.0f} %" for name, value in seconds.items())
-
-
-@contextmanager
-def _stops_in_order(trainer: Trainer) -> Iterator[None]:
-    """A cluster's polite end is treated as Ctrl-C. Signals belong to the main thread; elsewhere nothing is changed.
-
-    The trainer is told as well: an exception that happens to be raised within a destructor or a callback is lost.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        trainer.asked_to_stop = True
-        raise KeyboardInterrupt
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler or signal.SIG_DFL)

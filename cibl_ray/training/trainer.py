@@ -29,6 +29,7 @@ from cibl_ray.run.fingerprint import code_digest
 from cibl_ray.run.folder import BEST, CHECKPOINTS, LAST
 from cibl_ray.run.log import RunLog
 from cibl_ray.run.progress import Progress, Silent
+from cibl_ray.run.stop import Stop
 from cibl_ray.training.compiled import begin_step, compile_network, explained
 from cibl_ray.training.feed import FeatureFeed, Feed, read_plans
 from cibl_ray.training.optimizer import make_optimizer
@@ -46,7 +47,8 @@ log = logging.getLogger(__name__)
 
 _Tensors = dict[str, torch.Tensor]
 
-_ASK_EVERY = 10  # steps between the workers' questions whether a checkpoint is due
+_ASK_EVERY = 1.0  # seconds between the workers' questions whether to save or to stop
+_ASK_STEPS = 100  # the most steps between two of them
 _CHECK_EVERY = 50  # steps between looks at whether the loss is finite
 
 
@@ -87,7 +89,9 @@ class Trainer:
         self.epoch = self.step = 0
         self._saved = time.monotonic()
         self.after_save: Callable[[], None] = lambda: None
-        self.asked_to_stop = False  # from outside, by a signal
+        self.stop = Stop()
+        self._until_asked, self._asked = 0, (self._saved, 0)  # steps until the next question; time and steps at the last one
+        self._steps = 0  # of this process
         self.spent = {"evaluation": 0.0, "checkpoint": 0.0}  # seconds since the last epoch's row
         self.best: dict[str, float] | None = None
         plans = read_plans(config.loss, config.data, batch, config.seed, world.share)
@@ -142,20 +146,25 @@ class Trainer:
         run_log = RunLog(self.folder, self.epoch) if self.world.is_rank0 else None
         images = batches * self.config.train.batch_size
         progress.begin(epochs * images, self.epoch * images + self.step * self.config.train.batch_size)
+        self.stop.polled = True
         try:
+            self._validate_last(run_log)
             while self.epoch < epochs:
                 with self._enough_memory():  # for what comes before a step, too
                     row = self.train_epoch(progress)
-                if "val" in self.prepared.splits:
+                try:
                     self._validate(row)
-                row["seconds"] |= self.spent
-                self.spent = dict.fromkeys(self.spent, 0.0)
-                if run_log is not None:
-                    run_log.write(row)  # before the checkpoint: a resumed run drops rows beyond it, and misses none
-                    if self.epoch % self.config.train.checkpoint_every == 0 or self.epoch == epochs:
+                except KeyboardInterrupt:  # the resumed run validates first
+                    self._write(run_log, row)
+                    if run_log is not None:
                         self.save()
+                    raise
+                self._write(run_log, row)
+                if run_log is not None and (self.epoch % self.config.train.checkpoint_every == 0 or self.epoch == epochs):
+                    self.save()
                 progress.epoch(row, _epoch_line(row, epochs))
         finally:
+            self.stop.polled = False
             progress.close()
             if run_log is not None:
                 run_log.close()
@@ -187,8 +196,6 @@ class Trainer:
         watch: _Watch | None = None
         for images in zip(*(feed.steps(number, self.step) for feed in self.feeds), strict=True):
             self._schedule(number + self.step / batches)
-            if self.asked_to_stop:
-                raise KeyboardInterrupt
             terms = self.optimize([*images])
             for name, value in terms.items():
                 totals[name] += value
@@ -201,8 +208,9 @@ class Trainer:
                 watch = _Watch(totals["loss"], partial(self._check_finite, step=self.step))
             if progress is not None:
                 progress.advance(batch_size)
+            self._steps += 1
             if self.step < batches:
-                self._save_if_due(totals["loss"])
+                self._save_or_stop(totals["loss"])
         self.epoch, self.step = number + 1, 0
         self._average_statistics()
         own = torch.stack([total.float() for total in totals.values()]) * self.world.fraction(batch_size)
@@ -282,7 +290,8 @@ class Trainer:
         """Logits and labels of the network as it is, of the whole split on rank 0."""
         started = time.perf_counter()
         with enough_memory(f"evaluation, {self.config.train.eval_batch_size} images at once", "lower train.eval_batch_size"):
-            logits, labels = predict(self.judged, self.eval_loaders[split], self.normalize, self.device)
+            loader = self.eval_loaders[split]
+            logits, labels = predict(self.judged, loader, self.normalize, self.device, self._raise_if_stopped)
         logits, labels = self.world.gather_to_rank0(logits), self.world.gather_to_rank0(labels)
         self.spent["evaluation"] += time.perf_counter() - started
         return logits, labels
@@ -312,17 +321,39 @@ class Trainer:
         self._saved = time.monotonic()
         self.spent["checkpoint"] += time.perf_counter() - started
 
-    def _save_if_due(self, total: torch.Tensor) -> None:
-        """Within an epoch: rank 0's clock decides, and all ranks hear of it, because they average their statistics first."""
-        minutes = self.config.train.checkpoint_minutes
-        if minutes is None or (self.world.size > 1 and self.step % _ASK_EVERY):
-            return
-        if not self.world.broadcast_from_rank0(lambda: time.monotonic() - self._saved >= 60 * minutes):  # asks no GPU
+    def _save_or_stop(self, total: torch.Tensor) -> None:
+        """Within an epoch: save where a checkpoint is due, save and raise KeyboardInterrupt where the run is asked to stop."""
+        save, stop = self._ask()
+        if not (save or stop):
             return
         self._check_finite(total, self.step)
         self._average_statistics()
         if self.world.is_rank0:
             self.save()
+        if stop:
+            self.world.all_gather(None)  # no worker ends before rank 0 has saved
+            raise KeyboardInterrupt
+
+    def _ask(self) -> tuple[bool, bool]:
+        """Whether to save and whether to stop: the same answer for all workers, who exchange it about once a second."""
+        minutes = self.config.train.checkpoint_minutes
+        due = minutes is not None and time.monotonic() - self._saved >= 60 * minutes
+        if self.world.size == 1:
+            return due, self.stop.asked()
+        if self._until_asked > 0:
+            self._until_asked -= 1
+            return False, False
+        now, (then, done) = time.monotonic(), self._asked
+        self._asked = now, self._steps
+        steps = int(_ASK_EVERY * (self._steps - done) / max(now - then, 1e-9))
+        answers = self.world.all_gather((due, self.stop.asked(), min(steps, _ASK_STEPS)))
+        due, _, self._until_asked = answers[0]
+        return due, any(stop for _, stop, _ in answers)
+
+    def _raise_if_stopped(self) -> None:
+        """For evaluation, which changes nothing: it may end at any batch."""
+        if self.stop.polled and self.stop.asked():
+            raise KeyboardInterrupt
 
     def _average_statistics(self) -> None:
         networks = self.objective.networks
@@ -347,7 +378,31 @@ class Trainer:
                 f"checkpoints up to epoch {self.epoch} are kept"
             )
 
+    def _write(self, run_log: RunLog | None, row: dict[str, Any]) -> None:
+        """An epoch's row; before its checkpoint: a resumed run drops rows beyond that, and misses none."""
+        row["seconds"] |= self.spent
+        self.spent = dict.fromkeys(self.spent, 0.0)
+        if run_log is not None:
+            run_log.write(row)
+
+    def _validate_last(self, run_log: RunLog | None) -> None:
+        """Validate the last epoch where the run was stopped before that."""
+        if self.step or "val" not in self.prepared.splits:
+            return
+        row = self.world.broadcast_from_rank0(lambda: run_log.last_without("val", self.epoch) if run_log is not None else None)
+        if row is None:
+            return
+        self._validate(row)
+        row["seconds"] = {name: seconds + self.spent.get(name, 0.0) for name, seconds in row["seconds"].items()}
+        self.spent = dict.fromkeys(self.spent, 0.0)
+        if run_log is not None:
+            run_log.replace_last(row)
+            self.save()  # it says which epoch is the best
+
     def _validate(self, row: dict[str, Any]) -> None:
+        """Add the scores on the validation split, where there is one, and keep the best epoch."""
+        if "val" not in self.prepared.splits:
+            return
         scores = self.evaluate("val")
         if scores is None:
             return

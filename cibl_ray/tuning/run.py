@@ -11,7 +11,7 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from cibl_ray.cluster.launch import cluster, polite_end
+from cibl_ray.cluster.session import cluster, polite_end
 from cibl_ray.cluster.shared_folder import mark_beside, same_folder
 from cibl_ray.run.folder import lock_folder
 from cibl_ray.tuning import report
@@ -50,8 +50,7 @@ def run(sweep: SweepConfig, folder: Path, address: str | None, base: dict[str, A
         write_atomically(folder / TRIALS, "".join(json.dumps(asdict(trial)) + "\n" for trial in ended))
         left = sweep.trials - len(ended)
         if left > 0:
-            # Ray's dashboard knows whether the controller of a trial's workers is alive. Without workers it is not started.
-            with cluster(address, dashboard=sweep.workers > 1), polite_end(), mark_beside(folder, None) as mark:
+            with cluster(address), polite_end(), mark_beside(folder, None) as mark:
                 if address is not None:
                     _check_nodes(folder, mark)
                     check_metrics(sweep, *_results(ray.remote(prepare_data).remote(base)))

@@ -18,7 +18,8 @@ from ray import tune
 from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search.optuna import OptunaSearch
 
-from cibl_ray.cluster.launch import places
+from cibl_ray.cluster.options import places
+from cibl_ray.cluster.ray_workarounds import TrialPlaces
 from cibl_ray.tuning.config import JOURNAL, TRIALS, Choice, SweepConfig
 from cibl_ray.tuning.sweep import Trial, most_epochs, objectives, read_trials, trial_name
 from cibl_ray.tuning.trial import trial
@@ -77,7 +78,11 @@ def search(sweep: SweepConfig, base: dict[str, Any], folder: Path, left: int, ma
             grace_period=sweep.asha.grace,
             reduction_factor=sweep.asha.reduction,
         )
-    given = {"sweep": sweep.model_dump(mode="json"), "base": base, "folder": str(folder), "cpus": sweep.cpus, "mark": mark}
+    trial_places = TrialPlaces() if sweep.workers > 1 else None
+    given = {
+        "sweep": sweep.model_dump(mode="json"), "base": base, "folder": str(folder), "cpus": sweep.cpus, "mark": mark,
+        "places": trial_places.queue if trial_places is not None else None,
+    }  # fmt: skip
     tuner = tune.Tuner(
         tune.with_resources(
             tune.with_parameters(trial, given=given),
@@ -99,7 +104,7 @@ def search(sweep: SweepConfig, base: dict[str, Any], folder: Path, left: int, ma
             storage_path=str(folder / ".ray"),
             failure_config=tune.FailureConfig(max_failures=2),
             verbose=0,
-            callbacks=[_Recorder(folder, sweep, base)],
+            callbacks=[_Recorder(folder, sweep, base, trial_places)],
         ),
     )
     tuner.fit()
@@ -137,8 +142,8 @@ def _space(space: Any) -> Any:
 class _Recorder(tune.Callback):
     """Ray Tune calls this in the driver: each trial that ends becomes a line of trials.jsonl and one on the terminal."""
 
-    def __init__(self, folder: Path, sweep: SweepConfig, base: dict[str, Any]) -> None:
-        self._folder, self._sweep, self._base = folder, sweep, base
+    def __init__(self, folder: Path, sweep: SweepConfig, base: dict[str, Any], places: TrialPlaces | None) -> None:
+        self._folder, self._sweep, self._base, self._places = folder, sweep, base, places
         self._done = len(read_trials(folder))
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
@@ -149,7 +154,14 @@ class _Recorder(tune.Callback):
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._end(trial, "failed", "its process was lost three times")
 
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Its process was lost, and it is tried again."""
+        if self._places is not None:
+            self._places.free(trial_name(trial.config))
+
     def _end(self, trial: Any, state: str, error: str | None = None) -> None:
+        if self._places is not None:
+            self._places.free(trial_name(trial.config))
         result, name = trial.last_result or {}, trial_name(trial.config)
         failed = self._folder / "trials" / f"{name}.error"
         if failed.exists():

@@ -11,10 +11,11 @@ from typing import Any
 import ray
 import torch
 from ray import tune
+from ray.util.queue import Queue
 
 from cibl_ray.cluster.shared_folder import same_folder
 from cibl_ray.config import RunConfig
-from cibl_ray.hardware import TIMER_LAG, keep_freed_memory, let_timers_lag
+from cibl_ray.hardware import keep_freed_memory
 from cibl_ray.run.log import read_metrics
 from cibl_ray.run.progress import Progress
 from cibl_ray.training.fit import fit
@@ -35,10 +36,10 @@ def trial(params: dict[str, Any], given: dict[str, Any]) -> None:
 
     Args:
         params: The values of the searched fields, by dotted name.
-        given: The sweep, its base configuration, its folder and mark, and the CPUs of a worker.
+        given: The sweep, its base configuration, its folder and mark, the CPUs of a worker, and the queue
+            of `TrialPlaces` where trials have several workers.
     """
     keep_freed_memory()
-    let_timers_lag(TIMER_LAG)  # Ray's processes have left more
     torch.set_num_threads(given["cpus"])
     limit_cores(given["cpus"])
     sweep = validate(SweepConfig, given["sweep"], "the sweep")
@@ -59,7 +60,7 @@ def trial(params: dict[str, Any], given: dict[str, Any]) -> None:
             if sweep.workers == 1:
                 fit(config, run_folder, run_folder.exists(), World(), progress)
             else:
-                _in_workers(sweep, config, run_folder, progress)
+                _in_workers(sweep, config, run_folder, progress, given["places"])
             progress.finish()
     except Exception as error:
         kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
@@ -68,14 +69,15 @@ def trial(params: dict[str, Any], given: dict[str, Any]) -> None:
             traceback.print_exc()
 
 
-def _in_workers(sweep: SweepConfig, config: RunConfig, run_folder: Path, progress: Progress) -> None:
-    """Train in several workers of Ray Train. This process waits for them."""
+def _in_workers(sweep: SweepConfig, config: RunConfig, run_folder: Path, progress: Progress, places: Queue) -> None:
+    """Train in several workers of Ray Train. This process waits for them, and `places` hears where they are."""
     from cibl_ray.cluster.launch import Shape, launch  # slow to import, and most trials need no workers
 
     gpus = bool(ray.cluster_resources().get("GPU")) and config.train.device != "cpu"
     train = config.train.model_copy(update={"device": "cuda" if gpus else "cpu"})
     shape = Shape((sweep.workers, sweep.workers), sweep.cpus, gpus, failures=2)
-    launch(config.model_copy(update={"train": train}), run_folder, run_folder.exists(), shape, progress)
+    config = config.model_copy(update={"train": train})
+    launch(config, run_folder, run_folder.exists(), shape, progress, trial_places=(places, run_folder.name))
     for row in read_metrics(run_folder):  # any scores that did not arrive
         progress.epoch(row, "")
 

@@ -23,10 +23,12 @@ from numba.extending import intrinsic
 
 from pipelines.augment.draws import Op, Stage
 from pipelines.augment.spatial_ops import inverse_affine
+from pipelines.common.numba_cache import ensure_numba_cache
 
 _TAIL = 4  # standard deviations that a blur's taps reach, as in `augment_apply`
 _PIECES = 8  # of a thread's share
 _WORTH_A_THREAD = 2**18  # bytes: waking one takes about as long as it needs for these
+ensure_numba_cache()
 # No fast mathematics: rounding decides which pixel is taken, and which byte.
 _OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "cache": True}
 

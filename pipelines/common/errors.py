@@ -21,7 +21,16 @@ class UserError(ValueError):
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C, with what the user should know: what is kept and how to go on."""
+    """A command was stopped.
+
+    Args:
+        message: What is kept, and how to resume.
+        status: The command's exit status.
+    """
+
+    def __init__(self, message: str = "", status: int = 130) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -45,8 +54,8 @@ def run_command(main: Callable[[], None], needs: str = "") -> NoReturn:
         needs: What to pip install where one of its packages is missing, such as "'cibl-ray[train]'".
 
     Raises:
-        SystemExit: Always. 0: success; 2: a user's mistake, a missing package or a failing disk; 130: Ctrl-C; 1: anything
-            else.
+        SystemExit: Always. 0: success; 2: a user's mistake, a missing package or a failing disk; 130: Ctrl-C; the status of an
+            `Interrupted`: a scheduler's signal; 1: anything else.
     """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a λ on a Latin-1 terminal is no reason to fail
@@ -69,7 +78,7 @@ def run_command(main: Callable[[], None], needs: str = "") -> NoReturn:
     except (OSError, MemoryError) as error:
         sys.exit(_tell(f"error: {type(error).__name__}: {error}", 2))
     except KeyboardInterrupt as error:
-        sys.exit(_tell(str(error) or "interrupted", 130))
+        sys.exit(_tell(str(error) or "interrupted", getattr(error, "status", 130)))
     except Exception as error:
         sys.exit(_unforeseen(error))
     sys.exit(0)

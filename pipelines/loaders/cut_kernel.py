@@ -22,6 +22,7 @@ from numba import carray, get_thread_id, njit, prange, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from pipelines.common.numba_cache import ensure_numba_cache
 from pipelines.loaders import turbojpeg
 
 LANES = 16
@@ -30,6 +31,7 @@ PADDING = 64  # bytes after an image that the vectors may read
 # Lower would show: single photographs then differ from torchvision's by up to 3 of 255 at 64 pixels (2), now by less than 1.
 OVERSAMPLING = 4
 
+ensure_numba_cache()
 _OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": True, "cache": True}
 
 

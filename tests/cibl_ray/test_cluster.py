@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -15,18 +16,23 @@ import pytest
 import torch
 from safetensors.torch import save as to_bytes
 
-from cibl_ray.cluster.environment import settle
+from cibl_ray.cluster.environment import configure_ray_env
 from cibl_ray.cluster.shared_folder import mark_beside, same_folder
 from cibl_ray.cluster.storage import Mirror, fetched, join, split, sync_with_copy
 from cibl_ray.run.checkpoint import load_checkpoint
 from cibl_ray.run.log import read_metrics
 from pipelines.common.errors import UserError
 from tests.clusters import EPOCHS, LAST, ended, new, start, wait_for_epoch
-from tests.conftest import REPOSITORY
 
-settle(own=True)
+configure_ray_env(own=True)
 
-from cibl_ray.cluster.launch import Options, fitting_cpus, parse_workers, places  # noqa: E402
+import ray.train  # noqa: E402
+from ray.exceptions import RayActorError  # noqa: E402
+
+from cibl_ray.cluster.failures import LostError, explain  # noqa: E402
+from cibl_ray.cluster.options import Options, fitting_cpus, parse_workers, places  # noqa: E402
+from cibl_ray.cluster.session import cluster, why  # noqa: E402
+from cibl_ray.cluster.worker import interface_of  # noqa: E402
 
 pytestmark = pytest.mark.timeout(280)
 
@@ -40,43 +46,26 @@ def workers_of(process):
     return [child for child in psutil.Process(process.pid).children(recursive=True) if "RayTrainWorker" in child.name()]
 
 
-def wakes(process, seconds):
-    """How often the process's main thread went to sleep in that time."""
-    status = Path(f"/proc/{process.pid}/task/{process.pid}/status")
-
-    def count():
-        return int(status.read_text().partition("\nvoluntary_ctxt_switches:")[2].split()[0])
-
-    before = count()
-    time.sleep(seconds)
-    return count() - before
-
-
-def needless_of(process):
-    """Processes of Ray's that a cluster for one run does without."""
-    below = []
-    for child in psutil.Process(process.pid).children(recursive=True):
-        with contextlib.suppress(psutil.NoSuchProcess):
-            below.append(" ".join(child.cmdline()))
-    assert any("raylet" in command for command in below)
-    needless = ("TrainController", "SynchronizationActor", "monitor.py", "dashboard.py")
-    return [command for command in below if any(part in command for part in needless)]
-
-
 def weights(run):
     checkpoint = load_checkpoint(run / LAST)
     assert checkpoint.epoch == EPOCHS
     return checkpoint.weights
 
 
-def same(run, other):
+def same(run, other, running=True):
+    """Whether the weights are equal to the bit. running: the running statistics, too; else to rounding."""
     mine, theirs = weights(run), weights(other)
-    return all(torch.equal(tensor, theirs[name]) for name, tensor in mine.items())
+    return all(
+        torch.equal(tensor, theirs[name])
+        if running or "running" not in name
+        else torch.allclose(tensor, theirs[name], rtol=1e-4, atol=1e-6)
+        for name, tensor in mine.items()
+    )
 
 
 @pytest.fixture(scope="module")
 def undisturbed(folder):
-    text = ended(*start(folder, *new(folder, "undisturbed")))
+    text = ended(*start(folder, *new(folder, "undisturbed"), notebook=True))
     return folder / "runs" / "undisturbed", text
 
 
@@ -97,11 +86,10 @@ def test_a_killed_worker_is_replaced_and_nothing_changes(folder, undisturbed):
     process, log = start(folder, *new(folder, "killed"))
     run = folder / "runs" / "killed"
     wait_for_epoch(run, 2, process)
-    assert not needless_of(process)
     workers_of(process)[-1].kill()
     text = ended(process, log)
-    assert "a worker was lost (rank 1: " in text
-    assert "going on from the last checkpoint" in text
+    assert re.search(r"a worker was lost \(rank [01]: ", text)  # ranks do not follow the order of processes
+    assert "resuming from the last checkpoint" in text
     assert same(run, undisturbed[0])
     assert [row["epoch"] for row in read_metrics(run)] == [*range(1, EPOCHS + 1)]
 
@@ -143,7 +131,6 @@ def test_a_cluster_of_its_own_listens_on_loopback_alone_and_asks_for_its_token(f
                 workers += "RayTrainWorker" in child.name() and bool(ports)
                 address = next((part for part in child.cmdline() if part.startswith("--gcs-address=")), address)
         assert workers == 2  # they talk to each other by sockets
-        assert max(wakes(worker, seconds=2) for worker in workers_of(process)) < 100  # Ray's own signal checks: 200
         assert listening <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
         probe = [sys.executable, "-c", PROBE, address.partition("=")[2]]
         stranger = os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}
@@ -154,36 +141,6 @@ def test_a_cluster_of_its_own_listens_on_loopback_alone_and_asks_for_its_token(f
     finally:
         process.send_signal(signal.SIGINT)
         ended(process, log, 130)
-
-
-DOZE = """
-import threading, time
-from cibl_ray.cluster.ray_doze import Doze, main_thread_dozes
-
-def rounds():  # of a loop like Ray's, while another thread trains
-    ended, count = threading.Event(), 0
-    def train():
-        with main_thread_dozes():
-            time.sleep(2)
-        ended.set()
-    threading.Thread(target=train).start()
-    while not ended.is_set():
-        time.sleep(0.01)
-        count += 1
-    return count
-
-before = rounds()
-Doze().after_init_train_context()
-print(before, rounds(), rounds())
-"""
-
-
-def test_a_workers_main_thread_dozes_while_it_trains():
-    done = subprocess.run([sys.executable, "-c", DOZE], capture_output=True, text=True, cwd=REPOSITORY, timeout=120)
-    assert done.returncode == 0, done.stderr
-    before, *dozing = map(int, done.stdout.split())
-    assert before > 2 * max(dozing)
-    assert max(dozing) <= 2 / 0.25 + 4
 
 
 def test_a_read_only_folder_is_told(folder, tmp_path):
@@ -227,16 +184,18 @@ def test_a_node_that_does_not_see_the_run_folder_is_refused(tmp_path):
         same_folder(tmp_path / "runs" / "a", mark)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_ctrl_c_keeps_a_checkpoint_and_leaves_no_process(folder, number):
-    process, log = start(folder, *new(folder, f"stopped-{number}", "--epochs", "500"))
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
+def test_a_stopped_run_saves_first_and_leaves_no_process(folder, number, status):
+    process, log = start(folder, *new(folder, f"stopped-{number}", "--epochs", "500", "--checkpoint_every", "500"))
     run = folder / "runs" / f"stopped-{number}"
     wait_for_epoch(run, 2, process)
     process.send_signal(number)
-    text = ended(process, log, 130)
-    assert f"--resume {run} --cluster --workers 2" in text
+    text = ended(process, log, status)
+    assert f"resume with: python -m cibl_ray.train --resume {run} --cluster --workers 2" in text
     assert "Traceback" not in text
-    assert load_checkpoint(run / LAST).epoch >= 1
+    assert "(raylet)" not in text
+    checkpoint = load_checkpoint(run / LAST)
+    assert checkpoint.epoch == read_metrics(run)[-1]["epoch"] >= 2  # saved when it was stopped
 
 
 def test_an_error_in_one_rank_ends_all_and_is_named(folder):
@@ -277,6 +236,44 @@ def test_mistakes_are_told_in_a_line(folder):
     assert "error: --address 127.0.0.1:9: " in ended(*missing, 2)
 
 
+def test_a_cluster_that_cannot_be_joined_or_started_is_told_in_a_line(monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
+    with pytest.raises(UserError, match="--address auto: RAY_ADDRESS=127.0.0.1:9: .*refused"), cluster("auto"):
+        pass
+    with pytest.raises(UserError, match=r"--address \[::1\]:9: "), cluster("[::1]:9"):
+        pass
+    with pytest.raises(UserError, match="--address head: .* give the head node's HOST:PORT"), cluster("head"):
+        pass
+    monkeypatch.delenv("RAY_ADDRESS")
+    monkeypatch.setenv("RAY_TMPDIR", "/tmp/" + 100 * "x")
+    with pytest.raises(UserError, match="cannot exceed 107 bytes.*RAY_TMPDIR=/tmp/NAME"), cluster(None):
+        pass
+    shutil.rmtree("/tmp/" + 100 * "x")
+    versions = RuntimeError(
+        "Version mismatch: The cluster was started with:\n    Ray: 2.58.1\n    Python: 3.11.7\nThis process ..."
+    )
+    assert why(versions, "a:1").startswith("the cluster has another Ray or Python than this process: ")
+    assert "\n" not in why(versions, "a:1")
+    assert "RAY_AUTH_TOKEN" in why(ConnectionError("Failed to connect"), "a:1")
+
+
+def test_errors_of_rays_own_are_a_line():
+    lost = explain(ray.train.WorkerGroupError("lost", {1: RayActorError()}), failures=3)
+    assert isinstance(lost, LostError)
+    assert str(lost).startswith("workers were lost 4 times, at last rank 1 (The actor ")
+    mine = UserError("rank 0: no image")
+    assert explain(ray.train.ControllerError(mine), failures=3) is mine
+    other = explain(ray.train.ControllerError(RuntimeError("no place\nfor a group")), failures=3)
+    assert isinstance(other, UserError)
+    assert str(other) == "Ray Train could not run the workers: RuntimeError: no place"
+
+
+def test_the_interface_of_an_address():
+    assert interface_of("127.0.0.1") == "lo"
+    assert interface_of("::1") in ("lo", None)  # None: without IPv6
+    assert interface_of("192.0.2.1") is None  # of documentation, nobody's
+
+
 def test_a_copy_in_a_store_is_what_a_run_goes_on_from(folder, undisturbed):
     """The store is a file:// URI here; the local folder, as on a node that is gone, is removed."""
     store = (folder / "store").as_uri()
@@ -289,8 +286,8 @@ def test_a_copy_in_a_store_is_what_a_run_goes_on_from(folder, undisturbed):
     assert "already has a run" in ended(*start(folder, *new(folder, "stored"), "--storage", store), 2)
     process, log = start(folder, "--resume", f"{store}/stored", cwd=folder)
     ended(process, log)
-    assert same(folder / "store" / "stored", undisturbed[0])
-    assert same(folder / "runs" / "stored", undisturbed[0])
+    assert same(folder / "store" / "stored", undisturbed[0], running=False)  # it was stopped within an epoch
+    assert same(folder / "runs" / "stored", undisturbed[0], running=False)  # it was stopped within an epoch
     assert (folder / "store" / "stored" / "result.json").exists()
     assert not [*(folder / "store").rglob("*.part")]
 
@@ -337,7 +334,7 @@ def test_a_copy_never_replaces_what_has_been_trained_further(tmp_path):
     mirror.upload()
     assert not mirror.behind()
     new = saved(folder, 10, 8)
-    with pytest.raises(UserError, match=r"epoch 10, step 8\).*store/a \(epoch 10, step 7\); go on with --resume .* --cluster"):
+    with pytest.raises(UserError, match=r"epoch 10, step 8\).*store/a \(epoch 10, step 7\); resume with --resume .* --cluster"):
         Mirror(folder, uri).download()
     assert (folder / LAST).read_bytes() == new
     (folder / LAST).write_bytes(new[:-1])  # cut short, it is none
@@ -397,7 +394,7 @@ def test_cpus_that_fit():
 
 def test_the_way_to_go_on_names_the_cluster():
     options = Options((2, 8), "head:6379", None, 3)
-    assert options.again(Path("runs/a")).endswith("--resume runs/a --cluster --workers 2-8 --address head:6379")
-    assert Options((2, 2), None, None, 3).again(Path("a")).endswith("--resume a --cluster --workers 2")
-    command = Options((2, 2), None, 4, 100, "s3://bucket/?region=x").again(Path("runs/a"))
+    assert options.resume_command(Path("runs/a")).endswith("--resume runs/a --cluster --workers 2-8 --address head:6379")
+    assert Options((2, 2), None, None, 3).resume_command(Path("a")).endswith("--resume a --cluster --workers 2")
+    command = Options((2, 2), None, 4, 100, "s3://bucket/?region=x").resume_command(Path("runs/a"))
     assert command.endswith("--resume 's3://bucket/a?region=x' --cluster --workers 2 --cpus-per-worker 4 --max-failures 100")

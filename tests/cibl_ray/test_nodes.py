@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from cibl_ray.cluster.environment import settle
+from cibl_ray.cluster.environment import configure_ray_env
 from cibl_ray.run.checkpoint import load_checkpoint
 from cibl_ray.run.log import read_metrics
 from tests.clusters import LAST, ended, new, start, wait_for_epoch, wait_for_text
 from tests.conftest import REPOSITORY
 
-settle(own=True)
+configure_ray_env(own=True)
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -109,8 +109,8 @@ def test_a_run_waits_for_others_work_and_says_so(folder, two_nodes):
 
 CODE = """
 import os, sys
-from cibl_ray.cluster.environment import settle
-settle(own=False)
+from cibl_ray.cluster.environment import configure_ray_env
+configure_ray_env(own=False)
 import ray
 from cibl_ray.cluster.launch import cluster
 with cluster(sys.argv[1]):

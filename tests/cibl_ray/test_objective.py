@@ -14,7 +14,8 @@ from cibl_ray.hardware import resolve
 from cibl_ray.losses.objective import Images, Objective
 from cibl_ray.networks.network import build_network
 from cibl_ray.run.checkpoint import load_checkpoint
-from cibl_ray.run.progress import Silent
+from cibl_ray.run.log import read_metrics
+from cibl_ray.run.stop import Stop
 from cibl_ray.training.feed import read_plans
 from cibl_ray.training.trainer import Trainer
 from cibl_ray.world import World
@@ -71,15 +72,15 @@ def assert_same(second: Trainer, whole: Trainer) -> None:
         assert all(torch.equal(mine[name], theirs[name]) for name in mine)
 
 
-class _Interrupts(Silent):
-    """Asks a trainer to stop after so many steps, as Ctrl-C does."""
+class _StopsAfter(Stop):
+    """Asks to stop when it has been looked at so many times: within an epoch of one process, after so many steps."""
 
-    def __init__(self, trainer: Trainer, steps: int) -> None:
-        self.trainer, self.left = trainer, steps
+    def __init__(self, looks: int) -> None:
+        self.left = looks
 
-    def advance(self, images: int) -> None:
+    def asked(self) -> bool:
         self.left -= 1
-        self.trainer.asked_to_stop = self.left == 0
+        return self.left <= 0
 
 
 @pytest.mark.parametrize("loss", ["cibl_with_everything", "cibl_with_a_queue", "paco", "hybrid_psc", "ldam"])
@@ -92,14 +93,38 @@ def test_an_epoch_goes_on_to_the_bit(loss, digits, tmp_path):
     first = Trainer(config, digits, tmp_path / "half")
     assert first.train_loaders[0].batches >= 4
     first.train_epoch()
+    first.stop = _StopsAfter(2)
     with pytest.raises(KeyboardInterrupt):
-        first.train_epoch(_Interrupts(first, 2))
+        first.train_epoch()
     assert (first.epoch, first.step) == (1, 2)
-    first.save()
     second = Trainer(config, digits, tmp_path / "half")
     second.restore(load_checkpoint(tmp_path / "half" / "checkpoints" / "last.safetensors"))
     second.train_epoch()
     assert_same(second, whole)
+
+
+def test_a_run_stopped_in_validation_validates_when_it_is_resumed(digits, tmp_path):
+    """The end is that of a run left alone: weights, scores, the best epoch, and the log."""
+    config = config_of("cross_entropy", "--batch_size", "64", "--train.eval_batch_size", "4")
+    for name in ("whole", "stopped"):
+        (tmp_path / name).mkdir()
+    whole = Trainer(config, digits, tmp_path / "whole")
+    expected = whole.fit()
+    stopped = Trainer(config, digits, tmp_path / "stopped")
+    steps = stopped.train_loaders[0].batches
+    stopped.stop = _StopsAfter(steps + 1)  # it looks after each step but the last, and before each batch of validation
+    with pytest.raises(KeyboardInterrupt):
+        stopped.fit()
+    assert (stopped.epoch, stopped.step) == (1, 0)
+    assert [row["epoch"] for row in read_metrics(tmp_path / "stopped") if "val" not in row] == [1]
+    again = Trainer(config, digits, tmp_path / "stopped")
+    again.restore(load_checkpoint(tmp_path / "stopped" / "checkpoints" / "last.safetensors"))
+    assert again.fit() == expected
+    assert_same(again, whole)
+    rows = [
+        [(row["epoch"], row["train"], row["val"]) for row in read_metrics(tmp_path / name)] for name in ("whole", "stopped")
+    ]
+    assert rows[0] == rows[1]
 
 
 def test_a_tail_skew_of_0_trains_as_cross_entropy_does(digits, tmp_path):

@@ -289,20 +289,37 @@ def test_a_killed_run_ends_with_the_same_weights(folders, kind):
     assert rows[0] == rows[1]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
-def test_interrupted(folders, number):
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 75), (signal.SIGUSR1, 75)])
+def test_a_stopped_run_saves_first(folders, number, status):
+    """Within an epoch too. The status says whether a scheduler should start the run again."""
     folder = Path(folders[1]) / f"stopped-{number}"
-    flags = ["quickstart", "--epochs", "500", *folders, "--name", folder.name]
+    flags = ["quickstart", "--epochs", "500", "--checkpoint_every", "500", *folders, "--name", folder.name]
     process = subprocess.Popen(command("train", *flags), cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
     while len(read_metrics(folder)) < 3 and process.poll() is None:
         time.sleep(0.01)
-    one_line_error(run("train", "--resume", folder), "another process is training in")
+    if number == signal.SIGINT:
+        one_line_error(run("train", "--resume", folder), "another process is training in")
+    assert not (folder / "checkpoints" / "last.safetensors").exists()
     process.send_signal(number)
+    process.send_signal(number)  # as a scheduler may, to the job's shell and to its processes
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert f"--resume {folder}" in errors
+    assert process.returncode == status
+    assert f"resume with: python -m cibl_ray.train --resume {folder}" in errors
     assert "Traceback" not in errors
-    assert load_checkpoint(folder / "checkpoints" / "last.safetensors").epoch >= 2
+    checkpoint = load_checkpoint(folder / "checkpoints" / "last.safetensors")
+    assert checkpoint.epoch == read_metrics(folder)[-1]["epoch"] >= 3
+
+
+def test_a_run_stopped_before_it_trains_ends_at_once(folders):
+    flags = ["quickstart", *folders, "--name", "early", "--prepared", str(Path(folders[1]) / "early_prepared")]
+    process = subprocess.Popen(command("train", *flags), cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    assert process.stderr.readline().startswith("data: ")  # it prepares the images
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 75, errors
+    assert "Traceback" not in errors
+    assert not (Path(folders[1]) / "early").exists()
 
 
 def test_resume_with_other_data_is_refused(finished, tmp_path, digits):

@@ -17,7 +17,7 @@ import yaml
 from PIL import Image
 
 from cibl_ray import tune
-from cibl_ray.cluster.environment import settle
+from cibl_ray.cluster.environment import configure_ray_env
 from cibl_ray.config import RunConfig, load_config
 from cibl_ray.run.checkpoint import load_checkpoint
 from cibl_ray.tuning import report as sweep_report
@@ -165,7 +165,7 @@ def test_an_interrupted_sweep_goes_on(folder):
 @pytest.fixture
 def neighbour():
     """Another cluster on this machine."""
-    settle(own=True)
+    configure_ray_env(own=True)
     from ray.cluster_utils import Cluster
 
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
@@ -196,7 +196,7 @@ def test_a_trial_of_two_workers_that_is_lost_frees_its_place(folder, neighbour):
 
 
 def test_a_sweep_joins_a_cluster_and_names_it(folder):
-    settle(own=True)
+    configure_ray_env(own=True)
     from ray.cluster_utils import Cluster
 
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
@@ -383,8 +383,8 @@ def test_a_sweep_goes_on_with_the_base_that_it_began_with(tmp_path, monkeypatch)
     (folder / "trials" / "a" / "checkpoints" / "last.safetensors").write_bytes(b"x")
     (folder / "trials.jsonl").write_text(json.dumps(asdict(ended)) + "\n")
     monkeypatch.chdir(tmp_path)
-    settle(own=True)
-    from cibl_ray.tuning.run import run  # Ray, after `settle`
+    configure_ray_env(own=True)
+    from cibl_ray.tuning.run import run  # Ray, after `configure_ray_env`
 
     run(sweep(base="mine.yaml", set={}, trials=1), folder, None)
     begun = (folder / "best.yaml").read_text()

@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,8 @@ from torch import nn
 from cibl_ray.config import build_config
 from cibl_ray.losses.objective import Images, Objective
 from cibl_ray.networks.network import build_network
+from cibl_ray.run.checkpoint import load_checkpoint
+from cibl_ray.run.log import read_metrics
 from cibl_ray.world import PeerLostError, World
 from pipelines.common.settings import find_config, read_config
 from pipelines.loaders.reading import Share
@@ -154,6 +158,23 @@ def test_torchrun_starts_the_same_workers(tmp_path):
     done = subprocess.run([*command, "quickstart", *options, *folders], capture_output=True, text=True, cwd=REPOSITORY)
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "two" / "result.json").read_text())["workers"] == 2
+
+
+def test_workers_that_are_asked_to_stop_save_within_the_epoch(tmp_path):
+    """torchrun passes SIGTERM on to both."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "cibl_ray.train"]
+    options = ["--epochs", "10000", "--batch_size", "62", "--loader.kind", "torch", "--checkpoint_every", "10000"]
+    options += ["--name", "two"]
+    folders = ["--runs", str(tmp_path), "--prepared", str(tmp_path / "prepared")]
+    process = subprocess.Popen([*command, "quickstart", *options, *folders], stderr=subprocess.PIPE, text=True, cwd=REPOSITORY)
+    while not read_metrics(tmp_path / "two"):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert "resume with: python -m cibl_ray.train --resume" in errors
+    checkpoint = load_checkpoint(tmp_path / "two" / "checkpoints" / "last.safetensors")
+    assert (checkpoint.workers, checkpoint.epoch) == (2, read_metrics(tmp_path / "two")[-1]["epoch"])
 
 
 def test_no_thread_of_the_exchange_outlives_leave(tmp_path):

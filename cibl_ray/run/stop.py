@@ -1,0 +1,68 @@
+"""Asking a run to stop. It saves a checkpoint first, and ends with a status that says whether to start it again."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from pipelines.common.errors import Interrupted
+
+AGAIN = os.EX_TEMPFAIL  # 75, "temporary failure": a scheduler should start the job again
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+class Stop:
+    """Whether a run is asked to stop; this one never is.
+
+    Attributes:
+        polled: Whether the run looks at `asked` by itself, within seconds, and saves before it ends.
+        status: The exit status of a command that was stopped.
+    """
+
+    polled = False
+    status = 130
+
+    def asked(self) -> bool:
+        """Whether the run should save and end."""
+        return False
+
+
+class StopSignals(Stop):
+    """Ctrl-C, SIGTERM and SIGUSR1 ask the run to stop.
+
+    While the run does not look, and on a second Ctrl-C, the signal raises `Interrupted` at once.
+    """
+
+    def __init__(self) -> None:
+        self._since: float | None = None
+
+    def asked(self) -> bool:
+        return self._since is not None
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        # A scheduler may send one signal twice, to the job's shell and to its processes.
+        again = number == signal.SIGINT and self._since is not None and time.monotonic() - self._since > 1
+        self.status = 130 if number == signal.SIGINT else AGAIN
+        self._since = self._since or time.monotonic()
+        if again or not self.polled:
+            raise Interrupted("stopped", self.status)
+
+
+@contextmanager
+def stop_signals() -> Iterator[Stop]:
+    """Handle the signals that ask a run to stop. Signals belong to the main thread; in another one nothing asks."""
+    if threading.current_thread() is not threading.main_thread():
+        yield Stop()
+        return
+    stop = StopSignals()
+    before = {number: signal.signal(number, stop._handle) for number in _SIGNALS}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
