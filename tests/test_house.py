@@ -21,6 +21,19 @@ MAY_IMPORT = {
     "benchmarks": set(PACKAGES),
 }
 COMMANDS = {"train", "evaluate", "tune", "export"}
+# The rooms of cibl_ray from the lowest floor to the highest: a room imports rooms of lower floors alone. `bundle` is what
+# serve/ shares with it. The package itself is on no floor: it imports `api` when a name is first used.
+FLOORS = (
+    {"bundle", "networks", "world"},
+    {"losses"},
+    {"config"},
+    {"hardware", "run"},
+    {"evaluation"},
+    {"training", "exporting"},
+    {"cluster", "api"},
+    {"tuning"},
+    COMMANDS,
+)
 
 
 def modules() -> dict[str, Path]:
@@ -68,6 +81,25 @@ def test_packages_import_downwards(package):
         if name.partition(".")[0] == package and other.partition(".")[0] not in MAY_IMPORT[package]
     }
     assert not upward
+
+
+def test_rooms_import_downwards():
+    floors = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+
+    def room(name: str) -> str:
+        package, _, rest = name.partition(".")
+        return rest.partition(".")[0] if package == "cibl_ray" else ""
+
+    arrows = {(name, other) for name, others in graph().items() for other in others if room(name) and room(other)}
+    unknown = {room(name) for pair in arrows for name in pair} - {*floors}
+    assert not unknown, "a room without a floor"
+    upward = {f"{a} -> {b}" for a, b in arrows if room(a) != room(b) and floors[room(a)] <= floors[room(b)]}
+    assert not upward
+
+
+def test_nobody_imports_a_command():
+    commands = {f"cibl_ray.{name}" for name in COMMANDS}
+    assert not {f"{name} -> {other}" for name, others in graph().items() for other in others & commands}
 
 
 def test_the_walk_sees_imports_of_every_kind(tmp_path):

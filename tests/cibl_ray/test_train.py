@@ -157,7 +157,7 @@ def test_train_mistakes(finished, folders):
     for arguments, message in (
         (["quickstrat"], "no configuration 'quickstrat'"),
         (["quickstart", "--epoch", "3"], "did you mean --train.epochs?"),
-        (["quickstart", "--name", "whole", *folders], r"already exists; resume it \(--resume"),
+        (["quickstart", "--name", "whole", *folders], "already exists; resume it (--resume"),
         (["--resume", "nowhere"], "not a run folder"),
         (["--resume", finished[0], "--name", "other"], f"--resume goes on in {finished[0]} itself; leave --name out"),
         (
