@@ -65,9 +65,8 @@ def test_its_bundle_answers(earlier):
         served = answer["predictions"][0]["top"][0]
         assert served["label"] == prediction["label"]
         assert served["probability"] == pytest.approx(prediction["probability"], abs=1e-5)
-    right = np.mean(
-        [prediction["label"] == str(load_digits().target[number]) for number, prediction in zip(IMAGES, local, strict=True)]
-    )
+    target = load_digits().target
+    right = np.mean([prediction["label"] == str(target[number]) for number, prediction in zip(IMAGES, local, strict=True)])
     assert right > 0.5  # of ten classes; 65 % on the test split
     assert open_bundle(earlier / "bundle").card.classes == [str(digit) for digit in range(10)]
     assert json.loads((earlier / "bundle" / "manifest.json").read_text())["split"] == "test"
