@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "serve": {"pipelines", "cibl_ray", "serve"},
     "benchmarks": set(PACKAGES),
 }
-COMMANDS = {"train", "evaluate", "tune", "export"}
+COMMANDS = {"train", "evaluate", "predict", "tune", "export"}
 # The rooms of cibl_ray from the lowest floor to the highest: a room imports rooms of lower floors alone. `bundle` is what
 # serve/ shares with it. The package itself is on no floor: it imports `api` when a name is first used.
 FLOORS = (
@@ -28,7 +28,7 @@ FLOORS = (
     {"losses"},
     {"config"},
     {"hardware", "run"},
-    {"evaluation"},
+    {"evaluation", "features"},
     {"training", "exporting"},
     {"cluster", "api"},
     {"tuning"},
