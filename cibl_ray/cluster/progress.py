@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import sys
 import threading
@@ -21,35 +20,34 @@ from cibl_ray.run.stop import Stop
 _LONGEST_TEXT = 1 << 16  # characters of a line, or of a traceback, whose end says most
 _PATIENCE = 10.0  # seconds to wait for a relay that does not answer
 _UNANSWERED = 1000  # notes on their way to a relay that does not answer, after which more are dropped
-_INTERVAL = 0.5  # seconds between two counts of images, and between two questions whether to stop
+_INTERVAL = 0.5  # seconds between two counts of images, two looks of the driver, two questions whether to stop
 _SILENCE = 5.0  # seconds without a note after which the driver looks for a reason
 
 
 class Relay:
-    """An actor on the driver's node. Workers post notes, the driver takes them. The driver asks to stop, workers look."""
+    """An actor on the driver's node. Workers post notes, the driver takes them. The driver asks to stop, workers look.
+
+    It is not an asynchronous actor: Ray keeps the order of one caller's notes only in actors that do one thing after another.
+    """
 
     def __init__(self) -> None:
-        self._notes: asyncio.Queue[tuple[str, Any]] = asyncio.Queue()
+        self._notes: list[tuple[str, Any]] = []
         self._stop = False
 
-    async def post(self, kind: str, content: Any) -> None:
+    def post(self, kind: str, content: Any) -> None:
         """Add a note. Notes of one worker keep their order."""
-        self._notes.put_nowait((kind, content))
+        self._notes.append((kind, content))
 
-    async def take(self, timeout: float) -> list[tuple[str, Any]]:
-        """All notes that are there; where there are none, wait for one, at most `timeout` seconds."""
-        notes = []
-        with suppress(asyncio.TimeoutError):
-            notes.append(await asyncio.wait_for(self._notes.get(), timeout))
-        while not self._notes.empty():
-            notes.append(self._notes.get_nowait())
+    def take(self) -> list[tuple[str, Any]]:
+        """All notes that are there."""
+        notes, self._notes = self._notes, []
         return notes
 
-    async def stop(self) -> None:
+    def stop(self) -> None:
         """Ask the workers to save and end."""
         self._stop = True
 
-    async def stop_asked(self) -> bool:
+    def stop_asked(self) -> bool:
         """Whether the workers should save and end."""
         return self._stop
 
@@ -172,7 +170,7 @@ def show_progress(progress: Progress, reason_to_wait: Callable[[], str | None]) 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     actor: Any = ray.remote(Relay)
     # It ends with the last handle.
-    watch = Watch(actor.options(num_cpus=0, scheduling_strategy=here, max_concurrency=1000).remote())
+    watch = Watch(actor.options(num_cpus=0, scheduling_strategy=here).remote())
     failed: list[BaseException] = []
 
     def show() -> None:
@@ -198,8 +196,9 @@ def show_progress(progress: Progress, reason_to_wait: Callable[[], str | None]) 
 
 def _show(watch: Watch, progress: Progress, reason_to_wait: Callable[[], str | None]) -> None:
     shown = before = None
+    heard = time.monotonic()
     while True:
-        notes = ray.get(watch.relay.take.remote(_SILENCE))
+        notes = ray.get(watch.relay.take.remote())
         for kind, content in notes:
             shown = before = None
             match kind:
@@ -218,9 +217,13 @@ def _show(watch: Watch, progress: Progress, reason_to_wait: Callable[[], str | N
                     watch.stopped = True
                 case "end":
                     return
-        if not notes:
+        if notes:
+            heard = time.monotonic()
+        elif time.monotonic() - heard >= _SILENCE:
+            heard = time.monotonic()
             text = reason_to_wait()
             if text is not None and text == before != shown:
                 shown = text
                 progress.line(text)
             before = text
+        time.sleep(_INTERVAL)

@@ -1,7 +1,9 @@
 """Notes of a worker reach the driver, and its request to stop reaches the worker. One Ray cluster for the whole file."""
 
+import gc
 import logging
 import time
+import warnings
 
 import pytest
 
@@ -21,6 +23,9 @@ from cibl_ray.cluster.session import cluster  # noqa: E402
 def own_cluster():
     with cluster(None):
         yield
+    with warnings.catch_warnings():  # Ray leaves the handles of its processes to the collector
+        warnings.simplefilter("ignore", ResourceWarning)
+        gc.collect()
 
 
 class Heard(Silent):
