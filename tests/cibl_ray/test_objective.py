@@ -269,7 +269,7 @@ def test_compiled_networks_train_alike_on_a_gpu(loss, precision, digits, tmp_pat
 
 def test_a_compiler_that_is_missing_is_told(digits, tmp_path, monkeypatch):
     monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, "/no/compiler"))
-    monkeypatch.setattr("torch._inductor.config.force_disable_caches", True)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))  # nothing compiled before helps
     trainer = Trainer(config_of("cross_entropy", "--train.compile", "true"), digits, tmp_path)
     streams = zip(*(loader.epoch(0) for loader in trainer.train_loaders), strict=True)
     with pytest.raises(UserError, match=r"cannot be compiled here \(.*C\+\+ compiler.*; set train.compile: false"):
