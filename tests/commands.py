@@ -2,10 +2,12 @@
 
 import contextlib
 import io
+import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import patch
 
 from pipelines.common.errors import run_command
 from tests.conftest import REPOSITORY
@@ -21,14 +23,19 @@ def in_process(main: Callable[[], None], *arguments: object, cwd: Path = REPOSIT
 
     Returns:
         Exit status, standard output and standard error, as `subprocess.run` returns them. What the command logs goes to
-        pytest.
+        pytest. The environment variables that it sets, such as Ray's, are gone afterwards.
     """
     words = [main.__module__, *map(str, arguments)]
     out, errors, before = io.StringIO(), io.StringIO(), sys.argv
     sys.argv = words
     status: str | int | None = 0
     try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors), contextlib.chdir(cwd):
+        with (
+            patch.dict(os.environ),
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(errors),
+            contextlib.chdir(cwd),
+        ):
             run_command(main)
     except SystemExit as ended:
         status = ended.code

@@ -129,6 +129,7 @@ def test_ray_job_submit(tmp_path):
         "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         "RAY_TMPDIR": str(tmp_path), "PATH": f"{ray.parent}:{os.environ['PATH']}",
     }  # fmt: skip
+    environment.pop("RAY_API_SERVER_ADDRESS", None)  # of the clusters that tests start; it would win over --address
     short = tempfile.mkdtemp()  # Ray's sockets want a short path
     started = subprocess.Popen(
         [ray, "start", "--head", "--block", "--num-cpus", "2", "--port", "26379", "--dashboard-host", "127.0.0.1",
