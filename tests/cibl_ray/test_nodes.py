@@ -70,6 +70,7 @@ def test_an_elastic_run_grows_and_loses_nothing(folder, two_nodes):
     assert epochs == [*range(1, len(epochs) + 1)]
 
 
+@pytest.mark.slow
 def test_a_run_of_fixed_size_waits_for_a_node_and_says_so(folder, two_nodes):
     cluster, second = two_nodes
     process, log = start(folder, *new(folder, "fixed", "--epochs", "16", "--address", cluster.address))

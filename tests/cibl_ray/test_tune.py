@@ -174,6 +174,7 @@ def neighbour():
 
 
 @pytest.mark.timeout(600)
+@pytest.mark.slow
 def test_a_trial_of_two_workers_that_is_lost_frees_its_place(folder, neighbour):
     """There is room for one trial at a time: it is tried again, and the next one starts, where the first one's CPUs were."""
     objective = [{"metric": "many"}, {"metric": "few"}]
