@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import zipfile
@@ -13,6 +14,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("RAY_worker_niceness", "0")
 
 import numpy as np
+import psutil
 import pytest
 from PIL import Image
 
@@ -45,6 +47,16 @@ def archive(name: str) -> Path:
     if not path.exists():
         pytest.skip(f"{name} is not here; CIBL_RAY_TEST_DATA names the folder that has it")
     return path
+
+
+def processes_below(pid: int) -> list[tuple[psutil.Process, str]]:
+    """The children of a process, theirs too, each with its command line. Those that end meanwhile are left out."""
+    found = []
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for child in psutil.Process(pid).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                found.append((child, " ".join(child.cmdline())))
+    return found
 
 
 def data_config(**content: object) -> DataConfig:

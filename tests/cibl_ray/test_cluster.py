@@ -23,6 +23,7 @@ from cibl_ray.run.checkpoint import load_checkpoint
 from cibl_ray.run.log import read_metrics
 from pipelines.common.errors import UserError
 from tests.clusters import EPOCHS, LAST, ended, new, start, wait_for_epoch
+from tests.conftest import processes_below
 
 configure_ray_env(own=True)
 
@@ -43,7 +44,7 @@ def folder(tmp_path_factory):
 
 
 def workers_of(process):
-    return [child for child in psutil.Process(process.pid).children(recursive=True) if "RayTrainWorker" in child.name()]
+    return [child for child, command in processes_below(process.pid) if "RayTrainWorker" in command]
 
 
 def weights(run):

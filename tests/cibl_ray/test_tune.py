@@ -39,7 +39,7 @@ from cibl_ray.tuning.sweep import (
 )
 from pipelines.common.errors import UserError
 from pipelines.common.settings import validate
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, processes_below
 
 pytestmark = pytest.mark.timeout(280)
 
@@ -184,8 +184,7 @@ def test_a_trial_of_two_workers_that_is_lost_frees_its_place(folder, neighbour):
     while not lost:
         assert process.poll() is None, log.read_text()
         if [*(folder / "places" / "trials").glob("*/metrics.jsonl")]:
-            below = psutil.Process(process.pid).children(recursive=True)
-            lost = [child for child in below if "ImplicitFunc" in " ".join(child.cmdline())]
+            lost = [child for child, command in processes_below(process.pid) if "ImplicitFunc" in command]
         time.sleep(0.05)
     lost[0].kill()
     ended(process, log)

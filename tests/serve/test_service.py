@@ -25,7 +25,7 @@ from serve.__main__ import main
 from serve.errors import page
 from serve.haproxy import HAProxy, addresses, authority, configuration
 from serve.settings import check
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, processes_below
 from tests.serve.conftest import encoded, free_port, until
 
 pytestmark = pytest.mark.timeout(420)
@@ -99,12 +99,7 @@ def family(process: subprocess.Popen) -> list[psutil.Process]:
 
 
 def replicas(process: subprocess.Popen) -> list[psutil.Process]:
-    found = []
-    for child in family(process):
-        with suppress(psutil.NoSuchProcess):  # one that ends meanwhile
-            if "ServeReplica" in " ".join(child.cmdline()):
-                found.append(child)
-    return found
+    return [child for child, command in processes_below(process.pid) if "ServeReplica" in command]
 
 
 def load(port: int, act, seconds: float = 4) -> list[int | str]:
@@ -235,7 +230,8 @@ def test_sigterm_answers_what_was_asked_and_leaves_no_process(service, place):
     """It goes to all processes of the group, as from systemd or `timeout`; what is new gets 503, never 404."""
     process, port = service
     children = family(process)
-    (folder,) = {Path(word).parent for child in children for word in child.cmdline() if word.endswith("/haproxy.cfg")}
+    commands = [command for _, command in processes_below(process.pid)]
+    (folder,) = {Path(word).parent for command in commands for word in command.split() if word.endswith("/haproxy.cfg")}
     assert folder.stat().st_mode & 0o777 == 0o700
     data = encoded("PNG")
     with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
