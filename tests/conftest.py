@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import signal
 import zipfile
 from pathlib import Path
 
@@ -33,6 +34,9 @@ LONGEST = ("test_cluster", "test_tune", "test_train", "test_nodes", "test_object
 
 def pytest_configure(config: pytest.Config) -> None:
     """Without the marker `gpu`, what is tested runs where it runs everywhere: on the CPU."""
+    # A shell that starts tests in the background has them ignore Ctrl-C; commands under test would inherit that.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if "gpu" not in config.option.markexpr.replace("not gpu", ""):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
