@@ -197,7 +197,14 @@ class DataConfig(Settings):
         default=0.0,
         ge=0,
         lt=1,
-        description="Share of each class's training images set aside for validation, before the profile.",
+        description="Share of each class's training images set aside for validation, before the profile, where the source has "
+        "no validation images of its own.",
+    )
+    test_fraction: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="Share of each class's images set aside as the test split, where the source has none of its own.",
     )
     subset_seed: int | None = Field(default=None, ge=0, description="Seed of the profile's draw; null: the run's seed.")
     on_bad_image: Literal["error", "skip"] = Field(
@@ -230,6 +237,11 @@ class DataConfig(Settings):
 
     @model_validator(mode="after")
     def _usable(self) -> DataConfig:
+        if self.val_fraction + self.test_fraction >= 1:
+            raise ValueError(
+                f"val_fraction {self.val_fraction:g} and test_fraction {self.test_fraction:g} leave no image to train on; "
+                "their sum must be less than 1"
+            )
         if not isinstance(self.eval_cut, CenterCrop):
             raise ValueError("eval_cut must be of kind 'center': evaluation draws nothing at random")
         if self.window is not None and not self.window[0] < self.window[1]:

@@ -137,7 +137,7 @@ def _fit(trainer: Trainer, progress: Progress) -> dict[str, Any]:
         config.train.precision, trainer.train_loaders[0].name, _workers(trainer.world.size),
         trainer.epoch + 1, config.train.epochs,
     )  # fmt: skip
-    for warning in config_warnings(config):
+    for warning in [*config_warnings(config), *_few_validation_images(prepared)]:
         log.warning(warning)
     if trainer.epoch >= config.train.epochs:
         log.info("all %d epochs are done; to train on: --resume %s --train.epochs N", trainer.epoch, folder)
@@ -179,6 +179,18 @@ def _fit(trainer: Trainer, progress: Progress) -> dict[str, Any]:
     if report:
         progress.line("Confusion:  confusion.html: pairs of classes, worst classes, images that the network disagrees with")
     return result
+
+
+def _few_validation_images(prepared: Prepared) -> list[str]:
+    """A warning where one image decides a class's validation accuracy, or half of it."""
+    counts = prepared.splits["val"].counts if "val" in prepared.splits else []
+    small = sum(0 < count <= 2 for count in counts)
+    if not small:
+        return []
+    return [
+        f"validation: {small} of {len(counts)} classes have one or two images, so which epoch is best is partly luck; "
+        "trust 'last' as much as 'best', or raise data.val_fraction"
+    ]
 
 
 def _workers(count: int) -> str:

@@ -23,7 +23,7 @@ from pipelines.common.files import locked, write_atomically
 from pipelines.common.settings import Settings, build, find_config, read_content
 from pipelines.config import DataConfig
 from pipelines.prepare.doubles import find_copies, refuse_shared_files
-from pipelines.prepare.longtail import apply_profile, carve_validation
+from pipelines.prepare.longtail import apply_profile, carve
 from pipelines.prepare.pictures import save_histogram
 from pipelines.prepare.prepared import EARLIER_FORMAT, FORMAT, SIDECAR, Prepared, Split, counts_of_files, read_sidecar
 from pipelines.prepare.sources import Dataset, Images, class_counts, open_folder
@@ -44,6 +44,8 @@ def prepared_folder(data: DataConfig, seed: int, file_format: int = FORMAT) -> P
     """
     content = data.model_dump(mode="json", include={"profile", "val_fraction", *_STORED})
     content["source"] = data.source.identity()
+    if data.test_fraction:
+        content["test_fraction"] = data.test_fraction
     if data.store.mode != "mixed":
         del content["store"]["raw_share"]
     if file_format < 4:  # which had no such fields
@@ -101,28 +103,14 @@ def _key(content: Mapping[str, object], file_format: int = FORMAT) -> str:
 
 
 def choose(dataset: Dataset, data: DataConfig, seed: int) -> tuple[list[str], dict[str, Images]]:
-    """(classes, split name -> images): validation carved out, then the long-tail profile, for training only."""
-    train, val, fraction = dataset.train, dataset.val, data.val_fraction
-    if fraction == 0 and val is None and dataset.test is None:
-        fraction = _SET_ASIDE
-        print(
-            f"data: the source has neither a 'val' nor a 'test' split; {fraction:.0%} of each class's images are set aside as "
-            "'val' (data.val_fraction)",
-            file=sys.stderr,
-        )
-    if fraction > 0:
-        if val is not None:
-            raise UserError(
-                f"data.val_fraction = {data.val_fraction:g}, but the source has a 'val' split of its own; "
-                "to use that: --val_fraction 0"
-            )
-        train, val = carve_validation(train, len(dataset.classes), fraction, seed)
+    """(classes, split name -> images): test and validation carved out, then the long-tail profile, for training only."""
+    train, val, test = _carved(dataset, data, seed)
     splits = {"train": apply_profile(data.profile, train, len(dataset.classes), seed, dataset.classes)}
     if len(splits["train"]) < len(train):
         kept = f"{len(splits['train']):,} of {len(train):,} training images"
         print(f"data: profile {data.profile.kind!r} keeps {kept}; --data.profile '{{kind: none}}' keeps all", file=sys.stderr)
-    splits |= {name: images for name, images in (("val", val), ("test", dataset.test)) if images is not None}
-    for images in (dataset.train, val, dataset.test):
+    splits |= {name: images for name, images in (("val", val), ("test", test)) if images is not None}
+    for images in (dataset.train, val, test):
         if images is not None and images.missing and data.on_bad_image == "error":
             some = ", ".join(map(repr, images.missing[:3])) + (" and others" if len(images.missing) > 3 else "")
             raise UserError(
@@ -130,6 +118,48 @@ def choose(dataset: Dataset, data: DataConfig, seed: int) -> tuple[list[str], di
                 "set data.on_bad_image: skip"
             )
     return dataset.classes, splits
+
+
+def _carved(dataset: Dataset, data: DataConfig, seed: int) -> tuple[Images, Images | None, Images | None]:
+    """Training, validation and test images, before any profile: the source's own splits, or stratified shares, which are said.
+
+    Raises:
+        UserError: Validation images are asked for, and no class has two images.
+    """
+    train, val, test, classes = dataset.train, dataset.val, dataset.test, dataset.classes
+    val_share, test_share = data.val_fraction, data.test_fraction
+    if val_share == test_share == 0 and val is None and test is None:
+        val_share = _SET_ASIDE
+        _say(
+            f"the source has neither a 'val' nor a 'test' split; {val_share:.0%} of each class's images are set aside as "
+            "'val' (data.val_fraction)"
+        )
+    for name, images in (("val", val), ("test", test)):
+        if images is not None and getattr(data, f"{name}_fraction") > 0:
+            _say(f"the source's own {name!r} split is used; data.{name}_fraction is for sources without one")
+    if test_share > 0 and test is None:
+        train, test = carve(train, len(classes), test_share, seed, "test split", keep=2 if val is None and val_share > 0 else 1)
+        _say_aside("test", test, test_share, classes)
+    if val_share > 0 and val is None:
+        train, val = carve(train, len(classes), val_share, seed)
+        if val is None:
+            raise UserError("data.val_fraction: no class has two training images, so none can be set aside for validation")
+        _say_aside("val", val, val_share, classes)
+    return train, val, test
+
+
+def _say(text: str) -> None:
+    print(f"data: {text}", file=sys.stderr)
+
+
+def _say_aside(split: str, images: Images | None, share: float, classes: list[str]) -> None:
+    """Say what was set aside, and which classes are too small for it."""
+    counts = class_counts(images.labels, len(classes)) if images is not None else np.zeros(len(classes), np.int64)
+    _say(f"{split}: {counts.sum():,} images, {share:.0%} of each class, are set aside (data.{split}_fraction)")
+    without = [name for name, count in zip(classes, counts, strict=True) if count == 0]
+    if without:
+        some = ", ".join(map(repr, without[:5])) + (" and others" if len(without) > 5 else "")
+        _say(f"{split}: {len(without)} of {len(classes)} classes are too small to have an image in it: {some}")
 
 
 def _matches(found: Prepared, chosen: Chosen) -> bool:

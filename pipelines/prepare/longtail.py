@@ -25,19 +25,30 @@ def step_counts(classes: int, largest: int, imbalance: float) -> np.ndarray:
     return np.array([largest if i < classes // 2 else int(largest / imbalance) for i in range(classes)])
 
 
-def carve_validation(images: Images, classes: int, fraction: float, seed: int) -> tuple[Images, Images]:
-    """(training, validation): `fraction` of each class's images, at least one, drawn before any profile.
+def carve(
+    images: Images, classes: int, fraction: float, seed: int, draw: str = "subset", keep: int = 1
+) -> tuple[Images, Images | None]:
+    """Set a stratified share of the images aside, before any profile.
 
-    A class with a single image keeps it for training.
+    Args:
+        images: All images.
+        classes: How many classes there are.
+        fraction: The share of each class's images, at least one image.
+        seed: Of the draw.
+        draw: Name of the random stream.
+        keep: Images of each class that stay at least.
+
+    Returns:
+        What stays, and what is set aside; None where no class has an image to spare.
     """
-    rest, val = [], []
-    for members in _shuffled(images.labels, classes, seed):
-        count = min(max(1, round(len(members) * fraction)), len(members) - 1)
-        val.append(members[:count])
+    rest, aside = [], []
+    for members in _shuffled(images.labels, classes, seed, draw):
+        count = max(0, min(max(1, round(len(members) * fraction)), len(members) - keep))
+        aside.append(members[:count])
         rest.append(members[count:])
-    if not sum(map(len, val)):
-        raise UserError("data.val_fraction: no class has two training images, so none can be set aside for validation")
-    return images.take(np.sort(np.concatenate(rest))), images.take(np.sort(np.concatenate(val)))
+    if not sum(map(len, aside)):
+        return images, None
+    return images.take(np.sort(np.concatenate(rest))), images.take(np.sort(np.concatenate(aside)))
 
 
 def apply_profile(profile: Profile, images: Images, classes: int, seed: int, names: Sequence[str] = ()) -> Images:
@@ -84,9 +95,9 @@ def apply_profile(profile: Profile, images: Images, classes: int, seed: int, nam
     return images.take(np.sort(np.concatenate(kept)))
 
 
-def _shuffled(labels: np.ndarray, classes: int, seed: int) -> list[np.ndarray]:
+def _shuffled(labels: np.ndarray, classes: int, seed: int, draw: str = "subset") -> list[np.ndarray]:
     """The indices of each class's images, in an order that depends on the seed and the class alone."""
-    return [stream(seed, "subset", label).permutation(np.flatnonzero(labels == label)) for label in range(classes)]
+    return [stream(seed, draw, label).permutation(np.flatnonzero(labels == label)) for label in range(classes)]
 
 
 def _named(profile: ListProfile, images: Images) -> Images:

@@ -7,7 +7,7 @@ import pytest
 
 from pipelines.common.errors import UserError
 from pipelines.config import CountsProfile, ExpProfile, ListProfile, StepProfile
-from pipelines.prepare.longtail import apply_profile, carve_validation, exp_counts
+from pipelines.prepare.longtail import apply_profile, carve, exp_counts
 from pipelines.prepare.sources import Images, class_counts
 from tests.conftest import archive
 
@@ -140,7 +140,7 @@ def test_counts_by_class_name(tmp_path, names, content, expected):
 
 def test_validation_is_balanced_disjoint_and_independent_of_the_profile():
     images = balanced(10, 50)
-    train, val = carve_validation(images, 10, 0.2, seed=0)
+    train, val = carve(images, 10, 0.2, seed=0)
     assert class_counts(val.labels, 10).tolist() == [10] * 10
     assert not set(train.names) & set(val.names)
     assert set(train.names) | set(val.names) == set(images.names)
@@ -150,6 +150,6 @@ def test_validation_is_balanced_disjoint_and_independent_of_the_profile():
 def test_validation_takes_at_least_one_and_leaves_one():
     labels = np.array([0, 0, 0, 1, 1, 2])
     images = Images(list("abcdef"), labels, pixels=np.zeros((6, 1, 1, 3), np.uint8))
-    train, val = carve_validation(images, 3, 0.1, seed=0)
+    train, val = carve(images, 3, 0.1, seed=0)
     assert class_counts(val.labels, 3).tolist() == [1, 1, 0]
     assert class_counts(train.labels, 3).tolist() == [2, 1, 1]

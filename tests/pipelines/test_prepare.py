@@ -163,10 +163,41 @@ def test_a_source_without_val_and_test_gets_a_val_split(image_folder, tmp_path, 
     assert {name: split.counts for name, split in prepared.splits.items()} == {"train": [5, 4, 3], "val": [3, 2, 2]}
 
 
-def test_two_validation_splits(image_folder, tmp_path):
+def test_the_source_s_own_splits_are_used_before_any_share(image_folder, tmp_path, capsys):
     (image_folder / "test").rename(image_folder / "val")
-    with pytest.raises(UserError, match="0.2, but the source has a 'val' split of its own; to use that: --val_fraction 0"):
-        ensure_prepared(folder_config(image_folder, tmp_path, val_fraction=0.2), 0)
+    prepared = ensure_prepared(folder_config(image_folder, tmp_path, val_fraction=0.2), 0)
+    assert {name: split.counts for name, split in prepared.splits.items()} == {"train": [8, 6, 5], "val": [3, 3, 3]}
+    assert "the source's own 'val' split is used; data.val_fraction is for sources without one" in capsys.readouterr().err
+    prepared = ensure_prepared(folder_config(image_folder, tmp_path, val_fraction=0.2, test_fraction=0.2), 0)
+    assert {name: split.counts for name, split in prepared.splits.items()} == {
+        "train": [6, 5, 4],
+        "val": [3, 3, 3],
+        "test": [2, 1, 1],
+    }
+
+
+def test_a_folder_as_it_lies_is_split_in_three(tmp_path, capsys):
+    images = {"many": 20, "three": 3, "two": 2, "one": 1}
+    for number, (name, count) in enumerate(images.items()):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for image in range(count):
+            Image.new("RGB", (8, 8), (image, number, 0)).save(tmp_path / "photos" / name / f"{image}.png")
+    data = folder_config(tmp_path / "photos", tmp_path, val_fraction=0.1, test_fraction=0.2)
+    prepared = ensure_prepared(data, 0)
+    assert prepared.classes == ["many", "one", "three", "two"]
+    assert {name: split.counts for name, split in prepared.splits.items()} == {
+        "train": [14, 1, 1, 1],
+        "val": [2, 0, 1, 1],
+        "test": [4, 0, 1, 0],
+    }
+    names = [set((prepared.folder / f"{split}.files.txt").read_text().split()) for split in ("train", "val", "test")]
+    assert len(set.union(*names)) == sum(map(len, names)) == 26
+    said = capsys.readouterr().err
+    assert "data: test: 5 images, 20% of each class, are set aside (data.test_fraction)" in said
+    assert "data: test: 2 of 4 classes are too small to have an image in it: 'one', 'two'" in said
+    assert "data: val: 1 of 4 classes are too small to have an image in it: 'one'" in said
+    with pytest.raises(ValueError, match="leave no image to train on; their sum must be less than 1"):
+        folder_config(tmp_path / "photos", tmp_path, val_fraction=0.5, test_fraction=0.5)
 
 
 def test_a_folder_for_evaluation(image_folder, tmp_path):
