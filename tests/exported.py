@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -35,3 +36,12 @@ def bundle(run_folder: Path) -> Path:
     options = Options(precisions=("fp32", "fp16", "int8"), embedding=True, calibration=100, max_drop=100, provider="cpu")
     make_bundle(run_folder / "checkpoints" / "best.safetensors", out, options)
     return out
+
+
+@pytest.fixture(scope="session")
+def earlier(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder with a bundle, as an earlier version made them."""
+    folder = tmp_path_factory.mktemp("earlier")
+    with tarfile.open(Path(__file__).parent / "cibl_ray" / "earlier" / "a12fa95.tar.xz") as archive:
+        archive.extractall(folder, filter="data")
+    return folder / "digits"

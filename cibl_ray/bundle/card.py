@@ -21,8 +21,9 @@ from pipelines.pixels import EvalRule
 FORMAT = 1
 MANIFEST = "manifest.json"
 METADATA = "cibl_ray"  # the key of the ONNX file's metadata_props
-IMAGES, TAIL_SHIFT = "images", "tail_shift"
-LOGITS, PROBABILITIES, EMBEDDING = "logits", "probabilities", "embedding"
+IMAGES = "images"
+TAIL_SHIFT = "tail_shift"  # an input of services, and of the ONNX files of earlier versions
+LOGITS, PROBABILITIES, LOG_PRIOR, EMBEDDING = "logits", "probabilities", "log_prior", "embedding"
 FILES = {"fp32": "model.onnx", "fp16": "model.fp16.onnx", "int8": "model.int8.onnx"}
 FORMATS = ("JPEG", "PNG", "WEBP")  # Pillow's names of what service and edge take
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")  # of a model: safe in a path, a URL and a log

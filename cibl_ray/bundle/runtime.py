@@ -12,7 +12,7 @@ from typing import Literal
 
 import numpy as np
 
-from cibl_ray.bundle.card import EMBEDDING, IMAGES, LOGITS, METADATA, PROBABILITIES, TAIL_SHIFT, Card, read_card
+from cibl_ray.bundle.card import EMBEDDING, IMAGES, LOG_PRIOR, LOGITS, METADATA, PROBABILITIES, TAIL_SHIFT, Card, read_card
 from cibl_ray.bundle.ort import onnxruntime
 from cibl_ray.bundle.targets import misfit
 from pipelines.common.errors import UserError
@@ -26,17 +26,35 @@ _LIBRARIES = {"tensorrt": ("libcuda.so.1", "libnvinfer.so.10"), "cuda": ("libcud
 
 
 class Runtime:
-    """A model that answers for uint8 images (N, S, S, 3), any N. `card` is what the file says of itself."""
+    """A model that answers for uint8 images (N, S, S, 3), any N.
+
+    Attributes:
+        session: The session of onnxruntime.
+        provider: Its provider, by onnxruntime's name.
+        card: What the file says of itself.
+        has_embedding: Whether the file has the output `embedding`.
+    """
 
     def __init__(self, model: Path, provider: Provider = "auto", threads: int | None = None) -> None:
-        """threads: of onnxruntime within one call; None: all cores. Raises UserError."""
+        """Load a file.
+
+        Args:
+            model: The ONNX file.
+            provider: Where it runs; 'auto': the first of TensorRT, CUDA and CPU that this machine has.
+            threads: Threads of onnxruntime within one call; None: all cores.
+
+        Raises:
+            UserError: The file cannot be loaded, is not a model of cibl-ray, or the provider is not available.
+        """
         self.session = _open(model, provider, threads)
         self.provider = self.session.get_providers()[0]
         properties = self.session.get_modelmeta().custom_metadata_map
         if METADATA not in properties:
             raise UserError(f"{str(model)!r} is not a model that cibl-ray exported: its metadata lack {METADATA!r}")
         self.card: Card = read_card(properties[METADATA], str(model))
-        self.has_embedding = any(output.name == EMBEDDING for output in self.session.get_outputs())
+        outputs = {output.name for output in self.session.get_outputs()}
+        self.has_embedding = EMBEDDING in outputs
+        self._gives_prior = LOG_PRIOR in outputs  # files of earlier versions have the input `tail_shift` instead
         # Other providers add up int8 in another way.
         if self.card.precision == "int8" and self.provider == PROVIDERS["cpu"] and (problem := misfit(self.card.source)):
             log.warning("%r %s", str(model), problem)
@@ -49,14 +67,33 @@ class Runtime:
     def __call__(
         self, images: np.ndarray, tail_shift: np.ndarray | None = None, outputs: tuple[str, ...] = (LOGITS, PROBABILITIES)
     ) -> list[np.ndarray]:
-        """The named outputs, float32 (N, C) or (N, d).
+        """Run the model: logits - tail_shift * log prior, and what follows from them.
 
-        tail_shift: float32 (N,) or (1,), finite; None: the file's default, 0.
+        Args:
+            images: uint8 (N, S, S, 3).
+            tail_shift: float32 (N,) or (1,), finite, counted from the card's; None: 0.
+            outputs: The outputs' names.
+
+        Returns:
+            The outputs, float32 (N, C); `embedding` is float32 (N, d).
         """
         feeds = {IMAGES: images}
-        if tail_shift is not None:
-            feeds[TAIL_SHIFT] = tail_shift
-        return self.session.run(list(outputs), feeds)
+        if tail_shift is None:
+            return self.session.run(list(outputs), feeds)
+        if not self._gives_prior:
+            return self.session.run(list(outputs), {**feeds, TAIL_SHIFT: tail_shift})
+        names = list(dict.fromkeys((*outputs, LOGITS, LOG_PRIOR)))
+        found = dict(zip(names, self.session.run(names, feeds), strict=True))
+        found[LOGITS] = found[LOGITS] - tail_shift[:, None] * found[LOG_PRIOR]
+        if PROBABILITIES in outputs:
+            found[PROBABILITIES] = _softmax(found[LOGITS])
+        return [found[name] for name in outputs]
+
+
+def _softmax(logits: np.ndarray) -> np.ndarray:
+    """Probabilities float32 (N, C)."""
+    powers: np.ndarray = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return powers / powers.sum(axis=1, keepdims=True)
 
 
 def _open(model: Path, provider: Provider, threads: int | None) -> onnxruntime.InferenceSession:

@@ -1,9 +1,10 @@
-"""A network as ONNX files: uint8 pixels in, normalisation inside, and the head-tail trade-off as an optional input.
+"""A network as ONNX files: uint8 pixels in, normalisation inside, and what a client needs to shift the answers itself.
 
-    images uint8 (N, S, S, 3) ──► base graph ──► raw logits ──► − tail_shift · log prior ──► logits ──► softmax ──►
-    probabilities
+    images uint8 (N, S, S, 3) ──► base graph ──► raw logits ──► − default shift · log prior ──► logits ──► softmax ──►
+    probabilities; beside them log_prior
 
-The base graph is converted to float16 or int8; what follows it stays in float32.
+The base graph is converted to float16 or int8; what follows it stays in float32. The log prior is an output, because no kind of
+optional input works in every runtime (docs/lab-notes/onnx-runtimes.md).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
-from cibl_ray.bundle.card import EMBEDDING, IMAGES, LOGITS, METADATA, PROBABILITIES, TAIL_SHIFT
+from cibl_ray.bundle.card import EMBEDDING, IMAGES, LOG_PRIOR, LOGITS, METADATA, PROBABILITIES
 from cibl_ray.bundle.ort import onnxruntime
 from cibl_ray.bundle.targets import Target
 from cibl_ray.networks.network import HybridNetwork
@@ -77,35 +78,32 @@ def finish(base: Path, path: Path, train_counts: np.ndarray, card: dict[str, Any
         path: The finished model.
         train_counts: Training images of each class, (C,).
         card: The metadata.
-        default_shift: The shift that a client gets who asks for none; the input `tail_shift` counts from it.
+        default_shift: The shift that is in the logits already; a client's own counts from there.
     """
     model = onnx.load(base)
     graph = model.graph
     log_prior = np.log(train_counts / train_counts.sum()).astype(np.float32)
     graph.initializer.extend(
         [
-            numpy_helper.from_array(log_prior, "log_prior"),
-            numpy_helper.from_array(np.array([1], dtype=np.int64), "tail_shift_axis"),
-            # An input that has an initializer of its name may be left out: the initializer is its default.
-            numpy_helper.from_array(np.zeros(1, dtype=np.float32), TAIL_SHIFT),
+            numpy_helper.from_array(log_prior[None], "log_prior_row"),
             numpy_helper.from_array(np.float32(default_shift) * log_prior, "default_shift_logits"),
         ]
     )
-    graph.input.append(helper.make_tensor_value_info(TAIL_SHIFT, TensorProto.FLOAT, ["shifts"]))
     graph.node.extend(
         [
-            helper.make_node("Unsqueeze", [TAIL_SHIFT, "tail_shift_axis"], ["tail_shift_column"]),
-            helper.make_node("Mul", ["tail_shift_column", "log_prior"], ["tail_shift_logits"]),
-            helper.make_node("Sub", [_RAW, "default_shift_logits"], ["default_logits"]),
-            helper.make_node("Sub", ["default_logits", "tail_shift_logits"], [LOGITS]),
+            helper.make_node("Sub", [_RAW, "default_shift_logits"], [LOGITS]),
             helper.make_node("Softmax", [LOGITS], [PROBABILITIES], axis=1),
+            # A row for each image, so that every output has the batch: servers that batch (Triton) ask for that.
+            helper.make_node("Shape", [LOGITS], ["logits_shape"]),
+            helper.make_node("Expand", ["log_prior_row", "logits_shape"], [LOG_PRIOR]),
         ]
     )
     batch = graph.output[0].type.tensor_type.shape.dim[0].dim_param or "batch"
     shape = [batch, len(train_counts)]
     others = [output for output in graph.output if output.name != _RAW]
     del graph.output[:]
-    graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name in (LOGITS, PROBABILITIES))
+    named = (LOGITS, PROBABILITIES, LOG_PRIOR)
+    graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name in named)
     graph.output.extend(others)
     helper.set_model_props(model, {METADATA: json.dumps(card)})
     model.producer_name = "cibl-ray"

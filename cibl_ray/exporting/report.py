@@ -86,8 +86,9 @@ def write_model_card(path: Path, manifest: dict[str, Any], sizes: dict[str, int]
         "",
         f"Input `images`: uint8 (N, {manifest['rule']['size']}, {manifest['rule']['size']}, 3), any N. "
         f"{manifest['input'][0].upper()}{manifest['input'][1:]}. "
-        "Input `tail_shift`, optional: float32 (1) or (N). Outputs: `logits`, `probabilities`, float32 (N, "
-        f"{len(classes)}). The same is in the file's metadata under `cibl_ray`, as JSON.",
+        f"Outputs: `logits`, `probabilities`, `log_prior`, float32 (N, {len(classes)}). To shift the answers, "
+        "subtract `tail_shift * log_prior` from the logits, then take the softmax. Classes and figures are in the file's "
+        "metadata under `cibl_ray`, as JSON.",
         "",
         "## Limits",
         "",

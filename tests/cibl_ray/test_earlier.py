@@ -5,7 +5,6 @@
 """
 
 import json
-import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -20,15 +19,6 @@ from serve.edge.model import Edge
 from tests.serve.conftest import encoded, serving
 
 IMAGES = range(60)
-
-
-@pytest.fixture(scope="module")
-def earlier(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run folder."""
-    folder = tmp_path_factory.mktemp("earlier")
-    with tarfile.open(Path(__file__).parent / "earlier" / "a12fa95.tar.xz") as archive:
-        archive.extractall(folder, filter="data")
-    return folder / "digits"
 
 
 def here(checkpoint: Checkpoint, prepared: Path) -> Checkpoint:
@@ -59,12 +49,21 @@ def test_its_bundle_answers(earlier):
     """In the service and at the edge, with the accuracy that its card states."""
     with serving([earlier / "bundle"]) as service:
         answers = [service.ask("POST", "/v1/predict", encoded("PNG", number)).json() for number in IMAGES]
+        asked = service.ask("POST", "/v1/predict?tail_shift=0.75&top_k=10&logits=true", encoded("PNG", 7)).json()
     edge = Edge(earlier / "bundle" / "model.onnx")
     local = [edge.classify(encoded("PNG", number))[0] for number in IMAGES]
     for answer, prediction in zip(answers, local, strict=True):
         served = answer["predictions"][0]["top"][0]
         assert served["label"] == prediction["label"]
         assert served["probability"] == pytest.approx(prediction["probability"], abs=1e-5)
+    # Its file takes the shift as an input; the files of today have the log prior as an output.
+    counts = np.array(edge.card.train_counts)
+    (plain,) = edge.runtime(edge.pixels(encoded("PNG", 7))[None], outputs=("logits",))
+    moved = plain[0] - 0.75 * np.log(counts / counts.sum())
+    probabilities = np.exp(moved) / np.exp(moved).sum()
+    for shifted in (asked["predictions"][0]["top"], edge.classify(encoded("PNG", 7), 10, 0.75)):
+        assert [row["probability"] for row in shifted] == pytest.approx(sorted(probabilities, reverse=True), abs=1e-5)
+        assert shifted[0]["index"] == probabilities.argmax()
     target = load_digits().target
     right = np.mean([prediction["label"] == str(target[number]) for number, prediction in zip(IMAGES, local, strict=True)])
     assert right > 0.5  # of ten classes; 65 % on the test split

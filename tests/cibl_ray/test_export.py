@@ -64,7 +64,10 @@ def test_bundle_says_what_it_is(bundle, run_folder):
         assert card.precision == precision
         assert (card.classes, card.rule, card.accuracy) == (opened.card.classes, opened.card.rule, opened.card.accuracy)
         assert [entry.name for entry in session.get_inputs()] == ["images"]
-        assert [entry.name for entry in session.get_overridable_initializers()] == ["tail_shift"]
+        assert session.get_overridable_initializers() == []
+        outputs = {entry.name: entry.shape for entry in session.get_outputs()}
+        assert [*outputs] == ["logits", "probabilities", "log_prior", "embedding"]
+        assert {shape[0] for shape in outputs.values()} == {"batch"}
 
 
 def test_accuracy_is_that_of_the_evaluation(bundle, run_folder):
@@ -93,8 +96,41 @@ def test_tail_shift_is_optional_and_of_each_image(bundle, run_folder):
     shifts = np.linspace(-1, 2, len(images)).astype(np.float32)
     (of_each,) = runtime(images, shifts, ("logits",))
     assert np.abs(of_each - (plain - shifts[:, None] * log_prior)).max() < 1e-4
-    (of_all,) = runtime(images, np.array([1.5], np.float32), ("logits",))
+    probabilities, of_all = runtime(images, np.array([1.5], np.float32), ("probabilities", "logits"))
     assert np.abs(of_all - (plain - 1.5 * log_prior)).max() < 1e-4
+    assert np.abs(probabilities - torch.from_numpy(of_all).softmax(1).numpy()).max() < 1e-6
+    (given,) = runtime(images[:3], outputs=("log_prior",))
+    assert np.abs(given - log_prior).max() < 1e-6
+    assert given.shape == (3, 10)
+
+
+def test_onnxruntime_loads_it_without_a_warning(bundle):
+    program = f"from cibl_ray.bundle.ort import onnxruntime as o; o.InferenceSession({str(bundle / 'model.onnx')!r})"
+    done = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert done.stdout + done.stderr == ""
+
+
+@pytest.mark.parametrize("size", [1, 7])
+def test_opencv_runs_it_and_shifts(bundle, run_folder, size):
+    cv2 = pytest.importorskip("cv2")
+    if int(cv2.__version__.split(".")[0]) < 5:
+        pytest.skip("OpenCV before 5 does not read these graphs")
+    images, _ = split_images(run_folder)
+    network = cv2.dnn.readNetFromONNX(str(bundle / "model.onnx"))
+    network.setInput(images[:size], "images")
+    names = network.getUnconnectedOutLayersNames()
+    outputs = dict(zip(names, network.forward(names), strict=True))
+    (expected,) = Runtime(bundle / "model.onnx", "cpu")(images[:size], np.array([0.75], np.float32), ("logits",))
+    assert np.abs(outputs["logits"] - 0.75 * outputs["log_prior"] - expected).max() < 1e-3
+
+
+def test_openvino_runs_it_and_shifts(bundle, run_folder):
+    openvino = pytest.importorskip("openvino")
+    images, _ = split_images(run_folder)
+    model = openvino.Core().compile_model(bundle / "model.onnx", "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    found = model({"images": images})
+    (expected,) = Runtime(bundle / "model.onnx", "cpu")(images, np.array([0.75], np.float32), ("logits",))
+    assert np.abs(found["logits"] - 0.75 * found["log_prior"] - expected).max() < 1e-3
 
 
 def test_embedding_has_unit_norm_and_torchs_direction(bundle, run_folder):

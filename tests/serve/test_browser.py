@@ -270,6 +270,47 @@ def test_fifty_answers_equal_onnxruntimes(opened, bundle):
     assert opened.problems == []
 
 
+@needs_ort
+def test_onnxruntime_web_gives_the_log_prior(opened, bundle):
+    """So that pages of other people shift by themselves, without knowing the training counts."""
+    found = opened.page.evaluate(
+        """async (path) => {
+          const ort = await import(new URL("page/ort/ort.wasm.js", location));
+          const folder = new URL("page/ort/", location).href;
+          const name = `${folder}ort-wasm-simd-threaded`;
+          ort.env.wasm.wasmPaths = { mjs: `${name}.js`, wasm: `${name}.wasm` };
+          ort.env.wasm.numThreads = 1;
+          const bytes = new Uint8Array(await (await fetch(path)).arrayBuffer());
+          const session = await ort.InferenceSession.create(bytes, { executionProviders: ["wasm"] });
+          const images = new ort.Tensor("uint8", new Uint8Array(2 * 16 * 16 * 3), [2, 16, 16, 3]);
+          const { log_prior } = await session.run({ images });
+          return [session.inputNames, session.outputNames, Array.from(log_prior.data)];
+        }""",
+        "/v1/models/digits/fp32.onnx",
+    )
+    counts = np.array(open_bundle(bundle).card.train_counts)
+    assert found[:2] == [["images"], ["logits", "probabilities", "log_prior", "embedding"]]
+    assert found[2] == pytest.approx(2 * np.log(counts / counts.sum()).tolist(), abs=1e-6)
+
+
+@needs_ort
+def test_a_bundle_of_an_earlier_version(tab, earlier):
+    """Its file has the input `tail_shift`, which onnxruntime-web cannot feed: the page shifts by itself."""
+    with serving([earlier / "bundle"]) as service:
+        tab.page.goto(f"http://127.0.0.1:{service.port}/")
+        tab.page.wait_for_selector(OPEN)
+        for place in ("On the service", "In this browser, fp32"):
+            tab.page.get_by_label(place).check()
+            tab.page.set_input_files("#files", [upload("seven.png", encoded("PNG", 7))])
+            tab.page.locator("#shift").fill("0.75")
+            wait(tab, "document.querySelector('#shift-value').textContent === '0.75'")
+            (asked,) = service.ask("POST", "/v1/predict?top_k=5&tail_shift=0.75", encoded("PNG", 7)).json()["predictions"]
+            bars = shown(tab)[0]
+            assert [index for index, _ in bars] == [row["index"] for row in asked["top"]]
+            assert [share for _, share in bars] == pytest.approx([row["probability"] for row in asked["top"]], abs=1e-3)
+    assert tab.problems == []
+
+
 def test_resizing_gives_pillows_pixels(opened):
     """Every pixel, over many sizes: wide, tall, enlarged and reduced."""
     random = np.random.default_rng(0)

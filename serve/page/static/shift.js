@@ -6,7 +6,7 @@ export function logPrior(counts) {
   return counts.map((count) => Math.log(count / total));
 }
 
-/** Probabilities of logits - shift * prior: as the model's input `tail_shift` gives them. */
+/** Probabilities of logits - shift * prior: as the service gives them. */
 export function probabilities(logits, prior, shift) {
   const moved = shift === 0 ? Array.from(logits) : Array.from(logits, (logit, i) => logit - shift * prior[i]);
   let most = -Infinity;
