@@ -9,20 +9,15 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from cibl_ray.losses.modules import (
+    from cibl_ray.losses.modules.classification import (
         BalancedSoftmaxLoss,
-        BCLLoss,
-        CIBLLoss,
         CrossEntropyLoss,
-        HybridPSCLoss,
-        HybridSCLoss,
         LabelSmoothingLoss,
         LDAMLoss,
-        PaCoLoss,
-        PSCLoss,
-        SupConLoss,
         VSLoss,
     )
+    from cibl_ray.losses.modules.combined import BCLLoss, CIBLLoss, HybridPSCLoss, HybridSCLoss, PaCoLoss
+    from cibl_ray.losses.modules.contrastive import PSCLoss, SupConLoss
 
 __all__ = [
     "BCLLoss",
@@ -41,9 +36,12 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.modules"), name)
+    if name in __all__:
+        for file in ("classification", "contrastive", "combined"):
+            module = importlib.import_module(f"{__name__}.modules.{file}")
+            if hasattr(module, name):
+                return getattr(module, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -9,6 +9,7 @@ from cibl_ray.losses.inputs import ContrastSet
 
 CLASSES, WIDTH, QUEUED = 12, 7, 5  # more classes than the ten anchors
 COUNTS = torch.tensor([500, 300, 200, 90, 60, 40, 20, 10, 8, 6, 5, 5])
+LOG_PRIOR = (COUNTS.double() / COUNTS.sum()).log()
 LABELS = {
     "mixed": [0, 0, 0, 1, 1, 2, 2, 0, 1, 0],
     "a class without positives": [0, 0, 0, 1, 1, 1, 3, 0, 1, 0],
@@ -21,7 +22,7 @@ def others_of(m, count):
     return [a for a in range(count) if a != m]
 
 
-def plain_supcon(z, labels, everyone, all_labels, temperature):
+def supcon(z, labels, everyone, all_labels, temperature):
     """The anchors z are the first rows of `everyone`."""
     losses = []
     for m in range(len(z)):
@@ -33,7 +34,7 @@ def plain_supcon(z, labels, everyone, all_labels, temperature):
     return torch.stack(losses)
 
 
-def plain_psc(z, labels, prototypes, temperature, positive_in_denominator):
+def psc(z, labels, prototypes, temperature, positive_in_denominator):
     losses = []
     for m, label in enumerate(labels.tolist()):
         similar = torch.exp(prototypes @ z[m] / temperature)
@@ -42,7 +43,7 @@ def plain_psc(z, labels, prototypes, temperature, positive_in_denominator):
     return torch.stack(losses)
 
 
-def plain_balanced(z, labels, everyone, all_labels, prototypes, temperature):
+def balanced(z, labels, everyone, all_labels, prototypes, temperature):
     losses = []
     for m, label in enumerate(labels.tolist()):
         members = {
@@ -55,7 +56,7 @@ def plain_balanced(z, labels, everyone, all_labels, prototypes, temperature):
     return torch.stack(losses)
 
 
-def plain_paco(logits, z, labels, everyone, all_labels, temperature, alpha, beta):
+def paco(logits, z, labels, everyone, all_labels, temperature, alpha, beta):
     losses = []
     for m, label in enumerate(labels.tolist()):
         others = others_of(m, len(everyone))
@@ -68,11 +69,11 @@ def plain_paco(logits, z, labels, everyone, all_labels, temperature, alpha, beta
     return torch.stack(losses)
 
 
-def plain_cross_entropy(logits, labels):
+def cross_entropy(logits, labels):
     return torch.stack([-torch.log(torch.exp(f[y]) / sum(torch.exp(f))) for f, y in zip(logits, labels.tolist(), strict=True)])
 
 
-def plain_vs(logits, labels, gamma, kappa):
+def vs(logits, labels, gamma, kappa):
     counts, losses = COUNTS.tolist(), []
     for f, y in zip(logits, labels.tolist(), strict=True):
         moved = [(n / max(counts)) ** gamma * f[c] + kappa * math.log(n / sum(counts)) for c, n in enumerate(counts)]
@@ -80,7 +81,7 @@ def plain_vs(logits, labels, gamma, kappa):
     return torch.stack(losses)
 
 
-def plain_label_smoothing(logits, labels, head, tail, shape):
+def label_smoothing(logits, labels, head, tail, shape):
     losses = []
     for f, y in zip(logits, labels.tolist(), strict=True):
         share = (int(COUNTS[y]) - int(COUNTS.min())) / (int(COUNTS.max()) - int(COUNTS.min()))
@@ -96,9 +97,9 @@ def plain_label_smoothing(logits, labels, head, tail, shape):
     return torch.stack(losses)
 
 
-def plain_cibl(logits, z, labels, everyone, all_labels, tail_skew, temperature, every, normalization="none"):
-    contrastive = plain_supcon(z, labels, everyone, all_labels, temperature)
-    classified = plain_cross_entropy(logits, labels)
+def cibl(logits, z, labels, everyone, all_labels, tail_skew, temperature, every, normalization="none"):
+    contrastive = supcon(z, labels, everyone, all_labels, temperature)
+    classified = cross_entropy(logits, labels)
     rows = range(0, len(z), every)
     weights = []
     for m in range(len(z)):
@@ -157,3 +158,12 @@ class Example:
         other.logits, other.z, other.prototypes = other.leaves
         other.labels, other.queue, other.queue_labels = self.labels, self.queue.to(dtype), self.queue_labels
         return other
+
+
+def assert_same_gradients(one, other, leaves, rtol, atol, share=0.0):
+    """Two scalars have the same gradients by all leaves, up to `atol` and `share` of a gradient's largest element."""
+    ours, theirs = (torch.autograd.grad(loss, leaves, allow_unused=True) for loss in (one, other))
+    for mine, wanted in zip(ours, theirs, strict=True):
+        assert (mine is None) == (wanted is None)
+        if wanted is not None:
+            assert torch.allclose(mine, wanted, rtol=rtol, atol=atol + share * float(wanted.abs().max()))

@@ -1,11 +1,13 @@
 """The losses as torch modules: the formulas' values, what they refuse, mixed precision, compilation, several processes."""
 
 import importlib.util
+import inspect
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -15,102 +17,83 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-import cibl_ray.losses
-from cibl_ray.losses import (
-    BalancedSoftmaxLoss,
-    BCLLoss,
-    CIBLLoss,
-    CrossEntropyLoss,
-    HybridPSCLoss,
-    HybridSCLoss,
-    LabelSmoothingLoss,
-    LDAMLoss,
-    PaCoLoss,
-    PSCLoss,
-    SupConLoss,
-    VSLoss,
-)
+from cibl_ray import losses
+from cibl_ray.losses.config import AnyLoss
+from tests.cibl_ray import plain_losses as plain
 from tests.cibl_ray.plain_losses import (
     CLASSES,
     COUNTS,
     LABELS,
+    LOG_PRIOR,
     WIDTH,
     Example,
-    plain_balanced,
-    plain_cibl,
-    plain_cross_entropy,
-    plain_label_smoothing,
-    plain_paco,
-    plain_psc,
-    plain_supcon,
-    plain_vs,
+    assert_same_gradients,
 )
 from tests.conftest import REPOSITORY
 
-PRIOR = (COUNTS.double() / COUNTS.sum()).log()
 # Each module, and its loss of logits f, embeddings z, labels y, prototypes p, a queue q and the plain values of the same.
 CASES = {
     "CrossEntropyLoss": (
-        CrossEntropyLoss,
+        losses.CrossEntropyLoss,
         lambda loss, e, q: loss(e.logits, e.labels),
-        lambda e, z, all_z, all_y: plain_cross_entropy(e.logits, e.labels).mean(),
+        lambda e, z, all_z, all_y: plain.cross_entropy(e.logits, e.labels).mean(),
     ),
     "BalancedSoftmaxLoss": (
-        lambda counts, **more: BalancedSoftmaxLoss(counts, 0.7, **more),
+        lambda counts, **more: losses.BalancedSoftmaxLoss(counts, 0.7, **more),
         lambda loss, e, q: loss(e.logits, e.labels),
-        lambda e, z, all_z, all_y: plain_cross_entropy(e.logits + 0.7 * PRIOR, e.labels).mean(),
+        lambda e, z, all_z, all_y: plain.cross_entropy(e.logits + 0.7 * LOG_PRIOR, e.labels).mean(),
     ),
     "LDAMLoss": (
-        lambda counts, **more: LDAMLoss(counts, max_margin=0.4, scale=3.0, **more),
+        lambda counts, **more: losses.LDAMLoss(counts, max_margin=0.4, scale=3.0, **more),
         lambda loss, e, q: loss(e.logits, e.labels),
-        lambda e, z, all_z, all_y: plain_cross_entropy(
+        lambda e, z, all_z, all_y: plain.cross_entropy(
             e.logits - 3 * 0.4 * (COUNTS.double() / 5) ** -0.25 * F.one_hot(e.labels, CLASSES), e.labels
         ).mean(),
     ),
     "VSLoss": (
-        VSLoss,
+        losses.VSLoss,
         lambda loss, e, q: loss(e.logits, e.labels),
-        lambda e, z, all_z, all_y: plain_vs(e.logits, e.labels, 0.15, 1.0).mean(),
+        lambda e, z, all_z, all_y: plain.vs(e.logits, e.labels, 0.15, 1.0).mean(),
     ),
     "LabelSmoothingLoss": (
-        lambda counts, **more: LabelSmoothingLoss(counts, 0.3, 0.05, "linear", **more),
+        lambda counts, **more: losses.LabelSmoothingLoss(counts, 0.3, 0.05, "linear", **more),
         lambda loss, e, q: loss(e.logits, e.labels),
-        lambda e, z, all_z, all_y: plain_label_smoothing(e.logits, e.labels, 0.3, 0.05, "linear").mean(),
+        lambda e, z, all_z, all_y: plain.label_smoothing(e.logits, e.labels, 0.3, 0.05, "linear").mean(),
     ),
     "SupConLoss": (
-        lambda counts, **more: SupConLoss(counts, 0.2, **more),
+        lambda counts, **more: losses.SupConLoss(counts, 0.2, **more),
         lambda loss, e, q: loss(e.z, e.labels, queue=q),
-        lambda e, z, all_z, all_y: plain_supcon(z, e.labels, all_z, all_y, 0.2).mean(),
+        lambda e, z, all_z, all_y: plain.supcon(z, e.labels, all_z, all_y, 0.2).mean(),
     ),
     "BCLLoss": (
-        BCLLoss,
+        losses.BCLLoss,
         lambda loss, e, q: loss(e.logits, e.z, e.labels, e.prototypes, queue=q),
         lambda e, z, all_z, all_y: (
-            0.6 * plain_balanced(z, e.labels, all_z, all_y, F.normalize(e.prototypes, dim=1), 0.1).mean()
-            + 2 * plain_cross_entropy(e.logits + PRIOR, e.labels).mean()
+            0.6 * plain.balanced(z, e.labels, all_z, all_y, F.normalize(e.prototypes, dim=1), 0.1).mean()
+            + 2 * plain.cross_entropy(e.logits + LOG_PRIOR, e.labels).mean()
         ),
     ),
     "PaCoLoss": (
-        PaCoLoss,
+        losses.PaCoLoss,
         lambda loss, e, q: loss(e.logits, e.z, e.labels, queue=q),
-        lambda e, z, all_z, all_y: plain_paco(e.logits + PRIOR, z, e.labels, all_z, all_y, 0.07, 0.05, 1.0).mean(),
+        lambda e, z, all_z, all_y: plain.paco(e.logits + LOG_PRIOR, z, e.labels, all_z, all_y, 0.07, 0.05, 1.0).mean(),
     ),
     "HybridSCLoss": (
-        HybridSCLoss,
+        losses.HybridSCLoss,
         lambda loss, e, q: loss(e.logits, e.z, e.labels, progress=0.5),
         lambda e, z, all_z, all_y: (
-            0.75 * plain_supcon(z, e.labels, z, e.labels, 0.1).mean() + 0.25 * plain_cross_entropy(e.logits, e.labels).mean()
+            0.75 * plain.supcon(z, e.labels, z, e.labels, 0.1).mean() + 0.25 * plain.cross_entropy(e.logits, e.labels).mean()
         ),
     ),
     "CIBLLoss": (
-        lambda counts, **more: CIBLLoss(counts, 0.3, kappa=0.5, **more),
+        lambda counts, **more: losses.CIBLLoss(counts, 0.3, kappa=0.5, **more),
         lambda loss, e, q: loss(e.logits, e.z, e.labels, queue=q),
-        lambda e, z, all_z, all_y: plain_cibl(e.logits + 0.5 * PRIOR, z, e.labels, all_z, all_y, 0.3, 0.1, 1),
+        lambda e, z, all_z, all_y: plain.cibl(e.logits + 0.5 * LOG_PRIOR, z, e.labels, all_z, all_y, 0.3, 0.1, 1),
     ),
     "CIBLLoss of first views": (
-        lambda counts, **more: CIBLLoss(counts, 0.3, normalize="batch", views=2, **more),
+        lambda counts, **more: losses.CIBLLoss(counts, 0.3, normalize="batch", views=2, **more),
         lambda loss, e, q: loss(e.logits, e.z, e.labels, queue=q),
-        lambda e, z, all_z, all_y: plain_cibl(e.logits, z, e.labels, all_z, all_y, 0.3, 0.1, 2, "batch"),
+        lambda e, z, all_z, all_y: plain.cibl(e.logits, z, e.labels, all_z, all_y, 0.3, 0.1, 2, "batch"),
     ),
 }  # fmt: skip
 CONTRASTIVE = [name for name in CASES if name.startswith(("SupCon", "BCL", "PaCo", "Hybrid", "CIBL"))]
@@ -133,55 +116,60 @@ def queue_of(e):
 @pytest.mark.parametrize("labels", LABELS)
 @pytest.mark.parametrize("name", CASES)
 def test_a_module_has_the_formulas_value_and_gradient(name, labels, queued):
-    make, call, plain = CASES[name]
+    make, call, formula = CASES[name]
     e = example(labels, queued)
     z = F.normalize(e.z, dim=1)
-    reference = plain(e, z, torch.cat((z, e.queue)), torch.cat((e.labels, e.queue_labels)))
+    reference = formula(e, z, torch.cat((z, e.queue)), torch.cat((e.labels, e.queue_labels)))
     if name == "HybridSCLoss" and queued:
         pytest.skip("takes no queue")
     value = call(make(COUNTS), e, queue_of(e))
     assert value.item() == pytest.approx(reference.item(), rel=1e-6)
-    ours, theirs = (torch.autograd.grad(loss, e.leaves, allow_unused=True) for loss in (value, reference))
-    for mine, other in zip(ours, theirs, strict=True):
-        assert (mine is None) == (other is None)
-        assert other is None or torch.allclose(mine, other, rtol=1e-5, atol=1e-7 * float(other.abs().max()) + 1e-9)
+    assert_same_gradients(value, reference, e.leaves, rtol=1e-5, atol=1e-9, share=1e-7)
 
 
-@pytest.mark.parametrize("make", [PSCLoss, HybridPSCLoss])
+@pytest.mark.parametrize("make", [losses.PSCLoss, losses.HybridPSCLoss])
 def test_learned_prototypes_are_parameters(make):
     e, loss = example(), make(COUNTS, WIDTH).double()
     assert [name for name, _ in loss.named_parameters()] == ["prototypes"]
-    contrastive = plain_psc(F.normalize(e.z, dim=1), e.labels, F.normalize(loss.prototypes, dim=1), 0.1, False).mean()
-    if make is PSCLoss:
+    contrastive = plain.psc(F.normalize(e.z, dim=1), e.labels, F.normalize(loss.prototypes, dim=1), 0.1, False).mean()
+    if make is losses.PSCLoss:
         value, reference = loss(e.z, e.labels), contrastive
     else:
-        classified = plain_cross_entropy(e.logits[:4], e.labels[:4]).mean()
+        classified = plain.cross_entropy(e.logits[:4], e.labels[:4]).mean()
         value = loss(e.logits[:4], e.z, e.labels, classifier_labels=e.labels[:4], progress=0.8)
         reference = 0.36 * contrastive + 0.64 * classified
     assert value.item() == pytest.approx(reference.item(), rel=1e-6)
-    ours, theirs = (torch.autograd.grad(each, [e.z, loss.prototypes]) for each in (value, reference))
-    assert all(torch.allclose(mine, other, rtol=1e-6, atol=1e-9) for mine, other in zip(ours, theirs, strict=True))
+    assert_same_gradients(value, reference, [e.z, loss.prototypes], rtol=1e-6, atol=1e-9)
 
 
-def test_every_module_is_a_method_of_a_configuration():
-    from typing import get_args
+@pytest.mark.parametrize("method", get_args(AnyLoss))
+def test_a_module_has_the_defaults_of_its_configuration(method):
+    """Every method has a module, and what both can set has the same default."""
+    parameters = inspect.signature(getattr(losses, method.__name__.removesuffix("Config") + "Loss")).parameters
+    fields = method.model_fields.keys() & parameters.keys()
+    assert {name: parameters[name].default for name in fields} == {name: method.model_fields[name].default for name in fields}
+    assert {"class_counts", "validate"} <= parameters.keys()
 
-    from cibl_ray.losses.config import AnyLoss
 
-    methods = {kind.__name__.removesuffix("Config") for kind in get_args(AnyLoss)}
-    assert {name.removesuffix("Loss") for name in cibl_ray.losses.__all__} <= methods
+def test_the_names_of_all_modules_are_listed():
+    assert {method.__name__.removesuffix("Config") + "Loss" for method in get_args(AnyLoss)} == set(losses.__all__)
+    assert set(losses.__all__) <= set(dir(losses))
+    with pytest.raises(AttributeError, match="has no attribute 'FocalLoss'"):
+        _ = losses.FocalLoss
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int16, torch.int32])
 def test_labels_of_any_integer_type(dtype):
-    e, loss = example(), CIBLLoss(COUNTS)
+    e, loss = example(), losses.CIBLLoss(COUNTS)
     assert torch.equal(loss(e.logits, e.z, e.labels.to(dtype)), loss(e.logits, e.z, e.labels))
 
 
 def test_unit_norm_is_checked_where_it_is_promised():
     e = Example("mixed", torch.float32, queued=False)
-    promised = CIBLLoss(COUNTS, normalized=True)
-    assert promised(e.logits, e.z, e.labels).item() == pytest.approx(CIBLLoss(COUNTS)(e.logits, e.z, e.labels).item(), rel=1e-6)
+    promised = losses.CIBLLoss(COUNTS, normalized=True)
+    assert promised(e.logits, e.z, e.labels).item() == pytest.approx(
+        losses.CIBLLoss(COUNTS)(e.logits, e.z, e.labels).item(), rel=1e-6
+    )
     assert promised(e.logits, e.z.bfloat16(), e.labels).isfinite()
     with pytest.raises(ValueError, match=r"embeddings has a row of norm 2, though normalized=True promises 1"):
         promised(e.logits, 2 * e.z, e.labels)
@@ -209,7 +197,7 @@ def test_what_does_not_fit_is_refused(change, message):
     e = Example("mixed", torch.float32, queued=False)
     logits, z, labels = change(e.logits.detach(), e.z.detach(), e.labels)
     with pytest.raises(ValueError, match=message):
-        CIBLLoss(COUNTS)(logits, z, labels)
+        losses.CIBLLoss(COUNTS)(logits, z, labels)
 
 
 @pytest.mark.parametrize("name", CONTRASTIVE)
@@ -235,13 +223,13 @@ def test_a_queue_that_does_not_fit_is_refused(name):
 )
 def test_counts_that_are_none_are_refused(counts, message):
     with pytest.raises(ValueError, match=message):
-        CIBLLoss(counts)
+        losses.CIBLLoss(counts)
 
 
 @pytest.mark.parametrize("arguments", [{"tail_skew": -1}, {"temperature": 0}, {"normalize": "sum"}, {"kappa": float("nan")}])
 def test_settings_out_of_range_are_refused(arguments):
     with pytest.raises(ValueError, match=next(iter(arguments))):
-        CIBLLoss(COUNTS, **arguments)
+        losses.CIBLLoss(COUNTS, **arguments)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -309,9 +297,7 @@ def test_compiled_modules_compute_the_same(name, rows):
     loss = make(COUNTS, validate=False)
     values = [call(each, e, None) for each in (loss, torch.compile(loss, backend="aot_eager", fullgraph=True))]
     assert values[0].item() == pytest.approx(values[1].item(), rel=1e-5)
-    for mine, theirs in zip(*(torch.autograd.grad(value, e.leaves, allow_unused=True) for value in values), strict=True):
-        assert (mine is None) == (theirs is None)
-        assert mine is None or torch.allclose(mine, theirs, rtol=1e-4, atol=1e-7)
+    assert_same_gradients(*values, e.leaves, rtol=1e-4, atol=1e-7)
     checked = torch.compile(make(COUNTS), backend="aot_eager")
     assert call(checked, e, None).item() == pytest.approx(values[0].item(), rel=1e-5)
     e.labels = e.labels + CLASSES
@@ -394,7 +380,7 @@ def _work(folder, rank):
             result[name, split] = gradients_of(name, DistributedDataParallel(Model()), rows, gather=True)
     labels = torch.full((3,), 12 * rank)
     try:
-        CIBLLoss(COUNTS, gather=True)(torch.randn(3, CLASSES), torch.randn(3, WIDTH), labels)
+        losses.CIBLLoss(COUNTS, gather=True)(torch.randn(3, CLASSES), torch.randn(3, WIDTH), labels)
     except ValueError as error:
         result["refused"] = str(error)
     torch.save(result, folder / f"{rank}.pt")

@@ -7,22 +7,16 @@ import torch
 
 from cibl_ray.config import load_config
 from cibl_ray.losses.inputs import ClassPrior, ContrastSet, LossInputs
+from tests.cibl_ray import plain_losses as plain
 from tests.cibl_ray.plain_losses import (
     CLASSES,
     COUNTS,
     LABELS,
+    LOG_PRIOR,
     Example,
-    plain_balanced,
-    plain_cibl,
-    plain_cross_entropy,
-    plain_label_smoothing,
-    plain_paco,
-    plain_psc,
-    plain_supcon,
-    plain_vs,
+    assert_same_gradients,
 )
 
-PRIOR = torch.log(COUNTS.double() / COUNTS.sum())
 SECOND = torch.tensor([11, 10, 3, 0, 7, 5])  # labels of the classifier's own stream
 SCALE = 4.0
 
@@ -35,80 +29,80 @@ def second_logits(e):
 def ldam(e, weights):
     margins = 0.5 * (5 / COUNTS.double()) ** 0.25
     lowered = e.logits - SCALE * torch.nn.functional.one_hot(e.labels, CLASSES) * margins
-    each = plain_cross_entropy(lowered, e.labels)
+    each = plain.cross_entropy(lowered, e.labels)
     weighed = [weights[label] * loss for label, loss in zip(e.labels.tolist(), each, strict=True)]
     return sum(weighed) / sum(weights[label] for label in e.labels.tolist())
 
 
 def hybrid(share, contrastive, e, kappa):
-    return share * contrastive.mean() + (1 - share) * plain_cross_entropy(second_logits(e) + kappa * PRIOR, SECOND).mean()
+    return share * contrastive.mean() + (1 - share) * plain.cross_entropy(second_logits(e) + kappa * LOG_PRIOR, SECOND).mean()
 
 
 EFFECTIVE = [(1 - 0.99) / (1 - 0.99**count) for count in COUNTS.tolist()]
 # Configuration, t/T, and the loss as a loop.
 CASES = {
-    "cross_entropy": ("{kind: cross_entropy}", 0.5, lambda e: plain_cross_entropy(e.logits, e.labels).mean()),
+    "cross_entropy": ("{kind: cross_entropy}", 0.5, lambda e: plain.cross_entropy(e.logits, e.labels).mean()),
     "balanced_softmax": (
-        "{kind: balanced_softmax, kappa: 0.7}", 0.5, lambda e: plain_cross_entropy(e.logits + 0.7 * PRIOR, e.labels).mean(),
+        "{kind: balanced_softmax, kappa: 0.7}", 0.5, lambda e: plain.cross_entropy(e.logits + 0.7 * LOG_PRIOR, e.labels).mean(),
     ),
     "ldam, before its re-weighting": ("{kind: ldam, beta: 0.99}", 0.5, lambda e: ldam(e, [1] * CLASSES)),
     "ldam, re-weighted": ("{kind: ldam, beta: 0.99}", 0.9, lambda e: ldam(e, EFFECTIVE)),
-    "vs": ("{kind: vs, logit_gamma: 0.2, kappa: 0.8}", 0.5, lambda e: plain_vs(e.logits, e.labels, 0.2, 0.8).mean()),
+    "vs": ("{kind: vs, logit_gamma: 0.2, kappa: 0.8}", 0.5, lambda e: plain.vs(e.logits, e.labels, 0.2, 0.8).mean()),
     "label_smoothing, concave": (
-        "{kind: label_smoothing}", 0.5, lambda e: plain_label_smoothing(e.logits, e.labels, 0.4, 0.1, "concave").mean(),
+        "{kind: label_smoothing}", 0.5, lambda e: plain.label_smoothing(e.logits, e.labels, 0.4, 0.1, "concave").mean(),
     ),
     "label_smoothing, linear, with the prior": (
         "{kind: label_smoothing, head_smoothing: 0.3, tail_smoothing: 0, smoothing_shape: linear, kappa: 1}", 0.5,
-        lambda e: plain_label_smoothing(e.logits + PRIOR, e.labels, 0.3, 0, "linear").mean(),
+        lambda e: plain.label_smoothing(e.logits + LOG_PRIOR, e.labels, 0.3, 0, "linear").mean(),
     ),
     "label_smoothing, convex": (
         "{kind: label_smoothing, smoothing_shape: convex}", 0.5,
-        lambda e: plain_label_smoothing(e.logits, e.labels, 0.4, 0.1, "convex").mean(),
+        lambda e: plain.label_smoothing(e.logits, e.labels, 0.4, 0.1, "convex").mean(),
     ),
     "supcon": (
         "{kind: supcon}", 0.5,
-        lambda e: plain_supcon(e.z, e.labels, *e.everyone(), 0.1).mean() + plain_cross_entropy(e.logits, e.labels).mean(),
+        lambda e: plain.supcon(e.z, e.labels, *e.everyone(), 0.1).mean() + plain.cross_entropy(e.logits, e.labels).mean(),
     ),
     "psc": (
         "{kind: psc, positive_in_denominator: true}", 0.5,
-        lambda e: plain_psc(e.z, e.labels, e.prototypes, 0.1, True).mean() + plain_cross_entropy(e.logits, e.labels).mean(),
+        lambda e: plain.psc(e.z, e.labels, e.prototypes, 0.1, True).mean() + plain.cross_entropy(e.logits, e.labels).mean(),
     ),
     "hybrid_sc, parabolic": (
-        "{kind: hybrid_sc}", 0.5, lambda e: hybrid(0.75, plain_supcon(e.z, e.labels, *e.everyone(), 0.1), e, 0),
+        "{kind: hybrid_sc}", 0.5, lambda e: hybrid(0.75, plain.supcon(e.z, e.labels, *e.everyone(), 0.1), e, 0),
     ),
     "hybrid_sc, constant, with the prior": (
         "{kind: hybrid_sc, curve: constant, share: 0.2, kappa: 1}", 0.9,
-        lambda e: hybrid(0.2, plain_supcon(e.z, e.labels, *e.everyone(), 0.1), e, 1),
+        lambda e: hybrid(0.2, plain.supcon(e.z, e.labels, *e.everyone(), 0.1), e, 1),
     ),
     "hybrid_psc, linear": (
         "{kind: hybrid_psc, curve: linear, temperature: 0.5}", 0.9,
-        lambda e: hybrid(0.1, plain_psc(e.z, e.labels, e.prototypes, 0.5, False), e, 0),
+        lambda e: hybrid(0.1, plain.psc(e.z, e.labels, e.prototypes, 0.5, False), e, 0),
     ),
     "bcl": (
         "{kind: bcl}", 0.5,
-        lambda e: 0.6 * plain_balanced(e.z, e.labels, *e.everyone(), e.prototypes, 0.1).mean()
-        + 2.0 * plain_cross_entropy(e.logits + PRIOR, e.labels).mean(),
+        lambda e: 0.6 * plain.balanced(e.z, e.labels, *e.everyone(), e.prototypes, 0.1).mean()
+        + 2.0 * plain.cross_entropy(e.logits + LOG_PRIOR, e.labels).mean(),
     ),
     "bcl, cross-entropy on the first views": (
         "{kind: bcl, classify: first, contrastive_weight: 0.3}", 0.5,
-        lambda e: 0.3 * plain_balanced(e.z, e.labels, *e.everyone(), e.prototypes, 0.1).mean()
-        + 2.0 * plain_cross_entropy(e.logits + PRIOR, e.labels)[::2].mean(),
+        lambda e: 0.3 * plain.balanced(e.z, e.labels, *e.everyone(), e.prototypes, 0.1).mean()
+        + 2.0 * plain.cross_entropy(e.logits + LOG_PRIOR, e.labels)[::2].mean(),
     ),
     "paco": (
         "{kind: paco, alpha: 0.02, beta: 0.9}", 0.5,
-        lambda e: plain_paco(e.logits + PRIOR, e.z, e.labels, *e.everyone(), 0.07, 0.02, 0.9).mean(),
+        lambda e: plain.paco(e.logits + LOG_PRIOR, e.z, e.labels, *e.everyone(), 0.07, 0.02, 0.9).mean(),
     ),
     "cibl": (
         "{kind: cibl, tail_skew: 0.3, kappa: 0.5, classify: first}", 0.5,
-        lambda e: plain_cibl(e.logits + 0.5 * PRIOR, e.z, e.labels, *e.everyone(), 0.3, 0.1, 2),
+        lambda e: plain.cibl(e.logits + 0.5 * LOG_PRIOR, e.z, e.labels, *e.everyone(), 0.3, 0.1, 2),
     ),
     "cibl, normalised over the batch": (
         "{kind: cibl, tail_skew: 2, normalize: true}", 0.5,
-        lambda e: plain_cibl(e.logits, e.z, e.labels, *e.everyone(), 2, 0.1, 1, "batch"),
+        lambda e: plain.cibl(e.logits, e.z, e.labels, *e.everyone(), 2, 0.1, 1, "batch"),
     ),
     "cibl, normalised by class": (
         "{kind: cibl, tail_skew: 2, normalize: class}", 0.5,
-        lambda e: plain_cibl(e.logits, e.z, e.labels, *e.everyone(), 2, 0.1, 1, "class"),
+        lambda e: plain.cibl(e.logits, e.z, e.labels, *e.everyone(), 2, 0.1, 1, "class"),
     ),
 }  # fmt: skip
 
@@ -124,17 +118,14 @@ def inputs(e):
 @pytest.mark.parametrize("name", LABELS)
 @pytest.mark.parametrize("case", CASES)
 def test_a_configuration_composes_what_its_formula_says(case, name, queued):
-    text, progress, plain = CASES[case]
+    text, progress, formula = CASES[case]
     head = ["--head", "{kind: cosine}"] if "ldam" in text else []
     config = load_config("quickstart", ["--loss", text, *head]).loss
     e = Example(name, torch.float64, queued)
     terms = config.terms(inputs(e), ClassPrior.of(COUNTS, torch.float64), progress)
-    reference = plain(e)
+    reference = formula(e)
     assert terms["loss"].item() == pytest.approx(reference.item(), rel=1e-6)
-    ours, theirs = (torch.autograd.grad(loss, e.leaves, allow_unused=True) for loss in (terms["loss"], reference))
-    for mine, wanted in zip(ours, theirs, strict=True):
-        assert (mine is None) == (wanted is None)
-        assert wanted is None or torch.allclose(mine, wanted, rtol=1e-6, atol=1e-10)
+    assert_same_gradients(terms["loss"], reference, e.leaves, rtol=1e-6, atol=1e-10)
     assert [name for name, term in terms.items() if term.requires_grad] == ["loss"]
 
 
@@ -147,7 +138,7 @@ def test_the_terms_of_paco_add_up_to_its_loss(name, queued):
     config = load_config("quickstart", ["--loss", f"{{kind: paco, alpha: {alpha}, beta: {beta}}}"]).loss
     terms = config.terms(inputs(e), ClassPrior.of(COUNTS, torch.float64), 0.5)
     assert list(terms) == ["loss", "center", "contrastive"]
-    center = plain_paco(e.logits + PRIOR, e.z, e.labels, *e.everyone(), 0.07, 0.0, 1.0).mean()
+    center = plain.paco(e.logits + LOG_PRIOR, e.z, e.labels, *e.everyone(), 0.07, 0.0, 1.0).mean()
     assert terms["center"].item() == pytest.approx(center.item(), rel=1e-6)
     labels = e.everyone()[1]
     positives = {int((labels == label).sum()) - 1 for label in e.labels.tolist()}
