@@ -20,6 +20,11 @@ METRICS = ("overall", "balanced", "many", "medium", "few", "tail", "worst", "har
 
 
 def main() -> None:
+    """Evaluate a run as the command line says, and print the scores.
+
+    Raises:
+        UserError: An option does not fit, or the run or its images cannot be read.
+    """
     parser = CommandParser(prog="python -m cibl_ray.evaluate", description=__doc__)
     parser.add_argument("run", type=Path, help="a run folder, or a checkpoint file")
     parser.add_argument("--checkpoint", choices=["last", "best"], help="of a run folder; by default each that exists")

@@ -1,8 +1,7 @@
-"""`python -m cibl_ray.export RUN [--precision fp32 fp16 int8]`: a run's checkpoint as a bundle that can be served, and run
-alone.
+"""`python -m cibl_ray.export RUN [--precision fp32 fp16 int8]`: export a checkpoint as a bundle, to serve or to run alone.
 
 RUN is a run folder, or a checkpoint file. The bundle is a folder of ONNX files with a manifest and a model card. It appears
-only when everything in it has been verified: ONNX against torch, the server's pixels against those of the evaluation, every
+only when everything in it is verified: ONNX against torch, the server's pixels against those of the evaluation, and every
 precision's accuracy on the test images with onnxruntime.
 """
 
@@ -18,6 +17,11 @@ from pipelines.common.errors import CommandParser, run_command
 
 
 def main() -> None:
+    """Export a run as the command line says, and print the accuracy of each precision.
+
+    Raises:
+        UserError: An option does not fit, the run cannot be read, or a precision loses more accuracy than allowed.
+    """
     parser = CommandParser(prog="python -m cibl_ray.export", description=__doc__)
     parser.add_argument("run", type=Path, help="a run folder, or a checkpoint file")
     parser.add_argument("--checkpoint", choices=["best", "last"], help="of a run folder; by default best, else last")

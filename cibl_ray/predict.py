@@ -1,8 +1,8 @@
 """`python -m cibl_ray.predict RUN IMAGES... [--out answers.csv]`: classify image files and folders, without a service.
 
 RUN is a run folder, a checkpoint file, or a bundle. IMAGES are files, and folders whose images are all classified. The answers
-are CSV: image, class, probability; with --top N the N most probable classes. Of a run whose validation images have chosen a
-tail shift, the answers have it, as those of its bundle.
+are CSV: image, class, probability; with --top N the N most probable classes. If a run's validation images chose a tail shift,
+it is applied, as in the run's bundle.
 """
 
 from __future__ import annotations
@@ -18,6 +18,11 @@ from pipelines.common.errors import CommandParser, UserError, run_command
 
 
 def main() -> None:
+    """Classify the images that the command line names, and write the answers as CSV.
+
+    Raises:
+        UserError: An option does not fit, the run cannot be read, or a file could not be classified.
+    """
     parser = CommandParser(prog="python -m cibl_ray.predict", description=__doc__)
     parser.add_argument("run", type=Path, help="a run folder, a checkpoint file, or a bundle")
     parser.add_argument("images", type=Path, nargs="+", help="image files, or folders of them")

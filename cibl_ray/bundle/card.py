@@ -31,11 +31,19 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")  # of a model: safe in a 
 
 @dataclass(frozen=True)
 class Card:
-    """What an ONNX file's metadata says; the same for every precision of a bundle but for `precision`.
+    """What an ONNX file's metadata says. All precisions of a bundle have the same, except for `precision`.
 
-    classes: names, in the order of the logits. train_counts, groups: of each class; groups are 'many', 'medium' or 'few'.
-    tail_shift: what the answers have of it without asking; a client's counts from there.
-    accuracy: precision -> score -> share, measured with onnxruntime. source: run, checkpoint, epoch. versions: of what made it.
+    Attributes:
+        name: The model's name for its clients.
+        precision: 'fp32', 'fp16' or 'int8'.
+        classes: C class names, in the order of the logits.
+        train_counts: Training images of each class, C numbers.
+        groups: The shot group of each class: 'many', 'medium' or 'few'.
+        rule: How an image becomes the input.
+        accuracy: Precision to score to share, 0 to 1, measured with onnxruntime.
+        source: The run, its checkpoint and epoch.
+        versions: Of the packages that made the file.
+        tail_shift: The default shift of the answers. A client's `tail_shift` is added to it.
     """
 
     name: str
@@ -50,6 +58,7 @@ class Card:
     tail_shift: float = 0.0
 
     def dump(self) -> dict[str, Any]:
+        """The card as JSON, for the metadata and the manifest; `read_card` reads it."""
         content = {"format": FORMAT, **asdict(self), "input": describe(self.rule)}
         if self.rule.window is None:
             del content["rule"]["window"]  # earlier versions do not know it
@@ -61,8 +70,8 @@ class Card:
 
 
 def describe(rule: EvalRule) -> str:
-    """The rule in words, for those who write a client of their own."""
-    steps = ["decode; turn as EXIF says; transparency over white; RGB"]
+    """The rule in words, for those who write their own client."""
+    steps = ["decode; rotate by EXIF; flatten onto white; RGB"]
     if rule.window is not None:
         steps.append(f"grey of more than 8 bits: {rule.window[0]:g} becomes black, {rule.window[1]:g} white")
     if rule.square is not None:
@@ -79,7 +88,15 @@ def describe(rule: EvalRule) -> str:
 
 
 def read_card(content: Any, place: str) -> Card:
-    """A card from the JSON in a file's metadata or a manifest. Raises UserError."""
+    """Read a card.
+
+    Args:
+        content: The JSON of a file's metadata or of a manifest, as text or parsed.
+        place: Where it was found, for messages.
+
+    Raises:
+        UserError: It is of another format, or not a model of this project.
+    """
     try:
         if isinstance(content, str):
             content = json.loads(content)
@@ -103,7 +120,13 @@ def read_card(content: Any, place: str) -> Card:
 
 @dataclass(frozen=True)
 class ModelFile:
-    """One precision's file: `path` is inside the bundle."""
+    """One precision's file.
+
+    Attributes:
+        path: The file, inside the bundle.
+        sha256: Its digest, hexadecimal.
+        bytes: Its size.
+    """
 
     path: Path
     sha256: str
@@ -112,7 +135,14 @@ class ModelFile:
 
 @dataclass(frozen=True)
 class Bundle:
-    """A bundle folder whose files are those that its manifest lists."""
+    """A bundle folder whose files are those that its manifest lists.
+
+    Attributes:
+        folder: The bundle.
+        card: What the models are.
+        models: The file of each precision.
+        manifest: The content of manifest.json.
+    """
 
     folder: Path
     card: Card
@@ -121,7 +151,14 @@ class Bundle:
 
 
 def open_bundle(folder: Path) -> Bundle:
-    """Read a bundle and check every file's SHA-256. Raises UserError where something is missing, changed or foreign."""
+    """Read a bundle and check every file's SHA-256.
+
+    Args:
+        folder: The bundle.
+
+    Raises:
+        UserError: The folder is no bundle, or a file is missing or has changed.
+    """
     path = folder / MANIFEST
     try:
         manifest = json.loads(path.read_text())
@@ -154,5 +191,6 @@ def open_bundle(folder: Path) -> Bundle:
 
 
 def file_sha256(path: Path) -> str:
+    """The SHA-256 digest of a file, hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

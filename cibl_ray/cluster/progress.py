@@ -65,17 +65,21 @@ class RelayedProgress:
         self._lock = threading.Lock()  # log messages come from any thread
 
     def begin(self, total: int, done: int) -> None:
+        """Post how many images the run has, and how many are done."""
         self._post("begin", (total, done))
 
     def advance(self, images: int) -> None:
+        """Count images, and post the sum a few times a second."""
         self._images += images
         if time.monotonic() - self._told >= _INTERVAL:
             self._tell_images()
 
     def epoch(self, row: dict[str, Any], text: str) -> None:
+        """Post an epoch's scores, and the line about them."""
         self._post("epoch", (row, text))
 
     def line(self, text: str) -> None:
+        """Post a line of the log."""
         self._post("line", text[-_LONGEST_TEXT:])
 
     def error(self, text: str) -> None:
@@ -83,13 +87,15 @@ class RelayedProgress:
         self._post("error", text[-_LONGEST_TEXT:])
 
     def stopped(self) -> None:
-        """Tell the driver that the run has saved and stopped."""
+        """Post that the run has saved and stopped."""
         self._post("stopped", None)
 
     def close(self) -> None:
+        """Post the images that were counted since the last note."""
         self._tell_images()
 
     def log_handler(self) -> logging.Handler:
+        """A handler that posts log messages as lines."""
         return Lines(self)
 
     def finish(self) -> None:
@@ -123,6 +129,7 @@ class RelayedStop(Stop):
         self._answer: Any = None
 
     def asked(self) -> bool:
+        """Whether the driver asked, as far as is known: an answer arrives within a second."""
         if self._asked or time.monotonic() < self._next:
             return self._asked
         try:

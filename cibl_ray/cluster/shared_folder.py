@@ -15,9 +15,17 @@ from pipelines.common.errors import UserError
 
 @contextmanager
 def mark_beside(folder: Path, storage: str | None) -> Iterator[str | None]:
-    """A file beside the run folder, while the run lasts, by which a worker finds out whether its node sees what this one sees.
-    None where a store keeps the run. It is locked, so that one of a run that goes on is told from one of a driver that was
-    killed."""
+    """Keep a file beside the run folder while the run lasts. A worker that sees it shares the folder with this node.
+
+    The file is locked. A file without a lock was left by a driver that was killed, and is removed.
+
+    Args:
+        folder: The run folder.
+        storage: The store that keeps the run; None: there is none.
+
+    Yields:
+        The path of the file; None where a store keeps the run.
+    """
     if storage is not None:
         yield None
         return

@@ -105,8 +105,13 @@ class Mirror:
         return here > there
 
     def newer_wins(self) -> None:
-        """What has been trained further, the folder or its copy, takes the place of the other: a driver that was killed may
-        have saved what it could not send any more. Raises UserError where the storage cannot be written."""
+        """Replace the folder by its copy, or the copy by the folder: the one that was trained further stays.
+
+        A driver that was killed may have saved a checkpoint and not have sent it.
+
+        Raises:
+            UserError: The storage cannot be written.
+        """
         if self.exists() and not self.behind():
             self.download()
             return

@@ -50,7 +50,14 @@ class Answer:
 
 
 def from_bundle(folder: Path) -> Classifier:
-    """A bundle's float32 model by onnxruntime. Raises UserError where the bundle is not whole."""
+    """A bundle's float32 model, run by onnxruntime.
+
+    Args:
+        folder: The bundle.
+
+    Raises:
+        UserError: The folder is not a whole bundle.
+    """
     from cibl_ray.bundle.card import PROBABILITIES, open_bundle
     from cibl_ray.bundle.runtime import Runtime
 
@@ -69,7 +76,7 @@ def from_checkpoint(path: Path, tail_shift: float) -> Classifier:
 
     Args:
         path: The checkpoint.
-        tail_shift: Times log π is taken off the logits.
+        tail_shift: This times log π is subtracted from the logits.
 
     Raises:
         UserError: The checkpoint cannot be read.
@@ -98,7 +105,13 @@ def from_checkpoint(path: Path, tail_shift: float) -> Classifier:
 
 
 def image_files(places: Sequence[Path]) -> list[Path]:
-    """The files among `places`, and the images anywhere below the folders among them.
+    """List images.
+
+    Args:
+        places: Files, and folders.
+
+    Returns:
+        The files, and all images below the folders, sorted within each folder.
 
     Raises:
         UserError: A place does not exist, or there is no image.
@@ -118,12 +131,15 @@ def image_files(places: Sequence[Path]) -> list[Path]:
 
 
 def classify(classifier: Classifier, files: Sequence[Path], top: int = 1) -> Iterator[Answer]:
-    """Classify files, in order. One that cannot be read has a `problem`, and the others are answered all the same.
+    """Classify files, in order. The answer for a file that cannot be read has a `problem`.
 
     Args:
         classifier: What classifies.
         files: The files.
         top: How many classes an answer names.
+
+    Yields:
+        One answer for each file.
     """
     with ThreadPoolExecutor(usable_cores()) as pool:
         for start in range(0, len(files), _AT_ONCE):

@@ -94,8 +94,11 @@ def confusion(
         labels: int64 (N,).
         classes: C names.
         train_counts: Training images of each class, (C,).
-        names: N names of images; what is not known is a number.
+        names: N names of images; a number where the name is not known.
         split: Of the images.
+
+    Returns:
+        The content of the report.
     """
     probabilities = logits.softmax(1)
     answers, truth = probabilities.argmax(1).numpy(), labels.numpy()
@@ -144,7 +147,16 @@ def confusion(
 def save_confusion(
     folder: Path, prepared: Prepared, split: str, logits: torch.Tensor, labels: torch.Tensor, rule: EvalRule
 ) -> None:
-    """Write confusion.json and confusion.html into a run's folder."""
+    """Write confusion.json and confusion.html into a run's folder.
+
+    Args:
+        folder: The run.
+        prepared: The run's images.
+        split: Which of them were evaluated.
+        logits: float32 (N, C), in the order of the split.
+        labels: int64 (N,).
+        rule: How an image becomes the network's input; the thumbnails show it.
+    """
     names = image_names(prepared, split, len(labels))
     found = confusion(logits, labels, prepared.classes, prepared.train_counts, names, split)
     write_atomically(folder / "confusion.json", json.dumps(asdict(found), indent=1))

@@ -1,4 +1,4 @@
-"""Accuracy by class frequency. A group that no class is in has no accuracy: None, never 0."""
+"""Accuracy by class frequency. The accuracy of a group without classes is None, never 0."""
 
 from __future__ import annotations
 
@@ -14,12 +14,23 @@ CALIBRATION_BINS = 15
 
 @dataclass(frozen=True)
 class Scores:
-    """All accuracies are shares from 0 to 1.
+    """Scores of a network on a split. All accuracies are shares from 0 to 1; None where a group has no class.
 
-    overall: over all samples. balanced: mean over classes. many, medium, few: mean over the classes with more than 100, 20 to
-    100, fewer than 20 training images. head, middle, tail: mean over the largest, middle and smallest third of the classes.
-    worst: the lowest class accuracy. harmonic: harmonic mean of the class accuracies (0 if a class has 0). per_class: None
-    where the split has no sample of the class. calibration_error: expected, in 15 bins. loss: mean cross-entropy.
+    Attributes:
+        overall: Accuracy over all samples.
+        balanced: Mean of the class accuracies.
+        many: Mean over the classes with more than 100 training images.
+        medium: Mean over the classes with 20 to 100 training images.
+        few: Mean over the classes with fewer than 20 training images.
+        head: Mean over the third of the classes with the most training images.
+        middle: Mean over the middle third.
+        tail: Mean over the third with the fewest.
+        worst: The lowest class accuracy.
+        harmonic: Harmonic mean of the class accuracies; 0 if one of them is 0.
+        calibration_error: Expected calibration error, in 15 bins.
+        loss: Mean cross-entropy.
+        samples: How many images were scored.
+        per_class: Accuracy of each class; None where the split has no sample of the class.
     """
 
     overall: float
@@ -43,7 +54,16 @@ class Scores:
 
 
 def score(logits: torch.Tensor, labels: torch.Tensor, train_counts: np.ndarray) -> Scores:
-    """Scores of logits float32 (N, C) against labels int64 (N,), N >= 1; train_counts int64 (C,) decides the groups."""
+    """Score logits against labels.
+
+    Args:
+        logits: float32 (N, C), N >= 1.
+        labels: int64 (N,).
+        train_counts: Training images of each class, int64 (C,). They decide the groups.
+
+    Returns:
+        All scores.
+    """
     classes = logits.shape[1]
     right = logits.argmax(1) == labels
     samples = np.bincount(labels.numpy(), minlength=classes)
@@ -89,12 +109,12 @@ COLUMNS = ("overall", "many", "medium", "few", "worst", "harmonic", "calibration
 
 
 def heading(where: str) -> str:
-    """What stands above a `table` of scores on `where`."""
+    """The line above a `table` of scores on `where`."""
     return f"Accuracy on {where}, %, by training images of the class (many > 100, few < 20):"
 
 
 def table(rows: dict[str, Scores]) -> str:
-    """Scores as a table of text, in percent; '-' where a group is empty."""
+    """Scores as a table of text, in percent, one row for each name; '-' where a group is empty."""
     titles = ("", *COLUMNS[:-1], "calib. err.")
     lines: list[tuple[str, ...]] = [titles]
     for name, scores in rows.items():

@@ -17,7 +17,11 @@ from pipelines.prepare.pictures import COLORS, GROUPS, shot_groups
 def save_learning_curves(path: Path, rows: list[dict[str, Any]]) -> None:
     """Draw loss terms, accuracy and learning rate over the epochs.
 
-    A term that a run had for a part of its epochs, because it continued with another loss, is drawn for those.
+    If a run continued with another loss, some terms exist for a part of the epochs only. They are drawn for that part.
+
+    Args:
+        path: The picture.
+        rows: The run's history, one dict for each epoch.
     """
     epochs = [row["epoch"] for row in rows]
     figure = Figure(figsize=(11, 3.4), layout="constrained")
@@ -49,7 +53,14 @@ def _values(rows: list[dict[str, Any]], group: str, name: str) -> np.ndarray | N
 
 
 def save_accuracy_by_class(path: Path, classes: list[str], train_counts: np.ndarray, runs: dict[str, Scores]) -> None:
-    """Each class's accuracy against its training images, one panel a checkpoint, coloured by shot group."""
+    """Draw each class's accuracy against its training images: one panel for each checkpoint, coloured by shot group.
+
+    Args:
+        path: The picture.
+        classes: C names.
+        train_counts: Training images of each class, (C,).
+        runs: Scores by the name of the checkpoint.
+    """
     figure = Figure(figsize=(5.5 * len(runs), 3.8), layout="constrained")
     panels = np.atleast_1d(figure.subplots(1, len(runs), sharey=True))
     groups = shot_groups(train_counts)

@@ -45,7 +45,7 @@ def predict(
     def classify(part: torch.Tensor) -> torch.Tensor:
         return network.classify(normalize(part.to(device, non_blocking=True))).cpu()
 
-    # On GPUs torch lets convolutions round to TF32 unless told otherwise.
+    # By default torch computes convolutions in TF32 on GPUs.
     with (
         torch.backends.cudnn.flags(enabled=True, benchmark=torch.backends.cudnn.benchmark, allow_tf32=False),
         one_thread_a_core() if device.type == "cpu" else nullcontext() as pool,

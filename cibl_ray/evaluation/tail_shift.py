@@ -20,7 +20,7 @@ class TailShift:
     """A shift that was chosen, and what it does on the images that chose it.
 
     Attributes:
-        shift: Times log π is taken off the logits.
+        shift: This times log π is subtracted from the logits.
         metric: The score that chose it.
         before: That score without a shift, 0 to 1.
         after: With it.
@@ -34,31 +34,43 @@ class TailShift:
     images: int
 
     def line(self) -> str:
-        """In words."""
+        """The shift and both scores, in words."""
         return (
             f"tail shift {self.shift:g}: {self.metric} {100 * self.before:.1f} -> {100 * self.after:.1f} % "
             f"on {self.images:,} validation images"
         )
 
     def dump(self) -> dict[str, Any]:
-        """For result.json."""
+        """The fields as JSON, for result.json."""
         return asdict(self)
 
 
 def shifted(logits: torch.Tensor, train_counts: np.ndarray, shift: float) -> torch.Tensor:
-    """logits − shift · log π, (N, C); π is the training images' share of each class."""
+    """Shift logits towards the rare classes: logits − shift · log π.
+
+    Args:
+        logits: (N, C).
+        train_counts: Training images of each class, (C,); π is each class's share of them.
+        shift: 0 changes nothing; 1 is the balanced prior.
+
+    Returns:
+        Shifted logits, (N, C).
+    """
     counts = torch.from_numpy(train_counts).double()
     return logits - shift * (counts / counts.sum()).log().to(logits.dtype)
 
 
 def choose_shift(logits: torch.Tensor, labels: torch.Tensor, train_counts: np.ndarray, metric: str = "balanced") -> TailShift:
-    """The shift of `SHIFTS` that is best on validation images; of equal ones that nearest to 0.
+    """Choose the shift of `SHIFTS` that is best on validation images. Of equally good shifts, the one nearest to 0 wins.
 
     Args:
-        logits: float32 (N, C) of the validation images.
+        logits: Of the validation images, float32 (N, C).
         labels: int64 (N,).
         train_counts: Training images of each class, (C,).
         metric: One of `METRICS`.
+
+    Returns:
+        The shift, with the score before and after it.
     """
     values = {shift: _value(score(shifted(logits, train_counts, shift), labels, train_counts), metric) for shift in SHIFTS}
     top = max(values.values())

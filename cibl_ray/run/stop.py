@@ -42,6 +42,7 @@ class StopSignals(Stop):
         self._since: float | None = None
 
     def asked(self) -> bool:
+        """Whether a signal has arrived."""
         return self._since is not None
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
@@ -55,7 +56,11 @@ class StopSignals(Stop):
 
 @contextmanager
 def stop_signals() -> Iterator[Stop]:
-    """Handle the signals that ask a run to stop. Signals belong to the main thread; in another one nothing asks."""
+    """Handle the signals that ask a run to stop, as long as the context lasts. Only the main thread can handle signals.
+
+    Yields:
+        Whether the run is asked to stop. In another thread it never is.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield Stop()
         return

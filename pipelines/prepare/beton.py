@@ -38,11 +38,11 @@ _RECORDS_AT = HEADER.itemsize + len(_FIELDS) * FIELD.itemsize
 
 
 class BetonWriter:
-    """Writes `path` sample by sample; the file appears under its name only when `finish` has flushed all of it to disk.
+    """Writes a .beton file sample by sample. It appears under its name when `finish` has flushed all of it to disk.
 
     Args:
         path: The file.
-        capacity: The number of samples at most: the records' place is set aside before the images are known.
+        capacity: The largest number of samples. Space for their records is reserved before the images are known.
     """
 
     def __init__(self, path: Path, capacity: int) -> None:
@@ -57,15 +57,24 @@ class BetonWriter:
 
     @property
     def image_bytes(self) -> int:
-        """What the images take so far."""
+        """Bytes of all images so far."""
         return self.next - self._first
 
     @property
     def full(self) -> bool:
+        """Whether the file has as many samples as it can hold."""
         return self.samples == len(self._records)
 
     def append(self, image: Packed, label: int) -> None:
-        """Add one sample. Raises UserError for an image larger than a page, or longer than the format can tell."""
+        """Add one sample.
+
+        Args:
+            image: The image.
+            label: Its class.
+
+        Raises:
+            UserError: The image is larger than a page, or has a side of 65536 pixels or more.
+        """
         size = len(image.data)
         if max(image.width, image.height) >= 1 << 16:
             raise UserError(f"has {image.width}x{image.height} pixels, 65535 a side at most; set data.store.max_side")
@@ -109,18 +118,29 @@ class BetonWriter:
 
 
 def part_of(path: Path) -> Path:
-    """The name under which a file is written until it is whole."""
+    """The name of a file while it is being written."""
     return path.with_name(path.name + ".part")
 
 
 class Beton:
-    """One or several .beton files as one: `records` (a `SAMPLE` a row), `labels`, `sizes` (int64, bytes), each image's bytes.
+    """One or several .beton files as one sequence of N images.
 
-    All is read from files opened once: another command may prepare the folder anew, and what has a name there is replaced.
+    All files are opened once and stay open: another command may prepare the folder again and replace them.
 
-    paths: the files, in order. files: their descriptors, open while this object lives. rows: each image's row in the split
-    (int64), where these files are only a part of it; else 0 to N - 1. shard: int32 (N,), which of the files holds it.
-    Raises UserError where a file is missing, cut short, or not one that `BetonWriter` wrote.
+    Args:
+        paths: The files, in order.
+        rows: Each image's row in the split, int64 (N,), where the files are a part of it; None: 0 to N - 1.
+
+    Attributes:
+        paths: The files, in order.
+        files: Their descriptors, open while this object lives.
+        records: One `SAMPLE` for each image, (N,).
+        sizes: Stored bytes of each image, int64 (N,).
+        shard: Which of the files holds each image, int32 (N,).
+        rows: Each image's row in the split, int64 (N,).
+
+    Raises:
+        UserError: A file is missing, cut short, or not one that `BetonWriter` wrote.
     """
 
     def __init__(self, *paths: Path, rows: np.ndarray | None = None) -> None:
@@ -141,12 +161,12 @@ class Beton:
 
     @property
     def labels(self) -> np.ndarray:
-        """int64 (N,)."""
+        """The class of each image, int64 (N,)."""
         return self.records["f1"]
 
     @property
     def pages(self) -> np.ndarray:
-        """A number for the `PAGE` bytes that each image lies in, in the order of files and places: int64 (N,)."""
+        """The page of `PAGE` bytes that holds each image, numbered over all files, int64 (N,)."""
         within = self.records["f0"]["data_ptr"].astype(np.int64) // PAGE
         return self.shard * (int(within.max()) + 1) + within
 
@@ -164,7 +184,7 @@ class Beton:
 
     @property
     def addresses(self) -> np.ndarray:
-        """Where in memory each image's stored bytes begin, while this object lives: int64 (N,)."""
+        """The memory address of each image's stored bytes, valid while this object lives, int64 (N,)."""
         bases = np.array([stored.ctypes.data for stored in self.stored], dtype=np.int64)
         return self.records["f0"]["data_ptr"].astype(np.int64) + bases[self.shard]
 
@@ -177,7 +197,7 @@ class Beton:
 
 
 def shard_name(split: str, number: int | None) -> str:
-    """The file name of a split's only .beton (None), or of one of several."""
+    """The file name of a split's .beton file. With `number` None it is the only one, else one of several."""
     return f"{split}.beton" if number is None else f"{split}-{number:05d}.beton"
 
 

@@ -35,12 +35,12 @@ _STORED = {"on_bad_image", "max_pixels", "window", "store"}  # what decides how 
 
 
 def prepared_folder(data: DataConfig, seed: int, file_format: int = FORMAT) -> Path:
-    """Where the data of this configuration belongs: what changes the stored images or their choice changes the name.
+    """The folder for the data of a configuration. Its name depends on all that changes the stored images or their choice.
 
     Args:
         data: The data configuration.
         seed: The run's seed.
-        file_format: An earlier one gives the folder that an earlier version used.
+        file_format: With an earlier one, the folder of an earlier version.
     """
     content = data.model_dump(mode="json", include={"profile", "val_fraction", *_STORED})
     content["source"] = data.source.identity()
@@ -55,12 +55,19 @@ def prepared_folder(data: DataConfig, seed: int, file_format: int = FORMAT) -> P
 
 
 def subset_seed(data: DataConfig, seed: int) -> int:
-    """The seed of the subset and of the order on disk: its own where it has one, else the run's."""
+    """The seed of the subset and of the order on disk: `data.subset_seed` where it is set, else the run's."""
     return seed if data.subset_seed is None else data.subset_seed
 
 
 def ensure_prepared(data: DataConfig, seed: int) -> Prepared:
-    """The prepared data of this configuration, written now if they are missing or their source has changed.
+    """Prepare the data of a configuration, if they are missing or the source has changed.
+
+    Args:
+        data: The data configuration.
+        seed: The run's seed.
+
+    Returns:
+        The prepared data.
 
     Raises:
         UserError: The source is missing or has a fault that the message names.
@@ -75,7 +82,19 @@ def ensure_prepared(data: DataConfig, seed: int) -> Prepared:
 
 
 def prepare_folder(images: Path, classes: list[str], data: DataConfig) -> Prepared:
-    """The images of `images/CLASS/*` as a test split, stored as `data` says, for a network that knows `classes`."""
+    """Prepare the images of `images/CLASS/*` as a test split.
+
+    Args:
+        images: The folder.
+        classes: The network's classes, in label order.
+        data: How images are stored.
+
+    Returns:
+        The prepared data, with the split 'test' alone.
+
+    Raises:
+        UserError: The folder has a class that is not among them, or an image is unreadable.
+    """
     content = {"images": str(images), **data.model_dump(mode="json", include=_STORED)}
     names = data.source.class_names()
     if names:
@@ -88,7 +107,7 @@ Chosen = tuple[list[str], dict[str, Images]]
 
 
 def _up_to_date(folder: Path, chosen: Chosen, data: DataConfig, seed: int) -> Prepared:
-    """What lies in `folder` if it is whole and of these images, else what is written there now."""
+    """The content of `folder` if it is whole and of these images; else it is written now."""
     found = read_sidecar(folder)
     if found is not None and _matches(found, chosen):
         return found
@@ -103,7 +122,19 @@ def _key(content: Mapping[str, object], file_format: int = FORMAT) -> str:
 
 
 def choose(dataset: Dataset, data: DataConfig, seed: int) -> tuple[list[str], dict[str, Images]]:
-    """(classes, split name -> images): test and validation carved out, then the long-tail profile, for training only."""
+    """Split a source: test and validation images first, then the long-tail profile for the training images.
+
+    Args:
+        dataset: The source.
+        data: The data configuration.
+        seed: Of the subset, as `subset_seed` gives it.
+
+    Returns:
+        The classes, and the images of each split.
+
+    Raises:
+        UserError: Listed images are missing, or the profile or a fraction asks for more images than there are.
+    """
     train, val, test = _carved(dataset, data, seed)
     splits = {"train": apply_profile(data.profile, train, len(dataset.classes), seed, dataset.classes)}
     if len(splits["train"]) < len(train):
@@ -229,11 +260,11 @@ def load_data(name: str, overrides: list[str]) -> PrepareConfig:
     """The data of a run's configuration.
 
     Args:
-        name: A path, or the name of a shipped configuration. What it says of other parts is not read.
+        name: A path, or the name of a shipped configuration. Its other parts are not read.
         overrides: The command line's `--field value`.
 
     Raises:
-        UserError: It cannot be read, or a field has a value that it cannot have.
+        UserError: The file cannot be read, or a value is invalid.
     """
     path = find_config(name)
     content = read_content(path, PrepareConfig)

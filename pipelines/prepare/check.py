@@ -1,4 +1,4 @@
-"""What is wrong with a source's images: unreadable ones with their reasons, copies, and files in two places. Writes nothing."""
+"""Check a source's images: unreadable ones with their reasons, copies, and files in two places. Writes nothing."""
 
 from __future__ import annotations
 
@@ -54,6 +54,9 @@ def check(splits: Mapping[str, Images], data: DataConfig, seed: int) -> Findings
         splits: The images by split.
         data: How they would be stored.
         seed: Of the run.
+
+    Returns:
+        All findings.
     """
     findings = Findings()
     try:

@@ -1,4 +1,4 @@
-"""Images that stand in the data twice: the same file, which is refused, and copies of one, which are told."""
+"""Images that are in the data twice. The same file twice is refused; copies of a file are reported."""
 
 from __future__ import annotations
 
@@ -13,7 +13,14 @@ from pipelines.prepare.sources import Images
 
 
 def refuse_shared_files(splits: Mapping[str, Images]) -> None:
-    """Raise UserError where one file is in two splits or in two classes: by its path, a link, or a hard link."""
+    """Refuse a file that is in two splits or in two classes: by its path, a link, or a hard link.
+
+    Args:
+        splits: The images by split.
+
+    Raises:
+        UserError: There is such a file. The message counts them and names one.
+    """
     seen: dict[tuple[int, int], tuple[str, int]] = {}
     counts: Counter[tuple[str, str]] = Counter()
     first: dict[tuple[str, str], tuple[str, str]] = {}
@@ -28,7 +35,7 @@ def refuse_shared_files(splits: Mapping[str, Images]) -> None:
                 continue
             before = splits[other]
             if other == split and before.labels[number] == images.labels[index]:
-                continue  # the same image twice in a class: told as a copy
+                continue  # the same image twice in a class: reported as a copy
             assert before.files is not None
             # Some file systems give numbers twice: two names of one file are links, or it has several.
             if stat.st_nlink < 2 and os.path.realpath(file) != os.path.realpath(before.files[number]):
@@ -47,7 +54,12 @@ def _identity(stat: os.stat_result) -> tuple[int, int]:
 
 @dataclass
 class Copies:
-    """Images with the same bytes. counts: by kind, in words; lines: one a copy, with the image that it is a copy of."""
+    """Images with the same bytes.
+
+    Attributes:
+        counts: Copies by kind, in words.
+        lines: One for each copy: split and name, a tab, split and name of the image that it is a copy of.
+    """
 
     counts: Counter[str] = field(default_factory=Counter)
     lines: list[str] = field(default_factory=list)
@@ -57,7 +69,7 @@ class Copies:
         return ", ".join(f"{count:,} {kind}" for kind, count in sorted(self.counts.items()))
 
     def write(self, path: Path) -> None:
-        """Write the lines."""
+        """Write the lines to a file."""
         path.write_text("".join(f"{line}\n" for line in self.lines), errors="surrogateescape")
 
 
@@ -65,7 +77,10 @@ def find_copies(splits: Mapping[str, tuple[list[str], list[int], list[str]]]) ->
     """Find images with the same bytes.
 
     Args:
-        splits: By split: names, labels, and a digest of each image's bytes.
+        splits: For each split the names, the labels, and a digest of each image's bytes.
+
+    Returns:
+        All copies.
     """
     seen: dict[str, tuple[str, str, int]] = {}
     copies = Copies()

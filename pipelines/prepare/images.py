@@ -18,7 +18,15 @@ LARGEST = 1 << 23  # bytes of an image: a page of the .beton file
 
 @dataclass(frozen=True)
 class Packed:
-    """An image as it lies in the .beton file: `data` holds a JPEG file, or uint8 pixels of shape (height, width, 3)."""
+    """An image as it is stored in the .beton file.
+
+    Attributes:
+        jpeg: Whether `data` is a JPEG file.
+        width: Pixels.
+        height: Pixels.
+        data: The JPEG file, or uint8 pixels of shape (height, width, 3).
+        kept: Whether it is the source's own file.
+    """
 
     jpeg: bool
     width: int
@@ -49,7 +57,10 @@ def pack(
             by the same rule, so it sees the same pixels as a server that is sent the original file.
         raw: In mode 'mixed', whether this image is one of those stored raw.
         max_pixels: The largest image that is read.
-        window: As `to_rgb`.
+        window: The range of grey values that becomes black to white, for images of more than 8 bits; see `to_rgb`.
+
+    Returns:
+        The packed image.
 
     Raises:
         BadImageError: The file is damaged, or beyond a limit.

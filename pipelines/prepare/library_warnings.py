@@ -1,4 +1,4 @@
-"""Warnings that image decoders give: one line for all of them, with an image's name, instead of paths of installed packages."""
+"""Warnings of image decoders as one line with an image's name, instead of many with paths of installed packages."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _PILLOW = str(Path(PIL.__file__).parent)
 
 
 class Warned:
-    """The images that a decoder warned of. Threads tell with `begin` which image they are at."""
+    """Warnings of the decoder by image. Each thread calls `begin` with the image that it decodes next."""
 
     def __init__(self) -> None:
         self._here = threading.local()
@@ -23,11 +23,11 @@ class Warned:
         self._first: dict[str, str] = {}
 
     def begin(self, image: str) -> None:
-        """The calling thread decodes this image from now on."""
+        """Note that the calling thread now decodes `image`."""
         self._here.image = image
 
     def note(self, message: str) -> None:
-        """Keep a warning of the calling thread's image."""
+        """Keep a warning about the calling thread's image."""
         with self._lock:
             self._first.setdefault(getattr(self._here, "image", "an image"), message)
 
@@ -41,7 +41,11 @@ class Warned:
 
 @contextmanager
 def collected_warnings() -> Iterator[Warned]:
-    """Collect the warnings of Pillow for as long as the context lasts; all others are shown as before."""
+    """Collect Pillow's warnings as long as the context lasts. All others are shown as before.
+
+    Yields:
+        The collected warnings.
+    """
     warned = Warned()
     with warnings.catch_warnings():
         shown = warnings.showwarning

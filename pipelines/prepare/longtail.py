@@ -16,12 +16,30 @@ from pipelines.prepare.sources.names import name_key
 
 
 def exp_counts(classes: int, largest: int, imbalance: float) -> np.ndarray:
-    """n_i = int(n_max · μ^(i/(C-1))), μ = 1/imbalance (Cui et al. 2019; the community's CIFAR-LT). int64 (C,)."""
+    """Exponential profile: n_i = int(n_max · μ^(i/(C-1))), μ = 1/imbalance (Cui et al. 2019, as in CIFAR-LT).
+
+    Args:
+        classes: C, at least 2.
+        largest: n_max, images of the largest class.
+        imbalance: Images of the largest class for one of the smallest.
+
+    Returns:
+        Images of each class, int64 (C,).
+    """
     return np.array([int(largest * (1 / imbalance) ** (i / (classes - 1.0))) for i in range(classes)])
 
 
 def step_counts(classes: int, largest: int, imbalance: float) -> np.ndarray:
-    """n_max for the first half of the classes, int(n_max / imbalance) for the others (Buda et al. 2018). int64 (C,)."""
+    """Step profile: n_max for the first half of the classes, int(n_max / imbalance) for the others (Buda et al. 2018).
+
+    Args:
+        classes: C.
+        largest: n_max.
+        imbalance: Images of a large class for one of a small one.
+
+    Returns:
+        Images of each class, int64 (C,).
+    """
     return np.array([largest if i < classes // 2 else int(largest / imbalance) for i in range(classes)])
 
 
@@ -36,10 +54,10 @@ def carve(
         fraction: The share of each class's images, at least one image.
         seed: Of the draw.
         draw: Name of the random stream.
-        keep: Images of each class that stay at least.
+        keep: The smallest number of images of each class that stay.
 
     Returns:
-        What stays, and what is set aside; None where no class has an image to spare.
+        The images that stay, and those set aside; None where no class has enough images.
     """
     rest, aside = [], []
     for members in _shuffled(images.labels, classes, seed, draw):
@@ -54,14 +72,17 @@ def carve(
 def apply_profile(profile: Profile, images: Images, classes: int, seed: int, names: Sequence[str] = ()) -> Images:
     """Choose the training images that `profile` keeps.
 
-    The images of a class are a seeded shuffle's first n_i, so that a smaller imbalance's subset contains a larger's.
+    Each class keeps the first n_i images of a seeded shuffle, so the subset of a smaller imbalance contains that of a larger.
 
     Args:
         profile: The profile.
         images: All training images.
         classes: How many classes there are.
         seed: Of the shuffle.
-        names: Class names in label order, where counts may be given by them.
+        names: Class names in label order; a file of counts may use them.
+
+    Returns:
+        The kept images, in the order of `images`.
 
     Raises:
         UserError: The profile asks for more images than a class has.

@@ -1,4 +1,4 @@
-"""The images of a prepared split as their source has them: what a client of a server would send."""
+"""The images of a prepared split as the source has them: the files that a client would send to a server."""
 
 from __future__ import annotations
 
@@ -17,9 +17,19 @@ log = logging.getLogger(__name__)
 
 
 def original_images(prepared: Prepared, split: str, data: DataConfig, seed: int, count: int) -> Iterator[tuple[bytes, str]]:
-    """(bytes of an image file, its place) of the first `count` images of a split, in the file's order.
+    """Read the first `count` images of a split, in the order of its files.
 
-    Where the source is gone, or has changed since, the bytes are those that the .beton file holds. Pixels become PNG files.
+    If the source is gone or has changed, the stored images are returned instead. Pixels become PNG files.
+
+    Args:
+        prepared: The prepared data.
+        split: 'train', 'val' or 'test'.
+        data: Their configuration.
+        seed: Of the run.
+        count: How many images.
+
+    Yields:
+        The bytes of an image file, and its place for messages.
     """
     beton = prepared.beton(split)
     names = read_lines(prepared.folder / f"{split}.files.txt")

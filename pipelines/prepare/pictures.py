@@ -20,8 +20,10 @@ def shot_groups(train_counts: np.ndarray) -> list[str]:
 
 
 def thirds(train_counts: np.ndarray) -> list[str]:
-    """'head', 'middle' or 'tail' of each class: the middle takes what does not divide by three (10 classes: 3, 4, 3; of two
-    both)."""
+    """'head', 'middle' or 'tail' of each class by its training images, (C,).
+
+    The middle gets the remainder of C / 3: of 10 classes 3, 4 and 3; of two classes both.
+    """
     classes = len(train_counts)
     names = ["middle"] * classes
     order = np.argsort(-train_counts, kind="stable").tolist()
@@ -31,7 +33,14 @@ def thirds(train_counts: np.ndarray) -> list[str]:
 
 
 def histogram_text(classes: list[str], counts: np.ndarray, rows: int = 20, width: int = 50) -> str:
-    """Training images a class, sorted, as bars of text; many classes are thinned out to `rows` of them."""
+    """Training images of each class, sorted, as bars of text.
+
+    Args:
+        classes: C names.
+        counts: Training images of each class, (C,).
+        rows: With more classes than this, only so many are shown, at equal distances.
+        width: Characters of the longest bar.
+    """
     order = np.argsort(-counts, kind="stable")
     shown = order if len(order) <= rows else order[np.linspace(0, len(order) - 1, rows).round().astype(int)]
     names = [classes[i][:24] for i in shown]
@@ -46,7 +55,13 @@ def histogram_text(classes: list[str], counts: np.ndarray, rows: int = 20, width
 
 
 def save_histogram(path: Path, classes: list[str], counts: np.ndarray) -> None:
-    """Training images a class, sorted, coloured by shot group, on a logarithmic axis."""
+    """Draw the training images of each class, sorted, coloured by shot group, on a logarithmic axis.
+
+    Args:
+        path: The picture.
+        classes: C names.
+        counts: Training images of each class, (C,).
+    """
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 

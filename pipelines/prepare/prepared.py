@@ -43,7 +43,7 @@ class Split:
 
     @property
     def digest(self) -> str:
-        """What tells whether two runs see the same images."""
+        """Equal for two runs that see the same images."""
         return self.content or self.source_digest
 
     def has(self, digest: str | None) -> bool:
@@ -52,16 +52,26 @@ class Split:
 
     @property
     def samples(self) -> int:
+        """Images of all files."""
         return sum(shard.samples for shard in self.shards)
 
     @property
     def bytes(self) -> int:
+        """Size of all files."""
         return sum(shard.bytes for shard in self.shards)
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """What the sidecar says: everything needed to train and to evaluate without the source."""
+    """What the sidecar says: all that training and evaluation need without the source.
+
+    Attributes:
+        folder: The prepared folder.
+        classes: C names, in label order.
+        seed: Of the subset and of the order on disk.
+        profile: The long-tail profile.
+        splits: 'train', and 'val' and 'test' where they exist.
+    """
 
     folder: Path
     classes: list[str]
@@ -70,9 +80,16 @@ class Prepared:
     splits: dict[str, Split]
 
     def beton(self, split: str, only: list[int] | None = None) -> Beton:
-        """The open files of a split ('train', 'val' or 'test'), or some of them by number, checked against the sidecar.
+        """Open the files of a split and check them against the sidecar.
 
-        What another command writes in the folder from then on does not reach them; before, it is refused.
+        If another command prepares the folder again later, the open files keep their content.
+
+        Args:
+            split: 'train', 'val' or 'test'.
+            only: Numbers of the files; None: all.
+
+        Raises:
+            UserError: A file is missing or damaged, or the folder was prepared again since the sidecar was read.
         """
         entry = self.splits[split]
         numbers = list(range(len(entry.shards))) if only is None else only
@@ -92,7 +109,14 @@ class Prepared:
         return beton
 
     def shard_counts(self, split: str) -> np.ndarray:
-        """Images of each class in each of a split's files, int64 (files, C). Raises UserError where that is not known."""
+        """Images of each class in each file of a split.
+
+        Returns:
+            int64 (files, C).
+
+        Raises:
+            UserError: An earlier version prepared the data, and a file is not on this machine.
+        """
         entry = self.splits[split]
         if entry.shard_counts:
             return np.array(entry.shard_counts, dtype=np.int64)
@@ -105,11 +129,12 @@ class Prepared:
         return counts_of_files(beton.labels, entry.shards, len(self.classes))
 
     def paths(self, split: str) -> list[Path]:
+        """The files of a split."""
         return [self.folder / shard.file for shard in self.splits[split].shards]
 
     @property
     def digests(self) -> dict[str, str]:
-        """Of the images of each split."""
+        """The digest of each split's images."""
         return {name: split.digest for name, split in self.splits.items()}
 
     @property
@@ -119,6 +144,14 @@ class Prepared:
 
 
 def read_sidecar(folder: Path) -> Prepared | None:
+    """Read the sidecar of a prepared folder.
+
+    Returns:
+        What it says; None where the folder has none, or one of another format.
+
+    Raises:
+        UserError: It is damaged.
+    """
     try:
         content = json.loads((folder / SIDECAR).read_text())
         if content["format"] not in (FORMAT, EARLIER_FORMAT):
@@ -135,6 +168,15 @@ def read_sidecar(folder: Path) -> Prepared | None:
 
 
 def counts_of_files(labels: np.ndarray, shards: list[Shard], classes: int) -> np.ndarray:
-    """int64 (files, C), of the labels of a split in the order of its files."""
+    """Count the images of each class in each file.
+
+    Args:
+        labels: Of a split, in the order of its files, int64 (N,).
+        shards: The files.
+        classes: C.
+
+    Returns:
+        int64 (files, C).
+    """
     ends = np.cumsum([shard.samples for shard in shards])
     return np.stack([class_counts(part, classes) for part in np.split(labels, ends[:-1])])

@@ -40,7 +40,13 @@ _SAMPLED = 256  # images after which the room that the split needs is known well
 
 @dataclass(frozen=True)
 class Shard:
-    """One finished .beton file: its samples, and its size in bytes."""
+    """One finished .beton file.
+
+    Attributes:
+        file: Its name.
+        samples: Images in it.
+        bytes: Its size.
+    """
 
     file: str
     samples: int
@@ -109,7 +115,7 @@ class _Files:
         progress.how[image.how] = progress.how.get(image.how, 0) + 1
 
     def step(self) -> None:
-        """One image is done, written or skipped."""
+        """Count an image as done, written or skipped."""
         self.progress.done += 1
         writer = self._writer
         if self._limit is not None and writer is not None and (writer.image_bytes >= self._limit or writer.full):
@@ -191,23 +197,33 @@ def _size(path: Path) -> int:
 
 
 def add_content(content: str, name: str, label: int, source: bytes) -> str:
-    """The digest of some images with one more: a sum, so that neither the order on disk nor a stop in between changes it."""
+    """Add an image to a digest. The digest is a sum: neither the order on disk nor a stop in between changes it.
+
+    Args:
+        content: The digest so far, 64 hexadecimal digits.
+        name: The image's name.
+        label: Its class.
+        source: SHA-256 of its file or pixels.
+
+    Returns:
+        The digest with this image.
+    """
     image = hashlib.sha256(f"{name}\0{label}\0".encode("utf-8", "surrogateescape") + source).digest()
     return f"{(int(content, 16) + int.from_bytes(image)) % (1 << 256):064x}"
 
 
 def line_of(name: str) -> str:
-    """An image's name as its line of `SPLIT.files.txt`: rows are found by counting lines, so none may begin another."""
+    """An image's name as a line of `SPLIT.files.txt`. Ends of lines are escaped, because rows are found by counting lines."""
     return name.replace("\n", "\\n").replace("\r", "\\r")
 
 
 def read_lines(path: Path) -> list[str]:
-    """The lines of a `SPLIT.files.txt`, one a row. A name may hold what str.splitlines takes for an end too (U+2028, say)."""
+    """The lines of a `SPLIT.files.txt`, one a row. Only a line feed ends a line: names may contain U+2028 and its like."""
     return path.read_text(errors="surrogateescape").removesuffix("\n").split("\n")
 
 
 def forget_records(folder: Path) -> None:
-    """The data are whole: no run continues from the records."""
+    """Remove the records of finished files, when all splits are written."""
     for record in (*folder.glob("*.done"), *folder.glob("*.journal")):  # the latter are an earlier version's
         record.unlink()
 
@@ -326,7 +342,7 @@ Result = tuple[Packed, bytes] | BadImageError  # an image, and the digest of wha
 def pack_all(
     images: Images, order: np.ndarray, data: DataConfig, seed: int, lossless: bool
 ) -> Generator[tuple[int, Result], None, None]:
-    """Pack in threads (decoding and encoding leave Python's lock), a bounded number ahead.
+    """Pack images in threads, a bounded number ahead. Decoding and encoding release Python's lock.
 
     Args:
         images: The images of a split.
@@ -336,7 +352,7 @@ def pack_all(
         lossless: For evaluation.
 
     Yields:
-        Each image's index, and what became of it, in that order. Warnings of the decoders are counted, and told at the end.
+        Each image's index and its result, in that order. Warnings of the decoders are counted and printed at the end.
     """
     draws = stream(seed, "raw").random(len(images))  # of mode 'mixed'
 

@@ -30,25 +30,32 @@ class BackboneSettings(Settings):
 
     @property
     def min_size(self) -> int:
-        """The smallest images that it takes, pixels a side."""
+        """The smallest side of an image that the network takes, pixels."""
         return 1
 
     def input_rule(self) -> InputRule | None:
-        """How its weights were trained to see images; None where they were not, or where nothing is known of that."""
+        """How images were prepared when the weights were trained; None for random weights, or where it is not known."""
         return None
 
     @abstractmethod
     def build(self) -> tuple[nn.Module, int]:
-        """The network with random weights, images (M, 3, S, S) to features (M, d_h), and d_h."""
+        """Build the network with random weights.
+
+        Returns:
+            The network, images (M, 3, S, S) to features (M, d_h), and d_h.
+        """
 
     def load(self, backbone: nn.Module) -> str | None:
         """Load the pretrained weights into what `build` returned.
+
+        Args:
+            backbone: The network.
 
         Returns:
             Where they came from; None where the weights stay random.
 
         Raises:
-            UserError: The weights cannot be had, or are of another network.
+            UserError: The weights cannot be read or fetched, or are of another network.
         """
         from cibl_ray.networks.backbones.weights import load_file
 

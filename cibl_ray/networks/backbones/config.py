@@ -20,6 +20,7 @@ class ResNet20Backbone(BackboneSettings):
     kind: Literal["resnet20"]
 
     def build(self) -> tuple[nn.Module, int]:
+        """The network with random weights, and the number of its features."""
         from cibl_ray.networks.backbones.resnet_cifar import resnet20
 
         return resnet20()
@@ -31,6 +32,7 @@ class ResNet32Backbone(BackboneSettings):
     kind: Literal["resnet32"] = "resnet32"
 
     def build(self) -> tuple[nn.Module, int]:
+        """The network with random weights, and the number of its features."""
         from cibl_ray.networks.backbones.resnet_cifar import resnet32
 
         return resnet32()
@@ -39,9 +41,11 @@ class ResNet32Backbone(BackboneSettings):
 class _TorchvisionResNet(BackboneSettings):
     @property
     def min_size(self) -> int:
+        """33: the network shrinks images 32-fold."""
         return 33
 
     def input_rule(self) -> InputRule | None:
+        """How images were prepared when torchvision's weights were trained; None for random weights."""
         if self.weights == "none":
             return None
         # What torchvision's weights of this network were evaluated with.
@@ -49,11 +53,13 @@ class _TorchvisionResNet(BackboneSettings):
         return InputRule(224, ratio, "bilinear", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
     def build(self) -> tuple[nn.Module, int]:
+        """The network with random weights, and the number of its features."""
         from cibl_ray.networks.backbones.resnet_imagenet import build
 
         return build(self.title)
 
     def load(self, backbone: nn.Module) -> str | None:
+        """Load the weights that `weights` names, and say where they came from."""
         from cibl_ray.networks.backbones.resnet_imagenet import load
 
         return load(backbone, self.title) if self.weights == "default" else super().load(backbone)
@@ -89,26 +95,30 @@ class TimmBackbone(BackboneSettings):
 
     @property
     def title(self) -> str:
+        """The model's name in timm."""
         return self.name
 
     def input_rule(self) -> InputRule:
+        """How images were prepared when timm's weights were trained."""
         from cibl_ray.networks.backbones.timm_model import input_rule
 
         return input_rule(self.name)
 
     def build(self) -> tuple[nn.Module, int]:
+        """The network with random weights, and the number of its features."""
         from cibl_ray.networks.backbones.timm_model import build
 
         return build(self.name, self.drop_path)
 
     def load(self, backbone: nn.Module) -> str | None:
+        """Load the weights that `weights` names, and say where they came from."""
         from cibl_ray.networks.backbones.timm_model import load
 
         return load(backbone, self.name, self.weights)
 
 
 class ModuleBackbone(BackboneSettings):
-    """A network of your own: a function without arguments that returns a torch module, images to features (M, d_h)."""
+    """Your own network: a function without arguments that returns a torch module, images to features (M, d_h)."""
 
     kind: Literal["module"]
     path: str = Field(
@@ -121,14 +131,17 @@ class ModuleBackbone(BackboneSettings):
 
     @property
     def title(self) -> str:
+        """The path of the function."""
         return self.path
 
     def build(self) -> tuple[nn.Module, int]:
+        """The network with random weights, and the number of its features."""
         from cibl_ray.networks.backbones.module import build
 
         return build(self.path)
 
     def load(self, backbone: nn.Module) -> str | None:
+        """Load the weights that `weights` names, and say where they came from."""
         from cibl_ray.networks.backbones.weights import load_file
 
         return None if self.weights == "none" else load_file(backbone, self.weights)
@@ -152,13 +165,13 @@ AnyBackbone = Annotated[Annotated[BackboneConfig, Field(discriminator="kind")], 
 
 
 def weights_file(backbone: BackboneConfig) -> Path | None:
-    """The file that the weights are to be read from, as an absolute path; None where they are no file's."""
+    """The file of the weights, as an absolute path; None where they do not come from a file."""
     if backbone.weights in ("none", "default") or backbone.weights.startswith("hf-hub:"):
         return None
     return Path(backbone.weights).expanduser().absolute()
 
 
 def dump(backbone: BackboneConfig) -> Any:
-    """As a configuration file says it: by its name alone where nothing else is to be said."""
+    """The backbone as YAML or JSON writes it: its name alone, where all else has its default."""
     content = backbone.model_dump(mode="json")
     return content["kind"] if content == {"kind": content["kind"], "weights": "none"} else content

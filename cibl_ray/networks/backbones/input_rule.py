@@ -1,4 +1,4 @@
-"""How a pretrained network was shown its images. Imports no torch."""
+"""How images were prepared when a network was pretrained. Imports no torch."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class InputRule:
-    """How a pretrained network was shown its images.
+    """How images were prepared when a network was pretrained.
 
     Attributes:
         size: Width and height of the input, pixels.
         ratio: `size` over the shorter side before the central square is taken.
         interpolation: Of that resize.
-        mean: Of each channel, of pixels from 0 to 1.
-        std: Likewise.
-        fixed: Whether the network takes no other size.
+        mean: Mean of each channel, for pixels from 0 to 1.
+        std: Standard deviation of each channel, likewise.
+        fixed: Whether the network takes this size only.
     """
 
     size: int

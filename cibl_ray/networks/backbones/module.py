@@ -1,4 +1,4 @@
-"""A backbone of the user's own, named by its Python path."""
+"""A backbone from the user's own code, named by its Python path."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""torchvision's ResNets for photographs (He et al. 2016; Xie et al. 2017). They shrink images 32-fold."""
+"""ResNets of torchvision, for photographs (He et al. 2016; Xie et al. 2017). They shrink images 32-fold."""
 
 from __future__ import annotations
 
@@ -11,7 +11,14 @@ from cibl_ray.networks.backbones.weights import cannot_fetch, put
 
 
 def build(name: str) -> tuple[nn.Module, int]:
-    """The network `name` with random weights and without its classifier, and how many features it has."""
+    """Build a network with random weights and without its classifier.
+
+    Args:
+        name: 'resnet18', 'resnet50' or 'resnext50'.
+
+    Returns:
+        The network, images (M, 3, S, S) to features (M, d_h), and d_h.
+    """
     from torchvision import models
 
     builders = {"resnet18": models.resnet18, "resnet50": models.resnet50, "resnext50": models.resnext50_32x4d}
@@ -22,7 +29,11 @@ def build(name: str) -> tuple[nn.Module, int]:
 
 
 def load(network: nn.Module, name: str) -> str:
-    """Load torchvision's own ImageNet weights of the network `name`.
+    """Load torchvision's ImageNet weights.
+
+    Args:
+        network: Gets the weights.
+        name: As in `build`.
 
     Returns:
         Where they came from.

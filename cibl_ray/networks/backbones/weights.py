@@ -43,7 +43,14 @@ def load_file(network: nn.Module, file: str, classifier: tuple[str, ...] = ("fc"
 
 
 def read_file(path: Path) -> Tensors:
-    """The tensors of a file of weights, by name. Raises UserError where it is none."""
+    """Read a file of weights: safetensors, a state dict of torch, or a checkpoint of this project.
+
+    Returns:
+        The tensors by name, without the prefixes that training scripts add.
+
+    Raises:
+        UserError: The file does not exist, cannot be read, or holds no state dict.
+    """
     if not path.is_file():
         raise UserError(f"network.backbone.weights {str(path)!r} does not exist; give a file, or 'default', or 'none'")
     content: Any
@@ -72,7 +79,13 @@ def read_file(path: Path) -> Tensors:
 
 
 def put(network: nn.Module, tensors: Tensors, source: str, classifier: tuple[str, ...]) -> None:
-    """Load `tensors` into `network`, every one of them but a classifier's.
+    """Load `tensors` into `network`: all of them, except a classifier's.
+
+    Args:
+        network: Gets the weights.
+        tensors: By the names that the network has for them.
+        source: Where they came from, for messages.
+        classifier: Names of modules whose weights may be left out.
 
     Raises:
         UserError: A tensor is missing, left over, or of another shape. The message lists them.
@@ -92,8 +105,8 @@ def put(network: nn.Module, tensors: Tensors, source: str, classifier: tuple[str
     ]
     problems = [("missing", missing), ("left over", left_over), ("of another shape", shapes)]
     if any(names for _, names in problems):
-        told = "; ".join(f"{len(names)} {how}: {_some(names)}" for how, names in problems if names)
-        raise UserError(f"the weights {source} are of another network: {told}; name the network that they are of")
+        listed = "; ".join(f"{len(names)} {how}: {_some(names)}" for how, names in problems if names)
+        raise UserError(f"the weights {source} are of another network: {listed}; name the network that they are of")
     network.load_state_dict({name: value for name, value in given.items() if name in state}, strict=False)
 
 
@@ -102,7 +115,13 @@ def _some(names: list[str]) -> str:
 
 
 def cannot_fetch(what: str, file: str, error: Exception) -> UserError:
-    """The one line for weights that are not on this machine and cannot be downloaded."""
+    """The error for weights that are not on this machine and cannot be downloaded.
+
+    Args:
+        what: The weights, in words.
+        file: The file to fetch elsewhere.
+        error: What the download raised.
+    """
     reason = " ".join(str(error).partition("\n")[0].split())[:120]
     return UserError(
         f"{what} are not on this machine and cannot be downloaded ({type(error).__name__}: {reason}); fetch the file {file} "

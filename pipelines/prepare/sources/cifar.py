@@ -20,9 +20,11 @@ class Cifar10Source(SourceConfig):
     download: bool = Field(default=True, description="download it where it is missing")
 
     def open(self) -> Dataset:
+        """Training and test images; downloaded where they are missing and `download` allows it."""
         return _open("CIFAR10", self.path, self.download)
 
     def present(self) -> bool:
+        """Whether the folder has it."""
         return (self.path / "cifar-10-batches-py").is_dir()
 
 
@@ -34,9 +36,11 @@ class Cifar100Source(SourceConfig):
     download: bool = Field(default=True, description="download it where it is missing")
 
     def open(self) -> Dataset:
+        """Training and test images; downloaded where they are missing and `download` allows it."""
         return _open("CIFAR100", self.path, self.download)
 
     def present(self) -> bool:
+        """Whether the folder has it."""
         return (self.path / "cifar-100-python").is_dir()
 
 

@@ -1,4 +1,4 @@
-"""scikit-learn's handwritten digits."""
+"""Handwritten digits of scikit-learn."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from pipelines.prepare.sources.dataset import Dataset, Images, SourceConfig
 
 
 class DigitsSource(SourceConfig):
-    """scikit-learn's 1,797 handwritten digits, 8x8 pixels: real images that need no download."""
+    """1,797 handwritten digits of scikit-learn, 8x8 pixels: real images that need no download."""
 
     kind: Literal["digits"]
 
     def open(self) -> Dataset:
+        """Training images, and every fourth image of each class for testing."""
         table = _table()
         images, labels = table[:, :-1].reshape(-1, 8, 8), table[:, -1].astype(np.int64)
         pixels = np.repeat((images * (255 / 16)).round().astype(np.uint8)[..., None], 3, axis=-1)

@@ -1,4 +1,4 @@
-"""The image files of a folder: which endings count, what is left out, and how that is told."""
+"""The image files of a folder: which endings count, what is left out, and the message about it."""
 
 from __future__ import annotations
 
@@ -14,13 +14,18 @@ from pipelines.formats import LEFTOVERS, left_out_text, readable_suffixes
 
 @dataclass
 class LeftOut:
-    """What a walk through folders did not take: files by ending, folders of other systems by name."""
+    """What was not read of a folder.
+
+    Attributes:
+        endings: Files by their ending.
+        folders: Folders that operating systems and archive programs leave behind, by name.
+    """
 
     endings: Counter[str] = field(default_factory=Counter)
     folders: Counter[str] = field(default_factory=Counter)
 
     def tell(self, place: Path) -> None:
-        """Say it on standard error, in a line each."""
+        """Print the counts to standard error, one line for files and one for folders."""
         if self.endings:
             print(f"data: left out of {str(place)!r}: {left_out_text(self.endings)}", file=sys.stderr)
         if self.folders:
@@ -48,10 +53,19 @@ def loose_images(folder: Path) -> int:
 
 
 def image_files(folder: Path, left_out: LeftOut) -> list[str]:
-    """The image files anywhere below a folder, relative to it, in the order of their parts; none where it is no folder.
+    """List the image files anywhere below a folder.
 
-    Hidden files and folders are left out, and so are those of other systems. Links are followed; a folder that is reached
-    twice is read once.
+    Hidden files, hidden folders and leftovers are left out. Links are followed. A folder that is reached twice is read once.
+
+    Args:
+        folder: The folder; one that does not exist has no files.
+        left_out: Counts what is not read.
+
+    Returns:
+        Paths relative to the folder, sorted by their parts.
+
+    Raises:
+        UserError: A folder below cannot be read.
     """
 
     def refuse(error: OSError) -> None:

@@ -33,6 +33,11 @@ class FolderSource(SourceConfig):
     )
 
     def open(self) -> Dataset:
+        """List the images of all class folders.
+
+        Raises:
+            UserError: The folder does not exist, a class has no images, or a name cannot be a class or a split.
+        """
         root = self.path
         if not root.is_dir():
             hint = hint_for(root) or "; set data.source.path to a folder with train/CLASS/*, or CLASS/*"
@@ -77,12 +82,15 @@ class FolderSource(SourceConfig):
         return Dataset(classes, splits["train"], splits.get("val"), splits.get("test"))
 
     def present(self) -> bool:
+        """Whether the folder exists."""
         return self.path.is_dir()
 
     def identity(self) -> dict[str, object]:
+        """The fields, without `classes` where it is not set, as in earlier versions."""
         return self.model_dump(mode="json", exclude={"classes"} if self.classes is None else None)
 
     def class_names(self) -> dict[str, str]:
+        """The class of each folder, as the file `classes` says; empty without that file."""
         return {} if self.classes is None or not self.classes.is_file() else self._listed()
 
     def _listed(self) -> dict[str, str]:
@@ -119,7 +127,10 @@ def open_folder(folder: Path, classes: list[str], class_names: dict[str, str] | 
     Args:
         folder: The folder.
         classes: Names in label order.
-        class_names: The classes of folders that are named in another way.
+        class_names: The classes of folders that have another name.
+
+    Returns:
+        The images; a class without a folder has none.
 
     Raises:
         UserError: The folder has a class that is not among them, or no images in class folders.

@@ -1,4 +1,4 @@
-"""Split lists: ImageNet-LT, Places-LT, iNaturalist, and lists of one's own."""
+"""Split lists: ImageNet-LT, Places-LT, iNaturalist, and the user's own."""
 
 from __future__ import annotations
 
@@ -31,6 +31,11 @@ class ListsSource(SourceConfig):
     )
 
     def open(self) -> Dataset:
+        """Read the lists.
+
+        Raises:
+            UserError: A list cannot be read, its labels have gaps, or an image is listed twice.
+        """
         if not self.root.is_dir():
             raise UserError(
                 f"the lists' root folder {str(self.root)!r} does not exist{hint_for(self.root) or '; set data.source.root'}"
@@ -52,10 +57,12 @@ class ListsSource(SourceConfig):
         return Dataset(self._names(train, count), train, splits.get("val"), splits.get("test"))
 
     def present(self) -> bool:
+        """Whether the training list and the images' folder exist."""
         return self.train.is_file() and self.root.is_dir()
 
     def identity(self) -> dict[str, object]:
-        return self.model_dump(mode="json", exclude={"expect"})  # which checks the lists, and changes nothing
+        """The fields, without `expect`: it checks the lists and changes nothing."""
+        return self.model_dump(mode="json", exclude={"expect"})
 
     def _names(self, train: Images, count: int) -> list[str]:
         """The names in the `classes` file; else the images' folders, where each label has one of its own; else numbers."""
@@ -76,7 +83,17 @@ class ListsSource(SourceConfig):
 
 
 def read_list(path: Path) -> tuple[list[str], np.ndarray]:
-    """A split list's paths and labels: one "path label" a line, blank lines skipped. Labels are int64 (N,)."""
+    """Read a split list: one "path label" a line, blank lines skipped.
+
+    Args:
+        path: The list.
+
+    Returns:
+        N paths, and their labels, int64 (N,).
+
+    Raises:
+        UserError: The file cannot be read, a line is wrong, or no image is listed.
+    """
     lines = read_text(path, "split list").splitlines()
     names: list[str] = []
     labels: list[int] = []

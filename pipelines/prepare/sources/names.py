@@ -10,7 +10,7 @@ from pipelines.common.errors import UserError
 
 
 def name_key(name: str) -> str:
-    """What two spellings of one name have in common: Unicode's composed form (NFC), without format characters."""
+    """A key that is equal for all spellings of a name: Unicode's composed form (NFC), without format characters."""
     if name.isascii():
         return name.strip()
     visible = "".join(letter for letter in name if unicodedata.category(letter) != "Cf")
@@ -18,7 +18,15 @@ def name_key(name: str) -> str:
 
 
 def refuse_alike(names: Sequence[str], places: Sequence[str]) -> None:
-    """Raise UserError where two classes have one name, or names that look the same. places: of each, for the message."""
+    """Refuse classes that have the same name, or names that look the same.
+
+    Args:
+        names: The classes.
+        places: Where each was found, for the message.
+
+    Raises:
+        UserError: Two names are alike.
+    """
     seen: dict[str, int] = {}
     for number, name in enumerate(names):
         first = seen.setdefault(name_key(name), number)
@@ -33,10 +41,14 @@ def refuse_alike(names: Sequence[str], places: Sequence[str]) -> None:
 
 
 def read_text(path: Path, what: str) -> str:
-    """The text of a list that the user made: UTF-8, with or without a byte order mark.
+    """Read a list that the user made: UTF-8, with or without a byte order mark.
+
+    Args:
+        path: The file.
+        what: What it is, for the message.
 
     Raises:
-        UserError: It cannot be read, with what it is instead.
+        UserError: It cannot be read as text. The message says what it is instead.
     """
     try:
         data = path.read_bytes()
@@ -53,7 +65,7 @@ def _not_text(data: bytes, error: UnicodeDecodeError) -> str:
 
 
 def kind_of(start: bytes) -> str:
-    """What a file is by its first bytes, where that is not text: 'a zip archive'; '' where that is not known."""
+    """What a file is by its first bytes, such as 'a zip archive; unpack it first'; empty for text and unknown files."""
     kinds = {
         b"PK\x03\x04": "a zip archive; unpack it first",
         b"\x1f\x8b": "a gzip archive; unpack it first",
@@ -76,7 +88,7 @@ _ADDRESSES = ("s3:/", "gs:/", "http:/", "https:/", "hdfs:/", "abfs:/", "abfss:/"
 
 
 def hint_for(path: Path) -> str:
-    """What a missing path seems to be, and what to do; '' where nothing is known."""
+    """What a missing path seems to be, and what to do, for the end of a message; empty where nothing is known."""
     text = f"/{path}"
     scheme = next((address for address in _ADDRESSES if f"/{address}" in text), None)
     if scheme == "file:/":
