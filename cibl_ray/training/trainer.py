@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -160,9 +160,13 @@ class Trainer:
                         self.save()
                     raise
                 self._write(run_log, row)
-                if run_log is not None and (self.epoch % self.config.train.checkpoint_every == 0 or self.epoch == epochs):
+                # Asked here too: an epoch of one step has no place within it.
+                save, stop = self._ask() if self.epoch < epochs else (True, False)
+                if run_log is not None and (save or stop or self.epoch % self.config.train.checkpoint_every == 0):
                     self.save()
                 progress.epoch(row, _epoch_line(row, epochs))
+                if stop:
+                    self._end()
         finally:
             self.stop.polled = False
             progress.close()
@@ -331,8 +335,11 @@ class Trainer:
         if self.world.is_rank0:
             self.save()
         if stop:
-            self.world.all_gather(None)  # no worker ends before rank 0 has saved
-            raise KeyboardInterrupt
+            self._end()
+
+    def _end(self) -> NoReturn:
+        self.world.all_gather(None)  # no worker ends before rank 0 has saved
+        raise KeyboardInterrupt
 
     def _ask(self) -> tuple[bool, bool]:
         """Whether to save and whether to stop: the same answer for all workers, who exchange it about once a second."""

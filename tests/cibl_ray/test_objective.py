@@ -22,6 +22,7 @@ from cibl_ray.world import World
 from pipelines.common.errors import UserError
 from pipelines.loaders.reading import Share
 from pipelines.prepare.build import ensure_prepared
+from tests.conftest import digits_config
 
 LOSSES = {
     "cross_entropy": "{kind: cross_entropy}",
@@ -125,6 +126,27 @@ def test_a_run_stopped_in_validation_validates_when_it_is_resumed(digits, tmp_pa
         [(row["epoch"], row["train"], row["val"]) for row in read_metrics(tmp_path / name)] for name in ("whole", "stopped")
     ]
     assert rows[0] == rows[1]
+
+
+def test_a_run_whose_epochs_have_one_step_stops(tmp_path):
+    """It looks between its epochs, where it has no validation split either. Resumed, it is the run left alone."""
+    config = config_of("cross_entropy", "--batch_size", "256", "--epochs", "4", "--train.checkpoint_every", "4")
+    without = ensure_prepared(digits_config(tmp_path).model_copy(update={"val_fraction": 0.0}), seed=0)
+    for name in ("whole", "stopped"):
+        (tmp_path / name).mkdir()
+    whole = Trainer(config, without, tmp_path / "whole")
+    assert whole.train_loaders[0].batches == 1
+    expected = whole.fit()
+    stopped = Trainer(config, without, tmp_path / "stopped")
+    stopped.stop = _StopsAfter(2)
+    with pytest.raises(KeyboardInterrupt):
+        stopped.fit()
+    assert (stopped.epoch, stopped.step) == (2, 0)
+    assert [row["epoch"] for row in read_metrics(tmp_path / "stopped")] == [1, 2]
+    again = Trainer(config, without, tmp_path / "stopped")
+    again.restore(load_checkpoint(tmp_path / "stopped" / "checkpoints" / "last.safetensors"))
+    assert again.fit() == expected
+    assert_same(again, whole)
 
 
 def test_a_tail_skew_of_0_trains_as_cross_entropy_does(digits, tmp_path):
