@@ -17,15 +17,17 @@ from cibl_ray.evaluation.evaluate import evaluate
 from cibl_ray.evaluation.files import Prediction, predict_files
 from cibl_ray.networks.network import HybridNetwork
 from cibl_ray.run.checkpoint import Checkpoint, load_checkpoint
-from cibl_ray.run.folder import CONFIG, RESULT, checkpoint, is_run
+from cibl_ray.run.folder import CONFIG, RESULT, is_run
 from cibl_ray.run.log import read_metrics
+from cibl_ray.run.own_config import own_config
 from cibl_ray.run.progress import Silent, Terminal
 from cibl_ray.run.stop import stop_signals
+from cibl_ray.run.which import checkpoint
 from cibl_ray.training import fit as training
 from cibl_ray.training.resume import resumed
 from cibl_ray.world import World
 from pipelines.common.errors import UserError
-from pipelines.common.settings import absolute, find_config, override, read_config, read_content, validate
+from pipelines.common.settings import absolute, find_config, override, read_content, validate
 
 __all__ = ["Prediction", "Run", "UserError", "fit", "load_config", "open_run"]
 
@@ -104,8 +106,7 @@ class Run:
     @property
     def config(self) -> RunConfig:
         """The configuration that was trained."""
-        path = self.folder / CONFIG
-        return validate(RunConfig, read_config(path), str(path))
+        return validate(RunConfig, own_config(self.folder), str(self.folder / CONFIG))
 
     @property
     def classes(self) -> list[str]:
@@ -121,12 +122,15 @@ class Run:
         """
         path = self.folder / RESULT
         try:
-            content: dict[str, Any] = json.loads(path.read_text())
+            content = json.loads(path.read_text())
+            if not all(isinstance(content[key], kind) for key, kind in (("split", str), ("last", dict), ("classes", list))):
+                raise TypeError("it is not the result of a run")
         except FileNotFoundError:
             raise UserError(f"the run in {str(self.folder)!r} is not finished, it has no {RESULT}; resume it") from None
-        except ValueError as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(f"{str(path)!r} is damaged: {error}; resume the run to write it again") from error
-        return content
+        result: dict[str, Any] = content
+        return result
 
     @property
     def scores(self) -> dict[str, float]:

@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 
-from cibl_ray.run.folder import checkpoints
+from cibl_ray.run.which import checkpoints
 from pipelines.common.errors import CommandParser, UserError, run_command
 
 METRICS = ("overall", "balanced", "many", "medium", "few", "tail", "worst", "harmonic")

@@ -11,8 +11,8 @@ import argparse
 import logging
 from pathlib import Path
 
-from cibl_ray.run.folder import checkpoint
 from cibl_ray.run.shift import chosen_shift
+from cibl_ray.run.which import checkpoint
 from pipelines.common.errors import CommandParser, run_command
 
 

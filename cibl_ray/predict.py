@@ -12,8 +12,8 @@ import io
 import sys
 from pathlib import Path
 
-from cibl_ray.run.folder import checkpoint
 from cibl_ray.run.shift import chosen_shift
+from cibl_ray.run.which import checkpoint
 from pipelines.common.errors import CommandParser, UserError, run_command
 
 

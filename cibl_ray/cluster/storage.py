@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from cibl_ray.run.folder import CHECKPOINTS, CONFIG, COPY, LAST, LOCK, PREVIOUS, RESULT, copy_of, is_run
+from cibl_ray.run.head import reached, reached_in
 from pipelines.common.errors import UserError
 
 _AT_LAST = (LAST, RESULT)  # written when all else is there
@@ -122,8 +123,6 @@ class Mirror:
 
     def _reached(self) -> tuple[tuple[int, int], tuple[int, int]]:
         """(epoch, step) of the last checkpoint in the folder and in the copy."""
-        from cibl_ray.run.checkpoint import reached, reached_in
-
         there = (0, 0)
         for name in (LAST, PREVIOUS):
             path = f"{self._top}/{CHECKPOINTS}/{name}"

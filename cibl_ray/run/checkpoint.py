@@ -7,20 +7,23 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
-from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 
 from cibl_ray.config import RunConfig
 from cibl_ray.networks.network import HybridNetwork, build_network
-from cibl_ray.run.folder import LAST, PREVIOUS
+from cibl_ray.run.folder import BEST, LAST, PREVIOUS
+from cibl_ray.run.head import HEADER, read_head
+from cibl_ray.run.log import is_row
 from pipelines.common.errors import UserError
 from pipelines.common.files import write_atomically
 from pipelines.common.settings import validate
@@ -29,8 +32,6 @@ log = logging.getLogger(__name__)
 
 FORMAT = 4
 _READ = (2, 3, 4)  # 2: without steps within an epoch; 3: without an average of the weights
-_HEADER = "cibl_ray"
-_LARGEST_HEAD = 100_000_000  # bytes, of a safetensors file
 _MOMENTUM = "momentum_buffer"  # torch's name of it
 _PARTS = ("weights", "momentum", "objective", "average")  # the tensors of a Checkpoint
 
@@ -43,7 +44,8 @@ class Checkpoint:
     best: the best validation accuracy so far and its epoch, or None.
     weights: the network's state by name. momentum: SGD's buffers by parameter name; objective: what the loss carries from step
     to step (a queue, an averaged network); average: the weights' average, where the run keeps one, by which the network is
-    judged; all three empty in a best checkpoint, whose weights are those that were judged.
+    judged; all three empty in a best checkpoint, whose weights are those that were judged. rows: the log up to here, as
+    `metrics.jsonl` has it; None in older files and in a best checkpoint.
     """
 
     config: RunConfig
@@ -58,6 +60,7 @@ class Checkpoint:
     momentum: dict[str, torch.Tensor] = field(default_factory=dict)
     objective: dict[str, torch.Tensor] = field(default_factory=dict)
     average: dict[str, torch.Tensor] = field(default_factory=dict)
+    rows: list[dict[str, Any]] | None = None
 
     def network(self) -> HybridNetwork:
         """The network that this checkpoint describes, with the weights to judge and to use it by."""
@@ -129,15 +132,17 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint, keep_previous: bool = Fa
         "step": checkpoint.step,
         "workers": checkpoint.workers,
         "best": checkpoint.best,
+        "rows": checkpoint.rows,
     }
     tensors = {
         f"{part}.{name}": tensor.detach().cpu().contiguous()
         for part in _PARTS
         for name, tensor in getattr(checkpoint, part).items()
     }
+    content["crc32"] = _crc32(tensors)
     path.parent.mkdir(parents=True, exist_ok=True)
-    whole = to_bytes(tensors, {_HEADER: json.dumps(content)})
-    if not (keep_previous and _whole(path)):  # a damaged one must not take the place of the good one before it
+    whole = to_bytes(tensors, {HEADER: json.dumps(content)})
+    if not (keep_previous and read_head(path) is not None):  # a damaged one must not take the place of the good one before it
         write_atomically(path, whole)
         return
     second = path.with_name(PREVIOUS + ".part")
@@ -154,82 +159,122 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint, keep_previous: bool = Fa
     second.replace(path.with_name(PREVIOUS))
 
 
-def _whole(path: Path) -> bool:
-    """Whether a safetensors file is there and as long as its head says: little is read of it."""
-    try:
-        with safe_open(path, framework="pt"):
-            return True
-    except (SafetensorError, OSError):
-        return False
+def _crc32(tensors: dict[str, torch.Tensor]) -> int:
+    """A checksum of the tensors, in order of their names: safetensors itself does not notice another bit in one."""
+    total = 0
+    for name in sorted(tensors):
+        total = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy().data, total)
+    return total
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
-    """Read a checkpoint. Raises UserError where the file is missing, cut short or not one of ours."""
+    """Read a checkpoint.
+
+    Raises:
+        UserError: The file is missing, cut short, damaged or not one of ours.
+    """
+    if not os.path.lexists(path):
+        raise UserError(f"no checkpoint at {str(path)!r}{_beside(path)}")
+    if not path.is_file():
+        raise UserError(f"checkpoint {str(path)!r} is not a file{_beside(path)}")
     try:
         with safe_open(path, framework="pt") as file:
-            header = (file.metadata() or {}).get(_HEADER)
+            header = (file.metadata() or {}).get(HEADER)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
-    except FileNotFoundError as error:
-        raise UserError(f"no checkpoint at {str(path)!r}") from error
     except (SafetensorError, OSError) as error:
-        raise UserError(f"checkpoint {str(path)!r} is cut short or damaged, or none at all: {error}") from error
+        raise UserError(f"checkpoint {str(path)!r} is cut short or damaged, or none at all: {error}{_beside(path)}") from error
     try:
         content: dict[str, Any] = json.loads(header or "")
         if content["format"] not in _READ:
             raise UserError(f"checkpoint {str(path)!r} has format {content['format']}, this version reads {FORMAT}")
+        if content.get("crc32") not in (None, _crc32(tensors)):
+            raise UserError(f"checkpoint {str(path)!r} is damaged: its tensors are not those that were saved{_beside(path)}")
+        rows = content.get("rows")
         return Checkpoint(
             config=validate(RunConfig, content["config"], str(path)),
-            classes=content["classes"],
+            classes=_names(content["classes"]),
             train_counts=np.array(content["train_counts"], dtype=np.int64),
-            data=content["data"],
-            epoch=content["epoch"],
-            step=content.get("step", 0),
+            data=dict(content["data"]),
+            epoch=_count(content["epoch"]),
+            step=_count(content.get("step", 0)),
             workers=content.get("workers"),
             best=content["best"],
+            rows=None if rows is None else [row for row in rows if is_row(row)],
             **{part: _part(tensors, f"{part}.") for part in _PARTS},
         )
-    except (json.JSONDecodeError, KeyError, ValidationError) as error:
-        raise UserError(f"{str(path)!r} is a safetensors file, but not a checkpoint of cibl-ray") from error
+    except UserError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        raise UserError(f"{str(path)!r} is a safetensors file, but not a checkpoint of cibl-ray{_beside(path)}") from error
 
 
-def reached(file: IO[bytes]) -> tuple[int, int]:
-    """(epoch, step) of a checkpoint, of which its head alone is read; (0, 0) where it is not one of ours."""
-    try:
-        head = json.loads(file.read(min(int.from_bytes(file.read(8), "little"), _LARGEST_HEAD)))
-        content = json.loads(head["__metadata__"][_HEADER])
-        return content["epoch"], content.get("step", 0)
-    except (ValueError, KeyError, TypeError):
-        return 0, 0
+def _names(value: Any) -> list[str]:
+    if not (isinstance(value, list) and all(isinstance(name, str) for name in value)):
+        raise TypeError("classes")
+    return value
 
 
-def reached_in(folder: Path) -> tuple[int, int]:
-    """(epoch, step) of the last whole checkpoint of a run's `checkpoints` folder; (0, 0) where it has none."""
-    found = (0, 0)
-    for path in (folder / LAST, folder / PREVIOUS):
-        if _whole(path):
-            with path.open("rb") as file:
-                found = max(found, reached(file))
-    return found
+def _count(value: Any) -> int:
+    if not isinstance(value, int) or value < 0:
+        raise TypeError("a count")
+    return value
+
+
+def _beside(path: Path) -> str:
+    """What to take instead of a damaged checkpoint: whole ones in the same folder."""
+    whole = [name for name in (LAST, BEST, PREVIOUS) if name != path.name and read_head(path.with_name(name)) is not None]
+    return f"; whole checkpoints beside it: {', '.join(whole)}" if whole else ""
 
 
 def _part(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
-def newest(folder: Path) -> Checkpoint | None:
-    """The last whole checkpoint of a run's `checkpoints` folder; the one before where the last is damaged, and says so."""
-    damaged: UserError | None = None
+@dataclass(frozen=True)
+class Found:
+    """The last whole checkpoint of a run, or None, and the damaged ones that were found before it."""
+
+    checkpoint: Checkpoint | None
+    damaged: list[Path]
+
+
+def find_newest(folder: Path) -> Found:
+    """Load the last whole checkpoint of a run's `checkpoints` folder: the one before where the last is damaged, and say so.
+
+    Args:
+        folder: The `checkpoints` folder; it need not exist.
+
+    Raises:
+        UserError: There are checkpoints, and all are damaged; or the folder is a link to nowhere, or a file may not be read.
+    """
+    if folder.is_symlink() and not folder.exists():
+        raise UserError(
+            f"{str(folder)!r} is a link to {str(folder.readlink())!r}, which is not there; bring it back, or remove the link"
+        )
+    damaged: list[Path] = []
+    problems: list[UserError] = []
     for name in (LAST, PREVIOUS):
-        if not (folder / name).exists():
+        path = folder / name
+        if not os.path.lexists(path):
             continue
+        if path.is_file() and not os.access(path, os.R_OK):
+            raise UserError(f"checkpoint {str(path)!r} may not be read by this user; change its permissions")
         try:
-            checkpoint = load_checkpoint(folder / name)
+            checkpoint = load_checkpoint(path)
         except UserError as error:
-            damaged = error
+            damaged.append(path)
+            problems.append(error)
             continue
-        if damaged is not None:
-            log.warning("%s; going on from the one before, after epoch %d", damaged, checkpoint.epoch)
-        return checkpoint
-    if damaged is not None:
-        raise damaged
-    return None
+        if problems:
+            log.warning("%s; resuming from the one before, after epoch %d", problems[0], checkpoint.epoch)
+        elif name == PREVIOUS:
+            log.warning("%r is missing; resuming from the one before, after epoch %d", str(folder / LAST), checkpoint.epoch)
+        return Found(checkpoint, damaged)
+    if problems:
+        raise UserError(f"{problems[0]}; to train again from epoch 1, move {' and '.join(map(repr, map(str, damaged)))} away")
+    return Found(None, [])
+
+
+def newest(folder: Path) -> Checkpoint | None:
+    """The checkpoint that `find_newest` finds."""
+    return find_newest(folder).checkpoint

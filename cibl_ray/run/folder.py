@@ -1,12 +1,16 @@
-"""The run folder: the names of its files, whether one is a run, which checkpoint, and its lock."""
+"""The run folder: the names of its files, whether one is a run, what is no file where one belongs, and its lock."""
 
 from __future__ import annotations
 
+import logging
+import os
 from contextlib import AbstractContextManager
 from pathlib import Path
 
 from pipelines.common.errors import UserError
 from pipelines.common.files import locked
+
+log = logging.getLogger(__name__)
 
 CONFIG = "config.yaml"
 RESULT = "result.json"
@@ -15,12 +19,16 @@ LOG = "train.log"
 LOCK = ".lock"
 CHECKPOINTS = "checkpoints"
 LAST, PREVIOUS, BEST = "last.safetensors", "previous.safetensors", "best.safetensors"
+TENSORBOARD = "tensorboard"
+HISTOGRAM, CURVES, BY_CLASS = "class_counts.png", "learning_curves.png", "accuracy_by_class.png"
+CONFUSION = ("confusion.html", "confusion.json")
 COPY = ".storage"  # where the run's copy in an object store is
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a run has begun in `folder`."""
-    return (folder / CONFIG).is_file()
+    """Whether a run has begun in `folder`: it has a configuration, or a checkpoint, which has one, too."""
+    names = (CONFIG, *(f"{CHECKPOINTS}/{name}" for name in (LAST, PREVIOUS, BEST)))
+    return any((folder / name).is_file() for name in names)
 
 
 def never_begun(folder: Path) -> bool:
@@ -58,7 +66,7 @@ def same_name(name: str, resumed: str) -> None:
 def copy_of(folder: Path) -> str | None:
     """The URI of a run folder's copy, or None."""
     mark = folder / COPY
-    return mark.read_text() if mark.is_file() else None
+    return mark.read_text(errors="replace").strip() if mark.is_file() else None
 
 
 def lock_folder(folder: Path, doing: str, patience: float) -> AbstractContextManager[None]:
@@ -72,48 +80,32 @@ def lock_folder(folder: Path, doing: str, patience: float) -> AbstractContextMan
     Returns:
         A context manager; entering it raises UserError where another process works in the folder.
     """
-    return locked(folder / LOCK, patience, f"another process is {doing} in {str(folder)!r}; wait for it, or end it")
+    lock = folder / LOCK
+    if os.path.lexists(lock) and not lock.is_file():
+        log.warning("%s is not a file; it is kept as %s", lock, set_aside(lock))
+    return locked(lock, patience, f"another process is {doing} in {str(folder)!r}; wait for it, or end it")
 
 
-def checkpoints(run: Path, which: str | None = None) -> list[Path]:
-    """The checkpoints to evaluate: of a run folder each of 'last' and 'best' that exists, or `which` of them alone.
+def set_aside(path: Path) -> Path:
+    """Rename a file or a folder to NAME.old, or NAME.old2 and so on where that is there, and return the new path."""
+    number = 1
+    while os.path.lexists(other := path.with_name(f"{path.name}.old{number if number > 1 else ''}")):
+        number += 1
+    return path.rename(other)
 
-    Args:
-        run: A run folder, or a checkpoint file, which is itself the answer.
-        which: 'last' or 'best'.
 
-    Raises:
-        UserError: `run` is neither, or has no such checkpoint.
+def make_room(folder: Path) -> None:
+    """Set aside what stands where a run writes and is of another kind: a folder in a file's place, a file in a folder's.
+
+    Each is one line of the log. Otherwise the run would fail as it writes there, as late as its end.
     """
-    if run.is_file():
-        return [run]
-    wanted = [name for name in (LAST, BEST) if which in (None, Path(name).stem)]
-    found = [path for name in wanted if (path := run / CHECKPOINTS / name).exists()]
-    return found or [_beside(run, wanted, which)]
-
-
-def checkpoint(run: Path, which: str | None = None) -> Path:
-    """The checkpoint to export: `which` of 'best' and 'last', else the best, else the last.
-
-    Args:
-        run: A run folder, a sweep folder (its best trial's), or a checkpoint file, which is itself the answer.
-        which: 'last' or 'best'.
-
-    Raises:
-        UserError: `run` is none of these, or has no such checkpoint.
-    """
-    if run.is_file():
-        return run
-    wanted = [name for name in (BEST, LAST) if which in (None, Path(name).stem)]
-    found = [path for name in wanted if (path := run / CHECKPOINTS / name).exists()]
-    return found[0] if found else _beside(run, wanted, which)
-
-
-def _beside(run: Path, wanted: list[str], which: str | None) -> Path:
-    """A checkpoint that lies in the folder itself, as in a sweep's."""
-    for name in wanted:
-        if (run / name).exists():
-            return run / name
-    if not is_run(run):
-        raise UserError(f"{str(run)!r} is neither a run folder nor a checkpoint file")
-    raise UserError(f"{str(run / CHECKPOINTS)!r} has no {which or 'last'} checkpoint; the run has not finished its first epoch")
+    files = [CONFIG, RESULT, METRICS, LOG, HISTOGRAM, CURVES, BY_CLASS, *CONFUSION]
+    files += [f"{CHECKPOINTS}/{name}" for name in (LAST, PREVIOUS, BEST)]
+    for name in (CHECKPOINTS, TENSORBOARD):
+        path = folder / name
+        if os.path.lexists(path) and not path.is_dir():
+            log.warning("%s is not a folder; it is kept as %s", path, set_aside(path))
+    for name in files:
+        for path in (folder / name, folder / f"{name}.part"):
+            if os.path.lexists(path) and not path.is_file():
+                log.warning("%s is not a file; it is kept as %s", path, set_aside(path))

@@ -17,9 +17,23 @@ from cibl_ray.evaluation.confusion import save_confusion
 from cibl_ray.evaluation.metrics import heading, table
 from cibl_ray.evaluation.pictures import save_accuracy_by_class, save_learning_curves
 from cibl_ray.hardware import describe, resolve
-from cibl_ray.run.checkpoint import newest
-from cibl_ray.run.folder import CHECKPOINTS, CONFIG, LOG, RESULT, copy_of, lock_folder, need_new
+from cibl_ray.run.checkpoint import Checkpoint, find_newest
+from cibl_ray.run.folder import (
+    BY_CLASS,
+    CHECKPOINTS,
+    CONFIG,
+    CONFUSION,
+    CURVES,
+    HISTOGRAM,
+    LOG,
+    RESULT,
+    copy_of,
+    lock_folder,
+    make_room,
+    need_new,
+)
 from cibl_ray.run.log import read_metrics
+from cibl_ray.run.mend import mend
 from cibl_ray.run.progress import Progress, messages_to
 from cibl_ray.run.stop import Stop
 from cibl_ray.training.trainer import Trainer
@@ -77,7 +91,14 @@ def _fit_in(
         copy = copy_of(folder)
         if copy is not None and after_save is None:
             log.warning("its copy %s is not brought up to date; --resume %s --cluster does that", copy, folder)
-    checkpoint = world.broadcast_from_rank0(lambda: newest(folder / CHECKPOINTS)) if resume else None
+    damaged: list[Path] = []
+
+    def find() -> Checkpoint | None:
+        found = find_newest(folder / CHECKPOINTS)
+        damaged.extend(found.damaged)
+        return found.checkpoint
+
+    checkpoint = world.broadcast_from_rank0(find) if resume else None
     if checkpoint is not None and config.loader.cache == "auto":
         # Decided when the run began: another order would not be the epoch that the checkpoint stands in.
         loader = config.loader.model_copy(update={"cache": checkpoint.config.loader.cache})
@@ -102,7 +123,10 @@ def _fit_in(
         try:
             if after_save is not None:
                 trainer.after_save = after_save
+            make_room(folder)
             with messages_to(logging.FileHandler(folder / LOG)):
+                if resume:
+                    mend(folder, checkpoint is not None, damaged)
                 result = _fit(trainer, progress)
             if after_save is not None:
                 after_save()
@@ -130,7 +154,7 @@ def _fit(trainer: Trainer, progress: Progress) -> dict[str, Any]:
     """Train, and leave everything that a run folder holds."""
     config, folder, prepared = trainer.config, trainer.folder, trainer.prepared
     save_config(config, folder / CONFIG)
-    save_histogram(folder / "class_counts.png", prepared.classes, prepared.train_counts)
+    save_histogram(folder / HISTOGRAM, prepared.classes, prepared.train_counts)
     log.info(
         "%s: %s, %s head, %s, %s, %s, %s, %s; from epoch %d of %d",
         folder, config.network.backbone.title, config.network.head.kind, config.loss.kind, config.train.device,
@@ -150,10 +174,12 @@ def _fit(trainer: Trainer, progress: Progress) -> dict[str, Any]:
     for name, shift in shifts.items():
         result[name] = {**result[name], "tail_shift": shift.dump()}
     result |= {
-        "seconds": sum(row["seconds"]["epoch"] for row in rows),
+        "seconds": sum(row["seconds"].get("epoch", 0.0) for row in rows),
         "time": {name: seconds + trainer.spent.get(name, 0.0) for name, seconds in _time(rows).items()},
         "classes": prepared.classes,  # of the scores' `per_class`, in order
-        "images_per_s": statistics.median([row["rate"]["images_per_s"] for row in rows] or [0.0]),  # a log that was removed
+        "images_per_s": statistics.median(
+            [row["rate"].get("images_per_s", 0.0) for row in rows] or [0.0]
+        ),  # a log that was lost
         "workers": trainer.world.size,
         "loader": trainer.train_loaders[0].name,
         "data": prepared.digests,
@@ -162,8 +188,8 @@ def _fit(trainer: Trainer, progress: Progress) -> dict[str, Any]:
     }
     write_atomically(folder / RESULT, json.dumps(result, indent=1))
     if rows:
-        save_learning_curves(folder / "learning_curves.png", rows)
-    save_accuracy_by_class(folder / "accuracy_by_class.png", prepared.classes, prepared.train_counts, scores)
+        save_learning_curves(folder / CURVES, rows)
+    save_accuracy_by_class(folder / BY_CLASS, prepared.classes, prepared.train_counts, scores)
     report = config.data.size >= _PHOTOGRAPHS and trainer.outputs is not None
     if report and trainer.outputs is not None:
         save_confusion(folder, prepared, result["split"], *trainer.outputs, eval_rule(config.data))
@@ -175,9 +201,9 @@ def _fit(trainer: Trainer, progress: Progress) -> dict[str, Any]:
     if "best" not in result:
         progress.line("\nNo validation split, so no best epoch: data.val_fraction carves one out.")
     progress.line(f"\nTime: {_shares(result['time'])}")
-    progress.line(f"Run folder: {folder}\nPictures:   learning_curves.png, accuracy_by_class.png, class_counts.png")
+    progress.line(f"Run folder: {folder}\nPictures:   {CURVES}, {BY_CLASS}, {HISTOGRAM}")
     if report:
-        progress.line("Confusion:  confusion.html: pairs of classes, worst classes, images that the network disagrees with")
+        progress.line(f"Confusion:  {CONFUSION[0]}: pairs of classes, worst classes, images that the network disagrees with")
     return result
 
 
@@ -200,9 +226,10 @@ def _workers(count: int) -> str:
 def _time(rows: list[dict[str, Any]]) -> dict[str, float]:
     """Where rank 0's seconds went, over all epochs, without what came after the last one's row."""
     time = {
-        name: sum(row["seconds"][name] for row in rows) for name in ("data_wait", "communication", "evaluation", "checkpoint")
+        name: sum(row["seconds"].get(name, 0.0) for row in rows)
+        for name in ("data_wait", "communication", "evaluation", "checkpoint")
     }
-    return {"step": sum(row["seconds"]["epoch"] for row in rows) - time["data_wait"] - time["communication"]} | time
+    return {"step": sum(row["seconds"].get("epoch", 0.0) for row in rows) - time["data_wait"] - time["communication"]} | time
 
 
 def _shares(seconds: dict[str, float]) -> str:

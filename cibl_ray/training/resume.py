@@ -1,25 +1,34 @@
-"""The configuration of a run that goes on."""
+"""The configuration of a run that is resumed."""
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Any
 
 from cibl_ray.config import RunConfig, build_config, load_config
-from cibl_ray.run.folder import CHECKPOINTS, CONFIG, never_begun
+from cibl_ray.run.folder import CONFIG, is_run, never_begun
+from cibl_ray.run.own_config import own_config
 from pipelines.common.errors import UserError
-from pipelines.common.settings import read_config
-
-log = logging.getLogger("cibl_ray")
 
 
 def resumed(folder: Path, overrides: list[str], name: str | None) -> tuple[RunConfig, Path]:
-    """The run's configuration with `overrides`; where `name` is given too, as in the command that began it, it must agree."""
-    if not (folder / CONFIG).is_file():
+    """Build the configuration to resume a run with.
+
+    Args:
+        folder: The run folder.
+        overrides: `--field value` of the command line.
+        name: The configuration's name, where the command names one, as the command that began the run: it must agree.
+
+    Returns:
+        The run's configuration with `overrides`, and the folder's absolute path.
+
+    Raises:
+        UserError: No run began in the folder, its configuration is lost, or it is another one than `name`.
+    """
+    if not is_run(folder) and not (folder / CONFIG).exists():
         left = "; no run began in it: remove it, and start the run anew" if never_begun(folder) else ""
         raise UserError(f"--resume {folder}: not a run folder, it has no {CONFIG}{left}")
-    content = read_config(folder / CONFIG) or _of_checkpoint(folder)
+    content = own_config(folder)
     if name is not None:
         begun = build_config(content, [], str(folder / CONFIG))
         # How it is executed is decided as a run begins, and stands in the run's own file.
@@ -29,17 +38,6 @@ def resumed(folder: Path, overrides: list[str], name: str | None) -> tuple[RunCo
         if changed:
             raise UserError(
                 f"--resume {folder}: that run is of another configuration than {name} ({', '.join(changed)} differ); "
-                f"leave {name} out to go on with the run's own, or start a new one without --resume"
+                f"leave {name} out to resume with the run's own, or start a new one without --resume"
             )
     return build_config(content, overrides, str(folder / CONFIG)), folder.absolute()
-
-
-def _of_checkpoint(folder: Path) -> dict[str, Any]:
-    """The configuration of a run whose file is empty, as a power cut may leave it."""
-    from cibl_ray.run.checkpoint import newest  # torch, which the command does without until then
-
-    checkpoint = newest(folder / CHECKPOINTS)
-    if checkpoint is None:
-        raise UserError(f"--resume {folder}: its {CONFIG} is empty and it has no checkpoint; remove it, and start the run anew")
-    log.warning("%s is empty; going on with the configuration of the last checkpoint", folder / CONFIG)
-    return checkpoint.config.model_dump(mode="json")

@@ -94,6 +94,8 @@ class Trainer:
         self._steps = 0  # of this process
         self.spent = {"evaluation": 0.0, "checkpoint": 0.0}  # seconds since the last epoch's row
         self.best: dict[str, float] | None = None
+        self._rows: list[dict[str, Any]] | None = None  # of the checkpoint's log
+        self._log: RunLog | None = None
         plans = read_plans(config.loss, config.data, batch, config.seed, world.share)
         if config.train.compile:
             for network in self.objective.networks:
@@ -130,6 +132,7 @@ class Trainer:
         if self.average is not None:  # of the weights from here on, where the run kept none before
             load_weights(self.average.network, checkpoint, averaged=True)
         self.epoch, self.step, self.best = checkpoint.epoch, checkpoint.step, checkpoint.best
+        self._rows = checkpoint.rows
         workers = checkpoint.workers or self.world.size
         same = _batches(checkpoint.config, workers) == _batches(self.config, self.world.size)
         if self.step and (not same or self.step >= self.train_loaders[0].batches):
@@ -143,7 +146,7 @@ class Trainer:
         """
         progress = progress or Silent()
         epochs, batches = self.config.train.epochs, self.train_loaders[0].batches
-        run_log = RunLog(self.folder, self.epoch) if self.world.is_rank0 else None
+        run_log = self._log = RunLog(self.folder, self.epoch, self._rows) if self.world.is_rank0 else None
         images = batches * self.config.train.batch_size
         progress.begin(epochs * images, self.epoch * images + self.step * self.config.train.batch_size)
         self.stop.polled = True
@@ -316,6 +319,7 @@ class Trainer:
         started = time.perf_counter()
         whole = self._checkpoint(
             self.network.state_dict(),
+            rows=self._log.rows if self._log is not None else self._rows,
             momentum=optimizer_state(self.network, self.optimizer),
             objective=self.objective.state(),
             average=self.average.network.state_dict() if self.average is not None else {},
@@ -421,7 +425,7 @@ class Trainer:
             save_checkpoint(self._checkpoints / BEST, self._checkpoint(self.judged.state_dict()))
             self.spent["checkpoint"] += time.perf_counter() - started
 
-    def _checkpoint(self, weights: _Tensors, **more: _Tensors) -> Checkpoint:
+    def _checkpoint(self, weights: _Tensors, rows: list[dict[str, Any]] | None = None, **more: _Tensors) -> Checkpoint:
         return Checkpoint(
             config=self.config,
             classes=self.prepared.classes,
@@ -431,6 +435,7 @@ class Trainer:
             step=self.step,
             workers=self.world.size,
             best=self.best,
+            rows=rows,
             weights=weights,
             **more,
         )
@@ -445,8 +450,7 @@ class Trainer:
         if same:
             result["best"] = result["last"]
         best = self.world.broadcast_from_rank0(lambda: _readable(path) if epoch is not None and not same else None)
-        if best is not None:
-            load_weights(self.judged, best)
+        if best is not None and _loaded(self.judged, best):
             result["best"] = self._scored(split, best.epoch)
         return result if self.world.is_rank0 else {}
 
@@ -458,6 +462,16 @@ def _readable(path: Path) -> Checkpoint | None:
     except UserError as error:
         log.warning("%s; the result is the last epoch's alone", error)
         return None
+
+
+def _loaded(network: HybridNetwork, best: Checkpoint) -> bool:
+    """Load the best checkpoint's weights, where they are of this network: the file may be another run's."""
+    try:
+        load_weights(network, best)
+    except UserError as error:
+        log.warning("the best checkpoint: %s; the result is the last epoch's alone", error)
+        return False
+    return True
 
 
 class _Watch:

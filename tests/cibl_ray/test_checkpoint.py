@@ -57,7 +57,7 @@ def test_cut_short_falls_back_to_the_one_before(tmp_path, caplog):
     found = newest(tmp_path)
     assert found is not None
     assert found.epoch == 1
-    assert "going on from the one before, after epoch 1" in caplog.text
+    assert "resuming from the one before, after epoch 1" in caplog.text
     (tmp_path / "previous.safetensors").unlink()
     with pytest.raises(UserError, match="is cut short or damaged"):
         newest(tmp_path)
@@ -86,6 +86,22 @@ def test_a_file_system_without_hard_links(tmp_path, monkeypatch):
     for epoch in (1, 2):
         save_checkpoint(tmp_path / "last.safetensors", checkpoint(epoch), keep_previous=True)
     assert [load_checkpoint(tmp_path / f"{name}.safetensors").epoch for name in ("previous", "last")] == [1, 2]
+
+
+def test_another_bit_in_a_tensor_is_noticed(tmp_path):
+    """safetensors itself checks lengths alone. A file of an earlier version has no checksum, and is read."""
+    path = tmp_path / "best.safetensors"
+    save_checkpoint(path, checkpoint(2))
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-7] + bytes([whole[-7] ^ 1]) + whole[-6:])
+    with pytest.raises(UserError, match="is damaged: its tensors are not those that were saved"):
+        load_checkpoint(path)
+    path.write_bytes(whole.replace(b"crc32", b"older", 1))
+    assert load_checkpoint(path).epoch == 2
+    save_checkpoint(tmp_path / "last.safetensors", checkpoint(3))
+    path.write_text("no")
+    with pytest.raises(UserError, match="cut short or damaged.*; whole checkpoints beside it: last.safetensors"):
+        load_checkpoint(path)
 
 
 def test_killed_between_the_two_renames(tmp_path):

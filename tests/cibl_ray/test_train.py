@@ -195,9 +195,10 @@ def test_a_finished_run_whose_log_is_gone(finished, tmp_path):
     (folder / "metrics.jsonl").unlink()
     done = run("train", "--resume", folder)
     assert done.returncode == 0, done.stderr
+    assert "metrics.jsonl is missing: 4 epochs are written again from the last checkpoint" in done.stdout + done.stderr
     whole, after = (json.loads((each / "result.json").read_text()) for each in (finished[0], folder))
-    assert after["last"] == whole["last"]
-    assert after["seconds"] == after["images_per_s"] == 0
+    assert {**after, "time": None} == {**whole, "time": None}
+    assert (folder / "metrics.jsonl").read_text() == (finished[0] / "metrics.jsonl").read_text()
 
 
 def test_an_empty_configuration_is_taken_from_the_checkpoint(finished, tmp_path, caplog):
@@ -207,10 +208,10 @@ def test_an_empty_configuration_is_taken_from_the_checkpoint(finished, tmp_path,
     (folder / "config.yaml").write_text("")
     config, _ = resumed(folder, [], None)
     assert config == begun
-    assert "is empty; going on with the configuration of the last checkpoint" in caplog.text
+    assert "is empty; the configuration of the last checkpoint is used" in caplog.text
     assert resumed(folder, ["--epochs", "6"], None)[0].train.epochs == 6
     shutil.rmtree(folder / "checkpoints")
-    with pytest.raises(UserError, match="is empty and it has no checkpoint; remove it"):
+    with pytest.raises(UserError, match="is empty, and there is no checkpoint to take it from; remove the folder"):
         resumed(folder, [], None)
 
 
