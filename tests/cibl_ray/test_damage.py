@@ -257,7 +257,7 @@ def test_a_result_that_cannot_be_read_has_no_tail_shift(whole, tmp_path, caplog)
         assert chosen_shift(folder / BEST) == 0
         assert "the tail shift is 0:" in caplog.text
         with pytest.raises(cibl_ray.UserError, match="resume the run to write it again"):
-            cibl_ray.open_run(folder).scores
+            _ = cibl_ray.open_run(folder).scores
 
 
 KEPT = {"config.yaml", "metrics.jsonl", LAST}  # their damaged files are looked at by people

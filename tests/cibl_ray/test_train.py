@@ -260,7 +260,7 @@ def test_a_damaged_best_checkpoint_costs_its_scores_alone(finished, tmp_path):
     path.write_bytes(path.read_bytes()[:-100])
     done = run("train", "--resume", folder)
     assert done.returncode == 0, done.stderr
-    assert "is cut short or damaged" in done.stderr + done.stdout
+    assert f"the damaged {path} is kept as {path}.old" in done.stderr + done.stdout
     result = json.loads((folder / "result.json").read_text())
     assert "best" not in result
     assert result["last"] == json.loads((finished[0] / "result.json").read_text())["last"]
