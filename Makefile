@@ -11,7 +11,7 @@ help:
 	@echo "make setup        Debian packages for FFCV (as root), virtual environment, pinned packages"
 	@echo "make wheel        build the wheel into dist/"
 	@echo "make web          fetch onnxruntime-web with npm, for models in the browser"
-	@echo "make lock         resolve requirements.lock anew"
+	@echo "make lock         resolve requirements.lock again"
 
 setup:
 	@PYTHON="$(PYTHON)" sh scripts/setup.sh

@@ -1,7 +1,7 @@
 """`python -m benchmarks.cibl_vs_ce --images FOLDER`: CIBL beside plain cross-entropy, everything else equal, several seeds.
 
 FOLDER holds CIFAR-10 as train/CLASS/* and test/CLASS/*; by default torchvision's copy in data/ is used. Cells that have a
-result are not run again, so a stopped measurement goes on. Writes the table and the picture to docs/cibl_vs_ce/.
+result are not run again, so a stopped measurement continues. Writes the table and the picture to docs/cibl_vs_ce/.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def _cell(run: Path, options: list[str]) -> dict[str, Any]:
         start = ["--resume", str(run)] if run.exists() else ["cifar10_lt", "--runs", str(run.parent), "--name", run.name]
         print(f"{run}: training", file=sys.stderr)
         if subprocess.run([sys.executable, "-m", "cibl_ray.train", *start, *options], stdout=sys.stderr).returncode:
-            raise UserError(f"the run {str(run)!r} has no result; what stopped it stands above; the same command goes on")
+            raise UserError(f"the run {str(run)!r} has no result; the lines above say why; the same command continues")
     return json.loads((run / "result.json").read_text())
 
 

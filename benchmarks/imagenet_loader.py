@@ -119,7 +119,7 @@ def sides(path: Path, files: list[bytes], cores: int, counts: tuple[int, ...]) -
 
 
 def ffcv(path: Path, views: int, cores: int) -> Callable[[], int]:
-    """FFCV's own way to several views: a pipeline for each, which decodes anew."""
+    """FFCV's own way to several views: a pipeline for each, which decodes again."""
     from ffcv.fields.rgb_image import RandomResizedCropRGBImageDecoder
     from ffcv.loader import Loader, OrderOption
     from ffcv.pipeline import PipelineSpec
@@ -279,7 +279,7 @@ def main() -> None:
     natural = [data for number in range(len(images)) if isinstance(data := images.read(number), bytes)]
     natural = natural[:256] if arguments.quick else natural
     cores = usable_cores()
-    counts = (1, 2) if arguments.quick else (1, 2, 3)  # numba compiles FFCV's pipelines anew in every process: half a minute
+    counts = (1, 2) if arguments.quick else (1, 2, 3)  # numba compiles FFCV's pipelines in every process: half a minute
     sets = {"natural": natural} if arguments.quick else {"natural": natural, "imagenet_sized": enlarged(natural)}
     figures: dict[str, dict] = {}
     of_set = []

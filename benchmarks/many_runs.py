@@ -1,4 +1,4 @@
-"""Many training runs, several at a time; what has a result is not run again, what was stopped goes on."""
+"""Many training runs, several at a time; what has a result is not run again, what was stopped continues."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ class Run:
 
 
 class RunsFailedError(RuntimeError):
-    """Some runs failed; the others went on. reasons: each one's last words, by its name."""
+    """Some runs failed; the others continued. reasons: the last line of each, by its name."""
 
     def __init__(self, reasons: dict[str, str], of: int) -> None:
-        told = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
-        super().__init__(f"{len(reasons)} of {of} runs failed: {told}")
+        listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+        super().__init__(f"{len(reasons)} of {of} runs failed: {listed}")
         self.reasons = reasons
 
 
@@ -56,8 +56,8 @@ def run_all(
     """Train what has no result yet, `jobs` at a time, the cores shared out.
 
     `done` is called after each, in a thread, with the seconds that it took as a whole (None: it had been begun before). No run
-    is begun that would end later than `seconds` from now, if it took as long as the longest yet. Those that fail are told when
-    the others are done, as `RunsFailedError`. Ctrl-C stops all in order: each keeps a checkpoint to go on from.
+    is begun that would end later than `seconds` from now, if it took as long as the longest yet. Those that fail are
+    reported when the others are done, as `RunsFailedError`. Ctrl-C stops all in order: each keeps a checkpoint to resume from.
     Raises UserError where a folder holds a run of another configuration.
     """
     running: list[subprocess.Popen[bytes]] = []

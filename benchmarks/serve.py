@@ -249,7 +249,7 @@ def _until_ready(url: str, process: subprocess.Popen) -> None:
 
 
 def _until_idle() -> None:
-    """Wait until what a start sets off is over: Ray's processes go on for a while after the first answer."""
+    """Wait until the work of a start is over: Ray's processes are busy for a while after the first answer."""
     end, quiet = time.monotonic() + PATIENCE, 0
     while quiet < 3 and time.monotonic() < end:
         quiet = quiet + 1 if psutil.cpu_percent(interval=1) < IDLE else 0

@@ -28,7 +28,7 @@ def main() -> None:
         description=__doc__,
     )
     parser.add_argument("--name", help="of the run folder; by default the configuration's name and the time")
-    parser.add_argument("--resume", metavar="RUN", help="go on with the run in this folder, or at this URI (with --cluster)")
+    parser.add_argument("--resume", metavar="RUN", help="resume the run in this folder, or at this URI (with --cluster)")
     cluster = parser.add_argument_group("on a cluster")
     cluster.add_argument("--cluster", action="store_true", help="train in Ray Train's workers")
     cluster.add_argument("--workers", metavar="N", help="how many, or the least and the most: 2-8")
@@ -51,7 +51,7 @@ def main() -> None:
     storage = arguments.storage
     if arguments.resume is not None and "://" in arguments.resume:
         if not arguments.cluster:
-            raise UserError(f"--resume {arguments.resume}: a run in an object store goes on with --cluster: add that")
+            raise UserError(f"--resume {arguments.resume}: a run in an object store needs --cluster: add that")
         from cibl_ray.cluster.storage import fetched
         from cibl_ray.training.resume import resumed
 

@@ -1,8 +1,8 @@
 """`python -m cibl_ray.tune SWEEP [--field value ...]`: search for the trade-off between head and tail with Ray Tune.
 
-SWEEP is a sweep file or the name of a shipped one (sweeps/tail_skew). Optuna proposes, ASHA stops what is behind, every trial
-is a run folder of its own under SWEEP_FOLDER/trials. The search's memory is a journal of JSON lines; nothing is unpickled on
-resuming. Left behind: trials.csv, best.yaml (ready to train), best.safetensors (ready to evaluate), pictures.
+SWEEP is a sweep file or the name of a shipped one (sweeps/tail_skew). Optuna proposes trials, ASHA stops those that are
+behind, and every trial is a run folder under SWEEP_FOLDER/trials. The search keeps a journal of JSON lines; nothing is
+unpickled to resume. The result: trials.csv, best.yaml (ready to train), best.safetensors (ready to evaluate), pictures.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def main() -> None:
     )
     parser.add_argument("--name", help="of the sweep folder; by default the sweep's name and the time")
     parser.add_argument("--sweeps", type=Path, default=Path("runs"), help="folder for sweep folders (default: runs)")
-    parser.add_argument("--resume", type=Path, metavar="FOLDER", help="go on with the sweep in this folder")
+    parser.add_argument("--resume", type=Path, metavar="FOLDER", help="resume the sweep in this folder")
     parser.add_argument("--address", help="of a Ray cluster, or 'auto'; by default one is started on this machine")
     name, arguments, overrides = parser.split()
     if arguments.help is not None:
@@ -37,7 +37,7 @@ def main() -> None:
         parser.helped(SweepConfig, name, "sweeps/tail_skew", arguments, overrides)
         return
     if (name is None) == (arguments.resume is None):
-        raise UserError("name a sweep first (sweeps/tail_skew, say) to start one, or --resume FOLDER to go on with one")
+        raise UserError("name a sweep first (sweeps/tail_skew, say) to start one, or --resume FOLDER to continue one")
     if arguments.resume is not None and arguments.name is not None:
         same_name(arguments.name, str(arguments.resume))
     from cibl_ray.tuning.config import SWEEP
@@ -49,7 +49,7 @@ def main() -> None:
         if not (folder / SWEEP).is_file():
             raise UserError(f"--resume {folder}: not a sweep folder, it has no {SWEEP}")
         if overrides:
-            raise UserError(f"{overrides[0]}: a sweep goes on as it began; start a new one to change it")
+            raise UserError(f"{overrides[0]}: a resumed sweep keeps its settings; start a new one to change them")
         sweep, base = read_sweep(folder / SWEEP)
     else:
         assert name is not None
@@ -57,7 +57,7 @@ def main() -> None:
         folder = (arguments.sweeps / (arguments.name or f"{Path(name).stem}-{time.strftime('%Y%m%d-%H%M%S')}")).absolute()
         if folder.exists():
             raise UserError(
-                f"sweep folder {str(folder)!r} already exists; go on with --resume {folder}, or choose another --name"
+                f"sweep folder {str(folder)!r} already exists; continue it with --resume {folder}, or choose another --name"
             )
     if arguments.print_config:
         print_config(sweep)

@@ -27,7 +27,7 @@ def _markers(data: bytes | bytearray) -> Iterator[tuple[int, int]]:
 
 
 def end(data: bytes | bytearray) -> int | None:
-    """Where the JPEG file that `data` begins with ends; None where it goes on beyond."""
+    """Where the JPEG file at the start of `data` ends; None where it is not whole."""
     return next((at + 2 for marker, at in _markers(data) if marker == _END), None)
 
 

@@ -29,7 +29,7 @@ _BYTES_A_READ = 256
 _SEGMENTS = 2048  # of a JPEG: a scan of a progressive one has some tables
 _PROFILES = 4  # of colour in a PNG, which may have one: each is inflated, to a megabyte from a thousand bytes
 _BROKEN = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what Pillow raises for damaged files
-_DARK = 1 << 12  # 16-bit values that stay below it would all be black: they are of 12 or 10 bits, and the file does not say so
+_DARK = 1 << 12  # 16-bit values that stay below it would all be black: they have 12 or 10 bits, which the file does not record
 # What a file says of its values, in `Image.info`.
 _BITS, _SIGNIFICANT, _WHITE, _INVERTED = "cibl_ray_bits", "cibl_ray_significant", "cibl_ray_white", "cibl_ray_inverted"
 

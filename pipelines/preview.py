@@ -57,7 +57,7 @@ def main() -> None:
     reading = train_reading(config.data, count, config.seed)
     loader = make_loader(prepared, "train", reading, LoaderConfig())
     epoch = loader.epoch(arguments.epoch)
-    batch = next(epoch)  # its views are the loader's own buffer, while `epoch` stands there
+    batch = next(epoch)  # its views are the loader's own buffer until `epoch` continues
     views = Augment(reading.views, reading.size, reading.seed)(batch.views, arguments.epoch, 0).clone()
     beton, counts = prepared.beton("train"), prepared.train_counts
     groups = shot_groups(counts)

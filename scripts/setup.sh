@@ -4,7 +4,7 @@
 #   2. Chromium, for the tests of the service's page (as root, on Debian; skipped elsewhere, and the tests with it)
 #   3. a virtual environment in .venv
 #   4. the packages pinned in requirements.lock
-# What is already done is skipped. Where FFCV cannot be built the set-up goes on: training then uses the torchvision loader.
+# What is already done is skipped. Where FFCV cannot be built the set-up continues: training then uses the torchvision loader.
 # PYTHON=/path/to/python3 chooses the interpreter.
 set -eu
 cd "$(dirname "$0")/.."

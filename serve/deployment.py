@@ -152,7 +152,7 @@ def _keep_on_loopback(folder: Path) -> None:
     """Replicas open a port for calls among deployments, on every interface, and Ray Serve has no setting for that.
 
     This service makes no such calls. gRPC's own method is wrapped in this process, so that a wildcard address means loopback.
-    With a release of Ray that is not known the port is opened as that release does it, and the command says so.
+    With an unknown release of Ray the port is opened as that release does it, and the command warns.
     """
     if not ray.__version__.startswith(tuple(f"{known}." for known in _KNOWN_RAY)):
         tell(

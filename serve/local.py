@@ -95,7 +95,7 @@ class LocalService:
             time.sleep(0.5)
 
     def _messages(self) -> list[str]:
-        """What replicas have told since the last call, each text once."""
+        """Messages of the replicas since the last call, each text once."""
         found = []
         for path in self._folder.glob("message-*[0-9]"):
             with suppress(OSError, ValueError):
@@ -210,7 +210,7 @@ class _Cluster:
         return self._process.poll() is None
 
     def send(self, order: object) -> None:
-        with suppress(OSError):  # it has ended: `alive` says so
+        with suppress(OSError):  # it has ended, as `alive` reports
             stdin: IO[bytes] = self._process.stdin  # type: ignore[assignment]
             stdin.write(json.dumps(order).encode() + b"\n")
             stdin.flush()

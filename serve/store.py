@@ -159,7 +159,7 @@ class Store:
                         f"{str(path)!r} has the name {model.name!r}; export with --name {before.name}, "
                         f"or restart the service to serve {model.name!r} in its place"
                     )
-            except Exception as error:  # whatever is wrong with it, the version that works goes on, and the watch too
+            except Exception as error:  # whatever is wrong with it, the version that works stays, and the watch continues
                 self.failed[before.name] = str(error)
                 self._metrics.failed_update()
                 log.error("the new version of %s is not used: %s", before.name, error)

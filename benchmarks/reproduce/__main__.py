@@ -16,7 +16,7 @@ images, in minutes, to see that all of it runs. Images come from torchvision's f
 (train/CLASS/*, test/CLASS/*): --cifar10 FOLDER, --cifar100 FOLDER.
 
 Scores are the last epoch's, on the test set, which chooses nothing. With --val 0.1 a tenth of each class is set aside, and the
-best epoch on it is scored too. What has a result is not run again, so a stopped measurement goes on. Every cell is a line of
+best epoch on it is scored too. What has a result is not run again, so a stopped measurement continues. Every cell is a line of
 docs/results/TABLE-BUDGET.jsonl, with its command, configuration, code and machine, or with why it failed; Markdown and picture
 beside it are drawn from those.
 """

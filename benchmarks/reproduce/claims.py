@@ -46,15 +46,18 @@ def sentences(found: dict[str, Any]) -> list[str]:
     """The figures as lines of Markdown, a paragraph each."""
     text = []
     for dataset, by_third in found.get("rank_correlation", {}).items():
-        told = ", ".join(f"{third} {'–' if value is None else format(value, '+.2f')}" for third, value in by_third.items())
-        text += ["", f"{dataset}: Spearman's rank correlation with λ: {told}. Best λ overall: {found['best_lambda'][dataset]}."]
+        parts = ", ".join(f"{third} {'–' if value is None else format(value, '+.2f')}" for third, value in by_third.items())
+        text += [
+            "",
+            f"{dataset}: Spearman's rank correlation with λ: {parts}. Best λ overall: {found['best_lambda'][dataset]}.",
+        ]
     for dataset, by_seed in found.get("cosine_epochs_over_linear_by_seed", {}).items():
         ratio = found.get("ratios", {}).get(f"{dataset}_cosine_epochs_over_linear")
-        told = ", ".join("not reached" if value is None else str(value) for value in by_seed.values())
+        listed = ", ".join("not reached" if value is None else str(value) for value in by_seed.values())
         text += [
             "",
             f"{dataset}: epochs until the cosine head has the linear head's accuracy, over the linear head's: "
-            f"{'not reached' if ratio is None else ratio}; by seed: {told or '–'}.",
+            f"{'not reached' if ratio is None else ratio}; by seed: {listed or '–'}.",
         ]
     return text
 

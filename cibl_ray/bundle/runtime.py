@@ -135,7 +135,7 @@ def _open(model: Path, provider: Provider, threads: int | None) -> onnxruntime.I
 def _load_cuda() -> None:
     """Load CUDA's libraries from Python packages that are not on the loader's path, unless torch has loaded them.
 
-    onnxruntime prints what is not found; a session that misses it says so itself.
+    onnxruntime prints which libraries it does not find; a session that needs one raises its own error.
     """
     with redirect_stdout(io.StringIO()):
         onnxruntime.preload_dlls()

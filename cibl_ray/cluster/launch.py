@@ -212,7 +212,7 @@ class SharesGpus(Backend):
 def _reason_to_wait(shape: Shape) -> str | None:
     """Why nothing happens: there are too few nodes, or other work has them."""
     least, each = shape.workers[0], f"{shape.cpus} CPUs{' and a GPU' * shape.gpus} each"
-    with suppress(Exception):  # a head node that does not answer just now: the run itself says so, if it lasts
+    with suppress(Exception):  # a head node that does not answer now: if that lasts, the run itself fails
         room = places([node["Resources"] for node in ray.nodes() if node["Alive"]], shape.cpus, shape.gpus)
         if room < least:
             return f"waiting for nodes: there is room for {room} of {least} workers ({each})"

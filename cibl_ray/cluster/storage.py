@@ -1,6 +1,6 @@
 """A run folder's copy in an object store (s3://, gs://, abfss://, file://), for clusters whose nodes share no disk.
 
-Rank 0 works in a local folder. The copy is brought up to date after every checkpoint, and is where the run goes on from, on
+Rank 0 works in a local folder. The copy is brought up to date after every checkpoint, and the run resumes from it, on
 whatever node rank 0 then is.
 """
 
@@ -52,7 +52,7 @@ def fetched(uri: str) -> tuple[str, Path]:
 
 
 def sync_with_copy(folder: Path, storage: str | None) -> str | None:
-    """The storage of a run that goes on by its local folder: `storage`, or the one that it had, so that no copy goes stale.
+    """The storage of a run that is resumed by its local folder: `storage`, or the one that it had, so that no copy goes stale.
 
     Of the folder and its copy, the one that has been trained further takes the place of the other.
     """

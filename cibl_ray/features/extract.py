@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 _VERSION = 1
 # Images that a core takes at once: activations that stay in its cache are twice as fast as batches of 32 (Lite0, 224 pixels).
 _AT_ONCE_CPU, _AT_ONCE_GPU = 4, 128
-_KEEP_EVERY = 60.0  # seconds between files, so that a long extraction that is stopped goes on where it was
+_KEEP_EVERY = 60.0  # seconds between files, so that a long extraction that is stopped continues there
 _SAY_EVERY = 15.0  # seconds between lines of progress
 
 Tell = Callable[[str], None]
@@ -47,7 +47,7 @@ class Extractor:
         data: Rule of the pixels, and the folder below which features are kept.
         loader: Of the augmented views.
         device: Where the backbone is.
-        tell: Where progress is told; by default the log.
+        tell: Gets lines of progress; by default the log.
     """
 
     def __init__(
@@ -115,15 +115,15 @@ class Extractor:
             return torch.from_numpy(np.stack([eval_image(beton, int(row), rule) for row in rows]))[:, None]
 
         computed, done, kept, started = [], 0, 0, time.monotonic()
-        saved = told = started
+        saved = reported = started
         for part in self._each(missing, pixels, bf16):
             computed.append(part)
             done += len(part)
             now = time.monotonic()
-            if now - told > _SAY_EVERY and done < len(missing):
+            if now - reported > _SAY_EVERY and done < len(missing):
                 rate = done / (now - started)
                 self.tell(f"  {done:,} of {len(missing):,}, {rate:.0f} images/s, {(len(missing) - done) / rate:.0f} s left")
-                told = now
+                reported = now
             if now - saved > _KEEP_EVERY or done == len(missing):
                 store.add(digests[missing[kept:done]], torch.cat(computed)[kept:done])
                 saved, kept = now, done

@@ -21,7 +21,7 @@ from pipelines.prepare.prepared import Prepared
 class FeatureLoader:
     """`Loader` whose batches hold features, float32 (B, V, d), in place of pixels.
 
-    Each view of a sample is one of its K stored features, drawn anew in every epoch.
+    Each view of a sample is one of its K stored features, drawn again in every epoch.
 
     Args:
         features: float32 (N, K, d).

@@ -75,7 +75,7 @@ def balanced_contrastive(
     members = pairs.class_counts(contrast.labels, classes) + 1  # with the prototype
     per_member, own_members = 1 / members.to(prototypes.dtype), members.index_select(0, labels)
     positives = (own_members - 1).to(prototypes.dtype)
-    # A member of another class stands for 1/|class|; of the anchor's own class, without the anchor, 1/(|P|+1).
+    # A member of another class has the weight 1/|class|; one of the anchor's class, without the anchor, 1/(|P|+1).
     more = 1 / (positives * own_members)
     weights = pairs.PairWeights(labels, contrast.labels, per_member.index_select(0, contrast.labels), more)
     log_sum, positive_sum = pairs.pair_sums(z, labels, contrast, classes, temperature, weights)

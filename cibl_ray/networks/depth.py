@@ -31,7 +31,7 @@ def blocks(backbone: nn.Module) -> list[list[str]]:
 
 
 def depth_of(name: str, parts: list[list[str]]) -> int:
-    """Which of `parts` a parameter is in. What stands beside all children, such as a class token, is in the first."""
+    """Which of `parts` a parameter is in. A parameter of no child module, such as a class token, is in the first."""
     return next((number for number, prefixes in enumerate(parts) if name.startswith(tuple(prefixes))), 0)
 
 

@@ -60,7 +60,7 @@ def same_name(name: str, resumed: str) -> None:
     """
     names = [part for part in name.split("/") if part]
     if names and Path(resumed).absolute().parts[-len(names) :] != tuple(names):
-        raise UserError(f"--name {name}: --resume goes on in {resumed} itself; leave --name out")
+        raise UserError(f"--name {name}: --resume continues in {resumed} itself; leave --name out")
 
 
 def copy_of(folder: Path) -> str | None:

@@ -1,4 +1,4 @@
-"""Networks whose forward and backward passes torch.compile has fused; on a GPU they are replayed as CUDA graphs."""
+"""Networks compiled by torch.compile; on a GPU their passes are replayed as CUDA graphs."""
 
 from __future__ import annotations
 
@@ -13,19 +13,26 @@ from pipelines.common.errors import UserError
 
 
 def compile_network(network: nn.Module, device: torch.device) -> None:
-    """From now on calls of `network` are compiled, at the first call of each shape; its parameters and their names stay.
+    """Compile calls of a network, at the first call of each shape. Its parameters keep their names.
 
-    Other methods of it (`classify`, for evaluation) run as before.
+    Its other methods (`classify`, for evaluation) run as before.
+
+    Args:
+        network: The network.
+        device: Where it is.
     """
     mode = "reduce-overhead" if device.type == "cuda" else None
-    network.compile(mode=mode, dynamic=False)  # a run knows two shapes at most, and CUDA graphs want each exactly
+    network.compile(mode=mode, dynamic=False)  # a run has two shapes at most, and CUDA graphs need exact shapes
 
 
 def begin_step(compiled: bool) -> None:
-    """Mark the start of a training step: what earlier steps left in the memory of CUDA graphs may be overwritten.
+    """Mark the start of a training step, so that CUDA graphs may overwrite the memory of earlier steps.
 
-    Without it every call of a network would be a step, and an averaged network's embeddings would be gone before the loss is
-    computed.
+    Without it every call of a network counts as a step, and the averaged network's embeddings are overwritten before the loss
+    is computed.
+
+    Args:
+        compiled: Whether the run's networks are compiled.
     """
     if compiled:
         torch.compiler.cudagraph_mark_step_begin()
@@ -33,7 +40,7 @@ def begin_step(compiled: bool) -> None:
 
 @contextmanager
 def explained() -> Iterator[None]:
-    """A compiler that is missing or fails, as a UserError."""
+    """Raise a missing or failing compiler as a UserError."""
     try:
         yield
     except Exception as error:

@@ -15,7 +15,7 @@ from pipelines.common.seeding import stream
 from pipelines.config import DataConfig
 from pipelines.loaders.reading import Batch, Loader, ReadPlan, Share, train_reading
 
-_SMALL, _STEPS_AT_ONCE = 64, 8  # pixels of a side up to which a GPU augments so many steps at once
+_SMALL, _STEPS_AT_ONCE = 64, 8  # up to this many pixels a side a GPU augments 8 steps at once
 
 
 def read_plans(loss: LossSettings, data: DataConfig, batch_size: int, seed: int, share: Share) -> list[ReadPlan]:
@@ -38,7 +38,12 @@ def read_plans(loss: LossSettings, data: DataConfig, batch_size: int, seed: int,
 
 
 class FeatureFeed:
-    """`Feed` of features that were computed before: nothing is read, augmented or normalised."""
+    """`Feed` of features that were computed before: nothing is read, augmented or normalised.
+
+    Args:
+        loader: The features.
+        device: Where the head is.
+    """
 
     waited = 0.0
 
@@ -51,14 +56,23 @@ class FeatureFeed:
             yield from self.ready([batch], epoch, step + number)
 
     def ready(self, batches: list[Batch], epoch: int, step: int) -> list[Images]:
-        """The features of so many steps."""
+        """The features of one batch for each step."""
         return [Images(batch.views.flatten(0, 1), batch.labels, batch.views.shape[1]) for batch in batches]
 
 
 class Feed:
-    """What the network sees of one stream, step by step: the loader's views, augmented and normalised on the device.
+    """The network's input from one stream, step by step: the loader's views, augmented and normalised on the device.
 
-    rows: this worker's of each step's `batch` samples. waited: seconds spent waiting for the loader, counted up.
+    Args:
+        loader: The images.
+        reading: Views, size and seed.
+        normalize: Turns uint8 pixels into the network's input.
+        device: Where the network is.
+        rows: This worker's rows of each step's samples.
+        batch: Samples of a step, over all workers.
+
+    Attributes:
+        waited: Seconds spent waiting for the loader, so far.
     """
 
     def __init__(
@@ -67,7 +81,7 @@ class Feed:
         self.loader, self.normalize, self.device, self.rows, self.batch = loader, normalize, device, rows, batch
         self.augment = Augment(reading.views, reading.size, reading.seed)
         self.waited = 0.0
-        # Small images on a GPU: what augmentation costs is its launches, which are as many for several steps as for one.
+        # Small images on a GPU: augmentation is limited by kernel launches, and their number does not grow with the steps.
         small = reading.size <= _SMALL and any(self.augment.recipes)
         self.at_once = _STEPS_AT_ONCE if device.type == "cuda" and loader.lasting and small else 1
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" and not loader.lasting else None
@@ -85,7 +99,7 @@ class Feed:
             step += len(taken)
 
     def ready(self, batches: list[Batch], epoch: int, step: int) -> list[Images]:
-        """The images of so many steps, from number `step` of the epoch on."""
+        """The images of one step for each batch, the first of them number `step` of the epoch."""
         each = len(batches[0].labels)
         parts = [self._on_device(batch.views) for batch in batches]
         views = torch.cat(parts) if len(parts) > 1 else parts[0]
@@ -96,8 +110,8 @@ class Feed:
     def _on_device(self, views: torch.Tensor) -> torch.Tensor:
         if self._copies is None:
             return views.to(self.device, non_blocking=True)
-        # The loader fills this memory anew as soon as the next batch is taken, so the copy has to be over by then. By itself it
-        # would come after all steps that the GPU still has before it: on a stream of its own it is waited for alone.
+        # The loader overwrites this memory when the next batch is taken, so the copy must be over by then. On the stream of the
+        # training steps it would wait for all of them; on its own stream only the copy is waited for.
         with torch.cuda.stream(self._copies):
             copy = views.to(self.device, non_blocking=True)
         self._copies.synchronize()

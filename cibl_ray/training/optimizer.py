@@ -1,4 +1,4 @@
-"""The optimizer of a run: what it trains, how fast, and with which decay."""
+"""The optimizer of a run: its parameters, with their learning rates and weight decay."""
 
 from __future__ import annotations
 
@@ -12,14 +12,17 @@ from cibl_ray.networks.network import HybridNetwork
 
 
 def make_optimizer(network: HybridNetwork, config: OptimizerConfig, fused: bool) -> torch.optim.Optimizer:
-    """An optimizer of what is trained of a network.
+    """Make the optimizer of a network's trainable parameters.
 
-    Each of its groups has a `scale`, by which the learning rate of the schedule is multiplied.
+    Each parameter group has a `scale`: the schedule's learning rate is multiplied by it.
 
     Args:
-        network: Its parameters without gradient are left out.
-        config: Kind, rate, decay.
-        fused: One kernel for all parameters, on a GPU.
+        network: The network; parameters without gradient are left out.
+        config: Kind, learning rate, decay.
+        fused: Update all parameters in one kernel, on a GPU.
+
+    Returns:
+        SGD or AdamW.
     """
     parts = blocks(network.backbone)
     groups: dict[tuple[float, bool], list[torch.nn.Parameter]] = {}

@@ -1,4 +1,4 @@
-"""The learning rate over a run: a pure function of progress, which needs no state to resume."""
+"""The learning rate over a run: a pure function of the epoch, so resuming needs no state."""
 
 from __future__ import annotations
 
@@ -9,7 +9,16 @@ from cibl_ray.config import CosineSchedule, StepSchedule
 
 
 def lr_factor(schedule: StepSchedule | CosineSchedule, epoch: float, epochs: int) -> float:
-    """The share of the base rate at `epoch` (fractional: 3.5 is the middle of the fourth) of a run of `epochs`."""
+    """The factor of the base learning rate.
+
+    Args:
+        schedule: The schedule.
+        epoch: Epochs done, fractional: 3.5 is the middle of the fourth.
+        epochs: Epochs of the run.
+
+    Returns:
+        0 to 1.
+    """
     if epoch < schedule.warmup_epochs:
         return min(max(epoch, 1e-3) / schedule.warmup_epochs, 1.0)
     match schedule:

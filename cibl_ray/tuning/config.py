@@ -1,4 +1,4 @@
-"""What a sweep file says, and the names of a sweep folder's files."""
+"""The configuration of a sweep, and the names of the files in its folder."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Metric = Literal[
     "overall", "balanced", "many", "medium", "few", "head", "middle", "tail", "worst", "harmonic", "calibration_error", "loss"
 ]
 METRICS: tuple[str, ...] = get_args(Metric)
-_SMALL = ("loss", "calibration_error")  # the smaller the better
+_SMALL = ("loss", "calibration_error")  # smaller is better
 
 
 class Range(Settings):
@@ -38,7 +38,7 @@ class Range(Settings):
 
 
 def _number(value: Any) -> Any:
-    """YAML 1.1 reads 1e-3 as a word; people mean the number, and the report compares and draws it."""
+    """YAML 1.1 reads 1e-3 as text. The number is meant; the report compares and draws it."""
     try:
         return float(value) if isinstance(value, str) else value
     except ValueError:
@@ -86,7 +86,7 @@ class Bound(Settings):
         return self
 
     def short(self, score: float) -> float:
-        """How far a score is from keeping it; 0 or less: it does."""
+        """How far a score misses the bound; 0 or less: it meets it."""
         return score - self.at_most if self.at_most is not None else (self.at_least or 0.0) - score
 
 
@@ -120,7 +120,7 @@ class SweepConfig(Settings):
     workers: int = Field(default=1, ge=1, description="Workers of each trial.")
     cpus: int = Field(default=1, ge=1, description="CPUs of each worker.")
     seed: int = Field(
-        default=0, ge=0, le=2**32 - 1, description="Seed of the search; the trials' own stands in their configuration."
+        default=0, ge=0, le=2**32 - 1, description="Seed of the search. The trials' seed is in their configuration."
     )
 
     @model_validator(mode="after")

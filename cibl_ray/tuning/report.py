@@ -1,4 +1,4 @@
-"""What a sweep leaves: a table, the best configuration and checkpoint, two pictures."""
+"""The report of a sweep: a table, the best configuration and checkpoint, two pictures."""
 
 from __future__ import annotations
 
@@ -20,9 +20,19 @@ from pipelines.common.fonts import save
 
 
 def write(folder: Path, sweep: SweepConfig, base: dict[str, Any], trials: list[Trial]) -> str:
-    """Write trials.csv, best.yaml, best.safetensors and the pictures; returns the front as a table.
+    """Write trials.csv, best.yaml, best.safetensors and the pictures.
 
-    Raises UserError, after the table is written, where no trial has a score.
+    Args:
+        folder: The sweep folder.
+        sweep: The sweep.
+        base: The configuration that every trial starts from.
+        trials: All trials that have ended.
+
+    Returns:
+        The Pareto front as a table of text.
+
+    Raises:
+        UserError: No trial has a score. trials.csv is written all the same.
     """
     _table(folder / "trials.csv", sweep, trials)
     scored = [trial for trial in trials if trial.scores]
@@ -108,7 +118,7 @@ def _over_skew(path: Path, trials: list[Trial], names: tuple[str, str]) -> None:
         plot.scatter([], [], edgecolors="black", facecolors="none", label="stopped early")
     if min(skews) > 0:
         plot.set_xscale("log")
-    else:  # λ = 0 is cross-entropy: it stands left of the others
+    else:  # λ = 0 is cross-entropy: it is drawn left of the others
         plot.set_xscale("symlog", linthresh=min((skew for skew in skews if skew > 0), default=1.0))
     plot.set(xlabel="tail-skew weight λ", ylabel="validation, %")
     plot.set_ylim(bottom=0)

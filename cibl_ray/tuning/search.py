@@ -1,4 +1,4 @@
-"""The search of a sweep: Optuna proposes, ASHA stops trials that are behind, Ray Tune runs them."""
+"""The search of a sweep: Optuna proposes trials, Ray Tune runs them, ASHA stops those that are behind."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def search(sweep: SweepConfig, base: dict[str, Any], folder: Path, left: int, ma
     tuner = tune.Tuner(
         tune.with_resources(
             tune.with_parameters(trial, given=given),
-            # With workers of its own a trial's process only waits. Ray Tune wants it to ask for something: a byte of memory.
+            # With several workers the trial's own process only waits. Ray Tune needs a resource for it: a byte.
             {"CPU": sweep.cpus, "GPU": int(gpus)} if sweep.workers == 1 else {"memory": 1},
         ),
         param_space={key: _space(space) for key, space in sweep.search.items()},
@@ -95,8 +95,8 @@ def search(sweep: SweepConfig, base: dict[str, Any], folder: Path, left: int, ma
             search_alg=search,
             scheduler=scheduler,
             max_concurrent_trials=min(sweep.concurrent or room, room),
-            # A reused process has everything imported and compiled. Not with several threads: the thread pool of the last trial
-            # slows OpenMP down.
+            # A reused process has everything imported and compiled. With several threads it is not reused: the thread pool of the
+            # last trial slows OpenMP down.
             reuse_actors=sweep.workers == 1 and sweep.cpus == 1 and not gpus,
         ),
         run_config=tune.RunConfig(
@@ -155,7 +155,7 @@ class _Recorder(tune.Callback):
         self._end(trial, "failed", "its process was lost three times")
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Its process was lost, and it is tried again."""
+        """Ray Tune restarts a trial whose process was lost."""
         if self._places is not None:
             self._places.free(trial_name(trial.config))
 

@@ -23,7 +23,16 @@ _BASE = "base_content"
 
 @dataclass(frozen=True)
 class Trial:
-    """params: by dotted name. state: 'completed', 'stopped' (by ASHA) or 'failed'. scores: on validation, after `epochs`."""
+    """A trial that has ended.
+
+    Attributes:
+        name: Of its folder.
+        params: Values of the searched fields, by dotted name.
+        state: 'completed', 'stopped' (by ASHA) or 'failed'.
+        epochs: Epochs that it trained.
+        scores: On the validation split, after these epochs.
+        error: Why it failed.
+    """
 
     name: str
     params: dict[str, Any]
@@ -34,25 +43,40 @@ class Trial:
 
 
 def load_sweep(name: str, pairs: list[str]) -> SweepConfig:
-    """A sweep file, or a shipped one's name, with `--field value` overrides. Raises UserError."""
+    """Load a sweep.
+
+    Args:
+        name: A sweep file, or the name of a shipped one.
+        pairs: `--field value` of the command line.
+
+    Raises:
+        UserError: The file cannot be read, or a value is invalid.
+    """
     path = find_config(name)
     content = read_content(path, SweepConfig)
     beside = path.absolute().parent / str(content.get("base", ""))
-    if beside.is_file():  # as every path in a configuration file
+    if beside.is_file():  # like every path in a configuration file
         content["base"] = str(beside)
     sweep = build(SweepConfig, content, pairs, str(path))
     base = Path(sweep.base)
-    # Going on must work from any folder.
+    # A sweep can be resumed from any folder.
     return sweep.model_copy(update={"base": str(base.absolute())}) if base.is_file() else sweep
 
 
 def sweep_text(sweep: SweepConfig, base: dict[str, Any]) -> str:
-    """What a sweep's folder keeps of it: all trials start from the base as it was when the first one did."""
+    """The content of sweep.json: the sweep, and the configuration that all its trials start from, even if the file changes."""
     return json.dumps({**sweep.model_dump(mode="json"), _BASE: base}, indent=1)
 
 
 def read_sweep(path: Path) -> tuple[SweepConfig, dict[str, Any] | None]:
-    """(the sweep, the configuration that its trials start from: None where an earlier version began it). Raises UserError."""
+    """Read sweep.json.
+
+    Returns:
+        The sweep, and the configuration that its trials start from; None for a sweep of an earlier version.
+
+    Raises:
+        UserError: The file is damaged.
+    """
     try:
         content = json.loads(path.read_text())
     except json.JSONDecodeError as error:
@@ -62,9 +86,10 @@ def read_sweep(path: Path) -> tuple[SweepConfig, dict[str, Any] | None]:
 
 
 def base_content(sweep: SweepConfig) -> dict[str, Any]:
-    """The configuration that every trial starts from, with absolute paths: trials run in other folders and on other machines.
+    """The configuration that every trial starts from. Its paths are absolute: trials run in other folders and on other nodes.
 
-    Raises UserError where it is not a valid one with the first parameters of the search, or the search has impossible values.
+    Raises:
+        UserError: It is not valid with the first values of the search, or a searched value is never valid.
     """
     path = find_config(sweep.base)
     content = override(read_content(path, RunConfig), [*sweep.set.items()], RunConfig)
@@ -83,7 +108,7 @@ def _ends(space: Range | Choice) -> tuple[Any, Any]:
 
 
 def _tried(space: Range | Choice) -> list[tuple[Any, str]]:
-    """(value, what to do where no trial can have it): every choice; of a range its ends, and one within that is not whole."""
+    """Values to check, each with its fix: every choice; of a range its ends, and a fraction between them."""
     if isinstance(space, Choice):
         return [(value, "leave it out of values") for value in space.values]
     low, high = _ends(space)
@@ -96,7 +121,7 @@ def _tried(space: Range | Choice) -> list[tuple[Any, str]]:
 
 
 def _check_space(sweep: SweepConfig, content: dict[str, Any]) -> None:
-    """Raise UserError where the search has a value that no trial can have, whether the other keys have their first or last."""
+    """Raise UserError for a searched value that is not valid with the first values of the other keys, nor with the last."""
     others = [{key: _ends(space)[end] for key, space in sweep.search.items()} for end in (0, 1)]
     for key, space in sweep.search.items():
         for value, fix in _tried(space):
@@ -122,7 +147,11 @@ def most_epochs(sweep: SweepConfig, base: dict[str, Any]) -> int:
 
 
 def trial_config(base: dict[str, Any], params: dict[str, Any]) -> RunConfig:
-    """The configuration of one trial. Raises UserError where it is not a valid one."""
+    """The configuration of one trial.
+
+    Raises:
+        UserError: It is not valid.
+    """
     return build_config(override(base, [*params.items()], RunConfig), [], f"a trial with {json.dumps(params)}")
 
 
@@ -131,11 +160,11 @@ def check_metrics(sweep: SweepConfig, groups: set[str], has_validation: bool) ->
 
     Args:
         sweep: The sweep.
-        groups: Of `GROUPS` and `THIRDS`, those with a class that validation has images of.
+        groups: The groups of `GROUPS` and `THIRDS` that have validation images.
         has_validation: Whether there is a validation split.
 
     Raises:
-        UserError: They cannot.
+        UserError: There is no validation split, or a score that decides has no images.
     """
     if not has_validation:
         raise UserError(
@@ -155,15 +184,25 @@ def _compared(sweep: SweepConfig) -> list[str]:
 
 
 def trial_name(params: dict[str, Any]) -> str:
-    """The same for the same parameters, so that an interrupted trial finds its folder again."""
+    """The name of a trial. It depends on the parameters alone, so that a resumed trial finds its folder."""
     return hashlib.sha256(json.dumps(params, sort_keys=True).encode()).hexdigest()[:10]
 
 
 def objectives(sweep: SweepConfig, scores: dict[str, float]) -> list[float]:
-    """What the search optimises.
+    """The values that the search optimises.
 
-    Trials that miss the bound rank behind all that meet it: it costs 1 and the distance. Trials with a score that is not finite
-    rank last.
+    A trial that misses the bound ranks behind all that meet it: it loses 1 and the distance. A trial with a score that is not
+    finite ranks last.
+
+    Args:
+        sweep: The sweep.
+        scores: Of a trial, by metric.
+
+    Returns:
+        One value for each objective.
+
+    Raises:
+        UserError: A score is missing.
     """
     if not _comparable(sweep, scores):
         return [-_WORST if objective.mode == "max" else _WORST for objective in sweep.objective]
@@ -193,7 +232,7 @@ def _score(scores: dict[str, float], metric: str) -> float:
 
 
 def best(sweep: SweepConfig, trials: list[Trial]) -> Trial | None:
-    """The best by the first objective, of those that have been trained to the end if there is one. Scores are finite."""
+    """The best trial by the first objective. Trials that ended by themselves come first; None where no score is finite."""
     scored = [trial for trial in trials if trial.scores and _comparable(sweep, trial.scores)]
     ended = [trial for trial in scored if trial.state == "completed"] or scored
     sign = 1 if sweep.objective[0].mode == "max" else -1
@@ -201,10 +240,10 @@ def best(sweep: SweepConfig, trials: list[Trial]) -> Trial | None:
 
 
 def axes(sweep: SweepConfig, trials: list[Trial]) -> tuple[str, str]:
-    """The two scores of the trade-off.
+    """The two scores of the trade-off picture.
 
-    The two objectives, or many and few; head and tail where a group has no class; balanced and worst where a third has none
-    either, as with two classes.
+    They are the two objectives, or many and few. If one of these groups is empty, head and tail; if a third is empty too, as
+    with two classes, balanced and worst.
     """
     if len(sweep.objective) == 2:
         return sweep.objective[0].metric, sweep.objective[1].metric
@@ -213,9 +252,13 @@ def axes(sweep: SweepConfig, trials: list[Trial]) -> tuple[str, str]:
 
 
 def front(points: np.ndarray) -> np.ndarray:
-    """Which of points (N, 2) are on the Pareto front.
+    """Find the Pareto front. A point on it is finite, and no other is larger in one coordinate and at least equal in the other.
 
-    On the front, no other point is larger in one coordinate and as large in the other. A point that is not finite is not on it.
+    Args:
+        points: (N, 2); larger is better.
+
+    Returns:
+        Whether each point is on the front, bool (N,).
     """
     at_least = np.all(points[None] >= points[:, None], axis=2)
     better = np.any(points[None] > points[:, None], axis=2)

@@ -1,4 +1,4 @@
-"""A user's mistake, and how a command says it: one line, exit status 2, no traceback."""
+"""A user's mistake, and how a command reports it: one line, exit status 2, no traceback."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-_LONG = 500  # characters that are shown of an unforeseen error's message, or of arguments that argparse refuses
+_LONG = 500  # characters shown of an unexpected error's message, or of arguments that argparse refuses
 
 
 class UserError(ValueError):
-    """What the user gave cannot be used. The message names the value, the place and the fix, in one line."""
+    """A value that the user gave cannot be used. The message names the value, the place and the fix, in one line."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -34,7 +34,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 class CommandParser(argparse.ArgumentParser):
-    """An argument parser whose complaints are one line, like all others."""
+    """An argument parser that reports mistakes as a `UserError`."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
@@ -47,18 +47,18 @@ class CommandParser(argparse.ArgumentParser):
 def run_command(main: Callable[[], None], needs: str = "") -> NoReturn:
     """Run a command's `main` and exit.
 
-    No exception ends in a traceback: one that nobody foresaw is one line, and the whole of it is kept in a file.
+    No exception ends in a traceback. An unexpected one is one line, and its traceback is kept in a file.
 
     Args:
         main: The command.
-        needs: What to pip install where one of its packages is missing, such as "'cibl-ray[train]'".
+        needs: What to pip install if one of its packages is missing, such as "'my-package[extra]'".
 
     Raises:
         SystemExit: Always. 0: success; 2: a user's mistake, a missing package or a failing disk; 130: Ctrl-C; the status of an
             `Interrupted`: a scheduler's signal; 1: anything else.
     """
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a λ on a Latin-1 terminal is no reason to fail
+        if hasattr(stream, "reconfigure"):  # a λ on a Latin-1 terminal must not fail
             stream.reconfigure(errors="backslashreplace")
     try:
         main()
@@ -68,7 +68,7 @@ def run_command(main: Callable[[], None], needs: str = "") -> NoReturn:
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         if not package or _present(package):
-            sys.exit(_unforeseen(error))
+            sys.exit(_unexpected(error))
         install = f"; this command needs: pip install {needs}" if needs else ""
         sys.exit(_tell(f"error: {error.name} is not installed{install}", 2))
     except BrokenPipeError:  # `... | head`
@@ -80,7 +80,7 @@ def run_command(main: Callable[[], None], needs: str = "") -> NoReturn:
     except KeyboardInterrupt as error:
         sys.exit(_tell(str(error) or "interrupted", getattr(error, "status", 130)))
     except Exception as error:
-        sys.exit(_unforeseen(error))
+        sys.exit(_unexpected(error))
     sys.exit(0)
 
 
@@ -100,8 +100,8 @@ def _tell(message: str, status: int) -> int:
     return status
 
 
-def _unforeseen(error: Exception) -> int:
-    """Keep the traceback of an error that nobody foresaw in a file, and tell where."""
+def _unexpected(error: Exception) -> int:
+    """Keep the traceback of an unexpected error in a file, and print its name."""
     text = "".join(traceback.format_exception(error))
     message = _cut(" ".join(f"{type(error).__name__}: {error}".split()))
     try:

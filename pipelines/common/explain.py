@@ -54,7 +54,7 @@ def explain(model: type[BaseModel], content: Mapping[str, Any], part: str = "") 
 
 
 def _meant(part: str, model: type[BaseModel]) -> list[str]:
-    """The dotted keys that a name stands for: itself, else all that end with it."""
+    """The dotted keys that a name means: itself, else all that end with it."""
     keys, name = known_keys(model), part.lstrip("-").replace("-", "_")
     found = [name] if name in keys else [key for key in keys if key.endswith(f".{name}")]
     if not found:

@@ -20,7 +20,7 @@ class Key:
 
     Attributes:
         is_path: The value is a path.
-        in_list: The list or mapping that the field's part stands in (`data.views`), which is set as a whole; else None.
+        in_list: The list or mapping around the field (`data.views`), which is set as a whole; else None.
         description: What the field means.
     """
 
@@ -60,7 +60,7 @@ def is_collection(annotation: Any) -> bool:
 
 
 def kind_of(model: type[BaseModel]) -> str | None:
-    """The `kind` that a model stands for, or None."""
+    """The `kind` of a model, or None."""
     field = model.model_fields.get("kind")
     names = typing.get_args(field.annotation) if field is not None else ()
     return str(names[0]) if names else None
@@ -76,7 +76,7 @@ def fields_at(model: type[BaseModel], key: str) -> list[FieldInfo]:
 
 
 def kinds_at(model: type[BaseModel], key: str) -> dict[str, type[BaseModel]]:
-    """What may stand at a dotted name: the models that have a `kind`, by each kind that they accept."""
+    """The models that a dotted name accepts, by their `kind`."""
     found = [inner for field in fields_at(model, key) for inner in models_in(field.annotation)]
     return {
         kind: each

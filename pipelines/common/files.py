@@ -51,7 +51,7 @@ def write_atomically(path: Path, content: str | bytes | Callable[[IO[bytes]], ob
 def locked(path: Path, patience: float | None = None, busy: str = "", waiting: str = "") -> Iterator[None]:
     """Hold a lock that only one process has at a time. It ends with its process, however that ends.
 
-    On a file system without locks the work goes on without one, with a warning.
+    On a file system without locks the work continues without one, with a warning.
 
     Args:
         path: The lock file; made where it is missing.

@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 
 
 def save(figure: Figure, path: Path, dpi: int = 120) -> None:
-    """Write a figure. Letters that no installed font has are boxes, and told of in one line."""
+    """Write a figure. Letters that no installed font has become boxes, and one line warns of them."""
     from matplotlib.text import Text
 
     texts = figure.findobj(Text)

@@ -49,7 +49,7 @@ class CutViews(Operation):
     """Decode once, cut V views: uint8 (B, V, S, S, 3).
 
     The epoch's `Table` and the threads' `Work` arrive at run time in the place of FFCV's metadata, so that the draws can change
-    every epoch without compiling anew. The work is done by `cut_batch`, which numba keeps compiled between runs.
+    every epoch without compiling again. The work is done by `cut_batch`, which numba keeps compiled between runs.
     """
 
     def __init__(self, views: int, size: int) -> None:
@@ -231,5 +231,5 @@ class FFCVLoader:
             self._running = None
 
     def close(self) -> None:
-        """End the threads. Another epoch begins anew."""
+        """End the threads. The next epoch starts new ones."""
         self._end_epoch()

@@ -77,7 +77,7 @@ def make_loader(
     kind = "resident" if held else loader_kind(config)
     if reading.rule is None:
         records = beton.records["f0"]
-        # An image too small for its cut is told now.
+        # An image that is too small for its cut is reported now.
         draw_cuts(reading.views, reading.size, records["height"], records["width"], reading.seed, 0)
     if reading.rule is not None:
         from pipelines.loaders.eval_loader import EvalLoader

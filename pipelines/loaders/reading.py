@@ -1,4 +1,4 @@
-"""What every loader gives, and what it is told: the contract between the loaders and those who train and evaluate."""
+"""The contract of the loaders: what they are asked for, and the batches that they return."""
 
 from __future__ import annotations
 

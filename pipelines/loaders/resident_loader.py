@@ -80,7 +80,7 @@ class _Pixels:
 
 
 class ResidentLoader:
-    """`pipelines.loaders.make.Loader` of images that lie in `device`'s memory; its batches lie there too."""
+    """`pipelines.loaders.make.Loader` of images in `device`'s memory; its batches are there too."""
 
     lasting = True
 

@@ -39,7 +39,7 @@ def original_images(prepared: Prepared, split: str, data: DataConfig, seed: int,
         if split in splits and splits[split].digest() == prepared.splits[split].source_digest:
             images = splits[split]
     if images is None:
-        log.warning("the original images of the %s split are gone or have changed; the stored ones stand in for them", split)
+        log.warning("the original images of the %s split are gone or have changed; the stored ones replace them", split)
     rows = {line_of(name): row for row, name in enumerate(images.names)} if images is not None else {}
     for row in range(min(count, len(beton))):
         if images is not None:

@@ -159,7 +159,7 @@ def test_train_mistakes(finished, folders):
         (["quickstart", "--epoch", "3"], "did you mean --train.epochs?"),
         (["quickstart", "--name", "whole", *folders], "already exists; resume it (--resume"),
         (["--resume", "nowhere"], "not a run folder"),
-        (["--resume", finished[0], "--name", "other"], f"--resume goes on in {finished[0]} itself; leave --name out"),
+        (["--resume", finished[0], "--name", "other"], f"--resume continues in {finished[0]} itself; leave --name out"),
         (
             ["quickstart", *TINY, *folders, "--tail_skew", "3", "--resume", finished[0]],
             "of another configuration than quickstart (loss",

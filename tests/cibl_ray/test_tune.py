@@ -154,7 +154,7 @@ def test_an_interrupted_sweep_goes_on(folder):
     assert len({trial.name for trial in after}) == 3
     assert after[: len(before)] == before
     assert {trial.state for trial in after} == {"completed"}
-    # What had begun goes on from its last checkpoint, and is not begun anew: rows up to it stand as they were.
+    # A trial that had begun is resumed from its last checkpoint, not restarted: rows up to it stay as they were.
     for path, before_the_kill in rows.items():
         assert path.read_text().splitlines()[: len(before_the_kill) - 1] == before_the_kill[:-1]
     # Every folder has its result.

@@ -102,7 +102,7 @@ class SourceConfig(Settings):
         return self.model_dump(mode="json")
 
     def class_names(self) -> dict[str, str]:
-        """The class that a folder of images stands for, where that has another name than the folder."""
+        """The class of each folder of images that has another name than its class."""
         return {}
 
 

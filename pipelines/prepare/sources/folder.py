@@ -172,7 +172,7 @@ def _tell_loose(folder: Path) -> None:
 
 
 def _is_text(name: str) -> bool:
-    """Whether a file's name can be written and drawn: bytes of other encodings stand in it as lone surrogates."""
+    """Whether a file's name can be written and drawn: Python reads bytes of other encodings as lone surrogates."""
     try:
         name.encode()
     except UnicodeEncodeError:
