@@ -95,8 +95,8 @@ def search(sweep: SweepConfig, base: dict[str, Any], folder: Path, left: int, ma
             search_alg=search,
             scheduler=scheduler,
             max_concurrent_trials=min(sweep.concurrent or room, room),
-            # A reused process has everything imported and compiled. With several threads it is not reused: the thread pool of the
-            # last trial slows OpenMP down.
+            # A reused process has everything imported and compiled. With several threads it is not reused: the thread pool of
+            # the last trial slows OpenMP down.
             reuse_actors=sweep.workers == 1 and sweep.cpus == 1 and not gpus,
         ),
         run_config=tune.RunConfig(
