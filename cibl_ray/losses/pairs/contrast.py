@@ -6,7 +6,7 @@ import torch
 
 from cibl_ray.losses.inputs import ContrastSet
 from cibl_ray.losses.pairs.positives import positive_sums
-from cibl_ray.losses.pairs.self_pairs import dense_pair_sums, fits_at_once, tiled_log_sum_exp
+from cibl_ray.losses.pairs.self_pairs import fits_at_once, tiled_log_sum_exp
 from cibl_ray.losses.pairs.softmax import PairWeights, log_sum_exp, no_shift_needed
 from cibl_ray.networks.precision import at_least_float32
 
@@ -33,13 +33,9 @@ def pair_sums(
         log Σ_{a≠m} w_ma·exp(z_m·z_a/τ) over the contrast set, and Σ_{p∈P(m)} z_m·z_p/τ, (M,) each.
     """
     anchors = at_least_float32(z)
-    if contrast.embeddings is z:
-        if fits_at_once(anchors):
-            return dense_pair_sums(anchors, labels, temperature, weights)
-        positives = positive_sums(anchors, labels, anchors, labels, 0, classes) / temperature
-        if no_shift_needed(temperature):
-            return tiled_log_sum_exp(anchors, labels, temperature, weights), positives
-        return log_sum_exp(anchors, anchors, temperature, contrast.rows_of(anchors), weights), positives
-    others = at_least_float32(contrast.embeddings)
+    itself = contrast.embeddings is z
+    others = anchors if itself else at_least_float32(contrast.embeddings)
     positives = positive_sums(anchors, labels, others, contrast.labels, contrast.start, classes) / temperature
+    if itself and not fits_at_once(anchors) and no_shift_needed(temperature):
+        return tiled_log_sum_exp(anchors, labels, temperature, weights), positives
     return log_sum_exp(anchors, others, temperature, contrast.rows_of(anchors), weights), positives

@@ -1,7 +1,7 @@
-"""A batch compared with itself.
+"""A large batch compared with itself.
 
-The similarities are symmetric. A small batch takes all pairs at once. Of a large one only the tiles on and above the diagonal
-are computed, once more in the backward pass, so that they stay in the cache and memory grows linearly with the batch.
+The similarities are symmetric: only the tiles on and above the diagonal are computed, and computed again in the backward pass.
+So they stay in the cache, and memory grows linearly with the batch.
 """
 
 from __future__ import annotations
@@ -22,31 +22,6 @@ TILE = {"cpu": 512, "cuda": 4096}
 def fits_at_once(z: torch.Tensor) -> bool:
     """Whether all pairs of z (M, d) are few enough to be held."""
     return len(z) ** 2 <= AT_ONCE["cuda" if z.is_cuda else "cpu"]
-
-
-def dense_pair_sums(
-    z: torch.Tensor, labels: torch.Tensor, temperature: float, weights: PairWeights | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`pair_sums` of a batch with itself, from the whole matrix of similarities.
-
-    Args:
-        z: float32 or float64 (M, d), of unit norm.
-        labels: int64 (M,).
-        temperature: τ.
-        weights: What each pair counts in the first sum; None: 1.
-
-    Returns:
-        log Σ_{a≠m} w_ma·exp(z_m·z_a/τ) and Σ_{p∈P(m)} z_m·z_p/τ, (M,) each.
-    """
-    with torch.autocast(z.device.type, enabled=False):
-        similarity = z @ z.T / temperature
-    itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
-    positive = (labels[:, None] == labels) & ~itself
-    positive_sum = similarity.masked_fill(~positive, 0).sum(1)
-    if weights is not None:
-        similarity = similarity + weights.of(slice(None)).log()
-    # The least number instead of -inf: a lone row has a finite value and gradient, too.
-    return similarity.masked_fill(itself, torch.finfo(z.dtype).min).logsumexp(1), positive_sum
 
 
 def tiled_log_sum_exp(
