@@ -43,6 +43,7 @@ from pipelines.prepare.build import ensure_prepared
 __all__ = ["FAILURES", "Options", "Shape", "cluster", "fit_on_cluster", "launch", "parse_workers", "places", "polite_end"]
 
 _SAVING = 20.0  # seconds for the workers to save and end, when the driver is asked to stop
+_ANSWER = 3.0  # seconds for the head node to say whether they have a place
 
 
 def fit_on_cluster(config: RunConfig, folder: Path, resume: bool, options: Options) -> None:
@@ -153,7 +154,7 @@ def launch(
             if stop is None:
                 trainer.fit()
             else:
-                _fit_until_stopped(trainer.fit, watch, stop)
+                _fit_until_stopped(trainer.fit, watch, stop, _in_line)
         except Exception as error:
             raise explain(error, shape.failures) from error
         finally:
@@ -165,8 +166,18 @@ def launch(
         raise KeyboardInterrupt
 
 
-def _fit_until_stopped(fit: Callable[[], Any], watch: Watch, stop: Stop) -> None:
-    """Run Ray Train's `fit` in a thread, and have the workers save and end when `stop` asks for it."""
+def _fit_until_stopped(fit: Callable[[], Any], watch: Watch, stop: Stop, in_line: Callable[[], bool]) -> None:
+    """Run Ray Train's `fit` in a thread, and have the workers save and end when `stop` asks for it.
+
+    Args:
+        fit: Trains, and returns when the workers have ended.
+        watch: Hears the workers.
+        stop: What asks the run to stop.
+        in_line: Whether the workers have no place yet: then nobody has anything to save, and nobody is waited for.
+
+    Raises:
+        KeyboardInterrupt: The run was stopped before its workers ended.
+    """
     ended = threading.Event()
     failed: list[BaseException] = []
 
@@ -185,13 +196,27 @@ def _fit_until_stopped(fit: Callable[[], Any], watch: Watch, stop: Stop) -> None
         while not ended.wait(0.2):
             if deadline is None and stop.asked():
                 watch.relay.stop.remote()
-                deadline = time.monotonic() + _SAVING
+                deadline = time.monotonic() + (0 if _answered(in_line) else _SAVING)
             if deadline is not None and time.monotonic() > deadline:
                 raise KeyboardInterrupt
     finally:
         stop.polled = False
     if failed:
         raise failed[0]
+
+
+def _answered(question: Callable[[], bool]) -> bool:
+    """Whether the answer is yes. A head node that does not answer within seconds, or with an error, is a no."""
+    answers: list[bool] = []
+
+    def ask() -> None:
+        with suppress(Exception):
+            answers.append(question())
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(_ANSWER)
+    return bool(answers and answers[0])
 
 
 @dataclass

@@ -3,7 +3,9 @@
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -93,6 +95,25 @@ ray.get(holder.held.remote())
 print("held", flush=True)
 time.sleep(600)
 """
+
+
+def test_a_stop_does_not_wait_for_workers_that_have_no_place(monkeypatch):
+    """They have nothing to save. Those that have begun are waited for."""
+    from cibl_ray.cluster import launch
+
+    asked = threading.Event()
+    relay = SimpleNamespace(stop=SimpleNamespace(remote=asked.set))
+    stop = SimpleNamespace(polled=False, asked=lambda: True)
+    never, watch = threading.Event(), SimpleNamespace(relay=relay)
+    monkeypatch.setattr(launch, "_SAVING", 1e6)
+    with pytest.raises(KeyboardInterrupt):
+        launch._fit_until_stopped(never.wait, watch, stop, lambda: True)
+    assert asked.is_set()
+    asked.clear()
+    launch._fit_until_stopped(asked.wait, watch, stop, lambda: False)  # returns when they have saved
+    monkeypatch.setattr(launch, "_ANSWER", 0.05)
+    asked.clear()
+    launch._fit_until_stopped(asked.wait, watch, stop, never.wait)  # the head node does not answer
 
 
 def test_a_run_waits_for_others_work_and_says_so(folder, two_nodes):
