@@ -78,7 +78,7 @@ def _shift(text: str) -> float | Literal["auto"]:
 
 def _refuse_unlabelled(folder: Path, run: Path) -> None:
     """Raise UserError for a folder that holds images and no classes."""
-    from pipelines.prepare.sources.files import LeftOut, class_folders, loose_images
+    from pipelines.image_files import LeftOut, class_folders, loose_images
 
     if folder.is_dir() and not class_folders(folder, LeftOut()) and (count := loose_images(folder)):
         raise UserError(

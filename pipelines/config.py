@@ -23,7 +23,9 @@ class ExpProfile(Settings):
 
     kind: Literal["exp"]
     imbalance: float = Field(ge=1, description="Largest over smallest class.")
-    largest: int | None = Field(default=None, ge=1, description="Images of the largest class; by default as the smallest has.")
+    largest: int | None = Field(
+        default=None, ge=1, lt=1 << 31, description="Images of the largest class; by default as the smallest has."
+    )
 
 
 class StepProfile(Settings):
@@ -31,7 +33,9 @@ class StepProfile(Settings):
 
     kind: Literal["step"]
     imbalance: float = Field(ge=1, description="Largest over smallest class.")
-    largest: int | None = Field(default=None, ge=1, description="Images of the large classes; by default as the smallest has.")
+    largest: int | None = Field(
+        default=None, ge=1, lt=1 << 31, description="Images of the large classes; by default as the smallest has."
+    )
 
 
 class ListProfile(Settings):

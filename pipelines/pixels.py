@@ -35,7 +35,16 @@ _BITS, _SIGNIFICANT, _WHITE, _INVERTED = "cibl_ray_bits", "cibl_ray_significant"
 
 
 class BadImageError(ValueError):
-    """The bytes are not an image, or only a part of one."""
+    """The bytes are not an image, or only a part of one, or beyond a limit.
+
+    Args:
+        message: What is wrong, and what can be done to the file.
+        setting: A setting of a configuration by which the image would be read, for commands that have one.
+    """
+
+    def __init__(self, message: str, setting: str = "") -> None:
+        super().__init__(message)
+        self.setting = setting
 
 
 def decode(
@@ -109,7 +118,8 @@ def opened(
         if max_pixels is not None:
             # A side of millions would make a resize cost gigabytes, however short the other one is.
             if image.width * image.height > max_pixels or max(image.size) > _LONGEST:
-                raise BadImageError(f"{image.width}x{image.height} pixels, {max_pixels:,} at most")
+                size = f"{image.width}x{image.height} pixels, {max_pixels:,} at most"
+                raise BadImageError(size, f"data.max_pixels: {image.width * image.height}")
             if max_scans is not None:
                 scans = _check_scans(image, data, max_pixels, max_scans)
         if isinstance(file, _Counted):
@@ -256,13 +266,13 @@ def _grey8(image: Image.Image, window: tuple[float, float] | None) -> Image.Imag
 
 def _grey_bits(image: Image.Image, values: np.ndarray) -> int:
     """How many bits the values of a grey image have. Raises BadImageError where nothing tells."""
-    hint = "; set data.window: [BLACK, WHITE], or save it with 8 bits"
+    setting, hint = "data.window: [BLACK, WHITE]", "; save it with 8 bits"
     if values.dtype.kind == "f":
-        raise BadImageError("floating-point grey" + hint)
+        raise BadImageError("floating-point grey" + hint, setting)
     low, high = int(values.min()), int(values.max())
     kind = "32-bit" if image.mode == "I" else "16-bit"
     if low < 0 or high > 65535:
-        raise BadImageError(f"{kind} grey with values from {low} to {high}{hint}")
+        raise BadImageError(f"{kind} grey with values from {low} to {high}{hint}", setting)
     if image.format in ("PNG", "TIFF"):
         bits, significant, white = (int(image.info.get(name, 0)) for name in (_BITS, _SIGNIFICANT, _WHITE))
         if 8 < bits < 16:
@@ -272,7 +282,8 @@ def _grey_bits(image: Image.Image, values: np.ndarray) -> int:
         if white > 255 and (white + 1).bit_count() == 1 and high <= white:  # all ones: no mere statistics
             return white.bit_length()
         if 0 < high < _DARK and significant != 16:
-            raise BadImageError(f"{kind} grey with values from {low} to {high}, of a depth that the file does not tell{hint}")
+            text = f"{kind} grey with values from {low} to {high}, of a depth that the file does not tell{hint}"
+            raise BadImageError(text, setting)
     return 16  # other formats scale to it, and so does Pillow
 
 

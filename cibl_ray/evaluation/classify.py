@@ -12,6 +12,8 @@ import numpy as np
 from pipelines.common.cores import usable_cores
 from pipelines.common.errors import UserError
 from pipelines.formats import readable_suffixes
+from pipelines.image_files import LeftOut
+from pipelines.image_files import image_files as below
 from pipelines.pixels import BadImageError, EvalRule, decode
 
 _AT_ONCE = 32  # images
@@ -111,7 +113,8 @@ def image_files(places: Sequence[Path]) -> list[Path]:
         places: Files, and folders.
 
     Returns:
-        The files, and all images below the folders, sorted within each folder.
+        The files, and all images below the folders, sorted within each folder. What is left out of a folder is reported on
+        standard error, as by `python -m pipelines.prepare`.
 
     Raises:
         UserError: A place does not exist, or there is no image.
@@ -119,8 +122,9 @@ def image_files(places: Sequence[Path]) -> list[Path]:
     found: list[Path] = []
     for place in places:
         if place.is_dir():
-            inside = (path for path in place.rglob("*") if path.suffix.lower() in readable_suffixes() and path.is_file())
-            found += sorted(path for path in inside if not path.name.startswith("."))
+            left_out = LeftOut()
+            found += [place / name for name in below(place, left_out)]
+            left_out.tell(place, before="")
         elif place.is_file():
             found.append(place)
         else:

@@ -65,7 +65,7 @@ def evaluate(
     config = resolve(checkpoint.config.model_copy(update={"train": train}))
     device = torch.device(config.train.device)
     if folder is None:
-        prepared = ensure_prepared(config.data, config.seed)
+        prepared = ensure_prepared(config.data, config.seed, settable=False)
         split = split or ("test" if "test" in prepared.splits else "val")
         if split not in prepared.splits:
             raise UserError(f"the run's data have no {split!r} split; there are: {', '.join(prepared.splits)}")
@@ -85,7 +85,7 @@ def evaluate(
 
     chosen: TailShift | None = None
     if tail_shift == "auto":
-        own = prepared if folder is None else ensure_prepared(config.data, config.seed)
+        own = prepared if folder is None else ensure_prepared(config.data, config.seed, settable=False)
         if "val" not in own.splits:
             raise UserError("--tail-shift auto chooses on validation images, and the run's data have none; give a number")
         chosen = choose_shift(*outputs(own, "val"), checkpoint.train_counts, metric)

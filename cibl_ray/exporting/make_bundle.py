@@ -135,7 +135,7 @@ class _Export:
         train = checkpoint.config.train.model_copy(update={"device": "cpu", "precision": "fp32"})
         self.config: RunConfig = resolve(checkpoint.config.model_copy(update={"train": train}))
         self.rule = eval_rule(self.config.data)
-        self.prepared: Prepared = ensure_prepared(self.config.data, self.config.seed)
+        self.prepared: Prepared = ensure_prepared(self.config.data, self.config.seed, settable=False)
         if self.prepared.classes != checkpoint.classes:
             raise UserError("the data's classes are no longer those the checkpoint was trained on")
         self.split = "test" if "test" in self.prepared.splits else "val"

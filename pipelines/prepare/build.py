@@ -59,12 +59,13 @@ def subset_seed(data: DataConfig, seed: int) -> int:
     return seed if data.subset_seed is None else data.subset_seed
 
 
-def ensure_prepared(data: DataConfig, seed: int) -> Prepared:
+def ensure_prepared(data: DataConfig, seed: int, settable: bool = True) -> Prepared:
     """Prepare the data of a configuration, if they are missing or the source has changed.
 
     Args:
         data: The data configuration.
         seed: The run's seed.
+        settable: Whether the command takes fields of `data`, so that an error may advise one.
 
     Returns:
         The prepared data.
@@ -78,7 +79,8 @@ def ensure_prepared(data: DataConfig, seed: int) -> Prepared:
         if found is not None:
             print(f"data: the source is not on this machine; using {found.folder} as it was prepared", file=sys.stderr)
             return found
-    return _up_to_date(folder, choose(data.source.open(), data, subset_seed(data, seed)), data, subset_seed(data, seed))
+    draw = subset_seed(data, seed)
+    return _up_to_date(folder, choose(data.source.open(), data, draw, settable), data, draw, settable)
 
 
 def prepare_folder(images: Path, classes: list[str], data: DataConfig) -> Prepared:
@@ -100,13 +102,13 @@ def prepare_folder(images: Path, classes: list[str], data: DataConfig) -> Prepar
     if names:
         content["names"] = names
     chosen = (classes, {"test": open_folder(images, classes, names)})
-    return _up_to_date(data.prepared / f"images-{_key(content)}", chosen, data, seed=0)
+    return _up_to_date(data.prepared / f"images-{_key(content)}", chosen, data, seed=0, settable=False)
 
 
 Chosen = tuple[list[str], dict[str, Images]]
 
 
-def _up_to_date(folder: Path, chosen: Chosen, data: DataConfig, seed: int) -> Prepared:
+def _up_to_date(folder: Path, chosen: Chosen, data: DataConfig, seed: int, settable: bool) -> Prepared:
     """The content of `folder` if it is whole and of these images; else it is written now."""
     found = read_sidecar(folder)
     if found is not None and _matches(found, chosen):
@@ -114,20 +116,21 @@ def _up_to_date(folder: Path, chosen: Chosen, data: DataConfig, seed: int) -> Pr
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder / ".lock", waiting=f"data: another command prepares {folder}; waiting for it"):
         found = read_sidecar(folder)  # another process may have written it while this one waited
-        return found if found is not None and _matches(found, chosen) else _write(folder, chosen, data, seed)
+        return found if found is not None and _matches(found, chosen) else _write(folder, chosen, data, seed, settable)
 
 
 def _key(content: Mapping[str, object], file_format: int = FORMAT) -> str:
     return hashlib.sha256(json.dumps({**content, "format": file_format}, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def choose(dataset: Dataset, data: DataConfig, seed: int) -> tuple[list[str], dict[str, Images]]:
+def choose(dataset: Dataset, data: DataConfig, seed: int, settable: bool = True) -> tuple[list[str], dict[str, Images]]:
     """Split a source: test and validation images first, then the long-tail profile for the training images.
 
     Args:
         dataset: The source.
         data: The data configuration.
         seed: Of the subset, as `subset_seed` gives it.
+        settable: Whether the command takes fields of `data`, so that an error may advise one.
 
     Returns:
         The classes, and the images of each split.
@@ -145,8 +148,8 @@ def choose(dataset: Dataset, data: DataConfig, seed: int) -> tuple[list[str], di
         if images is not None and images.missing and data.on_bad_image == "error":
             some = ", ".join(map(repr, images.missing[:3])) + (" and others" if len(images.missing) > 3 else "")
             raise UserError(
-                f"{len(images.missing):,} listed images are missing, such as {some}; correct the list or data.source.root, or "
-                "set data.on_bad_image: skip"
+                f"{len(images.missing):,} listed images are missing, such as {some}; "
+                + ("correct the list or data.source.root, or set data.on_bad_image: skip" if settable else "bring them back")
             )
     return dataset.classes, splits
 
@@ -204,12 +207,12 @@ def _whole(path: Path, shard: Shard) -> bool:
     return path.is_file() and path.stat().st_size == shard.bytes
 
 
-def _write(folder: Path, chosen: Chosen, data: DataConfig, seed: int) -> Prepared:
+def _write(folder: Path, chosen: Chosen, data: DataConfig, seed: int, settable: bool) -> Prepared:
     classes, splits = chosen
     refuse_shared_files(splits)
     (folder / SIDECAR).unlink(missing_ok=True)
     print(f"data: preparing {sum(len(images) for images in splits.values()):,} images in {folder}", file=sys.stderr)
-    progress = {name: write_split(folder, name, images, data, seed) for name, images in splits.items()}
+    progress = {name: write_split(folder, name, images, data, seed, settable) for name, images in splits.items()}
     written = {name: _split(progress[name], name, images, classes) for name, images in splits.items()}
     prepared = Prepared(folder, classes, seed, data.profile.model_dump(mode="json"), written)
     content = {

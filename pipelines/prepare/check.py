@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from pipelines.common.errors import UserError
 from pipelines.config import DataConfig
 from pipelines.pixels import BadImageError
 from pipelines.prepare.doubles import find_copies, refuse_shared_files
 from pipelines.prepare.sources import Images
-from pipelines.prepare.writer import pack_all, place_of
+from pipelines.prepare.writer import pack_all, place_of, with_setting
 
 
 @dataclass
@@ -70,7 +70,7 @@ def check(splits: Mapping[str, Images], data: DataConfig, seed: int) -> Findings
         for index, result in tqdm(packed, total=len(images), desc=f"check {split}", unit="img", leave=False, disable=None):
             findings.images += 1
             if isinstance(result, BadImageError):
-                findings.bad.append((place_of(images, index, split), str(result)))
+                findings.bad.append((place_of(images, index, split), with_setting(result)))
                 continue
             names.append(images.names[index])
             labels.append(int(images.labels[index]))

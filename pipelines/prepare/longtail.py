@@ -14,6 +14,8 @@ from pipelines.config import CountsProfile, ExpProfile, ListProfile, NoProfile, 
 from pipelines.prepare.sources import Images, class_counts, read_list
 from pipelines.prepare.sources.names import name_key
 
+_MOST = 1 << 31  # images of a class: beyond any data set
+
 
 def exp_counts(classes: int, largest: int, imbalance: float) -> np.ndarray:
     """Exponential profile: n_i = int(n_max · μ^(i/(C-1))), μ = 1/imbalance (Cui et al. 2019, as in CIFAR-LT).
@@ -150,6 +152,10 @@ def _counts_file(profile: CountsProfile, classes: int, names: Sequence[str]) -> 
         raise UserError(f"{profile.path}: expected a list of counts, or a mapping of class name or index to count")
     if len(content) != classes:
         raise UserError(f"{profile.path} has {len(content)} counts, the source {classes} classes")
+    wrong = next((count for count in content if not 1 <= count < _MOST), None)
+    if wrong is not None:
+        shown = wrong if abs(wrong) < 10**20 else f"{str(wrong)[:12]}... ({len(str(abs(wrong)))} digits)"
+        raise UserError(f"{profile.path} has the count {shown}; counts are numbers of images, from 1 on")
     return np.array(content, dtype=np.int64)
 
 

@@ -21,7 +21,7 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from pipelines.common.errors import Interrupted, UserError
 from pipelines.common.files import write_atomically
@@ -228,7 +228,7 @@ def forget_records(folder: Path) -> None:
         record.unlink()
 
 
-def write_split(folder: Path, split: str, images: Images, data: DataConfig, seed: int) -> Progress:
+def write_split(folder: Path, split: str, images: Images, data: DataConfig, seed: int, settable: bool = True) -> Progress:
     """Write the images of a split in a seeded order.
 
     Args:
@@ -237,6 +237,7 @@ def write_split(folder: Path, split: str, images: Images, data: DataConfig, seed
         images: The images.
         data: How they are stored, and what happens with bad ones.
         seed: Of the order.
+        settable: Whether the command takes fields of `data`, so that an error may advise one.
 
     Returns:
         What was written.
@@ -258,9 +259,9 @@ def write_split(folder: Path, split: str, images: Images, data: DataConfig, seed
             if isinstance(result, BadImageError):
                 place = place_of(images, index, split)
                 if data.on_bad_image == "error":
-                    raise UserError(f"{place}: unreadable image ({result}); mend or remove it, or set data.on_bad_image: skip")
+                    raise UserError(f"{place}: unreadable image ({result}); {_advice(result, settable)}")
                 progress.skipped.append(place)
-                progress.reasons.append(str(result))
+                progress.reasons.append(with_setting(result))
             else:
                 try:
                     files.append(result[0], int(images.labels[index]), images.names[index], result[1])
@@ -268,19 +269,20 @@ def write_split(folder: Path, split: str, images: Images, data: DataConfig, seed
                     raise UserError(f"{place_of(images, index, split)} {error}") from error
             files.step()
             if progress.done == first + _SAMPLED:
-                _check_room(folder, split, progress, len(order))
+                _check_room(folder, split, progress, len(order), settable)
         if not progress.names:
             raise UserError(f"the {split} split has no readable image")
         files.finish()
     except KeyboardInterrupt as error:
         files.stopped()
-        raise Interrupted(_stopped(split, files.kept, len(order), data.store)) from error
+        raise Interrupted(_stopped(split, files.kept, len(order), data.store, settable)) from error
     except OSError as error:
         files.stopped()
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise UserError(
-            f"{_full(folder, split, progress, len(order))}; {_stopped(split, files.kept, len(order), data.store)}"
+            f"{_full(folder, split, progress, len(order), settable)}; "
+            f"{_stopped(split, files.kept, len(order), data.store, settable)}"
         ) from error
     except BaseException:
         files.failed()
@@ -293,10 +295,25 @@ def write_split(folder: Path, split: str, images: Images, data: DataConfig, seed
     return progress
 
 
-def _stopped(split: str, kept: int, total: int, store: Store) -> str:
+def with_setting(error: BadImageError) -> str:
+    """What is wrong with an image, and the setting by which it would be read, if there is one."""
+    return f"{error}, or set {error.setting}" if error.setting else str(error)
+
+
+def _advice(error: BadImageError, settable: bool) -> str:
+    if not settable:
+        return "mend it, or take it out"
+    return f"mend or remove it, or set {f'{error.setting}, or ' if error.setting else ''}data.on_bad_image: skip"
+
+
+def _stopped(split: str, kept: int, total: int, store: Store, settable: bool) -> str:
     if kept:
         return f"stopped: {kept:,} of {total:,} {split} images are in finished files; the same command continues there"
-    hint = "" if store.shard_mb else " (with data.store.shard_mb, files of that size are kept as they are finished)"
+    hint = (
+        ""
+        if store.shard_mb or not settable
+        else " (with data.store.shard_mb, files of that size are kept as they are finished)"
+    )
     return f"stopped before a file of the {split} split was finished; the same command starts it again{hint}"
 
 
@@ -305,17 +322,17 @@ def _need(progress: Progress, total: int) -> int:
     return round(progress.stored / max(1, progress.done) * (total - progress.done))
 
 
-def _check_room(folder: Path, split: str, progress: Progress, total: int) -> None:
+def _check_room(folder: Path, split: str, progress: Progress, total: int, settable: bool) -> None:
     if _need(progress, total) > shutil.disk_usage(folder).free:
-        raise UserError(_full(folder, split, progress, total))
+        raise UserError(_full(folder, split, progress, total, settable))
 
 
-def _full(folder: Path, split: str, progress: Progress, total: int) -> str:
+def _full(folder: Path, split: str, progress: Progress, total: int, settable: bool) -> str:
+    fields = ", set data.prepared to a folder elsewhere, or lower data.store.max_side" if settable else ""
     free = shutil.disk_usage(folder).free
     return (
         f"the disk of {str(folder)!r} has {free / 1e9:,.2f} GB free, and the {split} split needs about "
-        f"{_need(progress, total) / 1e9:,.2f} GB more; free some, set data.prepared to a folder elsewhere, "
-        "or lower data.store.max_side"
+        f"{_need(progress, total) / 1e9:,.2f} GB more; free some{fields}"
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -11,7 +10,9 @@ import numpy as np
 
 from cibl_ray.bundle.card import PROBABILITIES
 from pipelines import jpeg
-from pipelines.formats import left_out_text, readable_suffixes
+from pipelines.common.errors import UserError
+from pipelines.formats import readable_suffixes
+from pipelines.image_files import LeftOut, image_files
 from pipelines.pixels import MAX_PIXELS
 from serve.decode import Limits, named, pixels, top
 
@@ -105,16 +106,18 @@ def images(names: list[str], stdin: BinaryIO, tell: Callable[[str], None]) -> It
 
 
 def _of_folder(name: str, tell: Callable[[str], None]) -> Iterator[tuple[str, bytes]]:
-    suffixes = readable_suffixes()
-    paths = sorted(path for path in Path(name).rglob("*") if path.is_file())
-    found = [path for path in paths if path.suffix.lower() in suffixes]
-    left = Counter(path.suffix.lower() or "without ending" for path in paths if path.suffix.lower() not in suffixes)
-    if left:
-        tell(f"{name}: left out {left_out_text(left)}")
+    left_out = LeftOut()
+    try:
+        found = image_files(Path(name), left_out)
+    except UserError as error:
+        tell(f"error: {error}")
+        return
+    for line in left_out.lines(Path(name)):
+        tell(line)
     if not found:
-        tell(f"error: {name}: no image in this folder; endings that are read: {' '.join(suffixes)}")
+        tell(f"error: {name}: no image in this folder; endings that are read: {' '.join(readable_suffixes())}")
     for path in found:
-        yield from _of_file(path, tell)
+        yield from _of_file(Path(name, path), tell)
 
 
 def _of_file(path: Path, tell: Callable[[str], None]) -> Iterator[tuple[str, bytes]]:

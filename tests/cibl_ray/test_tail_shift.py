@@ -133,8 +133,17 @@ def test_the_command_answers_what_it_can_read(run_folder, pictures, tmp_path):
     assert float(rows[0]["probability"]) >= float(rows[0]["probability_2"])
 
 
-def test_what_is_not_there_is_told(tmp_path):
+def test_what_is_not_there_is_told(tmp_path, capsys):
     with pytest.raises(UserError, match="does not exist"):
         image_files([tmp_path / "gone"])
     with pytest.raises(UserError, match="no images in"):
         image_files([tmp_path])
+    (tmp_path / "a.png").touch()
+    (tmp_path / "notes.txt").touch()
+    (tmp_path / "@eaDir").mkdir()
+    (tmp_path / "@eaDir" / "thumbnail.jpg").touch()
+    assert image_files([tmp_path]) == [tmp_path / "a.png"]
+    assert capsys.readouterr().err.splitlines()[-2:] == [
+        f"left out of {str(tmp_path)!r}: 1 .txt, not among the endings of images",
+        f"left out of {str(tmp_path)!r}: folders that systems leave there: 1 @eaDir",
+    ]

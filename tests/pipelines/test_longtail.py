@@ -108,6 +108,15 @@ def test_bad_counts_files(tmp_path, content):
         apply_profile(CountsProfile(kind="counts", path=path), balanced(3, 9), 3, seed=0)
 
 
+@pytest.mark.parametrize("count", [0, -3, 3_000_000_000, 10**400])
+def test_counts_that_are_no_numbers_of_images(tmp_path, count):
+    path = tmp_path / "counts.json"
+    path.write_text(f"[4, {count}, 2]")
+    with pytest.raises(UserError, match=r"counts\.json has the count .*; counts are numbers of images, from 1 on") as refused:
+        apply_profile(CountsProfile(kind="counts", path=path), balanced(3, 9), 3, seed=0)
+    assert len(str(refused.value)) < 300
+
+
 def test_counts_file_as_mapping(tmp_path):
     path = tmp_path / "counts.json"
     path.write_text(json.dumps({"0": 5, "1": 1}))

@@ -137,6 +137,23 @@ def test_bad_image_is_named(image_folder, tmp_path):
     assert not list(tmp_path.rglob("*.part"))
 
 
+def test_what_a_command_without_settings_cannot_set_is_not_advised(image_folder, tmp_path):
+    """`evaluate --data FOLDER`, and a run's own data that evaluation prepares again."""
+    config = folder_config(image_folder, tmp_path, max_pixels=100)
+    (image_folder / "test" / "one" / "0.png").write_bytes(b"GIF89a no")
+    Image.new("RGB", (40, 30)).save(image_folder / "test" / "two" / "0.png")
+    for act in (
+        lambda: prepare_folder(image_folder / "test", ["nought", "one", "two"], config),
+        lambda: ensure_prepared(config, 0, settable=False),
+    ):
+        with pytest.raises(UserError, match=r"unreadable image \(.*\); mend it, or take it out$") as refused:
+            act()
+        assert "data." not in str(refused.value)
+    (image_folder / "test" / "one" / "0.png").unlink()
+    with pytest.raises(UserError, match=r"40x30 pixels, 100 at most\); .*, or set data.max_pixels: 1200, or data.on"):
+        ensure_prepared(config, 0)
+
+
 def test_bad_image_is_skipped_listed_and_counted(image_folder, tmp_path, capsys):
     bad = image_folder / "train" / "one" / "3.png"
     bad.write_bytes(b"GIF89a no")

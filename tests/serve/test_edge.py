@@ -344,7 +344,7 @@ def test_files_of_a_folder_that_are_left_out_are_told(tmp_path):
     assert found == [str(tmp_path / name) for name in ("a.png", "c.gif", "d.TIFF", *heif, "folder.jpg/b.JPG")]
     if not heif:
         text = "2 .heic, 1 .txt, 1 without ending, not among the endings of images; for HEIC: pip install 'cibl-ray[heic]'"
-        assert lines == [f"{tmp_path}: left out {text}"]
+        assert lines == [f"left out of {str(tmp_path)!r}: {text}"]
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ import numpy as np
 from pydantic import Field
 
 from pipelines.common.errors import UserError
+from pipelines.image_files import LeftOut, class_folders, image_files, loose_images
 from pipelines.prepare.sources.dataset import Dataset, Images, SourceConfig
-from pipelines.prepare.sources.files import LeftOut, class_folders, image_files, loose_images
 from pipelines.prepare.sources.names import hint_for, name_key, read_text, refuse_alike
 
 SPLITS = ("train", "val", "test")

@@ -1,4 +1,4 @@
-"""The image files of a folder: which endings count, what is left out, and the message about it."""
+"""The image files of a folder: which endings count, what is left out, and the report of it. One for every command."""
 
 from __future__ import annotations
 
@@ -24,13 +24,20 @@ class LeftOut:
     endings: Counter[str] = field(default_factory=Counter)
     folders: Counter[str] = field(default_factory=Counter)
 
-    def tell(self, place: Path) -> None:
-        """Print the counts to standard error, one line for files and one for folders."""
+    def lines(self, place: Path) -> list[str]:
+        """The report: a line for files and one for folders, each where there are any."""
+        found = []
         if self.endings:
-            print(f"data: left out of {str(place)!r}: {left_out_text(self.endings)}", file=sys.stderr)
+            found.append(f"left out of {str(place)!r}: {left_out_text(self.endings)}")
         if self.folders:
             kinds = ", ".join(f"{count:,} {name}" for name, count in sorted(self.folders.items()))
-            print(f"data: left out of {str(place)!r}: folders that systems leave there: {kinds}", file=sys.stderr)
+            found.append(f"left out of {str(place)!r}: folders that systems leave there: {kinds}")
+        return found
+
+    def tell(self, place: Path, before: str = "data: ") -> None:
+        """Print the report to standard error, with `before` at the start of each line."""
+        for line in self.lines(place):
+            print(f"{before}{line}", file=sys.stderr)
 
 
 def is_leftover(name: str) -> bool:
