@@ -5,7 +5,8 @@ The same ONNX file (ResNet-32, 32x32), the same JPEG files in base64 and JSON, o
 5 ms; the same over its faster queue), and the best counts. onnxruntime alone: a loop without decoding and without HTTP, at
 the fastest batch.
 
-Then trouble: 64 connections while the model is swapped, while a replica is killed, while replicas are taken away.
+What each costs: seconds until it is ready, processes, memory, and CPU while nobody asks. Then trouble: 64 connections while
+the model is swapped, while a replica is killed, while replicas are taken away.
 Needs `wrk` (apt-get install wrk) and `pip install litserve`.
 """
 
@@ -28,7 +29,9 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -97,22 +100,29 @@ def main() -> None:
         scripts = _scripts(folder, images)
         alone = _onnxruntime(bundle / "model.onnx", images)
         figures: dict[str, dict[int, list[dict[str, float]]]] = {}
+        weights: dict[str, list[dict[str, float]]] = {}
         settings = SETTINGS if not arguments.quick else {"batches": SETTINGS["batches"]}
         for _ in range(rounds):
-            with service(bundle) as base:
-                _measure(figures, "ours", f"{base}/v1/predict", scripts["json"], connections, seconds)
-                _measure(figures, "ours_raw_bytes", f"{base}/v1/predict", scripts["raw"], connections, seconds)
-            with service(bundle, "--simple") as base:
-                _measure(figures, "ours_simple", f"{base}/v1/predict", scripts["json"], connections, seconds)
+            with service(bundle) as ours:
+                weights.setdefault("ours", []).append(_weigh(ours, 2 * seconds))
+                _measure(figures, "ours", f"{ours.url}/v1/predict", scripts["json"], connections, seconds)
+                _measure(figures, "ours_raw_bytes", f"{ours.url}/v1/predict", scripts["raw"], connections, seconds)
+            with service(bundle, "--simple") as ours:
+                weights.setdefault("ours_simple", []).append(_weigh(ours, 2 * seconds))
+                _measure(figures, "ours_simple", f"{ours.url}/v1/predict", scripts["json"], connections, seconds)
             for name, setting in settings.items():
-                with _litserve(bundle, folder, *setting) as base:
-                    _measure(figures, f"litserve_{name}", f"{base}/predict", scripts["json"], connections, seconds)
+                with _litserve(bundle, folder, *setting) as other:
+                    weights.setdefault("litserve", []).append(_weigh(other, 2 * seconds))
+                    _measure(figures, f"litserve_{name}", f"{other.url}/predict", scripts["json"], connections, seconds)
         trouble = {} if arguments.quick else _trouble(bundle, folder)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     medians = {
         side: {n: {key: round(statistics.median(row[key] for row in rows), 2) for key in rows[0]} for n, rows in by.items()}
         for side, by in figures.items()
+    }
+    weight = {
+        side: {key: round(statistics.median(row[key] for row in rows), 1) for key in rows[0]} for side, rows in weights.items()
     }
     theirs = [side for side in medians if side.startswith("litserve")]
     best = {n: max((medians[side][n] for side in theirs), key=lambda row: row["requests_per_s"]) for n in connections}
@@ -121,11 +131,22 @@ def main() -> None:
     }
     ratios |= {f"p99_over_litserve_{n}": round(medians["ours"][n]["p99_ms"] / best[n]["p99_ms"], 2) for n in connections}
     ratios["over_ort_64"] = round(medians["ours"][64]["requests_per_s"] / alone, 2)
-    report(sides=medians, onnxruntime_alone_images_per_s=round(alone, 1), trouble=trouble, ratios=ratios)
+    report(sides=medians, weight=weight, onnxruntime_alone_images_per_s=round(alone, 1), trouble=trouble, ratios=ratios)
 
 
-def make_bundle(folder: Path, seed: int = 0) -> Path:
-    """A ResNet-32 for CIFAR-10 with weights as drawn: as fast as a trained one."""
+def make_bundle(folder: Path, seed: int = 0, backbone: Any = "resnet32", size: int = 32, name: str = "cifar") -> Path:
+    """Write a bundle of ten classes whose weights are as drawn: as fast as a trained one.
+
+    Args:
+        folder: The bundle.
+        seed: Of the weights.
+        backbone: As in a run's configuration.
+        size: Width and height of an image, in pixels.
+        name: The model's.
+
+    Returns:
+        The bundle.
+    """
     from cibl_ray.bundle.card import MANIFEST, Card, file_sha256
     from cibl_ray.exporting.onnx_graph import export_base, finish
     from cibl_ray.networks.config import Needs, NetworkConfig
@@ -137,10 +158,11 @@ def make_bundle(folder: Path, seed: int = 0) -> Path:
     folder.mkdir(parents=True)
     counts = np.array([5000, 2997, 1796, 1077, 645, 387, 232, 139, 83, 50])
     needs = Needs(projection=False, prototypes=None, detached_head=False)
-    network = build_network(NetworkConfig(backbone="resnet32"), 10, needs, seed).eval()
-    export_base(network, DataConfig(source=DigitsSource(kind="digits")), False, folder / "base")
+    network = build_network(NetworkConfig.model_validate({"backbone": backbone}), 10, needs, seed).eval()
+    export_base(network, DataConfig(source=DigitsSource(kind="digits"), size=size), False, folder / "base")
     groups = ["many"] * 8 + ["medium"] * 2
-    card = Card("cifar", "fp32", [f"class {i}" for i in range(10)], counts.tolist(), groups, EvalRule(32), {}, {}, {}).dump()
+    classes, rule = [f"class {i}" for i in range(10)], EvalRule(size, 1.0 if size < 64 else 0.875)
+    card = Card(name, "fp32", classes, counts.tolist(), groups, rule, {}, {}, {}).dump()
     finish(folder / "base", folder / "model.onnx", counts, card)
     (folder / "base").unlink()
     manifest = {**card, "precisions": ["fp32"], "files": {"model.onnx": file_sha256(folder / "model.onnx")}}
@@ -202,28 +224,43 @@ def _onnxruntime(model: Path, images: list[bytes]) -> float:
     return best
 
 
+@dataclass
+class Started:
+    """A server.
+
+    Attributes:
+        url: Where it answers.
+        process: Its first process.
+        ready_s: Seconds until it was ready.
+    """
+
+    url: str
+    process: subprocess.Popen
+    ready_s: float
+
+
 @contextmanager
-def service(bundle: Path, *options: str) -> Iterator[str]:
-    """Our server in its own processes; yields its URL."""
+def service(bundle: Path, *options: str) -> Iterator[Started]:
+    """Our server in its own processes."""
     command = [sys.executable, "-m", "serve", str(bundle), "--port", str(PORT), *options]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     try:
-        _until_ready(f"http://127.0.0.1:{PORT}/v2/health/ready", process)
-        yield f"http://127.0.0.1:{PORT}"
+        seconds = _until_ready(f"http://127.0.0.1:{PORT}/v2/health/ready", process)
+        yield Started(f"http://127.0.0.1:{PORT}", process, seconds)
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(90)
 
 
 @contextmanager
-def _litserve(bundle: Path, folder: Path, batch: int, wait: float, fast: bool) -> Iterator[str]:
+def _litserve(bundle: Path, folder: Path, batch: int, wait: float, fast: bool) -> Iterator[Started]:
     names = [f"class {i}" for i in range(10)]
     (folder / "litserve_app.py").write_text(LITSERVE.format(batch=batch, wait=wait, fast=fast, port=PORT + 20, names=names))
     command = [sys.executable, str(folder / "litserve_app.py"), str(bundle / "model.onnx")]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     try:
-        _until_ready(f"http://127.0.0.1:{PORT + 20}/health", process)
-        yield f"http://127.0.0.1:{PORT + 20}"
+        seconds = _until_ready(f"http://127.0.0.1:{PORT + 20}/health", process)
+        yield Started(f"http://127.0.0.1:{PORT + 20}", process, seconds)
     finally:
         os.killpg(process.pid, signal.SIGTERM)
         try:
@@ -233,19 +270,40 @@ def _litserve(bundle: Path, folder: Path, batch: int, wait: float, fast: bool) -
         time.sleep(1)
 
 
-def _until_ready(url: str, process: subprocess.Popen) -> None:
-    end = time.monotonic() + 120
+def _weigh(server: Started, seconds: float) -> dict[str, float]:
+    """What a server costs while nobody asks it: processes, MB (shared pages are counted once), percent of a core."""
+    first = psutil.Process(server.process.pid)
+    family = [first, *first.children(recursive=True)]
+
+    def cpu() -> float:
+        return sum(sum(process.cpu_times()[:2]) for process in family)
+
+    begun, before = time.perf_counter(), cpu()
+    time.sleep(seconds)
+    return {
+        "ready_s": server.ready_s,
+        "processes": len(family),
+        "pss_mb": sum(process.memory_full_info().pss for process in family) / 1e6,
+        "cpu_percent_of_a_core": 100 * (cpu() - before) / (time.perf_counter() - begun),
+    }
+
+
+def _until_ready(url: str, process: subprocess.Popen) -> float:
+    """Wait until a server answers, then until the machine is idle. Returns the seconds of the first."""
+    begun = time.monotonic()
+    end = begun + 120
     while True:
         try:
             with urllib.request.urlopen(url, timeout=2) as answer:
                 if answer.status == 200:
+                    seconds = time.monotonic() - begun
                     _until_idle()
-                    return
+                    return seconds
         except OSError:
             pass
         if process.poll() is not None or time.monotonic() > end:
             raise RuntimeError(f"{url} did not become ready: {process.stderr.read() if process.stderr else ''}")
-        time.sleep(0.2)
+        time.sleep(0.05)
 
 
 def _until_idle() -> None:

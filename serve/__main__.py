@@ -42,7 +42,11 @@ _FIELDS: dict[str, type] = {
 
 
 def main() -> None:
-    """Parse the command line, check everything that can be checked, then serve until a signal comes."""
+    """Parse the command line, check everything that can be checked, then serve until a signal comes.
+
+    Raises:
+        UserError: An argument is wrong, or the service cannot start or go on.
+    """
     arguments = _parser().parse_args()
     least, most = _replicas(arguments.replicas)
     args: dict[str, Any] = {

@@ -6,8 +6,6 @@ Plain ASGI, so that a request costs little. Ray Serve, `serve.server` behind HAP
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import hmac
 import json
 import logging
 import re
@@ -16,16 +14,17 @@ from pathlib import Path
 from typing import Any
 
 from cibl_ray.bundle.card import MANIFEST
-from pipelines.common.errors import UserError
 from serve import v2
 from serve.access import AccessLog
 from serve.cors import cors_headers, preflight
 from serve.downloads import file_of, send_file
 from serve.errors import ProblemError, overloaded
+from serve.keys import Keys
+from serve.load import Load
 from serve.metrics import CONTENT_TYPE, Metrics
 from serve.page.routes import Page
 from serve.request import GoneError, Headers, Receive, Request, Scope, Send, client_of, respond
-from serve.settings import ReplicaConfig, read_keys
+from serve.settings import ReplicaConfig
 from serve.store import Model, Store
 from serve.v1 import Predict
 
@@ -44,6 +43,7 @@ class App:
     Attributes:
         store: The models.
         metrics: What Prometheus reads.
+        load: The requests that wait for a model.
         stopping: While true, new requests get 503 and `Connection: close`. Set it before the listener closes.
     """
 
@@ -63,16 +63,10 @@ class App:
         self.stopping = False
         self._predict = Predict(config)
         self._access = AccessLog(config.access_log)
-        self._keys, self._keys_state = read_keys(config), _state(config.keys_file)
+        self._keys = Keys(config)
         self._page = Page(config, bool(self._keys))
-        self._waiting = 0
-        self._held = 0  # bytes of their bodies, and of images decoded from them
+        self.load = Load(config, self.metrics)
         self._tasks: list[asyncio.Task[None]] = []
-
-    @property
-    def waiting(self) -> int:
-        """Requests that wait for an answer of a model."""
-        return self._waiting
 
     async def start(self, bundles: tuple[Path, ...]) -> None:
         """Load the models, then look for new versions and new keys until `stop`.
@@ -84,9 +78,7 @@ class App:
             UserError: A bundle cannot be used.
         """
         await self.store.set(bundles)
-        self._tasks = [asyncio.create_task(self.store.watch())]
-        if self.config.keys_file is not None:
-            self._tasks.append(asyncio.create_task(self._watch_keys()))
+        self._tasks = [asyncio.create_task(self.store.watch()), asyncio.create_task(self._keys.watch())]
 
     async def stop(self) -> None:
         """Let go of models, threads and files."""
@@ -96,22 +88,14 @@ class App:
         self._predict.close()
         self._access.close()
 
-    async def _watch_keys(self) -> None:
-        """Read the keys again when their file changes. A file without keys changes nothing."""
-        while True:
-            await asyncio.sleep(self.config.watch_seconds)
-            state = await asyncio.to_thread(_state, self.config.keys_file)
-            if state == self._keys_state:
-                continue
-            self._keys_state = state
-            try:
-                self._keys = await asyncio.to_thread(read_keys, self.config)
-                log.warning("the API keys were read again: %d", len(self._keys))
-            except UserError as error:
-                log.error("the API keys stay as they were: %s", error)
-
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request."""
+        """Answer one request.
+
+        Args:
+            scope: Of ASGI.
+            receive: Of ASGI.
+            send: Of ASGI.
+        """
         if scope["type"] != "http":
             if scope["type"] == "websocket":
                 await send({"type": "websocket.close", "code": 1003})
@@ -168,7 +152,7 @@ class App:
             return "preflight", self._preflight(allowed)
         if (page := self._page.route(path)) is not None:
             return "page", self._allowed(page, reads, _READS)
-        self._check_key(request)
+        self._keys.check(request.headers)
         if path == "/v1/predict":
             return "predict", self._allowed(self._v1_predict, method == "POST", _POSTS)
         if path == "/v2/models/stats":
@@ -202,20 +186,6 @@ class App:
             raise ProblemError(405, "method_not_allowed", f"this path takes {methods.decode()}", ((b"allow", methods),))
         return handler
 
-    def _check_key(self, request: Request) -> None:
-        if not self._keys:
-            return
-        given = request.headers.get(b"x-api-key") or request.headers.get(b"authorization", b"").removeprefix(b"Bearer ")
-        digest = hashlib.sha256(given).digest()
-        found = [hmac.compare_digest(digest, key) for key in self._keys]  # all of them, each in constant time
-        if True not in found:
-            raise ProblemError(
-                401,
-                "unauthorized",
-                "an API key is needed: x-api-key, or Authorization: Bearer",
-                ((b"www-authenticate", b"Bearer"),),
-            )
-
     def _model(self, name: str | None, version: str | None = None) -> Model:
         models = self.store.models
         if not models:
@@ -232,7 +202,7 @@ class App:
         return model
 
     async def _v1_predict(self, request: Request, send: Send, common: Headers) -> tuple[int, dict[str, Any]]:
-        with self._turn() as turn:
+        with self.load.turn() as turn:
             files, options = await self._predict.read(request, turn.hold)
             model = self._model(options.model)
             turn.hold(len(files) * 3 * model.bundle.card.rule.size**2)  # a body of kilobytes may be images of megabytes
@@ -253,7 +223,7 @@ class App:
         model = self._model(request.model, request.version)
         begun = time.perf_counter_ns()
         try:
-            with self._turn() as turn:
+            with self.load.turn() as turn:
                 body = await request.body(self.config.max_bytes, self.config.body_seconds, turn.hold)
                 header_length = request.headers.get(v2.HEADER_LENGTH)
                 most = self.config.max_images
@@ -271,34 +241,6 @@ class App:
         headers, answer = inference.answer(result)
         await respond(send, 200, [*headers, *common], answer)
         return 200, {"model": model.name, "images": len(inference.images)}
-
-    def _turn(self) -> _Turn:
-        if self._waiting >= self.config.max_queue:
-            raise overloaded(f"{self._waiting} requests are waiting; try again")
-        return _Turn(self)
-
-    def wait(self, change: int) -> None:
-        """Count requests that wait for a model."""
-        self._waiting += change
-        self.metrics.waiting(self._waiting)
-
-    def hold(self, change: int, own: int) -> None:
-        """Count bytes of bodies and decoded images.
-
-        Args:
-            change: More bytes.
-            own: Bytes that the same request holds already. A request that is alone is never refused.
-
-        Raises:
-            ProblemError: All requests together would hold more than `max_held_bytes`.
-        """
-        if self._held > own and self._held + change > self.config.max_held_bytes:
-            raise overloaded(f"requests of {self._held:,} bytes are waiting; try again", ((b"connection", b"close"),))
-        self._held += change
-
-    def release(self, change: int) -> None:
-        """Give bytes back that `hold` has counted."""
-        self._held -= change
 
     async def _v1_models(self, request: Request, send: Send, common: Headers) -> tuple[int, dict[str, Any]]:
         models = []
@@ -378,33 +320,3 @@ class App:
     async def _json(send: Send, common: Headers, content: Any, status: int = 200) -> tuple[int, dict[str, Any]]:
         await respond(send, status, [*_JSON, *common], json.dumps(content).encode())
         return status, {}
-
-
-class _Turn:
-    """A place among the requests that wait, and the bytes that it takes, given back however the request ends."""
-
-    def __init__(self, app: App) -> None:
-        self._app = app
-        self._held = 0
-
-    def __enter__(self) -> _Turn:
-        self._app.wait(1)
-        return self
-
-    def hold(self, more: int) -> None:
-        """Raises ProblemError."""
-        self._app.hold(more, self._held)
-        self._held += more
-
-    def __exit__(self, *error: object) -> None:
-        self._app.wait(-1)
-        self._app.release(self._held)
-
-
-def _state(path: Path | None) -> tuple[int, int, int] | None:
-    """Changes when a file does; None where there is none."""
-    try:
-        stat = path.stat() if path is not None else None
-    except OSError:
-        return None
-    return (stat.st_ino, stat.st_mtime_ns, stat.st_size) if stat is not None else None

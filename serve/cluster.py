@@ -35,6 +35,9 @@ _ENVIRONMENT = {
     "REPORTER_UPDATE_INTERVAL_MS": "60000",
     "RAY_SERVE_ENABLE_HA_PROXY": "0",  # ours is in front
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "0",
+    # The controller looks at the replicas four times a second instead of ten: HAProxy passes over a lost one by itself.
+    "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.25",
+    "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "0",  # Ray Serve's own metrics are not collected
 }
 
 

@@ -97,7 +97,14 @@ def announced(data: bytes, limits: Limits) -> tuple[int, int]:
 
 
 def named(data: bytes) -> str | None:
-    """The format of an image file by its first bytes, in Pillow's words; None for anything else."""
+    """Name the format of an image file by its first bytes.
+
+    Args:
+        data: The file, or its first 12 bytes.
+
+    Returns:
+        The format in Pillow's words; None for anything that is no image.
+    """
     for name, signature in _SIGNATURES.items():
         if data.startswith(signature) and (name != "WEBP" or data[8:12] == b"WEBP"):
             return name.strip()

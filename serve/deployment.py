@@ -38,6 +38,11 @@ class Service:
     """One replica behind Ray Serve's own proxy: all models of the service."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
+        """Make the application, without models.
+
+        Args:
+            settings: Field names of `ReplicaConfig` with their values.
+        """
         from serve.app import App
 
         self._app = App(ReplicaConfig.model_validate(settings), names_requests=False)  # Ray Serve does
@@ -47,7 +52,11 @@ class Service:
         return self._app
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
-        """Called before the first request, and again where the configuration changes. What does not load changes nothing."""
+        """Load the bundles. Ray Serve calls it before the first request, and again when the configuration changes.
+
+        Args:
+            user_config: Under `bundles`, the folders. If they do not load the second time, nothing changes.
+        """
         bundles = tuple(Path(path) for path in user_config["bundles"])
         if not self._started:
             await self._app.start(bundles)
@@ -59,7 +68,11 @@ class Service:
             log.error("the new configuration is not used: %s", error)
 
     def check_health(self) -> None:
-        """Ray Serve replaces a replica for which this raises."""
+        """Tell Ray Serve whether this replica still works. It replaces a replica for which this raises.
+
+        Raises:
+            RuntimeError: A model's thread has ended.
+        """
         if self._started and not self._app.store.healthy:
             raise RuntimeError("a model's thread has ended")
 
@@ -77,6 +90,13 @@ class Local:
     async def __init__(  # type: ignore[misc]  # Ray Serve calls it in its event loop
         self, settings: dict[str, Any], folder: str, slots: int
     ) -> None:
+        """Prepare a replica. `reconfigure` starts it.
+
+        Args:
+            settings: Field names of `ReplicaConfig` with their values.
+            folder: Private to the service: sockets, metrics, messages.
+            slots: How many sockets HAProxy knows.
+        """
         self._folder, self._slots = Path(folder), slots
         self._server: Server | None = None
         self._settings = settings
@@ -85,7 +105,11 @@ class Local:
             _keep_on_loopback(self._folder)
 
     def reconfigure(self, user_config: dict[str, Any]) -> None:
-        """Called before the first request, and again where the bundles change. What does not load changes nothing."""
+        """Load the bundles. Ray Serve calls it before the first request, and again when the bundles change.
+
+        Args:
+            user_config: Under `bundles`, the folders. If they do not load the second time, nothing changes.
+        """
         bundles = tuple(Path(path) for path in user_config["bundles"])
         try:
             if self._server is None:
@@ -111,13 +135,17 @@ class Local:
         self._server = server
 
     def check_health(self) -> None:
-        """Ray Serve replaces a replica for which this raises."""
+        """Tell Ray Serve whether this replica still works. It replaces a replica for which this raises.
+
+        Raises:
+            RuntimeError: A model's thread has ended.
+        """
         if self._server is not None and not self._server.healthy:
             raise RuntimeError("a model's thread has ended")
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """What `by_waiting` decides by."""
-        return {_WAITING: self._server.app.waiting if self._server is not None else 0}
+        return {_WAITING: self._server.app.load.waiting if self._server is not None else 0}
 
     def __del__(self) -> None:
         if self._server is not None:
@@ -125,7 +153,12 @@ class Local:
 
 
 def tell(folder: Path, text: str) -> None:
-    """Leave a message for the command that started the service, which shows it on its standard error."""
+    """Leave a message for the command that started the service. It prints the message on its standard error.
+
+    Args:
+        folder: Private to the service.
+        text: The message.
+    """
     write_atomically(folder / f"message-{os.getpid()}", json.dumps(" ".join(text.split())))
 
 
@@ -176,7 +209,14 @@ def _keep_on_loopback(folder: Path) -> None:
 
 
 def by_waiting(context: AutoscalingContext) -> tuple[float, dict[str, Any]]:
-    """Ray Serve's policy for `--replicas MIN-MAX`: as many replicas as the requests that wait need."""
+    """Decide the number of replicas, as Ray Serve's policy for `--replicas MIN-MAX`.
+
+    Args:
+        context: What Ray Serve knows, with what `Local.record_autoscaling_stats` has returned.
+
+    Returns:
+        As many replicas as the requests that wait need, and no state.
+    """
     waiting = (context.aggregated_metrics or {}).get(_WAITING, {})
     if not waiting:
         return context.target_num_replicas, {}

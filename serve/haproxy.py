@@ -106,22 +106,55 @@ def addresses(host: str) -> list[str]:
 
 
 def authority(host: str, port: int) -> str:
-    """HOST:PORT as URLs and HAProxy write it."""
+    """Write host and port as URLs and HAProxy do.
+
+    Args:
+        host: A name or an address.
+        port: The port.
+
+    Returns:
+        HOST:PORT, an IPv6 address in brackets.
+    """
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def slots(config: ServiceConfig) -> int:
-    """How many replicas can be alive at once: twice as many as there may be, because new ones replace old ones."""
+    """Count the replicas that can be alive at once: twice as many as configured, because new ones replace old ones.
+
+    Args:
+        config: The settings.
+
+    Returns:
+        The number of sockets that HAProxy must know.
+    """
     return 2 * max(config.replicas, config.max_replicas or 0) + 1
 
 
 def socket_of(folder: Path, slot: int) -> Path:
-    """The Unix socket of a replica."""
+    """Name the Unix socket of a replica.
+
+    Args:
+        folder: Private to the service.
+        slot: The replica's number, from 0.
+
+    Returns:
+        The path.
+    """
     return folder / f"replica-{slot}.sock"
 
 
 def configuration(folder: Path, config: ServiceConfig, host: str, port: int) -> str:
-    """HAProxy's configuration, with its pages in the service's private folder."""
+    """Write HAProxy's configuration, and the pages that it names into the service's private folder.
+
+    Args:
+        folder: Private to the service.
+        config: The settings.
+        host: The name or address to listen on.
+        port: The port.
+
+    Returns:
+        The configuration.
+    """
     address = addresses(host)[0]
     tls = f" ssl crt {folder}/tls.pem" if config.tls_certificate else ""
     kind = "" if ":" not in address else " v4v6" if address == "::" else " v6only"
@@ -205,7 +238,11 @@ class HAProxy:
         return True
 
     def count_failed(self, updates: int) -> None:
-        """Tell clients of `/metrics` of failed updates while there is no replica."""
+        """Let `/metrics` answer with the failed updates while there is no replica.
+
+        Args:
+            updates: Their number.
+        """
         self._ask(f"set map {self._folder}/counts failed {updates}")
 
     @property

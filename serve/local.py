@@ -38,6 +38,18 @@ class LocalService:
     """A service that runs. `problem` says why it does not any more."""
 
     def __init__(self, folder: Path, args: dict[str, Any], host: str, port: int, cpus: int | None) -> None:
+        """Start HAProxy and Ray. `deploy` starts the replicas.
+
+        Args:
+            folder: Private to the service.
+            args: Field names of `ServiceConfig` with their values.
+            host: The name or address to listen on.
+            port: The port.
+            cpus: How many CPUs Ray may count on; None: as many as the replicas ask for.
+
+        Raises:
+            UserError: A setting is wrong, or HAProxy does not start.
+        """
         config = check(args)
         self._folder = folder
         self._told: set[str] = set()

@@ -56,7 +56,13 @@ class Metrics:
         self._failed.inc()
 
     def request(self, route: str, status: int, seconds: float) -> None:
-        """Count an answer and its time."""
+        """Count an answer and its time.
+
+        Args:
+            route: The route's name.
+            status: Of HTTP.
+            seconds: The request took.
+        """
         known = self._of_route.get((route, status))
         if known is None:
             known = self._of_route[route, status] = self._requests.labels(route, str(status)), self._seconds.labels(route)
@@ -64,21 +70,35 @@ class Metrics:
         known[1].observe(seconds)
 
     def batch(self, model: str, images: int) -> None:
-        """Count a call of onnxruntime."""
+        """Count a call of onnxruntime.
+
+        Args:
+            model: The model's name.
+            images: Images of the call.
+        """
         known = self._of_batch.get(model)
         if known is None:
             known = self._of_batch[model] = self._batches.labels(model)
         known.observe(images)
 
     def answer(self, model: str, label: str) -> None:
-        """Count the most likely class of an image."""
+        """Count the most likely class of an image.
+
+        Args:
+            model: The model's name.
+            label: The class.
+        """
         known = self._of_class.get((model, label))
         if known is None:
             known = self._of_class[model, label] = self._answers.labels(model, label)
         known.inc()
 
     def waiting(self, requests: int) -> None:
-        """Set how many requests wait."""
+        """Set how many requests wait.
+
+        Args:
+            requests: Their number.
+        """
         self._waiting.set(requests)
 
     def text(self) -> bytes:

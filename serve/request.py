@@ -38,6 +38,12 @@ class Request:
     """
 
     def __init__(self, scope: Scope, receive: Receive) -> None:
+        """Read the head of a request.
+
+        Args:
+            scope: Of ASGI.
+            receive: Of ASGI.
+        """
         self.method: str = scope["method"]
         self.path: str = scope["path"]
         self.headers: dict[bytes, bytes] = dict(scope["headers"])
@@ -53,7 +59,11 @@ class Request:
 
     @property
     def query(self) -> dict[str, str]:
-        """The fields of the query; of a field that stands twice, the last. Raises ProblemError."""
+        """The fields of the query; of a field that stands twice, the last.
+
+        Raises:
+            ProblemError: There are more than 32.
+        """
         try:
             return dict(parse_qsl(self._query.decode("latin-1"), keep_blank_values=True, max_num_fields=32))
         except ValueError as error:
@@ -194,7 +204,14 @@ def _within(text: str, networks: Sequence[Network]) -> bool:
 
 
 async def respond(send: Send, status: int, headers: Headers, body: bytes) -> None:
-    """Send a whole answer at once, with its Content-Length."""
+    """Send a whole answer at once, with its Content-Length.
+
+    Args:
+        send: Of ASGI.
+        status: Of HTTP.
+        headers: All others, in lower case.
+        body: The body.
+    """
     headers = [*headers, (b"content-length", str(len(body)).encode())]
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})

@@ -74,7 +74,14 @@ class Server:
         return self._thread.is_alive() and self.app.store.healthy
 
     def call(self, work: Coroutine[Any, Any, T]) -> T:
-        """Run a coroutine in the application's event loop and return its result."""
+        """Run a coroutine in the application's event loop, from another thread.
+
+        Args:
+            work: The coroutine.
+
+        Returns:
+            Its result.
+        """
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
     def stop(self, seconds: float, announce: float = 0.0) -> None:
@@ -92,7 +99,7 @@ class Server:
     async def _stop(self, seconds: float, announce: float) -> None:
         begun = self._loop.time()
         self.app.stopping = bool(announce)
-        while (now := self._loop.time() - begun) < announce or (self.app.waiting and now < seconds):
+        while (now := self._loop.time() - begun) < announce or (self.app.load.waiting and now < seconds):
             await asyncio.sleep(_STEP)
         self._server.should_exit = True
 

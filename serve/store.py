@@ -36,14 +36,23 @@ class Statistics:
     last: int = 0  # milliseconds since 1970
 
     def answered(self, images: int, nanoseconds: int) -> None:
-        """Count a request that was answered."""
+        """Count a request that was answered.
+
+        Args:
+            images: Of the request.
+            nanoseconds: It took.
+        """
         self.requests += 1
         self.images += images
         self.nanoseconds += nanoseconds
         self.last = int(1000 * time.time())
 
     def failed(self, nanoseconds: int) -> None:
-        """Count a request that was refused."""
+        """Count a request that was refused.
+
+        Args:
+            nanoseconds: It took.
+        """
         self.failures += 1
         self.failure_nanoseconds += nanoseconds
 

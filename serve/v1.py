@@ -91,7 +91,15 @@ class Predict:
         return self._checked([body]), options
 
     async def apart(self, body: bytes, work: Callable[[], T]) -> T:
-        """Call `work`: in a thread if the body is large, so that others are answered meanwhile."""
+        """Call `work`: in a thread if the body is large, so that others are answered meanwhile.
+
+        Args:
+            body: What is worked on.
+            work: The call.
+
+        Returns:
+            Its result.
+        """
         if len(body) <= LARGE:
             return work()
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)

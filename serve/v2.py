@@ -33,7 +33,14 @@ _INPUTS: dict[str, tuple[str, np.dtype[Any]]] = {IMAGES: ("UINT8", np.dtype("u1"
 
 
 def metadata(model: Model) -> dict[str, Any]:
-    """Describe a model's tensors, as `/v2/models/NAME` does."""
+    """Describe a model's tensors, as `/v2/models/NAME` does.
+
+    Args:
+        model: The model.
+
+    Returns:
+        The answer's content.
+    """
     size, classes = model.engine.runtime.size, len(model.bundle.card.classes)
     outputs = [(LOGITS, classes), (PROBABILITIES, classes)]
     if model.engine.runtime.has_embedding:
@@ -82,7 +89,14 @@ def configuration(model: Model, max_batch: int) -> dict[str, Any]:
 
 
 def statistics(model: Model) -> dict[str, Any]:
-    """What a model has done since it was loaded, as Triton's `/v2/models/NAME/stats` says it: of the replica that answers."""
+    """Count what a model has done in this replica since it was loaded, as Triton's `/v2/models/NAME/stats` does.
+
+    Args:
+        model: The model.
+
+    Returns:
+        The answer's content.
+    """
     counted = model.statistics
     none = {"count": 0, "ns": 0}
     return {

@@ -142,7 +142,14 @@ def _load_cuda() -> None:
 
 
 def usable(provider: str) -> bool:
-    """Whether the libraries that a provider needs can be loaded here."""
+    """Say whether the libraries that a provider needs can be loaded here.
+
+    Args:
+        provider: 'tensorrt', 'cuda' or 'cpu'.
+
+    Returns:
+        Whether they can.
+    """
     try:
         for library in _LIBRARIES[provider]:
             ctypes.CDLL(library)

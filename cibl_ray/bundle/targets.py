@@ -18,9 +18,15 @@ def this_machine() -> Target:
 
 
 def misfit(source: Mapping[str, Any]) -> str | None:
-    """Why the int8 model of a card's `source` answers worse on the CPU here than where it was made for; None where it fits.
+    """Say why an int8 model answers worse on the CPU here than on the one that it was made for.
 
-    x86 without VNNI adds pairs of products in 16 bits, which hold those of 7-bit weights alone.
+    x86 without VNNI adds pairs of products in 16 bits, which hold only the products of 7-bit weights.
+
+    Args:
+        source: Of the model's card.
+
+    Returns:
+        The reason and the fix; None where the model fits.
     """
     int8 = source.get("int8")
     target = int8.get("target") if isinstance(int8, Mapping) else None

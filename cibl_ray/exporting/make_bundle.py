@@ -108,6 +108,9 @@ def make_bundle(checkpoint_file: Path, out: Path, options: Options) -> Made:
         out: The bundle's folder, which must not exist.
         options: What to export.
 
+    Returns:
+        The bundle, and how good it is.
+
     Raises:
         UserError: `out` exists, the checkpoint cannot be exported, or a precision loses too much accuracy. Nothing is left.
     """

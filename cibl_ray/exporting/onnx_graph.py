@@ -54,7 +54,14 @@ class _Served(nn.Module):
 
 
 def export_base(network: HybridNetwork, data: DataConfig, embedding: bool, path: Path) -> None:
-    """Write the base graph in one file, for any batch size."""
+    """Write the base graph in one file, for any batch size.
+
+    Args:
+        network: The network, in evaluation mode.
+        data: Size, mean and standard deviation of its images.
+        embedding: Whether the graph has the image's unit embedding as a second output.
+        path: The file.
+    """
     served = _Served(network, data, embedding).eval()
     example = torch.zeros(2, data.size, data.size, 3, dtype=torch.uint8)  # a batch of 1 would be taken for a constant
     torch.onnx.export(
@@ -112,19 +119,33 @@ def finish(base: Path, path: Path, train_counts: np.ndarray, card: dict[str, Any
 
 
 def to_fp16(base: Path, path: Path) -> None:
-    """The base graph with weights and arithmetic in float16; its outputs stay float32."""
+    """Convert the base graph to float16 weights and arithmetic. Its outputs stay float32.
+
+    Args:
+        base: The base graph.
+        path: The converted graph.
+    """
     from onnxruntime.transformers.float16 import convert_float_to_float16
 
     onnx.save(convert_float_to_float16(onnx.load(base), keep_io_types=True), path)
 
 
 def to_int8(base: Path, path: Path, images: np.ndarray, target: Target) -> float:
-    """The base graph with int8 convolutions (QDQ, a scale for each output channel), calibrated on images uint8 (N, S, S, 3).
+    """Convert the base graph to int8 convolutions (QDQ, a scale for each output channel).
 
     x86: uint8 activations, int8 weights, for CPUs with VNNI. x86-avx2: the same in 7 bits, which older CPUs add up without
     overflow. arm: int8 throughout, symmetric, which TensorRT takes too. Of several ways to choose the ranges (the extremes, or
-    nearly all values), the one whose logits are nearest to float32's on these images is kept; returns their mean distance.
-    What follows the pooling, a few products a class, stays in float32: it costs no time and would cost rare classes accuracy.
+    nearly all values), the one whose logits are nearest to float32's on these images is kept. What follows the pooling, a few
+    products a class, stays in float32: it costs no time and would cost rare classes accuracy.
+
+    Args:
+        base: The base graph.
+        path: The converted graph.
+        images: uint8 (N, S, S, 3), for calibration.
+        target: The CPU that it is for.
+
+    Returns:
+        The mean distance of the logits from float32's.
     """
     from onnxruntime.quantization import CalibrationMethod
     from onnxruntime.quantization.shape_inference import quant_pre_process

@@ -15,7 +15,13 @@ _THIRDS = {"head": COLORS["many"], "middle": COLORS["medium"], "tail": COLORS["f
 
 
 def save_tail_shift(path: Path, shifted: dict[float, Scores], split: str) -> None:
-    """Accuracy of the largest, middle and smallest third of the classes over the tail shift."""
+    """Draw the accuracy of the largest, middle and smallest third of the classes over the tail shift.
+
+    Args:
+        path: The picture.
+        shifted: Tail shift to scores.
+        split: Where they were measured.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, 3.8), layout="constrained")
@@ -34,7 +40,13 @@ def save_tail_shift(path: Path, shifted: dict[float, Scores], split: str) -> Non
 
 
 def write_model_card(path: Path, manifest: dict[str, Any], sizes: dict[str, int]) -> None:
-    """Markdown for people: what the model is, how it was measured, how it is used, where it fails."""
+    """Write Markdown for people: what the model is, how it was measured, how it is used, where it fails.
+
+    Args:
+        path: The file.
+        manifest: The bundle's.
+        sizes: Precision to bytes of its file.
+    """
     counts, classes = manifest["train_counts"], manifest["classes"]
     worst = manifest["accuracy"]["fp32"]["worst"]
     source, split = manifest["source"], manifest["split"]

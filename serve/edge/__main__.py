@@ -28,7 +28,11 @@ from serve.edge.results import ENDINGS, Results
 
 
 def main() -> None:
-    """Parse the command line, download the model if it is a URL, and classify the images."""
+    """Parse the command line, download the model if it is a URL, and classify.
+
+    Raises:
+        UserError: An argument is wrong, or the model cannot be had.
+    """
     parser = CommandParser(prog="python -m serve.edge", description=__doc__)
     parser.add_argument("model", metavar="URL", help="a service, a model's file there, a bundle's folder, or an .onnx file")
     parser.add_argument("images", nargs="*", metavar="IMAGE", help="files, folders, or '-' for JPEG images on standard input")

@@ -27,7 +27,11 @@ VERSION = "version.json"
 
 
 def main() -> None:
-    """Fetch the files, unless they are here in the version that the lock file pins."""
+    """Fetch the files, unless they are here in the version that the lock file pins.
+
+    Raises:
+        UserError: npm is not installed or fails, or the files cannot be written.
+    """
     CommandParser(prog="python -m serve.page.ort", description=__doc__).parse_args()
     wanted = pinned()
     if installed() == wanted:

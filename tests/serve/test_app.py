@@ -279,7 +279,7 @@ def test_a_client_that_hangs_up_is_no_failure_of_the_service(bundle, tmp_path):
         async def hang_up() -> None:
             scope = {"type": "http", "method": "POST", "path": "/v1/predict", "headers": []}
             task = asyncio.create_task(server.app(scope, asyncio.Event().wait, None))
-            while not server.app._waiting:
+            while not server.app.load.waiting:
                 await asyncio.sleep(0.01)
             task.cancel()
             await task
@@ -287,7 +287,7 @@ def test_a_client_that_hangs_up_is_no_failure_of_the_service(bundle, tmp_path):
         with pytest.raises(concurrent.futures.CancelledError):
             server.run(hang_up())
         assert 'cibl_ray_requests_total{route="predict",status="499"} 1.0' in server.ask("GET", "/metrics").body.decode()
-        assert server.app._waiting == 0
+        assert server.app.load.waiting == 0
         (file,) = (tmp_path / "log").iterdir()
         assert json.loads(file.read_text().splitlines()[0])["status"] == 499
 

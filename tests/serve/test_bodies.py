@@ -78,7 +78,7 @@ def test_a_compressed_body_keeps_the_limits(server):
     unknown = server.ask("POST", "/v1/predict", encoded("PNG"), Content_Encoding="br")
     assert (unknown.status, unknown.json()["code"]) == (415, "unsupported_encoding")
     assert unknown.headers["accept-encoding"] == "gzip, deflate, identity"
-    assert server.app._held == 0
+    assert server.app.load.held == 0
 
 
 def test_tritons_client_compresses(server, bundle):

@@ -178,13 +178,13 @@ def test_bodies_that_a_replica_has_no_room_for_are_503(bundle):
             return connection
 
         with sending(50_000):
-            until(lambda: server.app._held == 50_000)
+            until(lambda: server.app.load.held == 50_000)
             with sending(59_000) as other:
                 answer = other.recv(4096)
             assert b" 503 " in answer.splitlines()[0]
             assert b"retry-after: 1" in answer
             assert server.ask("POST", "/v1/predict", encoded("PNG")).status == 200
-        until(lambda: server.app._held == 0 and server.app._waiting == 0)
+        until(lambda: server.app.load.held == 0 and server.app.load.waiting == 0)
 
 
 @pytest.mark.parametrize("room", [100_000, 30_000])
@@ -199,12 +199,12 @@ def test_decoded_images_that_a_replica_has_no_room_for_are_503(bundle, room):
         engine.runtime.card = true.card
         with concurrent.futures.ThreadPoolExecutor(1) as threads:
             first = threads.submit(server.ask, "POST", "/v1/predict", body, Content_Type="application/json")
-            until(lambda: server.app._held > 60 * 768)
+            until(lambda: server.app.load.held > 60 * 768)
             second = server.ask("POST", "/v1/predict", body, Content_Type="application/json")
             gate.set()
             assert (second.status, second.json()["code"]) == (503, "overloaded")
             assert first.result().status == 200
-        until(lambda: server.app._held == 0)
+        until(lambda: server.app.load.held == 0)
 
 
 def test_waiting_requests_make_one_batch(bundle):
@@ -223,7 +223,7 @@ def test_waiting_requests_make_one_batch(bundle):
         threads = [threading.Thread(target=lambda: answers.append(server.ask("POST", "/v1/predict", data))) for _ in range(9)]
         for thread in threads:
             thread.start()
-        until(lambda: server.app._waiting == 9)
+        until(lambda: server.app.load.waiting == 9)
         gate.set()
         for thread in threads:
             thread.join()
