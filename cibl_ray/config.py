@@ -89,6 +89,11 @@ class TrainConfig(Settings):
     feature_views: int = Field(
         default=0, ge=0, le=64, description="Augmented views of each training image that tune 'head' computes features of."
     )
+    head_start: Literal["random", "class_means", "trained"] = Field(
+        default="random",
+        description="Weights of the head before the first step. class_means: from the mean feature of each class; trained: "
+        "trained on the features of the pretrained backbone first, in seconds (for tune 'partial' and 'full').",
+    )
     epochs: int = Field(default=200, ge=1, description="How often the training split is gone through.")
     batch_size: int = Field(
         default=128, ge=2, description="Images in a step, over all workers; each gives as many views as data.views has."
@@ -138,6 +143,8 @@ class RunConfig(Settings):
                 f"schedule.warmup_epochs = {self.schedule.warmup_epochs:g} is more than train.epochs = {self.train.epochs}; "
                 "lower it too: --warmup_epochs 1"
             )
+        if self.train.tune == "head" and self.train.head_start == "trained":
+            raise ValueError("train.head_start 'trained' is for train.tune 'partial' and 'full'; leave it out")
         self.network.check(self.data.size, self.train.epochs)
         self.loss.check(self.network.head, len(self.data.views))
         return self

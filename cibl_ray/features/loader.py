@@ -93,7 +93,8 @@ class FeatureLoaders:
         """Each sample of a split once, of features in float32."""
         return self._loader(split, plan)
 
-    def _loader(self, split: str, plan: ReadPlan) -> FeatureLoader:
+    def features(self, split: str) -> torch.Tensor:
+        """The features of a split, float32 (N, 1 + views, d), on the CPU."""
         if split not in self._features:
             train, views = self._config.train, self._config.train.feature_views if split == "train" else 0
             bf16 = split == "train" and train.precision == "bf16"
@@ -104,8 +105,11 @@ class FeatureLoaders:
             if self._world.size > 1:
                 self._world.broadcast_from_rank0(lambda: compute() is None)
             self._features[split] = compute()
+        return self._features[split]
+
+    def _loader(self, split: str, plan: ReadPlan) -> FeatureLoader:
         labels = self._prepared.beton(split).labels
-        return FeatureLoader(self._features[split], labels, plan, self._device, split)
+        return FeatureLoader(self.features(split), labels, plan, self._device, split)
 
 
 class AsTheyAre(nn.Module):

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -20,6 +21,7 @@ from cibl_ray.evaluation.metrics import Scores, score
 from cibl_ray.evaluation.predict import predict
 from cibl_ray.evaluation.tail_shift import choose_shift
 from cibl_ray.features.loader import AsTheyAre, FeatureLoaders
+from cibl_ray.features.start import start_head
 from cibl_ray.hardware import enough_memory
 from cibl_ray.losses.objective import Images, Objective
 from cibl_ray.networks.average import WeightAverage
@@ -80,6 +82,12 @@ class Trainer:
             load_weights(self.network, start)  # before features are made of it
         self.network.freeze(config.train.tune, config.train.partial)
         self.network.to(self.device)
+        starts = start is None and config.train.head_start != "random"
+        features: FeatureLoaders | None = None
+        if config.train.tune == "head" or starts:
+            features = FeatureLoaders(self.network.backbone, config, prepared, self.device, world)
+        if features is not None and starts:
+            self._start_head(features)
         average = config.train.average
         self.average = WeightAverage(self.network, average) if average is not None else None
         self.normalize: nn.Module = Normalize(config.data).to(self.device)
@@ -105,11 +113,10 @@ class Trainer:
         self.train_loaders: Sequence[Loader]
         self.eval_loaders: Mapping[str, Loader]
         self.feeds: Sequence[Feed | FeatureFeed]
-        if config.train.tune == "head":
+        if features is not None and config.train.tune == "head":
             self.autocast = False  # a head alone gains nothing by it
-            make = FeatureLoaders(self.network.backbone, config, prepared, self.device, world)
-            self.train_loaders = [make.train(plan) for plan in plans]
-            self.eval_loaders = {split: make.evaluation(split, held_out) for split in splits}
+            self.train_loaders = [features.train(plan) for plan in plans]
+            self.eval_loaders = {split: features.evaluation(split, held_out) for split in splits}
             self.feeds = [FeatureFeed(loader, self.device) for loader in self.train_loaders]
             self.normalize = AsTheyAre()
         else:
@@ -120,6 +127,20 @@ class Trainer:
             ]
             # Opened now, so that a damaged test set is not found out after the last epoch.
             self.eval_loaders = {split: make_loader(prepared, split, held_out, config.loader) for split in splits}
+
+    def _start_head(self, features: FeatureLoaders) -> None:
+        """Give every worker the head that rank 0 makes of the training images' features."""
+        labels = torch.from_numpy(self.prepared.beton("train").labels.astype(np.int64)).to(self.device)
+        of_train = features.features("train")[:, 0].to(self.device)
+
+        def made() -> _Tensors:
+            start_head(self.network, self.config.train.head_start, of_train, labels, self.config.seed)
+            return {
+                name: value.cpu() for name, value in self.network.state_dict().items() if name.startswith(("head.", "neck."))
+            }
+
+        self.network.load_state_dict(self.world.broadcast_from_rank0(made), strict=False)
+        log.info("the head starts %s", "from class means" if self.config.train.head_start == "class_means" else "trained")
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go on from a checkpoint. Raises UserError where it is of another network or other data."""

@@ -169,3 +169,40 @@ def test_a_folder_smaller_than_a_batch_is_one_batch(tmp_path):
     run = Trainer(config, ensure_prepared(config.data, config.seed), tmp_path)
     assert run.train_loaders[0].batches == 1
     assert run.config.train.batch_size == run.prepared.splits["train"].samples
+
+
+@pytest.mark.parametrize("head", ["{kind: linear}", "{kind: cosine}"])
+def test_a_head_of_class_means_finds_the_nearest_mean(folder, head):
+    run = trainer(folder, "means", "--head_start", "class_means", "--network.head", head)
+    loader = run.train_loaders[0]
+    features, labels = loader._features[:, 0], torch.from_numpy(loader._labels.astype(np.int64))
+    means = torch.stack([features[labels == label].mean(0) for label in range(10)])
+    if "cosine" in head:
+        expected = (torch.nn.functional.normalize(features) @ torch.nn.functional.normalize(means).T).argmax(1)
+    else:
+        expected = torch.cdist(features.double(), means.double()).argmin(1)
+    found = run.network.classify(features).argmax(1)
+    assert (found == expected).float().mean() > 0.99  # ties of rounding apart
+    if "linear" in head:  # of other scales, the labels are less likely
+        loss = torch.nn.functional.cross_entropy
+        logits = run.network.classify(features)
+        assert loss(logits, labels) < min(loss(2 * logits, labels), loss(logits / 2, labels)) + 1e-6
+
+
+def test_fine_tuning_may_start_from_a_head_that_is_trained_on_features(folder):
+    flags = ("--tune", "partial", "--loss", "{kind: balanced_softmax}", "--epochs", "1", "--network.neck", "{hidden: 32}")
+    random, started = (trainer(folder, name, *flags, "--head_start", name) for name in ("random", "trained"))
+    states = random.network.state_dict(), started.network.state_dict()
+    assert {name for name in states[0] if not torch.equal(states[0][name], states[1][name])} == {
+        "head.weight",
+        "head.bias",
+        "neck.layers.1.weight",
+        "neck.layers.1.bias",
+    }
+    loader = trainer(folder, "plain").train_loaders[0]
+    features, labels = loader._features[:, 0], torch.from_numpy(loader._labels.astype(np.int64))
+    of = [torch.nn.functional.cross_entropy(each.network.eval().classify(features), labels) for each in (random, started)]
+    assert of[1] < 0.9 * of[0]
+    assert started.network.head.weight.grad is None
+    with pytest.raises(UserError, match="head_start 'trained' is for train.tune 'partial' and 'full'"):
+        configure(folder, "--head_start", "trained")
