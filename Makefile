@@ -7,7 +7,7 @@ help:
 	@echo "make quickstart   set up, train CIBL on long-tailed digits through FFCV, pictures in runs/"
 	@echo "make test         set up, lint, types, tests"
 	@echo "make test-all     the same with the slow tests, which take minutes each"
-	@echo "make test-ray     cluster tests with another release of Ray: VERSION=2.58.1"
+	@echo "make test-ray     tests of clusters, sweeps and the service with another release of Ray: VERSION=2.59.0"
 	@echo "make setup        Debian packages for FFCV (as root), virtual environment, pinned packages"
 	@echo "make wheel        build the wheel into dist/"
 	@echo "make web          fetch onnxruntime-web with npm, for models in the browser"

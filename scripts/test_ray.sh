@@ -1,5 +1,5 @@
 #!/bin/sh
-# The cluster tests with another release of Ray: sh scripts/test_ray.sh VERSION. All other packages are those of .venv.
+# The tests of clusters, sweeps and the service with another release of Ray: sh scripts/test_ray.sh VERSION. All other packages are those of .venv.
 set -eu
 version=${1:?usage: sh scripts/test_ray.sh VERSION}
 venv=.venv-ray-$version
@@ -12,4 +12,5 @@ if [ ! -x "$venv/bin/pytest-ready" ]; then
   ln -s python "$venv/bin/pytest-ready"
 fi
 "$venv/bin/python" -c "import ray; print('Ray', ray.__version__)"
-exec "$venv/bin/python" -m pytest tests/cibl_ray/test_progress.py tests/cibl_ray/test_cluster.py tests/cibl_ray/test_nodes.py
+exec "$venv/bin/python" -m pytest tests/cibl_ray/test_progress.py tests/cibl_ray/test_cluster.py tests/cibl_ray/test_nodes.py \
+  tests/cibl_ray/test_tune.py tests/serve/test_service.py

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("ray.serve")
 GRACE = 30  # seconds that a replica has to answer what it has taken in
-_KNOWN_RAY = ("2.60",)  # releases whose replicas open their internal port as `_keep_on_loopback` expects
+_KNOWN_RAY = ("2.59", "2.60")  # releases whose replicas open their internal port as `_keep_on_loopback` expects
 _WAITING = "waiting"
 
 

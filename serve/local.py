@@ -79,22 +79,20 @@ class LocalService:
         check(args)
         self._ray.send(args)
         while (answer := self._ray.answer(0.1)) is None:
-            if self.problem is None and (reasons := self._messages()):
+            if self.problem is None and (reasons := self._failures()):
                 raise UserError(f"the service did not start: {reasons[0]}")
             if not self._ray.alive:
                 raise UserError(f"the service did not start: {self._ray.complaint()}")
             if cancelled is not None and cancelled.is_set():
                 return
         if not answer["ok"]:
-            raise UserError(f"the service did not start: {[*self._messages(), answer['error']][0]}")
+            raise UserError(f"the service did not start: {[*self._failures(), answer['error']][0]}")
 
     def watch(self) -> None:
         """Keep the service alive until `end`: call it in a thread."""
         while not self._ending:
-            for message in self._messages():
-                print(
-                    message if message.startswith("warning") else f"error: a replica does not start: {message}", file=sys.stderr
-                )
+            for failure in self._failures():
+                print(f"error: a replica does not start: {failure}", file=sys.stderr)
             if not self._ray.alive and not self._ending:
                 self.problem = f"Ray has ended: {self._ray.complaint()}"
                 return
@@ -106,18 +104,23 @@ class LocalService:
                 return
             time.sleep(0.5)
 
-    def _messages(self) -> list[str]:
-        """Messages of the replicas since the last call, each text once."""
+    def _failures(self) -> list[str]:
+        """Why replicas did not start, since the last call, each text once. Their warnings are printed."""
         found = []
         for path in self._folder.glob("message-*[0-9]"):
             with suppress(OSError, ValueError):
                 text = json.loads(path.read_text())
                 path.unlink()
-                if not text.startswith("warning"):
+                warning = text.startswith("warning")
+                if not warning:
                     self._failed += 1
                     self._front.count_failed(self._failed)
-                if text not in self._told:
-                    self._told.add(text)
+                if text in self._told:
+                    continue
+                self._told.add(text)
+                if warning:
+                    print(text, file=sys.stderr)
+                else:
                     found.append(text)
         return found
 

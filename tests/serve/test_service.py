@@ -24,6 +24,7 @@ from pipelines.common.errors import UserError
 from serve.__main__ import main
 from serve.errors import page
 from serve.haproxy import HAProxy, addresses, authority, configuration
+from serve.local import LocalService
 from serve.settings import check
 from tests.conftest import REPOSITORY, processes_below
 from tests.serve.conftest import encoded, free_port, until
@@ -400,6 +401,38 @@ def test_the_port_of_replicas_is_private_with_a_known_ray(version, address, tmp_
     assert listener.asked == [address]
     messages = [json.loads(path.read_text()) for path in tmp_path.glob("message-*")]
     assert [text.startswith("warning: ray 9.9.0 is not known here") for text in messages] == [True] * (version == "9.9.0")
+
+
+class _Front:
+    def __init__(self, *arguments):
+        pass
+
+    def count_failed(self, number):
+        pass
+
+
+class _Ray(_Front):
+    alive = True
+
+    def send(self, args):
+        self.answers = [None, {"ok": True}]
+
+    def answer(self, seconds):
+        return self.answers.pop(0)
+
+
+def test_a_warning_of_a_replica_does_not_end_a_start(bundle, tmp_path, monkeypatch, capsys):
+    """As that of a release of Ray that is not known; a failure does."""
+    monkeypatch.setattr("serve.local.HAProxy", _Front)
+    monkeypatch.setattr("serve.local._Cluster", _Ray)
+    args = {"bundles": [str(bundle)]}
+    service = LocalService(tmp_path, args, "127.0.0.1", 0, None)
+    (tmp_path / "message-1").write_text('"warning: ray 9.9 is not known here"')
+    service.deploy(args)
+    assert capsys.readouterr().err == "warning: ray 9.9 is not known here\n"
+    (tmp_path / "message-2").write_text('"the model is damaged"')
+    with pytest.raises(UserError, match="^the service did not start: the model is damaged$"):
+        service.deploy(args)
 
 
 def test_the_cluster_configuration_is_one_that_ray_serve_takes():
