@@ -40,7 +40,7 @@ _OPEN = """async ([name, threads]) => {
   const { BrowserModel } = await import(new URL("page/browser.js", location));
   const api = new Api(await (await fetch("page/config.json")).json());
   const model = (await api.models()).find((other) => other.name === name);
-  const opened = await BrowserModel.open(model, "fp32", api, threads);
+  const opened = await BrowserModel.open(model, "fp32", api, "wasm", threads);
   (globalThis.opened ??= {})[`${name} ${threads}`] = opened;
   return opened.threads;
 }"""

@@ -16,10 +16,11 @@ from typing import Any
 
 from cibl_ray.bundle.card import FORMATS, MANIFEST, Bundle, file_sha256, open_bundle
 from pipelines.common.errors import CommandParser, UserError, run_command
+from pipelines.pixels import MAX_PIXELS
 from serve.page.files import INDEX, STATIC, names
-from serve.page.ort import VERSION, installed, pinned
+from serve.page.ort import VERSION, WEBGPU, has_webgpu, installed, pinned
 
-MAX_BYTES, MAX_PIXELS = 100 << 20, 40_000_000  # of an image, as in the service's own limits on pixels
+MAX_BYTES = 100 << 20  # of an image
 WORKER = "sw.js"
 _README = """# {names}
 
@@ -35,17 +36,19 @@ def main() -> None:
     parser = CommandParser(prog="python -m serve.web", description=__doc__)
     parser.add_argument("bundles", nargs="+", type=Path, metavar="BUNDLE", help="folder written by python -m cibl_ray.export")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to write; it must not exist")
+    parser.add_argument("--no-webgpu", action="store_true", help="leave out the build for GPUs, 27 MB")
     arguments = parser.parse_args()
-    print(write(arguments.bundles, arguments.out))
+    print(write(arguments.bundles, arguments.out, not arguments.no_webgpu))
     print(f"{arguments.out}: try it: python -m http.server --directory {arguments.out} 8080")
 
 
-def write(bundles: list[Path], out: Path) -> str:
+def write(bundles: list[Path], out: Path, webgpu: bool = True) -> str:
     """Write a static folder.
 
     Args:
         bundles: Folders of exported models, whose names differ.
         out: The folder, which must not exist. It appears when it is whole.
+        webgpu: Whether models can run on a visitor's GPU, too. Needs 27 MB more in the folder, if npm has fetched them.
 
     Returns:
         A table of its files, with sizes and reasons.
@@ -64,7 +67,7 @@ def write(bundles: list[Path], out: Path) -> str:
     out.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
-        table = _fill(part, opened)
+        table = _fill(part, opened, webgpu and has_webgpu())
         part.chmod(0o755)
         part.replace(out)
     finally:
@@ -72,8 +75,10 @@ def write(bundles: list[Path], out: Path) -> str:
     return table
 
 
-def _fill(part: Path, bundles: list[Bundle]) -> str:
+def _fill(part: Path, bundles: list[Bundle], webgpu: bool) -> str:
     for name in sorted(names()):
+        if not webgpu and _is_webgpu(name):
+            continue
         to = part / (INDEX if name == INDEX else f"page/{name}")
         to.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(STATIC / name, to)
@@ -84,11 +89,13 @@ def _fill(part: Path, bundles: list[Bundle]) -> str:
         "max_pixels": MAX_PIXELS,
         "formats": list(FORMATS),
         "browser": True,
+        "webgpu": webgpu,
     }
     (part / "page" / "config.json").write_text(json.dumps(facts))
     (part / "models.json").write_text(json.dumps({"models": [_model(part, bundle) for bundle in bundles]}, indent=1))
     files = {path.relative_to(part).as_posix(): path for path in sorted(part.rglob("*")) if path.is_file()}
-    first = [name for name in files if not name.endswith(".onnx") or name == _first_model(bundles[0])]
+    later = {name for name in files if name.endswith(".onnx") or _is_webgpu(name)} - {_first_model(bundles[0])}
+    first = [name for name in files if name not in later]
     digests = {name: file_sha256(path) for name, path in files.items()}
     version = hashlib.sha256(json.dumps(digests).encode()).hexdigest()[:16]
     script = (Path(__file__).parent / "page" / WORKER).read_text()
@@ -120,6 +127,10 @@ def _best(bundle: Bundle) -> str:
     return "fp32" if "fp32" in bundle.models else next(iter(bundle.models))
 
 
+def _is_webgpu(name: str) -> bool:
+    return Path(name).name in WEBGPU.values()
+
+
 def _first_model(bundle: Bundle) -> str:
     return f"models/{bundle.card.name}/{_best(bundle)}.onnx"
 
@@ -139,6 +150,8 @@ def _table(files: dict[str, Path], first: set[str]) -> str:
 
 
 def _reason(name: str, first: set[str]) -> str:
+    if _is_webgpu(name):
+        return "onnxruntime-web for WebGPU (loaded if a visitor chooses the GPU)"
     if name.endswith(".wasm"):
         return "onnxruntime-web's WebAssembly (every operator of ONNX; loaded at the first visit)"
     if "/ort/" in name and not name.endswith(VERSION):

@@ -23,6 +23,12 @@ FILES = {
     "ort-wasm-simd-threaded.mjs": "ort-wasm-simd-threaded.js",
     "ort-wasm-simd-threaded.wasm": "ort-wasm-simd-threaded.wasm",
 }
+# The build for WebGPU, which a browser loads only for the GPU.
+WEBGPU = {
+    "ort.webgpu.min.mjs": "ort.webgpu.js",
+    "ort-wasm-simd-threaded.asyncify.mjs": "ort-wasm-simd-threaded.asyncify.js",
+    "ort-wasm-simd-threaded.asyncify.wasm": "ort-wasm-simd-threaded.asyncify.wasm",
+}
 VERSION = "version.json"
 
 
@@ -34,7 +40,7 @@ def main() -> None:
     """
     CommandParser(prog="python -m serve.page.ort", description=__doc__).parse_args()
     wanted = pinned()
-    if installed() == wanted:
+    if installed() == wanted and has_webgpu():
         print(f"onnxruntime-web {wanted} is in {ORT}")
         return
     npm = shutil.which("npm")
@@ -51,7 +57,7 @@ def main() -> None:
         fetched = Path(folder) / "node_modules" / "onnxruntime-web" / "dist"
         try:
             ORT.mkdir(exist_ok=True)
-            for name, to in FILES.items():
+            for name, to in {**FILES, **WEBGPU}.items():
                 content = (fetched / name).read_bytes()
                 if name.endswith(".mjs"):  # without its reference to a source map, which is not served
                     content = content.partition(b"//# sourceMappingURL=")[0]
@@ -75,6 +81,11 @@ def installed() -> str | None:
     except (OSError, ValueError, KeyError):
         return None
     return str(found) if all((ORT / name).exists() for name in FILES.values()) else None
+
+
+def has_webgpu() -> bool:
+    """Whether the build for WebGPU is in `static/ort/`, too."""
+    return all((ORT / name).exists() for name in WEBGPU.values())
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from typing import Any
 from serve.openapi import openapi
 from serve.page.docs import docs_page
 from serve.page.files import INDEX, POLICY, asset, names
+from serve.page.ort import has_webgpu
 from serve.request import Headers, Request, Send, respond
 from serve.settings import ReplicaConfig
 
@@ -47,6 +48,7 @@ class Page:
             "max_pixels": config.max_pixels,
             "formats": list(config.formats),
             "browser": "ort/ort.wasm.js" in names(),
+            "webgpu": has_webgpu(),
         }
 
     def route(self, path: str) -> Handler | None:

@@ -33,17 +33,31 @@ class Tab:
         return {url.split("/")[2] for url in self.requests if url.startswith("http")}
 
 
+# A GPU in software, so that WebGPU is there on every machine.
+SOFTWARE_GPU = ("--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader")
+
+
 @pytest.fixture(scope="session")
-def chromium() -> Iterator[Any]:
-    """A running Chromium."""
+def playwright() -> Iterator[Any]:
+    """Playwright, where it and a Chromium are installed."""
     sync_api = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed: pip install playwright")
-    found = next(filter(None, map(shutil.which, NAMES)), None)
-    if found is None:
+    if executable() is None:
         pytest.skip("Chromium is not installed: apt-get install chromium")
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
-        yield browser
-        browser.close()
+    with sync_api.sync_playwright() as running:
+        yield running
+
+
+def executable() -> str | None:
+    """The path of Chromium."""
+    return next(filter(None, map(shutil.which, NAMES)), None)
+
+
+@pytest.fixture(scope="session")
+def chromium(playwright: Any) -> Iterator[Any]:
+    """A running Chromium."""
+    browser = playwright.chromium.launch(executable_path=executable(), args=["--no-sandbox"])
+    yield browser
+    browser.close()
 
 
 @pytest.fixture

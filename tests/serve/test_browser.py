@@ -22,8 +22,8 @@ from cibl_ray.bundle.runtime import Runtime
 from pipelines.common.errors import UserError
 from pipelines.pixels import EvalRule, decode
 from serve import web
-from serve.page.ort import installed, pinned
-from tests.serve.browsers import Tab
+from serve.page.ort import has_webgpu, installed, pinned
+from tests.serve.browsers import SOFTWARE_GPU, Tab, executable
 from tests.serve.conftest import encoded, png, serving, until
 from tests.serve.pictures import picture_files
 
@@ -268,6 +268,30 @@ def test_fifty_answers_equal_onnxruntimes(opened, bundle):
         assert [index for index, _ in bars] == np.argsort(-row, kind="stable")[:5].tolist()
     assert not any("predict" in url for url in opened.requests)
     assert opened.problems == []
+
+
+@pytest.mark.skipif(not has_webgpu(), reason="onnxruntime-web for WebGPU is not installed: make web")
+def test_a_gpu_gives_the_same_answers(playwright, simple, bundle):
+    """Where the browser has WebGPU. Its build of onnxruntime-web is loaded only when the GPU is chosen."""
+    data = encoded("PNG", 30)
+    runtime = Runtime(bundle / "model.onnx", "cpu", 1)
+    _, (expected,) = runtime(runtime.card.rule(decode(data))[None])
+    browser = playwright.chromium.launch(executable_path=executable(), args=["--no-sandbox", *SOFTWARE_GPU])
+    tab = Tab(browser.new_context())
+    try:
+        tab.page.goto(f"http://127.0.0.1:{simple.port}/")
+        tab.page.wait_for_selector(OPEN)
+        assert not any("webgpu" in url for url in tab.requests)
+        tab.page.get_by_label("On this browser's GPU, fp32").check()
+        tab.page.set_input_files("#files", [upload("one.png", data)])
+        tab.page.wait_for_selector(".bars", timeout=120_000)  # the shaders of a GPU in software take seconds
+        (bars,) = shown(tab)
+        assert [share for _, share in bars] == pytest.approx(expected[[index for index, _ in bars]].tolist(), abs=1e-3)
+        assert "GPU fp32: " in tab.page.inner_text(".result")
+        assert any("ort.webgpu.js" in url for url in tab.requests)
+        assert tab.problems == []
+    finally:
+        browser.close()
 
 
 @needs_ort

@@ -4,15 +4,15 @@ import { Problem } from "./api.js";
 import { sha256 } from "./sha256.js";
 
 export class BrowserModel {
-  /** Fetch and start. Raises Problem, and never uses bytes that are not those of the manifest. */
-  static async open(model, precision, api, threads = Math.min(4, navigator.hardwareConcurrency || 1)) {
+  /** Fetch and start on a device: wasm or webgpu. Raises Problem, and never uses bytes that are not those of the manifest. */
+  static async open(model, precision, api, device = "wasm", threads = Math.min(4, navigator.hardwareConcurrency || 1)) {
     const file = model.files[precision];
     const bytes = new Uint8Array(await (await api.fetch(file.url)).arrayBuffer());
     const found = await sha256(bytes);
     if (found !== file.sha256)
       throw new Problem(`The file of ${model.name} (${precision}) is not the one that its manifest names, so it is not used. Reload the page, or download it again.`);
     const opened = new BrowserModel(model.name, api.config.max_pixels);
-    Object.assign(opened, await opened.ask({ load: { bytes: bytes.buffer, threads, manifest: { rule: model.manifest.rule } } }, [bytes.buffer]));
+    Object.assign(opened, await opened.ask({ load: { bytes: bytes.buffer, device, threads, manifest: { rule: model.manifest.rule } } }, [bytes.buffer]));
     return opened;
   }
 

@@ -12,7 +12,7 @@ const AT_ONCE = 4; // requests
 const MOST = 200; // images on the page
 
 const $ = (id) => document.getElementById(id);
-const state = { api: null, models: [], model: null, shift: 0, items: [], number: 0, place: null, opened: new Map() };
+const state = { api: null, gpu: null, models: [], model: null, shift: 0, items: [], number: 0, place: null, opened: new Map() };
 
 async function start() {
   let config;
@@ -28,8 +28,17 @@ async function start() {
   $("key-form").hidden = !config.keys;
   listen();
   if (!state.api.isService) navigator.serviceWorker?.register("sw.js").catch(() => {}); // without it the page needs the host
+  if (config.webgpu) findGpu();
   if (config.keys) $("key").focus();
   else await load();
+}
+
+/** Offer the GPU as a place, where the browser has WebGPU. */
+async function findGpu() {
+  const adapter = await navigator.gpu?.requestAdapter().catch(() => null);
+  if (!adapter) return;
+  state.gpu = { fp32: true, fp16: adapter.features.has("shader-f16") };
+  if (state.model) showPlaces();
 }
 
 async function load() {
@@ -114,7 +123,10 @@ function showPlaces() {
   const { api, model } = state;
   const places = api.isService ? [["service", `On the service (${model.serves})`]] : [];
   if (api.config.browser)
-    for (const [precision, file] of Object.entries(model.files)) places.push([precision, `In this browser, ${precision} (${size(file.bytes)})`]);
+    for (const [precision, file] of Object.entries(model.files)) {
+      places.push([precision, `In this browser, ${precision} (${size(file.bytes)})`]);
+      if (state.gpu?.[precision]) places.push([`${precision} webgpu`, `On this browser's GPU, ${precision} (${size(file.bytes)})`]);
+    }
   if (!places.some(([place]) => place === state.place)) state.place = api.isService ? "service" : model.serves;
   $("places").replaceChildren(...places.map(([place, name]) =>
     h("label", {}, h("input", { type: "radio", name: "place", value: place, checked: place === state.place, onchange: () => {
@@ -136,15 +148,17 @@ function showPlaceHint() {
 }
 
 /** The model in this browser, opened once. */
-function opened(model, precision) {
+function opened(model, place) {
+  const [precision, device] = place.split(" ");
   const { sha256, bytes } = model.files[precision];
-  if (!state.opened.has(sha256)) {
+  const key = `${sha256} ${device}`;
+  if (!state.opened.has(key)) {
     $("status").textContent = `Loading ${model.name}, ${precision} (${size(bytes)}) into this browser …`;
-    const opening = BrowserModel.open(model, precision, state.api);
-    opening.catch(() => state.opened.delete(sha256)); // the next image tries again
-    state.opened.set(sha256, opening);
+    const opening = BrowserModel.open(model, precision, state.api, device);
+    opening.catch(() => state.opened.delete(key)); // the next image tries again
+    state.opened.set(key, opening);
   }
-  return state.opened.get(sha256);
+  return state.opened.get(key);
 }
 
 // Images
@@ -211,9 +225,10 @@ async function ask(file, model, place) {
 /** The time of each place that has answered: "service: 12 ms, browser fp32: 5.1 ms". */
 function times(item) {
   const { model } = state;
-  return ["service", ...Object.keys(model.files)].map((place) => [place, item.times?.get(`${model.name} ${place}`)])
+  const here = Object.keys(model.files).flatMap((precision) => [precision, `${precision} webgpu`]);
+  return ["service", ...here].map((place) => [place, item.times?.get(`${model.name} ${place}`)])
     .filter(([, ms]) => ms !== undefined)
-    .map(([place, ms]) => `${place === "service" ? `service ${model.serves}` : `browser ${place}`}: ${ms < 10 ? ms.toFixed(1) : Math.round(ms)} ms`)
+    .map(([place, ms]) => `${place === "service" ? `service ${model.serves}` : place.endsWith("webgpu") ? `GPU ${place.split(" ")[0]}` : `browser ${place}`}: ${ms < 10 ? ms.toFixed(1) : Math.round(ms)} ms`)
     .join(", ");
 }
 

@@ -1,24 +1,31 @@
 // A model in this browser, apart from the page so that it stays responsive: file in, logits out.
 //
-// Messages: {id, load: {bytes, precision, threads, manifest}} and {id, file, maxPixels} or {id, images, count}; answers {id, ...} or {id, problem}.
+// Messages: {id, load: {bytes, device, threads, manifest}} and {id, file, maxPixels} or {id, images, count}; answers {id, ...} or {id, problem}.
 
-import * as ort from "./ort/ort.wasm.js";
 import { applyRule, decode } from "./pixels.js";
 
 const folder = new URL("ort/", import.meta.url).href;
-ort.env.wasm.wasmPaths = { mjs: `${folder}ort-wasm-simd-threaded.js`, wasm: `${folder}ort-wasm-simd-threaded.wasm` };
-ort.env.logLevel = "error";
+// Builds of onnxruntime-web: the one for GPUs is twice as large.
+const BUILDS = {
+  wasm: ["ort.wasm.js", "ort-wasm-simd-threaded"],
+  webgpu: ["ort.webgpu.js", "ort-wasm-simd-threaded.asyncify"],
+};
 
+let ort = null;
 let session = null;
 let rule = null;
 let turn = Promise.resolve(); // one run at a time
 
-async function load({ bytes, threads, manifest }) {
+async function load({ bytes, device, threads, manifest }) {
+  const [script, binary] = BUILDS[device];
+  ort = await import(`${folder}${script}`);
+  ort.env.wasm.wasmPaths = { mjs: `${folder}${binary}.js`, wasm: `${folder}${binary}.wasm` };
+  ort.env.logLevel = "error";
   ort.env.wasm.numThreads = crossOriginIsolated ? threads : 1;
-  session = await ort.InferenceSession.create(new Uint8Array(bytes), { executionProviders: ["wasm"], logSeverityLevel: 3 });
+  session = await ort.InferenceSession.create(new Uint8Array(bytes), { executionProviders: [device], logSeverityLevel: 3 });
   rule = manifest.rule;
   const { size } = rule;
-  await run(new Uint8Array(size * size * 3), 1); // the first run allocates
+  await run(new Uint8Array(size * size * 3), 1); // the first run allocates, and compiles shaders
   return { threads: ort.env.wasm.numThreads };
 }
 
