@@ -42,7 +42,7 @@ _LOSSES = {
     "VS": "{kind: vs}",
     "CIBL": "{kind: cibl, tail_skew: .05, kappa: 1}",
 }
-_HEADS = {"linear": "{kind: linear}", "cosine": "{kind: cosine, scale: {start: 16}}"}
+_HEADS = {"linear": "{kind: linear}", "cosine": "{kind: cosine, scale: {start: 20}}"}
 _NECK = ("--network.neck", "{hidden: 512}")  # what a contrastive loss shapes where the backbone is frozen
 _TUNED: tuple[str, ...] = ("--epochs", "2", "--batch_size", "16", "--warmup_epochs", "0.5", "--head_start", "trained")
 _TUNED += ("--optimizer", "{kind: adamw, lr: 1.0e-4, weight_decay: .05, layer_decay: .75}")

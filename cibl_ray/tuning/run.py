@@ -17,6 +17,7 @@ from cibl_ray.run.folder import lock_folder
 from cibl_ray.tuning import report
 from cibl_ray.tuning.config import SWEEP, TRIALS, SweepConfig
 from cibl_ray.tuning.data import prepare_data
+from cibl_ray.tuning.in_process import fits_in_process, keep_best, search_in_process
 from cibl_ray.tuning.search import search
 from cibl_ray.tuning.sweep import Trial, base_content, check_metrics, read_trials, sweep_text
 from pipelines.common.errors import Interrupted, UserError
@@ -49,7 +50,14 @@ def run(sweep: SweepConfig, folder: Path, address: str | None, base: dict[str, A
         # Drops a last line that a kill cut short.
         write_atomically(folder / TRIALS, "".join(json.dumps(asdict(trial)) + "\n" for trial in ended))
         left = sweep.trials - len(ended)
-        if left > 0:
+        in_process = fits_in_process(sweep, base, address)
+        if in_process:
+            try:
+                search_in_process(sweep, base, folder, left)
+                keep_best(sweep, base, folder)
+            except KeyboardInterrupt:
+                raise _interrupted(folder, address) from None
+        elif left > 0:
             with cluster(address), polite_end(), mark_beside(folder, None) as mark:
                 if address is not None:
                     _check_nodes(folder, mark)
@@ -57,9 +65,13 @@ def run(sweep: SweepConfig, folder: Path, address: str | None, base: dict[str, A
                 search(sweep, base, folder, left, mark)
         trials = read_trials(folder)
         if len(trials) < sweep.trials:  # Ray Tune returns normally after Ctrl-C
-            at = f" --address {address}" if address is not None else ""
-            raise Interrupted(f"stopped; resume with: python -m cibl_ray.tune --resume {shlex.quote(str(folder))}{at}")
+            raise _interrupted(folder, address)
         return trials, report.write(folder, sweep, base, trials)
+
+
+def _interrupted(folder: Path, address: str | None) -> Interrupted:
+    at = f" --address {address}" if address is not None else ""
+    return Interrupted(f"stopped; resume with: python -m cibl_ray.tune --resume {shlex.quote(str(folder))}{at}")
 
 
 def _check_nodes(folder: Path, mark: str | None) -> None:

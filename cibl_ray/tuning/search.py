@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +18,8 @@ from ray.tune.search.optuna import OptunaSearch
 
 from cibl_ray.cluster.options import places
 from cibl_ray.cluster.ray_workarounds import TrialPlaces
-from cibl_ray.tuning.config import JOURNAL, TRIALS, Choice, SweepConfig
-from cibl_ray.tuning.sweep import Trial, most_epochs, objectives, read_trials, trial_name
+from cibl_ray.tuning.config import JOURNAL, Choice, SweepConfig
+from cibl_ray.tuning.sweep import Trial, most_epochs, read_trials, record_trial, trial_name
 from cibl_ray.tuning.trial import trial
 from pipelines.common.errors import UserError
 
@@ -144,7 +142,6 @@ class _Recorder(tune.Callback):
 
     def __init__(self, folder: Path, sweep: SweepConfig, base: dict[str, Any], places: TrialPlaces | None) -> None:
         self._folder, self._sweep, self._base, self._places = folder, sweep, base, places
-        self._done = len(read_trials(folder))
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         reached = (trial.last_result or {}).get("epoch", 0)
@@ -166,13 +163,6 @@ class _Recorder(tune.Callback):
         failed = self._folder / "trials" / f"{name}.error"
         if failed.exists():
             state, error = "failed", " ".join(failed.read_text().split())
-        ended = Trial(name, trial.config, state, result.get("epoch", 0), result.get("scores", {}), error)
-        with (self._folder / TRIALS).open("a") as file:
-            file.write(json.dumps(asdict(ended)) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        self._done += 1
-        objective = f", objective {objectives(self._sweep, ended.scores)[0]:.4f}" if ended.scores else ""
-        more = f": {ended.error}" if ended.error else f"  {json.dumps(ended.params)}"
-        count = f"{self._done}/{self._sweep.trials}"
-        print(f"trial {count} {ended.name} {state} after {ended.epochs} epochs{objective}{more}", flush=True)
+        record_trial(
+            self._folder, self._sweep, Trial(name, trial.config, state, result.get("epoch", 0), result.get("scores", {}), error)
+        )

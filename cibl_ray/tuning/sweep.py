@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from dataclasses import dataclass
+import os
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -276,3 +277,21 @@ def read_trials(folder: Path) -> list[Trial]:
         except json.JSONDecodeError:
             break
     return trials
+
+
+def record_trial(folder: Path, sweep: SweepConfig, trial: Trial) -> None:
+    """Append a trial that has ended to the sweep's record, and print it.
+
+    Args:
+        folder: The sweep folder.
+        sweep: The sweep.
+        trial: The trial.
+    """
+    with (folder / TRIALS).open("a") as file:
+        file.write(json.dumps(asdict(trial)) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    objective = f", objective {objectives(sweep, trial.scores)[0]:.4f}" if trial.scores else ""
+    more = f": {trial.error}" if trial.error else f"  {json.dumps(trial.params)}"
+    count = f"{len(read_trials(folder))}/{sweep.trials}"
+    print(f"trial {count} {trial.name} {trial.state} after {trial.epochs} epochs{objective}{more}", flush=True)

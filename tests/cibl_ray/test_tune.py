@@ -20,9 +20,12 @@ from cibl_ray import tune
 from cibl_ray.cluster.environment import configure_ray_env
 from cibl_ray.config import RunConfig, load_config
 from cibl_ray.run.checkpoint import load_checkpoint
+from cibl_ray.run.log import read_metrics
 from cibl_ray.tuning import report as sweep_report
+from cibl_ray.tuning import run as tuning_run
 from cibl_ray.tuning.config import METRICS, SweepConfig
 from cibl_ray.tuning.data import prepare_data
+from cibl_ray.tuning.in_process import fits_in_process
 from cibl_ray.tuning.sweep import (
     Trial,
     axes,
@@ -215,6 +218,42 @@ def test_a_sweep_joins_a_cluster_and_names_it(folder):
     finally:
         cluster.shutdown()
     assert not [*(folder / ".ray").glob("joined.*.mark")]
+
+
+def test_trials_on_features_run_in_this_process_and_continue(folder, monkeypatch):
+    content = {
+        "base": "quickstart",
+        "set": {
+            "train.tune": "head",
+            "train.epochs": 1,
+            "schedule.warmup_epochs": 0,
+            "data.prepared": str(folder / "prepared"),
+        },
+        "search": {
+            "loss.tail_skew": {"kind": "log_uniform", "low": 0.005, "high": 5},
+            "network.head": {"kind": "choice", "values": [{"kind": "linear"}, {"kind": "cosine", "scale": {"start": 8}}]},
+        },
+        "trials": 3,
+        "asha": None,
+    }
+    sweep = validate(SweepConfig, content, "test")
+    of_four = validate(SweepConfig, {**content, "trials": 4}, "test")
+    monkeypatch.setattr(tuning_run, "cluster", None)  # Ray is not started
+    place = folder / "on features"
+    first, _ = tuning_run.run(sweep, place, None)
+    again, table = tuning_run.run(of_four, place, None)
+    assert again[:3] == first
+    assert len({trial.name for trial in again}) == 4
+    assert {trial.params["network.head"]["kind"] for trial in again} <= {"linear", "cosine"}
+    chosen = best(of_four, again)
+    saved = load_checkpoint(place / "best.safetensors")
+    assert saved.config.loss.tail_skew == chosen.params["loss.tail_skew"]
+    rows = read_metrics(place / "trials" / chosen.name)  # trained once more: the same scores
+    assert rows[-1]["val"]["balanced"] == chosen.scores["balanced"]
+    assert f"{chosen.name}" in table
+    assert (place / "trade_off.png").exists()
+    assert not fits_in_process(sweep, {"train": {"tune": "full"}}, None)
+    assert not fits_in_process(sweep, {"train": {"tune": "head"}}, "auto")
 
 
 def test_front():
@@ -462,3 +501,11 @@ def test_the_shipped_sweeps_are_valid(name):
     shipped = load_sweep(f"sweeps/{name}", [])
     config = trial_config(base_content(shipped), {"loss.tail_skew": 1.0, "network.head.scale.start": 8.0})
     assert config.network.head.scale.start == 8.0
+
+
+def test_the_shipped_sweep_of_photographs_runs_in_this_process():
+    shipped = load_sweep("sweeps/photos", [])
+    base = base_content(shipped)
+    assert fits_in_process(shipped, base, None)
+    config = trial_config(base, {"network.head": shipped.search["network.head"].values[1], "data.sampling": "class_balanced"})
+    assert (config.network.head.kind, config.loss.kind, config.data.sampling) == ("cosine", "cibl", "class_balanced")
