@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 
-from cibl_ray.config import RunConfig
+from cibl_ray.config import RunConfig, configured
 from cibl_ray.evaluation.evaluate import evaluate
 from cibl_ray.evaluation.files import Prediction, predict_files
 from cibl_ray.networks.network import HybridNetwork
@@ -21,13 +21,12 @@ from cibl_ray.run.folder import CONFIG, RESULT, is_run
 from cibl_ray.run.log import read_metrics
 from cibl_ray.run.own_config import own_config
 from cibl_ray.run.progress import Silent, Terminal
-from cibl_ray.run.stop import stop_signals
 from cibl_ray.run.which import checkpoint
 from cibl_ray.training import fit as training
 from cibl_ray.training.resume import resumed
 from cibl_ray.world import World
 from pipelines.common.errors import UserError
-from pipelines.common.settings import absolute, find_config, override, read_content, validate
+from pipelines.common.settings import find_config, read_content, validate
 
 __all__ = ["Prediction", "Run", "UserError", "fit", "load_config", "open_run"]
 
@@ -273,8 +272,8 @@ class Run:
 
 
 def _fit(config: RunConfig, folder: Path, resume: bool, progress: bool) -> Run:
-    with _same_process(), stop_signals() as stop:
-        training.fit(config, folder, resume, World(), Terminal() if progress else Silent(), stop=stop)
+    with _same_process():
+        training.fit(config, folder, resume, World(), Terminal() if progress else Silent())
     return Run(folder.absolute())
 
 
@@ -282,7 +281,7 @@ def _with(content: dict[str, Any], settings: Mapping[str, Any] | None, place: st
     """A configuration with values by dotted name."""
     pairs = [(str(key), _plain(value)) for key, value in (settings or {}).items()]
     where = f"{place} with {dict(pairs)}" if pairs else place
-    return absolute(validate(RunConfig, override(content, pairs, RunConfig), where))
+    return configured(content, pairs, where)
 
 
 def _plain(value: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -138,11 +139,6 @@ class RunConfig(Settings):
 
     @model_validator(mode="after")
     def _fits(self) -> RunConfig:
-        if self.schedule.warmup_epochs > self.train.epochs:
-            raise ValueError(
-                f"schedule.warmup_epochs = {self.schedule.warmup_epochs:g} is more than train.epochs = {self.train.epochs}; "
-                "lower it too: --warmup_epochs 1"
-            )
         if self.train.tune == "head" and self.train.head_start == "trained":
             raise ValueError("train.head_start 'trained' is for train.tune 'partial' and 'full'; leave it out")
         self.network.check(self.data.size, self.train.epochs)
@@ -152,7 +148,18 @@ class RunConfig(Settings):
 
 def config_warnings(config: RunConfig) -> list[str]:
     """Mistakes that a configuration allows, one line each, for the log. Refusing them would make finished runs unreadable."""
-    return config.loss.config_warnings(config.train.epochs)
+    asked, epochs = config.schedule.warmup_epochs, config.train.epochs
+    found = config.loss.config_warnings(epochs)
+    if (warmup := warmup_of(config.schedule, epochs)) < asked:
+        found.append(
+            f"schedule.warmup_epochs = {asked:g} is more than train.epochs = {epochs}: the rate rises over {warmup:g} epochs"
+        )
+    return found
+
+
+def warmup_of(schedule: StepSchedule | CosineSchedule, epochs: int) -> float:
+    """The warm-up of a run of `epochs` epochs: as configured, or a quarter of a run that is shorter than that."""
+    return schedule.warmup_epochs if schedule.warmup_epochs <= epochs else epochs / 4
 
 
 def load_config(name: str, arguments: list[str]) -> RunConfig:
@@ -164,8 +171,43 @@ def load_config(name: str, arguments: list[str]) -> RunConfig:
 def build_config(content: dict[str, Any], arguments: list[str], place: str) -> RunConfig:
     """A validated configuration with absolute paths. `place` is named in errors."""
     pairs = parse_overrides(arguments, RunConfig)
-    config = validate(RunConfig, override(content, pairs, RunConfig), place, [key for key, _ in pairs])
+    return configured(content, pairs, place, [key for key, _ in pairs])
+
+
+def configured(content: dict[str, Any], pairs: list[tuple[str, Any]], place: str, flags: Sequence[str] = ()) -> RunConfig:
+    """Build a configuration from a file's content.
+
+    Args:
+        content: The content.
+        pairs: Values by dotted name, which replace those of the content.
+        place: Where the content comes from, for errors.
+        flags: Names that were given on the command line, for errors.
+
+    Returns:
+        The configuration, with absolute paths and the input that its pretrained weights take.
+
+    Raises:
+        UserError: A field is unknown, or has a value that it cannot have.
+    """
+    config = validate(RunConfig, override(content, pairs, RunConfig), place, flags)
+    if pairs:
+        _say_rate(content, config)
     return absolute(_as_pretrained(config, place))
+
+
+def _say_rate(content: dict[str, Any], config: RunConfig) -> None:
+    """Warn where the batch size is another one than the recipe's, and the learning rate is the recipe's."""
+    train, optimizer = (content[part] if isinstance(content.get(part), dict) else {} for part in ("train", "optimizer"))
+    batch = train.get("batch_size", TrainConfig().batch_size)
+    rate = optimizer.get("lr", OptimizerConfig().lr)
+    size = config.train.batch_size
+    if not isinstance(batch, int) or size == batch or config.optimizer.lr != rate:
+        return
+    power, rule = (1.0, "linear") if config.optimizer.kind == "sgd" else (0.5, "square-root")
+    log.warning(
+        "train.batch_size is %d instead of %d, and optimizer.lr is still %g; by the %s rule: --lr %.2g",
+        size, batch, rate, rule, rate * (size / batch) ** power,
+    )  # fmt: skip
 
 
 def _as_pretrained(config: RunConfig, place: str) -> RunConfig:

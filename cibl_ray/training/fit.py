@@ -14,7 +14,7 @@ from typing import Any
 
 from cibl_ray.config import RunConfig, config_warnings, save_config
 from cibl_ray.evaluation.confusion import save_confusion
-from cibl_ray.evaluation.metrics import heading, table
+from cibl_ray.evaluation.metrics import Scores, heading, table
 from cibl_ray.evaluation.pictures import save_accuracy_by_class, save_learning_curves
 from cibl_ray.hardware import describe, resolve
 from cibl_ray.run.checkpoint import Checkpoint, find_newest
@@ -36,6 +36,7 @@ from cibl_ray.run.log import read_metrics
 from cibl_ray.run.mend import mend
 from cibl_ray.run.progress import Progress, messages_to
 from cibl_ray.run.stop import Stop
+from cibl_ray.training.advice import classes_at_zero
 from cibl_ray.training.trainer import Trainer
 from cibl_ray.world import PeerLostError, World, require_own_gpu
 from pipelines.common.errors import Interrupted, UserError
@@ -177,9 +178,8 @@ def _fit(trainer: Trainer, progress: Progress) -> dict[str, Any]:
         "seconds": sum(row["seconds"].get("epoch", 0.0) for row in rows),
         "time": {name: seconds + trainer.spent.get(name, 0.0) for name, seconds in _time(rows).items()},
         "classes": prepared.classes,  # of the scores' `per_class`, in order
-        "images_per_s": statistics.median(
-            [row["rate"].get("images_per_s", 0.0) for row in rows] or [0.0]
-        ),  # a log that was lost
+        # No rows: a log that was lost.
+        "images_per_s": statistics.median([row["rate"].get("images_per_s", 0.0) for row in rows] or [0.0]),
         "workers": trainer.world.size,
         "loader": trainer.train_loaders[0].name,
         "data": prepared.digests,
@@ -189,7 +189,7 @@ def _fit(trainer: Trainer, progress: Progress) -> dict[str, Any]:
     write_atomically(folder / RESULT, json.dumps(result, indent=1))
     if rows:
         save_learning_curves(folder / CURVES, rows)
-    save_accuracy_by_class(folder / BY_CLASS, prepared.classes, prepared.train_counts, scores)
+    save_accuracy_by_class(folder / BY_CLASS, prepared.classes, prepared.train_counts, _panels(result, scores))
     report = config.data.size >= _PHOTOGRAPHS and trainer.outputs is not None
     if report and trainer.outputs is not None:
         save_confusion(folder, prepared, result["split"], *trainer.outputs, eval_rule(config.data))
@@ -198,6 +198,10 @@ def _fit(trainer: Trainer, progress: Progress) -> dict[str, Any]:
     progress.line(table(scores))
     if (chosen := shifts.get("best", shifts.get("last"))) is not None and chosen.shift:
         progress.line(f"\nValidation chooses {chosen.line()}; the scores with it: evaluate RUN --tail-shift auto")
+    final = [*scores.values()][-1]
+    shifted = chosen is not None and chosen.shift != 0
+    if zero := classes_at_zero(config, prepared.classes, prepared.train_counts, final, shifted, folder):
+        progress.line(f"\n{zero}")
     if "best" not in result:
         progress.line("\nNo validation split, so no best epoch: data.val_fraction carves one out.")
     progress.line(f"\nTime: {_shares(result['time'])}")
@@ -205,6 +209,13 @@ def _fit(trainer: Trainer, progress: Progress) -> dict[str, Any]:
     if report:
         progress.line(f"Confusion:  {CONFUSION[0]}: pairs of classes, worst classes, images that the network disagrees with")
     return result
+
+
+def _panels(result: dict[str, Any], scores: dict[str, Scores]) -> dict[str, Scores]:
+    """One panel where the last epoch is the best."""
+    if len(scores) == 2 and result["last"]["epoch"] == result["best"]["epoch"]:
+        return {f"last and best (epoch {result['last']['epoch']})": next(iter(scores.values()))}
+    return scores
 
 
 def _few_validation_images(prepared: Prepared) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import assert_never
 
-from cibl_ray.config import CosineSchedule, StepSchedule
+from cibl_ray.config import CosineSchedule, StepSchedule, warmup_of
 
 
 def lr_factor(schedule: StepSchedule | CosineSchedule, epoch: float, epochs: int) -> float:
@@ -19,13 +19,14 @@ def lr_factor(schedule: StepSchedule | CosineSchedule, epoch: float, epochs: int
     Returns:
         0 to 1.
     """
-    if epoch < schedule.warmup_epochs:
-        return min(max(epoch, 1e-3) / schedule.warmup_epochs, 1.0)
+    warmup = warmup_of(schedule, epochs)
+    if epoch < warmup:
+        return min(max(epoch, 1e-3) / warmup, 1.0)
     match schedule:
         case StepSchedule():
             passed = sum(epoch >= milestone * epochs for milestone in schedule.milestones)
             return float(schedule.gamma**passed)
         case CosineSchedule():
-            done = (epoch - schedule.warmup_epochs) / max(epochs - schedule.warmup_epochs, 1e-9)
+            done = (epoch - warmup) / max(epochs - warmup, 1e-9)
             return schedule.final + (1 - schedule.final) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
     assert_never(schedule)

@@ -32,6 +32,7 @@ from cibl_ray.run.folder import BEST, CHECKPOINTS, LAST
 from cibl_ray.run.log import RunLog
 from cibl_ray.run.progress import Progress, Silent
 from cibl_ray.run.stop import Stop
+from cibl_ray.training.advice import FirstSteps
 from cibl_ray.training.compiled import begin_step, compile_network, explained
 from cibl_ray.training.feed import FeatureFeed, Feed, read_plans
 from cibl_ray.training.optimizer import make_optimizer
@@ -104,6 +105,7 @@ class Trainer:
         self.best: dict[str, float] | None = None
         self._rows: list[dict[str, Any]] | None = None  # of the checkpoint's log
         self._log: RunLog | None = None
+        self._first_steps: FirstSteps | None = None
         plans = read_plans(config.loss, config.data, batch, config.seed, world.share)
         if config.train.compile:
             for network in self.objective.networks:
@@ -169,6 +171,8 @@ class Trainer:
         epochs, batches = self.config.train.epochs, self.train_loaders[0].batches
         run_log = self._log = RunLog(self.folder, self.epoch, self._rows) if self.world.is_rank0 else None
         images = batches * self.config.train.batch_size
+        left = (epochs - self.epoch) * batches - self.step
+        self._first_steps = FirstSteps(self.config, left) if self.world.size == 1 else None
         progress.begin(epochs * images, self.epoch * images + self.step * self.config.train.batch_size)
         self.stop.polled = True
         try:
@@ -237,6 +241,7 @@ class Trainer:
             if progress is not None:
                 progress.advance(batch_size)
             self._steps += 1
+            self._say_first_steps()
             if self.step < batches:
                 self._save_or_stop(totals["loss"])
         self.epoch, self.step = number + 1, 0
@@ -349,6 +354,12 @@ class Trainer:
         self.after_save()
         self._saved = time.monotonic()
         self.spent["checkpoint"] += time.perf_counter() - started
+
+    def _say_first_steps(self) -> None:
+        if self._first_steps is None or self._first_steps.done:
+            return
+        for text in self._first_steps.step():
+            log.warning(text)
 
     def _save_or_stop(self, total: torch.Tensor) -> None:
         """Within an epoch: save where a checkpoint is due, save and raise KeyboardInterrupt where the run is asked to stop."""

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import signal
 import subprocess
 import sys
 import threading
@@ -158,6 +159,7 @@ def test_the_process_is_left_alone(config, monkeypatch, run):
         with monkeypatch.context() as patch:
             patch.setattr(sys, "exit", refuse)
             patch.setattr(hardware, "keep_freed_memory", refuse)
+            patch.setattr(signal, "signal", refuse)
             again = cibl_ray.fit(config, name="again", progress=False)
         assert [[*logger.handlers] for logger in loggers] == handlers
         assert [logger.level for logger in loggers] == levels

@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from cibl_ray.config import RunConfig, build_config, load_config
+import cibl_ray
+from cibl_ray.config import RunConfig, build_config, config_warnings, load_config
+from cibl_ray.training.schedules import lr_factor
 from pipelines.common.errors import UserError
 from pipelines.common.settings import override, parse_overrides, read_config
 
@@ -74,7 +76,6 @@ def test_value_out_of_range_names_key_and_value():
         (["--data.views", "[]"], "data.views"),
         (["--data.views.0.flip", "0"], r"data.views is a list; set it as a whole: --data.views '\[...\]'$"),
         (["--data.mean", "0.5"], r"data.mean = 0.5: expected a list, \[...\]$"),
-        (["--train.epochs", "3"], "warmup_epochs"),
         (["--head", f"{{kind: cosine, scale: {MOVING}}}", "--epochs", "8"], "scale.warmup = 8 .*--head.scale.warmup 0"),
         (["--head", "{kind: cosine, scale: {warmup: 2}}"], "warmup 2 would do nothing"),
         (["--head", "{kind: cosine, scale: {learnable: true, warmup: 2}}"], "warmup 2 would do nothing"),
@@ -226,3 +227,38 @@ def test_a_byte_order_mark_is_no_part_of_the_first_key(tmp_path):
     path = tmp_path / "c.yaml"
     path.write_text("seed: 3\n", encoding="utf-8-sig")
     assert read_config(path) == {"seed": 3}
+
+
+def test_a_warm_up_longer_than_the_run_is_shortened():
+    """`--epochs 1` works as it stands, and says so. Resumed with more epochs, the run has its own warm-up."""
+    config = load_config("quickstart", ["--epochs", "1"])
+    assert config.schedule.warmup_epochs == 5
+    assert config_warnings(config) == [
+        "schedule.warmup_epochs = 5 is more than train.epochs = 1: the rate rises over 0.25 epochs"
+    ]
+    factors = [lr_factor(config.schedule, epoch, 1) for epoch in (0.125, 0.25, 0.625, 1.0)]
+    assert factors == pytest.approx([0.5, 1.0, 0.5, 0.0])
+    assert lr_factor(config.schedule, 2.5, 5) == 0.5
+    assert config_warnings(load_config("quickstart", ["--epochs", "5"])) == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (
+            ["--batch_size", "32"],
+            "is 32 instead of 64, and optimizer.lr is still 0.1; by the linear rule: --lr 0.05",
+        ),
+        (["--batch_size", "512", "--optimizer.kind", "adamw"], "by the square-root rule: --lr 0.28"),
+        (["--batch_size", "32", "--lr", "0.03"], ""),
+        (["--batch_size", "64"], ""),
+        (["--epochs", "9"], ""),
+    ],
+)
+def test_a_batch_size_without_its_learning_rate_is_said(caplog, flags, says):
+    load_config("quickstart", flags)
+    assert says in caplog.text
+    assert bool(says) == bool(caplog.text)
+    caplog.clear()
+    cibl_ray.load_config("quickstart", {"train.batch_size": 16})
+    assert "by the linear rule: --lr 0.025" in caplog.text

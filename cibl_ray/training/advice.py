@@ -1,0 +1,168 @@
+"""What a run says to the one who waits for it: how long it will take, what slows it down, and what to try at its end."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from cibl_ray.config import RunConfig
+from cibl_ray.evaluation.metrics import Scores
+from cibl_ray.run.progress import duration
+from pipelines.common.cores import usable_cores
+
+_LONG = 4 * 3600  # seconds of a run, from which on cheaper ways are named
+_STEPS, _SECONDS = 10, 10.0  # the least that is measured
+_OTHERS = 0.25  # of the cores, which other programs may use before it is said
+_NAMED = 5  # classes in a line
+_PHOTOGRAPHS = 64  # pixels of a side, from which on a network pretrained on photographs is of use
+
+
+class FirstSteps:
+    """Measures a run's first steps, and says once what follows from them.
+
+    Args:
+        config: The run's configuration.
+        left: Steps until the run's end.
+    """
+
+    def __init__(self, config: RunConfig, left: int) -> None:
+        self._config, self._left = config, left
+        self._steps = 0
+        self._since, self._busy = 0.0, _Cores()
+        self.done = False
+
+    def step(self) -> list[str]:
+        """Count a step. Returns the advice, once it is due, and otherwise nothing."""
+        self._steps += 1
+        if self._steps == 1:  # the first one compiles, allocates and fills queues
+            self._since, self._busy = time.monotonic(), _Cores()
+            return []
+        steps, seconds = self._steps - 1, time.monotonic() - self._since
+        if steps < _STEPS or seconds < _SECONDS:
+            return []
+        self.done = True
+        found = [long_run(self._config, steps / seconds, self._left - self._steps)]
+        if self._config.train.device == "cpu":
+            found.append(busy_cores(torch.get_num_threads(), usable_cores(), self._busy.others()))
+        return [text for text in found if text]
+
+
+def long_run(config: RunConfig, steps_per_s: float, left: int) -> str:
+    """Say how long a run will take and what is cheaper, where that is hours.
+
+    Args:
+        config: The run's configuration.
+        steps_per_s: Steps a second, as measured.
+        left: Steps until the run's end.
+    """
+    seconds = left / steps_per_s
+    if seconds < _LONG:
+        return ""
+    train, ways = config.train, []
+    pretrained = getattr(config.network.backbone, "weights", "none") != "none"
+    if train.tune != "head" and pretrained:
+        ways.append("--train.tune head (features once, then minutes)")
+    elif train.tune != "head" and config.data.size >= _PHOTOGRAPHS:
+        ways.append(f"{_photos(config)} (a pretrained network: minutes)")
+    if (epochs := int(train.epochs * 3600 / seconds)) >= 1:
+        ways.append(f"--train.epochs {epochs} (an hour)")
+    if config.data.size > _PHOTOGRAPHS and not pretrained:
+        ways.append(f"--data.size {_PHOTOGRAPHS} with --network.backbone resnet32")
+    rate = steps_per_s * train.batch_size
+    return f"at {rate:,.0f} img/s this run takes about {duration(seconds)} on this machine; cheaper: {'; '.join(ways)}"
+
+
+def busy_cores(threads: int, cores: int, others: float) -> str:
+    """Say that several threads are slower than one where other programs compute, too.
+
+    Args:
+        threads: Threads of torch.
+        cores: Cores that this process may use.
+        others: How many of them other programs keep busy.
+    """
+    if threads < 2 or 2 * threads < cores or others < _OTHERS * cores:
+        return ""
+    return (
+        f"other programs keep {others:.1f} of this machine's {cores} cores busy; {threads} threads, which wait for each other "
+        "at every operation, can then be several times slower than one: stop, and resume with OMP_NUM_THREADS=1 in front of "
+        "the command"
+    )
+
+
+def classes_at_zero(config: RunConfig, classes: list[str], counts: np.ndarray, scores: Scores, shifted: bool, run: Path) -> str:
+    """Say what to try where a network never answers some classes rightly.
+
+    Args:
+        config: The run's configuration.
+        classes: Class names.
+        counts: Training images of each class.
+        scores: The run's scores on held-out images.
+        shifted: Whether validation images chose a tail shift.
+        run: The run folder.
+    """
+    zero = [label for label, accuracy in enumerate(scores.per_class) if accuracy == 0]
+    if not zero:
+        return ""
+    zero.sort(key=lambda label: -counts[label])
+    names = ", ".join(f"{classes[label]} ({counts[label]:,} images)" for label in zero[:_NAMED])
+    more = f" and {len(zero) - _NAMED} others" if len(zero) > _NAMED else ""
+    ways = []
+    if shifted:
+        ways.append(f"python -m cibl_ray.evaluate {shlex.quote(str(run))} --tail-shift auto")
+    if getattr(config.network.backbone, "weights", "none") == "none" and config.data.size >= _PHOTOGRAPHS:
+        ways.append(_photos(config))
+    loss = config.loss.kind
+    if loss == "cross_entropy":
+        ways.append("--loss.kind balanced_softmax")
+    elif loss == "cibl":
+        ways.append("a larger --loss.tail_skew, or --loss.kappa 1")
+    ways.append(f"more epochs: --resume {shlex.quote(str(run))} --train.epochs {2 * config.train.epochs}")
+    return f"{len(zero)} of {len(classes)} classes are at 0 %: {names}{more}. To try: {'; '.join(ways)}"
+
+
+def _photos(config: RunConfig) -> str:
+    path = getattr(config.data.source, "path", None)
+    return f"python -m cibl_ray.train photos --data.source.path {shlex.quote(str(path)) if path is not None else 'FOLDER'}"
+
+
+class _Cores:
+    """How busy this process's cores are, from now on."""
+
+    def __init__(self) -> None:
+        self._since, self._all, self._own = time.monotonic(), _busy_seconds(), _own_seconds()
+
+    def others(self) -> float:
+        """How many cores other programs have used, on average; 0 where the system does not tell."""
+        seconds = time.monotonic() - self._since
+        return max(0.0, (_busy_seconds() - self._all) - (_own_seconds() - self._own)) / seconds if seconds else 0.0
+
+
+def _busy_seconds() -> float:
+    """Seconds in which the cores that this process may use were busy, since the machine started."""
+    allowed = {f"cpu{core}" for core in os.sched_getaffinity(0)}
+    try:
+        lines = [line.split() for line in Path("/proc/stat").read_text().splitlines()]
+    except OSError:
+        return 0.0
+    # user, nice, system, idle, iowait, irq, softirq
+    ticks = sum(int(value) for line in lines if line and line[0] in allowed for value in (*line[1:4], *line[6:8]))
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def _own_seconds() -> float:
+    """Processor seconds of this process and of its children, such as a loader's workers."""
+    own = str(os.getpid())
+    ticks = 0
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:  # it has ended
+            continue
+        if stat.parent.name == own or fields[1] == own:
+            ticks += int(fields[11]) + int(fields[12])
+    return ticks / os.sysconf("SC_CLK_TCK")

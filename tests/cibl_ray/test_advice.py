@@ -1,0 +1,110 @@
+"""What a run says of its length, of busy cores, and of classes that it never answers."""
+
+import json
+import subprocess
+import sys
+from itertools import count
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from cibl_ray.config import load_config
+from cibl_ray.training import advice
+from cibl_ray.training.advice import FirstSteps, busy_cores, classes_at_zero, long_run
+from tests.conftest import REPOSITORY
+
+FOLDER = ["--data.source.path", "/photos/my birds"]
+
+
+def test_a_run_of_many_hours_says_so_and_what_is_cheaper():
+    config = load_config("folder", FOLDER)
+    text = long_run(config, 2.0, 108_000)
+    assert text == (
+        "at 256 img/s this run takes about 15.0 h on this machine; cheaper: python -m cibl_ray.train photos --data.source.path "
+        "'/photos/my birds' (a pretrained network: minutes); --train.epochs 6 (an hour)"
+    )
+    assert long_run(config, 20.0, 108_000) == ""  # an hour and a half
+    large = load_config("imagenet_lt", ["--data.source.path", "/i"])
+    assert long_run(large, 0.01, 40_000).endswith("--data.size 64 with --network.backbone resnet32")
+    full = load_config("photos", [*FOLDER, "--tune", "full"])
+    assert "--train.tune head (features once, then minutes)" in long_run(full, 0.1, 10_000)
+    assert "photos --data" not in long_run(full, 0.1, 10_000)
+    digits = load_config("quickstart", [])
+    assert "photos" not in long_run(digits, 0.1, 10_000)  # no photographs, and no fewer than an epoch an hour
+    assert "--train.epochs 1 (an hour)" in long_run(digits, 0.1, 10_000)
+
+
+def test_the_first_steps_are_measured_once(monkeypatch):
+    config = load_config("folder", [*FOLDER, "--device", "cpu"])
+    clock = count()
+    monkeypatch.setattr(advice.time, "monotonic", lambda: 2.0 * next(clock))
+    monkeypatch.setattr(advice, "_Cores", lambda: SimpleNamespace(others=lambda: 2.0))
+    monkeypatch.setattr(advice.torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(advice, "usable_cores", lambda: 2)
+    first = FirstSteps(config, 40_011)
+    said = [first.step() for _ in range(11)]
+    assert said[:10] == [[]] * 10
+    assert first.done
+    assert said[10][0].startswith("at 64 img/s this run takes about 22.2 h on this machine")  # two seconds a step
+    assert "2.0 of this machine's 2 cores busy; 2 threads" in said[10][1]
+
+
+@pytest.mark.parametrize(
+    ("threads", "cores", "others", "said"),
+    [(2, 2, 0.9, True), (2, 2, 0.3, False), (1, 2, 2.0, False), (2, 16, 9.0, False), (16, 16, 5.0, True), (8, 16, 3.0, False)],
+)
+def test_threads_that_wait_for_each_other_on_busy_cores(threads, cores, others, said):
+    assert ("OMP_NUM_THREADS=1" in busy_cores(threads, cores, others)) is said
+
+
+def test_what_other_programs_use_is_measured():
+    """This process does not count itself, nor its children, but a stranger."""
+    code = "import time; end = time.process_time() + 1.5\nwhile time.process_time() < end: pass"
+    cores = advice._Cores()
+    with subprocess.Popen([sys.executable, "-c", code]) as child:
+        child.poll()
+        own = advice._own_seconds()
+        while child.poll() is None and advice._own_seconds() < own + 0.5:
+            pass
+        assert advice._own_seconds() >= own + 0.5
+        assert cores.others() >= 0
+    stranger = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {code!r}])"
+    subprocess.run([sys.executable, "-c", stranger], check=True)  # its parent has ended: it is nobody's child here
+    before, own = advice._busy_seconds(), advice._own_seconds()
+    while (advice._busy_seconds() - before) - (advice._own_seconds() - own) < 0.5:
+        pass
+
+
+def test_classes_at_zero_have_something_to_try(tmp_path):
+    classes, counts = [f"c{number}" for number in range(9)], np.arange(90, 0, -10)
+    some = SimpleNamespace(per_class=[0.9, 0.5, 0.0, None, 0.0, 0.0, 0.0, 0.0, 0.0])
+    digits = load_config("quickstart", [])
+    text = classes_at_zero(digits, classes, counts, some, True, Path("runs/a b"))
+    assert text == (
+        "6 of 9 classes are at 0 %: c2 (70 images), c4 (50 images), c5 (40 images), c6 (30 images), c7 (20 images) and 1 others. "
+        "To try: python -m cibl_ray.evaluate 'runs/a b' --tail-shift auto; a larger --loss.tail_skew, or --loss.kappa 1; "
+        "more epochs: --resume 'runs/a b' --train.epochs 80"
+    )
+    plain = load_config("folder", [*FOLDER, "--loss", "{kind: cross_entropy}"])
+    text = classes_at_zero(plain, classes, counts, some, False, Path("r"))
+    assert "To try: python -m cibl_ray.train photos --data.source.path" in text
+    assert "--loss.kind balanced_softmax" in text
+    assert "tail-shift" not in text
+    fine = SimpleNamespace(per_class=[0.9] * 8 + [None])
+    assert classes_at_zero(plain, classes, counts, fine, False, Path("r")) == ""
+
+
+def test_a_run_of_one_epoch_ends_with_advice(tmp_path):
+    """`--epochs 1` trains as it stands, and classes that it never answers are named."""
+    flags = ["quickstart", "--epochs", "1", "--runs", tmp_path / "runs", "--prepared", tmp_path / "prepared", "--name", "one"]
+    flags += ["--device", "cpu", "--loader.kind", "torch"]
+    command = [sys.executable, "-m", "cibl_ray.train", *map(str, flags)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY)
+    assert done.returncode == 0, done.stderr
+    assert "schedule.warmup_epochs = 5 is more than train.epochs = 1: the rate rises over 0.25 epochs" in done.stderr
+    result = json.loads((tmp_path / "runs" / "one" / "result.json").read_text())
+    zero = result["best"]["scores"]["per_class"].count(0)
+    assert zero > 0
+    assert f"{zero} of 10 classes are at 0 %: " in done.stdout
