@@ -120,15 +120,15 @@ def _name_classes(axes: Axes, classes: list[str], counts: np.ndarray, scores: Sc
     for place, names in points.items():
         text = ", ".join(_short(name) for name in names[:2]) + (f" +{len(names) - 2}" if len(names) > 2 else "")
         for right, up in _BESIDE:
-            label = axes.annotate(
+            written = axes.annotate(
                 text, place, xytext=(right, up), textcoords="offset points", ha="left" if right > 0 else "right", va="center",
                 fontsize=7, color="#555555", parse_math=False,
             )  # fmt: skip
-            box = label.get_window_extent(renderer)
+            box = written.get_window_extent(renderer)
             if axes.bbox.x0 <= box.x0 and box.x1 <= axes.bbox.x1 and not any(box.overlaps(other) for other in taken):
                 taken.append(box)
                 break
-            label.remove()
+            written.remove()
 
 
 def _short(name: str) -> str:

@@ -110,7 +110,7 @@ def classes_at_zero(config: RunConfig, classes: list[str], counts: np.ndarray, s
         return ""
     zero.sort(key=lambda label: -counts[label])
     names = ", ".join(f"{classes[label]} ({counts[label]:,} images)" for label in zero[:_NAMED])
-    more = f" and {len(zero) - _NAMED} others" if len(zero) > _NAMED else ""
+    more = f" and {len(zero) - _NAMED} more" if len(zero) > _NAMED else ""
     ways = []
     if shifted:
         ways.append(f"python -m cibl_ray.evaluate {shlex.quote(str(run))} --tail-shift auto")
