@@ -16,6 +16,8 @@ from PIL import Image, ImageDraw
 from pipelines.augment.recipe import Augment
 from pipelines.common.command_line import ConfigParser, print_config
 from pipelines.common.errors import UserError, run_command
+from pipelines.common.files import write_atomically
+from pipelines.common.fonts import Pen
 from pipelines.config import LoaderConfig
 from pipelines.loaders.make import make_loader
 from pipelines.loaders.reading import train_reading
@@ -33,7 +35,7 @@ def main() -> None:
         usage="%(prog)s CONFIG [--out FILE] [--images N] [--epoch E] [--field value ...]",
         description="A picture of what the network sees of the first training images of an epoch.",
     )
-    parser.add_argument("--out", type=Path, default=Path("views.png"), help="the picture to write (views.png)")
+    parser.add_argument("--out", type=Path, help="the picture to write; by default views.png in the prepared folder")
     parser.add_argument("--images", type=int, default=6, help="how many images, 1 to 64 (6)")
     parser.add_argument("--epoch", type=int, default=0, help="whose draws are shown, from 0 on (0)")
     name, arguments, overrides = parser.split()
@@ -47,12 +49,10 @@ def main() -> None:
         return
     if not 1 <= arguments.images <= 64 or arguments.epoch < 0:
         raise UserError(f"--images {arguments.images} --epoch {arguments.epoch}: 1 to 64 images, an epoch from 0 on")
-    kind = Image.registered_extensions().get(arguments.out.suffix.lower())
-    if kind not in Image.SAVE or not arguments.out.parent.is_dir():  # Pillow reads more formats than it writes
-        raise UserError(f"--out {str(arguments.out)!r}: name a file such as views.png in a folder that exists")
-    if arguments.out.exists():
-        raise UserError(f"{str(arguments.out)!r} is there already; name another file with --out")
+    if arguments.out is not None:
+        _check(arguments.out)
     prepared = ensure_prepared(config.data, config.seed)
+    out = arguments.out or prepared.folder / "views.png"
     count = min(arguments.images, prepared.splits["train"].samples)
     reading = train_reading(config.data, count, config.seed)
     loader = make_loader(prepared, "train", reading, LoaderConfig())
@@ -69,22 +69,33 @@ def main() -> None:
         text = f"{prepared.classes[label]}: {counts[label]:,} images ({groups[label]}), stored {image.width}x{image.height}"
         rows.append((text, [image, *_images(views[number])]))
     loader.close()
-    _grid(rows).save(arguments.out)
-    print(f"{count} images, {len(config.data.views)} views of {config.data.size}x{config.data.size}: {arguments.out}")
+    picture = io.BytesIO()
+    _grid(rows, out.name).save(picture, Image.registered_extensions()[out.suffix.lower()])
+    write_atomically(out, picture.getvalue())
+    print(f"{count} images, {len(config.data.views)} views of {config.data.size}x{config.data.size}: {out}")
+
+
+def _check(out: Path) -> None:
+    """Raise UserError where no new picture can be written."""
+    kind = Image.registered_extensions().get(out.suffix.lower())
+    if kind not in Image.SAVE or not out.parent.is_dir():  # Pillow reads more formats than it writes
+        raise UserError(f"--out {str(out)!r}: name a file such as views.png in a folder that exists")
+    if out.exists():
+        raise UserError(f"{str(out)!r} is there already; name another file with --out")
 
 
 def _images(views: torch.Tensor) -> list[Image.Image]:
     return [Image.fromarray(np.asarray(view)) for view in views]
 
 
-def _grid(rows: list[tuple[str, list[Image.Image]]]) -> Image.Image:
+def _grid(rows: list[tuple[str, list[Image.Image]]], name: str) -> Image.Image:
     """Each row's text above its images, fitted into tiles without changing their shape."""
     columns, height = max(len(images) for _, images in rows), _TILE + _LINE + _GAP
     canvas = Image.new("RGB", (columns * (_TILE + _GAP) + _GAP, len(rows) * height + _GAP), "white")
-    pen = ImageDraw.Draw(canvas)
+    draw, pen = ImageDraw.Draw(canvas), Pen([text for text, _ in rows], 11, name)
     for number, (text, images) in enumerate(rows):
         top = _GAP + number * height
-        pen.text((_GAP, top), text.encode("latin-1", "replace").decode("latin-1"), fill="black")
+        pen.write(draw, (_GAP, top), text)
         for column, image in enumerate(images):
             scale = _TILE / max(image.size)
             size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))

@@ -33,6 +33,17 @@ def test_a_picture_of_the_views(photo_folder, tmp_path):
     assert again.stderr == f"error: {str(out)!r} is there already; name another file with --out\n"
 
 
+def test_the_picture_lies_beside_the_prepared_data(tmp_path):
+    """Where no file is named. Made again, it replaces the one before: it is this command's own."""
+    for _ in range(2):
+        done = preview("quickstart", "--prepared", str(tmp_path), "--images", "2")
+        assert done.returncode == 0, done.stderr
+        (picture,) = tmp_path.glob("*/views.png")
+        assert done.stdout == f"2 images, 2 views of 16x16: {picture}\n"
+        with Image.open(picture) as image:
+            assert image.format == "PNG"
+
+
 def test_a_view_belongs_to_its_image(digits, tmp_path):
     """The views of a digit are crops of it: the nearest of all stored images to each is its own."""
     out = tmp_path / "views.png"
