@@ -32,6 +32,7 @@ from cibl_ray.run.checkpoint import Checkpoint, load_checkpoint
 from cibl_ray.run.folder import CHECKPOINTS
 from pipelines.augment.recipe import Normalize
 from pipelines.common.errors import UserError
+from pipelines.common.progress import NO_BAR
 from pipelines.loaders.eval_loader import eval_image
 from pipelines.loaders.make import make_loader
 from pipelines.loaders.reading import eval_reading, eval_rule
@@ -282,7 +283,7 @@ class _Export:
         logits: dict[str, list[np.ndarray]] = {precision: [] for precision in runtimes}
         labels = []
         total = self.prepared.splits[self.split].samples
-        with tqdm(total=total, desc=f"measuring on {self.split}", unit="img", leave=False, disable=None) as progress:
+        with tqdm(total=total, desc=f"measuring on {self.split}", unit="img", leave=False, disable=NO_BAR) as progress:
             for images, of_batch in self._batches(self.split):
                 for precision, runtime in runtimes.items():
                     logits[precision] += runtime(images, outputs=(LOGITS,))

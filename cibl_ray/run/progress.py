@@ -11,8 +11,7 @@ from typing import Any, Protocol
 
 from tqdm.auto import tqdm
 
-_LINE_EVERY = 60  # seconds between lines where there is no bar
-_NOTEBOOK = any(base.__module__ == "tqdm.notebook" for base in tqdm.__mro__)  # its bar is a widget, which needs no terminal
+from pipelines.common.progress import LINE_EVERY, NO_BAR, duration
 
 
 class Progress(Protocol):
@@ -56,9 +55,8 @@ class Terminal:
         """Start the bar."""
         self._total, self._done, self._done_before = total, done, done
         self._since = time.monotonic()
-        self._next_line = self._since + _LINE_EVERY
-        disable = False if _NOTEBOOK else None  # None: where stderr is no terminal
-        self._bar = tqdm(total=total, initial=done, unit="img", unit_scale=True, disable=disable, mininterval=1)
+        self._next_line = self._since + LINE_EVERY
+        self._bar = tqdm(total=total, initial=done, unit="img", unit_scale=True, disable=NO_BAR, mininterval=1)
 
     def advance(self, images: int) -> None:
         """Move the bar."""
@@ -68,7 +66,7 @@ class Terminal:
         self._bar.update(images)
         if self._bar.disable and time.monotonic() >= self._next_line:
             now = time.monotonic()
-            self._next_line = now + _LINE_EVERY
+            self._next_line = now + LINE_EVERY
             rate = (self._done - self._done_before) / (now - self._since)
             left = max(self._total - self._done, 0) / rate
             share = 100 * self._done / self._total
@@ -146,10 +144,3 @@ def messages_to(handler: logging.Handler) -> Iterator[None]:
             logger.removeHandler(handler)
             logger.setLevel(level)
         handler.close()
-
-
-def duration(seconds: float) -> str:
-    """A time to read: '40 s', '12 min' or '3.5 h'."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

@@ -12,8 +12,8 @@ import torch
 
 from cibl_ray.config import RunConfig
 from cibl_ray.evaluation.metrics import Scores
-from cibl_ray.run.progress import duration
 from pipelines.common.cores import usable_cores
+from pipelines.common.progress import duration
 
 _LONG = 4 * 3600  # seconds of a run, from which on cheaper ways are named
 _STEPS, _SECONDS = 10, 10.0  # the least that is measured
@@ -28,10 +28,11 @@ class FirstSteps:
     Args:
         config: The run's configuration.
         left: Steps until the run's end.
+        alone: Whether the run has one worker. The others' work is not that of strangers.
     """
 
-    def __init__(self, config: RunConfig, left: int) -> None:
-        self._config, self._left = config, left
+    def __init__(self, config: RunConfig, left: int, alone: bool = True) -> None:
+        self._config, self._left, self._alone = config, left, alone
         self._steps = 0
         self._since, self._busy = 0.0, _Cores()
         self.done = False
@@ -47,7 +48,7 @@ class FirstSteps:
             return []
         self.done = True
         found = [long_run(self._config, steps / seconds, self._left - self._steps)]
-        if self._config.train.device == "cpu":
+        if self._config.train.device == "cpu" and self._alone:
             found.append(busy_cores(torch.get_num_threads(), usable_cores(), self._busy.others()))
         return [text for text in found if text]
 

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
-from tqdm.auto import tqdm
 
 from pipelines.common.errors import UserError
+from pipelines.common.progress import counted
 from pipelines.config import DataConfig
 from pipelines.pixels import BadImageError
 from pipelines.prepare.doubles import find_copies, refuse_shared_files
@@ -67,7 +67,7 @@ def check(splits: Mapping[str, Images], data: DataConfig, seed: int) -> Findings
     for split, images in splits.items():
         names, labels, digests = read.setdefault(split, ([], [], []))
         packed = pack_all(images, np.arange(len(images)), data, seed, lossless=split != "train")
-        for index, result in tqdm(packed, total=len(images), desc=f"check {split}", unit="img", leave=False, disable=None):
+        for index, result in counted(packed, len(images), f"check {split}"):
             findings.images += 1
             if isinstance(result, BadImageError):
                 findings.bad.append((place_of(images, index, split), with_setting(result)))

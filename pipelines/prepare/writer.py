@@ -21,10 +21,10 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
-from tqdm.auto import tqdm
 
 from pipelines.common.errors import Interrupted, UserError
 from pipelines.common.files import write_atomically
+from pipelines.common.progress import counted
 from pipelines.common.seeding import stream
 from pipelines.config import DataConfig, Store
 from pipelines.pixels import BadImageError
@@ -253,9 +253,8 @@ def write_split(folder: Path, split: str, images: Images, data: DataConfig, seed
     if first:
         print(f"data: {split} continues after {first:,} of {len(order):,} images", file=sys.stderr)
     packed = pack_all(images, order[first:], data, seed, lossless=split != "train")
-    bar = tqdm(packed, total=len(order), initial=first, desc=f"{split}.beton", unit="img", leave=False, disable=None)
     try:
-        for index, result in bar:
+        for index, result in counted(packed, len(order), f"data: {split}", first):
             if isinstance(result, BadImageError):
                 place = place_of(images, index, split)
                 if data.on_bad_image == "error":

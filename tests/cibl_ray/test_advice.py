@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 
 from cibl_ray.config import load_config
+from cibl_ray.run.progress import Terminal
 from cibl_ray.training import advice
 from cibl_ray.training.advice import FirstSteps, busy_cores, classes_at_zero, long_run
+from pipelines.common.progress import counted
 from tests.conftest import REPOSITORY
 
 FOLDER = ["--data.source.path", "/photos/my birds"]
@@ -108,3 +110,32 @@ def test_a_run_of_one_epoch_ends_with_advice(tmp_path):
     zero = result["best"]["scores"]["per_class"].count(0)
     assert zero > 0
     assert f"{zero} of 10 classes are at 0 %: " in done.stdout
+
+
+def test_without_a_terminal_a_line_a_minute_has_rate_and_time_left(monkeypatch, capsys):
+    """Within the first epoch, too. The same for preparing images."""
+    clock = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+    terminal = Terminal()
+    terminal.begin(total=10_000, done=1_000)
+    for _ in range(100):  # of 2 seconds each
+        clock[0] += 2
+        terminal.advance(20)
+    terminal.close()
+    assert capsys.readouterr().out.splitlines() == [
+        "16 % of all images, 10 img/s, about 14 min left",
+        "22 % of all images, 10 img/s, about 13 min left",
+        "28 % of all images, 10 img/s, about 12 min left",
+    ]
+
+    def images():
+        for number in range(100):
+            clock[0] += 2
+            yield number
+
+    assert [*counted(images(), 150, "data: train", done=50)] == [*range(100)]
+    assert capsys.readouterr().err.splitlines() == [
+        "data: train: 80 of 150 images, 0.5 images/s, about 2 min left",
+        "data: train: 110 of 150 images, 0.5 images/s, about 80 s left",
+        "data: train: 140 of 150 images, 0.5 images/s, about 20 s left",
+    ]
