@@ -37,6 +37,7 @@ def main() -> None:
         raise UserError(f"--out {arguments.out}: the folder {str(arguments.out.parent)!r} does not exist")
     from cibl_ray.bundle.card import MANIFEST
     from cibl_ray.evaluation.classify import classify, from_bundle, from_checkpoint, image_files
+    from pipelines.library_warnings import collected_warnings
 
     files = image_files(arguments.images)
     if (arguments.run / MANIFEST).is_file():
@@ -52,12 +53,15 @@ def main() -> None:
     writer = csv.writer(sys.stdout if arguments.out is None else kept, lineterminator="\n")
     numbers = ["", *(f"_{number}" for number in range(2, arguments.top + 1))]
     writer.writerow(["image", *(f"{name}{number}" for number in numbers for name in ("class", "probability"))])
-    for answer in classify(classifier, files, arguments.top):
-        if answer.problem:
-            bad += 1
-            print(f"{answer.file}: {answer.problem}", file=sys.stderr)
-            continue
-        writer.writerow([answer.file, *(part for name, value in answer.top for part in (name, f"{value:.4f}"))])
+    with collected_warnings() as warned:
+        for answer in classify(classifier, files, arguments.top, warned.begin):
+            if answer.problem:
+                bad += 1
+                print(f"{answer.file}: {answer.problem}", file=sys.stderr)
+                continue
+            writer.writerow([answer.file, *(part for name, value in answer.top for part in (name, f"{value:.4f}"))])
+    if text := warned.text():
+        print(text, file=sys.stderr)
     if arguments.out is not None:
         _save(arguments.out, kept.getvalue())
     if bad:

@@ -134,13 +134,16 @@ def image_files(places: Sequence[Path]) -> list[Path]:
     return found
 
 
-def classify(classifier: Classifier, files: Sequence[Path], top: int = 1) -> Iterator[Answer]:
+def classify(
+    classifier: Classifier, files: Sequence[Path], top: int = 1, begin: Callable[[str], None] = lambda image: None
+) -> Iterator[Answer]:
     """Classify files, in order. The answer for a file that cannot be read has a `problem`.
 
     Args:
         classifier: What classifies.
         files: The files.
         top: How many classes an answer names.
+        begin: Called with each file before it is decoded, in the thread that decodes it.
 
     Yields:
         One answer for each file.
@@ -148,7 +151,7 @@ def classify(classifier: Classifier, files: Sequence[Path], top: int = 1) -> Ite
     with ThreadPoolExecutor(usable_cores()) as pool:
         for start in range(0, len(files), _AT_ONCE):
             some = files[start : start + _AT_ONCE]
-            read = list(pool.map(lambda file: _read(file, classifier.rule), some))
+            read = list(pool.map(lambda file: _read(file, classifier.rule, begin), some))
             images = [image for image in read if isinstance(image, np.ndarray)]
             rows = iter(classifier.probabilities(np.stack(images)) if images else [])
             for file, image in zip(some, read, strict=True):
@@ -160,8 +163,9 @@ def classify(classifier: Classifier, files: Sequence[Path], top: int = 1) -> Ite
                 yield Answer(file, [(classifier.classes[i], float(row[i])) for i in best])
 
 
-def _read(file: Path, rule: EvalRule) -> np.ndarray | str:
+def _read(file: Path, rule: EvalRule, begin: Callable[[str], None]) -> np.ndarray | str:
     """uint8 (S, S, 3), or why there is none."""
+    begin(str(file))
     try:
         return rule(decode(file.read_bytes()))
     except OSError as error:

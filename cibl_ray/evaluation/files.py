@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,8 +14,11 @@ from cibl_ray.hardware import resolve
 from cibl_ray.run.checkpoint import Checkpoint
 from pipelines.augment.recipe import Normalize
 from pipelines.common.errors import UserError
+from pipelines.library_warnings import collected_warnings
 from pipelines.loaders.reading import eval_rule
 from pipelines.pixels import BadImageError, EvalRule, decode
+
+log = logging.getLogger(__name__)
 
 _AT_ONCE = 64  # images
 
@@ -56,7 +61,10 @@ def predict_files(checkpoint: Checkpoint, images: list[Path]) -> list[Prediction
     predictions = []
     for start in range(0, len(images), _AT_ONCE):
         files = images[start : start + _AT_ONCE]
-        pixels = np.stack([_pixels(file, rule) for file in files])
+        with collected_warnings() as warned:
+            pixels = np.stack([_pixels(file, rule, warned.begin) for file in files])
+        if text := warned.text():
+            log.warning(text)
         logits = network.classify(normalize(torch.from_numpy(pixels)[:, None].to(device)))
         for file, row in zip(files, logits.softmax(1).tolist(), strict=True):
             best = max(range(len(classes)), key=row.__getitem__)
@@ -64,8 +72,9 @@ def predict_files(checkpoint: Checkpoint, images: list[Path]) -> list[Prediction
     return predictions
 
 
-def _pixels(file: Path, rule: EvalRule) -> np.ndarray:
+def _pixels(file: Path, rule: EvalRule, begin: Callable[[str], None]) -> np.ndarray:
     """uint8 (S, S, 3)."""
+    begin(str(file))
     try:
         return rule(decode(file.read_bytes()))
     except OSError as error:

@@ -27,10 +27,10 @@ from pipelines.common.files import write_atomically
 from pipelines.common.progress import counted
 from pipelines.common.seeding import stream
 from pipelines.config import DataConfig, Store
+from pipelines.library_warnings import collected_warnings
 from pipelines.pixels import BadImageError
 from pipelines.prepare.beton import BetonWriter, shard_name
 from pipelines.prepare.images import Packed, pack
-from pipelines.prepare.library_warnings import collected_warnings
 from pipelines.prepare.sources import Images
 
 NO_CONTENT = "0" * 64

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from pipelines.common.errors import CommandParser, UserError, run_command
+from pipelines.library_warnings import collected_warnings
 from pipelines.pixels import MAX_PIXELS, BadImageError
 from serve.decode import MAX_SHIFT
 from serve.edge.api import default_cache, local_file
@@ -64,13 +65,14 @@ def main() -> None:
         failed += line.startswith("error: ")
         print(line.removeprefix("error: "), file=sys.stderr)
 
-    with Results(arguments.out) if arguments.out else nullcontext() as results:
+    with collected_warnings() as warned, Results(arguments.out) if arguments.out else nullcontext() as results:
         found = images(arguments.images, sys.stdin.buffer, tell)
         if results is not None:
             found = _with_progress(found)
         for place, data in found:
             try:
                 begun = time.perf_counter()
+                warned.begin(place)
                 answer = edge.classify(data, arguments.top, arguments.tail_shift)
             except BadImageError as error:
                 tell(f"error: {place}: {error}")
@@ -85,6 +87,8 @@ def main() -> None:
             else:
                 labels = (f"{entry['label']} {100 * entry['probability']:.1f} % ({entry['group']})" for entry in answer)
                 print(place, *labels, sep="\t", flush=True)
+    if text := warned.text():
+        print(text, file=sys.stderr)
     if failed:
         raise UserError(f"{failed} of the images and folders could not be read; the lines above say why")
 

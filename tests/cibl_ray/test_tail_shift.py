@@ -2,6 +2,7 @@
 
 import csv
 import json
+import struct
 import subprocess
 import sys
 
@@ -98,6 +99,11 @@ def test_its_accuracy_is_measured_with_it(skewed, run_folder):
     assert manifest["tail_shift"]["1.5"]["balanced"] == manifest["accuracy"]["fp32"]["balanced"]
 
 
+def warned_exif() -> bytes:
+    """EXIF data that Pillow warns of."""
+    return b"Exif\0\0II*\0\x08\0\0\0\x02\0" + struct.pack("<HHII", 0x9286, 7, 0xFFFFFF, 0xFFFF) * 2
+
+
 @pytest.fixture
 def pictures(tmp_path):
     random = np.random.default_rng(0)
@@ -121,11 +127,14 @@ def test_run_and_bundle_answer_alike(run_folder, bundle, skewed, pictures):
 
 def test_the_command_answers_what_it_can_read(run_folder, pictures, tmp_path):
     (pictures / "d.jpg").write_bytes(b"no image")
+    Image.open(pictures / "a.jpg").save(pictures / "a.jpg", exif=warned_exif())
     command = [sys.executable, "-m", "cibl_ray.predict", str(run_folder), str(pictures), "--top", "2", "--out"]
     done = subprocess.run([*command, str(tmp_path / "answers.csv")], capture_output=True, text=True, cwd=REPOSITORY)
     assert done.returncode != 0
     assert "d.jpg: not an image" in done.stderr
     assert "1 of 4 files could not be classified" in done.stderr
+    assert f"1 images were read with a warning of the decoder, such as {pictures / 'a.jpg'}: " in done.stderr
+    assert "site-packages" not in done.stderr
     assert "Traceback" not in done.stderr
     rows = [*csv.DictReader((tmp_path / "answers.csv").read_text().splitlines())]
     assert [row["image"] for row in rows] == [str(pictures / name) for name in ("a.jpg", "b.png", "inner/c.webp")]

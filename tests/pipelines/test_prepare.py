@@ -18,9 +18,9 @@ from PIL import Image
 
 from pipelines.common.errors import UserError
 from pipelines.common.files import locked
+from pipelines.library_warnings import collected_warnings
 from pipelines.prepare import __main__ as prepare
 from pipelines.prepare.build import ensure_prepared, prepare_folder, prepared_folder
-from pipelines.prepare.library_warnings import collected_warnings
 from pipelines.prepare.prepared import EARLIER_FORMAT, SIDECAR
 from tests.commands import in_process
 from tests.conftest import REPOSITORY, data_config, digits_config

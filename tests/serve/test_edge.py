@@ -7,6 +7,7 @@ import http.server
 import io
 import json
 import os
+import struct
 import subprocess
 import sys
 import threading
@@ -17,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from cibl_ray.bundle.card import open_bundle
 from pipelines.common.errors import UserError
@@ -389,6 +391,18 @@ def test_the_largest_image_is_one_setting(bundle):
     with pytest.raises(BadImageError, match="20x20 pixels, 399 at most"):
         Edge(bundle / "model.onnx", max_pixels=399).classify(data)
     assert Limits().max_pixels == DataConfig.model_fields["max_pixels"].default == 60_000_000
+
+
+def test_warnings_of_the_decoder_are_one_line(bundle, tmp_path):
+    exif = b"Exif\0\0II*\0\x08\0\0\0\x02\0" + struct.pack("<HHII", 0x9286, 7, 0xFFFFFF, 0xFFFF) * 2
+    for number in range(3):
+        Image.new("RGB", (9, 9)).save(tmp_path / f"{number}.jpg", exif=exif)
+    command = [sys.executable, "-m", "serve.edge", str(bundle), str(tmp_path)]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 3
+    assert f"3 images were read with a warning of the decoder, such as {tmp_path / '0.jpg'}: " in done.stderr
+    assert "site-packages" not in done.stderr
 
 
 def test_a_cache_that_cannot_be_written_is_named(bundle, simple):
