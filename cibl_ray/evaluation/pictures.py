@@ -122,7 +122,8 @@ def _name_classes(axes: Axes, classes: list[str], counts: np.ndarray, scores: Sc
         for right, up in _BESIDE:
             written = axes.annotate(
                 text, place, xytext=(right, up), textcoords="offset points", ha="left" if right > 0 else "right", va="center",
-                fontsize=7, color="#555555", parse_math=False,
+                fontsize=7, color="#555555", parse_math=False, zorder=2.5,
+                bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5},
             )  # fmt: skip
             box = written.get_window_extent(renderer)
             if axes.bbox.x0 <= box.x0 and box.x1 <= axes.bbox.x1 and not any(box.overlaps(other) for other in taken):

@@ -27,12 +27,13 @@ class FirstSteps:
 
     Args:
         config: The run's configuration.
+        run: The run folder.
         left: Steps until the run's end.
         alone: Whether the run has one worker. The others' work is not that of strangers.
     """
 
-    def __init__(self, config: RunConfig, left: int, alone: bool = True) -> None:
-        self._config, self._left, self._alone = config, left, alone
+    def __init__(self, config: RunConfig, run: Path, left: int, alone: bool = True) -> None:
+        self._config, self._run, self._left, self._alone = config, run, left, alone
         self._steps = 0
         self._since, self._busy = 0.0, _Cores()
         self.done = False
@@ -49,7 +50,7 @@ class FirstSteps:
         self.done = True
         found = [long_run(self._config, steps / seconds, self._left - self._steps)]
         if self._config.train.device == "cpu" and self._alone:
-            found.append(busy_cores(torch.get_num_threads(), usable_cores(), self._busy.others()))
+            found.append(busy_cores(torch.get_num_threads(), usable_cores(), self._busy.others(), self._run))
         return [text for text in found if text]
 
 
@@ -78,20 +79,21 @@ def long_run(config: RunConfig, steps_per_s: float, left: int) -> str:
     return f"at {rate:,.0f} img/s this run takes about {duration(seconds)} on this machine; cheaper: {'; '.join(ways)}"
 
 
-def busy_cores(threads: int, cores: int, others: float) -> str:
+def busy_cores(threads: int, cores: int, others: float, run: Path) -> str:
     """Say that several threads are slower than one where other programs compute, too.
 
     Args:
         threads: Threads of torch.
         cores: Cores that this process may use.
         others: How many of them other programs keep busy.
+        run: The run folder.
     """
     if threads < 2 or 2 * threads < cores or others < _OTHERS * cores:
         return ""
     return (
         f"other programs keep {others:.1f} of this machine's {cores} cores busy; {threads} threads, which wait for each other "
-        "at every operation, can then be several times slower than one: stop, and resume with OMP_NUM_THREADS=1 in front of "
-        "the command"
+        "at every operation, can then be several times slower than one: stop this run (Ctrl-C saves it), and "
+        f"OMP_NUM_THREADS=1 {_resume(run)}"
     )
 
 
@@ -122,8 +124,12 @@ def classes_at_zero(config: RunConfig, classes: list[str], counts: np.ndarray, s
         ways.append("--loss.kind balanced_softmax")
     elif loss == "cibl":
         ways.append("a larger --loss.tail_skew, or --loss.kappa 1")
-    ways.append(f"more epochs: --resume {shlex.quote(str(run))} --train.epochs {2 * config.train.epochs}")
+    ways.append(f"more epochs: {_resume(run)} --train.epochs {2 * config.train.epochs}")
     return f"{len(zero)} of {len(classes)} classes are at 0 %: {names}{more}. To try: {'; '.join(ways)}"
+
+
+def _resume(run: Path) -> str:
+    return f"python -m cibl_ray.train --resume {shlex.quote(str(run))}"
 
 
 def _photos(config: RunConfig) -> str:

@@ -172,7 +172,7 @@ class Trainer:
         run_log = self._log = RunLog(self.folder, self.epoch, self._rows) if self.world.is_rank0 else None
         images = batches * self.config.train.batch_size
         left = (epochs - self.epoch) * batches - self.step
-        self._first_steps = FirstSteps(self.config, left, self.world.size == 1) if self.world.is_rank0 else None
+        self._first_steps = FirstSteps(self.config, self.folder, left, self.world.size == 1) if self.world.is_rank0 else None
         progress.begin(epochs * images, self.epoch * images + self.step * self.config.train.batch_size)
         self.stop.polled = True
         try:

@@ -274,7 +274,8 @@ def write_split(folder: Path, split: str, images: Images, data: DataConfig, seed
         files.finish()
     except KeyboardInterrupt as error:
         files.stopped()
-        raise Interrupted(_stopped(split, files.kept, len(order), data.store, settable)) from error
+        status = error.status if isinstance(error, Interrupted) else 130  # a scheduler's signal has its own
+        raise Interrupted(_stopped(split, files.kept, len(order), data.store, settable), status) from error
     except OSError as error:
         files.stopped()
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):

@@ -45,7 +45,7 @@ def test_the_first_steps_are_measured_once(monkeypatch):
     monkeypatch.setattr(advice, "_Cores", lambda: SimpleNamespace(others=lambda: 2.0))
     monkeypatch.setattr(advice.torch, "get_num_threads", lambda: 2)
     monkeypatch.setattr(advice, "usable_cores", lambda: 2)
-    first = FirstSteps(config, 40_011)
+    first = FirstSteps(config, Path("runs/a"), 40_011)
     said = [first.step() for _ in range(11)]
     assert said[:10] == [[]] * 10
     assert first.done
@@ -58,7 +58,8 @@ def test_the_first_steps_are_measured_once(monkeypatch):
     [(2, 2, 0.9, True), (2, 2, 0.3, False), (1, 2, 2.0, False), (2, 16, 9.0, False), (16, 16, 5.0, True), (8, 16, 3.0, False)],
 )
 def test_threads_that_wait_for_each_other_on_busy_cores(threads, cores, others, said):
-    assert ("OMP_NUM_THREADS=1" in busy_cores(threads, cores, others)) is said
+    text = busy_cores(threads, cores, others, Path("runs/a"))
+    assert text.endswith("OMP_NUM_THREADS=1 python -m cibl_ray.train --resume runs/a") is said
 
 
 def test_what_other_programs_use_is_measured():
@@ -87,7 +88,7 @@ def test_classes_at_zero_have_something_to_try(tmp_path):
     assert text == (
         "6 of 9 classes are at 0 %: c2 (70 images), c4 (50 images), c5 (40 images), c6 (30 images), c7 (20 images) and 1 more. "
         "To try: python -m cibl_ray.evaluate 'runs/a b' --tail-shift auto; a larger --loss.tail_skew, or --loss.kappa 1; "
-        "more epochs: --resume 'runs/a b' --train.epochs 80"
+        "more epochs: python -m cibl_ray.train --resume 'runs/a b' --train.epochs 80"
     )
     plain = load_config("folder", [*FOLDER, "--loss", "{kind: cross_entropy}"])
     text = classes_at_zero(plain, classes, counts, some, False, Path("r"))

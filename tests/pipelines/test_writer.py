@@ -102,6 +102,19 @@ def test_a_kill_at_any_moment_costs_the_file_in_hand(config, monkeypatch, capsys
     assert not [*prepared.folder.glob("*.part"), *prepared.folder.glob("*.done")]
 
 
+def test_a_schedulers_signal_keeps_its_status(config, monkeypatch):
+    """75 says that the job should be started again; Ctrl-C is 130."""
+    for stop, status in ((Interrupted("stopped", 75), 75), (KeyboardInterrupt(), 130)):
+
+        def append(self, image, label, stop=stop):
+            raise stop
+
+        monkeypatch.setattr(BetonWriter, "append", append)
+        with pytest.raises(Interrupted, match="the same command starts it again") as caught:
+            ensure_prepared(config(mode="raw"), 0)
+        assert caught.value.status == status
+
+
 @pytest.mark.parametrize("shard_mb", [1, None])
 def test_ctrl_c_says_how_to_go_on(config, monkeypatch, capsys, shard_mb):
     expected = contents(ensure_prepared(config(mode="raw"), 0))
