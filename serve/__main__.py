@@ -5,6 +5,7 @@ Replace a bundle in its place (move a new one there) and it is loaded without a 
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import ipaddress
 import os
@@ -14,13 +15,13 @@ import sys
 import threading
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 from cibl_ray.bundle.card import Bundle, open_bundle
 from cibl_ray.bundle.targets import misfit
 from pipelines.common.errors import CommandParser, UserError, run_command
 from serve.haproxy import addresses, authority
-from serve.settings import KEYS, ServiceConfig, check
+from serve.settings import KEYS, Precision, ServiceConfig, check
 
 # Flags of numbers and words that are fields of the settings, and have their meaning and default from there.
 _FIELDS: dict[str, type] = {
@@ -51,7 +52,8 @@ def main() -> None:
     least, most = _replicas(arguments.replicas)
     args: dict[str, Any] = {
         "bundles": [str(path.absolute()) for path in arguments.bundles],
-        "precision": arguments.precision,
+        "precision": arguments.precision[0],
+        "more_precisions": arguments.precision[1:],
         "provider": arguments.provider,
         "replicas": least,
         "max_replicas": most if most > least else None,
@@ -68,7 +70,9 @@ def main() -> None:
     if arguments.trusted_proxies:
         args["trusted_proxies"] = arguments.trusted_proxies
     config = check(args)
-    names = _check_bundles([open_bundle(path) for path in arguments.bundles], arguments.precision, arguments.provider)
+    opened = [open_bundle(path) for path in arguments.bundles]
+    for precision in config.precisions:
+        names = _check_bundles(opened, precision, arguments.provider)
     _check_log(config.access_log)
     if not arguments.simple and importlib.util.find_spec("ray") is None:
         raise ModuleNotFoundError("No module named 'ray'", name="ray")
@@ -87,7 +91,10 @@ def main() -> None:
 
     def ready() -> None:
         if not ended.is_set():
-            print(f"serving {', '.join(names)} ({arguments.precision}) on {where}; {where}/docs lists the routes", flush=True)
+            print(
+                f"serving {', '.join(names)} ({', '.join(config.precisions)}) on {where}; {where}/docs lists the routes",
+                flush=True,
+            )
 
     if arguments.simple:
         from serve.simple import running as running_simple
@@ -118,7 +125,13 @@ def _parser() -> CommandParser:
         "--simple", action="store_true", help="one process under uvicorn, without Ray and HAProxy, for a small machine"
     )
     parser.add_argument("--replicas", default="1", help="processes that answer; MIN-MAX scales with the load (default: 1)")
-    parser.add_argument("--precision", choices=["fp32", "fp16", "int8"], default="fp32")
+    parser.add_argument(
+        "--precision",
+        type=_precisions,
+        default=["fp32"],
+        metavar="NAME[,NAME]",
+        help="which of a bundle's models answers: fp32, fp16 or int8; requests may ask for those that follow (default: fp32)",
+    )
     parser.add_argument("--provider", choices=["auto", "cpu", "cuda", "tensorrt"], default="auto")
     parser.add_argument("--keys", type=Path, metavar="FILE", help="API keys, one a line; without it everyone may ask")
     parser.add_argument("--access-log", type=Path, metavar="FOLDER", help="JSON lines, one file for each replica")
@@ -183,6 +196,13 @@ def _check_log(folder: Path | None) -> None:
             raise UserError(f"--access-log {str(folder)!r}: {error.strerror}; give another folder") from error
         if not writable:
             raise UserError(f"--access-log {str(folder)!r}: it cannot be written; give another folder")
+
+
+def _precisions(text: str) -> list[str]:
+    names = text.split(",")
+    if not {*names} <= {*get_args(Precision)}:
+        raise argparse.ArgumentTypeError(f"{text!r}: give {', '.join(get_args(Precision))}, or several as in fp32,int8")
+    return names
 
 
 def _replicas(text: str) -> tuple[int, int]:

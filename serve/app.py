@@ -209,10 +209,11 @@ class App:
             answers = await self._predict.answer(model, files, options)
         for answer in answers:
             self.metrics.answer(model.name, answer["top"][0]["label"])
+        precision = options.precision or self.config.precision
         content = {
             "model": model.name,
-            "precision": self.config.precision,
-            "sha256": model.sha256,
+            "precision": precision,
+            "sha256": model.bundle.models[precision].sha256,
             "request_id": request.id,
             "predictions": answers,
         }
@@ -255,6 +256,7 @@ class App:
                 {
                     "name": name,
                     "serves": self.config.precision,
+                    "precisions": list(self.config.precisions),
                     "provider": model.engine.runtime.provider,
                     "classes": len(card.classes),
                     "files": files,

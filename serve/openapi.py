@@ -128,16 +128,24 @@ def openapi(config: ReplicaConfig, keys: bool = False) -> dict[str, Any]:
     top_k = {"type": "integer", "minimum": 1, "maximum": 1000, "default": 5}
     shift = {"type": "number", "minimum": -MAX_SHIFT, "maximum": MAX_SHIFT, "default": 0}
     named = {"type": "string", "maxLength": 128}
+    precision: dict[str, Any] = {"type": "string", "enum": list(config.precisions), "default": config.precision}
     options = [
         _query("model", named, "which model, where there are several"),
         _query("top_k", top_k, "classes of each image"),
         _query("tail_shift", shift, "logits - tail_shift * log prior: more of it favours rare classes"),
+        _query("precision", precision, "which of the precisions that the service has"),
         _query("logits", {"type": "boolean", "default": False}, f"also the logits of all classes; {MAX_LOGITS:,} at most"),
     ]
     files = {"type": "string", "format": "binary"}
     formats = {f"image/{name.lower()}": {"schema": files} for name in config.formats}
     texts = {"type": "string", "contentEncoding": "base64"}
-    fields = {"model": named, "top_k": top_k, "tail_shift": shift, "logits": {"type": "boolean", "default": False}}
+    fields: dict[str, Any] = {
+        "model": named,
+        "top_k": top_k,
+        "tail_shift": shift,
+        "logits": {"type": "boolean", "default": False},
+    }
+    fields["precision"] = precision
     most = config.max_images
     images = {"type": "array", "items": texts, "minItems": 1, "maxItems": most}
     one = {"type": "object", "additionalProperties": False}

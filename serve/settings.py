@@ -16,6 +16,7 @@ from pipelines.pixels import MAX_PIXELS
 from serve.cors import ORIGIN
 
 KEYS = "CIBL_RAY_API_KEYS"  # in the environment, separated by commas
+Precision = Literal["fp32", "fp16", "int8"]
 Format = Literal["JPEG", "PNG", "WEBP", "GIF", "BMP"]
 
 
@@ -24,7 +25,10 @@ class ReplicaConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    precision: Literal["fp32", "fp16", "int8"] = Field(default="fp32", description="which of the bundle's models answers")
+    precision: Precision = Field(default="fp32", description="which of the bundle's models answers")
+    more_precisions: tuple[Precision, ...] = Field(
+        default=(), max_length=2, description="others that are loaded, too: a request may ask for them"
+    )
     provider: Literal["auto", "cpu", "cuda", "tensorrt"] = Field(default="auto", description="provider of onnxruntime")
     threads: int | None = Field(default=1, ge=1, le=512, description="threads of onnxruntime in each replica")
     max_batch: int = Field(default=32, ge=1, le=4096, description="images in one call of onnxruntime")
@@ -56,6 +60,11 @@ class ReplicaConfig(BaseModel):
     cors: tuple[str, ...] = Field(
         default=(), max_length=64, description="origins whose pages may call the service, such as https://example.org; * is all"
     )
+
+    @property
+    def precisions(self) -> tuple[Precision, ...]:
+        """All that are loaded; the first answers where a request names none."""
+        return tuple(dict.fromkeys((self.precision, *self.more_precisions)))
 
     @property
     def networks(self) -> tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...]:

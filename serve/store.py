@@ -63,21 +63,23 @@ class Model:
 
     Attributes:
         bundle: What was loaded.
-        engine: Runs it.
-        sha256: Of the file that answers.
+        engine: Runs the precision that answers where a request names none.
+        engines: Runs each precision that is loaded.
+        sha256: Of the file that `engine` runs.
         files: Open descriptors by precision, so that downloads stay this version while another takes its place on disk.
         statistics: Of its requests.
     """
 
     bundle: Bundle
     engine: Engine
+    engines: dict[str, Engine]
     sha256: str
     files: dict[str, int]
     statistics: Statistics = field(default_factory=Statistics)
 
     def __post_init__(self) -> None:
         # When no request has this model any more. The engine answers all that it was asked before.
-        weakref.finalize(self, _close, self.engine, [*self.files.values()])
+        weakref.finalize(self, _close, [*self.engines.values()], [*self.files.values()])
 
     @property
     def name(self) -> str:
@@ -118,7 +120,7 @@ class Store:
     @property
     def healthy(self) -> bool:
         """Whether every model's thread is at work."""
-        return all(model.engine.alive for model in self._at.values())
+        return all(engine.alive for model in self._at.values() for engine in model.engines.values())
 
     async def set(self, bundles: tuple[Path, ...]) -> None:
         """Serve these bundles.
@@ -178,41 +180,52 @@ class Store:
             log.warning("%s: now %s, before %s", model.name, model.version, before.version)
 
     async def _load(self, path: Path) -> Model:
-        """A model that has answered a real inference."""
+        """A model that has answered a real inference in each precision."""
         config = self._config
 
-        def load() -> tuple[Bundle, Runtime, dict[str, int]]:
+        def load() -> tuple[Bundle, dict[str, Runtime], dict[str, int]]:
             state = _state(path)
             bundle = open_bundle(path)
-            if config.precision not in bundle.models:
-                raise UserError(f"{str(path)!r} has no {config.precision} model; it has {', '.join(bundle.models)}")
-            runtime = Runtime(bundle.models[config.precision].path, config.provider, config.threads)
-            size = runtime.size
-            try:
-                _, probabilities = runtime(np.zeros((2, size, size, 3), np.uint8))
-            except Exception as error:  # onnxruntime's own exceptions share no base class
-                raise UserError(f"{str(path)!r} does not answer: {error}") from error
-            if probabilities.shape != (2, len(bundle.card.classes)) or not np.isfinite(probabilities).all():
-                raise UserError(f"{str(path)!r} gives no probabilities of its {len(bundle.card.classes)} classes")
+            runtimes: dict[str, Runtime] = {}
+            for precision in config.precisions:
+                if precision not in bundle.models:
+                    raise UserError(f"{str(path)!r} has no {precision} model; it has {', '.join(bundle.models)}")
+                runtimes[precision] = Runtime(bundle.models[precision].path, config.provider, config.threads)
+                _try(runtimes[precision], bundle)
             files = {name: os.open(entry.path, os.O_RDONLY) for name, entry in bundle.models.items()}
             if _state(path) != state:  # the manifest of one version, and the model of another
                 for file in files.values():
                     os.close(file)
                 raise UserError(f"{str(path)!r} was replaced while it was read; it is read again")
-            return bundle, runtime, files
+            return bundle, runtimes, files
 
-        bundle, runtime, files = await asyncio.to_thread(load)
+        bundle, runtimes, files = await asyncio.to_thread(load)
         name = bundle.card.name
-        engine = Engine(runtime, config.max_batch, lambda images: self._metrics.batch(name, images))
-        return Model(bundle, engine, bundle.models[config.precision].sha256, files)
+
+        def count(images: int) -> None:
+            self._metrics.batch(name, images)
+
+        engines = {precision: Engine(runtime, config.max_batch, count) for precision, runtime in runtimes.items()}
+        return Model(bundle, engines[config.precision], engines, bundle.models[config.precision].sha256, files)
 
     def close(self) -> None:
         """Let go of all models."""
         self._at = {}
 
 
-def _close(engine: Engine, files: list[int]) -> None:
-    engine.close()
+def _try(runtime: Runtime, bundle: Bundle) -> None:
+    """Raise UserError if a model does not answer."""
+    try:
+        _, probabilities = runtime(np.zeros((2, runtime.size, runtime.size, 3), np.uint8))
+    except Exception as error:  # onnxruntime's own exceptions share no base class
+        raise UserError(f"{str(bundle.folder)!r} does not answer: {error}") from error
+    if probabilities.shape != (2, len(bundle.card.classes)) or not np.isfinite(probabilities).all():
+        raise UserError(f"{str(bundle.folder)!r} gives no probabilities of its {len(bundle.card.classes)} classes")
+
+
+def _close(engines: list[Engine], files: list[int]) -> None:
+    for engine in engines:
+        engine.close()
     for file in files:
         os.close(file)
 

@@ -39,6 +39,7 @@ class Options(BaseModel):
     top_k: int = Field(default=5, ge=1, le=1000)
     tail_shift: float = Field(default=0, ge=-MAX_SHIFT, le=MAX_SHIFT, allow_inf_nan=False)
     logits: bool = False
+    precision: str | None = Field(default=None, max_length=8)
 
 
 class _Json(Options):
@@ -136,15 +137,18 @@ class Predict:
             the logits of all classes, from which the probabilities come.
 
         Raises:
-            ProblemError: A file is no image (415), damaged (422), too large (413 or 422), or too many large ones wait (503);
-                or the answer would be too large (413).
+            ProblemError: The precision is not loaded (400); a file is no image (415), damaged (422), too large (413 or 422), or
+                too many large ones wait (503); or the answer would be too large (413).
         """
+        if options.precision is not None and options.precision not in model.engines:
+            raise bad_request(f"'precision': this service has {', '.join(model.engines)}")
+        engine = model.engine if options.precision is None else model.engines[options.precision]
         if options.logits and len(files) * len(model.bundle.card.classes) > MAX_LOGITS:
             most = max(1, MAX_LOGITS // len(model.bundle.card.classes))
             raise ProblemError(413, "too_many", f"with logits {most} images at most; send them in parts, or leave logits out")
         images = await self.pixels(model, files)
         shift = np.full(len(images), options.tail_shift, np.float32) if options.tail_shift else None
-        result = await model.engine.submit(images, shift)
+        result = await engine.submit(images, shift)
         answers: list[dict[str, Any]] = [{"top": top(model.bundle.card, row, options.top_k)} for row in result[PROBABILITIES]]
         if options.logits:
             for answer, row in zip(answers, result[LOGITS].tolist(), strict=True):

@@ -40,6 +40,27 @@ def test_raw_bytes(server, bundle, kind):
     assert content["sha256"] == open_bundle(bundle).models["fp32"].sha256
 
 
+def test_a_request_may_ask_for_another_precision(bundle, versions):
+    """Of those that the service has loaded. Each answers as its own file does, and is named in the answer."""
+    data, opened = encoded("PNG", 3), open_bundle(bundle)
+    with serving([bundle], more_precisions=("int8",)) as server:
+        assert server.ask("GET", "/v1/models").json()["models"][0]["precisions"] == ["fp32", "int8"]
+        for query, precision in (("", "fp32"), ("&precision=fp32", "fp32"), ("&precision=int8", "int8")):
+            answer = server.ask("POST", f"/v1/predict?logits=true{query}", data).json()
+            assert (answer["precision"], answer["sha256"]) == (precision, opened.models[precision].sha256)
+            runtime = Runtime(opened.models[precision].path, "cpu", 1)
+            (logits,) = runtime(runtime.card.rule(decode(data))[None], outputs=("logits",))
+            assert answer["predictions"][0]["logits"] == pytest.approx(logits[0].tolist(), abs=1e-5)
+        refused = server.ask("POST", "/v1/predict?precision=fp16", data)
+        assert refused.status == 400
+        assert refused.json()["error"] == "'precision': this service has fp32, int8"
+    with (
+        pytest.raises(UserError, match="has no fp16 model; it has fp32"),
+        serving([versions["last"]], more_precisions=("fp16",)),
+    ):
+        pass
+
+
 def test_multipart_and_json_give_what_raw_bytes_give(server):
     files = [encoded("PNG", n) for n in range(3)]
     single = [server.ask("POST", "/v1/predict?top_k=2", data).json()["predictions"][0] for data in files]

@@ -294,6 +294,22 @@ def test_a_gpu_gives_the_same_answers(playwright, simple, bundle):
         browser.close()
 
 
+def test_the_services_precisions(tab, bundle):
+    """All that it has loaded can be chosen, and the time of each stands under the answer."""
+    with serving([bundle], more_precisions=("int8",)) as service:
+        tab.page.goto(f"http://127.0.0.1:{service.port}/")
+        tab.page.wait_for_selector(OPEN)
+        tab.page.set_input_files("#files", [upload("seven.png", encoded("PNG", 7))])
+        for precision in ("fp32", "int8"):
+            tab.page.get_by_label(f"On the service ({precision})").check()
+            wait(tab, f"document.querySelector('.result').innerText.includes('service {precision}: ')")
+            query = f"/v1/predict?top_k=5&precision={precision}"
+            (asked,) = service.ask("POST", query, encoded("PNG", 7)).json()["predictions"]
+            (bars,) = shown(tab)
+            assert [share for _, share in bars] == pytest.approx([row["probability"] for row in asked["top"]], abs=1e-4)
+    assert tab.problems == []
+
+
 @needs_ort
 def test_onnxruntime_web_gives_the_log_prior(opened, bundle):
     """So that pages of other people shift by themselves, without knowing the training counts."""

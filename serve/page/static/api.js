@@ -36,10 +36,10 @@ export class Api {
   }
 
   /** {logits, sha256, ms} of an image file, by the service. */
-  async predict(file, model) {
+  async predict(file, model, precision) {
     this.checkSize(file);
     const begun = performance.now();
-    const query = new URLSearchParams({ model: model.name, top_k: 1, logits: true });
+    const query = new URLSearchParams({ model: model.name, precision, top_k: 1, logits: true });
     const answer = await this.fetch(`v1/predict?${query}`, { method: "POST", body: file, headers: { "content-type": file.type || "application/octet-stream" } }, file.name);
     const content = await answer.json();
     return { logits: content.predictions[0].logits, sha256: content.sha256, ms: performance.now() - begun };

@@ -121,7 +121,8 @@ function listen() {
 
 function showPlaces() {
   const { api, model } = state;
-  const places = api.isService ? [["service", `On the service (${model.serves})`]] : [];
+  // One name for the precision that the service prefers, whatever it is called in the next model.
+  const places = api.isService ? model.precisions.map((precision) => [serviceName(model, precision), `On the service (${precision})`]) : [];
   if (api.config.browser)
     for (const [precision, file] of Object.entries(model.files)) {
       places.push([precision, `In this browser, ${precision} (${size(file.bytes)})`]);
@@ -138,11 +139,13 @@ function showPlaces() {
   showPlaceHint();
 }
 
+const serviceName = (model, precision) => (precision === model.serves ? "service" : `service ${precision}`);
+
 function showPlaceHint() {
   const { api, place } = state;
   const isolated = globalThis.crossOriginIsolated ? "" : " Here it uses one thread, because this page is not isolated from other origins.";
   $("place-hint").textContent =
-    place !== "service" ? `The image does not leave this device. The model is loaded once, and its SHA-256 is checked.${isolated}`
+    !place.startsWith("service") ? `The image does not leave this device. The model is loaded once, and its SHA-256 is checked.${isolated}`
     : api.config.browser ? "Images are sent to the service. In this browser the same model gives the same answers, without sending them."
     : "Images are sent to the service. To run the model in this browser, the service needs onnxruntime-web: python -m serve.page.ort";
 }
@@ -213,12 +216,14 @@ async function answer(items) {
 }
 
 async function ask(file, model, place) {
-  if (place !== "service") {
+  const [where, asked] = place.split(" ");
+  if (where !== "service") {
     state.api.checkSize(file);
     return (await opened(model, place)).predict(file);
   }
-  const result = await state.api.predict(file, model);
-  if (result.sha256 !== model.files[model.serves].sha256) load(); // a new version was put in the model's place
+  const precision = asked ?? model.serves;
+  const result = await state.api.predict(file, model, precision);
+  if (result.sha256 !== model.files[precision].sha256) load(); // a new version was put in the model's place
   return result;
 }
 
@@ -226,9 +231,10 @@ async function ask(file, model, place) {
 function times(item) {
   const { model } = state;
   const here = Object.keys(model.files).flatMap((precision) => [precision, `${precision} webgpu`]);
-  return ["service", ...here].map((place) => [place, item.times?.get(`${model.name} ${place}`)])
+  const there = (model.precisions ?? []).map((precision) => serviceName(model, precision));
+  return [...there, ...here].map((place) => [place, item.times?.get(`${model.name} ${place}`)])
     .filter(([, ms]) => ms !== undefined)
-    .map(([place, ms]) => `${place === "service" ? `service ${model.serves}` : place.endsWith("webgpu") ? `GPU ${place.split(" ")[0]}` : `browser ${place}`}: ${ms < 10 ? ms.toFixed(1) : Math.round(ms)} ms`)
+    .map(([place, ms]) => `${place.startsWith("service") ? `service ${place.split(" ")[1] ?? model.serves}` : place.endsWith("webgpu") ? `GPU ${place.split(" ")[0]}` : `browser ${place}`}: ${ms < 10 ? ms.toFixed(1) : Math.round(ms)} ms`)
     .join(", ");
 }
 
