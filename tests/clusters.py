@@ -11,7 +11,7 @@ import psutil
 from cibl_ray.run.log import read_metrics
 from tests.conftest import REPOSITORY
 
-EPOCHS = 8
+EPOCHS = 6
 OPTIONS = ["--epochs", EPOCHS, "--warmup_epochs", "1", "--batch_size", "62", "--loader.kind", "torch"]
 LAST = Path("checkpoints") / "last.safetensors"
 

@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import save as to_bytes
 
+from cibl_ray import train
 from cibl_ray.cluster.environment import configure_ray_env
 from cibl_ray.cluster.shared_folder import mark_beside, same_folder
 from cibl_ray.cluster.storage import Mirror, fetched, join, split, sync_with_copy
@@ -23,6 +24,7 @@ from cibl_ray.run.checkpoint import load_checkpoint
 from cibl_ray.run.log import read_metrics
 from pipelines.common.errors import UserError
 from tests.clusters import EPOCHS, LAST, ended, new, start, wait_for_epoch
+from tests.commands import in_process
 from tests.conftest import processes_below
 
 configure_ray_env(own=True)
@@ -108,40 +110,41 @@ def test_a_killed_driver_and_a_checkpoint_cut_short(folder, undisturbed):
     (run / LAST).write_bytes(whole[: len(whole) // 2])
     text = ended(*start(folder, "--resume", run))
     assert "is cut short or damaged" in text
-    assert "going on from the one before" in text
+    assert "resuming from the one before" in text
     assert same(run, undisturbed[0])
 
 
-PROBE = """
-import ray, sys
-ray.init(address=sys.argv[1], logging_level="CRITICAL")
-print("joined", ray.nodes())
-"""
-
-
-def test_a_cluster_of_its_own_listens_on_loopback_alone_and_asks_for_its_token(folder):
-    process, log = start(folder, *new(folder, "ports", "--epochs", "500"))
+@pytest.fixture(scope="module")
+def stopped_by_ctrl_c(folder):
+    """A run that is looked at while it trains, and stopped: its folder, its output, and what was seen."""
+    run = folder / "runs" / "stopped-2"
+    process, log = start(folder, *new(folder, run.name, "--epochs", "500", "--checkpoint_every", "500"))
+    seen = {"listening": set(), "workers": 0, "address": "", "token": ""}
     try:
-        wait_for_epoch(folder / "runs" / "ports", 1, process)
-        below = psutil.Process(process.pid).children(recursive=True)
-        listening, workers, address = set(), 0, ""
-        for child in [psutil.Process(process.pid), *below]:
+        wait_for_epoch(run, 2, process)
+        for child in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]:
             with contextlib.suppress(psutil.NoSuchProcess):
                 ports = [found.laddr.ip for found in child.net_connections("inet") if found.status == psutil.CONN_LISTEN]
-                listening |= set(ports)
-                workers += "RayTrainWorker" in child.name() and bool(ports)
-                address = next((part for part in child.cmdline() if part.startswith("--gcs-address=")), address)
-        assert workers == 2  # they talk to each other by sockets
-        assert listening <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
-        probe = [sys.executable, "-c", PROBE, address.partition("=")[2]]
-        stranger = os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}
-        done = subprocess.run(probe, env=stranger, capture_output=True, text=True, timeout=120)
-        assert done.returncode != 0
-        assert "joined" not in done.stdout
-        assert "nauthenticated" in done.stderr or "token" in done.stderr, done.stderr
+                seen["listening"] |= set(ports)
+                seen["workers"] += "RayTrainWorker" in child.name() and bool(ports)
+                if found := [part for part in child.cmdline() if part.startswith("--gcs-address=")]:
+                    seen |= {"address": found[0].partition("=")[2], "token": child.environ()["RAY_AUTH_TOKEN"]}
+        health = [Path(sys.executable).with_name("ray"), "health-check", "--address", seen["address"]]
+        for name, token in (("owner", seen["token"]), ("stranger", "0" * 64)):
+            asked = os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
+            seen[name] = subprocess.run(health, env=asked, capture_output=True, text=True, timeout=120)
     finally:
         process.send_signal(signal.SIGINT)
-        ended(process, log, 130)
+    return run, ended(process, log, 130), seen
+
+
+def test_a_cluster_of_its_own_listens_on_loopback_alone_and_asks_for_its_token(stopped_by_ctrl_c):
+    _, _, seen = stopped_by_ctrl_c
+    assert seen["workers"] == 2  # they talk to each other by sockets
+    assert seen["listening"] <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+    assert seen["owner"].returncode == 0, seen["owner"].stderr
+    assert seen["stranger"].returncode != 0
+    assert "InvalidAuthToken" in seen["stranger"].stderr
 
 
 def test_a_read_only_folder_is_told(folder, tmp_path):
@@ -185,18 +188,25 @@ def test_a_node_that_does_not_see_the_run_folder_is_refused(tmp_path):
         same_folder(tmp_path / "runs" / "a", mark)
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
-def test_a_stopped_run_saves_first_and_leaves_no_process(folder, number, status):
-    process, log = start(folder, *new(folder, f"stopped-{number}", "--epochs", "500", "--checkpoint_every", "500"))
-    run = folder / "runs" / f"stopped-{number}"
-    wait_for_epoch(run, 2, process)
-    process.send_signal(number)
-    text = ended(process, log, status)
+def saved_when_stopped(run, text):
+    """Whether a stopped run has saved where its log ends, and says how to resume."""
     assert f"resume with: python -m cibl_ray.train --resume {run} --cluster --workers 2" in text
     assert "Traceback" not in text
     assert "(raylet)" not in text
-    checkpoint = load_checkpoint(run / LAST)
-    assert checkpoint.epoch == read_metrics(run)[-1]["epoch"] >= 2  # saved when it was stopped
+    return load_checkpoint(run / LAST).epoch == read_metrics(run)[-1]["epoch"] >= 2
+
+
+def test_a_run_stopped_by_ctrl_c_saves_first_and_leaves_no_process(stopped_by_ctrl_c):
+    run, text, _ = stopped_by_ctrl_c
+    assert saved_when_stopped(run, text)
+
+
+def test_a_terminated_run_saves_first_and_leaves_no_process(folder):
+    run = folder / "runs" / "stopped-15"
+    process, log = start(folder, *new(folder, run.name, "--epochs", "500", "--checkpoint_every", "500"))
+    wait_for_epoch(run, 2, process)
+    process.terminate()
+    assert saved_when_stopped(run, ended(process, log, 75))
 
 
 def test_an_error_in_one_rank_ends_all_and_is_named(folder):
@@ -230,11 +240,18 @@ def test_a_full_disk_ends_the_run_and_keeps_what_was_there(folder, undisturbed):
     assert (run / LAST).read_bytes() == before
 
 
-def test_mistakes_are_told_in_a_line(folder):
-    assert "error: --workers 0: give a number" in ended(*start(folder, "quickstart", workers="0"), 2)
+def refused(*arguments):
+    """The message of a command that ends with a user's mistake before it starts Ray."""
+    done = in_process(train.main, *arguments)
+    assert done.returncode == 2, done.stderr
+    return done.stderr
+
+
+def test_mistakes_are_reported_in_a_line(folder):
+    assert "error: --workers 0: give a number" in refused("quickstart", "--cluster", "--workers", "0")
     assert "there is room for" in ended(*start(folder, *new(folder, "many"), workers="400"), 2)
-    missing = start(folder, *new(folder, "nowhere"), "--address", "127.0.0.1:9")
-    assert "error: --address 127.0.0.1:9: " in ended(*missing, 2)
+    missing = refused(*new(folder, "nowhere"), "--cluster", "--workers", "2", "--address", "127.0.0.1:9")
+    assert "error: --address 127.0.0.1:9: " in missing
 
 
 def test_a_cluster_that_cannot_be_joined_or_started_is_told_in_a_line(monkeypatch):
@@ -284,7 +301,8 @@ def test_a_copy_in_a_store_is_what_a_run_goes_on_from(folder, undisturbed):
     text = ended(process, log, 130)
     assert f"--resume {store}/stored --cluster" in text
     shutil.rmtree(folder / "runs" / "stored")
-    assert "already has a run" in ended(*start(folder, *new(folder, "stored"), "--storage", store), 2)
+    again = refused(*new(folder, "stored"), "--cluster", "--workers", "2", "--storage", store)
+    assert "already has a run" in again
     process, log = start(folder, "--resume", f"{store}/stored", cwd=folder)
     ended(process, log)
     assert same(folder / "store" / "stored", undisturbed[0], running=False)  # it was stopped within an epoch
