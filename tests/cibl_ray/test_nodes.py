@@ -1,11 +1,13 @@
 """`--cluster --address`: nodes that are lost, come, or are busy, on a cluster that others have started."""
 
+import os
 import signal
 import subprocess
 import sys
 import threading
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 
@@ -29,7 +31,9 @@ def folder(tmp_path_factory):
 def cluster():
     from ray.cluster_utils import Cluster
 
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    # How soon the head node misses a node that was killed: by default after 15 seconds.
+    with patch.dict(os.environ, {"RAY_health_check_period_ms": "500", "RAY_health_check_initial_delay_ms": "500"}):
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     yield cluster
     cluster.shutdown()
 

@@ -122,6 +122,7 @@ def epochs_done(folder):
 
 
 @pytest.mark.timeout(600)
+@pytest.mark.slow
 def test_an_interrupted_sweep_goes_on(folder):
     """After Ctrl-C, and again after its driver was killed."""
     content = {**BASE, "set": {**BASE["set"], "train.epochs": 8}, "trials": 3, "asha": None}
