@@ -46,7 +46,7 @@ def main() -> None:
     """Parse the command line, check everything that can be checked, then serve until a signal comes.
 
     Raises:
-        UserError: An argument is wrong, or the service cannot start or go on.
+        UserError: An argument is wrong, or the service cannot start or continue.
     """
     arguments = _parser().parse_args()
     least, most = _replicas(arguments.replicas)

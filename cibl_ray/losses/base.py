@@ -37,7 +37,7 @@ class SecondStream:
 
 @dataclass(frozen=True)
 class LossNeeds(Needs):
-    """What a loss asks of the run: of the network (see `Needs`), and beyond it.
+    """What a loss needs of the network (see `Needs`) and of the run.
 
     Attributes:
         contrast: The embeddings of all workers, to compare the anchors with.
@@ -72,7 +72,7 @@ class LossSettings(Settings):
         """
 
     def config_warnings(self, epochs: int) -> list[str]:
-        """What is allowed and probably a mistake in a run of `epochs` epochs, a line each."""
+        """Warnings about allowed values that are probably a mistake in a run of `epochs` epochs, one line each."""
         return []
 
     @abstractmethod
@@ -81,7 +81,7 @@ class LossSettings(Settings):
 
         Args:
             inputs: The step's images as the network sees them.
-            prior: What is known of the training set.
+            prior: The class frequencies of the training set.
             progress: t/T, the share of the epochs done, in [0, 1).
 
         Returns:

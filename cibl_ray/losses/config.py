@@ -1,4 +1,4 @@
-"""What `loss:` in a configuration may say: one kind a method. Each method's file says the rest."""
+"""The union of all losses, by `loss.kind`. Each method has a file with its configuration."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a loss is given in every step, and what it knows of the training set."""
+"""The inputs of a loss: a step's outputs of the network, and the class counts of the training set."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class LossInputs:
 
 @dataclass(frozen=True)
 class ClassPrior:
-    """What the losses know of the training set.
+    """The class frequencies of the training set.
 
     Attributes:
         train_counts: Images of each class, (C,).

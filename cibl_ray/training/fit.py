@@ -48,7 +48,7 @@ from pipelines.prepare.prepared import Prepared
 
 log = logging.getLogger("cibl_ray")
 
-_PHOTOGRAPHS = 64  # pixels of a side, from which on people can tell what an image shows
+_PHOTOGRAPHS = 64  # pixels a side; people cannot recognise smaller images
 
 
 def fit(
@@ -61,12 +61,24 @@ def fit(
     patience: float = 0,
     stop: Stop | None = None,
 ) -> dict[str, Any]:
-    """Run a configuration in `folder`, new or (with `resume`) an earlier run's; returns the result that result.json holds.
+    """Train a run from its start, or from its last checkpoint, to its result. Every worker calls it; only rank 0 writes.
 
-    Every worker of `world` calls it; rank 0 alone writes, and has a result. after_save: called by rank 0
-    when a checkpoint or the result is written, to keep a copy of the folder.
-    patience: seconds to wait for another process that works in the folder: a lost worker's may end after it is replaced.
-    stop: what asks the run to stop. It then saves, and raises Interrupted.
+    Args:
+        config: The run's configuration.
+        folder: The run folder: a new one, or with `resume` an earlier run's.
+        resume: Whether to continue an earlier run.
+        world: The workers.
+        progress: Shows the progress.
+        after_save: Rank 0 calls it after each checkpoint and after the result, to keep a copy of the folder.
+        patience: Seconds to wait for another process in the folder. The process of a lost worker may end after it is replaced.
+        stop: Asks the run to stop; None: nothing does.
+
+    Returns:
+        The content of result.json on rank 0; elsewhere an empty dict.
+
+    Raises:
+        UserError: The run cannot start, or its loss is not finite.
+        Interrupted: `stop` asked for it, and a checkpoint is saved.
     """
     with messages_to(progress.log_handler()) if world.is_rank0 else nullcontext():
         return _fit_in(config, folder, resume, world, progress, after_save, patience, stop or Stop())
@@ -101,7 +113,7 @@ def _fit_in(
 
     checkpoint = world.broadcast_from_rank0(find) if resume else None
     if checkpoint is not None and config.loader.cache == "auto":
-        # Decided when the run began: another order would not be the epoch that the checkpoint stands in.
+        # Chosen when the run began: another order of images would not fit the checkpoint's epoch.
         loader = config.loader.model_copy(update={"cache": checkpoint.config.loader.cache})
         config = config.model_copy(update={"loader": loader})
     trainer = Trainer(config, prepared, folder, world, start=checkpoint)
@@ -115,7 +127,7 @@ def _fit_in(
             if stop.asked():  # rank 0 has saved and ended
                 raise KeyboardInterrupt from None
             raise
-    # From here on nothing is refused any more, so that a mistake leaves no folder and changes no earlier run.
+    # All checks are done: a mistake leaves no folder, and changes no earlier run.
     try:
         folder.mkdir(parents=True, exist_ok=resume)
     except FileExistsError as error:
@@ -141,7 +153,7 @@ def _fit_in(
 
 
 def _same_data(world: World, prepared: Prepared) -> None:
-    """Raises UserError where workers of several nodes, each with prepared data of its own, would train on other images."""
+    """Raise UserError where the prepared data of several nodes are of different images."""
     digests = world.all_gather(prepared.digests)
     others = [str(rank) for rank, theirs in enumerate(digests) if theirs != digests[0]]
     if others:
@@ -152,7 +164,7 @@ def _same_data(world: World, prepared: Prepared) -> None:
 
 
 def _fit(trainer: Trainer, progress: Progress) -> dict[str, Any]:
-    """Train, and leave everything that a run folder holds."""
+    """Train, and write all files of the run folder."""
     config, folder, prepared = trainer.config, trainer.folder, trainer.prepared
     save_config(config, folder / CONFIG)
     save_histogram(folder / HISTOGRAM, prepared.classes, prepared.train_counts)
@@ -235,7 +247,7 @@ def _workers(count: int) -> str:
 
 
 def _time(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Where rank 0's seconds went, over all epochs, without what came after the last one's row."""
+    """How rank 0 spent its seconds, over all epochs, up to the last epoch's row."""
     time = {
         name: sum(row["seconds"].get(name, 0.0) for row in rows)
         for name in ("data_wait", "communication", "evaluation", "checkpoint")

@@ -26,12 +26,12 @@ def resumed(folder: Path, overrides: list[str], name: str | None) -> tuple[RunCo
         UserError: No run began in the folder, its configuration is lost, or it is another one than `name`.
     """
     if not is_run(folder) and not (folder / CONFIG).exists():
-        left = "; no run began in it: remove it, and start the run anew" if never_begun(folder) else ""
+        left = "; no run began in it: remove it, and start a new run" if never_begun(folder) else ""
         raise UserError(f"--resume {folder}: not a run folder, it has no {CONFIG}{left}")
     content = own_config(folder)
     if name is not None:
         begun = build_config(content, [], str(folder / CONFIG))
-        # How it is executed is decided as a run begins, and stands in the run's own file.
+        # Device, precision and loader are chosen when a run begins, and kept in its file.
         execution: Any = {"runs": True, "loader": True, "train": {"device", "precision"}, "data": {"prepared"}}
         wanted, there = (one.model_dump(mode="json", exclude=execution) for one in (load_config(name, overrides), begun))
         changed = sorted(part for part in wanted if wanted[part] != there[part])

@@ -1,4 +1,4 @@
-"""The training loop. Knows neither Ray nor which loader or loss runs."""
+"""The training loop. It does not depend on Ray, nor on which loader or loss runs."""
 
 from __future__ import annotations
 
@@ -56,11 +56,20 @@ _CHECK_EVERY = 50  # steps between looks at whether the loss is finite
 
 
 class Trainer:
-    """One run: data, network, optimizer, and where they stand.
+    """One run: data, network, optimizer, and how far it is trained.
 
-    `config` has no 'auto' left (`hardware.resolve`). `epoch` counts the whole epochs done. In a `world` of several
-    workers every one has a trainer of its own, with the same network; rank 0's alone touches `folder`.
-    `start`: the checkpoint that `restore` will go on from; without one, the backbone's pretrained weights are loaded.
+    Each worker has a trainer, all with the same network. Only rank 0's writes to the folder.
+
+    Args:
+        config: The run's configuration, with every 'auto' resolved (`hardware.resolve`).
+        prepared: The images.
+        folder: The run folder.
+        world: The workers; None: this process alone.
+        start: The checkpoint that `restore` will resume from; None: the backbone's pretrained weights are loaded.
+
+    Attributes:
+        epoch: Whole epochs done.
+        step: Steps done of the next epoch.
     """
 
     def __init__(
@@ -145,7 +154,14 @@ class Trainer:
         log.info("the head starts %s", "from class means" if self.config.train.head_start == "class_means" else "trained")
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Go on from a checkpoint. Raises UserError where it is of another network or other data."""
+        """Resume from a checkpoint.
+
+        Args:
+            checkpoint: The checkpoint.
+
+        Raises:
+            UserError: It is of another network or of other data.
+        """
         splits = self.prepared.splits
         if set(checkpoint.data) != set(splits) or not all(splits[name].has(digest) for name, digest in checkpoint.data.items()):
             raise UserError("the data have changed since this run began; start a new run")
@@ -159,13 +175,17 @@ class Trainer:
         workers = checkpoint.workers or self.world.size
         same = _batches(checkpoint.config, workers) == _batches(self.config, self.world.size)
         if self.step and (not same or self.step >= self.train_loaders[0].batches):
-            log.warning("batches are no longer those of the checkpoint, taken at step %d: its epoch begins anew", self.step)
+            log.warning("batches are no longer those of the checkpoint, taken at step %d: its epoch starts again", self.step)
             self.step = 0
 
     def fit(self, progress: Progress | None = None) -> dict[str, Any]:
-        """Train to the last epoch; returns the result: the last epoch and the best on validation, scored on the test set.
+        """Train to the last epoch. Every worker calls it.
 
-        Every worker calls it; the result is rank 0's alone, the others' is empty.
+        Args:
+            progress: Shows the progress; None: nothing does.
+
+        Returns:
+            On rank 0 the last epoch and the best on validation, scored on the test set; elsewhere an empty dict.
         """
         progress = progress or Silent()
         epochs, batches = self.config.train.epochs, self.train_loaders[0].batches
@@ -212,7 +232,7 @@ class Trainer:
         """Train one epoch, or the rest of it.
 
         Args:
-            progress: What is told of each step.
+            progress: Counts the images of each step.
 
         Returns:
             The epoch's row for the log: mean terms over all workers, learning rate, images a second, and where the time went.
@@ -265,13 +285,31 @@ class Trainer:
         }
 
     def train_step(self, batches: Sequence[Batch], step: int) -> dict[str, torch.Tensor]:
-        """One step of the optimizer on a batch of each stream, number `step` of the epoch; returns detached scalars by name."""
+        """Train one step.
+
+        Args:
+            batches: One batch of each stream.
+            step: The number of the step in the epoch.
+
+        Returns:
+            The terms of the loss by name, detached scalars.
+        """
         return self.optimize(
             [feed.ready([batch], self.epoch, step)[0] for batch, feed in zip(batches, self.feeds, strict=True)]
         )
 
     def optimize(self, streams: list[Images]) -> dict[str, torch.Tensor]:
-        """The same on images that are ready for the network. Raises UserError where memory does not suffice."""
+        """Train one step on images that are ready for the network.
+
+        Args:
+            streams: The images of each stream.
+
+        Returns:
+            As `train_step`.
+
+        Raises:
+            UserError: There is too little memory, or the network cannot be compiled.
+        """
         with self._enough_memory(), explained():
             return self._optimize(streams)
 
@@ -304,13 +342,20 @@ class Trainer:
         return self.network if self.average is None else self.average.network
 
     def evaluate(self, split: str) -> Scores | None:
-        """Scores of the network as it is on 'val' or 'test', each sample once over all workers; rank 0's alone."""
+        """Score the network on a split, each image once over all workers.
+
+        Args:
+            split: 'val' or 'test'.
+
+        Returns:
+            The scores on rank 0; elsewhere None.
+        """
         return self._score(split, *self._predict(split))
 
     def _score(self, split: str, logits: torch.Tensor, labels: torch.Tensor) -> Scores | None:
         """Scores of rank 0's logits. Raises UserError where they are not finite."""
         scores = score(logits, labels, self.prepared.train_counts) if self.world.is_rank0 else None
-        # Training may go on all the same, by each batch's own statistics: the running ones, once not finite, stay so.
+        # Training uses each batch's statistics and may stay finite. Running statistics that are not finite stay so.
         if scores is not None and not math.isfinite(scores.loss):
             raise UserError(
                 f"the loss is not finite on the {split} split after epoch {self.epoch}, though it is in training; lower "
@@ -341,7 +386,7 @@ class Trainer:
         return result
 
     def save(self) -> None:
-        """Write the checkpoint to go on from."""
+        """Write the checkpoint that `--resume` continues from."""
         started = time.perf_counter()
         whole = self._checkpoint(
             self.network.state_dict(),

@@ -231,7 +231,7 @@ def test_a_folder_in_which_no_run_began(tmp_path):
     (tmp_path / ".lock").touch()
     with pytest.raises(UserError, match="already exists; it holds no run: remove it, or choose another name"):
         need_new(tmp_path)
-    with pytest.raises(UserError, match="it has no config.yaml; no run began in it: remove it, and start the run anew"):
+    with pytest.raises(UserError, match="it has no config.yaml; no run began in it: remove it, and start a new run"):
         resumed(tmp_path, [], None)
     (tmp_path / "photo.jpg").touch()  # somebody's own
     with pytest.raises(UserError, match="already exists; choose another name"):
@@ -445,14 +445,14 @@ def test_a_checkpoint_within_an_epoch_goes_on_to_the_bit(digits, tmp_path):
 
 
 def test_a_checkpoint_within_an_epoch_and_other_batches(digits, tmp_path, caplog):
-    """Its place in the epoch means nothing then: the epoch begins anew, and the log says so."""
+    """Its place in the epoch means nothing then: the epoch starts again, and the log says so."""
     flags = ["--loader.kind", "torch", "--epochs", "2", "--warmup_epochs", "0", "--checkpoint_minutes", "1e-9"]
     first = Trainer(resolve(load_config("quickstart", flags)), digits, tmp_path)
     first.train_epoch()
     other = Trainer(resolve(load_config("quickstart", [*flags, "--batch_size", "199"])), digits, tmp_path)
     other.restore(load_checkpoint(tmp_path / "checkpoints" / "last.safetensors"))
     assert (other.epoch, other.step) == (0, 0)
-    assert "its epoch begins anew" in caplog.text
+    assert "its epoch starts again" in caplog.text
 
 
 def test_fewer_epochs_than_begun_do_not_take_the_best_for_the_last(digits, tmp_path):
@@ -553,7 +553,7 @@ def test_a_place_in_an_epoch_that_other_workers_had_means_nothing(tmp_path, capl
         caplog.clear()
         trainer.restore(checkpoint)
         assert trainer.step == expected
-        assert ("its epoch begins anew" in caplog.text) == (expected == 0)
+        assert ("its epoch starts again" in caplog.text) == (expected == 0)
 
 
 def test_what_a_configuration_hardly_means_is_logged(folders):

@@ -1,4 +1,4 @@
-"""Images that stand in the data twice: one file in two places is refused, copies of its bytes are told."""
+"""Images that are in the data twice: one file in two places is refused, copies of its bytes are reported."""
 
 import os
 import shutil
