@@ -99,6 +99,26 @@ class TrainConfig(Settings):
     batch_size: int = Field(
         default=128, ge=2, description="Images in a step, over all workers; each gives as many views as data.views has."
     )
+    mixup: float = Field(
+        default=0.0, ge=0, le=100, description="α of mixup: images and labels are mixed, λ ~ Beta(α, α). 0: none."
+    )
+    cutmix: float = Field(
+        default=0.0,
+        ge=0,
+        le=100,
+        description="α of CutMix: a rectangle of another image, labels by area. 0: none; with mixup, each half the steps.",
+    )
+    accumulate: int = Field(
+        default=1,
+        ge=1,
+        description="Micro-batches of a step, one after the other: less memory. Batch norm and contrastive losses see the "
+        "images of a micro-batch alone.",
+    )
+    checkpoint_activations: bool = Field(
+        default=False,
+        description="Compute activations again in the backward pass instead of keeping them: less memory, a third more time. "
+        "For timm's models that can; batch norm's running statistics move twice a step.",
+    )
     eval_batch_size: int = Field(default=500, ge=1, description="Images in a batch of evaluation.")
     precision: Literal["auto", "fp32", "bf16"] = Field(
         default="auto",
@@ -139,6 +159,16 @@ class RunConfig(Settings):
 
     @model_validator(mode="after")
     def _fits(self) -> RunConfig:
+        needs = self.loss.needs
+        if (self.train.mixup or self.train.cutmix) and (needs.projection or needs.second_stream is not None):
+            raise ValueError(
+                f"train.mixup and train.cutmix mix labels, and the contrastive loss {self.loss.kind!r} needs whole ones; "
+                "set them to 0, or use a loss of classification"
+            )
+        if self.train.cutmix and self.train.tune == "head":
+            raise ValueError("train.cutmix cuts images, and train.tune 'head' trains on features; use train.mixup")
+        if self.train.compile and self.train.accumulate > 1:
+            raise ValueError("train.accumulate > 1 does not go with train.compile; set one of them back")
         if self.train.tune == "head" and self.train.head_start == "trained":
             raise ValueError("train.head_start 'trained' is for train.tune 'partial' and 'full'; leave it out")
         self.network.check(self.data.size, self.train.epochs)

@@ -66,19 +66,25 @@ def enough_memory(task: str, remedy: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Let torch compute with one thread, and then with as many as before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
 def one_thread_a_core() -> Iterator[ThreadPoolExecutor]:
     """Threads, one for each core, in which torch computes by itself.
 
     For work on many images that do not depend on each other. No core waits for another, as they do within one operation: where
     other processes have a part of the cores, that makes several threads slower than one.
     """
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with ThreadPoolExecutor(usable_cores(), initializer=lambda: torch.set_num_threads(1)) as pool:
-            yield pool
-    finally:
-        torch.set_num_threads(before)
+    with one_thread(), ThreadPoolExecutor(usable_cores(), initializer=lambda: torch.set_num_threads(1)) as pool:
+        yield pool
 
 
 def out_of_memory(error: BaseException | None) -> bool:

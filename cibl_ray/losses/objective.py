@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -27,11 +27,21 @@ class Images:
         pixels: float32 (B*V, 3, S, S); row b*V + v is view v of sample b.
         labels: int64 (B,).
         views: V.
+        mixed: Labels of the samples that each is mixed with, int64 (B,), and the share of its own in it; None: not mixed.
     """
 
     pixels: torch.Tensor
     labels: torch.Tensor
     views: int
+    mixed: tuple[torch.Tensor, float] | None = None
+
+    def split(self, parts: int) -> list[Images]:
+        """The images in so many equal parts, in order."""
+        if parts == 1:
+            return [self]
+        rows = len(self.labels) // parts
+        pairs = zip(self.pixels.split(rows * self.views), self.labels.split(rows), strict=True)
+        return [Images(pixels, labels, self.views) for pixels, labels in pairs]
 
     def all_labels(self, world: World, batch: int) -> torch.Tensor:
         """The labels of every view over all workers, int64 (M,)."""
@@ -110,6 +120,11 @@ class Objective:
             second_stream=second,
         )
         terms = self.config.terms(inputs, self.prior, progress)
+        if main.mixed is not None:  # a classification loss, which is linear in the labels' distribution
+            others, share = main.mixed
+            of_others = replace(inputs, labels=(other := others.repeat_interleave(main.views)), all_labels=other)
+            second_terms = self.config.terms(of_others, self.prior, progress)
+            terms = {name: share * term + (1 - share) * second_terms[name] for name, term in terms.items()}
         classified, truth = second if second is not None else (logits, labels)
         return {"accuracy": (classified.detach().argmax(1) == truth).float().mean()} | terms
 

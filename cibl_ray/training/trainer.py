@@ -7,7 +7,7 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -22,7 +22,7 @@ from cibl_ray.evaluation.predict import predict
 from cibl_ray.evaluation.tail_shift import choose_shift
 from cibl_ray.features.loader import AsTheyAre, FeatureLoaders
 from cibl_ray.features.start import start_head
-from cibl_ray.hardware import enough_memory
+from cibl_ray.hardware import enough_memory, one_thread
 from cibl_ray.losses.objective import Images, Objective
 from cibl_ray.networks.average import WeightAverage
 from cibl_ray.networks.network import HybridNetwork, Outputs, build_network
@@ -35,12 +35,13 @@ from cibl_ray.run.stop import Stop
 from cibl_ray.training.advice import FirstSteps
 from cibl_ray.training.compiled import begin_step, compile_network, explained
 from cibl_ray.training.feed import FeatureFeed, Feed, read_plans
+from cibl_ray.training.mix import mix
 from cibl_ray.training.optimizer import make_optimizer
 from cibl_ray.training.schedules import lr_factor
 from cibl_ray.world import World
 from pipelines.augment.recipe import Normalize
 from pipelines.common.errors import UserError
-from pipelines.common.seeding import torch_seed
+from pipelines.common.seeding import stream, torch_seed
 from pipelines.config import LoaderConfig
 from pipelines.loaders.make import decide_cache, make_loader
 from pipelines.loaders.reading import Batch, Loader, eval_reading
@@ -90,7 +91,16 @@ class Trainer:
         self.network = build_network(config.network, len(prepared.classes), config.loss.needs, config.seed, start is None)
         if start is not None:
             load_weights(self.network, start)  # before features are made of it
+        micro, rest = divmod(batch, config.train.accumulate)
+        if config.train.accumulate > 1 and (rest or micro % world.size):
+            among = f" among {world.size} workers" if world.size > 1 else ""
+            raise UserError(
+                f"train.batch_size {batch} cannot be split evenly into train.accumulate = {config.train.accumulate} "
+                f"parts{among}; change one of them"
+            )
         self.network.freeze(config.train.tune, config.train.partial)
+        if config.train.checkpoint_activations:
+            _checkpoint_activations(self.network.backbone, config.network.backbone.title)
         self.network.to(self.device)
         starts = start is None and config.train.head_start != "random"
         features: FeatureLoaders | None = None
@@ -101,7 +111,7 @@ class Trainer:
         average = config.train.average
         self.average = WeightAverage(self.network, average) if average is not None else None
         self.normalize: nn.Module = Normalize(config.data).to(self.device)
-        self.objective = Objective(config.loss, self.network, prepared.train_counts, self.device, world, batch)
+        self.objective = Objective(config.loss, self.network, prepared.train_counts, self.device, world, micro)
         self.optimizer = make_optimizer(self.network, config.optimizer, fused=self.device.type == "cuda")
         self.outputs: tuple[torch.Tensor, torch.Tensor] | None = None  # logits and labels that the result scored last
         self.epoch = self.step = 0
@@ -237,6 +247,12 @@ class Trainer:
         Returns:
             The epoch's row for the log: mean terms over all workers, learning rate, images a second, and where the time went.
         """
+        # The matrices of a head alone are too small for several threads: these would wait for each other.
+        alone = self.config.train.tune == "head" and self.network.neck is None and self.device.type == "cpu"
+        with one_thread() if alone else nullcontext():
+            return self._train_epoch(progress)
+
+    def _train_epoch(self, progress: Progress | None) -> dict[str, Any]:
         number, batches, batch_size = self.epoch, self.train_loaders[0].batches, self.config.train.batch_size
         torch.manual_seed(torch_seed(self.config.seed, "epoch", number))
         self.network.train()
@@ -316,20 +332,37 @@ class Trainer:
     def _optimize(self, streams: list[Images]) -> dict[str, torch.Tensor]:
         self.optimizer.zero_grad(set_to_none=True)  # first: memory of CUDA graphs is used again in every step
         begin_step(self.config.train.compile)
-        terms = self.objective(self.network, self._run, streams, self.epoch / self.config.train.epochs)
-        # Each worker's loss is the mean over its own images; the parts add up to the mean over the batch.
-        (terms["loss"] * self.world.fraction(self.config.train.batch_size)).backward()
+        parts = self.config.train.accumulate
+        terms: _Tensors = {}
+        progress = self.epoch / self.config.train.epochs
+        for number, part in enumerate(zip(*(images.split(parts) for images in streams), strict=True)):
+            mixed = [self._mixed(images, number) for images in part]
+            of_part = self.objective(self.network, self._run, mixed, progress)
+            # Each worker's loss is the mean over its own images; the parts add up to the mean over the batch.
+            (of_part["loss"] * self.world.fraction(self.config.train.batch_size) / parts).backward()
+            for name, term in of_part.items():
+                mean = term.detach() / parts
+                terms[name] = terms[name] + mean if name in terms else mean
         self.world.sum_gradients(self.network.parameters())
         if self.config.optimizer.clip_norm is not None:
             nn.utils.clip_grad_norm_(self.network.parameters(), self.config.optimizer.clip_norm)
         self.optimizer.step()
         if self.average is not None:
             self.average.update(self.network, self.epoch * self.train_loaders[0].batches + self.step + 1)
-        return {name: term.detach() for name, term in terms.items()}
+        return terms
+
+    def _mixed(self, images: Images, part: int) -> Images:
+        """A micro-batch's images, mixed with each other where the run asks for that."""
+        train = self.config.train
+        if not (train.mixup or train.cutmix):
+            return images
+        rank = self.world.share.of(train.batch_size).start
+        draw = stream(self.config.seed, "mix", self.epoch, self.step, part, rank)
+        return mix(images, train.mixup, train.cutmix, draw)
 
     def _enough_memory(self) -> AbstractContextManager[None]:
         size = self.config.train.batch_size
-        return enough_memory(f"a step of {size} images", "lower train.batch_size, or use more workers")
+        return enough_memory(f"a step of {size} images", "lower train.batch_size, raise train.accumulate, or use more workers")
 
     def _run(self, network: nn.Module, pixels: torch.Tensor) -> Outputs:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
@@ -549,6 +582,14 @@ def _loaded(network: HybridNetwork, best: Checkpoint) -> bool:
         log.warning("the best checkpoint: %s; the result is the last epoch's alone", error)
         return False
     return True
+
+
+def _checkpoint_activations(backbone: nn.Module, title: str) -> None:
+    """Let a backbone compute activations again in the backward pass. Raises UserError where it cannot."""
+    switch = getattr(backbone, "set_grad_checkpointing", None)
+    if switch is None:
+        raise UserError(f"train.checkpoint_activations: network.backbone {title!r} cannot; timm's models can (kind: timm)")
+    switch(True)
 
 
 class _Watch:

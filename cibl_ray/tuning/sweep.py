@@ -7,6 +7,7 @@ import json
 import math
 import os
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import numpy as np
 from cibl_ray.config import RunConfig, build_config
 from cibl_ray.tuning.config import TRIALS, Choice, Range, SweepConfig
 from pipelines.common.errors import UserError
-from pipelines.common.settings import build, find_config, override, read_content, validate
+from pipelines.common.settings import build, find_config, override, parse_overrides, read_content, validate
 from pipelines.prepare.pictures import GROUPS, THIRDS
 
 _WORST = 1e9  # what the search optimises where a score is not finite
@@ -55,6 +56,8 @@ def load_sweep(name: str, pairs: list[str]) -> SweepConfig:
     """
     path = find_config(name)
     content = read_content(path, SweepConfig)
+    pairs, of_trials = _split_overrides(pairs)
+    content["set"] = {**content.get("set", {}), **dict(parse_overrides(of_trials, RunConfig))}
     beside = path.absolute().parent / str(content.get("base", ""))
     if beside.is_file():  # like every path in a configuration file
         content["base"] = str(beside)
@@ -62,6 +65,19 @@ def load_sweep(name: str, pairs: list[str]) -> SweepConfig:
     base = Path(sweep.base)
     # A sweep can be resumed from any folder.
     return sweep.model_copy(update={"base": str(base.absolute())}) if base.is_file() else sweep
+
+
+def _split_overrides(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Arguments for the sweep, and those of `--set.FIELD VALUE` for its trials, as `--FIELD VALUE`."""
+    own: list[str] = []
+    of_trials: list[str] = []
+    queue = iter(arguments)
+    for argument in queue:
+        chosen = of_trials if argument.startswith("--set.") else own
+        chosen.append(argument.replace("--set.", "--", 1) if chosen is of_trials else argument)
+        if argument.startswith("--") and "=" not in argument:
+            chosen += [*islice(queue, 1)]
+    return own, of_trials
 
 
 def sweep_text(sweep: SweepConfig, base: dict[str, Any]) -> str:

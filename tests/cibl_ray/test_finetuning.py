@@ -1,16 +1,20 @@
 """What is frozen stays as it was, and learning rates fall towards the input."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from cibl_ray.config import OptimizerConfig, load_config
 from cibl_ray.hardware import resolve
+from cibl_ray.losses.objective import Images
 from cibl_ray.networks.config import LastBlocks, Needs, NetworkConfig, Norms
 from cibl_ray.networks.depth import blocks, depth_of
 from cibl_ray.networks.network import build_network
+from cibl_ray.training.mix import mix
 from cibl_ray.training.optimizer import make_optimizer
 from cibl_ray.training.trainer import Trainer
+from pipelines.common.errors import UserError
 
 
 def small():
@@ -68,3 +72,80 @@ def test_sgd_decays_all_weights_as_before():
     frozen.freeze("head", LastBlocks())
     names = {id(parameter) for parameter in frozen.head.parameters()}
     assert {id(p) for group in make_optimizer(frozen, OptimizerConfig(), False).param_groups for p in group["params"]} == names
+
+
+def test_micro_batches_add_up_to_the_step_of_the_batch(digits, tmp_path):
+    flags = ["--tune", "head", "--epochs", "1", "--warmup_epochs", "0", "--loader.kind", "torch", "--precision", "fp32"]
+    flags += ["--batch_size", "32", "--loss", "{kind: balanced_softmax}", "--network.neck", "{hidden: 16}"]
+    found = []
+    for parts in ("1", "4"):
+        run = Trainer(resolve(load_config("quickstart", [*flags, "--accumulate", parts])), digits, tmp_path)
+        row = run.train_epoch()
+        found.append((row["train"], run.network.state_dict()))
+    for name, value in found[0][0].items():
+        assert found[1][0][name] == pytest.approx(value, rel=1e-5)
+    assert all(torch.allclose(value, found[1][1][name], atol=1e-6) for name, value in found[0][1].items())
+    with pytest.raises(UserError, match="batch_size 32 cannot be split evenly into train.accumulate = 5 parts"):
+        Trainer(resolve(load_config("quickstart", [*flags, "--accumulate", "5"])), digits, tmp_path)
+
+
+def test_the_contrastive_set_of_micro_batches_is_their_own(digits, tmp_path):
+    flags = ["--epochs", "1", "--warmup_epochs", "0", "--loader.kind", "torch", "--batch_size", "32", "--accumulate", "4"]
+    run = Trainer(resolve(load_config("quickstart", [*flags, "--loss", "{kind: cibl}"])), digits, tmp_path)
+    sizes = []
+    contrast = run.objective._contrast
+    run.objective._contrast = lambda z, labels, keys: sizes.append(len(z)) or contrast(z, labels, keys)
+    run.optimize([next(run.feeds[0].steps(0, 0))])
+    assert sizes == [8 * len(run.config.data.views)] * 4
+
+
+def test_activations_that_are_computed_again_give_the_same_gradient(digits, tmp_path):
+    flags = ["--epochs", "1", "--warmup_epochs", "0", "--loader.kind", "torch", "--batch_size", "4", "--precision", "fp32"]
+    timm = ["--network.backbone", "{kind: timm, name: test_efficientnet, weights: none}", "--loss", "{kind: cross_entropy}"]
+    gradients = []
+    for again in ("false", "true"):
+        run = Trainer(resolve(load_config("quickstart", [*flags, *timm, "--checkpoint_activations", again])), digits, tmp_path)
+        run.network.train()
+        run.optimize([next(run.feeds[0].steps(0, 0))])
+        gradients.append([p.grad for p in run.network.parameters()])
+        assert run.network.backbone.grad_checkpointing == (again == "true")
+    assert all(torch.allclose(*pair, atol=1e-6) for pair in zip(*gradients, strict=True))
+    with pytest.raises(UserError, match="'resnet20' cannot; timm's models can"):
+        Trainer(
+            resolve(load_config("quickstart", [*flags, "--backbone", "resnet20", "--checkpoint_activations", "true"])),
+            digits,
+            tmp_path,
+        )
+
+
+def test_mixup_and_cutmix_mix_images_and_labels_by_the_same_share():
+    draw = np.random.default_rng(3)
+    pixels = torch.arange(4.0)[:, None, None, None].expand(4, 3, 20, 30).repeat_interleave(2, 0)  # two views of each sample
+    images = Images(pixels, torch.tensor([5, 6, 7, 8]), 2)
+    for mixup, cutmix in ((0.4, 0.0), (0.0, 1.0)):
+        for _ in range(5):
+            mixed = mix(images, mixup, cutmix, draw)
+            others, share = mixed.mixed
+            assert others.tolist() == [8, 7, 6, 5]
+            assert 0 <= share <= 1
+            own, other = pixels.mean((1, 2, 3)), pixels.flip(0).mean((1, 2, 3))
+            assert torch.allclose(mixed.pixels.mean((1, 2, 3)), share * own + (1 - share) * other, atol=1e-5)
+            assert (mixup > 0) == (mixed.pixels[0].unique().numel() == 1)
+    assert torch.equal(images.pixels, pixels)
+
+
+def test_the_loss_of_mixed_images_is_that_of_soft_labels(digits, tmp_path):
+    flags = ["--tune", "head", "--epochs", "1", "--loader.kind", "torch", "--precision", "fp32", "--warmup_epochs", "0"]
+    flags += ["--mixup", "0.5", "--batch_size", "8"]
+    run = Trainer(resolve(load_config("quickstart", [*flags, "--loss", "{kind: cross_entropy}"])), digits, tmp_path)
+    images = next(run.feeds[0].steps(0, 0))
+    mixed = run._mixed(images, 0)
+    others, share = mixed.mixed
+    logits = run.network.classify(mixed.pixels)
+    one_hot = torch.nn.functional.one_hot(images.labels, 10) * share + torch.nn.functional.one_hot(others, 10) * (1 - share)
+    expected = torch.nn.functional.cross_entropy(logits, one_hot.repeat_interleave(images.views, 0))
+    assert run.optimize([images])["loss"].item() == pytest.approx(expected.item(), rel=1e-5)
+    with pytest.raises(UserError, match="the contrastive loss 'cibl' needs whole ones"):
+        load_config("quickstart", [*flags, "--loss", "{kind: cibl}"])
+    with pytest.raises(UserError, match="train.cutmix cuts images"):
+        load_config("quickstart", [*flags, "--cutmix", "1", "--loss", "{kind: cross_entropy}"])

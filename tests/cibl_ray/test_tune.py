@@ -505,8 +505,12 @@ def test_the_shipped_sweeps_are_valid(name):
 
 
 def test_the_shipped_sweep_of_photographs_runs_in_this_process():
-    shipped = load_sweep("sweeps/photos", [])
+    shipped = load_sweep("sweeps/photos", ["--set.data.source.path", "my photos", "--trials", "7", "--set.epochs=3"])
     base = base_content(shipped)
+    assert base["data"]["source"]["path"].endswith("/my photos")
+    assert (base["train"]["epochs"], base["network"]["neck"]["hidden"], shipped.trials) == (3, 512, 7)
+    with pytest.raises(UserError, match="--epoks: unknown field"):
+        load_sweep("sweeps/photos", ["--set.epoks", "3"])
     assert fits_in_process(shipped, base, None)
     config = trial_config(base, {"network.head": shipped.search["network.head"].values[1], "data.sampling": "class_balanced"})
     assert (config.network.head.kind, config.loss.kind, config.data.sampling) == ("cosine", "cibl", "class_balanced")
