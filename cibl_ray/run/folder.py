@@ -106,6 +106,8 @@ def make_room(folder: Path) -> None:
         if os.path.lexists(path) and not path.is_dir():
             log.warning("%s is not a folder; it is kept as %s", path, set_aside(path))
     for name in files:
-        for path in (folder / name, folder / f"{name}.part"):
-            if os.path.lexists(path) and not path.is_file():
-                log.warning("%s is not a file; it is kept as %s", path, set_aside(path))
+        path, part = folder / name, folder / f"{name}.part"
+        if os.path.lexists(path) and not (path.is_file() or path.is_char_device()):
+            log.warning("%s is not a file; it is kept as %s", path, set_aside(path))
+        if part.is_dir():
+            log.warning("%s is not a file; it is kept as %s", part, set_aside(part))
