@@ -49,9 +49,11 @@ def write(folder: Path, sweep: SweepConfig, base: dict[str, Any], trials: list[T
     _trade_off(folder / "trade_off.png", points, on_front, (first, second), scored.index(chosen))
     _over_skew(folder / "tail_skew.png", scored, (first, second))
     lines = [f"{'trial':<12}{first:>8}{second:>8}{'overall':>9}  epochs  parameters"]
-    for i in np.argsort(-points[:, 0]):
-        if on_front[i]:
-            trial = scored[i]
+    shown = {tuple(points[scored.index(chosen)])}
+    for i in np.argsort(-points[:, 0], kind="stable"):
+        trial = scored[i]
+        if on_front[i] and (trial is chosen or tuple(points[i]) not in shown):  # of equal trials one
+            shown.add(tuple(points[i]))
             values = ", ".join(f"{key.rpartition('.')[2]} {_short(value)}" for key, value in trial.params.items())
             mark = "  <- best" if trial is chosen else ""
             overall = 100 * trial.scores["overall"]
