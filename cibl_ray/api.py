@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -13,22 +14,26 @@ from typing import Any, Literal
 import torch
 
 from cibl_ray.config import RunConfig, configured
+from cibl_ray.evaluation.classify import Prediction, Unreadable, classify, from_checkpoint
 from cibl_ray.evaluation.evaluate import evaluate
-from cibl_ray.evaluation.files import Prediction, predict_files
 from cibl_ray.networks.network import HybridNetwork
 from cibl_ray.run.checkpoint import Checkpoint, load_checkpoint
 from cibl_ray.run.folder import CONFIG, RESULT, is_run
 from cibl_ray.run.log import read_metrics
 from cibl_ray.run.own_config import own_config
 from cibl_ray.run.progress import Silent, Terminal
+from cibl_ray.run.shift import chosen_shift
 from cibl_ray.run.which import checkpoint
 from cibl_ray.training import fit as training
 from cibl_ray.training.resume import resumed
 from cibl_ray.world import World
 from pipelines.common.errors import UserError
 from pipelines.common.settings import find_config, read_content, validate
+from pipelines.library_warnings import collected_warnings
 
 __all__ = ["Prediction", "Run", "UserError", "fit", "load_config", "open_run"]
+
+log = logging.getLogger(__name__)
 
 Which = Literal["best", "last"]
 
@@ -188,12 +193,16 @@ class Run:
         with _same_process():
             return evaluate(self._load(checkpoint), images, split).scores.numbers()
 
-    def predict(self, images: Iterable[str | Path], *, checkpoint: Which | None = None) -> list[Prediction]:
-        """Classify image files.
+    def predict(
+        self, images: Iterable[str | Path], *, checkpoint: Which | None = None, tail_shift: float | None = None
+    ) -> list[Prediction]:
+        """Classify image files, as `python -m cibl_ray.predict` does.
 
         Args:
             images: Paths of image files.
             checkpoint: The checkpoint.
+            tail_shift: This times log π, the classes' shares of the training images, is subtracted from the logits. None takes
+                what the validation images chose; 0 leaves the logits as they are.
 
         Returns:
             A prediction for each image, in the same order.
@@ -203,8 +212,18 @@ class Run:
         """
         if isinstance(images, str | Path):
             raise UserError(f"predict takes a list of image files; write predict([{str(images)!r}])")
-        with _same_process():
-            return predict_files(self._load(checkpoint), [Path(image).expanduser() for image in images])
+        path = self._path(checkpoint)
+        shift = chosen_shift(path) if tail_shift is None else tail_shift
+        predictions = []
+        with _same_process(), collected_warnings() as warned:
+            classifier = from_checkpoint(load_checkpoint(path), shift)
+            for answer in classify(classifier, [Path(image).expanduser() for image in images], warned.begin):
+                if isinstance(answer, Unreadable):
+                    raise UserError(f"{str(answer.image)!r} {answer.problem}")
+                predictions.append(answer)
+        if text := warned.text():
+            log.warning(text)
+        return predictions
 
     def export(
         self,

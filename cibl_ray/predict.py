@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import io
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from cibl_ray.run.shift import chosen_shift
@@ -29,14 +30,17 @@ def main() -> None:
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the answers to FILE; by default they are printed")
     parser.add_argument("--top", type=int, default=1, metavar="N", help="classes of an answer; default 1")
     parser.add_argument("--checkpoint", choices=["best", "last"], help="of a run folder; by default best, else last")
+    parser.add_argument("--max-pixels", type=int, metavar="N", help="of an image, at most; by default as in training")
     parser.add_argument("--tail-shift", type=float, metavar="NUMBER", help="of a run; by default what validation chose")
     arguments = parser.parse_args()
     if arguments.top < 1:
         raise UserError(f"--top {arguments.top}: at least 1")
+    if arguments.max_pixels is not None and arguments.max_pixels < 1:
+        raise UserError(f"--max-pixels {arguments.max_pixels}: at least 1")
     if arguments.out is not None and not arguments.out.absolute().parent.is_dir():
         raise UserError(f"--out {arguments.out}: the folder {str(arguments.out.parent)!r} does not exist")
     from cibl_ray.bundle.card import MANIFEST
-    from cibl_ray.evaluation.classify import classify, from_bundle, from_checkpoint, image_files
+    from cibl_ray.evaluation.classify import Unreadable, classify, from_bundle, from_checkpoint, image_files
     from pipelines.library_warnings import collected_warnings
 
     files = image_files(arguments.images)
@@ -47,19 +51,25 @@ def main() -> None:
     else:
         path = checkpoint(arguments.run, arguments.checkpoint)
         shift = chosen_shift(path) if arguments.tail_shift is None else arguments.tail_shift
-        classifier = from_checkpoint(path, shift)
+        from cibl_ray.run.checkpoint import load_checkpoint
+
+        classifier = from_checkpoint(load_checkpoint(path), shift)
+    if arguments.max_pixels is not None:
+        classifier = replace(classifier, max_pixels=arguments.max_pixels)
     bad = 0
     kept = io.StringIO(newline="")
     writer = csv.writer(sys.stdout if arguments.out is None else kept, lineterminator="\n")
     numbers = ["", *(f"_{number}" for number in range(2, arguments.top + 1))]
     writer.writerow(["image", *(f"{name}{number}" for number in numbers for name in ("class", "probability"))])
     with collected_warnings() as warned:
-        for answer in classify(classifier, files, arguments.top, warned.begin):
-            if answer.problem:
+        for answer in classify(classifier, files, warned.begin):
+            if isinstance(answer, Unreadable):
                 bad += 1
-                print(f"{answer.file}: {answer.problem}", file=sys.stderr)
+                fix = "; --max-pixels allows it" if answer.too_large else ""
+                print(f"{answer.image}: {answer.problem}{fix}", file=sys.stderr)
                 continue
-            writer.writerow([answer.file, *(part for name, value in answer.top for part in (name, f"{value:.4f}"))])
+            best = sorted(answer.probabilities.items(), key=lambda item: -item[1])[: arguments.top]
+            writer.writerow([answer.image, *(part for name, value in best for part in (name, f"{value:.4f}"))])
     if text := warned.text():
         print(text, file=sys.stderr)
     if arguments.out is not None:

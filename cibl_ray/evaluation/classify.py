@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -14,7 +15,10 @@ from pipelines.common.errors import UserError
 from pipelines.formats import readable_suffixes
 from pipelines.image_files import LeftOut
 from pipelines.image_files import image_files as below
-from pipelines.pixels import BadImageError, EvalRule, decode
+from pipelines.pixels import MAX_PIXELS, BadImageError, EvalRule, decode
+
+if TYPE_CHECKING:
+    from cibl_ray.run.checkpoint import Checkpoint
 
 _AT_ONCE = 32  # images
 
@@ -27,28 +31,45 @@ class Classifier:
         classes: In the order of the probabilities.
         rule: What it is shown of an image.
         probabilities: uint8 (N, S, S, 3) to float32 (N, C).
-        where: For messages.
+        max_pixels: Of an image; larger ones are refused.
     """
 
     classes: list[str]
     rule: EvalRule
     probabilities: Callable[[np.ndarray], np.ndarray]
-    where: str
+    max_pixels: int = MAX_PIXELS
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What a network makes of one file.
+class Prediction:
+    """What a network makes of one image.
 
     Attributes:
-        file: The image.
-        top: The most probable classes with their probabilities, best first; empty for a file that cannot be read.
-        problem: Why it cannot be read; empty for an image.
+        image: The image file.
+        label: The most probable class.
+        probability: Its probability, from 0 to 1.
+        probabilities: The probability of each class, in the order of the run's classes.
     """
 
-    file: Path
-    top: list[tuple[str, float]]
-    problem: str = ""
+    image: Path
+    label: str
+    probability: float
+    probabilities: dict[str, float] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """A file that cannot be classified.
+
+    Attributes:
+        image: The file.
+        problem: Why.
+        too_large: Whether it has more than `Classifier.max_pixels`.
+    """
+
+    image: Path
+    problem: str
+    too_large: bool = False
 
 
 def from_bundle(folder: Path) -> Classifier:
@@ -70,28 +91,23 @@ def from_bundle(folder: Path) -> Classifier:
         (values,) = runtime(images, outputs=(PROBABILITIES,))
         return values
 
-    return Classifier(bundle.card.classes, bundle.card.rule, probabilities, str(folder))
+    return Classifier(bundle.card.classes, bundle.card.rule, probabilities)
 
 
-def from_checkpoint(path: Path, tail_shift: float) -> Classifier:
+def from_checkpoint(checkpoint: Checkpoint, tail_shift: float) -> Classifier:
     """A checkpoint's network, on a GPU where there is one.
 
     Args:
-        path: The checkpoint.
+        checkpoint: The checkpoint.
         tail_shift: This times log π is subtracted from the logits.
-
-    Raises:
-        UserError: The checkpoint cannot be read.
     """
     import torch
 
     from cibl_ray.evaluation.tail_shift import shifted
     from cibl_ray.hardware import resolve
-    from cibl_ray.run.checkpoint import load_checkpoint
     from pipelines.augment.recipe import Normalize
     from pipelines.loaders.reading import eval_rule
 
-    checkpoint = load_checkpoint(path)
     train = checkpoint.config.train.model_copy(update={"device": "auto"})
     config = resolve(checkpoint.config.model_copy(update={"train": train}))
     device = torch.device(config.train.device)
@@ -103,7 +119,7 @@ def from_checkpoint(path: Path, tail_shift: float) -> Classifier:
         values: np.ndarray = shifted(logits, checkpoint.train_counts, tail_shift).softmax(1).numpy()
         return values
 
-    return Classifier(checkpoint.classes, eval_rule(config.data), probabilities, str(path))
+    return Classifier(checkpoint.classes, eval_rule(config.data), probabilities, config.data.max_pixels)
 
 
 def image_files(places: Sequence[Path]) -> list[Path]:
@@ -135,14 +151,13 @@ def image_files(places: Sequence[Path]) -> list[Path]:
 
 
 def classify(
-    classifier: Classifier, files: Sequence[Path], top: int = 1, begin: Callable[[str], None] = lambda image: None
-) -> Iterator[Answer]:
-    """Classify files, in order. The answer for a file that cannot be read has a `problem`.
+    classifier: Classifier, files: Sequence[Path], begin: Callable[[str], None] = lambda image: None
+) -> Iterator[Prediction | Unreadable]:
+    """Classify files as evaluation and the service would, in order.
 
     Args:
         classifier: What classifies.
         files: The files.
-        top: How many classes an answer names.
         begin: Called with each file before it is decoded, in the thread that decodes it.
 
     Yields:
@@ -151,24 +166,26 @@ def classify(
     with ThreadPoolExecutor(usable_cores()) as pool:
         for start in range(0, len(files), _AT_ONCE):
             some = files[start : start + _AT_ONCE]
-            read = list(pool.map(lambda file: _read(file, classifier.rule, begin), some))
+            read = list(pool.map(lambda file: _read(file, classifier, begin), some))
             images = [image for image in read if isinstance(image, np.ndarray)]
-            rows = iter(classifier.probabilities(np.stack(images)) if images else [])
+            rows = iter(classifier.probabilities(np.stack(images)).tolist() if images else [])
             for file, image in zip(some, read, strict=True):
-                if isinstance(image, str):
-                    yield Answer(file, [], image)
+                if isinstance(image, Unreadable):
+                    yield image
                     continue
                 row = next(rows)
-                best = np.argsort(-row, kind="stable")[:top]
-                yield Answer(file, [(classifier.classes[i], float(row[i])) for i in best])
+                best = max(range(len(row)), key=row.__getitem__)
+                yield Prediction(file, classifier.classes[best], row[best], dict(zip(classifier.classes, row, strict=True)))
 
 
-def _read(file: Path, rule: EvalRule, begin: Callable[[str], None]) -> np.ndarray | str:
+def _read(file: Path, classifier: Classifier, begin: Callable[[str], None]) -> np.ndarray | Unreadable:
     """uint8 (S, S, 3), or why there is none."""
     begin(str(file))
     try:
-        return rule(decode(file.read_bytes()))
+        return classifier.rule(decode(file.read_bytes(), max_pixels=classifier.max_pixels, max_scans=None))
     except OSError as error:
-        return f"cannot be read: {error.strerror or error}"
+        return Unreadable(file, f"cannot be read: {error.strerror or error}")
     except BadImageError as error:
-        return f"not an image: {error}"
+        if error.setting.startswith("data.max_pixels"):
+            return Unreadable(file, f"is too large: {error}", too_large=True)
+        return Unreadable(file, f"is not an image that can be read: {error}")

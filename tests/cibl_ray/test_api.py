@@ -18,6 +18,7 @@ from PIL import Image
 
 import cibl_ray
 from cibl_ray import hardware
+from cibl_ray.run.checkpoint import load_checkpoint
 from tests.conftest import REPOSITORY
 
 FAST_DATA = {
@@ -107,7 +108,7 @@ def test_evaluate_repeats_the_scores(run, images):
 
 def test_predict_agrees_with_the_evaluation(run, images):
     files = sorted(images.glob("*/*.png"))
-    predictions = run.predict(map(str, files))
+    predictions = run.predict(map(str, files), tail_shift=0)
     right = [prediction.label == prediction.image.parent.name for prediction in predictions]
     assert np.mean(right) == pytest.approx(run.evaluate(images)["overall"])
     assert [prediction.image for prediction in predictions] == files
@@ -121,6 +122,22 @@ def test_predict_agrees_with_the_evaluation(run, images):
         run.predict([images / "gone.png"])
     with pytest.raises(cibl_ray.UserError, match="is not an image that can be read"):
         run.predict([__file__])
+
+
+def test_predict_shifts_as_the_command_does(run, images, tmp_path, monkeypatch):
+    """By what the validation images chose, unless told otherwise; and with the run's own limit of pixels."""
+    file = sorted(images.glob("*/*.png"))[0]
+    monkeypatch.setattr("cibl_ray.api.chosen_shift", lambda path: 0.7)
+    (chosen,), (given,), (plain,) = run.predict([file]), run.predict([file], tail_shift=0.7), run.predict([file], tail_shift=0)
+    assert chosen == given
+    assert chosen.probabilities != plain.probabilities
+    counts = load_checkpoint(run.folder / "checkpoints" / "best.safetensors").train_counts
+    expected = np.array(list(plain.probabilities.values())) * (counts / counts.sum()) ** -0.7
+    assert list(chosen.probabilities.values()) == pytest.approx(expected / expected.sum(), abs=1e-5)
+    large = tmp_path / "large.png"
+    Image.new("RGB", (8000, 8000)).save(large)
+    with pytest.raises(cibl_ray.UserError, match=r"large.png' is too large: 8000x8000 pixels, 60,000,000 at most"):
+        run.predict([large])
 
 
 def test_export_makes_a_bundle(run, tmp_path):

@@ -117,22 +117,23 @@ def pictures(tmp_path):
 def test_run_and_bundle_answer_alike(run_folder, bundle, skewed, pictures):
     files = image_files([pictures])
     assert [file.name for file in files] == ["a.jpg", "b.png", "c.webp"]
-    path = run_folder / "checkpoints" / "best.safetensors"
-    for mine, theirs in ((from_checkpoint(path, 0.0), bundle), (from_checkpoint(path, 1.5), skewed.folder)):
-        for one, other in zip(classify(mine, files, 3), classify(from_bundle(theirs), files, 3), strict=True):
-            assert [name for name, _ in one.top] == [name for name, _ in other.top]
-            assert [value for _, value in one.top] == pytest.approx([value for _, value in other.top], abs=1e-4)
-            assert one.file == other.file
+    checkpoint = load_checkpoint(run_folder / "checkpoints" / "best.safetensors")
+    for mine, theirs in ((from_checkpoint(checkpoint, 0.0), bundle), (from_checkpoint(checkpoint, 1.5), skewed.folder)):
+        for one, other in zip(classify(mine, files), classify(from_bundle(theirs), files), strict=True):
+            assert (one.image, one.label) == (other.image, other.label)
+            assert one.probabilities == pytest.approx(other.probabilities, abs=1e-4)
 
 
 def test_the_command_answers_what_it_can_read(run_folder, pictures, tmp_path):
     (pictures / "d.jpg").write_bytes(b"no image")
+    Image.new("RGB", (60, 60)).save(pictures / "e.png")
     Image.open(pictures / "a.jpg").save(pictures / "a.jpg", exif=warned_exif())
-    command = [sys.executable, "-m", "cibl_ray.predict", str(run_folder), str(pictures), "--top", "2", "--out"]
+    command = [sys.executable, "-m", "cibl_ray.predict", str(run_folder), str(pictures), "--top", "2", "--max-pixels", "2000", "--out"]
     done = subprocess.run([*command, str(tmp_path / "answers.csv")], capture_output=True, text=True, cwd=REPOSITORY)
     assert done.returncode != 0
-    assert "d.jpg: not an image" in done.stderr
-    assert "1 of 4 files could not be classified" in done.stderr
+    assert "d.jpg: is not an image" in done.stderr
+    assert "e.png: is too large: 60x60 pixels, 2,000 at most; --max-pixels allows it" in done.stderr
+    assert "2 of 5 files could not be classified" in done.stderr
     assert f"1 images were read with a warning of the decoder, such as {pictures / 'a.jpg'}: " in done.stderr
     assert "site-packages" not in done.stderr
     assert "Traceback" not in done.stderr
