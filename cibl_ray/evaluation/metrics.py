@@ -69,18 +69,15 @@ def score(logits: torch.Tensor, labels: torch.Tensor, train_counts: np.ndarray) 
     samples = np.bincount(labels.numpy(), minlength=classes)
     present = samples > 0
     accuracy = np.divide(np.bincount(labels[right].numpy(), minlength=classes), samples, out=np.zeros(classes), where=present)
-    groups = np.array(shot_groups(train_counts))
-    sizes = np.array(thirds(train_counts))
 
-    def mean(members: np.ndarray) -> float | None:
-        members = members & present
+    def mean(group: str) -> float | None:
+        members = members_of(group, train_counts) & present
         return float(accuracy[members].mean()) if members.any() else None
 
     return Scores(
         overall=float(right.double().mean()),
         balanced=float(accuracy[present].mean()),
-        **{group: mean(groups == group) for group in GROUPS},
-        **{third: mean(sizes == third) for third in THIRDS},
+        **{group: mean(group) for group in (*GROUPS, *THIRDS)},
         worst=float(accuracy[present].min()),
         harmonic=float(1 / (1 / accuracy[present]).mean()) if accuracy[present].all() else 0.0,
         calibration_error=calibration_error(logits.softmax(1).amax(1), right),
@@ -88,6 +85,23 @@ def score(logits: torch.Tensor, labels: torch.Tensor, train_counts: np.ndarray) 
         samples=len(labels),
         per_class=[float(value) if there else None for value, there in zip(accuracy, present, strict=True)],
     )
+
+
+def members_of(group: str, train_counts: np.ndarray) -> np.ndarray:
+    """Which classes a score is a mean over.
+
+    Args:
+        group: A shot group, a third, or 'balanced': all.
+        train_counts: Training images of each class, int64 (C,).
+
+    Returns:
+        bool (C,).
+    """
+    if group == "balanced":
+        return np.ones(len(train_counts), dtype=bool)
+    names = shot_groups(train_counts) if group in GROUPS else thirds(train_counts)
+    members: np.ndarray = np.array(names) == group
+    return members
 
 
 def calibration_error(confidence: torch.Tensor, right: torch.Tensor) -> float:

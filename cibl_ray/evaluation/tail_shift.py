@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from cibl_ray.evaluation.metrics import Scores, score
+from cibl_ray.evaluation.metrics import Scores, members_of, score
 
 SHIFTS = tuple(round(step / 20 - 1, 2) for step in range(61))  # -1 to 2
 METRICS = ("overall", "balanced", "many", "medium", "few", "head", "middle", "tail", "worst", "harmonic")
@@ -35,6 +35,11 @@ class TailShift:
 
     def line(self) -> str:
         """The shift and both scores, in words."""
+        if self.shift == 0:
+            return (
+                f"tail shift 0: {self.metric} {100 * self.before:.1f} %; "
+                f"no shift is better beyond chance on {self.images:,} validation images"
+            )
         return (
             f"tail shift {self.shift:g}: {self.metric} {100 * self.before:.1f} -> {100 * self.after:.1f} % "
             f"on {self.images:,} validation images"
@@ -61,7 +66,10 @@ def shifted(logits: torch.Tensor, train_counts: np.ndarray, shift: float) -> tor
 
 
 def choose_shift(logits: torch.Tensor, labels: torch.Tensor, train_counts: np.ndarray, metric: str = "balanced") -> TailShift:
-    """Choose the shift of `SHIFTS` that is best on validation images. Of equally good shifts, the one nearest to 0 wins.
+    """Choose the shift of `SHIFTS` that is best on validation images, where it is better than none beyond chance.
+
+    Of equally good shifts, the one nearest to 0 wins. A gain of less than twice its standard error is taken for chance: then
+    the shift is 0. The error is that of paired samples, by the images whose answer is right with one of the two alone.
 
     Args:
         logits: Of the validation images, float32 (N, C).
@@ -72,12 +80,35 @@ def choose_shift(logits: torch.Tensor, labels: torch.Tensor, train_counts: np.nd
     Returns:
         The shift, with the score before and after it.
     """
-    values = {shift: _value(score(shifted(logits, train_counts, shift), labels, train_counts), metric) for shift in SHIFTS}
+    scored = {shift: score(shifted(logits, train_counts, shift), labels, train_counts) for shift in SHIFTS}
+    values = {shift: _value(scores, metric) for shift, scores in scored.items()}
     top = max(values.values())
     best = min((shift for shift, value in values.items() if value == top), key=lambda shift: (abs(shift), shift))
+    changed = (logits.argmax(1) == labels) != (shifted(logits, train_counts, best).argmax(1) == labels)
+    error = np.linalg.norm(_shares(scored[best], metric, labels, train_counts)[changed.numpy()])
+    if top - values[0.0] <= 2 * error:
+        best = 0.0
     return TailShift(best, metric, values[0.0], values[best], len(labels))
 
 
 def _value(scores: Scores, metric: str) -> float:
     value = getattr(scores, metric)
     return -1.0 if value is None else float(value)
+
+
+def _shares(scores: Scores, metric: str, labels: torch.Tensor, train_counts: np.ndarray) -> np.ndarray:
+    """By how much one more right answer raises a metric, for each image (N,): to first order for the harmonic mean."""
+    accuracy = np.array([np.nan if value is None else value for value in scores.per_class])
+    samples = np.bincount(labels.numpy(), minlength=len(accuracy))
+    present = samples > 0
+    if metric == "overall":
+        of_class = samples / len(labels)
+    elif metric == "worst":
+        of_class = (np.arange(len(accuracy)) == np.nanargmin(accuracy)).astype(float)
+    elif metric == "harmonic":
+        of_class = (scores.harmonic / np.maximum(accuracy, 1e-9)) ** 2 / present.sum()
+    else:
+        members = present & members_of(metric, train_counts)
+        of_class = members / max(1, members.sum())
+    shares: np.ndarray = (of_class / np.maximum(samples, 1))[labels.numpy()]
+    return shares

@@ -52,6 +52,28 @@ def test_the_metric_decides():
     assert "few 0.0 -> 100.0 %" in rare.line()
 
 
+def test_chance_chooses_no_shift():
+    """One more right answer is chance; the same share of many is not. The error of paired images, by hand: sqrt(b + c)."""
+    counts = np.array([400, 4])
+
+    def two_classes(rare: int, others: int) -> tuple[torch.Tensor, torch.Tensor]:
+        # A shift of 0.05 log 100 = .23 turns the rare images right, which are wrong by .1; the others it leaves.
+        logits = torch.tensor([[0.1, 0.0]] * rare + [[-5.0, 5.0]] * others + [[5.0, -5.0]] * (rare + others))
+        return logits, torch.tensor([1] * (rare + others) + [0] * (rare + others))
+
+    chance = choose_shift(*two_classes(4, 0), counts)  # 4 images: a gain of 4 times their share, an error of twice
+    assert (chance.shift, chance.after) == (0.0, chance.before)
+    assert "no shift is better beyond chance on 8 validation images" in chance.line()
+    for metric in ("balanced", "overall", "few"):
+        found = choose_shift(*two_classes(5, 100), counts, metric)
+        assert found.shift == 0.05
+        assert found.after == 1
+    for metric in ("many", "tail"):  # no gain; no class
+        assert choose_shift(*two_classes(5, 100), counts, metric).shift == 0
+    for metric in ("worst", "harmonic"):
+        assert choose_shift(*two_classes(40, 60), counts, metric).shift == 0.05
+
+
 def test_a_runs_result_has_it_and_evaluate_finds_it_again(run_folder):
     result = json.loads((run_folder / "result.json").read_text())
     path = run_folder / "checkpoints" / "best.safetensors"
@@ -128,7 +150,18 @@ def test_the_command_answers_what_it_can_read(run_folder, pictures, tmp_path):
     (pictures / "d.jpg").write_bytes(b"no image")
     Image.new("RGB", (60, 60)).save(pictures / "e.png")
     Image.open(pictures / "a.jpg").save(pictures / "a.jpg", exif=warned_exif())
-    command = [sys.executable, "-m", "cibl_ray.predict", str(run_folder), str(pictures), "--top", "2", "--max-pixels", "2000", "--out"]
+    command = [
+        sys.executable,
+        "-m",
+        "cibl_ray.predict",
+        str(run_folder),
+        str(pictures),
+        "--top",
+        "2",
+        "--max-pixels",
+        "2000",
+        "--out",
+    ]
     done = subprocess.run([*command, str(tmp_path / "answers.csv")], capture_output=True, text=True, cwd=REPOSITORY)
     assert done.returncode != 0
     assert "d.jpg: is not an image" in done.stderr
