@@ -66,7 +66,9 @@ def test_recipes_change_one_thing_and_are_scored_on_validation(tmp_path):
         "code": ["0123456789ab"],
     }
     (folder / "result.json").write_text(json.dumps({**result, "seconds": 9.0, "images_per_s": 1.0}))
-    (folder / "metrics.jsonl").write_text(json.dumps({"epoch": 6, "val": {"overall": 0.25, "head": 0.5}}) + "\n")
+    (folder / "metrics.jsonl").write_text(
+        json.dumps({"epoch": 6, "train": {}, "rate": {}, "seconds": {}, "val": {"overall": 0.25, "head": 0.5}}) + "\n"
+    )
     line = record(cell, folder, "recipe", "cpu")
     assert (line["commit"], line["code"]) == (None, ["0123456789ab"])  # not the code that is checked out
     assert "--data.source" not in line["command"]  # torchvision's files, as the configuration has them
