@@ -134,6 +134,8 @@ class App:
         path, method, prefix = request.path, request.method, self.config.path_prefix
         reads = method in ("GET", "HEAD")
         if prefix and path not in _HEALTH:  # what is in front of replicas asks for their health without it
+            if path == prefix and reads:  # the page's links are relative to the path that ends in a slash
+                return "page", self._to_the_page
             if not path.startswith(f"{prefix}/"):
                 raise ProblemError(404, "not_found", f"no such path; {prefix}/docs lists them")
             path = path[len(prefix) :]
@@ -200,6 +202,11 @@ class App:
         if version not in (None, model.version):
             raise ProblemError(404, "no_version", f"no such version of {name}; it is {model.version}")
         return model
+
+    async def _to_the_page(self, request: Request, send: Send, common: Headers) -> tuple[int, dict[str, Any]]:
+        to = f"{request.path.rpartition('/')[2]}/"  # relative: a proxy in front may have put more before it
+        await respond(send, 307, [(b"location", to.encode()), *common], b"")
+        return 307, {}
 
     async def _v1_predict(self, request: Request, send: Send, common: Headers) -> tuple[int, dict[str, Any]]:
         with self.load.turn() as turn:

@@ -59,6 +59,7 @@ defaults
 frontend clients
 {binds}
 {per_address}
+{cors}
     acl live path {prefix}/v2/health/live /v2/health/live
     acl ready path {prefix}/v2/health/ready /v2/health/ready
     acl reads method GET HEAD
@@ -84,6 +85,8 @@ _METRICS = (
     "    http-request return status 200 content-type text/plain lf-string "
     '"cibl_ray_failed_updates_total %[str(failed),map({folder}/counts,0)]\\n" if {{ path {prefix}/metrics }} reads none'
 )
+# What HAProxy itself says to a page of another origin can be read there, too. Replicas have these headers in their answers.
+_CORS = (("vary", "origin"), ("access-control-expose-headers", "retry-after"), ("access-control-allow-origin", None))
 
 
 def addresses(host: str) -> list[str]:
@@ -175,10 +178,27 @@ def configuration(folder: Path, config: ServiceConfig, host: str, port: int) -> 
         body=int(1000 * config.body_seconds),
         binds=f"    bind {authority(address, port)}{kind}{tls}",
         per_address=limit,
+        cors=_cors(config.cors),
         prefix=config.path_prefix,
         metrics="" if keys else _METRICS.format(folder=folder, prefix=config.path_prefix),
         servers="\n".join(f"    server r{slot} unix@{socket_of(folder, slot)}" for slot in range(slots(config))),
     )
+
+
+def _cors(origins: tuple[str, ...]) -> str:
+    """The rules that name the origin which may read an answer of HAProxy's own."""
+    if not origins:
+        return ""
+    asked, origin = "", "*"
+    if "*" not in origins:
+        asked, origin = f"{{ var(txn.origin) -m str {' '.join(origins)} }} ", "%[var(txn.origin)]"
+    lines = ["    http-request set-var(txn.origin) req.hdr(origin)"]
+    for name, value in _CORS:  # the last one is the mark that a replica has answered
+        lines.append(
+            f"    http-after-response set-header {name} {value or origin} "
+            f"if {asked}!{{ res.hdr(access-control-allow-origin) -m found }}"
+        )
+    return "\n".join(lines)
 
 
 class HAProxy:

@@ -25,7 +25,8 @@ WORKER = "sw.js"
 _README = """# {names}
 
 A page to try these models. They run in the visitor's browser, and images stay there. Any host of static files can serve this
-folder, also in a sub-folder: `python -m http.server 8080`. After the first visit the page works offline.
+folder, also in a sub-folder: `python -m http.server 8080`. Opened as a file, without a host, the page does not start: browsers
+forbid it. After the first visit the page works offline.
 
 {table}
 """
@@ -103,9 +104,8 @@ def _fill(part: Path, bundles: list[Bundle], webgpu: bool) -> str:
         script = script.replace(mark, value)
     (part / WORKER).write_text(script)
     table = _table({**files, WORKER: part / WORKER}, set(first))
-    (part / "README.md").write_text(
-        f"# {', '.join(bundle.card.name for bundle in bundles)}\n\n{__doc__.split(chr(10), 2)[2]}\n{table}\n"
-    )
+    names_of_models = ", ".join(bundle.card.name for bundle in bundles)
+    (part / "README.md").write_text(_README.format(names=names_of_models, table=table))
     return table
 
 

@@ -98,12 +98,14 @@ class Model:
             An answer for each image, in order. A bad image has a `problem`, and the others are answered.
 
         Raises:
-            UserError: k, tail_shift or batch is out of range.
+            UserError: k, tail_shift or batch is out of range, or `images` is one image.
         """
         if k < 1 or batch < 1:
             raise UserError(f"k={k}, batch={batch}: both must be 1 or more")
         if not abs(tail_shift) <= MAX_SHIFT:  # false for NaN, too
             raise UserError(f"tail_shift={tail_shift} is not a number from {-MAX_SHIFT:g} to {MAX_SHIFT:g}")
+        if isinstance(images, (str, bytes, os.PathLike, Image.Image)) or (isinstance(images, np.ndarray) and _is_picture(images)):
+            raise UserError(f"images is one image ({type(images).__name__}); give a list: predict([IMAGE])")
         answers: list[Answer] = []
         waiting: list[tuple[int, np.ndarray]] = []
         for image in images:
@@ -123,7 +125,7 @@ class Model:
         if isinstance(image, bytes):
             return self._edge.pixels(image)
         if isinstance(image, np.ndarray):
-            if image.dtype != np.uint8 or image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] not in (3, 4)):
+            if image.dtype != np.uint8 or not image.size or not _is_picture(image):
                 raise BadImageError(f"an array of {image.dtype} {image.shape}; give uint8 (H, W, 3) or (H, W)")
             image = Image.fromarray(image)
         if isinstance(image, Image.Image):
@@ -137,6 +139,11 @@ class Model:
         for (place, _), row in zip(waiting, probabilities, strict=True):
             answers[place] = Answer(top(self.card, row, k))
         waiting.clear()
+
+
+def _is_picture(array: np.ndarray) -> bool:
+    """Whether the shape is that of one image. A stack of images has four axes."""
+    return array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))
 
 
 def local_file(source: str | os.PathLike[str], precision: str) -> Path | None:

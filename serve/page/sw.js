@@ -8,7 +8,7 @@ const PREFIX = `cibl-ray ${self.registration.scope} `;
 const NAME = PREFIX + VERSION;
 
 self.addEventListener("install", (event) => {
-  event.waitUntil(Promise.all(FIRST.map(fetched)).then(() => self.skipWaiting()));
+  event.waitUntil(Promise.all(FIRST.map(installed)).then(() => self.skipWaiting()));
 });
 
 self.addEventListener("activate", (event) => {
@@ -32,6 +32,12 @@ async function kept(path) {
 }
 
 const place = (path) => new URL(path.split("/").map(encodeURIComponent).join("/"), self.registration.scope).href;
+
+/** Where a file is not that of this version, the version before stays in use. */
+async function installed(path) {
+  const answer = await fetched(path);
+  if (!answer.ok) throw new Error(await answer.text());
+}
 
 async function fetched(path) {
   const answer = await fetch(place(path), { cache: "no-cache" });

@@ -42,8 +42,9 @@ def test_paths_bytes_arrays_and_images_give_the_runtimes_answers(model, bundle, 
 
 
 def test_bad_images_are_told_and_the_others_answered(model, tmp_path):
-    answers = model.predict([b"none", encoded("PNG"), tmp_path / "gone.png", np.zeros((4, 4), np.float32)])
-    assert [answer.problem is None for answer in answers] == [False, True, False, False]
+    empty = np.zeros((0, 4, 3), np.uint8)
+    answers = model.predict([b"none", encoded("PNG"), tmp_path / "gone.png", np.zeros((4, 4), np.float32), empty])
+    assert [answer.problem is None for answer in answers] == [False, True, False, False, False]
     assert answers[0].label is None
     assert answers[0].probability is None
     assert "No such file" in str(answers[2].problem)
@@ -52,6 +53,15 @@ def test_bad_images_are_told_and_the_others_answered(model, tmp_path):
     for wrong in ({"k": 0}, {"batch": 0}, {"tail_shift": float("nan")}, {"tail_shift": 101}):
         with pytest.raises(UserError):
             model.predict([encoded("PNG")], **wrong)
+
+
+def test_one_image_without_a_list_is_a_mistake_and_a_stack_is_none(model, tmp_path):
+    """Else the letters of a path, or the rows of an array, would each be taken for an image."""
+    gray, stack = np.zeros((16, 16), np.uint8), np.zeros((2, 16, 16, 3), np.uint8)
+    for one in ("ship.jpg", tmp_path / "ship.jpg", encoded("PNG"), stack[0], gray, Image.fromarray(gray)):
+        with pytest.raises(UserError, match=r"images is one image \(.*give a list: predict\(\[IMAGE\]\)"):
+            model.predict(one)
+    assert [answer.problem for answer in model.predict(stack)] == [None, None]
 
 
 def test_the_model_of_a_service(bundle, model, tmp_path, monkeypatch):

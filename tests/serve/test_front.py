@@ -157,7 +157,10 @@ def test_a_path_prefix(bundle, way):
     with serving([bundle], way, path_prefix="/models/") as server:
         assert server.ask("POST", "/models/v1/predict", encoded("PNG")).status == 200
         assert server.ask("POST", "/v1/predict", encoded("PNG")).status == 404
-        assert server.ask("GET", "/models").status == 404
+        assert server.ask("GET", "/modelsandmore").status == 404
+        assert server.ask("POST", "/models").status == 404
+        there = server.ask("GET", "/models")  # the page's own links need the slash
+        assert (there.status, there.headers["location"]) == (307, "models/")
         for path in ("/v2/health/ready", "/models/v2/health/ready", "/models/", "/models/docs"):
             assert server.ask("GET", path).status == 200, path
         url = server.ask("GET", "/models/v1/models").json()["models"][0]["files"]["fp32"]["url"]

@@ -122,6 +122,19 @@ def test_pages_of_other_origins(bundle, monkeypatch):
         assert everyone.headers["access-control-allow-origin"] == "*"
 
 
+@pytest.mark.parametrize("origins", [("https://example.org", "http://localhost:3000"), ("*",)])
+def test_pages_of_other_origins_read_haproxys_own_answers(bundle, origins):
+    """A body that is too large gets its answer before a replica sees it."""
+    allowed = "*" if origins == ("*",) else "https://example.org"
+    with serving([bundle], "haproxy", max_bytes=1024, cors=origins) as server:
+        refused = server.ask("POST", "/v1/predict", b"0" * 2000, Origin="https://example.org")
+        assert (refused.status, refused.headers["access-control-allow-origin"]) == (413, allowed)
+        answer = server.ask("GET", "/v1/models", Origin="https://example.org")
+        assert answer.headers["access-control-allow-origin"] == allowed
+        foreign = server.ask("POST", "/v1/predict", b"0" * 2000, Origin="https://example.com")
+        assert foreign.headers.get("access-control-allow-origin") == ("*" if origins == ("*",) else None)
+
+
 def test_without_cors_no_other_origin_may_read(server):
     answer = server.ask("GET", "/v1/models", Origin="https://example.org")
     assert "access-control-allow-origin" not in answer.headers

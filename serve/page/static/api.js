@@ -10,6 +10,9 @@ export class Problem extends Error {
   }
 }
 
+/** A key as the service compares it: its UTF-8 bytes, each a letter, because headers have one byte a letter. */
+const asHeader = (key) => String.fromCharCode(...new TextEncoder().encode(key));
+
 export class Api {
   constructor(config) {
     this.config = config;
@@ -53,7 +56,7 @@ export class Api {
 
   /** A successful response. Raises Problem. */
   async fetch(url, options = {}, subject = "") {
-    const headers = { ...options.headers, ...(this.key ? { "x-api-key": this.key } : {}) };
+    const headers = { ...options.headers, ...(this.key ? { "x-api-key": asHeader(this.key) } : {}) };
     let answer;
     try {
       answer = await fetch(url, { ...options, headers });

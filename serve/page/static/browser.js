@@ -12,7 +12,12 @@ export class BrowserModel {
     if (found !== file.sha256)
       throw new Problem(`The file of ${model.name} (${precision}) is not the one that its manifest names, so it is not used. Reload the page, or download it again.`);
     const opened = new BrowserModel(model.name, api.config.max_pixels);
-    Object.assign(opened, await opened.ask({ load: { bytes: bytes.buffer, device, threads, manifest: { rule: model.manifest.rule } } }, [bytes.buffer]));
+    try {
+      Object.assign(opened, await opened.ask({ load: { bytes: bytes.buffer, device, threads, manifest: { rule: model.manifest.rule } } }, [bytes.buffer]));
+    } catch (error) {
+      opened.close();
+      throw new Problem(`The model cannot run in this browser: ${error.message.replace(/\.$/, "")}.`);
+    }
     return opened;
   }
 
@@ -30,7 +35,7 @@ export class BrowserModel {
     });
     this.worker.addEventListener("error", (event) => {
       event.preventDefault();
-      for (const { reject } of this.waiting.values()) reject(new Problem("The model cannot run in this browser: its WebAssembly did not start."));
+      for (const { reject } of this.waiting.values()) reject(new Problem("its WebAssembly did not start"));
       this.waiting.clear();
     });
   }
@@ -43,12 +48,11 @@ export class BrowserModel {
     });
   }
 
-  /** {logits, ms, decodeMs, runMs} of an image file. Raises Problem. */
+  /** {logits, ms, decodeMs, runMs} of an image file; ms leaves out the wait for other images. Raises Problem. */
   async predict(file) {
-    const begun = performance.now();
     try {
       const answer = await this.ask({ file, maxPixels: this.maxPixels });
-      return { ...answer, logits: Array.from(answer.logits), ms: performance.now() - begun };
+      return { ...answer, logits: Array.from(answer.logits), ms: answer.decodeMs + answer.runMs };
     } catch (error) {
       if (error.message.includes("pixels")) throw new Problem(`${file.name} is too large: ${error.message}.`);
       if (error.message.includes("not an image")) throw new Problem(`${file.name} is not an image that this browser reads. Save it as JPEG, PNG or WebP.`);

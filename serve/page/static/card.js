@@ -5,8 +5,8 @@ import { GROUPS, MEANING, count, h, percent, size } from "./dom.js";
 
 const ROWS = 100; // of classes shown at once
 
-/** Elements of the card. download(url, name) saves a file; key: whether the service asks for one. */
-export function card(model, api, download) {
+/** Elements of the card. several: whether the service has other models, too. download(event, url, name) saves a file. */
+export function card(model, several, api, download) {
   const { manifest } = model;
   const scores = manifest.accuracy?.[model.serves] ?? {};
   const total = manifest.train_counts.reduce((sum, n) => sum + n, 0);
@@ -33,7 +33,7 @@ export function card(model, api, download) {
     ),
     h("div", { class: "panel" }, h("h3", {}, `Accuracy on ${manifest.split ?? "test"}`), accuracy(model, download), worst(model)),
     h("div", { class: "panel" }, h("h3", { id: "classes-title" }, "Classes"), classTable(model)),
-    h("div", { class: "panel" }, h("h3", {}, "Use it elsewhere"), elsewhere(model, api)),
+    h("div", { class: "panel" }, h("h3", {}, "Use it elsewhere"), elsewhere(model, several, api)),
   ];
 }
 
@@ -60,7 +60,7 @@ function accuracy(model, download) {
       ),
     ),
     h("p", {}, h("a", { href: model.manifestUrl, download: `${model.name}.manifest.json`, onclick: (event) => download(event, model.manifestUrl, `${model.name}.manifest.json`) }, "Download manifest.json"), h("span", { class: "hint" }, ", with all of this for programs")),
-    h("p", { class: "hint" }, `SHA-256 of ${model.serves}: `, h("code", {}, model.files[model.serves].sha256)),
+    Object.entries(model.files).map(([precision, file]) => h("p", { class: "hint" }, `SHA-256 of ${precision}: `, h("code", {}, file.sha256))),
   ];
 }
 
@@ -131,7 +131,7 @@ function classTable(model) {
   ];
 }
 
-function elsewhere(model, api) {
+function elsewhere(model, several, api) {
   const here = new URL(".", location.href).href;
   if (!api.isService) {
     return h("p", {}, "This folder works without any service: copy it to any static host. ",
@@ -141,7 +141,7 @@ function elsewhere(model, api) {
   return [
     copied(`curl ${key}--data-binary @image.jpg '${here}v1/predict?model=${model.name}'`),
     h("p", { class: "hint" }, "The model on a device of your own, without this service:"),
-    copied(`python -m serve.edge ${here.replace(/\/$/, "")} image.jpg`),
+    copied(`python -m serve.edge ${here.replace(/\/$/, "")} image.jpg${several ? ` --name ${model.name}` : ""}${api.config.keys ? " --key YOUR_KEY" : ""}`),
   ];
 }
 

@@ -17,7 +17,9 @@ const state = { api: null, gpu: null, models: [], model: null, shift: 0, items: 
 async function start() {
   let config;
   try {
-    config = await (await fetch("page/config.json")).json();
+    const answer = await fetch("page/config.json");
+    if (!answer.ok) throw new Error(`status ${answer.status}`);
+    config = await answer.json();
   } catch {
     return tell("The service does not answer. Check that it runs, then reload the page.");
   }
@@ -65,7 +67,7 @@ function choose(model) {
   $("shift").max = Math.max(0, points.at(-1)?.shift ?? 2);
   $("shift-panel").hidden = false;
   showPlaces();
-  $("card-body").replaceChildren(...card(model, state.api, download));
+  $("card-body").replaceChildren(...card(model, state.models.length > 1, state.api, download));
   document.title = `${model.name}: try the model`;
   showShift();
   again();
@@ -146,7 +148,7 @@ function showPlaceHint() {
   const isolated = globalThis.crossOriginIsolated ? "" : " Here it uses one thread, because this page is not isolated from other origins.";
   $("place-hint").textContent =
     !place.startsWith("service") ? `The image does not leave this device. The model is loaded once, and its SHA-256 is checked.${isolated}`
-    : api.config.browser ? "Images are sent to the service. In this browser the same model gives the same answers, without sending them."
+    : api.config.browser ? "Images are sent to the service; its time includes the way there and back. In this browser the same model gives the same answers, without sending them."
     : "Images are sent to the service. To run the model in this browser, the service needs onnxruntime-web: python -m serve.page.ort";
 }
 
@@ -303,7 +305,7 @@ function showShift() {
     const change = now === null ? null : 100 * (now - before);
     const kind = change === null || Math.abs(change) < 0.05 ? "" : change > 0 ? "up" : "down";
     return h("tr", {}, h("th", { scope: "row" }, h("span", { class: `dot ${score}` }), score), h("td", {}, percent(now)),
-      h("td", { class: kind }, kind ? `${change > 0 ? "+" : "−"}${Math.abs(change).toFixed(1)}` : "0.0"));
+      h("td", { class: kind }, change === null ? "–" : kind ? `${change > 0 ? "+" : "−"}${Math.abs(change).toFixed(1)}` : "0.0"));
   });
   $("measured").replaceChildren(
     h("div", { class: "measured" },
@@ -333,6 +335,7 @@ function listenCamera() {
   });
   $("shoot").addEventListener("click", () => {
     const video = $("video");
+    if (!video.videoWidth) return; // no picture yet
     const canvas = h("canvas", { width: video.videoWidth, height: video.videoHeight });
     canvas.getContext("2d").drawImage(video, 0, 0);
     canvas.toBlob((blob) => add([new File([blob], `photograph-${state.number + 1}.jpg`, { type: "image/jpeg" })]), "image/jpeg", 0.95);
