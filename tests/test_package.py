@@ -42,6 +42,16 @@ def test_wheel_imports_from_its_own_folder(installed, tmp_path):
     assert len(done.stdout.split()) == 3
 
 
+def test_wheel_carries_the_page_and_types(installed):
+    """A machine without Node serves the page; npm, where it is, fetches what the lock file pins."""
+    page = REPOSITORY / "serve" / "page"
+    own = [path for path in page.rglob("*") if path.suffix in (".html", ".css", ".js", ".svg", ".json") and "ort" not in path.parts]
+    assert {"index.html", "page.js", "sw.js", "package-lock.json"} <= {path.name for path in own}
+    for path in own:
+        assert (installed / path.relative_to(REPOSITORY)).read_bytes() == path.read_bytes()
+    assert all((installed / package / "py.typed").exists() for package in ("cibl_ray", "pipelines", "serve"))
+
+
 def test_wheel_trains_from_any_folder(installed, tmp_path):
     flags = ["quickstart", "--name", "first", "--epochs", "1", "--warmup_epochs", "0", "--loader.kind", "torch"]
     done = python(installed, "-m", "cibl_ray.train", *flags, cwd=tmp_path)

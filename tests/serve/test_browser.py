@@ -8,6 +8,7 @@ import functools
 import http.server
 import io
 import json
+import re
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,6 +37,7 @@ RULES = {
     "ImageNet": EvalRule(224, 0.875),
     "stored square": EvalRule(32, 1.0, 48),
     "stored with a longest side": EvalRule(64, 0.875, None, 200),
+    "of photographs": EvalRule(96, 0.875, None, 200, interpolation="bicubic"),
 }
 DECODE = """async ([text, rule]) => {
   const { decode, applyRule } = await import(new URL("page/pixels.js", location));
@@ -184,7 +186,7 @@ def test_mistakes_are_sentences(tab, bundle):
 
 
 def test_the_key_is_asked_for_and_kept_in_memory(tab, bundle, monkeypatch):
-    monkeypatch.setenv("CIBL_RAY_API_KEYS", "secret-key")
+    monkeypatch.setenv("CIBL_RAY_API_KEYS", "secret-key-é-鍵")  # the service compares its UTF-8 bytes
     with serving([bundle]) as server:
         tab.page.goto(f"http://127.0.0.1:{server.port}/")
         field = tab.page.locator("#key")
@@ -192,7 +194,7 @@ def test_the_key_is_asked_for_and_kept_in_memory(tab, bundle, monkeypatch):
         tab.page.get_by_role("button", name="Use this key").click()
         tab.page.wait_for_selector("#problem:not([hidden])")
         assert "does not accept this API key" in tab.page.locator("#problem").inner_text()
-        field.fill("secret-key")
+        field.fill("secret-key-é-鍵")
         field.press("Enter")
         tab.page.wait_for_selector(OPEN)
         assert not field.is_visible()
@@ -219,6 +221,7 @@ def test_a_phone(chromium, simple, scheme):
     tab.page.set_input_files("#files", [upload("a-file-with-a-long-name-of-a-telephone-20261129.png", encoded("PNG", 2))])
     shown(tab)
     assert tab.page.evaluate("document.documentElement.scrollWidth") == 360  # nothing sticks out
+    assert re.search(r"(many|medium|few), [\d,]+ images", tab.page.locator(".bars").inner_text())
     back = tab.page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (sum(map(int, back[4:-1].split(","))) < 200) == (scheme == "dark")
     context.close()
@@ -249,6 +252,65 @@ def test_keyboard_alone(opened):
         reached.append(opened.page.evaluate("document.activeElement.id || document.activeElement.getAttribute('href')"))
     assert reached[0] == "#try"
     assert {"model", "files", "shift"} <= set(reached)
+    opened.page.locator("#shift").focus()
+    opened.page.keyboard.press("ArrowRight")
+    wait(opened, "document.querySelector('#shift-value').textContent === '0.01'")
+    opened.page.locator(".tall").get_by_role("button", name="Class").focus()
+    opened.page.keyboard.press("Enter")
+    assert opened.page.locator(".tall th").first.get_attribute("aria-sort") == "ascending"
+
+
+def test_a_photograph_from_the_camera(playwright, simple):
+    """Chromium's own camera for tests, which shows a moving picture."""
+    browser = playwright.chromium.launch(
+        executable_path=executable(), args=["--no-sandbox", "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
+    )
+    tab = Tab(browser.new_context())
+    try:
+        tab.page.goto(f"http://127.0.0.1:{simple.port}/")
+        tab.page.wait_for_selector(OPEN)
+        tab.page.get_by_role("button", name="Take a photograph").click()
+        wait(tab, "document.querySelector('#video').videoWidth > 0")
+        tab.page.get_by_role("button", name="Take the picture").click()
+        tab.page.wait_for_selector(".bars")
+        assert len(shown(tab)[0]) == 5
+        assert tab.page.evaluate("document.querySelector('.result img').naturalWidth") >= 320
+        wait(tab, "document.querySelector('#video').srcObject.getTracks().every((track) => track.readyState === 'ended')")
+        assert tab.problems == []
+    finally:
+        browser.close()
+
+
+def test_several_models(tab, bundle, versions):
+    """Each with its own answers and card, and commands that name it."""
+    data = encoded("PNG", 7)
+    with serving([bundle, versions["other"]], path_prefix="/here") as server:
+        tab.page.goto(f"http://127.0.0.1:{server.port}/here")  # without the slash
+        tab.page.wait_for_selector(OPEN)
+        tab.page.set_input_files("#files", [upload("seven.png", data)])
+        for name in ("digits", "other"):
+            tab.page.locator("#model").select_option(name)
+            tab.page.wait_for_selector(".bars")
+            (bars,) = shown(tab)
+            (asked,) = server.ask("POST", f"/here/v1/predict?model={name}&top_k=5", data).json()["predictions"]
+            assert [share for _, share in bars] == pytest.approx([row["probability"] for row in asked["top"]], abs=1e-4)
+            curl, edge = tab.page.locator("#card pre").all_inner_texts()
+            address = f"http://127.0.0.1:{server.port}/here"
+            assert curl == f"curl --data-binary @image.jpg '{address}/v1/predict?model={name}'"
+            assert edge == f"python -m serve.edge {address} image.jpg --name {name}"
+    assert tab.problems == []
+
+
+def test_a_group_without_classes_has_no_change(opened):
+    """The table says neither a figure nor a change where nothing was measured."""
+    opened.page.route("**/manifest.json", lambda route: route.fulfill(json=_without_few(route.fetch().json())))
+    opened.page.reload()
+    opened.page.wait_for_selector(OPEN)
+    assert opened.page.locator(".measured tr", has_text="few").locator("td").all_inner_texts() == ["–", "–"]
+
+
+def _without_few(manifest: dict[str, Any]) -> dict[str, Any]:
+    return {**manifest, "tail_shift": {shift: {**row, "few": None} for shift, row in manifest["tail_shift"].items()}}
 
 
 # The model in the browser
@@ -364,7 +426,7 @@ def test_resizing_gives_pillows_pixels(opened):
 
 def test_files_of_all_kinds_give_the_services_pixels(opened, photos):
     for name, data in picture_files(photos[0]).items():
-        for words in ("as it is", "stored with a longest side"):
+        for words in ("as it is", "stored with a longest side", "of photographs"):
             got = pixels_of(opened, DECODE, [base64.b64encode(data).decode()], RULES[words])
             apart = np.abs(got.astype(int) - RULES[words](decode(data))).max()
             assert apart <= 1, f"{name}, {words}: {apart}"  # 0 with Debian's Chromium; another build may decode otherwise
@@ -472,6 +534,32 @@ def test_a_changed_model_is_not_used(chromium, host, folder):
     finally:
         model.write_bytes(content)
         context.close()
+
+
+@needs_ort
+def test_a_half_copied_version_does_not_replace_the_whole_one(tab, host, folder):
+    """The service worker of a new version stays out while a file of it is still the old one."""
+    _, address = host
+    tab.page.goto(address)
+    tab.page.wait_for_selector(OPEN)
+    wait(tab, "navigator.serviceWorker.controller !== null")
+    script = folder / web.WORKER
+    content = script.read_text()
+    digest = json.loads(content[content.index("{") : content.index("}") + 1])["page/page.js"]
+    try:
+        script.write_text(content.replace(digest, "0" * 64).replace('const VERSION = "', 'const VERSION = "new'))
+        states = tab.page.evaluate(
+            """async () => {
+              const registration = await navigator.serviceWorker.getRegistration();
+              await registration.update().catch(() => {});
+              const coming = registration.installing;
+              if (coming) await new Promise((resolve) => coming.addEventListener("statechange", resolve, { once: true }));
+              return [coming?.state, registration.active.state, (await caches.keys()).filter((name) => !name.includes(" new")).length];
+            }"""
+        )
+        assert states == ["redundant", "activated", 1]
+    finally:
+        script.write_text(content)
 
 
 @needs_ort
