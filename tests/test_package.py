@@ -45,7 +45,9 @@ def test_wheel_imports_from_its_own_folder(installed, tmp_path):
 def test_wheel_carries_the_page_and_types(installed):
     """A machine without Node serves the page; npm, where it is, fetches what the lock file pins."""
     page = REPOSITORY / "serve" / "page"
-    own = [path for path in page.rglob("*") if path.suffix in (".html", ".css", ".js", ".svg", ".json") and "ort" not in path.parts]
+    own = [
+        path for path in page.rglob("*") if path.suffix in (".html", ".css", ".js", ".svg", ".json") and "ort" not in path.parts
+    ]
     assert {"index.html", "page.js", "sw.js", "package-lock.json"} <= {path.name for path in own}
     for path in own:
         assert (installed / path.relative_to(REPOSITORY)).read_bytes() == path.read_bytes()

@@ -104,7 +104,9 @@ class Model:
             raise UserError(f"k={k}, batch={batch}: both must be 1 or more")
         if not abs(tail_shift) <= MAX_SHIFT:  # false for NaN, too
             raise UserError(f"tail_shift={tail_shift} is not a number from {-MAX_SHIFT:g} to {MAX_SHIFT:g}")
-        if isinstance(images, (str, bytes, os.PathLike, Image.Image)) or (isinstance(images, np.ndarray) and _is_picture(images)):
+        if isinstance(images, (str, bytes, os.PathLike, Image.Image)) or (
+            isinstance(images, np.ndarray) and _is_picture(images)
+        ):
             raise UserError(f"images is one image ({type(images).__name__}); give a list: predict([IMAGE])")
         answers: list[Answer] = []
         waiting: list[tuple[int, np.ndarray]] = []

@@ -263,7 +263,8 @@ def test_keyboard_alone(opened):
 def test_a_photograph_from_the_camera(playwright, simple):
     """Chromium's own camera for tests, which shows a moving picture."""
     browser = playwright.chromium.launch(
-        executable_path=executable(), args=["--no-sandbox", "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
+        executable_path=executable(),
+        args=["--no-sandbox", "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"],
     )
     tab = Tab(browser.new_context())
     try:
@@ -554,7 +555,8 @@ def test_a_half_copied_version_does_not_replace_the_whole_one(tab, host, folder)
               await registration.update().catch(() => {});
               const coming = registration.installing;
               if (coming) await new Promise((resolve) => coming.addEventListener("statechange", resolve, { once: true }));
-              return [coming?.state, registration.active.state, (await caches.keys()).filter((name) => !name.includes(" new")).length];
+              const kept = (await caches.keys()).filter((name) => !name.includes(" new"));
+              return [coming?.state, registration.active.state, kept.length];
             }"""
         )
         assert states == ["redundant", "activated", 1]
