@@ -24,7 +24,7 @@ lint: setup
 	$(VENV) -m ruff format --check .
 	$(VENV) -m mypy
 
-PYTEST := $(VENV) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -rs
+PYTEST := $(VENV) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test: lint
 	$(PYTEST)

@@ -4,7 +4,6 @@
 #   2. Chromium, for the tests of the service's page (as root, on Debian; skipped elsewhere, and the tests with it)
 #   3. a virtual environment in .venv
 #   4. the packages pinned in requirements.lock
-#   5. onnxruntime-web, for models in the browser (with npm; skipped without it, and its tests with it)
 # What is already done is skipped. Where FFCV cannot be built the set-up continues: training then uses the torchvision loader.
 # PYTHON=/path/to/python3 chooses the interpreter.
 set -eu
@@ -79,12 +78,6 @@ say "installing the packages of requirements.lock into .venv (some minutes the f
 if [ -z "$ffcv" ] || ! install train,photos,cluster,export,serve,dev,ffcv; then
   [ -z "$ffcv" ] || say "FFCV did not build (the lines above say why); going on without it: training will use the torchvision loader"
   install train,photos,cluster,export,serve,dev
-fi
-if command -v npm >/dev/null; then
-  say "fetching onnxruntime-web with npm"
-  .venv/bin/python -m serve.page.ort >/dev/null || say "going on without onnxruntime-web: the tests of models in the browser are skipped"
-else
-  say "without npm the tests of models in the browser are skipped; install it (apt-get install npm), then: make web"
 fi
 stamp >.venv/.setup
 say "done"
