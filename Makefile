@@ -1,7 +1,7 @@
 # Two commands are enough on a fresh machine: `make quickstart` and `make test`. Both set up first; a second run skips that.
 VENV := .venv/bin/python
 
-.PHONY: help setup quickstart test test-all test-ray lint lock wheel web
+.PHONY: help setup quickstart test test-all test-ray lint lock wheel web docs docs-serve
 
 help:
 	@echo "make quickstart   set up, train CIBL on long-tailed digits through FFCV, pictures in runs/"
@@ -9,6 +9,8 @@ help:
 	@echo "make test-all     the same with the slow tests, which take minutes each"
 	@echo "make test-ray     tests of clusters, sweeps and the service with another release of Ray: VERSION=2.59.0"
 	@echo "make setup        Debian packages for FFCV (as root), virtual environment, pinned packages"
+	@echo "make docs         build the documentation site into build/docs; a broken link or a missing page is an error"
+	@echo "make docs-serve   the site on 127.0.0.1:8001, built again at each change"
 	@echo "make wheel        build the wheel into dist/"
 	@echo "make web          fetch onnxruntime-web with npm, for models in the browser"
 	@echo "make lock         resolve requirements.lock again"
@@ -45,3 +47,9 @@ wheel: setup
 
 web: setup
 	$(VENV) -m serve.page.ort
+
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(VENV) -m mkdocs build
+
+docs-serve: setup
+	NO_MKDOCS_2_WARNING=1 $(VENV) -m mkdocs serve --dev-addr 127.0.0.1:8001

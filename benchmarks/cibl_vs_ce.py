@@ -1,7 +1,7 @@
 """`python -m benchmarks.cibl_vs_ce --images FOLDER`: CIBL beside plain cross-entropy, everything else equal, several seeds.
 
 FOLDER holds CIFAR-10 as train/CLASS/* and test/CLASS/*; by default torchvision's copy in data/ is used. Cells that have a
-result are not run again, so a stopped measurement continues. Writes the table and the picture to docs/cibl_vs_ce/.
+result are not run again, so a stopped measurement continues. Writes the table and the picture to docs/results/cibl_vs_ce/.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--budget", choices=[*BUDGETS], default="cpu", help="cpu: ResNet-20, 20 epochs; gpu: ResNet-32, 200")
     parser.add_argument("--quick", action="store_true", help="one epoch, one seed: shows that it runs, measures nothing")
     parser.add_argument("--runs", type=Path, default=Path("runs/cibl_vs_ce"))
-    parser.add_argument("--docs", type=Path, default=Path("docs/cibl_vs_ce"))
+    parser.add_argument("--docs", type=Path, default=Path("docs/results/cibl_vs_ce"))
     arguments = parser.parse_args()
     budget = "quick" if arguments.quick else arguments.budget
     seeds = 1 if arguments.quick else arguments.seeds

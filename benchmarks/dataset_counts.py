@@ -1,6 +1,7 @@
 """`python -m benchmarks.dataset_counts [--imagenet-lt FILE]`: the class counts of the long-tailed data sets, from the code.
 
-FILE is ImageNet-LT's training list ("path label" a line), or its class counts as JSON. Prints the table of docs/datasets.md.
+FILE is ImageNet-LT's training list ("path label" a line), or its class counts as JSON. Prints the table of
+docs/reference/data-sets.md.
 """
 
 from __future__ import annotations

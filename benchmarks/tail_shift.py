@@ -3,7 +3,7 @@
 FOLDER holds the runs of `python -m benchmarks.reproduce tail_skew --budget cpu`: runs/reproduce/cpu/tail_skew. Of
 CIFAR-10-LT and five values of λ, each run's last checkpoint is evaluated on the test set under tail shifts from 0 to 2 (logits
 - tail_shift · log prior), as an exported model answers, and set beside what the other values of λ reach by training. Writes
-docs/serve/tail_shift.png and prints the table.
+docs/pictures/tail_shift.png and prints the table.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from pipelines.prepare.build import ensure_prepared
 LAMBDAS = (0.0, 0.01, 0.05, 0.5, 5.0)
 SHIFTS = tuple(step / 4 for step in range(9))
 SEEDS = 3
-PICTURE = Path("docs/serve/tail_shift.png")
+PICTURE = Path("docs/pictures/tail_shift.png")
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """`python -m benchmarks.wire [--images FOLDER]`: bytes a worker sends in a step, by method: from the formula and measured.
 
 Two workers with gloo on this machine train some steps of ResNet-20 on CIFAR-10-LT; what goes through the loopback interface is
-counted by the kernel, headers and acknowledgements included. The formula is docs/scaling.md's.
+counted by the kernel, headers and acknowledgements included. The formula is docs/explanation/scaling.md's.
 """
 
 from __future__ import annotations

@@ -75,9 +75,9 @@ fi
 
 install() { .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable ".[$1]"; }
 say "installing the packages of requirements.lock into .venv (some minutes the first time)"
-if [ -z "$ffcv" ] || ! install train,photos,cluster,export,serve,dev,ffcv; then
+if [ -z "$ffcv" ] || ! install train,photos,cluster,export,serve,docs,dev,ffcv; then
   [ -z "$ffcv" ] || say "FFCV did not build (the lines above say why); going on without it: training will use the torchvision loader"
-  install train,photos,cluster,export,serve,dev
+  install train,photos,cluster,export,serve,docs,dev
 fi
 stamp >.venv/.setup
 say "done"

@@ -25,7 +25,8 @@ _CHOICE = {
 }
 _OF_METHODS = {
     True: "No epoch is chosen on the test set. CIBL's λ and κ = 1 come from short runs scored on validation data (recipe).",
-    False: "No epoch is chosen on the test set. CIBL's λ = .05 and κ = 1 looked best on it in docs/claims, after five epochs.",
+    False: "No epoch is chosen on the test set. "
+    "CIBL's λ = .05 and κ = 1 looked best on it in docs/results/claims, after five epochs.",
 }
 _SCORED = {"recipe": "a balanced validation split, a tenth of each class's images before the long tail is cut"}
 _lock = Lock()

@@ -204,7 +204,7 @@ def test_a_run_in_a_thread_and_resumed(config, run, capfd):
 
 
 def test_the_page_runs_as_a_notebook(tmp_path, images):
-    """Every block of docs/python.md, in a Jupyter kernel."""
+    """Every block of docs/tutorials/python.md, in a Jupyter kernel."""
     blocks = [block.partition("```")[0] for block in (REPOSITORY / "docs" / "python.md").read_text().split("```python\n")[1:]]
     assert len(blocks) >= 6
     (tmp_path / "more-images").symlink_to(images)

@@ -392,7 +392,7 @@ def code_blocks(path):
     return re.findall(r"^```python\n(.*?)^```", (REPOSITORY / path).read_text(), re.MULTILINE | re.DOTALL)
 
 
-@pytest.mark.parametrize("path", ["README.md", "docs/losses_in_your_loop.md"])
+@pytest.mark.parametrize("path", ["README.md", "docs/how-to/loss-in-your-loop.md"])
 def test_the_plain_loop_of_the_documentation_runs(path):
     (code,) = [block for block in code_blocks(path) if "CIBLLoss(" in block and "lightning" not in block]
     names = {}
@@ -403,7 +403,7 @@ def test_the_plain_loop_of_the_documentation_runs(path):
 
 @pytest.mark.skipif(importlib.util.find_spec("lightning") is None, reason="Lightning is not installed (extra: dev)")
 def test_the_lightning_example_of_the_documentation_runs(tmp_path):
-    (code,) = [block for block in code_blocks("docs/losses_in_your_loop.md") if "import lightning" in block]
+    (code,) = [block for block in code_blocks("docs/how-to/loss-in-your-loop.md") if "import lightning" in block]
     code += "\nassert trainer.callback_metrics['loss'].isfinite() and trainer.global_step == 12\n"
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=environment)

@@ -1,0 +1,93 @@
+"""MkDocs hooks: pages that the code or the repository writes, and links to files outside docs/."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path, PurePosixPath
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+log = logging.getLogger("mkdocs.hooks")  # a warning fails a strict build
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+# Files of the repository that are pages of the site, too.
+PAGES = {
+    "CONTRIBUTING.md": "project/contributing.md",
+    "CHANGELOG.md": "project/changelog.md",
+    "SECURITY.md": "project/security.md",
+}
+_LINK = re.compile(r"(\]\()([^()\s#]+)((?:#[^()\s]*)?\))")
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add the pages that are written elsewhere, and the files of the repository that pages link to."""
+    for source, target in PAGES.items():
+        text = _fenced_apart((REPOSITORY / source).read_text(), partial(_moved, source=source, target=target))
+        files.append(File.generated(config, target, content=text))
+    for page in list(files.documentation_pages()):
+        for path in sorted(_outside(page.content_string, page.src_uri)):
+            if files.get_file_from_path(f"repository/{path}") is None:
+                source = REPOSITORY / path
+                if not source.is_file():
+                    log.warning("%s links to %s, which is no file of the repository", page.src_uri, path)
+                    continue
+                files.append(File.generated(config, f"repository/{path}", abs_src_path=str(source)))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Point links to files outside docs/ at their copies in the site."""
+    here = PurePosixPath(page.file.src_uri).parent
+
+    def fix(match: re.Match[str]) -> str:
+        path = _repository_path(match[2], page.file.src_uri)
+        if path is None:
+            return match[0]
+        return f"{match[1]}{os.path.relpath(PAGES.get(path, f'repository/{path}'), here)}{match[3]}"
+
+    return _fenced_apart(markdown, lambda part: _LINK.sub(fix, part))
+
+
+def _fenced_apart(text: str, change: Callable[[str], str]) -> str:
+    """`text` with `change` applied to all but fenced blocks of code."""
+    parts = re.split(r"(^```.*?^```[^\n]*$)", text, flags=re.MULTILINE | re.DOTALL)
+    return "".join(part if part.startswith("```") else change(part) for part in parts)
+
+
+def _moved(text: str, source: str, target: str) -> str:
+    """The text of a file of the repository as a page of the site: links point at pages."""
+
+    def fix(match: re.Match[str]) -> str:
+        if "://" in match[2]:
+            return match[0]
+        path = os.path.normpath(PurePosixPath(source).parent / match[2])
+        inside = path.removeprefix("docs/") if path.startswith("docs/") else PAGES.get(path, f"../{path}")
+        return f"{match[1]}{os.path.relpath(inside, PurePosixPath(target).parent)}{match[3]}"
+
+    return _LINK.sub(fix, text)
+
+
+def _repository_path(link: str, page: str) -> str | None:
+    """The path in the repository of a link of a page that leads out of docs/, or None."""
+    if "://" in link or link.startswith(("mailto:", "/")):
+        return None
+    path = os.path.normpath(PurePosixPath("docs", page).parent / link)
+    return None if path.startswith("docs/") else path
+
+
+def _outside(text: str, page: str) -> set[str]:
+    """The files outside docs/ that a page links to, but those that are pages of the site."""
+    found: set[str] = set()
+
+    def note(part: str) -> str:
+        found.update(path for link in _LINK.findall(part) if (path := _repository_path(link[1], page)) and path not in PAGES)
+        return part
+
+    _fenced_apart(text, note)
+    return found
