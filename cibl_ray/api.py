@@ -162,6 +162,9 @@ class Run:
         It maps normalised images, float32 (N, 3, S, S), to an object with `logits` (N, C) and `embeddings`.
         `network.classify(images)` returns the logits alone.
 
+        Args:
+            checkpoint: The checkpoint.
+
         Raises:
             UserError: The run has no such checkpoint.
         """

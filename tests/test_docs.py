@@ -63,7 +63,7 @@ def test_no_page_asks_another_host(site):
             "[a heading](#gone)": "'#gone'",
             "[a file of the repository](../configs/gone.yaml)": "links to configs/gone.yaml",
         },
-        {"::: cibl_ray.gone": "cibl_ray.gone"},
+        pytest.param({"::: cibl_ray.gone": "cibl_ray.gone"}, marks=pytest.mark.slow),
     ],
 )
 def test_what_is_broken_fails_the_build(broken, tmp_path):

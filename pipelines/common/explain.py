@@ -46,7 +46,7 @@ def explain(model: type[BaseModel], content: Mapping[str, Any], part: str = "") 
     """
     wanted = [""] if not part else _meant(part, model)
     texts = []
-    for block in _part(model, content, "", _summary(model)):
+    for block in _part(model, content, "", summary_of(model)):
         lines = [text for key, text in block.lines if any(not one or f"{key}.".startswith(f"{one}.") for one in wanted)]
         if lines:
             texts.append("\n".join([*textwrap.wrap(block.title, _WIDTH, subsequent_indent="  "), *lines]))
@@ -85,27 +85,28 @@ def _part(
             chosen = value.get("kind", default.get("kind") if isinstance(default, Mapping) else None)
         heading = f"{where}, each" if collection else where
         if len(models) == 1:
-            summary = f": {_summary(models[0])}" if _summary(models[0]) else ""
+            summary = f": {summary_of(models[0])}" if summary_of(models[0]) else ""
             inner.append(_part(models[0], {} if collection else value, where, heading + summary, in_list or collection))
             continue
         choice = f"{where}.kind {chosen or 'KIND'}"
-        kinds = [f"{_kind_names(each)}: {_summary(each)}" for each in models]
+        kinds = [f"{kind_names(each)}: {summary_of(each)}" for each in models]
         line = (f"{where}.kind", _item(choice if in_list or collection else f"--{choice}", *kinds))
-        inner.append(iter([_Block(where, heading + (f": {_sentence(info.description)}" if info.description else ""), [line])]))
+        inner.append(iter([_Block(where, heading + (f": {sentence(info.description)}" if info.description else ""), [line])]))
         for each in sorted(models, key=lambda one: kind_of(one) != chosen):
             own = value if kind_of(each) == chosen and not collection else {}
-            inner.append(_part(each, own, where, f"{heading} of kind {_kind_names(each)}", in_list or collection, True))
+            inner.append(_part(each, own, where, f"{heading} of kind {kind_names(each)}", in_list or collection, True))
     yield block
     for blocks in inner:
         yield from blocks
 
 
-def _summary(model: type[BaseModel]) -> str:
+def summary_of(model: type[BaseModel]) -> str:
     """The first paragraph of a model's own docstring."""
     return " ".join(inspect.cleandoc(model.__dict__.get("__doc__") or "").split("\n\n")[0].split())
 
 
-def _kind_names(model: type[BaseModel]) -> str:
+def kind_names(model: type[BaseModel]) -> str:
+    """The names by which `kind` chooses a model."""
     return ", ".join(typing.get_args(model.model_fields["kind"].annotation))
 
 
@@ -117,10 +118,10 @@ def _line(key: str, info: FieldInfo, value: Any, in_list: bool) -> str:
         text = yaml.safe_dump(value, default_flow_style=True, width=1e9, sort_keys=False, allow_unicode=True)
         text = text.removesuffix("\n").removesuffix("\n...")
         shown = text if in_list else shlex.quote(text)
-    kind = _type(info.annotation) + _range(info)
+    kind = type_in_words(info.annotation) + range_in_words(info)
     needed = ", required" if info.is_required() else ""
     return _item(
-        f"{key if in_list else f'--{key}'} {shown}", f"{kind[:1].upper()}{kind[1:]}{needed}. {_sentence(info.description)}"
+        f"{key if in_list else f'--{key}'} {shown}", f"{kind[:1].upper()}{kind[1:]}{needed}. {sentence(info.description)}"
     )
 
 
@@ -134,16 +135,17 @@ def _item(name: str, *texts: str) -> str:
     return "\n".join([f"  {name}", *lines])
 
 
-def _sentence(text: str | None) -> str:
+def sentence(text: str | None) -> str:
+    """A description as a sentence: in one line, with a full stop."""
     text = " ".join((text or "").split())
     return text if not text or text.endswith((".", "!", "?")) else f"{text}."
 
 
-def _type(annotation: Any) -> str:
+def type_in_words(annotation: Any) -> str:
     """A type in words: `float | None` is "number or null"."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Annotated:
-        return _type(arguments[0])
+        return type_in_words(arguments[0])
     if origin is Literal:
         return f"one of {', '.join(str(argument) for argument in arguments)}"
     if origin is tuple:
@@ -155,14 +157,14 @@ def _type(annotation: Any) -> str:
         return "mapping"
     if arguments:  # a union
         plain = [argument for argument in arguments if argument is not NoneType]
-        names_of = list(dict.fromkeys(_type(argument) for argument in plain))
+        names_of = list(dict.fromkeys(type_in_words(argument) for argument in plain))
         return " or ".join([*names_of, "null"] if NoneType in arguments else names_of)
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return "mapping"
     return _NAMES.get(annotation, "any value")
 
 
-def _range(info: FieldInfo) -> str:
+def range_in_words(info: FieldInfo) -> str:
     """The bounds of a field, ", 0 to 1" or ", more than 0"."""
     bounds = dict[str, Any]()
     for one in _metadata(info):

@@ -13,6 +13,8 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
+from scripts.docs_site import reference
+
 log = logging.getLogger("mkdocs.hooks")  # a warning fails a strict build
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -30,6 +32,11 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for source, target in PAGES.items():
         text = _fenced_apart((REPOSITORY / source).read_text(), partial(_moved, source=source, target=target))
         files.append(File.generated(config, target, content=text))
+    for path, text in reference.pages().items():
+        files.append(File.generated(config, path, content=text))
+    for module in reference.API:
+        for problem in reference.undocumented(module):
+            log.warning("%s", problem)
     for page in list(files.documentation_pages()):
         for path in sorted(_outside(page.content_string, page.src_uri)):
             if files.get_file_from_path(f"repository/{path}") is None:

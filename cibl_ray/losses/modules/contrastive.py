@@ -83,7 +83,12 @@ class PSCLoss(LossModule):
         self.prototypes = learned_prototypes(self.classes, size)
 
     def forward(self, embeddings: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """The loss, a scalar, of embeddings (M, d) and labels (M,)."""
+        """Compute the loss, a scalar.
+
+        Args:
+            embeddings: (M, d).
+            labels: Integers (M,).
+        """
         return self._mean(Batch(labels, embeddings=embeddings, prototypes=to_unit_norm(self.prototypes)))
 
     def _loss(self, inputs: LossInputs, progress: float) -> torch.Tensor:
