@@ -47,7 +47,7 @@ EXAMPLES: dict[str, Any] = {
     "optimizer.momentum": 0.8,
     "network.backbone.name": "vit_small_patch16_224",
     "network.backbone.path": "my_package.my_model",
-    "network.backbone.weights": "default",
+    "network.backbone.weights": "none",
     "optimizer.betas": [0.9, 0.98],
     "path_prefix": "/models",
     "schedule.milestones": [0.6, 0.8],
