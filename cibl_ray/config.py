@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 
 class OptimizerConfig(Settings):
-    """SGD with Nesterov momentum, or AdamW (Loshchilov and Hutter 2019)."""
+    """SGD with momentum, Nesterov's or plain, or AdamW (Loshchilov and Hutter 2019)."""
 
     kind: Literal["sgd", "adamw"] = Field(default="sgd", description="sgd: for training from scratch; adamw: for fine-tuning.")
     lr: float = Field(default=0.1, gt=0, description="Learning rate for the whole batch; the schedule scales it.")
@@ -35,7 +35,9 @@ class OptimizerConfig(Settings):
     )
     betas: tuple[float, float] = Field(default=(0.9, 0.999), description="The two decay rates of AdamW.")
     momentum: float = Field(default=0.9, ge=0, lt=1, description="Momentum of SGD.")
-    nesterov: bool = Field(default=True, description="Use Nesterov momentum, with SGD.")
+    nesterov: bool = Field(
+        default=True, description="Use Nesterov momentum, with SGD. Most published long-tail recipes use plain momentum: false."
+    )
     weight_decay: float = Field(
         default=5e-4, ge=0, description="L2 penalty of SGD on all weights; AdamW's is decoupled and spares norms and biases."
     )
@@ -48,11 +50,19 @@ class OptimizerConfig(Settings):
         return self
 
 
-class StepSchedule(Settings):
+class _WarmUp(Settings):
+    warmup_epochs: float = Field(default=5, ge=0, description="Epochs in which the rate rises linearly from 0.")
+    warmup_by: Literal["step", "epoch"] = Field(
+        default="step",
+        description="step: the rate rises in every step; epoch: it is (e+1)/warmup_epochs of the rate throughout epoch e, as "
+        "in the field's code.",
+    )
+
+
+class StepSchedule(_WarmUp):
     """Linear warm-up, then the rate times `gamma` at each milestone (a share of the epochs)."""
 
     kind: Literal["steps"]
-    warmup_epochs: float = Field(default=5, ge=0, description="Epochs in which the rate rises linearly from 0.")
     milestones: tuple[float, ...] = Field(
         default=(0.8, 0.9), description="Fractions of the run at which the rate is multiplied by gamma."
     )
@@ -65,11 +75,10 @@ class StepSchedule(Settings):
         return self
 
 
-class CosineSchedule(Settings):
+class CosineSchedule(_WarmUp):
     """Linear warm-up, then half a cosine down to `final` times the rate."""
 
     kind: Literal["cosine"] = "cosine"
-    warmup_epochs: float = Field(default=5, ge=0, description="Epochs in which the rate rises linearly from 0.")
     final: float = Field(default=0.0, ge=0, le=1, description="Rate at the end, as a fraction of the rate after warm-up.")
 
 
@@ -179,10 +188,33 @@ class RunConfig(Settings):
 def config_warnings(config: RunConfig) -> list[str]:
     """Mistakes that a configuration allows, one line each, for the log. Refusing them would make finished runs unreadable."""
     asked, epochs = config.schedule.warmup_epochs, config.train.epochs
-    found = config.loss.config_warnings(epochs)
+    found = config.loss.config_warnings(epochs, config.network.head)
     if (warmup := warmup_of(config.schedule, epochs)) < asked:
         found.append(
             f"schedule.warmup_epochs = {asked:g} is more than train.epochs = {epochs}: the rate rises over {warmup:g} epochs"
+        )
+    if isinstance(config.schedule, StepSchedule):
+        found += _milestone_warnings(config.schedule.milestones, warmup, epochs)
+    needs, train = config.loss.needs, config.train
+    views = train.feature_views if train.tune == "head" else len(config.data.views)
+    if needs.contrast and not needs.queue and views < 2:
+        field = "train.feature_views" if train.tune == "head" else "data.views"
+        found.append(
+            f"loss {config.loss.kind!r} compares images of a class, and {field} has one view: an image whose class comes once "
+            f"in a batch has no positive, so the tail learns no contrast; use two views"
+        )
+    return found
+
+
+def _milestone_warnings(milestones: tuple[float, ...], warmup: float, epochs: int) -> list[str]:
+    found = []
+    if list(milestones) != sorted(milestones):
+        found.append(f"schedule.milestones = {list(milestones)} are out of order; they are taken as {sorted(milestones)}")
+    early = [milestone for milestone in milestones if milestone * epochs < warmup]
+    if early:
+        found.append(
+            f"schedule.milestones: {early[0]:g} of {epochs} epochs is within the warm-up of {warmup:g}: the rate never has "
+            "its full value; lower schedule.warmup_epochs, or raise the milestone"
         )
     return found
 

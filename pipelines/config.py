@@ -26,6 +26,11 @@ class ExpProfile(Settings):
     largest: int | None = Field(
         default=None, ge=1, lt=1 << 31, description="Images of the largest class; by default as the smallest has."
     )
+    subset: Literal["seeded", "field"] = Field(
+        default="seeded",
+        description="Which images are kept. seeded: by data.subset_seed, so that a smaller imbalance contains a larger one; "
+        "field: those of the published CIFAR-LT tables (np.random.seed(0) over the order of the sources cifar10 and cifar100).",
+    )
 
 
 class StepProfile(Settings):
@@ -161,7 +166,7 @@ class Blur(Settings):
         default=None,
         ge=3,
         le=255,
-        description="Width of the kernel, an odd number; null: a tenth of the image's width, as in SimCLR.",
+        description="Width of the kernel, an odd number; null: wide enough for the largest sigma (four of it to each side).",
     )
 
     @model_validator(mode="after")

@@ -71,8 +71,13 @@ class LossSettings(Settings):
             ValueError: One line that names the field, its value and the fix.
         """
 
-    def config_warnings(self, epochs: int) -> list[str]:
-        """Warnings about allowed values that are probably a mistake in a run of `epochs` epochs, one line each."""
+    def config_warnings(self, epochs: int, head: HeadSettings) -> list[str]:
+        """Warnings about allowed values that are probably a mistake, one line each.
+
+        Args:
+            epochs: Length of the run.
+            head: The classification head.
+        """
         return []
 
     @abstractmethod

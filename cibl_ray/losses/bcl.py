@@ -14,6 +14,7 @@ from cibl_ray.losses.balanced_softmax import adjust_logits
 from cibl_ray.losses.base import Kappa, LossNeeds, LossSettings, Temperature, weighted_sum
 from cibl_ray.losses.cross_entropy import cross_entropy
 from cibl_ray.losses.inputs import ClassPrior, ContrastSet, LossInputs, Terms
+from cibl_ray.networks.heads.base import HeadSettings
 from cibl_ray.networks.precision import at_least_float32
 
 if TYPE_CHECKING:
@@ -29,6 +30,20 @@ class BCLConfig(LossSettings):
     cross_entropy_weight: float = Field(default=2.0, ge=0, description="Weight of the cross-entropy term.")
     contrastive_weight: float = Field(default=0.6, ge=0, description="Weight of the contrastive term.")
     classify: Literal["all", "first"] = Field(default="all", description="Views that cross-entropy sees.")
+    contrast_views: Literal["all", "others"] = Field(
+        default="all", description="Views that are contrasted: all, or all but the first, as in the paper's three views."
+    )
+
+    def check(self, head: HeadSettings, views: int) -> None:
+        """Refuse a contrast of the other views where there is none."""
+        if self.contrast_views == "others" and views < 2:
+            raise ValueError("loss.contrast_views 'others' leaves out the first view, and data.views has one; set it to all")
+
+    def config_warnings(self, epochs: int, head: HeadSettings) -> list[str]:
+        """A loss that is 0."""
+        if self.cross_entropy_weight or self.contrastive_weight:
+            return []
+        return ["loss.cross_entropy_weight and loss.contrastive_weight are both 0: nothing is learned; set one of them"]
 
     @property
     def needs(self) -> LossNeeds:
@@ -38,8 +53,11 @@ class BCLConfig(LossSettings):
     def terms(self, inputs: LossInputs, prior: ClassPrior, progress: float) -> Terms:
         """`balanced_contrastive` and logit-adjusted cross-entropy, each with its weight."""
         z, contrast = inputs.contrasted()
+        contrasted = inputs.labels
+        if self.contrast_views == "others":
+            z, contrasted, contrast = inputs.contrasted_others()
         _, prototypes = inputs.with_prototypes()
-        contrastive = balanced_contrastive(z, inputs.labels, contrast, prototypes, self.temperature).mean()
+        contrastive = balanced_contrastive(z, contrasted, contrast, prototypes, self.temperature).mean()
         logits, labels = inputs.logits, inputs.labels
         if self.classify == "first":
             logits, labels = logits[:: inputs.views], labels[:: inputs.views]

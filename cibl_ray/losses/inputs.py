@@ -66,6 +66,18 @@ class LossInputs:
         assert self.contrast is not None
         return self.embeddings, self.contrast
 
+    def contrasted_others(self) -> tuple[torch.Tensor, torch.Tensor, ContrastSet]:
+        """Embeddings, labels and contrast set of every view but the first, for a loss without a queue."""
+        z, contrast = self.contrasted()
+        kept, labels = self._but_first(z), self._but_first(self.labels)
+        if contrast.embeddings is z:
+            return kept, labels, ContrastSet(kept, labels)
+        start = contrast.start // self.views * (self.views - 1)
+        return kept, labels, ContrastSet(self._but_first(contrast.embeddings), self._but_first(contrast.labels), start)
+
+    def _but_first(self, rows: torch.Tensor) -> torch.Tensor:
+        return rows.unflatten(0, (-1, self.views))[:, 1:].flatten(0, 1)
+
     def with_prototypes(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Embeddings and prototypes of a loss that needs both."""
         assert self.embeddings is not None

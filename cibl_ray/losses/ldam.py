@@ -15,6 +15,7 @@ from cibl_ray.losses.base import LossSettings
 from cibl_ray.losses.cross_entropy import cross_entropy
 from cibl_ray.losses.inputs import ClassPrior, LossInputs, Terms
 from cibl_ray.networks.heads.base import HeadSettings
+from cibl_ray.networks.heads.cosine import ScaleConfig
 from cibl_ray.networks.precision import at_least_float32
 
 if TYPE_CHECKING:
@@ -39,14 +40,21 @@ class LDAMConfig(LossSettings):
         if not head.cosine:
             raise ValueError("loss.kind 'ldam' sets margins between cosines; set network.head.kind: cosine")
 
-    def config_warnings(self, epochs: int) -> list[str]:
-        """Re-weighting that would start after the last epoch begins."""
+    def config_warnings(self, epochs: int, head: HeadSettings) -> list[str]:
+        """Re-weighting that would start after the last epoch begins, and the small default scale of the head."""
+        found = []
+        if head.initial_scale == ScaleConfig().start and not head.learns_scale:
+            found.append(
+                f"loss 'ldam' with the cosine head's default scale of {head.initial_scale:g}; the paper's is 30: "
+                "set network.head.scale.start: 30"
+            )
         last = (epochs - 1) / epochs  # t/T of the last epoch
         if not last < self.reweight_from < 1:
-            return []
+            return found
         return [
+            *found,
             f"loss.reweight_from = {self.reweight_from:g} is after the last of {epochs} epochs begins: LDAM without its "
-            f"re-weighting; set it to {math.floor(100 * last) / 100:g} at most (1 if that is meant), or train.epochs higher"
+            f"re-weighting; set it to {math.floor(100 * last) / 100:g} at most (1 if that is meant), or train.epochs higher",
         ]
 
     def terms(self, inputs: LossInputs, prior: ClassPrior, progress: float) -> Terms:

@@ -27,6 +27,7 @@ class ProjectionConfig(Settings):
 
     hidden: int = Field(default=512, ge=1, description="Width of the hidden layer.")
     size: int = Field(default=128, ge=1, description="Dimensions of the embedding.")
+    norm: bool = Field(default=False, description="Batch norm after the hidden layer, also in the MLP of BCL's prototypes.")
 
 
 class NeckConfig(Settings):

@@ -29,6 +29,9 @@ class Head(nn.Module):
         # As torch.nn.Linear draws them.
         self.weight = nn.Parameter(torch.empty(classes, features))
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+        if config.initial_norm is not None:
+            with torch.no_grad():
+                self.weight.copy_(F.normalize(self.weight, dim=1) * config.initial_norm)
         self.bias: nn.Parameter | None = None
         if config.bias:
             bound = 1 / math.sqrt(features)
@@ -72,10 +75,11 @@ class Neck(nn.Module):
 class Projection(nn.Module):
     """z = MLP(h)/|MLP(h)|: features (M, d_h) to embeddings (M, d_z) of unit norm, in at least float32."""
 
-    def __init__(self, features: int, hidden: int, size: int) -> None:
+    def __init__(self, features: int, hidden: int, size: int, norm: bool = False) -> None:
         super().__init__()
         self.size = size
-        self.layers = nn.Sequential(nn.Linear(features, hidden), nn.ReLU(inplace=True), nn.Linear(hidden, size))
+        norms = [nn.BatchNorm1d(hidden)] if norm else []
+        self.layers = nn.Sequential(nn.Linear(features, hidden), *norms, nn.ReLU(inplace=True), nn.Linear(hidden, size))
 
     def forward(self, h: torch.Tensor) -> torch.Tensor:
         """Embeddings (M, d_z) of features (M, d_h)."""

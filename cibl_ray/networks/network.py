@@ -56,13 +56,14 @@ class HybridNetwork(nn.Module):
         self.head = Head(config.head, features, classes)
         self.projection: Projection | None = None
         self.prototypes: LearnedPrototypes | ProjectedPrototypes | None = None
+        mlp = config.projection
         if needs.projection:
-            self.projection = Projection(features, config.projection.hidden, config.projection.size)
+            self.projection = Projection(features, mlp.hidden, mlp.size, mlp.norm)
         match needs.prototypes:
             case "learned":
-                self.prototypes = LearnedPrototypes(classes, config.projection.size)
+                self.prototypes = LearnedPrototypes(classes, mlp.size)
             case "projected":
-                self.prototypes = ProjectedPrototypes(features, config.projection.hidden, config.projection.size)
+                self.prototypes = ProjectedPrototypes(features, mlp.hidden, mlp.size, mlp.norm)
 
     def forward(self, x: torch.Tensor) -> Outputs:
         """Everything that a loss may need of images (M, 3, S, S), or of the backbone's features of them (M, d)."""

@@ -21,6 +21,8 @@ def lr_factor(schedule: StepSchedule | CosineSchedule, epoch: float, epochs: int
     """
     warmup = warmup_of(schedule, epochs)
     if epoch < warmup:
+        if schedule.warmup_by == "epoch":
+            return min((math.floor(epoch) + 1) / warmup, 1.0)
         return min(max(epoch, 1e-3) / warmup, 1.0)
     match schedule:
         case StepSchedule():

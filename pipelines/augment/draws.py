@@ -7,6 +7,7 @@ device, and torchvision in the tests, can apply the same one.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -88,8 +89,11 @@ def draw(augmentation: Augmentation, size: int, batch: int, random: np.random.Ge
 
 
 def taps(blur: Blur, size: int) -> int:
-    """The width of a blur's kernel: an odd number, by default about a tenth of the image's."""
-    return blur.kernel if blur.kernel is not None else max(3, size // 10 | 1)
+    """The width of a blur's kernel: an odd number, by default four of the largest standard deviation to each side.
+
+    A kernel of three taps has a standard deviation of .8 at most, whatever σ says. The image's width is the limit.
+    """
+    return blur.kernel if blur.kernel is not None else min(2 * math.ceil(4 * blur.sigma[1]) + 1, 2 * size - 1)
 
 
 def _where(chosen: np.ndarray, op: Op) -> np.ndarray:

@@ -44,6 +44,8 @@ def prepared_folder(data: DataConfig, seed: int, file_format: int = FORMAT) -> P
     """
     content = data.model_dump(mode="json", include={"profile", "val_fraction", *_STORED})
     content["source"] = data.source.identity()
+    if content["profile"].get("subset") == "seeded":  # folders of earlier versions keep their names
+        del content["profile"]["subset"]
     if data.test_fraction:
         content["test_fraction"] = data.test_fraction
     if data.store.mode != "mixed":

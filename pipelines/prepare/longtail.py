@@ -75,6 +75,7 @@ def apply_profile(profile: Profile, images: Images, classes: int, seed: int, nam
     """Choose the training images that `profile` keeps.
 
     Each class keeps the first n_i images of a seeded shuffle, so the subset of a smaller imbalance contains that of a larger.
+    With `subset: field` the shuffle is that of the code behind the published CIFAR-LT tables, whatever the seed.
 
     Args:
         profile: The profile.
@@ -114,13 +115,25 @@ def apply_profile(profile: Profile, images: Images, classes: int, seed: int, nam
             raise UserError(
                 f"data.profile leaves class {label} no image; lower data.profile.imbalance, or keep all: {keep_all}"
             )
-    kept = [members[:count] for members, count in zip(_shuffled(images.labels, classes, seed), wanted, strict=True)]
+    of_field = isinstance(profile, ExpProfile) and profile.subset == "field"
+    shuffled = _shuffled_by_the_field(images.labels, classes) if of_field else _shuffled(images.labels, classes, seed)
+    kept = [members[:count] for members, count in zip(shuffled, wanted, strict=True)]
     return images.take(np.sort(np.concatenate(kept)))
 
 
 def _shuffled(labels: np.ndarray, classes: int, seed: int, draw: str = "subset") -> list[np.ndarray]:
     """The indices of each class's images, in an order that depends on the seed and the class alone."""
     return [stream(seed, draw, label).permutation(np.flatnonzero(labels == label)) for label in range(classes)]
+
+
+def _shuffled_by_the_field(labels: np.ndarray, classes: int) -> list[np.ndarray]:
+    """The indices of each class's images as the published CIFAR-LT code shuffles them: one legacy generator, class by class."""
+    random, orders = np.random.RandomState(0), []
+    for label in range(classes):
+        members = np.flatnonzero(labels == label)
+        random.shuffle(members)
+        orders.append(members)
+    return orders
 
 
 def _named(profile: ListProfile, images: Images) -> Images:

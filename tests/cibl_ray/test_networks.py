@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cibl_ray.networks.config import Needs, NetworkConfig
+from cibl_ray.networks.config import Needs, NetworkConfig, ProjectionConfig
 from cibl_ray.networks.heads.cosine import CosineHeadConfig, ScaleConfig
 from cibl_ray.networks.modules import Head
 from cibl_ray.networks.network import build_network
@@ -52,6 +52,30 @@ def test_building_leaves_the_global_generator_alone():
     torch.manual_seed(5)
     build_network(NetworkConfig(backbone="resnet20"), 10, Needs(projection=True), seed=0)
     assert torch.equal(torch.rand(1), expected)
+
+
+def test_projection_and_prototypes_may_have_batch_norm():
+    """BCL's MLPs; without it the layers keep their names, so that earlier checkpoints open."""
+    needs = Needs(projection=True, prototypes="projected")
+    normed, plain = (
+        build_network(NetworkConfig(backbone="resnet20", projection=ProjectionConfig(norm=norm)), 10, needs, seed=0)
+        for norm in (True, False)
+    )
+    assert parameters(normed) == parameters(plain) + 2 * 2 * 512
+    assert {"projection.layers.0.weight", "projection.layers.2.weight"} <= {*plain.state_dict()}
+    for part in (normed.projection, normed.prototypes):
+        hidden = part.layers[:2](10 * torch.randn(64, 64))
+        assert torch.allclose(hidden.mean(0), torch.zeros(512), atol=1e-5)
+        assert torch.allclose(hidden.var(0, unbiased=False), torch.ones(512), atol=1e-2)
+
+
+def test_the_norm_of_a_cosine_heads_weights_at_the_start():
+    def norms(**fields):
+        config = NetworkConfig(backbone="resnet20", head=CosineHeadConfig(kind="cosine", **fields))
+        return build_network(config, 50, Needs(projection=False), seed=0).head.weight.norm(dim=1)
+
+    assert torch.allclose(norms(weight_norm=1), torch.ones(50))
+    assert norms().mean().item() == pytest.approx(3**-0.5, abs=0.02)
 
 
 def test_cosine_head_is_the_scaled_cosine():

@@ -7,10 +7,13 @@ import warnings
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cibl_ray.config import RunConfig, config_warnings, load_config, save_config
 from cibl_ray.hardware import resolve
+from cibl_ray.losses.bcl import BCLConfig, balanced_contrastive
+from cibl_ray.losses.inputs import ClassPrior, ContrastSet, LossInputs
 from cibl_ray.losses.objective import Images, Objective
 from cibl_ray.networks.network import build_network
 from cibl_ray.run.checkpoint import load_checkpoint
@@ -464,10 +467,63 @@ def test_the_least_temperature_gives_finite_terms_and_gradients(loss):
 )
 def test_a_reweighting_that_never_begins_is_told(epochs, reweight_from, most):
     loss = f"{{kind: ldam, reweight_from: {reweight_from}}}"
-    flags = ["--head", "{kind: cosine}", "--loss", loss, "--epochs", str(epochs), "--warmup_epochs", "0"]
+    flags = ["--head", "{kind: cosine, scale: {start: 30}}", "--loss", loss, "--epochs", str(epochs), "--warmup_epochs", "0"]
     told = config_warnings(load_config("quickstart", flags))
     assert len(told) == (most is not None)
     assert all(f"after the last of {epochs} epochs begins" in line and f"set it to {most} at most" in line for line in told)
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ((), None),
+        (("--data.views", "[{}]"), "data.views has one view"),
+        (("--data.views", "[{}]", "--loss.queue", "64"), None),
+        (("--data.views", "[{}]", "--loss.kind", "cross_entropy"), None),
+        (("--loss", "{kind: bcl, cross_entropy_weight: 0, contrastive_weight: 0}"), "are both 0"),
+        (("--loss", "{kind: bcl, cross_entropy_weight: 0}"), None),
+        (("--loss.kind", "ldam", "--head.kind", "cosine"), "the paper's is 30"),
+        (("--loss.kind", "ldam", "--head", "{kind: cosine, scale: {start: 30}}"), None),
+        (("--schedule", "{kind: steps, milestones: [0.9, 0.8]}"), "taken as [0.8, 0.9]"),
+        (
+            ("--schedule", "{kind: steps, warmup_epochs: 5, milestones: [0.1, 0.9]}"),
+            "0.1 of 30 epochs is within the warm-up of 5",
+        ),
+        (("--schedule", "{kind: steps, warmup_epochs: 5, milestones: [0.2, 0.9]}"), None),
+    ],
+)
+def test_what_is_probably_a_mistake_is_told(flags, told):
+    found = config_warnings(load_config("quickstart", ["--epochs", "30", *flags]))
+    assert len(found) == (told is not None), found
+    assert all(told in line for line in found)
+
+
+def test_a_contrast_of_the_other_views_needs_another_view():
+    with pytest.raises(UserError, match="leaves out the first view"):
+        load_config("quickstart", ["--data.views", "[{}]", "--loss", "{kind: bcl, contrast_views: others}"])
+
+
+@pytest.mark.parametrize("workers", [False, True])
+def test_bcl_may_contrast_all_views_but_the_first(workers):
+    """The same as the loss of the other views alone; of a worker whose anchors stand in the middle, too."""
+    random = torch.Generator().manual_seed(0)
+    z = F.normalize(torch.randn(18, 8, generator=random, dtype=torch.float64), dim=1)
+    prototypes = F.normalize(torch.randn(4, 8, generator=random, dtype=torch.float64), dim=1)
+    logits, labels = torch.randn(18, 4, generator=random, dtype=torch.float64), torch.arange(6).repeat_interleave(3) % 4
+    prior = ClassPrior.of(torch.tensor([5, 3, 2, 1]), torch.float64)
+    others = torch.arange(18) % 3 > 0
+    own = slice(6, 15) if workers else slice(0, 18)
+    contrast = ContrastSet(z, labels, own.start)
+    inputs = LossInputs(
+        logits[own], labels[own], labels, views=3, embeddings=z[own] if workers else z, contrast=contrast, prototypes=prototypes
+    )
+    ours = BCLConfig(kind="bcl", contrast_views="others", classify="first").terms(inputs, prior, 0.0)
+    start = 4 if workers else 0
+    alone = ContrastSet(z[others], labels[others], start)
+    anchors = z[others][start : start + 6] if workers else alone.embeddings
+    own_labels = labels[others][start : start + 6] if workers else labels[others]
+    expected = balanced_contrastive(anchors, own_labels, alone, prototypes, 0.1).mean()
+    assert torch.allclose(ours["contrastive"], expected, rtol=1e-12)
 
 
 def test_a_scheduled_scale_moves_and_is_saved(digits, tmp_path):

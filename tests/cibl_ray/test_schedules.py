@@ -13,6 +13,14 @@ def test_steps():
     assert list(at.values()) == pytest.approx([0.0002, 0.5, 1, 1, 0.1, 0.01])
 
 
+def test_a_warm_up_by_epoch_is_that_of_the_fields_code():
+    """(e+1)/W of the rate throughout epoch e."""
+    schedule = StepSchedule(kind="steps", warmup_epochs=5, warmup_by="epoch")
+    assert [lr_factor(schedule, epoch, 100) for epoch in (0, 0.9, 1, 3.99, 4, 4.5, 5)] == pytest.approx(
+        [0.2, 0.2, 0.4, 0.8, 1, 1, 1]
+    )
+
+
 def test_cosine():
     schedule = CosineSchedule(warmup_epochs=10, final=0.1)
     at = [lr_factor(schedule, epoch, 110) for epoch in (5, 10, 60, 110)]

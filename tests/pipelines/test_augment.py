@@ -15,6 +15,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from PIL import Image, ImageFilter
 from torch import nn
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tv
@@ -325,7 +326,7 @@ def test_color_jitter_leaves_out_what_has_no_reach():
 
 def test_blur_and_cutout_draw_over_their_whole_range():
     (blur,) = draw(RECIPES["blur"], 224, 20_000, stream(0))
-    assert blur.size == 23
+    assert blur.size == 17
     assert np.mean(blur.op == Op.BLUR) == pytest.approx(0.5, abs=0.01)
     assert 0.1 <= blur.value.min() < 0.11
     assert 1.99 < blur.value.max() <= 2.0
@@ -334,10 +335,26 @@ def test_blur_and_cutout_draw_over_their_whole_range():
     assert len(np.unique(squares.value)) == 64
 
 
-@pytest.mark.parametrize(("size", "expected"), [(8, 3), (32, 3), (64, 7), (96, 9), (224, 23), (256, 25)])
-def test_a_blurs_kernel_is_a_tenth_of_the_image(size, expected):
-    assert taps(Blur(kind="blur"), size) == expected
+@pytest.mark.parametrize(
+    ("size", "sigma", "expected"), [(4, 2.0, 7), (8, 2.0, 15), (32, 2.0, 17), (32, 0.6, 7), (224, 2.0, 17)]
+)
+def test_a_blurs_kernel_is_sized_by_its_sigma(size, sigma, expected):
+    assert taps(Blur(kind="blur", sigma=(0.1, sigma)), size) == expected
     assert taps(Blur(kind="blur", kernel=5), size) == 5
+
+
+def test_a_blur_spreads_a_point_as_far_as_pillows():
+    """σ = 2 on 32 pixels: a kernel of three taps would spread .8."""
+    point = np.zeros((32, 32, 3), np.uint8)
+    point[16, 16] = 255
+    pillow = np.asarray(Image.fromarray(point).filter(ImageFilter.GaussianBlur(2)), float)[..., 0]
+    size = taps(Blur(kind="blur"), 32)
+    stage = Stage(np.array([Op.BLUR], np.int8), np.array([2.0]), size)
+    ours = apply([stage], torch.from_numpy(point).permute(2, 0, 1)[None])[0, 0].double().numpy()
+    places = np.arange(32)
+    spread = [np.sqrt((image.sum(0) * (places - 16) ** 2).sum() / image.sum()) for image in (ours, pillow)]
+    assert spread[0] == pytest.approx(spread[1], abs=0.25)  # bytes cut the tails off
+    assert spread[0] > 1.6
 
 
 def views_of(images: torch.Tensor, count: int) -> torch.Tensor:

@@ -63,6 +63,23 @@ def test_seeds_choose_different_images_of_equal_number():
     assert (class_counts(zero.labels, 10) == class_counts(one.labels, 10)).all()
 
 
+def test_the_fields_subset_is_that_of_its_code():
+    """np.random.seed(0), then a shuffle of each class's places in turn, as the code behind the published tables."""
+    labels = np.random.default_rng(1).permutation(np.repeat(np.arange(10), 50))
+    images = Images([str(i) for i in range(500)], labels, pixels=np.zeros((500, 1, 1, 3), np.uint8))
+    of_field = ExpProfile(kind="exp", imbalance=10, subset="field")
+    state = np.random.get_state()
+    np.random.seed(0)
+    chosen = []
+    for label, count in enumerate(exp_counts(10, 50, 10)):
+        places = np.where(labels == label)[0]
+        np.random.shuffle(places)
+        chosen += places[:count].tolist()
+    np.random.set_state(state)
+    for seed in (0, 7):
+        assert apply_profile(of_field, images, 10, seed=seed).names == [str(place) for place in sorted(chosen)]
+
+
 def test_step_halves():
     counts = class_counts(apply_profile(StepProfile(kind="step", imbalance=10), balanced(5, 100), 5, seed=0).labels, 5)
     assert counts.tolist() == [100, 100, 10, 10, 10]

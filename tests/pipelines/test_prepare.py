@@ -18,6 +18,7 @@ from PIL import Image
 
 from pipelines.common.errors import UserError
 from pipelines.common.files import locked
+from pipelines.config import ExpProfile
 from pipelines.library_warnings import collected_warnings
 from pipelines.prepare import __main__ as prepare
 from pipelines.prepare.build import ensure_prepared, prepare_folder, prepared_folder
@@ -126,6 +127,8 @@ def test_what_changes_the_images_changes_the_folder(tmp_path):
     assert prepared_folder(pinned, 0) == prepared_folder(pinned, 1) == prepared_folder(base, 0)
     views_only = base.model_copy(update={"views": base.views[:1]})
     assert prepared_folder(views_only, 0) == prepared_folder(base, 0)
+    profiles = [ExpProfile(kind="exp", imbalance=10, subset=subset) for subset in ("seeded", "field")]
+    assert len({prepared_folder(base.model_copy(update={"profile": profile}), 0) for profile in profiles}) == 2
 
 
 def test_bad_image_is_named(image_folder, tmp_path):

@@ -48,6 +48,11 @@ class HeadSettings(Settings):
         """Whether the scale is a parameter, learned with the weights."""
         return False
 
+    @property
+    def initial_norm(self) -> float | None:
+        """The norm of each class's weights at the start of a run; None: as `torch.nn.Linear` draws them, .58 on average."""
+        return None
+
     def scale_at(self, epoch: float, epochs: int) -> float | None:
         """The scheduled scale at `epoch` (fractional) of `epochs`; None where no schedule sets it."""
         return None

@@ -44,6 +44,12 @@ class CosineHeadConfig(HeadSettings):
 
     kind: Literal["cosine"]
     scale: ScaleConfig = ScaleConfig()
+    weight_norm: float | None = Field(
+        default=None,
+        gt=0,
+        description="Norm of each class's weights at the start, 1 in LDAM's and BCL's code; null: as torch.nn.Linear draws "
+        "them (.58). The smaller it is, the faster the direction turns.",
+    )
     cosine: ClassVar[bool] = True
 
     def logits(
@@ -70,6 +76,11 @@ class CosineHeadConfig(HeadSettings):
     def learns_scale(self) -> bool:
         """Whether the scale is learned with the weights."""
         return self.scale.learnable
+
+    @property
+    def initial_norm(self) -> float | None:
+        """The configured norm of the weights at the start."""
+        return self.weight_norm
 
     def scale_at(self, epoch: float, epochs: int) -> float | None:
         """The scheduled scale at `epoch` of `epochs`; None where it is learned."""
