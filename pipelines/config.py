@@ -114,18 +114,40 @@ Cut = Annotated[RandomCrop | RandomResizedCrop | CenterCrop, Field(discriminator
 
 
 class AutoAugment(Settings):
-    """One of the policy's 25 pairs of operations, each with its own probability and strength: torchvision's AutoAugment."""
+    """One of the policy's 25 pairs of operations, each with its own probability and strength."""
 
     kind: Literal["auto_augment"]
     policy: Literal["cifar10"] = Field(default="cifar10", description="The learned policy.")
+    style: Literal["torchvision", "authors"] = Field(
+        default="torchvision",
+        description="torchvision: torchvision's AutoAugment; authors: as the published long-tail code has it: grey 128 outside "
+        "a moved image, bicubic shears, rotations one way.",
+    )
 
 
 class RandAugment(Settings):
-    """`count` operations drawn from 14, all of strength `magnitude` of 0 to 30: torchvision's RandAugment."""
+    """`count` operations for each sample, all of about the same strength."""
 
     kind: Literal["rand_augment"]
     count: int = Field(default=2, ge=1, le=8, description="Operations for each sample.")
-    magnitude: int = Field(default=10, ge=0, le=30, description="Strength of the operations.")
+    magnitude: int = Field(
+        default=10, ge=0, le=30, description="Strength of the operations: 0 to 30 of torchvision's, 0 to 10 of timm's."
+    )
+    style: Literal["torchvision", "timm"] = Field(
+        default="torchvision",
+        description="torchvision: 14 operations, torchvision's RandAugment; timm: 15 operations, timm's rand-nN-mM-mstdS, with "
+        "the mean colour outside a moved image.",
+    )
+    noise: float = Field(default=0.0, ge=0, le=10, description="Standard deviation of each strength (timm's mstd).")
+    probability: float = Field(default=1.0, ge=0, le=1, description="Chance of each operation (timm's is .5).")
+
+    @model_validator(mode="after")
+    def _of_style(self) -> RandAugment:
+        if self.style == "timm" and self.magnitude > 10:
+            raise ValueError(f"magnitude {self.magnitude} is on torchvision's scale of 0 to 30; timm's is 0 to 10")
+        if self.style == "torchvision" and self.noise:
+            raise ValueError("noise is timm's: set style: timm, or leave it out")
+        return self
 
 
 class Cutout(Settings):

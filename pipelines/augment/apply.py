@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 from pipelines.augment.color_ops import grayscale, hue, saturation, tables
-from pipelines.augment.draws import Op, Stage
-from pipelines.augment.spatial_ops import affine, blur, cutout, inverse_affine, sharpness
+from pipelines.augment.draws import NEAREST, Op, Stage
+from pipelines.augment.spatial_ops import affine, blur, cutout, inverse_affine, sharpness, smooth_affine
 
 # What is computed together, by first and last code: all tables, all moves, and each of the others.
 _FIRST = np.array([Op.BRIGHTNESS, Op.SHEAR_X, *range(Op.ROTATE + 1, len(Op))], dtype=np.int8)
@@ -23,11 +23,14 @@ def apply(stages: list[Stage], planes: torch.Tensor) -> torch.Tensor:
     """planes, uint8 (B, 3, S, S), after the stages, as new ones, on whichever device they lie."""
     place = np.arange(len(planes))  # where each sample lies now: groups stand together until the next stage regroups them
     for stage in stages:
-        # By value within an operation, so that a piece of a group has blurs of about one width.
-        order = np.lexsort((stage.value, stage.op))
+        # By value within an operation, so that a piece of a group has blurs of about one width; last, what moves smoothly.
+        order = np.lexsort((stage.value, stage.op, stage.taps > NEAREST))
         planes = planes.index_select(0, _upload(place[order], planes.device))
         place = np.argsort(order)
-        _apply_grouped(Stage(stage.op[order], stage.value[order], stage.size), planes)
+        ordered = stage.rows(order)
+        plain = int((ordered.taps == NEAREST).sum())
+        for part in (slice(0, plain), slice(plain, None)):
+            _apply_grouped(ordered.rows(part), planes[part])
     return planes.index_select(0, _upload(place, planes.device))
 
 
@@ -52,8 +55,10 @@ def _change(pixels: torch.Tensor, group: Stage, value: torch.Tensor) -> torch.Te
     if op <= Op.EQUALIZE:
         return _look_up(pixels, group.op, value)
     if op <= Op.ROTATE:
-        matrix = inverse_affine(group.op, group.value, pixels.shape[-1]).astype(np.float32)
-        return affine(pixels, _upload(matrix, pixels.device))
+        matrix = _upload(inverse_affine(group.op, group.value, pixels.shape[-1]).astype(np.float32), pixels.device)
+        if group.taps[0] == NEAREST:
+            return affine(pixels, matrix, group.fill)
+        return smooth_affine(pixels, matrix, _upload(group.taps, pixels.device), group.fill)
     if op == Op.GRAYSCALE:
         return grayscale(pixels)
     if op == Op.BLUR:

@@ -73,6 +73,8 @@ def tables(op: Op, planes: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
             return to_bytes((levels / value).floor_().mul_(value))
         case Op.SOLARIZE:
             return to_bytes(torch.where(levels >= value, 255 - levels, levels))
+        case Op.SOLARIZE_ADD:
+            return to_bytes(torch.where(levels < 128, (levels + value).clamp_(max=255), levels))
         case Op.INVERT:
             return to_bytes(255 - levels)
         case Op.AUTO_CONTRAST:

@@ -27,50 +27,71 @@ class Op(IntEnum):
     CONTRAST = 2  # factor
     POSTERIZE = 3  # width of a level: 2 to the number of bits dropped
     SOLARIZE = 4  # threshold, 0 to 255
-    INVERT = 5
-    AUTO_CONTRAST = 6
-    EQUALIZE = 7
+    SOLARIZE_ADD = 5  # what is added to values below 128
+    INVERT = 6
+    AUTO_CONTRAST = 7
+    EQUALIZE = 8
     # Pixels move.
-    SHEAR_X = 8  # pixels right for each pixel up
-    SHEAR_Y = 9  # pixels down for each pixel left
-    TRANSLATE_X = 10  # pixels right
-    TRANSLATE_Y = 11  # pixels down
-    ROTATE = 12  # degrees anti-clockwise
+    SHEAR_X = 9  # pixels right for each pixel up
+    SHEAR_Y = 10  # pixels down for each pixel left
+    TRANSLATE_X = 11  # pixels right
+    TRANSLATE_Y = 12  # pixels down
+    ROTATE = 13  # degrees anti-clockwise
     # Channels or neighbours mix.
-    SATURATION = 13  # factor
-    HUE = 14  # turns of the colour circle
-    GRAYSCALE = 15
-    SHARPNESS = 16  # factor
-    BLUR = 17  # standard deviation in pixels
-    CUTOUT = 18  # number of the centre pixel: row · S + column
+    SATURATION = 14  # factor
+    HUE = 15  # turns of the colour circle
+    GRAYSCALE = 16
+    SHARPNESS = 17  # factor
+    BLUR = 18  # standard deviation in pixels
+    CUTOUT = 19  # number of the centre pixel: row · S + column
+
+
+NEAREST, BILINEAR, BICUBIC = 1, 2, 4  # pixels a side that a moved pixel is made of
 
 
 @dataclass(frozen=True)
 class Stage:
     """One step of a recipe for a batch of B samples.
 
-    op: int8 (B,), an Op each. value: float64 (B,), read as the Op says. size: a blur's taps or a cutout's width, else 0.
+    Attributes:
+        op: int8 (B,), an Op each.
+        value: float64 (B,), read as the Op says.
+        size: A blur's taps or a cutout's width, else 0.
+        sampling: int8 (B,), how a sample whose pixels move is read: NEAREST, BILINEAR or BICUBIC; None: the nearest pixel.
+        fill: The colour of what lies outside an image whose pixels move.
     """
 
     op: np.ndarray
     value: np.ndarray
     size: int = 0
+    sampling: np.ndarray | None = None
+    fill: tuple[int, int, int] = (0, 0, 0)
 
-    def rows(self, part: slice) -> Stage:
+    @property
+    def taps(self) -> np.ndarray:
+        """`sampling`, for every sample."""
+        return np.full(len(self.op), NEAREST, np.int8) if self.sampling is None else self.sampling
+
+    def rows(self, part: slice | np.ndarray) -> Stage:
         """The draws of some samples."""
-        return Stage(self.op[part], self.value[part], self.size)
+        sampling = None if self.sampling is None else self.sampling[part]
+        return Stage(self.op[part], self.value[part], self.size, sampling, self.fill)
 
     @staticmethod
     def join(parts: Sequence[Stage]) -> Stage:
         """The same step of a recipe for several batches, one after the other."""
-        return Stage(np.concatenate([part.op for part in parts]), np.concatenate([part.value for part in parts]), parts[0].size)
+        op, value = (np.concatenate([getattr(part, name) for part in parts]) for name in ("op", "value"))
+        sampling = None if parts[0].sampling is None else np.concatenate([part.taps for part in parts])
+        return Stage(op, value, parts[0].size, sampling, parts[0].fill)
 
 
 def draw(augmentation: Augmentation, size: int, batch: int, random: np.random.Generator) -> list[Stage]:
     """The stages of one entry of a recipe, for `batch` images of `size` x `size` pixels."""
     match augmentation:
         case AutoAugment():
-            return _auto_augment(size, batch, random)
+            return _auto_augment(size, batch, random, augmentation.style == "authors")
+        case RandAugment(style="timm"):
+            return [_of_timm(augmentation, size, batch, random) for _ in range(augmentation.count)]
         case RandAugment():
             return _rand_augment(augmentation, size, batch, random)
         case ColorJitter():
@@ -123,13 +144,48 @@ def _rand_augment(augmentation: RandAugment, size: int, batch: int, random: np.r
     stages = []
     for _ in range(augmentation.count):
         choice = random.integers(len(ops), size=batch)
-        stages.append(_signed(ops[choice], table[choice], random))
+        stage = _signed(ops[choice], table[choice], random)
+        if augmentation.probability < 1:
+            happens = random.random(batch) < augmentation.probability
+            stage = Stage(np.where(happens, stage.op, Op.IDENTITY).astype(np.int8), stage.value)
+        stages.append(stage)
     return stages
 
 
-def _auto_augment(size: int, batch: int, random: np.random.Generator) -> list[Stage]:
+def _of_timm(augmentation: RandAugment, size: int, batch: int, random: np.random.Generator) -> Stage:
+    """One operation of timm's rand-nN-mM-mstdS: of 15 with equal chances, of a level drawn about `magnitude`, 0 to 10.
+
+    Posterize and solarize weaken with the level there, and brightness, contrast, saturation and sharpness run from .1 to 1.9.
+    Pixels that move are read bilinearly or bicubically, by lot.
+    """
+    ops = np.array(TIMM_OPS, dtype=np.int8)[random.integers(len(TIMM_OPS), size=batch)]
+    happens = random.random(batch) < augmentation.probability
+    level = np.clip(augmentation.magnitude + augmentation.noise * random.standard_normal(batch), 0, 10) / 10
+    signed = np.where(random.random(batch) < 0.5, -level, level)
+    sampling = random.choice(np.array([BILINEAR, BICUBIC], np.int8), size=batch)
+    values = {
+        **dict.fromkeys(_FACTORS, 0.1 + 1.8 * level),
+        **dict.fromkeys((Op.SHEAR_X, Op.SHEAR_Y), 0.3 * signed),
+        **dict.fromkeys((Op.TRANSLATE_X, Op.TRANSLATE_Y), 0.45 * size * signed),
+        Op.ROTATE: 30 * signed,
+        Op.POSTERIZE: 2.0 ** (8 - np.trunc(4 * level)),
+        Op.SOLARIZE: np.trunc(256 * level),
+        Op.SOLARIZE_ADD: np.trunc(110 * level),
+    }
+    value = np.zeros(batch)
+    for op, drawn in values.items():
+        value = np.where(ops == op, drawn, value)
+    return Stage(np.where(happens, ops, Op.IDENTITY).astype(np.int8), value, 0, sampling, _IMAGENET_MEAN)
+
+
+def _auto_augment(size: int, batch: int, random: np.random.Generator, authors: bool) -> list[Stage]:
     """One of 25 sub-policies each; of its two operations, each with its own chance, of the strength in its bin of 10."""
     strength = _strengths(10, size)
+    if authors:
+        share = np.arange(10) / 9
+        strength |= dict.fromkeys((Op.TRANSLATE_X, Op.TRANSLATE_Y), share * (size * 150 / 331)) | {
+            Op.SOLARIZE: 256 * (1 - share)
+        }
     ops = np.array([[op for op, _, _ in pair] for pair in CIFAR10_POLICY], dtype=np.int8)
     chances = np.array([[chance for _, chance, _ in pair] for pair in CIFAR10_POLICY])
     values = np.array([[strength[op][level] for op, _, level in pair] for pair in CIFAR10_POLICY])
@@ -138,8 +194,19 @@ def _auto_augment(size: int, batch: int, random: np.random.Generator) -> list[St
     for step in range(2):
         happens = random.random(batch) < chances[choice, step]
         op = np.where(happens, ops[choice, step], Op.IDENTITY).astype(np.int8)
-        stages.append(_signed(op, values[choice, step], random))
+        stage = _signed(op, values[choice, step], random)
+        stages.append(_as_authors(stage) if authors else stage)
     return stages
+
+
+def _as_authors(stage: Stage) -> Stage:
+    """AutoAugment's moves as Pillow makes them in the published long-tail code."""
+    op, value = stage.op, stage.value
+    value = np.where(op == Op.ROTATE, np.abs(value), value)  # one way
+    # Pillow takes the pixel in which x + 1/2 + shift lies.
+    value = np.where(np.isin(op, (Op.TRANSLATE_X, Op.TRANSLATE_Y)), -np.floor(0.5 - value), value)
+    sampling = np.where(np.isin(op, (Op.SHEAR_X, Op.SHEAR_Y)), BICUBIC, NEAREST).astype(np.int8)
+    return Stage(op, value, 0, sampling, (128, 128, 128))
 
 
 _FACTORS = (Op.BRIGHTNESS, Op.CONTRAST, Op.SATURATION, Op.SHARPNESS)
@@ -179,6 +246,18 @@ RAND_AUGMENT_OPS = (
     Op.AUTO_CONTRAST,
     Op.EQUALIZE,
 )
+
+TIMM_OPS = (
+    *_MOVES,
+    *_FACTORS,
+    Op.POSTERIZE,
+    Op.SOLARIZE,
+    Op.SOLARIZE_ADD,
+    Op.INVERT,
+    Op.AUTO_CONTRAST,
+    Op.EQUALIZE,
+)
+_IMAGENET_MEAN = (124, 116, 104)
 
 # Cubuk et al., AutoAugment, arXiv:1805.09501, table 7, as torchvision has it: operation, probability, bin.
 CIFAR10_POLICY = (

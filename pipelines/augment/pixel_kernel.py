@@ -22,7 +22,7 @@ from numba import njit, types
 from numba.extending import intrinsic
 
 from pipelines.augment.draws import Op, Stage
-from pipelines.augment.spatial_ops import inverse_affine
+from pipelines.augment.spatial_ops import CUT_OFF, inverse_affine
 from pipelines.common.numba_cache import ensure_numba_cache
 
 _TAIL = 4  # standard deviations that a blur's taps reach, as in `augment_apply`
@@ -34,12 +34,13 @@ _OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "cache": True
 
 # As numba reads them: plain numbers, fixed when it compiles.
 _IDENTITY, _BRIGHTNESS, _CONTRAST, _POSTERIZE, _SOLARIZE = 0, 1, 2, 3, 4
-_INVERT, _AUTO_CONTRAST, _EQUALIZE, _ROTATE = 5, 6, 7, 12
-_SATURATION, _HUE, _GRAYSCALE, _SHARPNESS, _BLUR, _CUTOUT = 13, 14, 15, 16, 17, 18
-for _name in ("IDENTITY", "BRIGHTNESS", "CONTRAST", "POSTERIZE", "SOLARIZE", "INVERT", "AUTO_CONTRAST", "EQUALIZE"):
+_SOLARIZE_ADD, _INVERT, _AUTO_CONTRAST, _EQUALIZE, _ROTATE = 5, 6, 7, 8, 13
+_SATURATION, _HUE, _GRAYSCALE, _SHARPNESS, _BLUR, _CUTOUT = 14, 15, 16, 17, 18, 19
+for _name in ("IDENTITY", "BRIGHTNESS", "CONTRAST", "POSTERIZE", "SOLARIZE", "SOLARIZE_ADD", "INVERT", "AUTO_CONTRAST"):
     assert globals()[f"_{_name}"] == Op[_name]
-for _name in ("ROTATE", "SATURATION", "HUE", "GRAYSCALE", "SHARPNESS", "BLUR", "CUTOUT"):
+for _name in ("EQUALIZE", "ROTATE", "SATURATION", "HUE", "GRAYSCALE", "SHARPNESS", "BLUR", "CUTOUT"):
     assert globals()[f"_{_name}"] == Op[_name]
+_CUT_OFF = float(CUT_OFF)
 
 
 def augment(views: torch.Tensor, result: torch.Tensor, number: int, stages: list[Stage]) -> None:
@@ -56,11 +57,19 @@ def augment(views: torch.Tensor, result: torch.Tensor, number: int, stages: list
         return
     ops, values = (np.stack(each) for each in zip(*((stage.op, stage.value) for stage in stages), strict=True))
     moves = [inverse_affine(stage.op, stage.value, size).astype(np.float32).reshape(-1, 6) for stage in stages]
-    scaled = np.stack(moves) / np.float32(0.5 * size)
+    sampling = np.stack([stage.taps for stage in stages])
+    fills = np.array([stage.fill for stage in stages], np.uint8)
+    # Of pixels read between others in pixels, of the nearest ones as torchvision scales them.
+    scaled = np.stack(
+        [
+            np.where(smooth[:, None] > 1, move, move / np.float32(0.5 * size))
+            for smooth, move in zip(sampling, moves, strict=True)
+        ]
+    )
     widths = np.array([stage.size for stage in stages])
     radius = max((stage.size // 2 for stage in stages if (stage.op == Op.BLUR).any()), default=0)
     taps = np.stack([_taps(stage, radius) for stage in stages])
-    work: tuple[Any, ...] = (views.numpy(), result.numpy(), number, ops, values, widths, scaled, taps)
+    work: tuple[Any, ...] = (views.numpy(), result.numpy(), number, ops, values, widths, scaled, taps, sampling, fills)
     threads = max(1, min(torch.get_num_threads(), samples, samples * size * size * 3 // _WORTH_A_THREAD))
     piece = max(1, samples // (_PIECES * threads)) if threads > 1 else samples
     pieces = iter([(start, min(start + piece, samples)) for start in range(0, samples, piece)])
@@ -108,7 +117,9 @@ def _multiply_add(typing: Any, x: Any, y: Any, z: Any) -> Any:
 
 
 @njit(**_OPTIONS)
-def _augment(views, result, number, ops, values, widths, scaled, taps, start, stop):  # type: ignore[no-untyped-def]
+def _augment(  # type: ignore[no-untyped-def]
+    views, result, number, ops, values, widths, scaled, taps, sampling, fills, start, stop
+):
     size = views.shape[2]
     table = np.empty((3, 256), np.float32)
     counts = np.empty((3, 256), np.int64)
@@ -135,7 +146,12 @@ def _augment(views, result, number, ops, values, widths, scaled, taps, start, st
                 _look_up(pixels, table)
             elif op <= _ROTATE:
                 _copy(pixels, source)
-                _move(source, image, scaled[stage, sample])
+                if sampling[stage, sample] > 1:
+                    _move_smoothly(source, image, scaled[stage, sample], sampling[stage, sample], fills[stage])
+                else:
+                    for channel in range(3):
+                        source[3 * size * size + channel] = fills[stage, channel]
+                    _move(source, image, scaled[stage, sample])
             elif op == _SATURATION:
                 _saturate(pixels, value)
             elif op == _HUE:
@@ -196,6 +212,8 @@ def _table_by_value(op, value, mean, table):  # type: ignore[no-untyped-def]
             new = np.floor(level / factor) * factor
         elif op == _SOLARIZE:
             new = np.float32(255) - level if level >= factor else level
+        elif op == _SOLARIZE_ADD:
+            new = min(level + factor, np.float32(255)) if level < np.float32(128) else level
         else:
             new = np.float32(255) - level
         table[:, number] = new
@@ -272,6 +290,45 @@ def _move(source, image, scaled):  # type: ignore[no-untyped-def]
             image[row, column, 0] = source[first]
             image[row, column, 1] = source[first + 1]
             image[row, column, 2] = source[first + 2]
+
+
+@njit(**_OPTIONS)
+def _move_smoothly(source, image, matrix, sampling, fill):  # type: ignore[no-untyped-def]
+    """As `spatial_ops.smooth_affine`."""
+    size = len(image)
+    middle = (size - 1) / 2
+    across, down = np.empty(4), np.empty(4)
+    first = 0 if sampling == 4 else 1
+    for row in range(size):
+        for column in range(size):
+            x = matrix[0] * (column - middle) + matrix[1] * (row - middle) + matrix[2] + middle
+            y = matrix[3] * (column - middle) + matrix[4] * (row - middle) + matrix[5] + middle
+            if not (x >= -0.5 and x < size - 0.5 and y >= -0.5 and y < size - 0.5):
+                image[row, column] = fill
+                continue
+            left, top = math.floor(x), math.floor(y)
+            _tap_weights(x - left, sampling, across)
+            _tap_weights(y - top, sampling, down)
+            for channel in range(3):
+                total = 0.0
+                for line in range(first, 4 - first):
+                    from_row = size * min(max(top + line - 1, 0), size - 1)
+                    of_row = 0.0
+                    for tap in range(first, 4 - first):
+                        place = min(max(left + tap - 1, 0), size - 1)
+                        of_row += across[tap] * source[3 * (from_row + place) + channel]
+                    total += down[line] * of_row
+                image[row, column, channel] = np.uint8(min(max(total + _CUT_OFF, 0.0), 255.0))
+
+
+@njit(**_OPTIONS)
+def _tap_weights(share, sampling, weights):  # type: ignore[no-untyped-def]
+    if sampling == 4:
+        square, cube = share * share, share * share * share
+        weights[0], weights[1] = 2 * square - share - cube, 1 - 2 * square + cube
+        weights[2], weights[3] = share + square - cube, cube - square
+    else:
+        weights[1], weights[2] = 1 - share, share
 
 
 @njit(**_OPTIONS)

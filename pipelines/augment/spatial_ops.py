@@ -26,8 +26,8 @@ def inverse_affine(op: np.ndarray, value: np.ndarray, size: int) -> np.ndarray:
     return np.stack(rows, axis=1).reshape(-1, 2, 3)
 
 
-def affine(planes: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
-    """Each output pixel's nearest input pixel, black where that lies outside. matrix: `inverse_affine`, float32 (B, 2, 3)."""
+def affine(planes: torch.Tensor, matrix: torch.Tensor, fill: tuple[int, int, int] = (0, 0, 0)) -> torch.Tensor:
+    """Each output pixel's nearest input pixel, `fill` where that lies outside. matrix: `inverse_affine`, float32 (B, 2, 3)."""
     size = planes.shape[-1]
     # In torchvision's order of operations, scaled to -1..1 and back, so that ties fall the same way.
     scaled = (matrix / (0.5 * size)).view(-1, 6, 1, 1)
@@ -38,7 +38,58 @@ def affine(planes: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
     inside = (column.clamp(0, size - 1) == column) & (row.clamp(0, size - 1) == row)
     source = row.clamp_(0, size - 1).mul_(size).add_(column.clamp_(0, size - 1)).long()
     source = source.flatten(1).unsqueeze(1).expand(-1, 3, -1)
-    return planes.flatten(2).gather(2, source).view_as(planes).mul_(inside.unsqueeze(1))
+    moved = planes.flatten(2).gather(2, source).view_as(planes).mul_(inside.unsqueeze(1))
+    return moved if not any(fill) else moved.add_(_colour(fill, planes) * ~inside.unsqueeze(1))
+
+
+def _colour(fill: tuple[int, int, int], planes: torch.Tensor) -> torch.Tensor:
+    return torch.tensor(fill, dtype=torch.uint8, device=planes.device).view(1, 3, 1, 1)
+
+
+def smooth_affine(
+    planes: torch.Tensor, matrix: torch.Tensor, taps: torch.Tensor, fill: tuple[int, int, int] = (0, 0, 0)
+) -> torch.Tensor:
+    """Each output pixel read between input pixels, as Pillow's affine transform does.
+
+    Args:
+        planes: uint8 (B, 3, S, S).
+        matrix: `inverse_affine`, float32 (B, 2, 3).
+        taps: int8 (B,): 2 reads bilinearly, 4 bicubically (Keys 1981, a = -1). Beyond the border its pixels are repeated.
+        fill: Colour where the centre of an output pixel lies outside the input.
+
+    Returns:
+        uint8 (B, 3, S, S).
+    """
+    size = planes.shape[-1]
+    place = torch.arange(size, device=planes.device) - (size - 1) / 2
+    x, y = place.view(1, 1, -1), place.view(1, -1, 1)
+    rows = matrix.view(-1, 6, 1, 1)
+    column = rows[:, 0] * x + rows[:, 1] * y + rows[:, 2] + (size - 1) / 2
+    row = rows[:, 3] * x + rows[:, 4] * y + rows[:, 5] + (size - 1) / 2
+    inside = (column >= -0.5) & (column < size - 0.5) & (row >= -0.5) & (row < size - 0.5)
+    left, top = column.floor(), row.floor()
+    across, down = (_tap_weights(share, taps) for share in (column - left, row - top))
+    flat, total = planes.flatten(2), torch.zeros(planes.shape, device=planes.device)
+    for line in range(4):
+        from_row = (top + (line - 1)).clamp_(0, size - 1).mul_(size)
+        for tap in range(4):
+            source = (left + (tap - 1)).clamp_(0, size - 1).add_(from_row).long().flatten(1).unsqueeze(1)
+            part = flat.gather(2, source.expand(-1, 3, -1)).view_as(planes)
+            total.addcmul_(part.float(), (across[tap] * down[line]).unsqueeze(1))
+    moved = to_bytes(total.add_(CUT_OFF).clamp_(0, 255))  # Pillow cuts fractions off
+    return torch.where(inside.unsqueeze(1), moved, _colour(fill, planes))
+
+
+CUT_OFF = 2**-9  # what a sum of floats may miss of a whole number
+
+
+def _tap_weights(share: torch.Tensor, taps: torch.Tensor) -> list[torch.Tensor]:
+    """The weights of the pixels -1, 0, 1, 2 for a place `share` (B, S, S) after pixel 0, four of (B, S, S)."""
+    d, cubic = share, (taps == 4).view(-1, 1, 1)
+    square, cube = d * d, d * d * d
+    cubics = (2 * square - d - cube, 1 - 2 * square + cube, d + square - cube, cube - square)
+    linears = (torch.zeros_like(d), 1 - d, d, torch.zeros_like(d))
+    return [torch.where(cubic, *pair) for pair in zip(cubics, linears, strict=True)]
 
 
 def sharpness(planes: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:

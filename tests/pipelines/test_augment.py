@@ -21,7 +21,18 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tv
 
 from pipelines.augment import apply as augment_apply
-from pipelines.augment.draws import CIFAR10_POLICY, RAND_AUGMENT_OPS, Op, Stage, draw, taps
+from pipelines.augment.draws import (
+    BICUBIC,
+    BILINEAR,
+    CIFAR10_POLICY,
+    NEAREST,
+    RAND_AUGMENT_OPS,
+    TIMM_OPS,
+    Op,
+    Stage,
+    draw,
+    taps,
+)
 from pipelines.augment.recipe import Augment, _kernel
 from pipelines.common.errors import UserError
 from pipelines.common.seeding import stream
@@ -61,6 +72,7 @@ def torchvision_op(image: torch.Tensor, op: Op, value: float, size: int) -> torc
         Op.CONTRAST: lambda: tv.adjust_contrast(image, value),
         Op.POSTERIZE: lambda: tv.posterize(image, 8 - int(math.log2(value))),
         Op.SOLARIZE: lambda: tv.solarize(image, value),
+        Op.SOLARIZE_ADD: lambda: torch.where(image < 128, (image.int() + int(value)).clamp(max=255), image.int()).byte(),
         Op.INVERT: lambda: tv.invert(image),
         Op.AUTO_CONTRAST: lambda: tv.autocontrast(image),
         Op.EQUALIZE: lambda: tv.equalize(image),
@@ -99,8 +111,8 @@ def apply(stages: list[Stage], planes: torch.Tensor) -> torch.Tensor:
         views = planes.permute(0, 2, 3, 1).unsqueeze(1).repeat(1, 2, 1, 1, 1)
         compiled = torch.zeros_like(views)
         pixel_kernel.augment(views, compiled, 1, stages)
-        blurred = any((stage.op == Op.BLUR).any() for stage in stages)
-        assert distance(compiled[:, 1].permute(0, 3, 1, 2), result)[1] <= blurred
+        rounded = any((stage.op == Op.BLUR).any() or stage.sampling is not None for stage in stages)
+        assert distance(compiled[:, 1].permute(0, 3, 1, 2), result)[1] <= rounded
         assert not compiled[:, 0].any()
     return result
 
@@ -153,6 +165,7 @@ VALUES = {
     Op.CONTRAST: (0.0, 0.1, 0.73, 1.0, 1.4, 1.9),
     Op.POSTERIZE: (1, 2, 4, 8, 16, 128),
     Op.SOLARIZE: (0.0, 56.6667, 113.3333, 128, 254.5, 255),
+    Op.SOLARIZE_ADD: (0, 40, 110),
     Op.INVERT: (0,),
     Op.AUTO_CONTRAST: (0,),
     Op.EQUALIZE: (0,),
@@ -197,6 +210,10 @@ def test_a_stage_of_every_operation_at_once():
     assert distance(ours[chosen], one_by_one(images, [stage])[chosen])[1] <= 1
 
 
+MOVED_AS_PILLOW_DOES = (
+    AutoAugment(kind="auto_augment", style="authors"),
+    RandAugment(kind="rand_augment", style="timm", noise=0.5, probability=0.5),
+)
 RECIPES = {
     "auto_augment": AutoAugment(kind="auto_augment"),
     "rand_augment": RandAugment(kind="rand_augment"),
@@ -298,6 +315,119 @@ def test_rand_augment_draws_all_operations_alike_and_independently():
         assert np.mean(second.op[first.op == op] == op) == pytest.approx(1 / 14, abs=0.03)
 
 
+SMOOTH = {BILINEAR: Image.Resampling.BILINEAR, BICUBIC: Image.Resampling.BICUBIC, NEAREST: Image.Resampling.NEAREST}
+
+
+def pillows_move(image: Image.Image, op: Op, value: float, taps: int, fill: tuple[int, int, int]) -> Image.Image:
+    """As timm and the published long-tail code call Pillow."""
+    rows = {
+        Op.SHEAR_X: (1, value, 0, 0, 1, 0),
+        Op.SHEAR_Y: (1, 0, 0, value, 1, 0),
+        Op.TRANSLATE_X: (1, 0, -value, 0, 1, 0),
+        Op.TRANSLATE_Y: (1, 0, 0, 0, 1, -value),
+    }
+    if op == Op.ROTATE:
+        return image.rotate(value, SMOOTH[taps], fillcolor=fill)
+    return image.transform(image.size, Image.Transform.AFFINE, rows[op], SMOOTH[taps], fillcolor=fill)
+
+
+@pytest.mark.parametrize("sampling", [BILINEAR, BICUBIC])
+@pytest.mark.parametrize("size", [32, 45])
+def test_pixels_read_between_others_are_pillows(sampling, size):
+    """At most 1/255 apart, where both have the pixel within the image; a place on its very border may fall on either side."""
+    images, fill = torch.cat([crops(4, size), edge_cases(size)]), (124, 116, 104)
+    moves = {
+        Op.SHEAR_X: (-0.3, 0.17),
+        Op.SHEAR_Y: (0.3, -0.05),
+        Op.TRANSLATE_X: (4.3, -9.5),
+        Op.TRANSLATE_Y: (0.25, 14),
+        Op.ROTATE: (27.3, -9),
+    }
+    for op, values in moves.items():
+        for value in values:
+            count = len(images)
+            stage = Stage(np.full(count, op, np.int8), np.full(count, value), 0, np.full(count, sampling, np.int8), fill)
+            ours = apply([stage], images).permute(0, 2, 3, 1).numpy().astype(int)
+            theirs = [
+                np.asarray(pillows_move(Image.fromarray(image.permute(1, 2, 0).numpy()), op, value, sampling, fill), int)
+                for image in images
+            ]
+            apart = np.abs(ours - np.stack(theirs)).max(3)
+            assert (apart > 1).any(0).sum() <= 2, (op, value, apart.max())
+
+
+def test_moved_images_may_have_grey_outside():
+    images = crops(4, 32)
+    stage = Stage(np.full(4, Op.TRANSLATE_X, np.int8), np.full(4, 9.0), 0, None, (128, 128, 128))
+    moved = apply([stage], images)
+    assert (moved[..., :9] == 128).all()
+    assert torch.equal(moved[..., 9:], images[..., :-9])
+
+
+def test_timms_rand_augment_has_timms_operations_and_strengths():
+    timm = pytest.importorskip("timm.data.auto_augment")
+    names = {**NAMES, "SolarizeAdd": Op.SOLARIZE_ADD, "TranslateXRel": Op.TRANSLATE_X, "TranslateYRel": Op.TRANSLATE_Y}
+    assert sorted(names[name] for name in timm._RAND_TRANSFORMS) == sorted(TIMM_OPS)
+    for level in (0, 3, 10):
+        config = RandAugment(kind="rand_augment", style="timm", magnitude=level)
+        stages = draw(config, 224, 5000, stream(0))
+        assert len(stages) == 2
+        allowed = set()
+        for name in timm._RAND_TRANSFORMS:
+            function, op = timm.LEVEL_TO_ARG[name], names[name]
+            if function is None:
+                allowed.add((op, 0.0))
+            for _ in range(30 if function is not None else 0):
+                (value,) = function(level, {})
+                value = {Op.POSTERIZE: lambda bits: 2.0 ** (8 - bits)}.get(op, float)(value)
+                value *= 224 if op in (Op.TRANSLATE_X, Op.TRANSLATE_Y) else 1
+                allowed.add((op, round(value, 3) + 0.0))
+        for stage in stages:
+            assert drawn(stage) == allowed
+            assert {*stage.taps.tolist()} == {BILINEAR, BICUBIC}
+
+
+def test_timms_rand_augment_draws_levels_about_the_magnitude_and_each_operation_by_chance():
+    config = RandAugment(kind="rand_augment", style="timm", magnitude=9, noise=0.5, probability=0.5)
+    for stage in draw(config, 224, 50_000, stream(0)):
+        assert np.mean(stage.op == Op.IDENTITY) == pytest.approx(0.5, abs=0.01)
+        assert np.mean(stage.op == Op.ROTATE) == pytest.approx(0.5 / 15, abs=0.004)
+        levels = np.abs(stage.value[stage.op == Op.ROTATE]) / 3
+        assert levels.mean() == pytest.approx(9, abs=0.05)
+        assert levels.std() == pytest.approx(0.5, abs=0.05)
+        assert levels.max() <= 10
+    chance = draw(RandAugment(kind="rand_augment", probability=0.25), 32, 20_000, stream(0))[0]
+    assert np.mean(chance.op != Op.IDENTITY) == pytest.approx(0.25 * 13 / 14, abs=0.01)
+
+
+def test_the_authors_auto_augment_moves_as_pillow_does_in_their_code():
+    """Grey 128 outside, bicubic shears, rotations one way; all else is drawn as in torchvision's style."""
+    config = AutoAugment(kind="auto_augment", style="authors")
+    images = crops(400, 32)
+    theirs, ours = (draw(each, 32, 400, stream(0)) for each in (RECIPES["auto_augment"], config))
+    seen, shifts = Counter(), {np.trunc(shift): shift for shift in np.linspace(0, 32 * 150 / 331, 10)}
+    for before, stage in zip(theirs, ours, strict=True):
+        assert (before.op == stage.op).all()
+        other = ~np.isin(stage.op, (Op.IDENTITY, Op.TRANSLATE_X, Op.TRANSLATE_Y, Op.ROTATE, Op.SOLARIZE))
+        assert (before.value == stage.value)[other].all()
+        assert (stage.value[stage.op == Op.ROTATE] > 0).all()
+        assert stage.fill == (128, 128, 128)
+        moved = apply([stage], images).permute(0, 2, 3, 1).numpy().astype(int)
+        for row, (op, value) in enumerate(zip(stage.op, stage.value, strict=True)):
+            if not Op.SHEAR_X <= op <= Op.ROTATE:
+                continue
+            image = Image.fromarray(images[row].permute(1, 2, 0).numpy())
+            if op in (Op.TRANSLATE_X, Op.TRANSLATE_Y):  # pixels, of the strength before it was rounded
+                value = np.sign(before.value[row]) * shifts[abs(before.value[row])]
+            taps = BICUBIC if op in (Op.SHEAR_X, Op.SHEAR_Y) else NEAREST
+            expected = np.asarray(pillows_move(image, Op(op), value, taps, stage.fill), int)
+            seen[op] += 1
+            assert (np.abs(moved[row] - expected).max(2) > 1).sum() <= 2, (Op(op).name, value)
+    assert {*seen} == {Op.SHEAR_Y, Op.TRANSLATE_X, Op.TRANSLATE_Y, Op.ROTATE}
+    solarized = {value for stage in ours for value in stage.value[stage.op == Op.SOLARIZE].round(2)}
+    assert solarized == {199.11, 28.44, 113.78, 170.67}
+
+
 def test_color_jitter_draws_what_torchvision_draws():
     count = 40_000
     stages = draw(RECIPES["color_jitter"], 32, count, stream(0))
@@ -362,7 +492,7 @@ def views_of(images: torch.Tensor, count: int) -> torch.Tensor:
     return images.permute(0, 2, 3, 1).unsqueeze(1).repeat(1, count, 1, 1, 1)
 
 
-FULL = (*RECIPES.values(),)
+FULL = (*RECIPES.values(), *MOVED_AS_PILLOW_DOES)
 
 
 def full(seed: int = 0) -> Augment:
@@ -509,6 +639,8 @@ def test_a_recipe_is_read_from_a_configuration():
         ({"kind": "color_jitter", "hue": 0.6}, "less than or equal to 0.5"),
         ({"kind": "color_jitter", "probability": 2}, "less than or equal to 1"),
         ({"kind": "rand_augment", "magnitude": 31}, "less than or equal to 30"),
+        ({"kind": "rand_augment", "magnitude": 11, "style": "timm"}, "timm's is 0 to 10"),
+        ({"kind": "rand_augment", "noise": 0.5}, "noise is timm's"),
         ({"kind": "auto_augment", "policy": "svhn"}, "cifar10"),
         ({"kind": "cutout", "width": 3}, "unknown key"),
         ({"kind": "mixup"}, "auto_augment"),
