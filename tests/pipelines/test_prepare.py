@@ -34,7 +34,7 @@ def folder_config(image_folder, tmp_path, **more):
 def test_sidecar_says_what_is_there(digits):
     content = json.loads((digits.folder / SIDECAR).read_text())
     assert content["classes"] == [str(i) for i in range(10)]
-    assert content["profile"] == {"kind": "exp", "imbalance": 20.0, "largest": None}
+    assert content["profile"] == {"kind": "exp", "imbalance": 20.0, "largest": None, "subset": "seeded"}
     assert content["splits"]["train"]["counts"] == digits.train_counts.tolist()
     assert digits.train_counts.tolist() == sorted(digits.train_counts, reverse=True)
     assert set(content["splits"]) == {"train", "val", "test"}
