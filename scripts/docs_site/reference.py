@@ -14,7 +14,7 @@ from typing import Any, Literal
 from unittest.mock import patch
 
 import yaml
-from pydantic import BaseModel
+from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 from cibl_ray.config import RunConfig
@@ -38,6 +38,12 @@ EXAMPLES: dict[str, Any] = {
     "data.mean": [0.5, 0.5, 0.5],
     "data.std": [0.25, 0.25, 0.25],
     "data.window": [0, 4095],
+    "data.views.augment": [{"kind": "grayscale", "probability": 0.2}],
+    "data.views.augment.sigma": [0.1, 1.0],
+    "data.views.cut.ratio": [0.9, 1.1],
+    "data.views.cut.scale": [0.5, 1.0],
+    "loss.classifier_views": [0, 1],
+    "more_precisions": ["int8"],
     "data.source.expect": {"train": 115846, "val": 20000, "test": 50000},
     "formats": ["JPEG", "PNG", "WEBP", "GIF"],
     "keys_file": "keys.txt",
@@ -47,7 +53,7 @@ EXAMPLES: dict[str, Any] = {
     "optimizer.momentum": 0.8,
     "network.backbone.name": "vit_small_patch16_224",
     "network.backbone.path": "my_package.my_model",
-    "network.backbone.weights": "none",
+    "network.backbone.weights": "hf-hub:OWNER/NAME",
     "optimizer.betas": [0.9, 0.98],
     "path_prefix": "/models",
     "schedule.milestones": [0.6, 0.8],
@@ -194,10 +200,10 @@ def example(key: str, info: FieldInfo) -> Any:
         key: The field's dotted name.
         info: The field.
     """
-    if key in EXAMPLES:
-        return EXAMPLES[key]
     types = _plain_types(info.annotation)
     default = _default(info)
+    if EXAMPLES.get(key, default) != default and _takes(info, EXAMPLES[key]):
+        return EXAMPLES[key]
     for annotation in types:
         choices = [each for each in typing.get_args(annotation) if each != default] if _is_literal(annotation) else []
         if choices:
@@ -211,6 +217,15 @@ def example(key: str, info: FieldInfo) -> Any:
         if annotation is str:
             return "NAME"
     return None
+
+
+def _takes(info: FieldInfo, value: Any) -> bool:
+    """Whether a field can have a value: fields of several kinds may share a name."""
+    try:
+        TypeAdapter(typing.Annotated[info.annotation, *(info.metadata or [None])]).validate_python(value)
+    except ValidationError:
+        return False
+    return True
 
 
 def _is_literal(annotation: Any) -> bool:
