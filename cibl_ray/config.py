@@ -99,6 +99,11 @@ class TrainConfig(Settings):
     feature_views: int = Field(
         default=0, ge=0, le=64, description="Augmented views of each training image that tune 'head' computes features of."
     )
+    folds: Annotated[int, Field(ge=0, le=20)] | Literal["auto"] = Field(
+        default=0,
+        description="Cross-validate a head (tune 'head'): so many heads, each scored on its own part of the training images. "
+        "They choose the tail shift, and the last epoch is kept. auto: 5 where a class has one or two validation images.",
+    )
     head_start: Literal["random", "class_means", "trained"] = Field(
         default="random",
         description="Weights of the head before the first step. class_means: from the mean feature of each class; trained: "
@@ -178,6 +183,10 @@ class RunConfig(Settings):
             raise ValueError("train.cutmix cuts images, and train.tune 'head' trains on features; use train.mixup")
         if self.train.compile and self.train.accumulate > 1:
             raise ValueError("train.accumulate > 1 does not go with train.compile; set one of them back")
+        if self.train.folds == 1:
+            raise ValueError("train.folds is 1, and one fold leaves nothing to train on; set 0 for none, or 2 and more")
+        if self.train.tune != "head" and self.train.folds not in (0, "auto"):
+            raise ValueError(f"train.folds {self.train.folds} is for train.tune 'head'; leave it out with {self.train.tune!r}")
         if self.train.tune == "head" and self.train.head_start == "trained":
             raise ValueError("train.head_start 'trained' is for train.tune 'partial' and 'full'; leave it out")
         self.network.check(self.data.size, self.train.epochs)

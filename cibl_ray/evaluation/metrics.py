@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from statistics import stdev
 
 import numpy as np
 import torch
@@ -127,13 +129,17 @@ def heading(where: str) -> str:
     return f"Accuracy on {where}, %, by training images of the class (many > 100, few < 20):"
 
 
-def table(rows: dict[str, Scores]) -> str:
-    """Scores as a table of text, in percent, one row for each name; '-' where a group is empty."""
+def table(rows: dict[str, Scores], spreads: dict[str, Sequence[Scores]] | None = None) -> str:
+    """Scores as a table of text, in percent, one row for each name; '-' where a group is empty.
+
+    Args:
+        rows: The scores.
+        spreads: For some rows, scores whose standard deviation stands behind each number.
+    """
     titles = ("", *COLUMNS[:-1], "calib. err.")
     lines: list[tuple[str, ...]] = [titles]
     for name, scores in rows.items():
-        values = [getattr(scores, column) for column in COLUMNS]
-        lines.append((name, *("-" if value is None else f"{100 * value:.1f}" for value in values)))
+        lines.append((name, *(_cell(scores, (spreads or {}).get(name, ()), column) for column in COLUMNS)))
     widths = [max(len(line[column]) for line in lines) for column in range(len(titles))]
     return "\n".join(
         "  ".join(
@@ -141,3 +147,11 @@ def table(rows: dict[str, Scores]) -> str:
         )
         for line in lines
     )
+
+
+def _cell(scores: Scores, others: Sequence[Scores], column: str) -> str:
+    value = getattr(scores, column)
+    if value is None:
+        return "-"
+    known = [each for each in (getattr(other, column) for other in others) if each is not None]
+    return f"{100 * value:.1f}" + (f" ± {100 * stdev(known):.1f}" if len(known) > 1 else "")

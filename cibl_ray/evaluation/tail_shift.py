@@ -38,11 +38,11 @@ class TailShift:
         if self.shift == 0:
             return (
                 f"tail shift 0: {self.metric} {100 * self.before:.1f} %; "
-                f"no shift is better beyond chance on {self.images:,} validation images"
+                f"no shift is better beyond chance on {self.images:,} held-out images"
             )
         return (
             f"tail shift {self.shift:g}: {self.metric} {100 * self.before:.1f} -> {100 * self.after:.1f} % "
-            f"on {self.images:,} validation images"
+            f"on {self.images:,} held-out images"
         )
 
     def dump(self) -> dict[str, Any]:

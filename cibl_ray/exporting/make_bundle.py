@@ -8,7 +8,7 @@ import platform
 import shutil
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -119,6 +119,8 @@ def make_bundle(checkpoint_file: Path, out: Path, options: Options) -> Made:
         raise UserError(f"{str(out)!r} exists; remove it, or choose another folder (--out)")
     checkpoint = load_checkpoint(checkpoint_file)
     source = _source(checkpoint_file, checkpoint)
+    if (origin := checkpoint.config.network.backbone.origin()) is not None:
+        source["pretrained"] = asdict(origin)
     name = _model_name(options.name or source["run"])
     out.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))

@@ -110,12 +110,26 @@ def write_model_card(path: Path, manifest: dict[str, Any], sizes: dict[str, int]
         "",
         "## Origin",
         "",
+        *pretrained_lines(source.get("pretrained")),
         f"Run `{source['run']}`, {source['checkpoint']} after epoch {source['epoch']} (SHA-256 {source['checkpoint_sha256']}). "
         + ", ".join(f"{name} {number}" for name, number in manifest["versions"].items())
         + f". Written {manifest['created']}.",
         "",
     ]
     path.write_text("\n".join(lines))
+
+
+def pretrained_lines(pretrained: dict[str, Any] | None) -> list[str]:
+    """What the card says of the weights that training started from, with an empty line behind it.
+
+    Args:
+        pretrained: `Origin` as a mapping; None where the network began from random weights.
+    """
+    if pretrained is None:
+        return []
+    licence = pretrained["licence"]
+    said = f"licence {licence}" if licence else "their licence is not known here: ask where they come from"
+    return [f"The backbone started from pretrained weights of {pretrained['network']}: {pretrained['weights']}; {said}.", ""]
 
 
 def _percent(value: float | None) -> str:

@@ -107,9 +107,12 @@ class FeatureLoaders:
             self._features[split] = compute()
         return self._features[split]
 
+    def labels(self, split: str) -> np.ndarray:
+        """The labels of a split, int64 (N,)."""
+        return self._prepared.beton(split).labels.astype(np.int64)
+
     def _loader(self, split: str, plan: ReadPlan) -> FeatureLoader:
-        labels = self._prepared.beton(split).labels
-        return FeatureLoader(self.features(split), labels, plan, self._device, split)
+        return FeatureLoader(self.features(split), self.labels(split), plan, self._device, split)
 
 
 class AsTheyAre(nn.Module):

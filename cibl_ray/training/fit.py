@@ -37,6 +37,7 @@ from cibl_ray.run.mend import mend
 from cibl_ray.run.progress import Progress, messages_to
 from cibl_ray.run.stop import Stop
 from cibl_ray.training.advice import classes_at_zero
+from cibl_ray.training.folds import cross_validate, few_validation_images, folds_of
 from cibl_ray.training.trainer import Trainer
 from cibl_ray.world import PeerLostError, World, require_own_gpu
 from pipelines.common.errors import Interrupted, UserError
@@ -174,14 +175,20 @@ def _fit(trainer: Trainer, progress: Progress) -> dict[str, Any]:
         config.train.precision, trainer.train_loaders[0].name, _workers(trainer.world.size),
         trainer.epoch + 1, config.train.epochs,
     )  # fmt: skip
-    for warning in [*config_warnings(config), *_few_validation_images(prepared)]:
+    folds = folds_of(config, prepared)
+    trainer.keep_best = not folds
+    for warning in [*config_warnings(config), *_few_validation_images(prepared, folds)]:
         log.warning(warning)
     if trainer.epoch >= config.train.epochs:
         log.info("all %d epochs are done; to train on: --resume %s --train.epochs N", trainer.epoch, folder)
     result = trainer.fit(progress)
+    crossed = cross_validate(trainer, folds) if folds else None
     rows = read_metrics(folder)
     kinds = [name for name in ("last", "best") if name in result]
     scores = {f"{name} (epoch {result[name]['epoch']})": result[name]["scores"] for name in kinds}
+    if crossed is not None:
+        result["last"]["tail_shift"] = crossed.shift
+        result["folds"] = crossed.dump()
     shifts = {name: result[name]["tail_shift"] for name in kinds if "tail_shift" in result[name]}
     result |= {name: {**result[name], "scores": asdict(result[name]["scores"])} for name in kinds}
     for name, shift in shifts.items():
@@ -208,13 +215,17 @@ def _fit(trainer: Trainer, progress: Progress) -> dict[str, Any]:
     where = f"the {result['split']} split"
     progress.line(f"\n{heading(where)}\n")
     progress.line(table(scores))
+    if crossed is not None:
+        progress.line(f"\n{heading(f'the training images, by {folds} heads that were not trained on them')}\n")
+        progress.line(table({"mean ± spread": crossed.pooled}, {"mean ± spread": crossed.of_each}))
     if (chosen := shifts.get("best", shifts.get("last"))) is not None and chosen.shift:
-        progress.line(f"\nValidation chooses {chosen.line()}; the scores with it: evaluate RUN --tail-shift auto")
+        chooser = "Validation chooses" if crossed is None else "The held-out training images choose"
+        progress.line(f"\n{chooser} {chosen.line()}; the scores with it: evaluate RUN --tail-shift auto")
     final = [*scores.values()][-1]
     shifted = chosen is not None and chosen.shift != 0
     if zero := classes_at_zero(config, prepared.classes, prepared.train_counts, final, shifted, folder):
         progress.line(f"\n{zero}")
-    if "best" not in result:
+    if "best" not in result and crossed is None:
         progress.line("\nNo validation split, so no best epoch: data.val_fraction carves one out.")
     progress.line(f"\nTime: {_shares(result['time'])}")
     progress.line(f"Run folder: {folder}\nPictures:   {CURVES}, {BY_CLASS}, {HISTOGRAM}")
@@ -230,16 +241,17 @@ def _panels(result: dict[str, Any], scores: dict[str, Scores]) -> dict[str, Scor
     return scores
 
 
-def _few_validation_images(prepared: Prepared) -> list[str]:
+def _few_validation_images(prepared: Prepared, folds: int) -> list[str]:
     """A warning where one image decides a class's validation accuracy, or half of it."""
-    counts = prepared.splits["val"].counts if "val" in prepared.splits else []
-    small = sum(0 < count <= 2 for count in counts)
+    small = few_validation_images(prepared)
     if not small:
         return []
-    return [
-        f"validation: {small} of {len(counts)} classes have one or two images, so which epoch is best is partly luck; "
-        "trust 'last' as much as 'best', or raise data.val_fraction"
-    ]
+    said = (
+        f"validation: {small} of {len(prepared.classes)} classes have one or two images, so which epoch is best is partly luck"
+    )
+    if folds:
+        return [f"{said}: the last epoch is kept, and {folds} heads are cross-validated on the training images"]
+    return [f"{said}; trust 'last' as much as 'best', or raise data.val_fraction"]
 
 
 def _workers(count: int) -> str:

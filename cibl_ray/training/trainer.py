@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -20,6 +19,7 @@ from cibl_ray.config import RunConfig
 from cibl_ray.evaluation.metrics import Scores, score
 from cibl_ray.evaluation.predict import predict
 from cibl_ray.evaluation.tail_shift import choose_shift
+from cibl_ray.features.folds import FoldFeatures
 from cibl_ray.features.loader import AsTheyAre, FeatureLoaders
 from cibl_ray.features.start import start_head
 from cibl_ray.hardware import enough_memory, one_thread
@@ -67,14 +67,24 @@ class Trainer:
         folder: The run folder.
         world: The workers; None: this process alone.
         start: The checkpoint that `restore` will resume from; None: the backbone's pretrained weights are loaded.
+        features: Of the images, for a head that is trained on a part of them: then the backbone's weights stay random, as
+            nothing reads them. None: the backbone computes features where the run needs some.
 
     Attributes:
         epoch: Whole epochs done.
         step: Steps done of the next epoch.
+        features: Of the images, where a head is trained on them; else None.
+        keep_best: Whether the epoch that is best on validation is kept as a checkpoint.
     """
 
     def __init__(
-        self, config: RunConfig, prepared: Prepared, folder: Path, world: World | None = None, start: Checkpoint | None = None
+        self,
+        config: RunConfig,
+        prepared: Prepared,
+        folder: Path,
+        world: World | None = None,
+        start: Checkpoint | None = None,
+        features: FoldFeatures | None = None,
     ) -> None:
         self.world = world = world or World()
         config = _fitting_batch(config, prepared)
@@ -88,7 +98,8 @@ class Trainer:
         if self.device.type == "cuda":
             torch.backends.cudnn.benchmark = True  # a run has two or three shapes: the fastest convolutions are found once
         self.autocast = config.train.precision == "bf16"
-        self.network = build_network(config.network, len(prepared.classes), config.loss.needs, config.seed, start is None)
+        pretrained = start is None and features is None
+        self.network = build_network(config.network, len(prepared.classes), config.loss.needs, config.seed, pretrained)
         if start is not None:
             load_weights(self.network, start)  # before features are made of it
         micro, rest = divmod(batch, config.train.accumulate)
@@ -103,11 +114,12 @@ class Trainer:
             _checkpoint_activations(self.network.backbone, config.network.backbone.title)
         self.network.to(self.device)
         starts = start is None and config.train.head_start != "random"
-        features: FeatureLoaders | None = None
-        if config.train.tune == "head" or starts:
-            features = FeatureLoaders(self.network.backbone, config, prepared, self.device, world)
-        if features is not None and starts:
-            self._start_head(features)
+        made: FeatureLoaders | FoldFeatures | None = features
+        if features is None and (config.train.tune == "head" or starts):
+            made = FeatureLoaders(self.network.backbone, config, prepared, self.device, world)
+        if made is not None and starts:
+            self._start_head(made)
+        self.features = made if config.train.tune == "head" else None
         average = config.train.average
         self.average = WeightAverage(self.network, average) if average is not None else None
         self.normalize: nn.Module = Normalize(config.data).to(self.device)
@@ -122,6 +134,7 @@ class Trainer:
         self._steps = 0  # of this process
         self.spent = {"evaluation": 0.0, "checkpoint": 0.0}  # seconds since the last epoch's row
         self.best: dict[str, float] | None = None
+        self.keep_best = True
         self._rows: list[dict[str, Any]] | None = None  # of the checkpoint's log
         self._log: RunLog | None = None
         self._first_steps: FirstSteps | None = None
@@ -134,10 +147,10 @@ class Trainer:
         self.train_loaders: Sequence[Loader]
         self.eval_loaders: Mapping[str, Loader]
         self.feeds: Sequence[Feed | FeatureFeed]
-        if features is not None and config.train.tune == "head":
+        if self.features is not None:
             self.autocast = False  # a head alone gains nothing by it
-            self.train_loaders = [features.train(plan) for plan in plans]
-            self.eval_loaders = {split: features.evaluation(split, held_out) for split in splits}
+            self.train_loaders = [self.features.train(plan) for plan in plans]
+            self.eval_loaders = {split: self.features.evaluation(split, held_out) for split in splits}
             self.feeds = [FeatureFeed(loader, self.device) for loader in self.train_loaders]
             self.normalize = AsTheyAre()
         else:
@@ -149,9 +162,9 @@ class Trainer:
             # Opened now, so that a damaged test set is not found out after the last epoch.
             self.eval_loaders = {split: make_loader(prepared, split, held_out, config.loader) for split in splits}
 
-    def _start_head(self, features: FeatureLoaders) -> None:
+    def _start_head(self, features: FeatureLoaders | FoldFeatures) -> None:
         """Give every worker the head that rank 0 makes of the training images' features."""
-        labels = torch.from_numpy(self.prepared.beton("train").labels.astype(np.int64)).to(self.device)
+        labels = torch.from_numpy(features.labels("train")).to(self.device)
         of_train = features.features("train")[:, 0].to(self.device)
 
         def made() -> _Tensors:
@@ -529,7 +542,7 @@ class Trainer:
             return
         row["val"] = scores.numbers()
         # The class mean: a validation split carved out of unbalanced data must not favour the head.
-        if self.best is None or scores.balanced > self.best["balanced"]:
+        if self.keep_best and (self.best is None or scores.balanced > self.best["balanced"]):
             self.best = {"epoch": self.epoch, "balanced": scores.balanced}
             started = time.perf_counter()
             save_checkpoint(self._checkpoints / BEST, self._checkpoint(self.judged.state_dict()))

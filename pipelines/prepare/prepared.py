@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -107,6 +107,18 @@ class Prepared:
                 f"{str(beton.paths[0])!r} is not the file that {SIDECAR} describes; remove the folder and prepare again"
             )
         return beton
+
+    def part(self, labels: dict[str, np.ndarray]) -> Prepared:
+        """Some of these images as splits of their own, for training on their features. No file may be read of it.
+
+        Args:
+            labels: The labels of each split, int64 (N,).
+        """
+        splits = {
+            name: Split([Shard("", len(own), 0)], class_counts(own, len(self.classes)).tolist(), "", [])
+            for name, own in labels.items()
+        }
+        return replace(self, splits=splits)
 
     def shard_counts(self, split: str) -> np.ndarray:
         """Images of each class in each file of a split.

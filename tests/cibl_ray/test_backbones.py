@@ -52,6 +52,22 @@ def test_a_model_of_timm_gives_its_features():
     assert network(images).logits.shape == (2, 5)
 
 
+def test_where_the_weights_come_from_and_their_licence(tmp_path):
+    def origin(**backbone):
+        return NetworkConfig.model_validate({"backbone": backbone}).backbone.origin()
+
+    small = origin(kind="timm", name="vit_small_patch16_224")
+    assert (small.weights, small.licence) == ("hf-hub:timm/vit_small_patch16_224.augreg_in21k_ft_in1k", "apache-2.0")
+    other = origin(kind="timm", name=TINY, weights="hf-hub:owner/other")
+    assert (other.network, other.weights, other.licence) == (TINY, "hf-hub:owner/other", None)
+    resnet = origin(kind="resnet18", weights="default")
+    assert (resnet.weights, resnet.licence) == ("torchvision, ResNet18_Weights.IMAGENET1K_V1", "BSD-3-Clause")
+    assert (
+        origin(kind="resnet20", weights=str(tmp_path / "own.safetensors")).weights == "own.safetensors"
+    )  # no path of a machine
+    assert origin(kind="resnet50") is origin(kind="timm", name=TINY, weights="none") is None
+
+
 @pytest.mark.parametrize("form", ["safetensors", "pth", "wrapped", "ours"])
 def test_weights_of_a_file_arrive(tmp_path, caplog, form):
     wanted = state(build_network(tiny(), 5, Needs(), seed=0).backbone)

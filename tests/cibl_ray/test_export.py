@@ -20,6 +20,9 @@ from cibl_ray.bundle.runtime import Runtime
 from cibl_ray.evaluation.evaluate import evaluate
 from cibl_ray.exporting import make_bundle as module
 from cibl_ray.exporting.make_bundle import Options, make_bundle
+from cibl_ray.exporting.report import write_model_card
+from cibl_ray.networks.backbones.config import ResNet20Backbone
+from cibl_ray.networks.backbones.input_rule import Origin
 from cibl_ray.run.checkpoint import load_checkpoint
 from pipelines.augment.recipe import Normalize
 from pipelines.common.errors import UserError
@@ -236,6 +239,28 @@ def test_a_failed_verification_leaves_no_bundle(run_folder, tmp_path, monkeypatc
     with pytest.raises(UserError, match=message):
         make_bundle(run_folder / "checkpoints" / "best.safetensors", tmp_path / "out", options)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_card_names_pretrained_weights_and_their_licence(run_folder, bundle, tmp_path, monkeypatch):
+    origin = {"network": "small", "weights": "hf-hub:owner/small", "licence": "apache-2.0"}
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    assert "pretrained" not in manifest["source"]  # digits are trained from random weights
+    sizes = dict.fromkeys(manifest["precisions"], 1)
+    for licence, said in (
+        ("apache-2.0", "licence apache-2.0."),
+        (None, "their licence is not known here: ask where they come from."),
+    ):
+        manifest["source"]["pretrained"] = {**origin, "licence": licence}
+        write_model_card(tmp_path / "README.md", manifest, sizes)
+        line = f"The backbone started from pretrained weights of small: hf-hub:owner/small; {said}"
+        assert line in (tmp_path / "README.md").read_text().splitlines()
+    # An export asks the configuration of the checkpoint for them, and every file's metadata has the answer.
+    monkeypatch.setattr(ResNet20Backbone, "origin", lambda self: Origin("small", "hf-hub:owner/small", "apache-2.0"))
+    made = make_bundle(run_folder / "checkpoints" / "best.safetensors", tmp_path / "named", Options(provider="cpu"))
+    card = open_bundle(made.folder).card
+    assert card.source["pretrained"] == origin
+    session = onnxruntime.InferenceSession(made.folder / "model.onnx", providers=["CPUExecutionProvider"])
+    assert json.loads(session.get_modelmeta().custom_metadata_map[METADATA])["source"]["pretrained"] == origin
 
 
 def test_any_package_of_onnxruntime_will_do(monkeypatch):

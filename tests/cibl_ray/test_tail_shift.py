@@ -63,7 +63,7 @@ def test_chance_chooses_no_shift():
 
     chance = choose_shift(*two_classes(4, 0), counts)  # 4 images: a gain of 4 times their share, an error of twice
     assert (chance.shift, chance.after) == (0.0, chance.before)
-    assert "no shift is better beyond chance on 8 validation images" in chance.line()
+    assert "no shift is better beyond chance on 8 held-out images" in chance.line()
     for metric in ("balanced", "overall", "few"):
         found = choose_shift(*two_classes(5, 100), counts, metric)
         assert found.shift == 0.05

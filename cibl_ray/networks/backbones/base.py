@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from cibl_ray.networks.backbones.input_rule import InputRule
+from cibl_ray.networks.backbones.input_rule import InputRule, Origin
 from pipelines.common.errors import UserError
 from pipelines.common.settings import Settings
 
@@ -36,6 +37,10 @@ class BackboneSettings(Settings):
     def input_rule(self) -> InputRule | None:
         """How images were prepared when the weights were trained; None for random weights, or where it is not known."""
         return None
+
+    def origin(self) -> Origin | None:
+        """Where the pretrained weights come from, for the model card; None for random weights."""
+        return None if self.weights == "none" else Origin(self.title, Path(self.weights).name, None)
 
     @abstractmethod
     def build(self) -> tuple[nn.Module, int]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from cibl_ray.networks.backbones.base import WEIGHTS, BackboneSettings
-from cibl_ray.networks.backbones.input_rule import InputRule
+from cibl_ray.networks.backbones.input_rule import InputRule, Origin
 
 if TYPE_CHECKING:
     from torch import nn
@@ -51,6 +51,12 @@ class _TorchvisionResNet(BackboneSettings):
         # What torchvision's weights of this network were evaluated with.
         ratio = 224 / 232 if self.weights == "default" else 0.875
         return InputRule(224, ratio, "bilinear", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+    def origin(self) -> Origin | None:
+        """Where the pretrained weights come from; None for random weights."""
+        from cibl_ray.networks.backbones.resnet_imagenet import LICENCE, weights_name
+
+        return Origin(self.title, weights_name(self.title), LICENCE) if self.weights == "default" else super().origin()
 
     def build(self) -> tuple[nn.Module, int]:
         """The network with random weights, and the number of its features."""
@@ -103,6 +109,12 @@ class TimmBackbone(BackboneSettings):
         from cibl_ray.networks.backbones.timm_model import input_rule
 
         return input_rule(self.name)
+
+    def origin(self) -> Origin | None:
+        """Where the pretrained weights come from, with the licence that timm names; None for random ones."""
+        from cibl_ray.networks.backbones.timm_model import origin
+
+        return origin(self.name, self.weights)
 
     def build(self) -> tuple[nn.Module, int]:
         """The network with random weights, and the number of its features."""

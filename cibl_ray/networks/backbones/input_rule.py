@@ -1,4 +1,4 @@
-"""How images were prepared when a network was pretrained. Imports no torch."""
+"""What is known of pretrained weights: how their images were prepared, where they come from. Imports no torch."""
 
 from __future__ import annotations
 
@@ -25,3 +25,18 @@ class InputRule:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     fixed: bool = False
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a network's pretrained weights come from.
+
+    Attributes:
+        network: The network's name.
+        weights: The package, repository or file.
+        licence: The licence of the weights, as their publisher names it; None where it is not known.
+    """
+
+    network: str
+    weights: str
+    licence: str | None

@@ -9,6 +9,8 @@ from torch import nn
 
 from cibl_ray.networks.backbones.weights import cannot_fetch, put
 
+LICENCE = "BSD-3-Clause"  # of torchvision and of the weights that it publishes
+
 
 def build(name: str) -> tuple[nn.Module, int]:
     """Build a network with random weights and without its classifier.
@@ -41,17 +43,26 @@ def load(network: nn.Module, name: str) -> str:
     Raises:
         UserError: They are not on this machine, and cannot be fetched.
     """
-    from torchvision import models
-
-    known = {
-        "resnet18": models.ResNet18_Weights.DEFAULT,
-        "resnet50": models.ResNet50_Weights.DEFAULT,
-        "resnext50": models.ResNeXt50_32X4D_Weights.DEFAULT,
-    }
-    url = known[name].url
+    weights = _known()[name]
+    url = weights.url
     try:
         tensors = torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True, progress=False)
     except (OSError, RuntimeError) as error:  # URLError is an OSError
         raise cannot_fetch(f"torchvision's weights of {name}", url.rpartition("/")[2], error) from error
     put(network, tensors, f"of torchvision for {name}", ("fc",))
-    return f"torchvision, {known[name]}"
+    return weights_name(name)
+
+
+def weights_name(name: str) -> str:
+    """Name the ImageNet weights that torchvision has of a network, which is named as in `build`."""
+    return f"torchvision, {_known()[name]}"
+
+
+def _known() -> dict[str, Any]:
+    from torchvision import models
+
+    return {
+        "resnet18": models.ResNet18_Weights.DEFAULT,
+        "resnet50": models.ResNet50_Weights.DEFAULT,
+        "resnext50": models.ResNeXt50_32X4D_Weights.DEFAULT,
+    }

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import timm
 from torch import nn
 
-from cibl_ray.networks.backbones.input_rule import InputRule
+from cibl_ray.networks.backbones.input_rule import InputRule, Origin
 from cibl_ray.networks.backbones.weights import Tensors, cannot_fetch, load_file, put, read_file
 from pipelines.common.errors import UserError
 
@@ -107,10 +107,24 @@ def load(network: nn.Module, name: str, weights: str) -> str | None:
     return load_file(network, weights, classifier)
 
 
-def licence(name: str) -> str | None:
-    """The licence of timm's weights of the model `name`, where timm says it."""
-    found: str | None = _config(name).license
-    return found
+def origin(name: str, weights: str) -> Origin | None:
+    """Where the weights that `weights` names come from.
+
+    Args:
+        name: timm's name of the model.
+        weights: "none", "default", a file, or "hf-hub:OWNER/NAME".
+
+    Returns:
+        Their origin; None for "none". Of a file or another repository, no licence is known.
+    """
+    if weights == "none":
+        return None
+    if weights != "default":
+        return Origin(name, weights if weights.startswith(_HUB) else Path(weights).name, None)
+    config = _config(name)
+    if (packaged := _packaged(name)) is not None:
+        return Origin(name, f"the package {packaged[0].replace('_', '-')}", config.license)
+    return Origin(name, f"{_HUB}{config.hf_hub_id}", config.license)
 
 
 def _config(name: str) -> PretrainedCfg:

@@ -23,6 +23,7 @@ export function card(model, several, api, download) {
         fact("Epoch", source.epoch ?? "–"),
         fact("Input", `${manifest.rule.size} × ${manifest.rule.size} px`),
         fact("Exported", (manifest.created ?? "–").slice(0, 10)),
+        source.pretrained ? wide("Pretrained weights", `${source.pretrained.network}: ${source.pretrained.weights}; licence ${source.pretrained.licence ?? "not known"}`) : null,
         wide("From file to pixels", manifest.input ?? ""),
       ),
     ),
