@@ -8,11 +8,11 @@ help:
 	@echo "make test         set up, lint, types, tests"
 	@echo "make test-all     the same with the slow tests, which take minutes each"
 	@echo "make test-ray     tests of clusters, sweeps and the service with another release of Ray: VERSION=2.59.0"
-	@echo "make setup        Debian packages for FFCV (as root), virtual environment, pinned packages"
+	@echo "make setup        Debian packages (as root), virtual environment, pinned packages, onnxruntime-web (with npm)"
 	@echo "make docs         build the documentation site into build/docs; a broken link or a missing page is an error"
 	@echo "make docs-serve   the site on 127.0.0.1:8001, built again at each change"
 	@echo "make wheel        build the wheel into dist/"
-	@echo "make web          fetch onnxruntime-web with npm, for models in the browser"
+	@echo "make web          fetch onnxruntime-web with npm, for models in the browser, if make setup could not"
 	@echo "make lock         resolve requirements.lock again"
 
 setup:
@@ -26,7 +26,7 @@ lint: setup
 	$(VENV) -m ruff format --check .
 	$(VENV) -m mypy
 
-PYTEST := $(VENV) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+PYTEST := $(VENV) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -rs
 
 test: lint
 	$(PYTEST)

@@ -1,9 +1,10 @@
 #!/bin/sh
 # Everything a command of this project needs, on Debian 12, Ubuntu and their like: `make setup` calls it.
 #   1. the Debian packages with which FFCV compiles (installed as root, named otherwise)
-#   2. Chromium, for the tests of the service's page (as root, on Debian; skipped elsewhere, and the tests with it)
+#   2. Chromium and npm, for the tests of the service's page (as root, on Debian; skipped elsewhere, and the tests with them)
 #   3. a virtual environment in .venv
 #   4. the packages pinned in requirements.lock
+#   5. onnxruntime-web, for models in the browser (with npm, pinned by its own lock file; skipped without it, and its tests)
 # What is already done is skipped. Where FFCV cannot be built the set-up continues: training then uses the torchvision loader.
 # PYTHON=/path/to/python3 chooses the interpreter.
 set -eu
@@ -51,14 +52,16 @@ if [ -n "$venv" ] && [ ! -x .venv/bin/pip ]; then
   fail "a virtual environment needs a package that only an administrator can install: apt-get install -y $venv$missing"
 fi
 has_browser() { command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null; }
-if ! has_browser; then
-  # Elsewhere the package of this name installs a snap, which containers cannot run.
-  if [ "$(id -u)" = 0 ] && grep -qs '^ID=debian' /etc/os-release; then
-    say "installing Chromium for the tests of the page"
-    { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium; } >/dev/null 2>&1 || :
-  fi
-  has_browser || say "without Chromium the tests of the page in a browser are skipped"
+page=
+has_browser || page=chromium
+command -v npm >/dev/null || page="$page npm"
+# Elsewhere the package chromium installs a snap, which containers cannot run.
+if [ -n "$page" ] && [ "$(id -u)" = 0 ] && grep -qs '^ID=debian' /etc/os-release; then
+  say "installing Debian packages for the tests of the page: $page"
+  # shellcheck disable=SC2086  # as above
+  { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $page; } >/dev/null 2>&1 || :
 fi
+has_browser || say "without Chromium the tests of the page in a browser are skipped"
 ffcv=,ffcv
 if [ -n "$missing" ]; then
   say "FFCV needs packages that only an administrator can install. Ask for:"
@@ -78,6 +81,11 @@ say "installing the packages of requirements.lock into .venv (some minutes the f
 if [ -z "$ffcv" ] || ! install train,photos,cluster,export,serve,docs,dev,ffcv; then
   [ -z "$ffcv" ] || say "FFCV did not build (the lines above say why); going on without it: training will use the torchvision loader"
   install train,photos,cluster,export,serve,docs,dev
+fi
+if ! command -v npm >/dev/null; then
+  say "without npm there is no onnxruntime-web: the tests of models in the browser are skipped; install npm, then run: make web"
+elif ! reason=$(.venv/bin/python -m serve.page.ort 2>&1 >/dev/null); then
+  say "without onnxruntime-web the tests of models in the browser are skipped; for it run: make web ($reason)"
 fi
 stamp >.venv/.setup
 say "done"

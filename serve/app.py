@@ -18,6 +18,7 @@ from serve import v2
 from serve.access import AccessLog
 from serve.cors import cors_headers, preflight
 from serve.downloads import file_of, send_file
+from serve.engine import Spent
 from serve.errors import ProblemError, overloaded
 from serve.keys import Keys
 from serve.load import Load
@@ -143,6 +144,9 @@ class App:
             return "live", self._allowed(self._live, reads, _READS)
         if path == "/v2/health/ready":
             return "ready", self._allowed(self._ready, reads, _READS)
+        # A browser sends it without a key. Refused, it would hide the 503 that follows from the page that asks.
+        if (allowed := preflight(request, self.config.cors)) is not None:
+            return "preflight", self._preflight(allowed)
         if self.stopping:
             raise ProblemError(
                 503,
@@ -150,8 +154,6 @@ class App:
                 "the service is ending; ask another one, or try again later",
                 ((b"retry-after", b"1"), (b"connection", b"close")),
             )
-        if (allowed := preflight(request, self.config.cors)) is not None:  # a browser sends it without a key
-            return "preflight", self._preflight(allowed)
         if (page := self._page.route(path)) is not None:
             return "page", self._allowed(page, reads, _READS)
         self._keys.check(request.headers)
@@ -213,7 +215,8 @@ class App:
             files, options = await self._predict.read(request, turn.hold)
             model = self._model(options.model)
             turn.hold(len(files) * 3 * model.bundle.card.rule.size**2)  # a body of kilobytes may be images of megabytes
-            answers = await self._predict.answer(model, files, options)
+            spent = Spent()
+            answers = await self._predict.answer(model, files, options, spent)
         for answer in answers:
             self.metrics.answer(model.name, answer["top"][0]["label"])
         precision = options.precision or self.config.precision
@@ -224,7 +227,8 @@ class App:
             "request_id": request.id,
             "predictions": answers,
         }
-        await respond(send, 200, [*_JSON, *common], json.dumps(content).encode())
+        headers = [*_JSON, (b"server-timing", spent.header()), *common]
+        await respond(send, 200, headers, json.dumps(content).encode())
         return 200, {"model": model.name, "images": len(files)}
 
     async def _v2_infer(self, request: Request, send: Send, common: Headers) -> tuple[int, dict[str, Any]]:

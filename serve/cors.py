@@ -7,8 +7,8 @@ import re
 from serve.request import Headers, Request
 
 ORIGIN = re.compile(r"https?://[A-Za-z0-9.-]+(:\d{1,5})?|https?://\[[0-9A-Fa-f:]+\](:\d{1,5})?")
-_EXPOSED = b"etag, repr-digest, content-range, retry-after, x-request-id, inference-header-content-length"
-_PREFLIGHT: Headers = [
+_EXPOSED = b"etag, repr-digest, content-range, retry-after, x-request-id, server-timing, inference-header-content-length"
+PREFLIGHT: Headers = [
     (b"access-control-allow-methods", b"GET, HEAD, POST"),
     (
         b"access-control-allow-headers",
@@ -52,4 +52,4 @@ def preflight(request: Request, origins: tuple[str, ...]) -> Headers | None:
     """
     if not origins or request.method != "OPTIONS" or b"access-control-request-method" not in request.headers:
         return None
-    return _PREFLIGHT
+    return PREFLIGHT

@@ -19,6 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from pipelines.common.errors import UserError
+from serve.cors import PREFLIGHT
 from serve.errors import page
 from serve.settings import ServiceConfig, read_keys
 
@@ -67,6 +68,7 @@ frontend clients
     acl none nbsrv(replicas) eq 0
     http-request return status 200 content-type application/json string "{{\\"live\\": true}}" if live reads none
     http-request return status 503 content-type application/json hdr retry-after 1 string "{{\\"ready\\": false}}" if ready reads none
+{preflight}
     http-request return status 503 errorfile {folder}/stopping.http if stopping
     http-request return status 413 errorfile {folder}/413.http if {{ req.hdr_val(content-length) gt {max_bytes} }}
 {metrics}
@@ -179,6 +181,7 @@ def configuration(folder: Path, config: ServiceConfig, host: str, port: int) -> 
         binds=f"    bind {authority(address, port)}{kind}{tls}",
         per_address=limit,
         cors=_cors(config.cors),
+        preflight=_preflight() if config.cors else "",
         prefix=config.path_prefix,
         metrics="" if keys else _METRICS.format(folder=folder, prefix=config.path_prefix),
         servers="\n".join(f"    server r{slot} unix@{socket_of(folder, slot)}" for slot in range(slots(config))),
@@ -199,6 +202,16 @@ def _cors(origins: tuple[str, ...]) -> str:
             f"if {asked}!{{ res.hdr(access-control-allow-origin) -m found }}"
         )
     return "\n".join(lines)
+
+
+def _preflight() -> str:
+    """The rule that answers a browser's question before a request, while no replica can.
+
+    The request itself then gets 503, which the page can read. A refused preflight would hide it.
+    """
+    headers = " ".join(f'hdr {name.decode()} "{value.decode()}"' for name, value in PREFLIGHT)
+    asked = "METH_OPTIONS { req.hdr(access-control-request-method) -m found }"
+    return f"    http-request return status 204 {headers} if {asked} none or {asked} stopping"
 
 
 class HAProxy:

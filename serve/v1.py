@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import time
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -14,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from cibl_ray.bundle.card import LOGITS, PROBABILITIES
 from pipelines.pixels import BadImageError
 from serve.decode import MAX_SHIFT, Limits, UnsupportedImageError, announced, named, pixels, top
+from serve.engine import Spent
 from serve.errors import ProblemError, bad_request, overloaded
 from serve.request import Request
 from serve.settings import ReplicaConfig
@@ -124,13 +126,14 @@ class Predict:
             raise ProblemError(413, "too_many", f"{len(files)} images, {self._config.max_images} at most")
         return files
 
-    async def answer(self, model: Model, files: list[bytes], options: Options) -> list[dict[str, Any]]:
+    async def answer(self, model: Model, files: list[bytes], options: Options, spent: Spent) -> list[dict[str, Any]]:
         """Classify image files.
 
         Args:
             model: The model.
             files: The files.
             options: What the client asks for.
+            spent: Gets the time of decoding and of the model.
 
         Returns:
             For each file its most likely classes under `top`, as `serve.decode.top` describes them. With `options.logits`, also
@@ -146,21 +149,22 @@ class Predict:
         if options.logits and len(files) * len(model.bundle.card.classes) > MAX_LOGITS:
             most = max(1, MAX_LOGITS // len(model.bundle.card.classes))
             raise ProblemError(413, "too_many", f"with logits {most} images at most; send them in parts, or leave logits out")
-        images = await self.pixels(model, files)
+        images = await self.pixels(model, files, spent)
         shift = np.full(len(images), options.tail_shift, np.float32) if options.tail_shift else None
-        result = await engine.submit(images, shift)
+        result = await engine.submit(images, shift, spent=spent)
         answers: list[dict[str, Any]] = [{"top": top(model.bundle.card, row, options.top_k)} for row in result[PROBABILITIES]]
         if options.logits:
             for answer, row in zip(answers, result[LOGITS].tolist(), strict=True):
                 answer["logits"] = [round(value, 6) for value in row]
         return answers
 
-    async def pixels(self, model: Model, files: list[bytes]) -> np.ndarray:
+    async def pixels(self, model: Model, files: list[bytes], spent: Spent | None = None) -> np.ndarray:
         """Decode image files as evaluation did.
 
         Args:
             model: Whose rule and size to follow.
             files: n of them.
+            spent: Gets the time of decoding.
 
         Returns:
             uint8 (n, S, S, 3).
@@ -169,9 +173,18 @@ class Predict:
             ProblemError: As in `answer`.
         """
         rule = model.engine.runtime.card.rule
+        spent = spent or Spent()
+
+        def timed(file: bytes, limits: Limits) -> np.ndarray:
+            begun = time.perf_counter()
+            try:
+                return pixels(file, rule, limits)
+            finally:
+                spent.decode.append(time.perf_counter() - begun)
+
         if len(files) == 1 and len(files[0]) <= _SMALL:
             try:
-                return pixels(files[0], rule, self._small)[None]
+                return timed(files[0], self._small)[None]
             except BadImageError:  # perhaps of more pixels or scans than are decoded here
                 pass
         loop = asyncio.get_running_loop()
@@ -189,7 +202,7 @@ class Predict:
                 raise overloaded(f"images of {self._large_work:,} pixels wait to be decoded; try again")
             self._large_work += large
             work += [
-                loop.run_in_executor(self._large if cost > _LARGE_WORK else self._threads, pixels, file, rule, self._limits)
+                loop.run_in_executor(self._large if cost > _LARGE_WORK else self._threads, timed, file, self._limits)
                 for file, cost in zip(files, costs, strict=True)
             ]
             return np.stack(await asyncio.gather(*work))

@@ -7,6 +7,7 @@ carries them. Everything else of the page works without them.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import tempfile
@@ -30,13 +31,14 @@ WEBGPU = {
     "ort-wasm-simd-threaded.asyncify.wasm": "ort-wasm-simd-threaded.asyncify.wasm",
 }
 VERSION = "version.json"
+_SECONDS = 600  # for npm: some 30 MB, once
 
 
 def main() -> None:
     """Fetch the files, unless they are here in the version that the lock file pins.
 
     Raises:
-        UserError: npm is not installed or fails, or the files cannot be written.
+        UserError: npm is not installed, fails or takes too long, or the files cannot be written.
     """
     CommandParser(prog="python -m serve.page.ort", description=__doc__).parse_args()
     wanted = pinned()
@@ -50,10 +52,15 @@ def main() -> None:
         for name in ("package.json", "package-lock.json"):
             shutil.copy(HERE / name, folder)
         command = [npm, "ci", "--ignore-scripts", "--no-audit", "--no-fund", "--loglevel=error"]
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True)  # noqa: S603
+        # npm waits for minutes by itself where there is no network.
+        command += ["--fetch-retries=1", "--fetch-retry-mintimeout=2000", "--fetch-timeout=60000"]
+        try:
+            done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=_SECONDS)  # noqa: S603
+        except subprocess.TimeoutExpired as error:
+            raise UserError(f"npm had not fetched onnxruntime-web after {_SECONDS} s; run this again") from error
         if done.returncode:
-            reason = " ".join(done.stderr.split())[-300:]
-            raise UserError(f"npm could not fetch onnxruntime-web: {reason}")
+            told = re.sub(r"npm (?:error|ERR!)", " ", done.stderr).partition("    at ")[0]  # up to its stack
+            raise UserError(f"npm could not fetch onnxruntime-web: {' '.join(told.split())[-300:]}")
         fetched = Path(folder) / "node_modules" / "onnxruntime-web" / "dist"
         try:
             ORT.mkdir(exist_ok=True)

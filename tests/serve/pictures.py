@@ -6,7 +6,7 @@ import io
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 
 def picture_files(photo: Path) -> dict[str, bytes]:
@@ -36,7 +36,41 @@ def picture_files(photo: Path) -> dict[str, bytes]:
         files[f"jpeg orientation {orientation}"] = saved(image, "JPEG", quality=88, exif=_exif(orientation))
     files["png orientation 6"] = saved(image, "PNG", exif=_exif(6))
     files["webp orientation 8"] = saved(image, "WEBP", lossless=True, exif=_exif(8))
-    return files
+    return files | turned_otherwise(image)
+
+
+def turned_otherwise(image: Image.Image) -> dict[str, bytes]:
+    """Files whose orientation is not the first EXIF tag as a SHORT: in XMP, in a PNG's texts, of another type or byte order."""
+    xmp, plain = b'<rdf:Description tiff:Orientation="6"/>', b"<tiff:Orientation> 5</tiff:Orientation>"
+    profile = f"\nexif\n{len(_exif(6)):8d}\n{_exif(6).hex()}\n"
+    long = b"Exif\0\0MM\0*\0\0\0\x08\0\1\x01\x12\0\4\0\0\0\1\0\0\0\x07\0\0\0\0"
+    rows = {
+        "jpeg, xmp": saved(image, "JPEG", quality=88, xmp=xmp),
+        "jpeg, xmp as an element": saved(image, "JPEG", quality=88, xmp=plain),
+        "jpeg, exif before xmp": saved(image, "JPEG", quality=88, xmp=xmp, exif=_exif(1)),
+        "jpeg, exif of no meaning before xmp": saved(image, "JPEG", quality=88, xmp=xmp, exif=_exif(9)),
+        "jpeg, a long in the other byte order": saved(image, "JPEG", quality=88, exif=long),
+        "jpeg, damaged exif": saved(image, "JPEG", quality=88, exif=long[:-8], xmp=xmp),
+        "png, xmp": saved(image, "PNG", pnginfo=_texts("XML:com.adobe.xmp", xmp.decode(), "iTXt")),
+        "png, compressed xmp": saved(image, "PNG", pnginfo=_texts("XML:com.adobe.xmp", xmp.decode(), "iTXt", zip=True)),
+        "png, imagemagick's text": saved(image, "PNG", pnginfo=_texts("Raw profile type exif", profile)),
+        "png, imagemagick's compressed text": saved(image, "PNG", pnginfo=_texts("Raw profile type exif", profile, zip=True)),
+        "png, exif before a text": saved(image, "PNG", exif=_exif(3), pnginfo=_texts("Raw profile type exif", profile)),
+        "webp, xmp": saved(image, "WEBP", lossless=True, xmp=xmp),
+        "webp, exif before xmp": saved(image, "WEBP", lossless=True, xmp=xmp, exif=_exif(8)),
+    }
+    png = rows["png, xmp"]
+    start = png.index(b"iTXt") - 4
+    end = start + 12 + int.from_bytes(png[start : start + 4], "big")
+    rows["png, xmp behind the picture"] = png[:start] + png[end:-12] + png[start:end] + png[-12:]
+    return {f"orientation of {name}": data for name, data in rows.items()}
+
+
+def _texts(keyword: str, text: str, kind: str = "tEXt", zip: bool = False) -> PngImagePlugin.PngInfo:  # noqa: A002
+    """One text of a PNG file."""
+    info = PngImagePlugin.PngInfo()
+    (info.add_itxt if kind == "iTXt" else info.add_text)(keyword, text, zip=zip)
+    return info
 
 
 def saved(image: Image.Image, kind: str, **options: object) -> bytes:

@@ -5,6 +5,7 @@ import base64
 import concurrent.futures
 import hashlib
 import json
+import re
 
 import numpy as np
 import pytest
@@ -38,6 +39,8 @@ def test_raw_bytes(server, bundle, kind):
     assert [entry["probability"] for entry in prediction["top"]] == pytest.approx(probabilities[best].tolist(), abs=2e-6)
     assert content["model"] == "digits"
     assert content["sha256"] == open_bundle(bundle).models["fp32"].sha256
+    spent = re.fullmatch(r"decode;dur=(\d+\.\d\d), model;dur=(\d+\.\d\d)", answer.headers["server-timing"])
+    assert all(float(milliseconds) > 0 for milliseconds in spent.groups())
 
 
 def test_a_request_may_ask_for_another_precision(bundle, versions):

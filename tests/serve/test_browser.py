@@ -212,36 +212,61 @@ def test_the_key_is_asked_for_and_kept_in_memory(tab, bundle, monkeypatch):
         assert "/v1/predict" in tab.page.inner_text("main")
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_a_phone(chromium, simple, scheme):
-    context = chromium.new_context(viewport={"width": 360, "height": 740}, color_scheme=scheme, has_touch=True, is_mobile=True)
-    tab = Tab(context)
-    tab.page.goto(f"http://127.0.0.1:{simple.port}/")
+SCHEMES = pytest.mark.parametrize("scheme", ["light", "dark"])
+DESKTOP, PHONE = {"width": 1280, "height": 900}, {"width": 360, "height": 740}
+LONG_NAME = "a-file-with-a-long-name-of-a-telephone-20261129.png"
+
+
+def fits_a_phone(tab: Tab, address: str, scheme: str) -> None:
+    """Open the page, get an answer: nothing sticks out, nothing is left out, and the colours are those that were asked for."""
+    tab.page.goto(address)
     tab.page.wait_for_selector(OPEN)
-    tab.page.set_input_files("#files", [upload("a-file-with-a-long-name-of-a-telephone-20261129.png", encoded("PNG", 2))])
+    tab.page.set_input_files("#files", [upload(LONG_NAME, encoded("PNG", 2))])
     shown(tab)
-    assert tab.page.evaluate("document.documentElement.scrollWidth") == 360  # nothing sticks out
+    assert tab.page.evaluate("document.documentElement.scrollWidth") == PHONE["width"]
     assert re.search(r"(many|medium|few), [\d,]+ images", tab.page.locator(".bars").inner_text())
     back = tab.page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (sum(map(int, back[4:-1].split(","))) < 200) == (scheme == "dark")
+
+
+@SCHEMES
+def test_a_phone(chromium, simple, scheme):
+    context = chromium.new_context(viewport=PHONE, color_scheme=scheme, has_touch=True, is_mobile=True)
+    fits_a_phone(Tab(context), f"http://127.0.0.1:{simple.port}/", scheme)
     context.close()
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_no_violation_of_accessibility(chromium, simple, scheme):
-    """axe's rules, on the page with an answer, a mistake and the key field, and on the routes."""
-    axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
-    context = chromium.new_context(viewport={"width": 1280, "height": 900}, color_scheme=scheme, bypass_csp=True)
+def violations(tab: Tab, axe: Any) -> list[tuple[str, list[str]]]:
+    """What axe's rules find on the page as it is, at a desktop's size and at a phone's."""
+    found = []
+    for size in (DESKTOP, PHONE):
+        tab.page.set_viewport_size(size)
+        rules = axe.run(tab.page).response["violations"]
+        found += [(f"{rule['id']} at {size['width']}", [node["html"] for node in rule["nodes"]]) for rule in rules]
+    return found
+
+
+@pytest.fixture(scope="session")
+def axe() -> Any:
+    return pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
+
+
+@SCHEMES
+def test_no_violation_of_accessibility(chromium, simple, axe, scheme):
+    """The page with an answer, a mistake and the key field; the camera's window; and the routes."""
+    context = chromium.new_context(viewport=DESKTOP, color_scheme=scheme, bypass_csp=True)
     tab = Tab(context)
     tab.page.goto(f"http://127.0.0.1:{simple.port}/")
     tab.page.wait_for_selector(OPEN)
     tab.page.set_input_files("#files", [upload("one.png", encoded("PNG")), upload("two.png", b"two")])
     shown(tab)
     tab.page.evaluate("document.querySelector('#key-form').hidden = false")
-    found = axe.run(tab.page).response["violations"]
+    found = violations(tab, axe)
+    tab.page.evaluate("document.querySelector('#camera-dialog').showModal()")
+    found += violations(tab, axe)
     tab.page.goto(f"http://127.0.0.1:{simple.port}/docs")
-    found += axe.run(tab.page).response["violations"]
-    assert [(rule["id"], [node["html"] for node in rule["nodes"]]) for rule in found] == []
+    found += violations(tab, axe)
+    assert found == []
     context.close()
 
 
@@ -357,6 +382,28 @@ def test_a_gpu_gives_the_same_answers(playwright, simple, bundle):
         browser.close()
 
 
+@needs_ort
+def test_a_model_that_is_no_longer_chosen_is_released(opened):
+    """Each has a worker with its weights; also one that is left while it still loads, with images that wait for it."""
+
+    def workers() -> int:
+        return len([worker for worker in opened.page.workers if worker.url.endswith("/worker.js")])
+
+    opened.page.set_input_files("#files", [upload(f"{number}.png", encoded("PNG", number)) for number in range(6)])
+    shown(opened)
+    for label, expected in (("fp32", 1), ("int8", 1), ("fp32", 1), ("On the service", 0)):
+        opened.page.get_by_label(label if expected == 0 else f"In this browser, {label}").check()
+        wait(opened, "document.querySelector('#status').textContent.startsWith('6 of 6')")
+        until(lambda expected=expected: workers() == expected)
+    opened.page.evaluate("""() => {
+      for (const place of ["fp32", "int8", "service"]) document.querySelector(`#places input[value=${place}]`).click();
+    }""")
+    wait(opened, "document.querySelector('#status').textContent.startsWith('6 of 6')")
+    until(lambda: workers() == 0)
+    assert len(shown(opened)) == 6
+    assert opened.problems == []
+
+
 def test_the_services_precisions(tab, bundle):
     """All that it has loaded can be chosen, and the time of each stands under the answer."""
     with serving([bundle], more_precisions=("int8",)) as service:
@@ -366,6 +413,9 @@ def test_the_services_precisions(tab, bundle):
         for precision in ("fp32", "int8"):
             tab.page.get_by_label(f"On the service ({precision})").check()
             wait(tab, f"document.querySelector('.result').innerText.includes('service {precision}: ')")
+            text = tab.page.inner_text(".result")
+            (times,) = re.findall(rf"service {precision}: ([\d.]+) ms \(whole request ([\d.]+) ms\)", text)
+            assert 0 < float(times[0]) <= float(times[1])
             query = f"/v1/predict?top_k=5&precision={precision}"
             (asked,) = service.ask("POST", query, encoded("PNG", 7)).json()["predictions"]
             (bars,) = shown(tab)
@@ -516,6 +566,19 @@ def test_a_static_folder_works_without_a_service_and_offline(tab, host, bundle):
     answers()
     server_thread = threading.Thread(target=server.serve_forever)  # so that the fixture can end it
     server_thread.start()
+
+
+@needs_ort
+@SCHEMES
+def test_a_static_folder_on_a_phone_and_for_everyone(chromium, host, axe, scheme):
+    """As the service's page: at a phone's size, in both schemes, without violation of accessibility."""
+    context = chromium.new_context(viewport=PHONE, color_scheme=scheme, has_touch=True, is_mobile=True, bypass_csp=True)
+    tab = Tab(context)
+    fits_a_phone(tab, host[1], scheme)
+    tab.page.set_input_files("#files", [upload("two.png", b"two")])
+    shown(tab)
+    assert violations(tab, axe) == []
+    context.close()
 
 
 @needs_ort

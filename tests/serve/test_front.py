@@ -26,7 +26,7 @@ WAYS = pytest.mark.parametrize("way", ["simple", "haproxy"])
 
 @WAYS
 def test_until_the_models_are_loaded_it_answers_503(bundle, way):
-    config = check({"bundles": [bundle], "provider": "cpu"})
+    config = check({"bundles": [bundle], "provider": "cpu", "cors": ["https://example.org"]})
     with private_folder() as folder:
         if way == "simple":
             listener = socket.create_server(("127.0.0.1", 0))
@@ -44,6 +44,14 @@ def test_until_the_models_are_loaded_it_answers_503(bundle, way):
         assert (ready.status, ready.json(), ready.headers["retry-after"]) == (503, {"ready": False}, "1")
         assert (predict.status, predict.headers["retry-after"]) == (503, "1")
         assert set(predict.json()) == {"error", "code", "request_id"}
+        # A page elsewhere asks first whether it may ask, and can then read the 503.
+        first = served.ask("OPTIONS", "/v1/predict", Origin="https://example.org", Access_Control_Request_Method="POST")
+        assert (first.status, first.body) == (204, b"")
+        assert first.headers["access-control-allow-origin"] == "https://example.org"
+        assert "x-api-key" in first.headers["access-control-allow-headers"]
+        assert first.headers["access-control-max-age"] == "600"
+        foreign = served.ask("OPTIONS", "/v1/predict", Origin="https://example.com", Access_Control_Request_Method="POST")
+        assert "access-control-allow-origin" not in foreign.headers
         if haproxy is not None:
             assert served.ask("GET", "/metrics").body == b"cibl_ray_failed_updates_total 0\n"
             haproxy.count_failed(3)
@@ -65,7 +73,7 @@ def test_the_simple_command_ends_in_order(bundle, number):
     port = free_port()
     served = Served(port, None)
     process = subprocess.Popen(
-        [sys.executable, "-m", "serve", str(bundle), "--simple", "--port", str(port)],
+        [sys.executable, "-m", "serve", str(bundle), "--simple", "--port", str(port), "--cors", "https://example.org"],
         cwd=REPOSITORY,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -83,6 +91,8 @@ def test_the_simple_command_ends_in_order(bundle, number):
         assert (seen[-1].status, seen[-1].json()["code"]) == (503, "stopping")
         assert (seen[-1].headers["retry-after"], seen[-1].headers["connection"]) == ("1", "close")
         assert served.ask("GET", "/v2/health/ready").status == 503
+        asks = {"Origin": "https://example.org", "Access_Control_Request_Method": "POST"}
+        assert served.ask("OPTIONS", "/v1/predict", **asks).status == 204
         connection.sendall(data[20:])
         assert connection.recv(4096).startswith(b"HTTP/1.1 200")
     output, errors = process.communicate(timeout=60)

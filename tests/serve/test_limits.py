@@ -7,6 +7,7 @@ import json
 import socket
 import threading
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ import pytest
 from pipelines.common.errors import UserError
 from serve import v1 as predict
 from serve import v2
-from serve.engine import Engine
+from serve.engine import Engine, Spent
 from serve.errors import ProblemError
 from serve.settings import check
 from tests.serve.conftest import encoded, png, serving, tensor, until
@@ -254,3 +255,28 @@ def test_batches_on_a_cpu_end_when_their_answers_would_wait_too_long(provider, e
     asyncio.run(ask())
     assert sum(sizes) == 65
     assert max(sizes) in expected
+
+
+def test_the_time_of_a_request_leaves_out_its_wait(monkeypatch):
+    """Two requests, one call each, by a clock that only the model moves: the second one has waited for the first."""
+    clock = [0.0]
+    monkeypatch.setattr("serve.engine.time", SimpleNamespace(perf_counter=lambda: clock[0]))
+
+    class Slow:
+        provider = "CPUExecutionProvider"
+
+        def __call__(self, images, shift, names):
+            clock[0] += 0.005
+            return [np.zeros((len(images), 3), np.float32) for _ in names]
+
+    async def ask() -> list[Spent]:
+        engine = Engine(Slow(), 1)
+        spent = [Spent(decode=[0.001, 0.0015]), Spent()]
+        await asyncio.gather(*(engine.submit(np.zeros((1, 4, 4, 3), np.uint8), spent=one) for one in spent))
+        engine.close()
+        return spent
+
+    first, second = asyncio.run(ask())
+    assert clock[0] == pytest.approx(0.01)
+    assert first.header() == b"decode;dur=2.50, model;dur=5.00"
+    assert second.header() == b"decode;dur=0.00, model;dur=5.00"

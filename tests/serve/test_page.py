@@ -5,12 +5,14 @@ from __future__ import annotations
 import gzip
 import json
 import re
+import sys
 
 import numpy as np
 import pytest
 
 from cibl_ray.bundle.card import open_bundle
 from pipelines.common.errors import UserError
+from serve.page import ort
 from serve.page.files import POLICY, STATIC, names
 from serve.settings import check
 from serve.v1 import MAX_LOGITS
@@ -133,6 +135,69 @@ def test_pages_of_other_origins_read_haproxys_own_answers(bundle, origins):
         assert answer.headers["access-control-allow-origin"] == allowed
         foreign = server.ask("POST", "/v1/predict", b"0" * 2000, Origin="https://example.com")
         assert foreign.headers.get("access-control-allow-origin") == ("*" if origins == ("*",) else None)
+
+
+NPM = """#!{python}
+import json, os, shutil, sys, time
+from pathlib import Path
+
+flags = sys.argv[1:]
+assert flags[:2] == ["ci", "--ignore-scripts"], flags
+locked = json.loads(Path("package-lock.json").read_text())["packages"]
+assert all("integrity" in entry for name, entry in locked.items() if name)
+if os.environ["NPM"] == "offline":
+    print("npm error code ENOTFOUND\\nnpm error FetchError: no such host\\nnpm error     at far (away.js:1:2)", file=sys.stderr)
+    sys.exit(1)
+if os.environ["NPM"] == "hangs":
+    time.sleep(60)
+dist = Path("node_modules/onnxruntime-web/dist")
+dist.mkdir(parents=True)
+for name in {names!r}:
+    (dist / name).write_text(f"// {{name}}\\n//# sourceMappingURL=elsewhere")
+"""
+
+
+@pytest.fixture
+def npm(tmp_path, monkeypatch):
+    """A stand-in for npm, and an empty folder for what it fetches."""
+    program = tmp_path / "bin" / "npm"
+    program.parent.mkdir()
+    program.write_text(NPM.format(python=sys.executable, names=[*ort.FILES, *ort.WEBGPU]))
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}:/usr/bin:/bin")
+    monkeypatch.setattr(ort, "ORT", tmp_path / "ort")
+    monkeypatch.setattr(sys, "argv", ["ort"])
+    return program
+
+
+def test_npm_fetches_what_the_lock_file_pins(npm, monkeypatch, capsys):
+    monkeypatch.setenv("NPM", "works")
+    ort.main()
+    assert (ort.installed(), ort.has_webgpu()) == (ort.pinned(), True)
+    assert (ort.ORT / "ort.wasm.js").read_text() == "// ort.wasm.min.mjs\n"
+    assert capsys.readouterr().out.startswith(f"onnxruntime-web {ort.pinned()}: ")
+    npm.unlink()
+    ort.main()  # nothing is left to do
+
+
+@pytest.mark.parametrize(
+    ("way", "sentence"),
+    [
+        ("offline", "npm could not fetch onnxruntime-web: code ENOTFOUND FetchError: no such host"),
+        ("hangs", "npm had not fetched onnxruntime-web after 1 s; run this again"),
+        ("missing", "npm is not installed; install Node.js"),
+    ],
+)
+def test_without_npm_or_network_one_line_says_so(npm, monkeypatch, way, sentence):
+    monkeypatch.setenv("NPM", way)
+    monkeypatch.setattr(ort, "_SECONDS", 1 if way == "hangs" else 60)
+    if way == "missing":
+        monkeypatch.setenv("PATH", str(npm.parent.parent))
+    with pytest.raises(UserError) as raised:
+        ort.main()
+    assert str(raised.value).startswith(sentence)
+    assert "away.js" not in str(raised.value)
+    assert ort.installed() is None
 
 
 def test_without_cors_no_other_origin_may_read(server):

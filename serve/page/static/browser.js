@@ -35,8 +35,7 @@ export class BrowserModel {
     });
     this.worker.addEventListener("error", (event) => {
       event.preventDefault();
-      for (const { reject } of this.waiting.values()) reject(new Problem("its WebAssembly did not start"));
-      this.waiting.clear();
+      this.refuse("its WebAssembly did not start");
     });
   }
 
@@ -66,7 +65,14 @@ export class BrowserModel {
     return this.ask({ images, count });
   }
 
+  /** End the worker, which frees the model's memory. */
   close() {
     this.worker.terminate();
+    this.refuse("it was closed");
+  }
+
+  refuse(reason) {
+    for (const { reject } of this.waiting.values()) reject(new Problem(reason));
+    this.waiting.clear();
   }
 }

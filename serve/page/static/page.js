@@ -148,22 +148,26 @@ function showPlaceHint() {
   const isolated = globalThis.crossOriginIsolated ? "" : " Here it uses one thread, because this page is not isolated from other origins.";
   $("place-hint").textContent =
     !place.startsWith("service") ? `The image does not leave this device. The model is loaded once, and its SHA-256 is checked.${isolated}`
-    : api.config.browser ? "Images are sent to the service; its time includes the way there and back. In this browser the same model gives the same answers, without sending them."
-    : "Images are sent to the service. To run the model in this browser, the service needs onnxruntime-web: python -m serve.page.ort";
+    : api.config.browser ? "Images are sent to the service. Its time is decoding and the model; the whole request has the way there and back, and the wait for other requests. In this browser the same model gives the same answers, without sending them."
+    : "Images are sent to the service. Its time is decoding and the model; the whole request has the way there and back, and the wait for other requests. To run the model in this browser, the service needs onnxruntime-web: python -m serve.page.ort";
 }
 
-/** The model in this browser, opened once. */
+/** The model in this browser, opened once while it is chosen. */
 function opened(model, place) {
-  const [precision, device] = place.split(" ");
-  const { sha256, bytes } = model.files[precision];
-  const key = `${sha256} ${device}`;
+  const key = openedKey(model, place);
   if (!state.opened.has(key)) {
-    $("status").textContent = `Loading ${model.name}, ${precision} (${size(bytes)}) into this browser …`;
+    const [precision, device] = place.split(" ");
+    $("status").textContent = `Loading ${model.name}, ${precision} (${size(model.files[precision].bytes)}) into this browser …`;
     const opening = BrowserModel.open(model, precision, state.api, device);
-    opening.catch(() => state.opened.delete(key)); // the next image tries again
+    opening.catch(() => state.opened.get(key) === opening && state.opened.delete(key)); // the next image tries again
     state.opened.set(key, opening);
   }
   return state.opened.get(key);
+}
+
+function openedKey(model, place) {
+  const [precision, device] = place.split(" ");
+  return `${model.files[precision].sha256} ${device}`;
 }
 
 // Images
@@ -183,8 +187,20 @@ function add(files) {
   answer(added);
 }
 
+/** Let go of the models that no longer run: each has a worker, with its weights and WebAssembly's memory. */
+function release() {
+  const { model, place } = state;
+  const kept = place.startsWith("service") ? null : openedKey(model, place);
+  for (const [key, opening] of state.opened) {
+    if (key === kept) continue;
+    state.opened.delete(key);
+    opening.then((old) => old.close(), () => {});
+  }
+}
+
 /** Ask for all images again: the model or its place has changed. */
 function again() {
+  release();
   for (const item of state.items) item.logits = item.problem = null;
   state.items.forEach(showAnswer);
   answer(state.items);
@@ -197,15 +213,16 @@ async function answer(items) {
   const work = async () => {
     for (let next = waiting.shift(); next; next = waiting.shift()) {
       const [item, run] = next;
+      if (item.run !== run) continue; // asked again, or removed
       let [result, problem] = [null, null];
       try {
         result = await ask(item.file, model, place);
       } catch (error) {
         problem = error;
       }
-      if (item.run !== run) continue; // asked again meanwhile
+      if (item.run !== run) continue; // the same, meanwhile
       Object.assign(item, { logits: result?.logits, problem: problem && sentence(problem) });
-      if (result) (item.times ??= new Map()).set(`${model.name} ${place}`, result.ms);
+      if (result) (item.times ??= new Map()).set(`${model.name} ${place}`, result);
       if (problem?.needsKey) askForKey();
       if (problem) failed++;
       done++;
@@ -229,16 +246,20 @@ async function ask(file, model, place) {
   return result;
 }
 
-/** The time of each place that has answered: "service: 12 ms, browser fp32: 5.1 ms". */
+/** The time of each place that has answered: "service fp32: 3.1 ms (whole request 12 ms), browser fp32: 5.1 ms". */
 function times(item) {
   const { model } = state;
-  const here = Object.keys(model.files).flatMap((precision) => [precision, `${precision} webgpu`]);
-  const there = (model.precisions ?? []).map((precision) => serviceName(model, precision));
-  return [...there, ...here].map((place) => [place, item.times?.get(`${model.name} ${place}`)])
-    .filter(([, ms]) => ms !== undefined)
-    .map(([place, ms]) => `${place.startsWith("service") ? `service ${place.split(" ")[1] ?? model.serves}` : place.endsWith("webgpu") ? `GPU ${place.split(" ")[0]}` : `browser ${place}`}: ${ms < 10 ? ms.toFixed(1) : Math.round(ms)} ms`)
-    .join(", ");
+  const names = new Map((model.precisions ?? []).map((precision) => [serviceName(model, precision), `service ${precision}`]));
+  for (const precision of Object.keys(model.files)) names.set(precision, `browser ${precision}`).set(`${precision} webgpu`, `GPU ${precision}`);
+  const texts = [];
+  for (const [place, name] of names) {
+    const taken = item.times?.get(`${model.name} ${place}`);
+    if (taken) texts.push(`${name}: ${milliseconds(taken.ms)}${taken.wholeMs === undefined ? "" : ` (whole request ${milliseconds(taken.wholeMs)})`}`);
+  }
+  return texts.join(", ");
 }
+
+const milliseconds = (ms) => `${ms < 10 ? ms.toFixed(1) : Math.round(ms)} ms`;
 
 function itemElement(item) {
   const image = h("img", { src: item.url, alt: `the image ${item.file.name}` });

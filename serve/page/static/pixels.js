@@ -4,6 +4,8 @@
 // rounded to bytes. The horizontal pass is the first, unless the height shrinks by more than twice what the width does: Pillow was
 // compared over many sizes, see tests/serve/test_browser.py. Only the decoder is the browser's own.
 
+import { oriented } from "./orientation.js";
+
 const BITS = 22;
 const LARGEST_SIDE = 16384; // of a canvas
 
@@ -143,32 +145,6 @@ const TURNS = {
   8: (w, h) => [0, -1, 1, 0, 0, h],
 };
 
-/** The orientation that the EXIF data of a WebP file name, 1 to 8; 1 for every other file. */
-export async function webpOrientation(file) {
-  const head = new DataView(await file.slice(0, 30).arrayBuffer());
-  const text = (view, at) => String.fromCharCode(...[0, 1, 2, 3].map((i) => view.getUint8(at + i)));
-  if (head.byteLength < 30 || text(head, 0) !== "RIFF" || text(head, 8) !== "WEBP") return 1;
-  if (text(head, 12) !== "VP8X" || !(head.getUint8(20) & 8)) return 1; // no EXIF data
-  const view = new DataView(await file.arrayBuffer());
-  try {
-    let at = 12;
-    while (text(view, at) !== "EXIF") at += 8 + view.getUint32(at + 4, true) + (view.getUint32(at + 4, true) & 1);
-    let tiff = at + 8;
-    if (text(view, tiff) === "Exif") tiff += 6;
-    const little = view.getUint16(tiff) === 0x4949;
-    const table = tiff + view.getUint32(tiff + 4, little);
-    const entries = view.getUint16(table, little);
-    for (let i = 0, entry = table + 2; i < entries; i++, entry += 12)
-      if (view.getUint16(entry, little) === 0x0112) {
-        const value = view.getUint16(entry + 8, little);
-        return value in TURNS ? value : 1;
-      }
-  } catch {
-    // damaged: the image is taken as it lies
-  }
-  return 1;
-}
-
 /** Whether a file is a PNG of 16 bits a value, and whether it says that fewer of them are used. */
 async function deepPng(file) {
   const bytes = new Uint8Array(await file.slice(0, 4096).arrayBuffer());
@@ -179,16 +155,16 @@ async function deepPng(file) {
 const TOO_DEEP = "16-bit values of another range than 0 to 65,535, of which browsers keep only 8 bits";
 
 /**
- * Decode an image file as a viewer shows it: turned as EXIF says, transparency over white, colour profiles ignored. RGB.
+ * Decode an image file as a viewer shows it: turned as its metadata say, transparency over white, colour profiles ignored. RGB.
  * window: the rule's, which needs all 16 bits.
  */
 export async function decode(file, maxPixels, window = null) {
   const { deep, narrow } = await deepPng(file);
   if (deep && (narrow || window)) throw new Error(TOO_DEEP);
   let bitmap;
-  const turn = await webpOrientation(file); // browsers heed it in JPEG and PNG alone
+  const { turn, bare } = await oriented(file);
   try {
-    bitmap = await createImageBitmap(file, { imageOrientation: turn === 1 ? "from-image" : "none", premultiplyAlpha: "none", colorSpaceConversion: "none" });
+    bitmap = await createImageBitmap(bare, { premultiplyAlpha: "none", colorSpaceConversion: "none" });
   } catch {
     throw new Error("not an image that this browser reads");
   }
