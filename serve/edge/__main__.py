@@ -8,12 +8,13 @@ onnxruntime.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import NoReturn
@@ -24,7 +25,7 @@ from pipelines.pixels import MAX_PIXELS, BadImageError
 from serve.decode import MAX_SHIFT
 from serve.edge.api import default_cache, local_file
 from serve.edge.download import download
-from serve.edge.model import Edge, images
+from serve.edge.model import Edge, images, listed
 from serve.edge.results import ENDINGS, Results
 
 
@@ -59,17 +60,23 @@ def main() -> None:
     card = edge.card
     print(f"{card.name} ({card.precision}), {len(card.classes)} classes, {edge.runtime.provider}", file=sys.stderr)
     failed = 0
+    show: Callable[[str], None] = functools.partial(print, file=sys.stderr)
 
     def tell(line: str) -> None:
         nonlocal failed
         failed += line.startswith("error: ")
-        print(line.removeprefix("error: "), file=sys.stderr)
+        show(line.removeprefix("error: "))
 
     with collected_warnings() as warned, Results(arguments.out) if arguments.out else nullcontext() as results:
-        found = images(arguments.images, sys.stdin.buffer, tell)
-        if results is not None:
-            found = _with_progress(found)
-        for place, data in found:
+        places = listed(arguments.images, tell)
+        waiting: Iterable[str] = places
+        # Standard input has any number of images, and a terminal that gets the answers needs no bar.
+        if "-" not in places and sys.stderr.isatty() and (results is not None or not sys.stdout.isatty()):
+            from tqdm import tqdm  # here, so that a device without a terminal needs no tqdm
+
+            waiting = tqdm(places, unit="image", leave=False)
+            show = functools.partial(tqdm.write, file=sys.stderr)  # above the bar
+        for place, data in images(waiting, sys.stdin.buffer, tell):
             try:
                 begun = time.perf_counter()
                 warned.begin(place)
@@ -91,13 +98,6 @@ def main() -> None:
         print(text, file=sys.stderr)
     if failed:
         raise UserError(f"{failed} of the images and folders could not be read; the lines above say why")
-
-
-def _with_progress(found: Iterator[tuple[str, bytes]]) -> Iterator[tuple[str, bytes]]:
-    """The same, with a bar on a terminal."""
-    from tqdm import tqdm
-
-    yield from tqdm(found, unit="img", leave=False, disable=None)
 
 
 def _table(text: str) -> Path:

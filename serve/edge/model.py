@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -80,44 +80,57 @@ class Edge:
         return pixels(data, self.card.rule, self._limits)
 
 
-def images(names: list[str], stdin: BinaryIO, tell: Callable[[str], None]) -> Iterator[tuple[str, bytes]]:
-    """Read all images that are named.
+def listed(names: list[str], tell: Callable[[str], None]) -> list[str]:
+    """Find all images that are named.
 
     Args:
         names: Files, folders, or '-' for standard input.
+        tell: Called with one line for each folder without an image, and for the files of a folder that are left out. A line
+            that begins with 'error: ' counts as a failure.
+
+    Returns:
+        Files, whether they can be read or not, and '-' where it was named.
+    """
+    places: list[str] = []
+    for name in names:
+        places += _of_folder(name, tell) if name != "-" and Path(name).is_dir() else [name]
+    return places
+
+
+def images(places: Iterable[str], stdin: BinaryIO, tell: Callable[[str], None]) -> Iterator[tuple[str, bytes]]:
+    """Read images.
+
+    Args:
+        places: From `listed`.
         stdin: Standard input: JPEG images one after another, or one image of another format.
-        tell: Called with one line for each place without an image, each file that cannot be read, and the files of a folder
-            that are left out. A line that begins with 'error: ' counts as a failure.
+        tell: As in `listed`, for each file that cannot be read and for standard input without an image.
 
     Yields:
         The image's place, and its bytes.
     """
-    for name in names:
-        if name == "-":
+    for place in places:
+        if place == "-":
             number = 0
             for number, frame in enumerate(frames(stdin), 1):
                 yield f"frame {number - 1}", frame
             if not number:
                 tell("error: -: standard input has no image; give JPEG images, or one image of another format")
-        elif Path(name).is_dir():
-            yield from _of_folder(name, tell)
         else:
-            yield from _of_file(Path(name), tell)
+            yield from _of_file(Path(place), tell)
 
 
-def _of_folder(name: str, tell: Callable[[str], None]) -> Iterator[tuple[str, bytes]]:
+def _of_folder(name: str, tell: Callable[[str], None]) -> list[str]:
     left_out = LeftOut()
     try:
         found = image_files(Path(name), left_out)
     except UserError as error:
         tell(f"error: {error}")
-        return
+        return []
     for line in left_out.lines(Path(name)):
         tell(line)
     if not found:
         tell(f"error: {name}: no image in this folder; endings that are read: {' '.join(readable_suffixes())}")
-    for path in found:
-        yield from _of_file(Path(name, path), tell)
+    return [str(Path(name, path)) for path in found]
 
 
 def _of_file(path: Path, tell: Callable[[str], None]) -> Iterator[tuple[str, bytes]]:

@@ -29,7 +29,7 @@ from serve.decode import Limits
 from serve.edge import download as downloading
 from serve.edge.__main__ import main
 from serve.edge.download import download
-from serve.edge.model import Edge, frames, images
+from serve.edge.model import Edge, frames, images, listed
 from tests.conftest import REPOSITORY
 from tests.serve.conftest import encoded, serving
 
@@ -334,7 +334,8 @@ runpy.run_module({module!r}, run_name='__main__', alter_sys=True)
 def told(names: list[str], stdin: bytes = b"") -> tuple[list[str], list[str]]:
     """(places of the images, lines)."""
     lines: list[str] = []
-    return [place for place, _ in images(names, io.BytesIO(stdin), lines.append)], lines
+    places = listed(names, lines.append)
+    return [place for place, _ in images(places, io.BytesIO(stdin), lines.append)], lines
 
 
 def test_files_of_a_folder_that_are_left_out_are_told(tmp_path):

@@ -113,3 +113,34 @@ def test_the_command_on_a_bundle_writes_a_table(bundle, tmp_path, monkeypatch, c
         run("--out", str(tmp_path / "no" / "answers.csv"))
     with pytest.raises((SystemExit, UserError)):
         run("--out", str(tmp_path / "answers.xml"))
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_terminal_shows_how_far_a_folder_is(bundle, tmp_path, monkeypatch, capsys):
+    """A bar with the number of images; bad ones are whole lines above it."""
+    images, answers = tmp_path / "images", tmp_path / "answers.csv"
+    images.mkdir()
+    for number in range(3):
+        (images / f"{number}.png").write_bytes(encoded("PNG", number))
+    (images / "bad.png").write_bytes(b"bad")
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setattr(sys, "argv", ["edge", str(bundle), str(images), "--out", str(answers)])
+    with pytest.raises(UserError, match="1 of the images"):
+        main()
+    text = terminal.getvalue()
+    assert "| 0/4 [" in text
+    assert [line for line in text.replace("\r", "\n").splitlines() if "bad.png" in line] == [
+        f"{images / 'bad.png'}: 3 bytes, not of any image format"
+    ]
+    assert len(answers.read_text().splitlines()) == 1 + 4
+    terminal.truncate(0)
+    monkeypatch.setattr(sys, "stdout", Terminal())  # it gets the answers themselves
+    monkeypatch.setattr(sys, "argv", ["edge", str(bundle), str(images / "0.png")])
+    main()
+    assert "0/1" not in terminal.getvalue()
+    assert str(images / "0.png") in sys.stdout.getvalue()
