@@ -189,6 +189,10 @@ class RunConfig(Settings):
             raise ValueError(f"train.folds {self.train.folds} is for train.tune 'head'; leave it out with {self.train.tune!r}")
         if self.train.tune == "head" and self.train.head_start == "trained":
             raise ValueError("train.head_start 'trained' is for train.tune 'partial' and 'full'; leave it out")
+        if needs.class_means and self.network.projection.size < 16:
+            raise ValueError(
+                f"network.projection.size is {self.network.projection.size}; loss {self.loss.kind!r} needs 16 or more"
+            )
         self.network.check(self.data.size, self.train.epochs)
         self.loss.check(self.network.head, len(self.data.views))
         return self

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
         LDAMLoss,
         VSLoss,
     )
-    from cibl_ray.losses.modules.combined import BCLLoss, CIBLLoss, HybridPSCLoss, HybridSCLoss, PaCoLoss
+    from cibl_ray.losses.modules.combined import BCLLoss, CIBLLoss, HybridPSCLoss, HybridSCLoss, PaCoLoss, ProCoLoss
     from cibl_ray.losses.modules.contrastive import PSCLoss, SupConLoss
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "LabelSmoothingLoss",
     "PSCLoss",
     "PaCoLoss",
+    "ProCoLoss",
     "SupConLoss",
     "VSLoss",
 ]

@@ -44,12 +44,14 @@ class LossNeeds(Needs):
         queue: How many labelled embeddings of earlier batches are contrasted, too.
         momentum: Of an averaged network that embeds every view but the first; null: the network itself embeds all.
         second_stream: A second stream of images, whose logits the loss gets; null: one stream.
+        class_means: The mean embedding of each class over the epoch.
     """
 
     contrast: bool = False
     queue: int = 0
     momentum: float | None = None
     second_stream: SecondStream | None = None
+    class_means: bool = False
 
 
 class LossSettings(Settings):

@@ -14,6 +14,7 @@ from cibl_ray.losses.hybrid import HybridPSCConfig, HybridSCConfig
 from cibl_ray.losses.label_smoothing import LabelSmoothingConfig
 from cibl_ray.losses.ldam import LDAMConfig
 from cibl_ray.losses.paco import PaCoConfig
+from cibl_ray.losses.proco import ProCoConfig
 from cibl_ray.losses.psc import PSCConfig
 from cibl_ray.losses.supcon import SupConConfig
 from cibl_ray.losses.vs import VSConfig
@@ -30,6 +31,7 @@ AnyLoss = (
     | HybridPSCConfig
     | BCLConfig
     | PaCoConfig
+    | ProCoConfig
     | CIBLConfig
 )
 LossConfig = Annotated[AnyLoss, Field(discriminator="kind")]

@@ -12,7 +12,7 @@ from torch import nn
 
 from cibl_ray.losses.config import AnyLoss
 from cibl_ray.losses.inputs import ClassPrior, ContrastSet, LossInputs, Terms
-from cibl_ray.losses.memory import LabelledQueue
+from cibl_ray.losses.memory import ClassMeans, LabelledQueue
 from cibl_ray.networks.average import copy_buffers, update_average
 from cibl_ray.networks.network import HybridNetwork, Outputs
 from cibl_ray.world import World
@@ -79,6 +79,10 @@ class Objective:
         if self.needs.queue:
             assert network.projection is not None
             self.queue = LabelledQueue(self.needs.queue, network.projection.size, device)
+        self.class_means: ClassMeans | None = None
+        if self.needs.class_means:
+            assert network.projection is not None
+            self.class_means = ClassMeans(len(train_counts), network.projection.size).to(device)
 
     def __call__(
         self, network: HybridNetwork, run: Callable[[nn.Module, torch.Tensor], Outputs], streams: list[Images], progress: float
@@ -118,6 +122,7 @@ class Objective:
             prototypes=outputs.prototypes,
             scale=outputs.scale,
             second_stream=second,
+            class_means=self.class_means,
         )
         terms = self.config.terms(inputs, self.prior, progress)
         if main.mixed is not None:  # a classification loss, which is linear in the labels' distribution
@@ -138,6 +143,8 @@ class Objective:
         state = {f"queue.{name}": tensor for name, tensor in self.queue.state().items()} if self.queue is not None else {}
         if self.averaged is not None:
             state |= {f"averaged.{name}": tensor for name, tensor in self.averaged.state_dict().items()}
+        if self.class_means is not None:
+            state |= {f"class_means.{name}": tensor for name, tensor in self.class_means.state_dict().items()}
         return state
 
     def load(self, state: dict[str, torch.Tensor]) -> None:
@@ -154,6 +161,8 @@ class Objective:
             self.queue.load(_part(state, "queue."))
         if self.averaged is not None:
             self.averaged.load_state_dict(_part(state, "averaged."))
+        if self.class_means is not None:
+            self.class_means.load_state_dict(_part(state, "class_means."))
 
     def _keys(
         self, network: HybridNetwork, run: Callable[[nn.Module, torch.Tensor], Outputs], images: Images

@@ -69,6 +69,27 @@ def paco(logits, z, labels, everyone, all_labels, temperature, alpha, beta):
     return torch.stack(losses)
 
 
+def log_bessel(order, x):
+    """log I_ν(x) by its power series, Σ_k (x/2)^(2k+ν) / (k! Γ(k+ν+1))."""
+    k = torch.arange(2000, dtype=torch.float64)
+    return torch.logsumexp((2 * k + order) * torch.log(x / 2) - torch.lgamma(k + 1) - torch.lgamma(k + order + 1), 0)
+
+
+def proco(z, labels, means, temperature, kappa):
+    """-log of π_y·C(κ_y)/C(κ~_y) over the sum of these of all classes, C(κ) ∝ κ^ν / I_ν(κ)."""
+    order, losses = z.shape[1] / 2 - 1, []
+    for x, label in zip(z, labels.tolist(), strict=True):
+        logs = []
+        for c, mean in enumerate(means):
+            length = mean.norm()
+            concentration = z.shape[1] * length / (1 - length**2)
+            other = (concentration * mean / length + x / temperature).norm()
+            log_c = [order * torch.log(value) - log_bessel(order, value) for value in (concentration, other)]
+            logs.append(kappa * LOG_PRIOR[c] + log_c[0] - log_c[1])
+        losses.append(torch.logsumexp(torch.stack(logs), 0) - logs[label])
+    return torch.stack(losses)
+
+
 def cross_entropy(logits, labels):
     return torch.stack([-torch.log(torch.exp(f[y]) / sum(torch.exp(f))) for f, y in zip(logits, labels.tolist(), strict=True)])
 

@@ -142,6 +142,27 @@ def test_learned_prototypes_are_parameters(make):
     assert_same_gradients(value, reference, [e.z, loss.prototypes], rtol=1e-6, atol=1e-9)
 
 
+def test_proco_estimates_its_classes_from_the_steps_that_it_sees():
+    random = torch.Generator().manual_seed(0)
+    loss = losses.ProCoLoss(COUNTS, 32, kappa=0.5, contrastive_weight=0.7)
+    labels, own = torch.arange(10) % CLASSES, torch.tensor([3, 0, 1, 2])
+    for _ in range(2):
+        raw = torch.randn(10, 32, generator=random).requires_grad_()
+        logits = torch.randn(4, CLASSES, generator=random).requires_grad_()
+        before, value = loss.class_means.means.clone(), loss(logits, raw, labels, own, progress=0.25)
+    means, z = loss.class_means.means, F.normalize(raw, dim=1)
+    assert torch.allclose(means[:10], (before[:10] + z) / 2, atol=1e-6)  # the second image of each
+    reference = 0.7 * plain.proco(z.double(), labels, means.double(), 0.1, 0.5).mean()
+    reference = reference + plain.cross_entropy((logits + 0.5 * LOG_PRIOR).double(), own).mean()
+    assert value.item() == pytest.approx(reference.item(), rel=1e-5)
+    assert_same_gradients(value, reference, [raw, logits], rtol=1e-3, atol=1e-6)
+    again = losses.ProCoLoss(COUNTS, 32)
+    again.load_state_dict(loss.state_dict())
+    assert torch.equal(again.class_means.means, means)
+    with pytest.raises(ValueError, match="size is 8; ProCo's distributions are computed for embeddings of 16 dimensions"):
+        losses.ProCoLoss(COUNTS, 8)
+
+
 @pytest.mark.parametrize("method", get_args(AnyLoss))
 def test_a_module_has_the_defaults_of_its_configuration(method):
     """Every method has a module, and what both can set has the same default."""

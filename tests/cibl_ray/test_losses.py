@@ -15,9 +15,10 @@ from cibl_ray.losses.hybrid import contrastive_share
 from cibl_ray.losses.inputs import ClassPrior, ContrastSet
 from cibl_ray.losses.label_smoothing import class_smoothing, smoothed_cross_entropy
 from cibl_ray.losses.ldam import effective_number_weights, ldam, ldam_margins
-from cibl_ray.losses.memory import LabelledQueue
+from cibl_ray.losses.memory import ClassMeans, LabelledQueue
 from cibl_ray.losses.paco import paco
 from cibl_ray.losses.pairs import positive_counts, self_pairs, softmax
+from cibl_ray.losses.proco import contrast_logits, probabilistic_contrastive
 from cibl_ray.losses.psc import psc
 from cibl_ray.losses.supcon import supcon
 from cibl_ray.losses.vs import logit_scales, vs
@@ -455,3 +456,61 @@ def test_smoothing_grows_from_the_tail_to_the_head(shape):
     assert smoothing[[0, -1]].tolist() == pytest.approx([0.4, 0.1])
     assert (smoothing.diff() <= 0).all()
     assert class_smoothing(torch.tensor([7, 7, 7]), 0.4, 0.1, shape).tolist() == pytest.approx([0.4] * 3)
+
+
+def unit(*shape, seed=0):
+    return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64), dim=1)
+
+
+@pytest.mark.parametrize("temperature", [0.07, 0.1, 0.5])
+@pytest.mark.parametrize(("width", "precision"), [(16, 1e-6), (32, 1e-7), (128, 1e-9)])
+def test_proco_is_its_formula(width, precision, temperature):
+    """Value and gradient, against the Bessel function's power series."""
+    z, lengths = unit(9, width).requires_grad_(), torch.linspace(0.1, 0.9, CLASSES, dtype=torch.float64)
+    means, labels = lengths[:, None] * unit(CLASSES, width, seed=1), torch.arange(9) % CLASSES
+    ours = probabilistic_contrastive(z, labels, means, PRIOR, temperature, 0.8)
+    reference = plain.proco(z, labels, means, temperature, 0.8)
+    assert relative(ours, reference) < precision
+    gradients = [torch.autograd.grad(loss.sum(), z)[0] for loss in (ours, reference)]
+    assert relative(*gradients) < 10 * precision
+    single = probabilistic_contrastive(z.float(), labels, means.float(), PRIOR.float(), temperature, 0.8)
+    assert single.dtype == torch.float32
+    assert relative(single, reference) < 1e-5
+
+
+def test_procos_logits_are_the_expected_similarity():
+    """E[exp(z·x/τ)], here by drawing x: means of many draws about a direction, normalised, are such a distribution."""
+    width, concentration, temperature = 16, 30.0, 0.5
+    mu, z = unit(1, width), unit(3, width, seed=3)
+    # Importance sampling from the uniform distribution on the sphere.
+    draws = unit(400_000, width, seed=4)
+    weights = torch.exp(concentration * (draws @ mu[0] - 1))
+    mean = (weights[:, None] * draws).sum(0) / weights.sum()
+    # The length of a mean whose estimated concentration is the true one: κ = d·R/(1-R²).
+    length = (-width + math.sqrt(width**2 + 4 * concentration**2)) / (2 * concentration)
+    assert mean.norm().item() == pytest.approx(length, abs=0.03)  # the estimate is approximate
+    expected = torch.log((weights[:, None] * torch.exp(draws @ z.T / temperature)).sum(0) / weights.sum())
+    assert torch.allclose(contrast_logits(z, length * mu, temperature)[:, 0], expected, atol=0.03)
+
+
+def test_proco_is_finite_where_a_class_has_one_embedding_or_none():
+    z = unit(4, 16).float().requires_grad_()
+    means = torch.stack((z[0].detach(), -z[1].detach(), torch.zeros(16)))
+    loss = probabilistic_contrastive(z, torch.tensor([0, 1, 2, 0]), means, torch.zeros(3), 0.01).sum()
+    assert loss.isfinite()
+    assert torch.autograd.grad(loss, z)[0].isfinite().all()
+
+
+def test_class_means_are_those_of_this_epoch_and_the_one_before():
+    memory = ClassMeans(3, 16)
+    unseen = memory.means.clone()
+    assert torch.allclose(unseen.norm(dim=1), torch.full((3,), 0.9))
+    batches = [(unit(6, 16, seed=seed).float(), torch.tensor([0, 0, 1, 0, 1, 1])) for seed in range(5)]
+    for progress, (first, last) in ((0.0, (0, 2)), (0.1, (2, 3)), (0.2, (3, 5))):
+        for z, labels in batches[first:last]:
+            found = memory.take(z, labels, progress)
+        since = {0.0: 0, 0.1: 0, 0.2: 2}[progress]
+        seen, of = (torch.cat(part) for part in zip(*batches[since:last], strict=True))
+        for label in range(2):
+            assert torch.allclose(found[label], seen[of == label].mean(0), atol=1e-6)
+        assert torch.equal(found[2], unseen[2])

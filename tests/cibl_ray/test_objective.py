@@ -37,6 +37,7 @@ LOSSES = {
     "hybrid_psc": "{kind: hybrid_psc, curve: linear, classifier_views: [1, 0]}",
     "bcl": "{kind: bcl}",
     "paco": "{kind: paco, queue: 100}",
+    "proco": "{kind: proco}",
     "cibl": "{kind: cibl}",
     "cibl_with_everything": "{kind: cibl, queue: 90, momentum: 0.9, kappa: 1, classify: first, normalize: true}",
     "cibl_by_class": "{kind: cibl, normalize: class, classify: first}",
@@ -87,7 +88,7 @@ class _StopsAfter(Stop):
         return self.left <= 0
 
 
-@pytest.mark.parametrize("loss", ["cibl_with_everything", "cibl_with_a_queue", "paco", "hybrid_psc", "ldam"])
+@pytest.mark.parametrize("loss", ["cibl_with_everything", "cibl_with_a_queue", "paco", "proco", "hybrid_psc", "ldam"])
 def test_an_epoch_goes_on_to_the_bit(loss, digits, tmp_path):
     """Queue, averaged network and streams are where they were in the middle of the second epoch."""
     config = config_of(loss, "--batch_size", "64")
@@ -496,6 +497,13 @@ def test_what_is_probably_a_mistake_is_told(flags, told):
     found = config_warnings(load_config("quickstart", ["--epochs", "30", *flags]))
     assert len(found) == (told is not None), found
     assert all(told in line for line in found)
+
+
+def test_proco_needs_another_view_and_wide_embeddings():
+    with pytest.raises(UserError, match="'proco' contrasts every view but the first"):
+        load_config("quickstart", ["--data.views", "[{}]", "--loss", "{kind: proco}"])
+    with pytest.raises(UserError, match=r"projection\.size is 8; loss 'proco' needs 16"):
+        load_config("quickstart", ["--network.projection.size", "8", "--loss", "{kind: proco}"])
 
 
 def test_a_contrast_of_the_other_views_needs_another_view():

@@ -7,12 +7,17 @@ from typing import Literal
 import torch
 from torch import nn
 
+from cibl_ray.losses.balanced_softmax import adjust_logits
 from cibl_ray.losses.bcl import BCLConfig
 from cibl_ray.losses.checks import to_unit_norm
 from cibl_ray.losses.cibl import CIBLConfig, Normalization
+from cibl_ray.losses.cross_entropy import cross_entropy
 from cibl_ray.losses.hybrid import Curve, HybridPSCConfig, HybridSCConfig
+from cibl_ray.losses.inputs import LossInputs
+from cibl_ray.losses.memory import ClassMeans
 from cibl_ray.losses.modules.base import Batch, ClassCounts, Labelled, LossModule, learned_prototypes
 from cibl_ray.losses.paco import PaCoConfig
+from cibl_ray.losses.proco import ProCoConfig, probabilistic_contrastive
 
 
 class _OfBoth(LossModule):
@@ -267,3 +272,71 @@ class HybridPSCLoss(_Hybrid):
         )
         super().__init__(config, class_counts, normalized, False, validate)
         self.prototypes = learned_prototypes(self.classes, size)
+
+
+class ProCoLoss(LossModule):
+    """Probabilistic contrastive learning beside logit-adjusted cross-entropy (Du et al. 2024).
+
+    The mean embedding of each class is a buffer of this module: save it with the model. An epoch begins with another `progress`.
+
+    Args:
+        class_counts: Training images of each class, (C,).
+        size: d, the embeddings' dimensions, at least 16.
+        temperature: τ.
+        kappa: κ: adds κ·log π to both kinds of logits.
+        contrastive_weight: Of the contrastive loss.
+        normalized: The embeddings have unit norm already.
+        gather: Estimate the classes from the embeddings of all processes.
+        validate: Check the values of the inputs.
+    """
+
+    def __init__(
+        self,
+        class_counts: ClassCounts,
+        size: int,
+        temperature: float = 0.1,
+        kappa: float = 1.0,
+        contrastive_weight: float = 1.0,
+        *,
+        normalized: bool = False,
+        gather: bool = False,
+        validate: bool = True,
+    ) -> None:
+        config = ProCoConfig(kind="proco", temperature=temperature, kappa=kappa, contrastive_weight=contrastive_weight)
+        super().__init__(config, class_counts, normalized, gather, validate)
+        if size < 16:
+            raise ValueError(f"size is {size}; ProCo's distributions are computed for embeddings of 16 dimensions and more")
+        self.class_means = ClassMeans(self.classes, size)
+        self._settings = config
+
+    def forward(
+        self,
+        logits: torch.Tensor,
+        embeddings: torch.Tensor,
+        labels: torch.Tensor,
+        classifier_labels: torch.Tensor | None = None,
+        progress: float = 0.0,
+    ) -> torch.Tensor:
+        """Compute the loss.
+
+        Args:
+            logits: Of the images that the classifier learns from, (N, C).
+            embeddings: Of the other views, (M, d).
+            labels: Of the embeddings, (M,).
+            classifier_labels: Of the logits, (N,); None: `labels`.
+            progress: Share of the run that is done, 0 to 1: epoch / epochs.
+
+        Returns:
+            A scalar.
+        """
+        second_stream = logits, labels if classifier_labels is None else classifier_labels
+        return self._mean(Batch(labels, embeddings=embeddings, second_stream=second_stream, progress=progress))
+
+    def _loss(self, inputs: LossInputs, progress: float) -> torch.Tensor:
+        assert inputs.second_stream is not None
+        z, contrast = inputs.contrasted()
+        config, (logits, labels) = self._settings, inputs.second_stream
+        means = self.class_means.take(contrast.embeddings, contrast.labels, progress)
+        contrastive = probabilistic_contrastive(z, inputs.labels, means, self.log_prior, config.temperature, config.kappa)
+        classified = cross_entropy(adjust_logits(logits, self.log_prior, config.kappa), labels)
+        return config.contrastive_weight * contrastive.mean() + classified.mean()
