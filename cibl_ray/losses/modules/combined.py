@@ -277,7 +277,7 @@ class HybridPSCLoss(_Hybrid):
 class ProCoLoss(LossModule):
     """Probabilistic contrastive learning beside logit-adjusted cross-entropy (Du et al. 2024).
 
-    The mean embedding of each class is a buffer of this module: save it with the model. An epoch begins with another `progress`.
+    The mean embedding of each class is a buffer of this module: save it with the model. Another `progress` begins an epoch.
 
     Args:
         class_counts: Training images of each class, (C,).
