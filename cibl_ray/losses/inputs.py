@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
-
-    from cibl_ray.losses.memory import ClassMeans
 
 Terms = dict[str, "torch.Tensor"]
 
@@ -50,7 +49,8 @@ class LossInputs:
         prototypes: (C, d) of unit norm; None for a loss that needs none.
         scale: The scale s of a cosine head, else 1.
         second_stream: Logits and labels of the second stream of images; None for a loss that needs none.
-        class_means: Takes in the step's embeddings, and gives each class's mean; None for a loss that needs none.
+        class_means: Called with embeddings (A, d), their labels (A,) and the progress, it takes them in, and returns the mean
+            of each class, (C, d); None for a loss that needs none.
     """
 
     logits: torch.Tensor
@@ -62,7 +62,7 @@ class LossInputs:
     prototypes: torch.Tensor | None = None
     scale: torch.Tensor | float = 1.0
     second_stream: tuple[torch.Tensor, torch.Tensor] | None = None
-    class_means: ClassMeans | None = None
+    class_means: Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor] | None = None
 
     def contrasted(self) -> tuple[torch.Tensor, ContrastSet]:
         """Embeddings and contrast set of a loss that needs both."""

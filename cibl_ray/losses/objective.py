@@ -122,7 +122,7 @@ class Objective:
             prototypes=outputs.prototypes,
             scale=outputs.scale,
             second_stream=second,
-            class_means=self.class_means,
+            class_means=self.class_means.take if self.class_means is not None else None,
         )
         terms = self.config.terms(inputs, self.prior, progress)
         if main.mixed is not None:  # a classification loss, which is linear in the labels' distribution

@@ -48,7 +48,7 @@ class ProCoConfig(LossSettings):
         """Cross-entropy on the first view, and on the contrast logits of the others."""
         assert inputs.class_means is not None
         z, labels, contrast = inputs.contrasted_others()
-        means = inputs.class_means.take(contrast.embeddings, contrast.labels, progress)
+        means = inputs.class_means(contrast.embeddings, contrast.labels, progress)
         contrastive = probabilistic_contrastive(z, labels, means, prior.log_prior, self.temperature, self.kappa).mean()
         logits = adjust_logits(inputs.logits[:: inputs.views], prior.log_prior, self.kappa)
         classified = cross_entropy(logits, inputs.labels[:: inputs.views]).mean()
