@@ -17,6 +17,7 @@ from benchmarks.reproduce.lines import failed, is_of, of_cell, record
 from cibl_ray.config import config_warnings, load_config, save_config
 from cibl_ray.run.fingerprint import code_digest
 from tests.commands import in_process
+from tests.conftest import REPOSITORY
 
 
 @pytest.mark.parametrize("budget", BUDGETS)
@@ -27,7 +28,7 @@ def test_every_cell_is_a_configuration(table, budget):
     for cell in every:
         if cell.seed == 0:
             config = load_config(cell.config, list(cell.options))
-            longer = {"twice the epochs": 400, "PaCo": 400, "balanced softmax": 620}
+            longer = {"twice the epochs": 400, "PaCo": 400, "ProCo": 400, "balanced softmax": 620}
             assert config.train.epochs <= longer.get(cell.value, 200)
             assert config.seed == 0
             assert config_warnings(config) == []
@@ -80,28 +81,124 @@ def test_recipes_change_one_thing_and_are_scored_on_validation(tmp_path):
 def test_the_published_tables_are_whole():
     for table in ("cifar10_lt", "cifar100_lt"):
         every = cells(table, "gpu", 3, 0.0)
-        assert len(every) == 9 * 3 * 3
+        assert len(every) == 11 * 3 * 3
         configs = {cell.value: load_config(cell.config, list(cell.options)) for cell in every if cell.imbalance == 100}
         assert {config.network.backbone.title for config in configs.values()} == {"resnet32"}
+        assert {config.data.profile.subset for config in configs.values()} == {"field"}
         longer = {name: config.train.epochs for name, config in configs.items() if config.train.epochs != 200}
-        assert longer == {"PaCo": 400, "balanced softmax": 542 if table == "cifar10_lt" else 620}
+        assert longer == {"PaCo": 400} | (
+            {"balanced softmax": 542} if table == "cifar10_lt" else {"balanced softmax": 620, "ProCo": 400}
+        )
         steps = {"cifar10_lt": 12406, "cifar100_lt": 10847}[table] // 512 * longer["balanced softmax"]
         assert 13000 <= steps < 13050
-        assert (configs["Hybrid-SC"].train.batch_size, configs["Hybrid-SC"].optimizer.lr) == (512, 0.5)
         assert configs["CIBL, linear head"].network.head.kind == "linear"
         assert configs["CIBL, cosine head"].network.head.kind == "cosine"
     assert load_config("cifar10_lt", list(cells("cifar10_lt", "gpu", 1, 0.1)[0].options)).data.val_fraction == 0.1
+    values = {cell.value for cell in cells("cifar100_lt", "laptop", 1, 0.0)}
+    assert {"CIBL, cosine head", "CIBL, cosine head, λ = 0.005", "CIBL, cosine head, λ = 0.1", "VS", "ProCo"} < values
 
 
-@pytest.mark.parametrize("dataset", ["cifar10", "cifar100"])
-def test_hybrids_recipe_is_the_tables(dataset):
-    """The shipped file says what the table trains."""
-    every = {cell.value: cell for cell in cells(f"{dataset}_lt", "gpu", 1, 0.0) if cell.imbalance == 100}
-    for value in ("Hybrid-SC", "Hybrid-PSC"):
-        cell = every[value]
-        loss = ["--loss", cell.options[cell.options.index("--loss") + 1]] if value == "Hybrid-PSC" else []
-        shipped, trained = load_config(f"recipes/hybrid_{dataset}_lt", loss), load_config(cell.config, list(cell.options))
-        assert computed(shipped) == computed(trained)
+def figures_of(config):
+    """What a recipe says, by dotted name."""
+    found = {}
+
+    def walk(name, value):
+        if isinstance(value, dict):
+            for key, part in value.items():
+                walk(f"{name}.{key}" if name else key, part)
+        else:
+            found[name] = value
+
+    walk("", config.model_dump(mode="json"))
+    return found
+
+
+PLAIN = {"optimizer.kind": "sgd", "optimizer.momentum": 0.9, "optimizer.nesterov": False}
+OF_LDAM = {
+    **PLAIN, "optimizer.lr": 0.1, "optimizer.weight_decay": 2e-4, "train.epochs": 200, "train.batch_size": 128,
+    "schedule.milestones": [0.8, 0.9], "schedule.gamma": 0.01, "schedule.warmup_epochs": 5, "schedule.warmup_by": "epoch",
+}  # fmt: skip
+NORMED = {"network.projection.norm": True, "loss.contrast_views": "others", "loss.classify": "first"}
+OF_PROCO = {
+    **PLAIN, "optimizer.lr": 0.3, "optimizer.weight_decay": 2e-4, "train.batch_size": 256, "network.head.kind": "linear",
+    "network.projection.hidden": 512, "network.projection.size": 128, "network.projection.norm": True,
+    "loss.temperature": 0.1, "loss.contrastive_weight": 1, "schedule.gamma": 0.1, "schedule.warmup_by": "epoch",
+}  # fmt: skip
+OF_IMAGENET = {
+    **PLAIN, "optimizer.lr": 0.1, "optimizer.weight_decay": 5e-4, "train.epochs": 90, "train.batch_size": 256,
+    "schedule.kind": "cosine", "schedule.warmup_epochs": 0, "network.projection.hidden": 2048, "network.projection.size": 1024,
+    "network.projection.norm": True, "network.head.scale.start": 30, "loss.temperature": 0.07,
+}  # fmt: skip
+# Figures of the papers' code; docs/reference/recipes.md says what else there is.
+FIGURES = {
+    "ce_cifar100_lt": OF_LDAM | {"network.head.kind": "linear", "loss.kind": "cross_entropy"},
+    "ldam_cifar100_lt": OF_LDAM | {"network.head.scale.start": 30, "loss.max_margin": 0.5, "loss.reweight_from": 0.8},
+    "vs_cifar100_lt": OF_LDAM | {"optimizer.weight_decay": 5e-4, "loss.logit_gamma": 0.05, "loss.kappa": 1},
+    "balanced_softmax_cifar100_lt": {**PLAIN, "optimizer.lr": 0.1, "train.batch_size": 512, "schedule.kind": "cosine"},
+    "hybrid_cifar100_lt": {
+        **PLAIN, "optimizer.lr": 0.5, "optimizer.weight_decay": 1e-4, "train.batch_size": 512, "schedule.milestones": [0.6, 0.8],
+        "loss.temperature": 0.1, "train.epochs": 200,
+    },
+    "bcl_cifar100_lt": {
+        **PLAIN, **NORMED, "optimizer.lr": 0.15, "optimizer.weight_decay": 5e-4, "train.batch_size": 256, "train.epochs": 200,
+        "loss.cross_entropy_weight": 2, "loss.contrastive_weight": 0.6, "loss.temperature": 0.1,
+    },
+    "paco_cifar100_lt": {
+        **PLAIN, "optimizer.lr": 0.05, "optimizer.weight_decay": 5e-4, "train.batch_size": 128, "train.epochs": 400,
+        "loss.alpha": 0.01, "loss.beta": 1, "loss.temperature": 0.05, "loss.queue": 1024, "loss.momentum": 0.999,
+        "network.projection.hidden": 64, "network.projection.size": 32, "schedule.warmup_epochs": 10,
+        "schedule.milestones": [0.8, 0.9],
+    },
+    "proco_cifar100_lt": OF_PROCO | {"train.epochs": 200, "schedule.warmup_epochs": 5, "schedule.milestones": [0.8, 0.9]},
+    "proco_cifar100_lt_400": OF_PROCO | {"train.epochs": 400, "schedule.warmup_epochs": 10, "schedule.milestones": [0.9, 0.95]},
+    "mixup_cifar100_lt": {**PLAIN, "train.mixup": 1, "optimizer.lr": 0.1, "optimizer.weight_decay": 2e-4},
+    "bcl_imagenet_lt": OF_IMAGENET | NORMED | {"loss.cross_entropy_weight": 1, "loss.contrastive_weight": 0.35},
+    "proco_imagenet_lt": OF_IMAGENET | {"loss.contrastive_weight": 1},
+    "paco_imagenet_lt": {
+        **PLAIN, "optimizer.lr": 0.02, "train.epochs": 400, "train.batch_size": 128, "loss.temperature": 0.2,
+        "loss.queue": 8192, "loss.alpha": 0.05, "network.projection.size": 128,
+    },
+}  # fmt: skip
+STRONG = [{"kind": "auto_augment", "policy": "cifar10", "style": "authors"}, {"kind": "cutout", "size": 16}]
+RAND = {"kind": "rand_augment", "count": 2, "magnitude": 10, "style": "timm", "noise": 0.5, "probability": 0.5}
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_a_papers_recipe_has_its_figures(name):
+    config = load_config(f"recipes/{name}", [])
+    found, wanted = figures_of(config), FIGURES[name]
+    assert {field: found.get(field) for field in wanted} == wanted
+    assert config_warnings(config) == []
+    views = config.model_dump(mode="json")["data"]["views"]
+    method, dataset = name.partition("_cifar")[0].partition("_imagenet")[0], "imagenet" if "imagenet" in name else "cifar"
+    assert len(views) == {"bcl": 3, "proco": 3, "paco": 2, "hybrid": 2}.get(method, 1)
+    if dataset == "imagenet":
+        jitter = views[0]["augment"][0]
+        assert (jitter["brightness"], jitter["contrast"], jitter["saturation"], jitter["hue"]) == (0.4, 0.4, 0.4, 0)
+        assert views[0]["augment"][1] == RAND
+        blurs = [part["kind"] for view in views[1:] for part in view["augment"]].count("blur")
+        assert blurs == (1 if method == "paco" else 0)
+        return
+    assert found["data.profile.subset"] == "field"
+    if method in ("balanced_softmax", "bcl", "paco", "proco"):
+        assert views[0]["augment"] == STRONG
+    low = {"proco": 0.08, "bcl": 0.2, "paco": 0.2}.get(method)
+    assert [view["cut"]["scale"] for view in views[1:] if low] == [[low, 1.0]] * (len(views) - 1) * (low is not None)
+    # CIFAR-10's is the same, but for what the papers set by data set.
+    other = figures_of(load_config(f"recipes/{name.replace('100', '10')}", []))
+    by_data = {"data.source.kind", "data.mean", "data.std", "loss.logit_gamma", "train.epochs", "schedule.warmup_epochs"}
+    different = {field for field in found if found[field] != other[field]}
+    assert different <= by_data
+    assert "train.epochs" not in different or method == "balanced_softmax"
+
+
+def test_no_recipe_claims_to_be_a_papers_that_it_is_not():
+    """Nesterov momentum is the projects' own choice; files named after a method have plain momentum."""
+    for path in (REPOSITORY / "configs" / "recipes").glob("*.yaml"):
+        own = path.stem.startswith(("cifar", "imagenet", "inaturalist"))
+        assert load_config(f"recipes/{path.stem}", []).optimizer.nesterov == own
+        if own and path.stem.startswith("cifar"):
+            assert "a recipe of this project" in path.read_text()
 
 
 @pytest.fixture(scope="module")
@@ -154,13 +251,14 @@ def test_smoke(small_cifar, tmp_path):
     done = in_process(reproduce.main, *command, *places)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
-    assert (found["runs"], found["of"]) == (2, 9)
+    assert (found["runs"], found["of"]) == (2, 11)
     lines = reproduce_report.read(tmp_path / "docs" / "cifar10_lt-smoke.jsonl")
     assert {line["value"] for line in lines} == {"CE", "Hybrid-SC"}
     assert str(tmp_path) not in (tmp_path / "docs" / "cifar10_lt-smoke.jsonl").read_text()
     for line in lines:
+        name = {"CE": "ce", "Hybrid-SC": "hybrid"}[line["value"]]
         assert line["command"].startswith(
-            "python -m cibl_ray.train cifar10_lt --data.source.kind folder --data.source.path FOLDER"
+            f"python -m cibl_ray.train recipes/{name}_cifar10_lt --data.source.kind folder --data.source.path FOLDER"
         )
         assert 0 <= line["last"]["overall"] <= 1
         assert line["machine"]["torch"]
@@ -202,7 +300,7 @@ def test_smoke(small_cifar, tmp_path):
     drawn = in_process(reproduce.main, *command[:-1], *places, "--report-only")
     assert drawn.returncode == 0, drawn.stderr
     text = (tmp_path / "docs" / "cifar10_lt-smoke.md").read_text()
-    assert "1 of 9 runs" in text
+    assert "1 of 11 runs" in text
     assert "| Hybrid-SC |" in text
     assert "| CE |" not in text
     wrong = in_process(reproduce.main, *command[:-2], "Nonsense", *places)
@@ -224,7 +322,7 @@ def test_smoke_of_imagenet(small_cifar, tmp_path):
     assert done.returncode == 0, done.stderr
     (entry,) = reproduce_report.read(tmp_path / "docs" / "imagenet_lt-smoke.jsonl")
     where = "--data.source.kind folder --data.source.path FOLDER"
-    assert entry["command"].startswith(f"python -m cibl_ray.train recipes/imagenet_lt_90 {where}")
+    assert entry["command"].startswith(f"python -m cibl_ray.train recipes/bcl_imagenet_lt {where}")
     assert entry["config"]["network"]["backbone"] == "resnet50"
     assert "`--imagenet FOLDER`" in (tmp_path / "docs" / "imagenet_lt-smoke.md").read_text()
     refused = in_process(reproduce.main, *command, "--budget", "cpu")
@@ -273,6 +371,10 @@ def test_ours_stands_beside_the_published_number(tmp_path):
     assert "| – | – | – | 1.5 |" in next(row for row in text.splitlines() if row.startswith("| CIBL"))  # neither is published
     assert "H100, torch 2. Code: commit abc." in text
     assert "ProCo's: 54.2, in 400 epochs" in text
+    assert "†: the best epoch on the test set" in text
+    assert "Images of each class: this project's draw" in text
+    reproduce_report.write(tmp_path / "b.jsonl", [line("BCL", 0, 0.5)], of=9)
+    assert "| 53.9 † | -3.9 |" in (tmp_path / "b.md").read_text()
     assert "made alike" not in text
     assert reproduce_report.means(lines)["cifar100 IF 100 Hybrid-SC"] == {"mean": 47.0, "spread": 1.0, "seeds": 3}
 

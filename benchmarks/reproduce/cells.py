@@ -28,6 +28,7 @@ PUBLISHED: dict[str, dict[str, dict[int, float]]] = {
         "CE": {100: 70.4, 50: 74.8, 10: 86.4},
         "LDAM-DRW": {100: 77.0, 10: 88.2},
         "balanced softmax": {100: 83.1, 10: 90.9},
+        "ProCo": {100: 85.9, 50: 88.2, 10: 91.9},
         "Hybrid-SC": {100: 81.40, 50: 85.36, 10: 91.12},
         "Hybrid-PSC": {100: 78.82, 50: 83.86, 10: 90.06},
     },
@@ -39,10 +40,13 @@ PUBLISHED: dict[str, dict[str, dict[int, float]]] = {
         "Hybrid-PSC": {100: 44.97, 50: 48.93, 10: 62.37},
         "PaCo": {100: 52.0, 50: 56.0, 10: 64.2},
         "BCL": {100: 53.9, 50: 56.6, 10: 64.9},
+        "ProCo": {100: 54.2, 50: 57.1, 10: 65.5},
     },
-    "imagenet": {"PaCo": {0: 57.0}},
+    "imagenet": {"PaCo": {0: 57.0}, "ProCo": {0: 57.3}},
 }
 PUBLISHED_EPOCHS = {("imagenet", "PaCo"): 400}  # where they are not ours
+# Their code keeps the best epoch on the test set, and that is what is published; ours is the last epoch's.
+BEST_ON_TEST = ("LDAM-DRW", "BCL", "ProCo", "PaCo")
 # ProCo's, the best with the same network as far as known, and its epochs: what CIBL is to pass.
 BEST_PUBLISHED: dict[str, dict[int, tuple[float, int]]] = {
     "cifar10": {100: (85.9, 200), 50: (88.2, 200), 10: (91.9, 200)},
@@ -73,9 +77,16 @@ class Cell:
 
 @dataclass(frozen=True)
 class Budget:
-    """factors: imbalance factors. common: options of every run. averaging: momentum of an averaged network.
+    """How much is trained.
 
-    full: each method with the published recipe; else all on one short one, which compares methods and no published number.
+    Attributes:
+        factors: Imbalance factors.
+        epochs: Of a run; methods whose published number took longer are trained as much longer.
+        jobs: Runs at a time; None: one a core.
+        averaging: Momentum of an averaged network.
+        full: Each method with its published recipe; else all on one short one, which compares methods and no published number.
+        common: Options of every run.
+        skews: More values of CIBL's λ to train, by data set.
     """
 
     factors: tuple[int, ...]
@@ -84,12 +95,23 @@ class Budget:
     averaging: float
     full: bool
     common: tuple[str, ...] = ()
+    skews: dict[str, tuple[float, ...]] | None = None
 
 
 _SHORT = ("--backbone", "resnet20", "--loader.kind", "resident")
 BUDGETS = {
     # A checkpoint an epoch would cost as much as evaluation; ten epochs are some seconds.
     "gpu": Budget((100, 50, 10), 200, 3, 0.999, True, ("--checkpoint_every", "10", "--eval_batch_size", "2000")),
+    # As `gpu`, one run after another on all cores; a stop loses five minutes at most.
+    "laptop": Budget(
+        (100, 50, 10),
+        200,
+        1,
+        0.999,
+        True,
+        ("--checkpoint_every", "10", "--checkpoint_minutes", "5", "--loader.kind", "resident", "--eval_batch_size", "1000"),
+        {"cifar10": (0.001, 0.02), "cifar100": (0.005, 0.1)},
+    ),
     # An average over .999 would, in a run so short, be the initial network.
     "cpu": Budget((100,), 3, None, 0.99, False, (*_SHORT, "--schedule", "{kind: cosine, warmup_epochs: 1}")),
     # The recipes of the GPU budget, but for what few images and one epoch do not allow.
@@ -102,35 +124,13 @@ _CROP, _RESIZED = "cut: {kind: crop, padding: 4}", "cut: {kind: resized, scale: 
 _PLAIN = f"{{{_CROP}}}"
 _STRONG = f"{{{_CROP}, augment: [{{kind: auto_augment}}, {{kind: cutout, size: 16}}]}}"
 _OTHER = f"{{{_RESIZED}, augment: [{{kind: color_jitter}}, {{kind: grayscale}}]}}"
-_BLURRED = f"{{{_RESIZED}, augment: [{{kind: color_jitter}}, {{kind: grayscale}}, {{kind: blur}}]}}"
-_HYBRID_VIEW = f"{{{_CROP}, augment: [{{kind: grayscale, probability: 0.2}}]}}"
 
 
 def _views(*each: str) -> tuple[str, str]:
     return "--data.views", f"[{', '.join(each)}]"
 
 
-HYBRID = (
-    *("--batch_size", "512", "--lr", "0.5", "--weight_decay", "1e-4", *_views(_HYBRID_VIEW, _HYBRID_VIEW)),
-    *("--schedule", "{kind: steps, warmup_epochs: 5, milestones: [0.6, 0.8]}"),
-)
-
-
-# LDAM's code, for cross-entropy too: one view, plain momentum, ×.01 at 160 and 180 of 200 epochs.
-_LDAM = (
-    *_views(_PLAIN), "--weight_decay", "2e-4", "--optimizer.nesterov", "false",
-    "--schedule", "{kind: steps, warmup_epochs: 5, gamma: 0.01}",
-)  # fmt: skip
 _SCALE_30 = ("--head", "{kind: cosine, scale: {start: 30}}")
-
-
-def _paco(factor: int) -> tuple[str, ...]:
-    """PaCo's code for CIFAR-LT, but for its projection: there of width 64, with batch normalisation. 400 epochs, as there."""
-    rate, alpha = ("0.05", 0.01) if factor == 10 else ("0.02", 0.02)
-    return (
-        *_LINEAR, *_views(_STRONG, _BLURRED), "--batch_size", "128", "--lr", rate, "--optimizer.nesterov", "false",
-        "--schedule", "{kind: steps, warmup_epochs: 10}", "--loss", f"{{kind: paco, temperature: 0.05, alpha: {alpha}}}",
-    )  # fmt: skip
 
 
 # Balanced softmax's code: 13,000 steps of 512 images, the rate rises for 800 of them and falls along a cosine.
@@ -143,20 +143,15 @@ def _balanced_epochs(dataset: str, factor: int, steps: int) -> int:
     return -(-steps // (int(exp_counts(classes, largest, factor).sum()) // _BALANCED_BATCH))
 
 
-def _balanced(dataset: str, factor: int) -> tuple[str, ...]:
-    """Balanced softmax's code for CIFAR-LT: one strong view; there the warm-up begins at half the rate, here at none."""
-    warmup = _balanced_epochs(dataset, factor, _BALANCED_WARMUP)
-    return (
-        *_LINEAR, *_views(_STRONG), "--batch_size", str(_BALANCED_BATCH), "--lr", "0.1", "--optimizer.nesterov", "false",
-        "--schedule", f"{{kind: cosine, warmup_epochs: {warmup}}}",
-    )  # fmt: skip
-
-
 def _epochs(method: str, dataset: str, budget: Budget, factor: int) -> int:
     """The budget's, longer where a method's published number took more than 200 epochs."""
     if not budget.full:
         return budget.epochs
-    of_200 = {"PaCo": 400, "balanced softmax": _balanced_epochs(dataset, factor, _BALANCED_STEPS)}.get(method, 200)
+    of_200 = {
+        "PaCo": 400,
+        "ProCo": 400 if (dataset, factor) == ("cifar100", 100) else 200,
+        "balanced softmax": _balanced_epochs(dataset, factor, _BALANCED_STEPS),
+    }.get(method, 200)
     return of_200 * budget.epochs // 200 or 1
 
 
@@ -166,31 +161,62 @@ def _tail_skew(dataset: str, budget: Budget) -> float:
     return {"cifar10": 0.005, "cifar100": 0.025}[dataset] if budget.full else 0.05
 
 
+# The rows whose recipe is a file, recipes/NAME_cifar100_lt and recipes/NAME_cifar10_lt.
+RECIPES = {
+    "CE": "ce",
+    "LDAM-DRW": "ldam",
+    "VS": "vs",
+    "balanced softmax": "balanced_softmax",
+    "Hybrid-SC": "hybrid",
+    "Hybrid-PSC": "hybrid",
+    "BCL": "bcl",
+    "PaCo": "paco",
+    "ProCo": "proco",
+}
+
+
 def methods(dataset: str, budget: Budget, factor: int) -> dict[str, tuple[str, tuple[str, ...]]]:
-    """Each method's recipe ('plain', 'strong' or 'hybrid'), and its options: its authors' where the budget is full."""
-    psc, full = 1.0 if dataset == "cifar10" else 0.1, budget.full
-    paco = _paco(factor) if full else ("--loss", f"{{kind: paco, momentum: {budget.averaging}}}")
-    # CE on the first view alone; BCL's own code contrasts the other two, ours all three.
-    three = (*_SCALE_30, *_views(_STRONG, _OTHER, _OTHER), "--loss", "{kind: bcl, classify: first}")
-    bcl = three if full else ("--loss", "{kind: bcl}")
-    # Re-weighting begins in the last fifth of the epochs; fewer than five have no last fifth, so there it is the last one.
+    """Each method's configuration and options: the recipe in its authors' name where the budget is full, else one for all."""
     cibl = f"{{kind: cibl, tail_skew: {_tail_skew(dataset, budget)}, kappa: 1}}"
-    ldam = "{kind: ldam}" if budget.epochs >= 5 else f"{{kind: ldam, reweight_from: {0.6 if budget.epochs > 1 else 0}}}"
-    return {
-        "CE": ("plain", (*_LINEAR, *(_LDAM if full else ()), "--loss", "{kind: cross_entropy}")),
-        "LDAM-DRW": (
-            "plain", (*_SCALE_30, *(_LDAM if full else ()), "--loss", ldam),
-        ),
-        "balanced softmax": (
-            "strong", (*(_balanced(dataset, factor) if full else ()), "--loss", "{kind: balanced_softmax}"),
-        ),
-        "Hybrid-SC": ("hybrid", (*_LINEAR, "--loss", "{kind: hybrid_sc, temperature: 0.1}")),
-        "Hybrid-PSC": ("hybrid", (*_LINEAR, "--loss", f"{{kind: hybrid_psc, temperature: {psc}}}")),
-        "BCL": ("strong", bcl),
-        "PaCo": ("strong", paco),
-        "CIBL, linear head": ("strong", (*_LINEAR, "--loss", cibl)),
-        "CIBL, cosine head": ("strong", (*_COSINE, "--loss", cibl)),
-    }  # fmt: skip
+    ours = {
+        "CIBL, linear head": (*_LINEAR, "--loss", cibl),
+        "CIBL, cosine head": (*_COSINE, "--loss", cibl),
+    }
+    base = f"{dataset}_lt"
+    if not budget.full:
+        short = {
+            "CE": (*_LINEAR, "--loss", "{kind: cross_entropy}"),
+            # Re-weighting begins in the last fifth of the epochs; three have no last fifth, so it is the last one.
+            "LDAM-DRW": (*_SCALE_30, "--loss", "{kind: ldam, reweight_from: 0.6}"),
+            "balanced softmax": ("--loss", "{kind: balanced_softmax}"),
+            "Hybrid-SC": (*_LINEAR, "--loss", "{kind: hybrid_sc, temperature: 0.1}"),
+            "Hybrid-PSC": (*_LINEAR, "--loss", f"{{kind: hybrid_psc, temperature: {_psc(dataset)}}}"),
+            "BCL": ("--loss", "{kind: bcl}"),
+            "PaCo": ("--loss", f"{{kind: paco, momentum: {budget.averaging}}}"),
+            **ours,
+        }
+        return {method: (base, options) for method, options in short.items()}
+    more: dict[str, tuple[str, ...]] = {
+        "VS": ("--loss.kappa", "0.5") if factor == 10 else (),
+        "balanced softmax": ("--warmup_epochs", str(_balanced_epochs(dataset, factor, _BALANCED_WARMUP))),
+        "Hybrid-PSC": ("--loss", f"{{kind: hybrid_psc, temperature: {_psc(dataset)}}}"),
+        "LDAM-DRW": () if budget.epochs >= 5 else ("--loss.reweight_from", "0"),
+    }
+    found = {}
+    for method, name in RECIPES.items():
+        longer = "_400" if _epochs(method, dataset, BUDGETS["gpu"], factor) == 400 and method == "ProCo" else ""
+        found[method] = (f"recipes/{name}_{base}{longer}", more.get(method, ()))
+    strong = f"recipes/{base}_if{factor}_200"
+    if budget.skews:
+        for skew in budget.skews[dataset]:
+            loss = f"{{kind: cibl, tail_skew: {skew}, kappa: 1}}"
+            ours[f"CIBL, cosine head, λ = {skew}"] = (*_COSINE, "--loss", loss)
+    return found | {method: (strong, options) for method, options in ours.items()}
+
+
+def _psc(dataset: str) -> float:
+    """Hybrid-PSC's temperature."""
+    return 1.0 if dataset == "cifar10" else 0.1
 
 
 def variants(dataset: str, budget: Budget) -> dict[str, tuple[int, tuple[str, ...]]]:
@@ -245,46 +271,46 @@ def cells(table: str, name: str, seeds: int, val: float) -> list[Cell]:
             case "cifar10_lt" | "cifar100_lt":
                 dataset = table.removesuffix("_lt")
                 for factor in budget.factors:
-                    for method, (recipe, options) in methods(dataset, budget, factor).items():
+                    for method, (config, options) in methods(dataset, budget, factor).items():
                         epochs = _epochs(method, dataset, budget, factor)
-                        found.append(_cell(dataset, factor, method, seed, name, recipe, options, epochs, common))
+                        found.append(_cell(dataset, factor, method, seed, name, config, options, epochs, common))
             case "tail_skew":
                 for dataset in ("cifar10", "cifar100"):
                     for skew in LAMBDAS:
                         options = (*_LINEAR, "--loss", f"{{kind: cibl, tail_skew: {skew}}}")
-                        found.append(_cell(dataset, 100, f"λ={skew}", seed, name, "plain", options, budget.epochs, common))
+                        found.append(
+                            _cell(dataset, 100, f"λ={skew}", seed, name, f"{dataset}_lt", options, budget.epochs, common)
+                        )
             case "readings":
                 for reading, option in READINGS.items():
                     for skew in READ_AT:
                         options = (*_LINEAR, "--loss", f"{{kind: cibl, tail_skew: {skew}{option}}}")
                         value = f"{reading}, λ={skew}"
-                        found.append(_cell("cifar100", 100, value, seed, name, "plain", options, budget.epochs, common))
+                        found.append(_cell("cifar100", 100, value, seed, name, "cifar100_lt", options, budget.epochs, common))
             case "recipe":
                 for dataset in ("cifar100", "cifar10"):
                     for value, (times, options) in variants(dataset, budget).items():
                         epochs = times * budget.epochs
-                        found.append(_cell(dataset, 100, value, seed, name, "strong", options, epochs, common))
+                        config = f"recipes/{dataset}_lt_if100_200" if budget.full else f"{dataset}_lt"
+                        found.append(_cell(dataset, 100, value, seed, name, config, options, epochs, common))
             case "cosine_epochs":
                 for dataset in ("cifar10", "cifar100"):
                     for head, options in (("linear", _LINEAR), ("cosine", _COSINE)):
                         for share in (0.25, 0.5, 0.75, 1.0) if head == "cosine" else (1.0,):
                             epochs = max(1, round(budget.epochs * share))
                             value, loss = f"{head}, {epochs}", ("--loss", "{kind: cibl, tail_skew: 0.05}")
-                            found.append(_cell(dataset, 100, value, seed, name, "plain", (*options, *loss), epochs, common))
+                            every = (*options, *loss)
+                            found.append(_cell(dataset, 100, value, seed, name, f"{dataset}_lt", every, epochs, common))
     return list({cell.name: cell for cell in found}.values())  # lengths of a short budget may fall together
 
 
 def _cell(
-    dataset: str, factor: int, value: str, seed: int, budget: str, recipe: str, options: tuple[str, ...], epochs: int,
+    dataset: str, factor: int, value: str, seed: int, budget: str, config: str, options: tuple[str, ...], epochs: int,
     common: tuple[str, ...],
 ) -> Cell:  # fmt: skip
-    config, profile = f"{dataset}_lt", f"{{kind: exp, imbalance: {factor}}}"
-    if BUDGETS[budget].full and recipe == "strong":
-        config = f"recipes/{dataset}_lt_if{factor}_200"
-    elif BUDGETS[budget].full and recipe == "hybrid":
-        options = (*HYBRID, *options)
-    if budget == "smoke":
-        profile = _SMOKE_PROFILE
+    # The recipes' subset is the field's, as far as no validation split is carved out before.
+    subset = ", subset: field" if config.startswith("recipes/") else ""
+    profile = _SMOKE_PROFILE if budget == "smoke" else f"{{kind: exp, imbalance: {factor}{subset}}}"
     every = ("--data.profile", profile, *options, *common, "--epochs", str(epochs), "--seed", str(seed))
     return Cell(dataset, factor, value, seed, config, every)
 
@@ -299,14 +325,16 @@ _IMAGENET_SMOKE = (
 def _imagenet(seed: int, smoke: bool) -> list[Cell]:
     """ResNet-50, 90 epochs, one run at a time: for those who have the images, and a GPU. The lists bring their validation."""
     length = _IMAGENET_SMOKE if smoke else ("--epochs", "90")
-    chosen: dict[str, tuple[str, ...]] = {
-        "balanced softmax": ("--loss", "{kind: balanced_softmax}"),
-        "BCL": ("--loss", "{kind: bcl, temperature: 0.07, cross_entropy_weight: 1, contrastive_weight: 0.35, classify: first}"),
-        "PaCo": ("--lr", "0.02", *_LINEAR, "--loss", "{kind: paco, temperature: 0.2, queue: 8192}"),
-        "CIBL, linear head": _LINEAR,
-        "CIBL, cosine head": (),
+    ninety = "recipes/imagenet_lt_90"
+    chosen: dict[str, tuple[str, tuple[str, ...]]] = {
+        "balanced softmax": (ninety, ("--loss", "{kind: balanced_softmax}")),
+        "BCL": ("recipes/bcl_imagenet_lt", ()),
+        "ProCo": ("recipes/proco_imagenet_lt", ()),
+        "PaCo": ("recipes/paco_imagenet_lt", ()),
+        "CIBL, linear head": (ninety, _LINEAR),
+        "CIBL, cosine head": (ninety, ()),
     }
     return [
-        Cell("imagenet", 0, method, seed, "recipes/imagenet_lt_90", (*options, *length, "--seed", str(seed)))
-        for method, options in chosen.items()
+        Cell("imagenet", 0, method, seed, config, (*options, *length, "--seed", str(seed)))
+        for method, (config, options) in chosen.items()
     ]

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from benchmarks.reproduce import claims
-from benchmarks.reproduce.cells import BEST_PUBLISHED, PUBLISHED, PUBLISHED_EPOCHS, Cell
+from benchmarks.reproduce.cells import BEST_ON_TEST, BEST_PUBLISHED, BUDGETS, PUBLISHED, PUBLISHED_EPOCHS, Cell
 from benchmarks.reproduce.lines import Line, source_of
 
 TITLES = {"cifar10": "CIFAR-10-LT", "cifar100": "CIFAR-100-LT", "imagenet": "ImageNet-LT"}
@@ -89,7 +89,7 @@ def write(path: Path, known: list[Line], of: int) -> None:
     """`path` with the suffix .md, and a picture for each data set and factor. known: the lines of runs that ended or failed."""
     lines, failed = [line for line in known if "failed" not in line], [line for line in known if "failed" in line]
     first = lines[0]
-    table, full = first["table"], first["budget"] == "gpu"
+    table, full = first["table"], first["budget"] != "smoke" and BUDGETS[first["budget"]].full
     text = [
         f"# {table}, budget `{first['budget']}`",
         "",
@@ -112,8 +112,14 @@ def write(path: Path, known: list[Line], of: int) -> None:
         picture = path.with_name(f"{path.stem}-{dataset}{f'-if{factor}' if factor else ''}.png")
         _picture(picture, title, rows, published, table)
         if compared and factor in BEST_PUBLISHED[dataset]:
+            if any(published.get(name) is not None for name in BEST_ON_TEST):
+                text += ["", "Published †: the best epoch on the test set, as their code keeps it. Ours is the last epoch's."]
             number, epochs = BEST_PUBLISHED[dataset][factor]
             text += ["", f"The best published number with this network is ProCo's: {number:.1f}, in {epochs} epochs."]
+        subsets = sorted({_subset(line) for of_row in rows.values() for line in of_row})
+        kept = {"field": "those of the published tables", "seeded": "this project's draw"}
+        if table != "imagenet_lt":
+            text += ["", f"Images of each class: {', '.join(kept[subset] for subset in subsets)} (`data.profile.subset`)."]
         text += [*_unlike(rows), "", f"![{title}]({picture.name})"]
     text += claims.sentences(claims.figures(table, lines))
     again = f"{table} --budget {first['budget']} --seeds {1 + max(line['seed'] for line in lines)}"
@@ -142,7 +148,8 @@ def _table(dataset: str, rows: dict[str, list[Line]], published: dict[str, float
         if published:
             number, epochs = published.get(value), PUBLISHED_EPOCHS.get((dataset, value))
             ours = 100 * np.mean([line["last"]["overall"] for line in of_row])
-            cells.append("–" if number is None else f"{number:.1f}" + (f" ({epochs} epochs)" if epochs else ""))
+            mark = " †" if value in BEST_ON_TEST else ""
+            cells.append("–" if number is None else f"{number:.1f}{mark}" + (f" ({epochs} epochs)" if epochs else ""))
             cells.append("–" if number is None else f"{ours - number:+.1f}")
         cells.append(f"{np.mean([line['seconds'] for line in of_row]) / 60:.1f}")
         text.append("| " + " | ".join(cells) + " |")
@@ -173,10 +180,16 @@ def _conditions(line: Line) -> dict[str, str]:
     """What runs that are compared should share."""
     return {
         "images from": source_of(line),
+        "subset": _subset(line),
         "test images": str((line.get("data") or {}).get("test", "not recorded"))[:12],
         "precision": line.get("precision", "not recorded"),
         "machine": _machine(line),
     }
+
+
+def _subset(line: Line) -> str:
+    """Which images of each class were kept: drawn by this project's seed, or those of the published tables."""
+    return str(line.get("config", {}).get("data", {}).get("profile", {}).get("subset", "seeded"))
 
 
 def _machine(line: Line) -> str:
