@@ -136,8 +136,8 @@ FIGURES = {
     "vs_cifar100_lt": OF_LDAM | {"optimizer.weight_decay": 5e-4, "loss.logit_gamma": 0.05, "loss.kappa": 1},
     "balanced_softmax_cifar100_lt": {**PLAIN, "optimizer.lr": 0.1, "train.batch_size": 512, "schedule.kind": "cosine"},
     "hybrid_cifar100_lt": {
-        **PLAIN, "optimizer.lr": 0.5, "optimizer.weight_decay": 1e-4, "train.batch_size": 512, "schedule.milestones": [0.6, 0.8],
-        "loss.temperature": 0.1, "train.epochs": 200,
+        **PLAIN, "optimizer.lr": 0.5, "optimizer.weight_decay": 1e-4, "train.batch_size": 512,
+        "schedule.milestones": [0.6, 0.8], "loss.temperature": 0.1, "train.epochs": 200,
     },
     "bcl_cifar100_lt": {
         **PLAIN, **NORMED, "optimizer.lr": 0.15, "optimizer.weight_decay": 5e-4, "train.batch_size": 256, "train.epochs": 200,
