@@ -1,7 +1,7 @@
 # Two commands are enough on a fresh machine: `make quickstart` and `make test`. Both set up first; a second run skips that.
 VENV := .venv/bin/python
 
-.PHONY: help setup quickstart test test-all test-ray lint lock wheel web docs docs-serve
+.PHONY: help setup quickstart test test-all test-ray lint lock wheel web docs docs-serve tables
 
 help:
 	@echo "make quickstart   set up, train CIBL on long-tailed digits through FFCV, pictures in runs/"
@@ -11,6 +11,7 @@ help:
 	@echo "make setup        Debian packages (as root), virtual environment, pinned packages, onnxruntime-web (with npm)"
 	@echo "make docs         build the documentation site into build/docs; a broken link or a missing page is an error"
 	@echo "make docs-serve   the site on 127.0.0.1:8001, built again at each change"
+	@echo "make tables       draw the tables of the docs again from the recorded lines"
 	@echo "make wheel        build the wheel into dist/"
 	@echo "make web          fetch onnxruntime-web with npm, for models in the browser, if make setup could not"
 	@echo "make lock         resolve requirements.lock again"
@@ -53,3 +54,6 @@ docs: setup
 
 docs-serve: setup
 	NO_MKDOCS_2_WARNING=1 $(VENV) -m mkdocs serve --dev-addr 127.0.0.1:8001
+
+tables: setup
+	$(VENV) -m scripts.docs_site.tables

@@ -99,7 +99,22 @@ def _render(docs: Path, cells: dict[str, list[dict[str, Any]]], budget: str, see
     hardware = next(iter(cells.values()))[0]["hardware"]
     lines += ["", f"Mean ± standard deviation over {seeds} seeds; budget `{budget}`; {hardware}."]
     (docs / f"{budget}.md").write_text("\n".join(lines) + "\n")
+    (docs / f"{budget}.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in _lines(cells, budget, seeds)))
     _picture(docs / f"{budget}.png", cells)
+
+
+def _lines(cells: dict[str, list[dict[str, Any]]], budget: str, seeds: int) -> list[dict[str, Any]]:
+    """What `make tables` draws the tables of the docs from: the mean and the deviation of each score, as shares."""
+    found = []
+    for name, results in cells.items():
+        statistics = _statistics(results)
+        scores = {c: None if statistics[c] is None else [round(value / 100, 4) for value in statistics[c]] for c in COLUMNS}
+        last = results[0]
+        found.append(
+            {"value": name, "budget": budget, "seeds": seeds, "epoch": last["last"]["epoch"], "scores": scores}
+            | {"hardware": last["hardware"], "command": f"python -m benchmarks.cibl_vs_ce --images FOLDER --budget {budget}"}
+        )
+    return found
 
 
 def _picture(path: Path, cells: dict[str, list[dict[str, Any]]]) -> None:

@@ -1,4 +1,4 @@
-"""CONTRIBUTING's examples: a loss, a backbone and a head are added to a copy of the code as they stand there, and trained."""
+"""The examples of the docs: a loss, a backbone and a head are added to a copy of the code as they stand, and trained."""
 
 import ast
 import json
@@ -43,8 +43,9 @@ print(json.dumps(results))
 
 
 def blocks(title: str) -> list[tuple[str, str, str]]:
-    """Language, file and content of the code blocks below a heading of CONTRIBUTING that name a file."""
-    (section,) = re.findall(rf"^## {title}\n(.*?)^## ", (REPOSITORY / "CONTRIBUTING.md").read_text(), re.MULTILINE | re.DOTALL)
+    """Language, file and content of the code blocks below a heading that name a file."""
+    path = REPOSITORY / ("docs/how-to/add-a-loss.md" if title == "Add a loss" else "CONTRIBUTING.md")
+    (section,) = re.findall(rf"^##? {title}\n(.*?)^## ", path.read_text(), re.MULTILINE | re.DOTALL)
     found = re.findall(r"^```(python|diff)\n# (\S+)\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
     assert [language for language, _, _ in found] == ["python", "diff"]
     return found

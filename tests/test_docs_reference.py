@@ -9,6 +9,7 @@ from pydantic import BaseModel, TypeAdapter
 from cibl_ray.config import RunConfig
 from cibl_ray.tuning.config import SweepConfig
 from pipelines.common.fields import is_collection, kind_of, known_keys, models_in
+from pipelines.common.settings import shipped_configs
 from serve.openapi import openapi
 from serve.settings import ServiceConfig
 
@@ -40,6 +41,11 @@ def test_every_field_has_its_meaning_type_default_and_example(name):
         assert lines[2].endswith("."), where
         assert "<span" in lines[3], where
         assert ("default `" in lines[3]) != ("· required" in lines[3]), where
+
+
+def test_every_shipped_configuration_is_named():
+    page = reference.configuration_pages()["reference/configuration/README.md"]
+    assert [name for name in shipped_configs() if f"`{name}`" not in page and not name.startswith("recipes/")] == []
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -23,7 +23,6 @@ from pipelines.common.command_line import ConfigParser
 from pipelines.common.errors import CommandParser
 from pipelines.common.explain import kind_names, range_in_words, sentence, summary_of, type_in_words
 from pipelines.common.fields import as_plain, is_collection, kind_of, models_in
-from pipelines.common.settings import shipped_configs
 from serve.openapi import openapi
 from serve.settings import ServiceConfig
 
@@ -99,7 +98,7 @@ def configuration_pages() -> dict[str, str]:
         line for name, info in RunConfig.model_fields.items() if not models_in(info.annotation) for line in _field(name, info)
     ]
     overview = Path(__file__).with_name("configuration.md").read_text()
-    for name, lines in (("PARTS", rows), ("TOP", top), ("SHIPPED", _shipped())):
+    for name, lines in (("PARTS", rows), ("TOP", top)):
         overview = overview.replace(f"{name}\n", "\n".join(lines) + "\n")
     found[f"{CONFIGURATION}/README.md"] = overview
     found[f"{CONFIGURATION}/sweep.md"] = _whole(
@@ -114,16 +113,6 @@ def configuration_pages() -> dict[str, str]:
         "[commands](../commands.md#python-m-serve).",
     )
     return found
-
-
-def _shipped() -> Iterator[str]:
-    for name in shipped_configs():
-        content = yaml.safe_load((REPOSITORY / "configs" / f"{name}.yaml").read_text())
-        parts = [(content.get(part) or {}) for part in ("data", "loss", "network")]
-        source = parts[0].get("source", {}).get("kind", "")
-        backbone = parts[2].get("backbone", RunConfig.model_fields["network"].default.backbone.kind)
-        backbone = backbone.get("name", backbone["kind"]) if isinstance(backbone, Mapping) else backbone
-        yield f"| `{name}` | {source} | {parts[1].get('kind', 'cibl')} | {backbone} |"
 
 
 def _whole(model: type[BaseModel], title: str, text: str) -> str:
