@@ -96,6 +96,12 @@ class TrainConfig(Settings):
     partial: PartialConfig = Field(
         default=LastBlocks(), discriminator="kind", description="Which part of the backbone tune 'partial' trains."
     )
+    batch_norm: Literal["auto", "keep", "update"] = Field(
+        default="auto",
+        description="Batch norm of what is trained. keep: with the running statistics that the weights came with, in training, "
+        "too, for small batches of few classes have others; update: with those of each batch. auto: keep where the backbone "
+        "starts from pretrained weights.",
+    )
     feature_views: int = Field(
         default=0, ge=0, le=64, description="Augmented views of each training image that tune 'head' computes features of."
     )

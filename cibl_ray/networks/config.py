@@ -15,6 +15,8 @@ from pipelines.common.settings import Settings
 if TYPE_CHECKING:
     from torch import nn
 
+    from cibl_ray.networks.adapters import AdaptedBackbone
+
 HeadConfig = Annotated[
     LinearHeadConfig
     | CosineHeadConfig,
@@ -89,7 +91,22 @@ class Norms(Settings):
         train_norms(backbone)
 
 
-PartialConfig = LastBlocks | Norms
+class Adapters(Settings):
+    """Train low-rank adapters (LoRA) of linear layers and convolutions, by the library peft. Export merges them."""
+
+    kind: Literal["adapters"]
+    rank: int = Field(default=8, ge=1, le=1024, description="r: an adapter of n inputs and m outputs has r·(n + m) weights.")
+    alpha: float = Field(default=16.0, gt=0, description="α: an adapter's output is multiplied by α/r.")
+
+    def freeze(self, backbone: nn.Module) -> AdaptedBackbone:
+        """Freeze the backbone and give it adapters, whose first weights are drawn from torch's generator."""
+        from cibl_ray.networks.adapters import AdaptedBackbone
+
+        backbone.requires_grad_(False)
+        return AdaptedBackbone(backbone, self.rank, self.alpha)
+
+
+PartialConfig = LastBlocks | Norms | Adapters
 
 
 @dataclass(frozen=True)

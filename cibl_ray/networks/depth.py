@@ -65,16 +65,21 @@ def is_norm(module: nn.Module) -> bool:
     return isinstance(module, norms)
 
 
-def frozen_modules(backbone: nn.Module) -> list[str]:
+def frozen_modules(backbone: nn.Module, keep_statistics: bool = False) -> list[str]:
     """The modules to keep in evaluation mode: those whose parameters are all frozen, and norms with frozen neighbours.
 
     A norm whose own parameters are trained while the layers around it are frozen keeps its statistics, too.
+
+    Args:
+        backbone: With what is frozen.
+        keep_statistics: Whether every norm with running statistics is among them.
     """
     trained = {name.rpartition(".")[0] for name, parameter in backbone.named_parameters() if parameter.requires_grad}
     only_norms = bool(trained) and all(is_norm(backbone.get_submodule(name)) for name in trained)
     still = []
     for name, module in backbone.named_modules():
         own = [*module.parameters(recurse=False)]
-        if own and (name not in trained or (only_norms and is_norm(module))):
+        frozen = bool(own) and (name not in trained or (only_norms and is_norm(module)))
+        if frozen or (keep_statistics and getattr(module, "running_mean", None) is not None):
             still.append(name)
     return still

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import nn
 
+from cibl_ray.networks.adapters import AdaptedBackbone
 from cibl_ray.networks.config import Needs, NetworkConfig, PartialConfig
 from cibl_ray.networks.depth import frozen_modules
 from cibl_ray.networks.modules import Head, LearnedPrototypes, Neck, ProjectedPrototypes, Projection
@@ -47,6 +48,7 @@ class HybridNetwork(nn.Module):
     def __init__(self, config: NetworkConfig, classes: int, needs: Needs) -> None:
         super().__init__()
         self._still: list[str] = []
+        self._adapted: AdaptedBackbone | None = None
         self.classes, self.detached_head = classes, needs.detached_head
         self.backbone, features = config.backbone.build()
         self.neck: nn.Module | None = None
@@ -84,21 +86,41 @@ class HybridNetwork(nn.Module):
         """Logits alone, (M, C), in at least float32: what evaluation and serving need."""
         return at_least_float32(self.head(self.features(x)))
 
-    def freeze(self, tune: Literal["head", "partial", "full"], partial: PartialConfig) -> None:
+    def freeze(
+        self,
+        tune: Literal["head", "partial", "full"],
+        partial: PartialConfig,
+        keep_statistics: bool = False,
+        seed: int = 0,
+    ) -> None:
         """Choose what of the backbone is trained. Frozen batch norm keeps its statistics in training mode, too.
 
         Args:
             tune: Nothing of the backbone, a part, or all of it.
             partial: Which part.
+            keep_statistics: Whether batch norm that is trained keeps its running statistics and computes with them.
+            seed: Of the first weights of adapters.
+
+        Raises:
+            UserError: Adapters are asked for, and the backbone cannot have any.
         """
         match tune:
             case "head":
                 self.backbone.requires_grad_(False)
             case "partial":
-                partial.freeze(self.backbone)
+                with torch.random.fork_rng(devices=[]):
+                    torch.manual_seed(torch_seed(seed, "adapters"))
+                    self._adapted = partial.freeze(self.backbone)
             case "full":
                 self.backbone.requires_grad_(True)
-        self._still = frozen_modules(self.backbone)
+        self._still = frozen_modules(self.backbone, keep_statistics)
+
+    def merge_adapters(self) -> None:
+        """Add adapters to the weights that they adapt, where `freeze` made some: then the network is as it was built."""
+        if self._adapted is not None:
+            self._adapted.merge()
+            self._adapted, self._still = None, []
+            self.backbone.requires_grad_(True)
 
     def train(self, mode: bool = True) -> HybridNetwork:
         """Set training mode; what is frozen stays in evaluation mode."""

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 
 from cibl_ray.config import RunConfig
+from cibl_ray.networks.config import Adapters
 from cibl_ray.networks.network import HybridNetwork, build_network
 from cibl_ray.run.folder import BEST, LAST, PREVIOUS
 from cibl_ray.run.head import HEADER, read_head
@@ -63,9 +64,15 @@ class Checkpoint:
     rows: list[dict[str, Any]] | None = None
 
     def network(self) -> HybridNetwork:
-        """The network that this checkpoint describes, with the weights to judge and to use it by."""
-        network = build_network(self.config.network, len(self.classes), self.config.loss.needs, seed=0)
+        """The network that this checkpoint describes, with the weights to judge and to use it by. Adapters are merged."""
+        network, train = (
+            build_network(self.config.network, len(self.classes), self.config.loss.needs, seed=0),
+            self.config.train,
+        )
+        if train.tune == "partial" and isinstance(train.partial, Adapters):
+            network.freeze(train.tune, train.partial)  # adapters have weights of their own
         load_weights(network, self, averaged=True)
+        network.merge_adapters()
         return network
 
 

@@ -100,8 +100,6 @@ class Trainer:
         self.autocast = config.train.precision == "bf16"
         pretrained = start is None and features is None
         self.network = build_network(config.network, len(prepared.classes), config.loss.needs, config.seed, pretrained)
-        if start is not None:
-            load_weights(self.network, start)  # before features are made of it
         micro, rest = divmod(batch, config.train.accumulate)
         if config.train.accumulate > 1 and (rest or micro % world.size):
             among = f" among {world.size} workers" if world.size > 1 else ""
@@ -109,16 +107,19 @@ class Trainer:
                 f"train.batch_size {batch} cannot be split evenly into train.accumulate = {config.train.accumulate} "
                 f"parts{among}; change one of them"
             )
-        self.network.freeze(config.train.tune, config.train.partial)
+        starts = start is None and config.train.head_start != "random"
+        made: FeatureLoaders | FoldFeatures | None = features
+        if starts:  # from features of the backbone as it is, without adapters
+            made = made or self._feature_loaders()
+            self._start_head(made)
+        self.network.freeze(config.train.tune, config.train.partial, _keeps_statistics(config), config.seed)
+        if start is not None:
+            load_weights(self.network, start)  # before features are made of it
         if config.train.checkpoint_activations:
             _checkpoint_activations(self.network.backbone, config.network.backbone.title)
         self.network.to(self.device)
-        starts = start is None and config.train.head_start != "random"
-        made: FeatureLoaders | FoldFeatures | None = features
-        if features is None and (config.train.tune == "head" or starts):
-            made = FeatureLoaders(self.network.backbone, config, prepared, self.device, world)
-        if made is not None and starts:
-            self._start_head(made)
+        if config.train.tune == "head":
+            made = made or self._feature_loaders()
         self.features = made if config.train.tune == "head" else None
         average = config.train.average
         self.average = WeightAverage(self.network, average) if average is not None else None
@@ -161,6 +162,10 @@ class Trainer:
             ]
             # Opened now, so that a damaged test set is not found out after the last epoch.
             self.eval_loaders = {split: make_loader(prepared, split, held_out, config.loader) for split in splits}
+
+    def _feature_loaders(self) -> FeatureLoaders:
+        self.network.to(self.device)
+        return FeatureLoaders(self.network.backbone, self.config, self.prepared, self.device, self.world)
 
     def _start_head(self, features: FeatureLoaders | FoldFeatures) -> None:
         """Give every worker the head that rank 0 makes of the training images' features."""
@@ -595,6 +600,13 @@ def _loaded(network: HybridNetwork, best: Checkpoint) -> bool:
         log.warning("the best checkpoint: %s; the result is the last epoch's alone", error)
         return False
     return True
+
+
+def _keeps_statistics(config: RunConfig) -> bool:
+    """Whether batch norm keeps the running statistics that it starts with."""
+    if config.train.batch_norm == "auto":
+        return config.network.backbone.weights != "none"
+    return config.train.batch_norm == "keep"
 
 
 def _checkpoint_activations(backbone: nn.Module, title: str) -> None:

@@ -1,8 +1,11 @@
 """What is frozen stays as it was, and learning rates fall towards the input."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from cibl_ray.config import OptimizerConfig, load_config
@@ -11,6 +14,7 @@ from cibl_ray.losses.objective import Images
 from cibl_ray.networks.config import LastBlocks, Needs, NetworkConfig, Norms
 from cibl_ray.networks.depth import blocks, depth_of
 from cibl_ray.networks.network import build_network
+from cibl_ray.run.checkpoint import load_checkpoint
 from cibl_ray.training.mix import mix
 from cibl_ray.training.optimizer import make_optimizer
 from cibl_ray.training.trainer import Trainer
@@ -50,6 +54,27 @@ def test_frozen_parts_keep_weights_and_statistics(digits, tmp_path, partial, mov
         assert changed == {
             name for name in before if moves in name and name.endswith((".weight", ".bias"))
         }  # and no running statistics
+
+
+@pytest.mark.parametrize("tune", ["partial", "full"])
+def test_pretrained_batch_norm_computes_with_the_statistics_that_it_came_with(digits, tmp_path, tune):
+    flags = ["--tune", tune, "--epochs", "1", "--warmup_epochs", "0", "--loader.kind", "torch", "--precision", "fp32"]
+    flags += ["--optimizer.kind", "adamw", "--optimizer.lr", "0.01", "--loss", "{kind: cross_entropy}"]
+    file = tmp_path / "resnet20.safetensors"
+    save_file({name: value.contiguous() for name, value in small().backbone.state_dict().items()}, file)
+    pretrained = ["--network.backbone", f"{{kind: resnet20, weights: {file}}}"]
+    for more, moves in ((pretrained, False), ([*pretrained, "--batch_norm", "update"], True), ([], True)):
+        run = Trainer(resolve(load_config("quickstart", [*flags, *more])), digits, tmp_path)
+        before = {name: value.clone() for name, value in run.network.backbone.state_dict().items()}
+        images = next(run.feeds[0].steps(0, 0))
+        run.network.train()
+        if not moves:  # nothing of the network differs between training and evaluation
+            in_training = run.network(images.pixels).logits
+            assert torch.equal(in_training, run.network.eval()(images.pixels).logits)
+        run.train_epoch()
+        changed = {name for name, value in run.network.backbone.state_dict().items() if not torch.equal(value, before[name])}
+        assert {"blocks.8.conv2.weight", "blocks.8.bn2.weight"} <= changed
+        assert any("running_" in name for name in changed) == moves
 
 
 def test_adamw_spares_norms_and_biases_and_rates_fall_towards_the_input():
@@ -149,3 +174,64 @@ def test_the_loss_of_mixed_images_is_that_of_soft_labels(digits, tmp_path):
         load_config("quickstart", [*flags, "--loss", "{kind: cibl}"])
     with pytest.raises(UserError, match="train.cutmix cuts images"):
         load_config("quickstart", [*flags, "--cutmix", "1", "--loss", "{kind: cross_entropy}"])
+
+
+def adapted(tmp_path, digits, *more, name="adapted"):
+    flags = ["--tune", "partial", "--epochs", "2", "--warmup_epochs", "0", "--loader.kind", "torch", "--precision", "fp32"]
+    flags += ["--train.partial", "{kind: adapters, rank: 4}", "--optimizer", "{kind: adamw, lr: 0.01}", "--batch_size", "32"]
+    flags += ["--loss", "{kind: cross_entropy}", "--average", "0.9", *more]
+    (tmp_path / name).mkdir(exist_ok=True)
+    return Trainer(resolve(load_config("quickstart", flags)), digits, tmp_path / name)
+
+
+def test_adapters_are_trained_and_merged_into_the_weights_that_they_adapt(digits, tmp_path):
+    pytest.importorskip("peft")
+    timm = ["--network.backbone", "{kind: timm, name: test_efficientnet, weights: none}"]
+    run = adapted(tmp_path, digits, *timm)
+    plain = build_network(run.config.network, len(digits.classes), Needs(), run.config.seed)
+    images = next(run.feeds[0].steps(0, 0)).pixels
+    # Adapters change nothing before they are trained: the network is the pretrained one.
+    assert torch.allclose(run.network.eval()(images).logits, plain.eval()(images).logits, atol=1e-6)
+    names = {name.removesuffix(".lora_A.default.weight") for name in run.network.state_dict() if "lora_A" in name}
+    layers = {name: module for name, module in plain.named_modules() if isinstance(module, nn.Conv2d)}
+    assert names == {name for name, layer in layers.items() if layer.groups == 1 and type(layer) is nn.Conv2d}
+    assert len(names) < len(layers)  # depthwise convolutions have none
+    before = {name: value.clone() for name, value in run.network.state_dict().items()}
+    for _ in range(2):
+        run.train_epoch()
+    changed = {name for name, value in run.network.state_dict().items() if not torch.equal(value, before[name])}
+    assert {name for name in changed if name.startswith("backbone.")} == {
+        name for name in before if "lora_" in name
+    }  # neither weights nor running statistics of the backbone
+    assert {"head.weight", "head.bias"} <= changed
+    run.save()
+    merged = load_checkpoint(tmp_path / "adapted" / "checkpoints" / "last.safetensors").network().eval()
+    assert merged.state_dict().keys() == plain.state_dict().keys()
+    with torch.inference_mode():
+        expected, started = run.judged.eval()(images).logits, plain.eval()(images).logits
+        assert torch.allclose(merged(images).logits, expected, atol=1e-4)
+    assert not torch.allclose(expected, started, atol=1e-2)
+
+
+def test_a_run_of_adapters_resumes_to_the_bit(digits, tmp_path):
+    pytest.importorskip("peft")
+    more = ["--backbone", "resnet20", "--head_start", "trained"]
+    whole = adapted(tmp_path, digits, *more, name="whole")
+    head = whole.network.head.weight.clone()
+    whole.train_epoch()
+    whole.save()
+    whole.train_epoch()
+    start = load_checkpoint(tmp_path / "whole" / "checkpoints" / "last.safetensors")
+    rest = Trainer(whole.config, digits, tmp_path / "rest", start=start)
+    rest.restore(start)
+    assert not torch.equal(rest.network.head.weight, head)
+    rest.train_epoch()
+    for own, theirs in ((rest.network, whole.network), (rest.judged, whole.judged)):
+        state = theirs.state_dict()
+        assert all(torch.equal(value, state[name]) for name, value in own.state_dict().items())
+
+
+def test_without_peft_its_package_is_named(digits, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(UserError, match="needs the package peft; install it: pip install 'cibl-ray\\[adapters\\]'"):
+        adapted(tmp_path, digits, "--backbone", "resnet20")
