@@ -42,6 +42,18 @@ class Progress(Protocol):
         ...
 
 
+def epoch_line(row: dict[str, Any], epochs: int) -> str:
+    """The line of text that reports an epoch.
+
+    Args:
+        row: The epoch's numbers, as the log has them.
+        epochs: Epochs of the run.
+    """
+    terms = "  ".join(f"{name} {value:.3f}" for name, value in row["train"].items())
+    val = f"  val balanced {100 * row['val']['balanced']:.1f} %" if "val" in row else ""
+    return f"epoch {row['epoch']:>{len(str(epochs))}}/{epochs}  {terms}{val}  {row['rate']['images_per_s']:,.0f} img/s"
+
+
 class Terminal:
     """A bar with images a second, and lines above it. Where the output is no terminal, a line a minute instead of the bar."""
 

@@ -3,19 +3,87 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import islice
 
 import torch
+from torch import nn
 
+from cibl_ray.config import RunConfig
+from cibl_ray.features.folds import FoldFeatures
+from cibl_ray.features.loader import AsTheyAre, FeatureLoaders
 from cibl_ray.losses.base import LossSettings
 from cibl_ray.losses.objective import Images
+from cibl_ray.world import World
 from pipelines.augment.recipe import Augment, Normalize
 from pipelines.common.seeding import stream
 from pipelines.config import DataConfig
-from pipelines.loaders.reading import Batch, Loader, ReadPlan, Share, train_reading
+from pipelines.loaders.make import make_loader
+from pipelines.loaders.reading import Batch, Loader, ReadPlan, Share, eval_reading, train_reading
+from pipelines.prepare.prepared import Prepared
 
 _SMALL, _STEPS_AT_ONCE = 64, 8  # up to this many pixels a side a GPU augments 8 steps at once
+
+
+@dataclass(frozen=True)
+class Streams:
+    """A run's images, or their features.
+
+    Attributes:
+        feeds: The training streams, one for each reading plan.
+        held_out: Loaders of the other splits, by name.
+        normalize: Turns what a loader gives into the network's input.
+    """
+
+    feeds: Sequence[Feed | FeatureFeed]
+    held_out: Mapping[str, Loader]
+    normalize: nn.Module
+
+
+def open_images(config: RunConfig, prepared: Prepared, device: torch.device, world: World) -> Streams:
+    """Open loaders of all splits.
+
+    Args:
+        config: The run's configuration.
+        prepared: The images.
+        device: Where the network is.
+        world: The workers.
+    """
+    batch, normalize = config.train.batch_size, Normalize(config.data).to(device)
+    feeds = [
+        Feed(make_loader(prepared, "train", plan, config.loader, device), plan, normalize, device, world.share.of(batch), batch)
+        for plan in _plans(config, world.share)
+    ]
+    # Opened now, so that a damaged test set is not found out after the last epoch.
+    held_out = eval_reading(config.data, config.train.eval_batch_size, world.share)
+    loaders = {split: make_loader(prepared, split, held_out, config.loader) for split in _held_out(prepared)}
+    return Streams(feeds, loaders, normalize)
+
+
+def open_features(
+    config: RunConfig, prepared: Prepared, device: torch.device, world: World, features: FeatureLoaders | FoldFeatures
+) -> Streams:
+    """Compute the features of all splits, or find them.
+
+    Args:
+        config: The run's configuration.
+        prepared: The images.
+        device: Where the network is.
+        world: The workers.
+        features: Of the run's frozen backbone.
+    """
+    feeds = [FeatureFeed(features.train(plan), device) for plan in _plans(config, world.share)]
+    held_out = eval_reading(config.data, config.train.eval_batch_size, world.share)
+    return Streams(feeds, {split: features.evaluation(split, held_out) for split in _held_out(prepared)}, AsTheyAre())
+
+
+def _plans(config: RunConfig, share: Share) -> list[ReadPlan]:
+    return read_plans(config.loss, config.data, config.train.batch_size, config.seed, share)
+
+
+def _held_out(prepared: Prepared) -> list[str]:
+    return [split for split in prepared.splits if split != "train"]
 
 
 def read_plans(loss: LossSettings, data: DataConfig, batch_size: int, seed: int, share: Share) -> list[ReadPlan]:

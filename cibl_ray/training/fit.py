@@ -117,8 +117,7 @@ def _fit_in(
         # Chosen when the run began: another order of images would not fit the checkpoint's epoch.
         loader = config.loader.model_copy(update={"cache": checkpoint.config.loader.cache})
         config = config.model_copy(update={"loader": loader})
-    trainer = Trainer(config, prepared, folder, world, start=checkpoint)
-    trainer.stop = stop
+    trainer = Trainer(config, prepared, folder, world, start=checkpoint, stop=stop)
     if checkpoint is not None:
         trainer.restore(checkpoint)
     if not world.is_rank0:
@@ -209,9 +208,10 @@ def _fit(trainer: Trainer, progress: Progress) -> dict[str, Any]:
     if rows:
         save_learning_curves(folder / CURVES, rows)
     save_accuracy_by_class(folder / BY_CLASS, prepared.classes, prepared.train_counts, _panels(result, scores))
-    report = config.data.size >= _PHOTOGRAPHS and trainer.outputs is not None
-    if report and trainer.outputs is not None:
-        save_confusion(folder, prepared, result["split"], *trainer.outputs, eval_rule(config.data))
+    outputs = trainer.evaluator.outputs
+    report = config.data.size >= _PHOTOGRAPHS and outputs is not None
+    if report and outputs is not None:
+        save_confusion(folder, prepared, result["split"], *outputs, eval_rule(config.data))
     where = f"the {result['split']} split"
     progress.line(f"\n{heading(where)}\n")
     progress.line(table(scores))

@@ -98,7 +98,7 @@ def test_an_epoch_goes_on_to_the_bit(loss, digits, tmp_path):
     first = Trainer(config, digits, tmp_path / "half")
     assert first.train_loaders[0].batches >= 4
     first.train_epoch()
-    first.stop = _StopsAfter(2)
+    first.pauses.stop = _StopsAfter(2)
     with pytest.raises(KeyboardInterrupt):
         first.train_epoch()
     assert (first.epoch, first.step) == (1, 2)
@@ -117,7 +117,7 @@ def test_a_run_stopped_in_validation_validates_when_it_is_resumed(digits, tmp_pa
     expected = whole.fit()
     stopped = Trainer(config, digits, tmp_path / "stopped")
     steps = stopped.train_loaders[0].batches
-    stopped.stop = _StopsAfter(steps + 1)  # it looks after each step but the last, and before each batch of validation
+    stopped.pauses.stop = _StopsAfter(steps + 1)  # it looks after each step but the last, and before each batch of validation
     with pytest.raises(KeyboardInterrupt):
         stopped.fit()
     assert (stopped.epoch, stopped.step) == (1, 0)
@@ -142,7 +142,7 @@ def test_a_run_whose_epochs_have_one_step_stops(tmp_path):
     assert whole.train_loaders[0].batches == 1
     expected = whole.fit()
     stopped = Trainer(config, without, tmp_path / "stopped")
-    stopped.stop = _StopsAfter(2)
+    stopped.pauses.stop = _StopsAfter(2)
     with pytest.raises(KeyboardInterrupt):
         stopped.fit()
     assert (stopped.epoch, stopped.step) == (2, 0)

@@ -1,0 +1,110 @@
+"""What a trainer settles before its first step: batch and cache for these images and workers, and where a head starts."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import nn
+
+from cibl_ray.config import RunConfig
+from cibl_ray.features.folds import FoldFeatures
+from cibl_ray.features.loader import FeatureLoaders
+from cibl_ray.features.start import start_head
+from cibl_ray.networks.network import HybridNetwork
+from cibl_ray.world import World
+from pipelines.common.errors import UserError
+from pipelines.config import LoaderConfig
+from pipelines.loaders.make import decide_cache
+from pipelines.prepare.prepared import Prepared
+
+log = logging.getLogger(__name__)
+
+
+def settle(config: RunConfig, prepared: Prepared, world: World) -> RunConfig:
+    """Fit a configuration to the images and the workers.
+
+    Args:
+        config: The run's configuration, no other 'auto' left in it than the loader's cache.
+        prepared: The images.
+        world: The workers.
+
+    Returns:
+        The configuration with the cache decided, and with a batch of all images where a head has fewer than a batch.
+
+    Raises:
+        UserError: The batch cannot be shared by the workers, or split into the parts of `train.accumulate`.
+    """
+    train = config.train
+    samples = prepared.splits["train"].samples
+    if train.tune == "head" and train.batch_size > samples:
+        log.info("train.batch_size is lowered from %d to all %d training images", train.batch_size, samples)
+        train = train.model_copy(update={"batch_size": samples})
+    if train.batch_size < world.size:
+        raise UserError(
+            f"train.batch_size is {train.batch_size}, fewer than one image for each of {world.size} workers; raise it"
+        )
+    if train.accumulate > 1 and train.batch_size % (train.accumulate * world.size):
+        among = f" among {world.size} workers" if world.size > 1 else ""
+        raise UserError(
+            f"train.batch_size {train.batch_size} cannot be split evenly into train.accumulate = {train.accumulate} "
+            f"parts{among}; change one of them"
+        )
+    return config.model_copy(update={"train": train, "loader": _decide_cache(config.loader, prepared, world, train.device)})
+
+
+def keeps_statistics(config: RunConfig) -> bool:
+    """Whether batch norm keeps the running statistics that it starts with.
+
+    Args:
+        config: The run's configuration; 'auto' keeps those of pretrained weights.
+    """
+    if config.train.batch_norm == "auto":
+        return config.network.backbone.weights != "none"
+    return config.train.batch_norm == "keep"
+
+
+def checkpoint_activations(backbone: nn.Module, title: str) -> None:
+    """Let a backbone compute activations again in the backward pass.
+
+    Args:
+        backbone: The backbone.
+        title: Its name, for the message.
+
+    Raises:
+        UserError: It cannot.
+    """
+    switch = getattr(backbone, "set_grad_checkpointing", None)
+    if switch is None:
+        raise UserError(f"train.checkpoint_activations: network.backbone {title!r} cannot; timm's models can (kind: timm)")
+    switch(True)
+
+
+def start_heads(
+    network: HybridNetwork, config: RunConfig, features: FeatureLoaders | FoldFeatures, world: World, device: torch.device
+) -> None:
+    """Give every worker the head that rank 0 makes of the training images' features.
+
+    Args:
+        network: Its head and neck change.
+        config: Says how the head starts (`train.head_start`), and the seed.
+        features: Of the frozen backbone.
+        world: The workers.
+        device: Where the network is.
+    """
+    labels = torch.from_numpy(features.labels("train")).to(device)
+    of_train = features.features("train")[:, 0].to(device)
+
+    def made() -> dict[str, torch.Tensor]:
+        start_head(network, config.train.head_start, of_train, labels, config.seed)
+        return {name: value.cpu() for name, value in network.state_dict().items() if name.startswith(("head.", "neck."))}
+
+    network.load_state_dict(world.broadcast_from_rank0(made), strict=False)
+    log.info("the head starts %s", "from class means" if config.train.head_start == "class_means" else "trained")
+
+
+def _decide_cache(config: LoaderConfig, prepared: Prepared, world: World, device: str) -> LoaderConfig:
+    """The cache for all workers: it decides the order of the images, so one whose memory is too small speaks for all."""
+    cache = decide_cache(prepared, "train", config).cache
+    small = float(world.sum(torch.tensor(float(cache == "process"), device=device)))
+    return config.model_copy(update={"cache": "process" if small else "os"})
