@@ -18,9 +18,10 @@ from tqdm import tqdm
 from cibl_ray.config import RunConfig, load_config
 from cibl_ray.hardware import resolve
 from cibl_ray.run.folder import CONFIG
+from pipelines.common.config_file import read_config
 from pipelines.common.cores import CORES, usable_cores
 from pipelines.common.errors import UserError
-from pipelines.common.settings import read_config, validate
+from pipelines.common.validation import validate
 from pipelines.prepare.build import ensure_prepared, prepared_folder
 
 

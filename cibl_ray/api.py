@@ -27,8 +27,9 @@ from cibl_ray.run.which import checkpoint
 from cibl_ray.training import fit as training
 from cibl_ray.training.resume import resumed
 from cibl_ray.world import World
+from pipelines.common.config_file import find_config, read_content
 from pipelines.common.errors import UserError
-from pipelines.common.settings import find_config, read_content, validate
+from pipelines.common.validation import validate
 from pipelines.library_warnings import collected_warnings
 
 __all__ = ["Prediction", "Run", "UserError", "fit", "load_config", "open_run"]

@@ -14,9 +14,11 @@ from cibl_ray.losses.cibl import CIBLConfig
 from cibl_ray.losses.config import LossConfig
 from cibl_ray.networks.backbones.config import weights_file
 from cibl_ray.networks.config import LastBlocks, NetworkConfig, PartialConfig
+from pipelines.common.config_file import find_config, read_content
 from pipelines.common.errors import UserError
 from pipelines.common.files import write_atomically
-from pipelines.common.settings import Settings, absolute, find_config, override, parse_overrides, read_content, validate
+from pipelines.common.settings import Settings, absolute, override, parse_overrides
+from pipelines.common.validation import validate
 from pipelines.config import CenterCrop, DataConfig, LoaderConfig
 
 log = logging.getLogger(__name__)

@@ -19,7 +19,7 @@ import psutil
 import pytest
 from PIL import Image
 
-from pipelines.common.settings import validate
+from pipelines.common.validation import validate
 from pipelines.config import DataConfig
 from pipelines.prepare.build import ensure_prepared
 from pipelines.prepare.prepared import Prepared

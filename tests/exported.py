@@ -12,7 +12,7 @@ from cibl_ray.exporting.make_bundle import Options, make_bundle
 from cibl_ray.run.progress import Silent
 from cibl_ray.training.fit import fit
 from cibl_ray.world import World
-from pipelines.common.settings import find_config, read_config
+from pipelines.common.config_file import find_config, read_config
 
 
 def small_run(folder: Path, *options: str) -> Path:

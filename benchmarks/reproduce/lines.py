@@ -15,8 +15,9 @@ from cibl_ray.config import RunConfig
 from cibl_ray.run.fingerprint import code_digest
 from cibl_ray.run.folder import CONFIG
 from cibl_ray.run.log import read_metrics
+from pipelines.common.config_file import read_config
 from pipelines.common.errors import UserError
-from pipelines.common.settings import read_config, validate
+from pipelines.common.validation import validate
 
 Line = dict[str, Any]
 

@@ -30,7 +30,7 @@ from cibl_ray.run.progress import Progress, Silent
 from cibl_ray.world import PeerLostError, World
 from pipelines.common.cores import limit_cores
 from pipelines.common.errors import UserError
-from pipelines.common.settings import validate
+from pipelines.common.validation import validate
 
 _EXCHANGE_TIMEOUT = timedelta(minutes=10)  # without an answer, after which a worker counts as lost
 

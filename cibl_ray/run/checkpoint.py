@@ -27,7 +27,7 @@ from cibl_ray.run.head import HEADER, read_head
 from cibl_ray.run.log import is_row
 from pipelines.common.errors import UserError
 from pipelines.common.files import write_atomically
-from pipelines.common.settings import validate
+from pipelines.common.validation import validate
 
 log = logging.getLogger(__name__)
 

@@ -9,8 +9,9 @@ from typing import Any
 from cibl_ray.config import RunConfig
 from cibl_ray.run.folder import BEST, CHECKPOINTS, CONFIG
 from cibl_ray.run.head import newest_head, read_head
+from pipelines.common.config_file import read_config
 from pipelines.common.errors import UserError
-from pipelines.common.settings import read_config, validate
+from pipelines.common.validation import validate
 
 log = logging.getLogger(__name__)
 

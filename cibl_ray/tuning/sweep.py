@@ -15,8 +15,10 @@ import numpy as np
 
 from cibl_ray.config import RunConfig, build_config
 from cibl_ray.tuning.config import TRIALS, Choice, Range, SweepConfig
+from pipelines.common.config_file import find_config, read_content
 from pipelines.common.errors import UserError
-from pipelines.common.settings import build, find_config, override, parse_overrides, read_content, validate
+from pipelines.common.settings import build, override, parse_overrides
+from pipelines.common.validation import validate
 from pipelines.prepare.pictures import GROUPS, THIRDS
 
 _WORST = 1e9  # what the search optimises where a score is not finite

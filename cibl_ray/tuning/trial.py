@@ -25,7 +25,7 @@ from cibl_ray.world import World
 from pipelines.common.cores import limit_cores
 from pipelines.common.errors import UserError
 from pipelines.common.files import locked, write_atomically
-from pipelines.common.settings import validate
+from pipelines.common.validation import validate
 
 
 def trial(params: dict[str, Any], given: dict[str, Any]) -> None:

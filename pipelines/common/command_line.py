@@ -9,9 +9,10 @@ from typing import Any
 import yaml
 from pydantic import BaseModel
 
+from pipelines.common.config_file import find_config, read_content, shipped_configs
 from pipelines.common.errors import CommandParser
 from pipelines.common.explain import explain
-from pipelines.common.settings import find_config, override, parse_overrides, read_content, shipped_configs
+from pipelines.common.settings import override, parse_overrides
 
 
 class ConfigParser(CommandParser):

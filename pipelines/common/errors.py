@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
+_VALUE = 200  # characters of a value that an error repeats
 _LONG = 500  # characters shown of an unexpected error's message, or of arguments that argparse refuses
 
 
@@ -111,3 +112,19 @@ def _unexpected(error: Exception) -> int:
     except OSError:  # nowhere to keep it
         return _tell(f"error: unexpected {message}; the full trace could not be kept: no temporary folder can be written", 1)
     return _tell(f"error: unexpected {message}; the full trace is in {name}, please report it", 1)
+
+
+def shown(value: Any, quotes: bool = True) -> str:
+    """A value as an error repeats it: in one line, cut where it is long.
+
+    Args:
+        value: Any value.
+        quotes: Whether text stands in quotes.
+    """
+    try:
+        text = repr(value) if quotes else str(value)
+    except ValueError:  # a whole number of thousands of digits
+        text = "a very large number"
+    except RecursionError:
+        text = "..."
+    return text if len(text) <= _VALUE else f"{text[:_VALUE]}..."

@@ -17,10 +17,11 @@ from pathlib import Path
 import numpy as np
 from pydantic import Field
 
+from pipelines.common.config_file import find_config, read_content
 from pipelines.common.errors import UserError
 from pipelines.common.fields import nearest
 from pipelines.common.files import locked, write_atomically
-from pipelines.common.settings import Settings, build, find_config, read_content
+from pipelines.common.settings import Settings, build
 from pipelines.config import DataConfig
 from pipelines.prepare.doubles import find_copies, refuse_shared_files
 from pipelines.prepare.longtail import apply_profile, carve

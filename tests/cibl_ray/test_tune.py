@@ -41,7 +41,7 @@ from cibl_ray.tuning.sweep import (
     trial_name,
 )
 from pipelines.common.errors import UserError
-from pipelines.common.settings import validate
+from pipelines.common.validation import validate
 from tests.conftest import REPOSITORY, processes_below
 
 pytestmark = pytest.mark.timeout(280)

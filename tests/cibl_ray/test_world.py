@@ -20,7 +20,7 @@ from cibl_ray.networks.network import build_network
 from cibl_ray.run.checkpoint import load_checkpoint
 from cibl_ray.run.log import read_metrics
 from cibl_ray.world import PeerLostError, World
-from pipelines.common.settings import find_config, read_config
+from pipelines.common.config_file import find_config, read_config
 from pipelines.loaders.reading import Share
 from tests.conftest import REPOSITORY
 

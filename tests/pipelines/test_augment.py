@@ -36,7 +36,7 @@ from pipelines.augment.draws import (
 from pipelines.augment.recipe import Augment, _kernel
 from pipelines.common.errors import UserError
 from pipelines.common.seeding import stream
-from pipelines.common.settings import validate
+from pipelines.common.validation import validate
 from pipelines.config import AutoAugment, Blur, ColorJitter, Cutout, Grayscale, RandAugment, View
 from pipelines.prepare.build import PrepareConfig
 from tests.conftest import data_config

@@ -12,10 +12,11 @@ from cibl_ray import train, tune
 from cibl_ray.config import RunConfig, load_config
 from cibl_ray.tuning.config import SweepConfig
 from pipelines import preview
+from pipelines.common.config_file import find_config, read_content
 from pipelines.common.errors import UserError, run_command
 from pipelines.common.explain import explain
 from pipelines.common.fields import known_keys
-from pipelines.common.settings import find_config, parse_overrides, read_content
+from pipelines.common.settings import parse_overrides
 from pipelines.prepare import __main__ as prepare
 from tests.conftest import REPOSITORY
 

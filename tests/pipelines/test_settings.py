@@ -7,8 +7,9 @@ import pytest
 import cibl_ray
 from cibl_ray.config import RunConfig, build_config, config_warnings, load_config
 from cibl_ray.training.schedules import lr_factor
+from pipelines.common.config_file import read_config
 from pipelines.common.errors import UserError
-from pipelines.common.settings import override, parse_overrides, read_config
+from pipelines.common.settings import override, parse_overrides
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 MOVING = "{start: 8, end: 24, shape: cosine, warmup: 8}"  # a cosine head's scale
