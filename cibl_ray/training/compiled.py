@@ -51,7 +51,7 @@ def explained() -> Iterator[None]:
             raise cause from None
         if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             raise
-        reason = str(error).strip().partition("\n")[0]
+        reason = " ".join(line.strip() for line in str(error).strip().splitlines()[:2])  # the second says what it was
         raise UserError(
             f"train.compile: true, but the network cannot be compiled here ({reason}); set train.compile: false"
         ) from error
