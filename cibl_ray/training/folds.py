@@ -93,7 +93,7 @@ def cross_validate(trainer: Trainer, count: int) -> CrossValidated:
             fold = Trainer(config, part, Path(scratch), features=of_fold)
             for _ in range(config.train.epochs):
                 fold.train_epoch()
-            answers, right = predict(fold.judged, fold.eval_loaders["val"], fold.normalize, trainer.device)
+            answers, right = predict(fold.judged, fold.evaluator.loaders["val"], fold.normalize, trainer.device)
             of_each.append(score(answers, right, prepared.train_counts))
             logits.append(answers)
             truth.append(right)
