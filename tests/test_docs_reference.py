@@ -8,8 +8,8 @@ from pydantic import BaseModel, TypeAdapter
 
 from cibl_ray.config import RunConfig
 from cibl_ray.tuning.config import SweepConfig
-from pipelines.common.fields import is_collection, kind_of, known_keys, models_in
 from pipelines.common.config_file import shipped_configs
+from pipelines.common.fields import is_collection, kind_of, known_keys, models_in
 from serve.openapi import openapi
 from serve.settings import ServiceConfig
 
