@@ -44,8 +44,6 @@ _LOSSES = {
 }
 _HEADS = {"linear": "{kind: linear}", "cosine": "{kind: cosine, scale: {start: 20}}"}
 _NECK = ("--network.neck", "{hidden: 512}")  # what a contrastive loss shapes where the backbone is frozen
-_TUNED: tuple[str, ...] = ("--epochs", "2", "--batch_size", "16", "--warmup_epochs", "0.5", "--head_start", "trained")
-_TUNED += ("--optimizer", "{kind: adamw, lr: 1.0e-4, weight_decay: .05, layer_decay: .75}")
 # Every row: the configuration, and its options.
 ROWS: dict[str, tuple[str, tuple[str, ...]]] = {
     f"head, {loss}, {head}": ("photos", ("--loss", option, "--network.head", of_head, *(_NECK if loss == "CIBL" else ())))
@@ -53,8 +51,9 @@ ROWS: dict[str, tuple[str, tuple[str, ...]]] = {
     for head, of_head in _HEADS.items()
 }
 ROWS |= {
-    "partial, last two stages": ("photos", ("--tune", "partial", *_TUNED)),
-    "full": ("photos", ("--tune", "full", *_TUNED)),
+    "partial, last two stages": ("photos", ("--tune", "partial")),
+    "partial, adapters": ("photos", ("--tune", "partial", "--train.partial", "{kind: adapters}")),
+    "full": ("photos", ("--tune", "full")),
     "from scratch, ResNet-32 at 64 pixels": ("folder", ("--epochs", "10", "--warmup_epochs", "1")),
 }
 SKLEARN, SKLEARN_BALANCED = "scikit-learn, plain", "scikit-learn, balanced"
@@ -177,7 +176,7 @@ def features(config: RunConfig) -> dict[str, Any]:
     return splits
 
 
-def train_loop(config: RunConfig, epochs: int = 2, batch_size: int = 16, lr: float = 3e-4) -> tuple[Scores, float]:
+def train_loop(config: RunConfig, epochs: int = 3, batch_size: int = 16, lr: float = 1e-4) -> tuple[Scores, float]:
     """What one would write by hand: the same network and images, AdamW with a cosine, a sampler that shows classes alike.
 
     The test images are those of this project's evaluation.

@@ -272,10 +272,42 @@ def configured(content: dict[str, Any], pairs: list[tuple[str, Any]], place: str
     Raises:
         UserError: A field is unknown, or has a value that it cannot have.
     """
+    content = _fine_tuning(content, pairs)
     config = validate(RunConfig, override(content, pairs, RunConfig), place, flags)
     if pairs:
         _say_rate(content, config)
     return absolute(_as_pretrained(config, place))
+
+
+# What is trained by in place of a head's recipe, whose learning rates would ruin a pretrained backbone.
+_FINE_TUNING: list[tuple[str, Any]] = [
+    ("optimizer", {"kind": "adamw", "lr": 1e-4, "weight_decay": 0.05, "layer_decay": 0.75}),
+    ("schedule", {"kind": "cosine", "warmup_epochs": 0.5}),
+    ("train.epochs", 3),
+    ("train.batch_size", 16),
+    ("train.head_start", "trained"),
+    ("train.checkpoint_every", 1),
+    ("train.checkpoint_minutes", 5),
+]
+
+
+def _fine_tuning(content: dict[str, Any], pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """`content` with the recipe of fine-tuning, where it trains a head and `pairs` ask for more than that."""
+
+    def tune(of: dict[str, Any]) -> Any:
+        train = of.get("train")
+        return train.get("tune") if isinstance(train, dict) else None
+
+    wanted = tune(override(content, pairs, RunConfig)) if tune(content) == "head" else None
+    if wanted not in ("partial", "full"):
+        return content
+    recipe = override(content, _FINE_TUNING, RunConfig)
+    optimizer, train = recipe["optimizer"], recipe["train"]
+    log.warning(
+        "train.tune %s: the recipe of fine-tuning (adamw, lr %g, %d epochs, batches of %d, from a trained head); what you set holds",
+        wanted, optimizer["lr"], train["epochs"], train["batch_size"],
+    )  # fmt: skip
+    return recipe
 
 
 def _say_rate(content: dict[str, Any], config: RunConfig) -> None:

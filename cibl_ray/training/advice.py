@@ -128,6 +128,26 @@ def classes_at_zero(config: RunConfig, classes: list[str], counts: np.ndarray, s
     return f"{len(zero)} of {len(classes)} classes are at 0 %: {names}{more}. To try: {'; '.join(ways)}"
 
 
+def next_steps(config: RunConfig) -> str:
+    """Say what may do better than a head on the features of a pretrained network; nothing after another run.
+
+    Args:
+        config: The run's configuration.
+    """
+    pretrained = getattr(config.network.backbone, "weights", "none") != "none"
+    if config.train.tune != "head" or not pretrained:
+        return ""
+    train, path = _photos(config), getattr(config.data.source, "path", None)
+    sweep = "python -m cibl_ray.tune sweeps/photos"
+    if path is not None:
+        sweep += f" --set.data.source.path {shlex.quote(str(path))}"
+    return (
+        f"To try next: {sweep}  (a hundred heads on these features, some minutes)\n"
+        f"             {train} --tune partial  (the last blocks, too: ten times as long as the features took)\n"
+        f"             {train} --tune full  (everything: overnight, or on a GPU)"
+    )
+
+
 def _resume(run: Path) -> str:
     return f"python -m cibl_ray.train --resume {shlex.quote(str(run))}"
 

@@ -36,7 +36,7 @@ from cibl_ray.run.log import read_metrics
 from cibl_ray.run.mend import mend
 from cibl_ray.run.progress import Progress, messages_to
 from cibl_ray.run.stop import Stop
-from cibl_ray.training.advice import classes_at_zero
+from cibl_ray.training.advice import classes_at_zero, next_steps
 from cibl_ray.training.folds import cross_validate, few_validation_images, folds_of
 from cibl_ray.training.trainer import Trainer
 from cibl_ray.world import PeerLostError, World, require_own_gpu
@@ -231,6 +231,8 @@ def _fit(trainer: Trainer, progress: Progress) -> dict[str, Any]:
     progress.line(f"Run folder: {folder}\nPictures:   {CURVES}, {BY_CLASS}, {HISTOGRAM}")
     if report:
         progress.line(f"Confusion:  {CONFUSION[0]}: pairs of classes, worst classes, images that the network disagrees with")
+        if following := next_steps(config):
+            progress.line(f"\n{following}")
     return result
 
 

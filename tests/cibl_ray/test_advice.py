@@ -13,7 +13,7 @@ import pytest
 from cibl_ray.config import load_config
 from cibl_ray.run.progress import Terminal
 from cibl_ray.training import advice
-from cibl_ray.training.advice import FirstSteps, busy_cores, classes_at_zero, long_run
+from cibl_ray.training.advice import FirstSteps, busy_cores, classes_at_zero, long_run, next_steps
 from pipelines.common.progress import counted
 from tests.conftest import REPOSITORY
 
@@ -140,3 +140,29 @@ def test_without_a_terminal_a_line_a_minute_has_rate_and_time_left(monkeypatch, 
         "data: train: 110 of 150 images, 0.5 images/s, about 80 s left",
         "data: train: 140 of 150 images, 0.5 images/s, about 20 s left",
     ]
+
+
+def test_a_head_is_followed_by_what_may_do_better():
+    photos = FOLDER
+    text = next_steps(load_config("photos", photos))
+    assert "python -m cibl_ray.tune sweeps/photos --set.data.source.path '/photos/my birds'" in text
+    assert "--tune partial" in text
+    assert "--tune full" in text
+    assert next_steps(load_config("photos", [*photos, "--tune", "full"])) == ""
+    assert next_steps(load_config("quickstart", [])) == ""
+
+
+@pytest.mark.parametrize("tune", ["partial", "full"])
+def test_fine_tuning_has_a_recipe_of_its_own(tune, caplog):
+    with caplog.at_level("INFO"):
+        config = load_config("photos", ["--tune", tune, "--optimizer.lr", "3e-5", "--epochs", "7"])
+    optimizer, train = config.optimizer, config.train
+    assert (optimizer.kind, optimizer.lr, optimizer.weight_decay, optimizer.layer_decay) == ("adamw", 3e-5, 0.05, 0.75)
+    assert (train.batch_size, train.epochs, train.head_start, train.checkpoint_minutes) == (16, 7, "trained", 5)
+    assert config.schedule.warmup_epochs == 0.5
+    assert f"train.tune {tune}: the recipe of fine-tuning" in caplog.text
+    own = load_config("photos", ["--train.tune", tune, "--optimizer", "{kind: sgd, lr: 0.01}"])
+    assert (own.optimizer.kind, own.optimizer.lr, own.optimizer.layer_decay) == ("sgd", 0.01, 1.0)
+    # A head keeps its recipe, and so does a configuration that trains more by itself.
+    assert load_config("photos", ["--tune", "head"]).train.batch_size == 64
+    assert load_config("quickstart", ["--tune", tune]).optimizer.kind == "sgd"
