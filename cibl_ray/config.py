@@ -304,7 +304,7 @@ def _fine_tuning(content: dict[str, Any], pairs: list[tuple[str, Any]]) -> dict[
     recipe = override(content, _FINE_TUNING, RunConfig)
     optimizer, train = recipe["optimizer"], recipe["train"]
     log.warning(
-        "train.tune %s: the recipe of fine-tuning (adamw, lr %g, %d epochs, batches of %d, from a trained head); what you set holds",
+        "train.tune %s: the recipe of fine-tuning (adamw, lr %g, %d epochs, batches of %d, a trained head); what you set holds",
         wanted, optimizer["lr"], train["epochs"], train["batch_size"],
     )  # fmt: skip
     return recipe
