@@ -18,6 +18,7 @@ from tqdm import tqdm
 from cibl_ray.config import RunConfig, load_config
 from cibl_ray.hardware import resolve
 from cibl_ray.run.folder import CONFIG
+from cibl_ray.run.log import read_metrics
 from pipelines.common.config_file import read_config
 from pipelines.common.cores import CORES, usable_cores
 from pipelines.common.errors import UserError
@@ -53,18 +54,30 @@ def run_all(
     jobs: int,
     done: Callable[[Run, float | None], None] = lambda run, seconds: None,
     seconds: float | None = None,
+    work: Callable[[RunConfig], float] = lambda config: 1.0,
+    pace: float = 0.0,
 ) -> None:
     """Train what has no result yet, `jobs` at a time, the cores shared out.
 
-    `done` is called after each, in a thread, with the seconds that it took as a whole (None: it had been begun before). No run
-    is begun that would end later than `seconds` from now, if it took as long as the longest yet. Those that fail are
-    reported when the others are done, as `RunsFailedError`. Ctrl-C stops all in order: each keeps a checkpoint to resume from.
-    Raises UserError where a folder holds a run of another configuration.
+    Those that fail are reported when the others are done. Ctrl-C stops all in order: each keeps a checkpoint to resume from.
+
+    Args:
+        every: The runs.
+        runs: The folder of their run folders.
+        jobs: Runs at a time.
+        done: Called after each, in a thread, with the seconds that it took as a whole (None: it had been begun before).
+        seconds: No run is begun that would end later than so many seconds from now; None: no limit.
+        work: How much a run has to do, in any unit. Runs take as long for it as the slowest yet.
+        pace: Seconds that a unit of work takes, as far as known before.
+
+    Raises:
+        RunsFailedError: Some runs failed.
+        UserError: A folder holds a run of another configuration.
     """
     running: list[subprocess.Popen[bytes]] = []
     cores = str(max(1, usable_cores() // jobs))
     threads = {"OMP_NUM_THREADS": cores, CORES: cores}  # the network's and the loader's
-    started, longest = time.monotonic(), 0.0
+    started = time.monotonic()
     failed: dict[str, str] = {}
     configs = {run.name: run.configuration(runs) for run in every}
     for run in every:
@@ -75,9 +88,12 @@ def run_all(
         ensure_prepared(config.data, config.seed)
 
     def train(run: Run) -> None:
-        nonlocal longest
+        nonlocal pace
         begun, folder = time.monotonic(), runs / run.name
-        if seconds is not None and begun - started + longest > seconds:
+        epochs = configs[run.name].train.epochs
+        rows = read_metrics(folder) if folder.exists() else []
+        left = work(configs[run.name]) * (1 - min(rows[-1]["epoch"] / epochs, 1) if rows else 1)
+        if seconds is not None and begun - started + left * pace > seconds:
             return
         fresh = not folder.exists()
         start = [run.config, "--runs", str(runs), "--name", run.name, *run.options] if fresh else ["--resume", str(folder)]
@@ -92,7 +108,7 @@ def run_all(
             failed[run.name] = (errors.decode(errors="replace").strip().splitlines() or ["it was killed"])[-1]
             return
         took = time.monotonic() - begun
-        longest = max(longest, took)
+        pace = max(pace, took / left) if left else pace
         done(run, took if fresh else None)
 
     runs.mkdir(parents=True, exist_ok=True)

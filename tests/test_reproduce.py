@@ -10,12 +10,15 @@ from PIL import Image
 
 from benchmarks.many_runs import Run, RunsFailedError, computed, run_all
 from benchmarks.reproduce import __main__ as reproduce
+from benchmarks.reproduce import front
 from benchmarks.reproduce import lines as reproduce_lines
 from benchmarks.reproduce import report as reproduce_report
 from benchmarks.reproduce.cells import BUDGETS, TABLES, cells
+from benchmarks.reproduce.cost import multiply_adds, pflop
 from benchmarks.reproduce.lines import failed, is_of, of_cell, record
 from cibl_ray.config import config_warnings, load_config, save_config
 from cibl_ray.run.fingerprint import code_digest
+from cibl_ray.training.passes import passes
 from tests.commands import in_process
 from tests.conftest import REPOSITORY
 
@@ -262,6 +265,13 @@ def test_smoke(small_cifar, tmp_path):
         )
         assert 0 <= line["last"]["overall"] <= 1
         assert line["machine"]["torch"]
+        # ResNet-20: .27 million parameters, 41 million multiply-adds. Hybrid's classifier has a view of its own.
+        views = {"CE": 1, "Hybrid-SC": 3}[line["value"]]
+        steps = line["passes"] // (64 * views)
+        assert (line["passes"], line["forward_passes"]) == (steps * 64 * views, 0)
+        assert steps == 248 // 64
+        assert (line["parameters"], round(line["multiply_adds"] / 1e6)) == (269_722, 41)
+        assert line["pflop"] == round(6 * line["multiply_adds"] * line["passes"] / 1e15, 4)
     text = (tmp_path / "docs" / "cifar10_lt-smoke.md").read_text()
     assert text.index("| CE |") < text.index("| Hybrid-SC |")
     assert "no published number" in text
@@ -342,6 +352,17 @@ def test_a_run_that_fails_is_told_and_the_others_go_on(small_cifar, tmp_path, ca
         run_all(every, tmp_path / "runs", 1, lambda run, seconds: took.update({run.name: seconds}))
     assert list(took) == ["good"]
     assert took["good"] > 1
+    # A run that would not end in time is not begun: of two, the one with less work is.
+    late, small = (
+        replace(every[1], name=name, options=(*every[1].options, "--seed", seed)) for name, seed in (("b", "1"), ("s", "2"))
+    )
+    begun = []
+    run_all(
+        [late, small], tmp_path / "runs", 1, lambda run, seconds: begun.append(run.name), 1000,
+        lambda config: {1: 100.0, 2: 1.0}[config.seed], pace=11.0,
+    )  # fmt: skip
+    assert begun == ["s"]
+    assert not (tmp_path / "runs" / "b").exists()
     # No time left: nothing is begun; and what has a result is not run again.
     run_all(every[1:], tmp_path / "runs", 1, lambda run, seconds: took.clear())
     run_all([replace(every[1], name="late")], tmp_path / "runs", 1, seconds=-1)
@@ -415,6 +436,48 @@ def test_a_commit_is_that_of_the_code_that_trained(tmp_path, monkeypatch):
 def test_without_git_there_is_no_commit(monkeypatch):
     monkeypatch.setenv("PATH", "")
     assert reproduce_lines.commit() is None
+
+
+def test_passes_are_counted_by_view_and_stream():
+    def of(*flags, batches=10):
+        found = passes(load_config("quickstart", ["--epochs", "4", "--batch_size", "32", *flags]), batches)
+        return found.trained, found.forward, found.equivalent
+
+    images = 10 * 32 * 4
+    assert of() == (2 * images, 0, 2 * images)
+    assert of("--data.views", "[{}]") == (images, 0, images)
+    assert of("--loss", "{kind: paco}") == (images, images, pytest.approx(images * 4 / 3))
+    assert of("--loss", "{kind: hybrid_sc}") == (3 * images, 0, 3 * images)
+    assert of("--train.tune", "head") == (0, 0, 0)
+    # A full-length run of cross-entropy is .9 PFLOP, as the 2.17 million passes of .41 GFLOP that it makes.
+    config = load_config("recipes/ce_cifar100_lt", [])
+    whole = passes(config, 10_847 // 128)
+    assert whole.trained == 200 * 84 * 128
+    work = multiply_adds(config, 100)
+    assert work == pytest.approx(69e6, rel=0.01)
+    assert pflop(whole, work) == pytest.approx(0.89, abs=0.01)
+
+
+def test_accuracy_against_pflop_is_drawn(tmp_path, capsys):
+    lines = [line("CIBL, cosine head", 0, 0.47) | {"pflop": 0.9}, line("VS", 0, 0.46) | {"pflop": 0.9}, line("CE", 0, 0.38)]
+    lines += [line("BCL", 0, 0.5, table="recipe") | {"pflop": 0.5}]
+    for entry in lines:
+        reproduce_report.add(tmp_path / "t.jsonl", entry)
+    done = in_process(front.main, str(tmp_path / "t.jsonl"), "--out", str(tmp_path / "front.png"))
+    assert done.returncode == 0, done.stderr
+    assert "2 runs" in done.stdout  # of the test set, and with a cost
+    assert (tmp_path / "front.png").stat().st_size > 20_000
+    assert front.ours(lines, "cifar100", 100) == {
+        "CIBL, cosine head": [(0.9, pytest.approx(47))],
+        "VS": [(0.9, pytest.approx(46))],
+    }
+    points = {name: (round(x, 1), y) for name, x, y in front.published("cifar100", 100)}
+    assert points["CE"] == (0.9, 38.3)
+    assert points["Hybrid-SC"] == (2.7, 46.72)
+    assert points["PaCo"] == (2.4, 52.0)
+    missing = in_process(front.main, str(tmp_path / "t.jsonl"), "--out", str(tmp_path / "x.png"), "--factor", "10")
+    assert missing.returncode == 2
+    assert "at imbalance factor 10 has a cost" in missing.stderr
 
 
 def test_lines_are_read_back_and_the_last_of_a_cell_counts(tmp_path):

@@ -1,8 +1,8 @@
-"""`python -m benchmarks.reproduce TABLE [--budget gpu|cpu|smoke] [--seeds 3] [--jobs N]`: a table, from runs to docs/results/.
+"""`python -m benchmarks.reproduce TABLE [--budget BUDGET] [--seeds N] [--jobs N] [--hours H]`: from runs to docs/results/.
 
 TABLE is one of:
 
-cifar10_lt, cifar100_lt  Nine methods at imbalance factors 100, 50 and 10.
+cifar10_lt, cifar100_lt  Eleven rows (cpu: nine) at imbalance factors 100, 50 and 10.
 tail_skew       Does λ move accuracy from the head to the tail? Accuracy of each third of the classes against λ.
 cosine_epochs   Does the cosine head need fewer epochs? Whole runs of a quarter to all of the linear head's epochs.
 readings        What the paper's text leaves open: a log-prior in the logits, a queue, cross-entropy weights normalised to a
@@ -10,10 +10,11 @@ readings        What the paper's text leaves open: a log-prior in the logits, a 
 recipe          CIBL's recipe with one thing changed at a time, scored on a tenth of each class, set aside for validation.
 imagenet_lt     ResNet-50, 90 epochs.
 
-gpu: ResNet-32, 200 epochs, the published recipes, three runs at a time. cpu: ResNet-20, 3 epochs, imbalance factor 100, one
-short recipe for all methods, a run a core: it says how methods compare after so little training. smoke: one epoch of few
-images, in minutes, to see that all of it runs. Images come from torchvision's files in data/, or from an image folder
-(train/CLASS/*, test/CLASS/*): --cifar10 FOLDER, --cifar100 FOLDER.
+gpu: ResNet-32, 200 epochs, the published recipes, three runs at a time. laptop: the same, one after another on all cores, one
+seed. Ctrl-C loses five minutes at most, the same command continues, and --hours H begins no run that would not end. cpu:
+ResNet-20, 3 epochs, imbalance factor 100, one short recipe for all methods, a run a core: it says how methods compare after so
+little training. smoke: one epoch of few images, in minutes, to see that all of it runs. Images come from torchvision's files in
+data/, or from an image folder (train/CLASS/*, test/CLASS/*): --cifar10 FOLDER, --cifar100 FOLDER.
 
 Scores are the last epoch's, on the test set, which chooses nothing. With --val 0.1 a tenth of each class is set aside, and the
 best epoch on it is scored too. What has a result is not run again, so a stopped measurement continues. Every cell is a line of
@@ -29,11 +30,12 @@ from pathlib import Path
 import torch
 
 from benchmarks.many_runs import Run, RunsFailedError, refuse_another, run_all
-from benchmarks.measure import report
+from benchmarks.measure import machine, report
 from benchmarks.reproduce import report as tables
 from benchmarks.reproduce.cells import BUDGETS, TABLES, Cell, cells
 from benchmarks.reproduce.claims import figures
-from benchmarks.reproduce.lines import failed, is_of, record, source, source_of
+from benchmarks.reproduce.lines import Line, failed, is_of, record, source, source_of
+from benchmarks.reproduce.pace import planned, seconds_a_pass
 from pipelines.common.cores import usable_cores
 from pipelines.common.errors import UserError, run_command
 
@@ -44,7 +46,7 @@ def main() -> None:
     )
     parser.add_argument("table", choices=TABLES)
     parser.add_argument("--budget", choices=BUDGETS, default="gpu" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, help="by default 3; laptop and smoke: 1")
     parser.add_argument("--hours", type=float, help="begin no run that would end later; the same command does the rest")
     parser.add_argument("--jobs", type=int, help="runs at a time; by default three on a GPU, one a core without")
     parser.add_argument("--methods", nargs="+", metavar="ROW", help="train only these rows of the table")
@@ -70,7 +72,7 @@ def main() -> None:
         arguments.val = arguments.val or 0.1
     if table == "imagenet_lt" and budget == "cpu":
         parser.error("imagenet_lt is ResNet-50 at 224 pixels, 90 epochs: it has the budgets gpu and smoke")
-    seeds = 1 if budget == "smoke" else arguments.seeds
+    seeds = 1 if budget == "smoke" else arguments.seeds or (1 if budget == "laptop" else 3)
     known_seeds = [1 + line["seed"] for line in tables.read(lines)]
     every = cells(table, budget, max([seeds, *known_seeds]), arguments.val)
     wanted = [cell for cell in every if cell.seed < seeds]
@@ -141,7 +143,11 @@ def _train(every: list[Cell], arguments: argparse.Namespace, lines: Path) -> Run
             refuse_another(runs / run.name, run.configuration(runs))
             done(run, None)
     try:
-        run_all(todo, runs, jobs, done, None if arguments.hours is None else 3600 * arguments.hours)
+        if arguments.hours is None:
+            run_all(todo, runs, jobs, done)
+        else:
+            pace = _pace([*known.values()], todo, runs, jobs)
+            run_all(todo, runs, jobs, done, 3600 * arguments.hours, planned, pace)
     except RunsFailedError as error:
         for run in todo:
             if run.name in error.reasons:
@@ -149,6 +155,19 @@ def _train(every: list[Cell], arguments: argparse.Namespace, lines: Path) -> Run
                 tables.add(lines, failed(by_name[run.name], table, budget, run.configuration(runs), reason))
         return error
     return None
+
+
+def _pace(known: list[Line], todo: list[Run], runs: Path, jobs: int) -> float:
+    """Seconds that a pass takes here: as the slowest line of this machine had it, or as a few steps measure it."""
+    taken = [
+        line["wall_seconds"] / (line["passes"] + line["forward_passes"] / 3)
+        for line in known
+        if line.get("passes") and line.get("wall_seconds") and line["machine"] == machine() and line["jobs"] == jobs
+    ]
+    if taken:
+        return float(max(taken))
+    unfinished = [run for run in todo if not (runs / run.name / "result.json").exists()]
+    return jobs * seconds_a_pass(unfinished[0].configuration(runs)) if unfinished else 0.0
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from typing import Any
 from benchmarks.many_runs import computed
 from benchmarks.measure import machine
 from benchmarks.reproduce.cells import Cell
+from benchmarks.reproduce.cost import cost
 from cibl_ray.config import RunConfig
 from cibl_ray.run.fingerprint import code_digest
 from cibl_ray.run.folder import CONFIG
@@ -104,6 +105,7 @@ def record(
         "seconds": round(result["seconds"], 1),
         "wall_seconds": None if wall_seconds is None else round(wall_seconds, 1),
         "images_per_s": round(result["images_per_s"], 1),
+        **cost(result, config),
         **{kind: _scores(result[kind]) for kind in ("last", "best") if kind in result},
     }
 

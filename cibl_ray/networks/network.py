@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -128,6 +129,12 @@ class HybridNetwork(nn.Module):
         for name in self._still:
             self.backbone.get_submodule(name).eval()
         return self
+
+    def classifying_parameters(self) -> Iterator[nn.Parameter]:
+        """The parameters of what classifies: backbone, neck and head. A projection and prototypes serve training alone."""
+        for part in (self.backbone, self.neck, self.head):
+            if part is not None:
+                yield from part.parameters()
 
     def schedule(self, epoch: float, epochs: int) -> None:
         """Set what changes over a run of `epochs`: the head's scale, where a schedule sets it."""

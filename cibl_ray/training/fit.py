@@ -198,6 +198,8 @@ def _fit(trainer: Trainer, progress: Progress) -> dict[str, Any]:
         "classes": prepared.classes,  # of the scores' `per_class`, in order
         # No rows: a log that was lost.
         "images_per_s": statistics.median([row["rate"].get("images_per_s", 0.0) for row in rows] or [0.0]),
+        "passes": asdict(trainer.passes),  # of an unbroken run as configured now
+        "parameters": sum(parameter.numel() for parameter in trainer.network.classifying_parameters()),
         "workers": trainer.world.size,
         "loader": trainer.train_loaders[0].name,
         "data": prepared.digests,

@@ -34,6 +34,7 @@ from cibl_ray.training.feed import open_features, open_images
 from cibl_ray.training.finite import FiniteLoss
 from cibl_ray.training.mix import mix
 from cibl_ray.training.optimizer import make_optimizer
+from cibl_ray.training.passes import Passes, passes
 from cibl_ray.training.pauses import Pauses
 from cibl_ray.training.schedules import lr_factor
 from cibl_ray.training.setup import checkpoint_activations, keeps_statistics, settle, start_heads
@@ -341,6 +342,11 @@ class Trainer:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
             outputs: Outputs = network(pixels)
         return outputs
+
+    @property
+    def passes(self) -> Passes:
+        """The views that the epochs so far passed through the network, of all workers."""
+        return passes(self.config, self.train_loaders[0].batches, self.epoch)
 
     @property
     def judged(self) -> HybridNetwork:

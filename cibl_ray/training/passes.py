@@ -1,0 +1,46 @@
+"""What a run costs: how many views pass through the network, forward and backward, or forward alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cibl_ray.config import RunConfig
+
+
+@dataclass(frozen=True)
+class Passes:
+    """Views that pass through the network.
+
+    Attributes:
+        trained: Forward and backward.
+        forward: Forward alone: the keys of an averaged network.
+    """
+
+    trained: int
+    forward: int
+
+    @property
+    def equivalent(self) -> float:
+        """In passes forward and backward: the backward pass costs two forward ones."""
+        return self.trained + self.forward / 3
+
+
+def passes(config: RunConfig, batches: int, epochs: float | None = None) -> Passes:
+    """Count a run's passes.
+
+    Args:
+        config: The run's configuration.
+        batches: Steps of an epoch.
+        epochs: How many; None: all of them.
+
+    Returns:
+        The passes of all workers. A head that is trained on features (tune 'head') passes nothing through the backbone.
+    """
+    train, needs = config.train, config.loss.needs
+    if train.tune == "head":
+        return Passes(0, 0)
+    images = batches * train.batch_size * (train.epochs if epochs is None else epochs)
+    views = len(config.data.views)
+    keys = views - 1 if needs.momentum is not None else 0
+    second = len(needs.second_stream.views) if needs.second_stream is not None else 0
+    return Passes(round(images * (views - keys + second)), round(images * keys))
