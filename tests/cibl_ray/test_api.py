@@ -205,7 +205,10 @@ def test_a_run_in_a_thread_and_resumed(config, run, capfd):
 
 def test_the_page_runs_as_a_notebook(tmp_path, images):
     """Every block of docs/tutorials/python.md, in a Jupyter kernel."""
-    blocks = [block.partition("```")[0] for block in (REPOSITORY / "docs" / "python.md").read_text().split("```python\n")[1:]]
+    blocks = [
+        block.partition("```")[0]
+        for block in (REPOSITORY / "docs" / "tutorials" / "python.md").read_text().split("```python\n")[1:]
+    ]
     assert len(blocks) >= 6
     (tmp_path / "more-images").symlink_to(images)
     (tmp_path / "photo.png").write_bytes(next(images.glob("3/*.png")).read_bytes())
