@@ -1,5 +1,7 @@
 """The reference pages that the code writes: no field, option, route or public name is missing."""
 
+import ast
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -96,3 +98,24 @@ def test_an_undocumented_name_is_found(tmp_path):
         "bare.f has no docstring",
         "bare.g: the docstring does not name 'second'",
     ]
+
+
+def test_messages_of_troubleshooting_are_in_the_code():
+    """The words between the values of each message."""
+    folders = (reference.REPOSITORY / name for name in ("cibl_ray", "pipelines", "serve"))
+    nodes = [node for folder in folders for path in folder.rglob("*.py") for node in ast.walk(ast.parse(path.read_text()))]
+    texts = [reference._message(node) for node in nodes if isinstance(node, ast.JoinedStr | ast.Constant)]
+    known = "\n".join([*texts, (reference.REPOSITORY / "scripts" / "setup.sh").read_text()])
+    page = (reference.REPOSITORY / "docs" / "how-to" / "troubleshooting.md").read_text()
+    rows = [row for row in re.findall(r"^\| (.+?) \|", page, re.MULTILINE) if row not in ("message", "---")]
+    assert len(rows) > 25
+    for row in rows:
+        for words in re.split("…|, and ", row):
+            assert len(words.strip()) < 6 or words.strip() in known, row
+
+
+def test_messages_name_the_fix():
+    found = reference.messages()
+    assert all(len(texts) > 5 for texts in found.values())
+    assert "run folder … already exists; …choose another name (--name)" in found["Training, runs and evaluation"]
+    assert reference.messages_page().count("\n| ") > 200

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import functools
 import importlib
 import os
@@ -73,6 +74,7 @@ def pages() -> dict[str, str]:
         "reference/commands.md": commands_page(),
         "reference/http.md": http_page(),
         "reference/api.md": api_page(),
+        "reference/messages.md": messages_page(),
     }
 
 
@@ -399,6 +401,72 @@ def _schema(schema: Mapping[str, Any]) -> str:
     if "minimum" in schema:
         kind += f", {schema['minimum']} to {schema['maximum']}" if "maximum" in schema else f", at least {schema['minimum']}"
     return kind
+
+
+# Messages
+
+AREAS = {
+    "Command line and configuration": ("pipelines/common", "pipelines/config.py", "cibl_ray/config.py", "cibl_ray/train.py"),
+    "Images and preparing": ("pipelines",),
+    "Networks and losses": ("cibl_ray/networks", "cibl_ray/losses", "cibl_ray/features"),
+    "Sweeps": ("cibl_ray/tuning", "cibl_ray/tune.py"),
+    "Clusters": ("cibl_ray/cluster", "cibl_ray/world.py"),
+    "Exporting": ("cibl_ray/exporting", "cibl_ray/bundle", "cibl_ray/export.py"),
+    "Training, runs and evaluation": ("cibl_ray",),
+    "Serving, the page and the edge": ("serve",),
+}
+
+
+def messages() -> dict[str, list[str]]:
+    """The text of every mistake that the code reports, by area; what is filled in is an ellipsis."""
+    found: dict[str, list[str]] = {area: [] for area in AREAS}
+    seen = set()
+    for area, places in AREAS.items():
+        paths = [path for place in places for path in sorted((REPOSITORY / place).rglob("*.py"))]
+        paths += [REPOSITORY / place for place in places if place.endswith(".py")]
+        for path in paths:
+            if path in seen:
+                continue
+            seen.add(path)
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and isinstance(node.exc.func, ast.Name):
+                    text = _message(node.exc.args[0]) if node.exc.args else ""
+                    if node.exc.func.id in ("UserError", "ValueError") and len(text.replace("…", "").strip()) > 20:
+                        found[area].append(text)
+    return {area: sorted(set(texts), key=lambda text: text.lstrip("… ").lower()) for area, texts in found.items()}
+
+
+def _message(node: ast.expr) -> str:
+    """A message's text, with an ellipsis for each value."""
+    match node:
+        case ast.Constant(value=str(text)):
+            return " ".join(text.split())
+        case ast.JoinedStr(values=values):
+            parts = [each.value if isinstance(each, ast.Constant) else "…" for each in values]
+            return re.sub(r"'…'|…+", "…", " ".join("".join(map(str, parts)).split()))
+        case _:
+            return ""
+
+
+def messages_page() -> str:
+    """Every message, with the fix that it names."""
+    lines = [
+        "# Messages",
+        "",
+        "Every mistake that the code reports, in the words of the message; … stands for a value. A message names the cause, "
+        "and after the semicolon the fix. Those that people meet most are explained in "
+        "[troubleshooting](../how-to/troubleshooting.md).",
+    ]
+    for area, texts in messages().items():
+        lines += ["", f"## {area}", "", "| message | fix |", "|---|---|"]
+        for text in texts:
+            cause, _, fix = text.rpartition("; ") if "; " in text else (text, "", "")
+            lines.append(f"| {_literal(cause)} | {_literal(fix)} |")
+    return "\n".join([*lines, ""])
+
+
+def _literal(text: str) -> str:
+    return re.sub(r"([|<>*_`\[\]])", r"\\\1", text)
 
 
 # The Python API
