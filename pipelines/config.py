@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -237,6 +238,11 @@ class DataConfig(Settings):
         lt=1,
         description="Share of each class's images set aside as the test split, where the source has none of its own.",
     )
+    split_by: str | None = Field(
+        default=None,
+        description="Images of one patient, camera or site stay in one split. group: as the source's group column says; else a "
+        "regular expression with one group, found in each image's name, such as '(patient\\d+)'. null: each image by itself.",
+    )
     subset_seed: int | None = Field(default=None, ge=0, description="Seed of the profile's draw; null: the run's seed.")
     on_bad_image: Literal["error", "skip"] = Field(
         default="error", description="skip: unreadable images are left out, counted, and listed with their reasons"
@@ -273,6 +279,13 @@ class DataConfig(Settings):
                 f"val_fraction {self.val_fraction:g} and test_fraction {self.test_fraction:g} leave no image to train on; "
                 "their sum must be less than 1"
             )
+        if self.split_by not in (None, "group"):
+            try:
+                groups = re.compile(str(self.split_by)).groups
+            except re.error as error:
+                raise ValueError(f"split_by is no regular expression: {error}") from error
+            if groups != 1:
+                raise ValueError("split_by must be 'group', or a regular expression with one pair of (parentheses)")
         if not isinstance(self.eval_cut, CenterCrop):
             raise ValueError("eval_cut must be of kind 'center': evaluation draws nothing at random")
         if self.window is not None and not self.window[0] < self.window[1]:

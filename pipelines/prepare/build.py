@@ -24,6 +24,7 @@ from pipelines.common.files import locked, write_atomically
 from pipelines.common.settings import Settings, build
 from pipelines.config import DataConfig
 from pipelines.prepare.doubles import find_copies, refuse_shared_files
+from pipelines.prepare.groups import grouped, refuse_shared_groups
 from pipelines.prepare.longtail import apply_profile, carve
 from pipelines.prepare.pictures import save_histogram
 from pipelines.prepare.prepared import EARLIER_FORMAT, FORMAT, SIDECAR, Prepared, Split, counts_of_files, read_sidecar
@@ -49,6 +50,8 @@ def prepared_folder(data: DataConfig, seed: int, file_format: int = FORMAT) -> P
         del content["profile"]["subset"]
     if data.test_fraction:
         content["test_fraction"] = data.test_fraction
+    if data.split_by is not None:
+        content["split_by"] = data.split_by
     if data.store.mode != "mixed":
         del content["store"]["raw_share"]
     if file_format < 4:  # which had no such fields
@@ -164,6 +167,10 @@ def _carved(dataset: Dataset, data: DataConfig, seed: int) -> tuple[Images, Imag
         UserError: Validation images are asked for, and no class has two images.
     """
     train, val, test, classes = dataset.train, dataset.val, dataset.test, dataset.classes
+    if data.split_by is not None:
+        train, val, test = (grouped(images, data.split_by) if images is not None else None for images in (train, val, test))
+        assert train is not None
+        refuse_shared_groups({"train": train, "val": val, "test": test})
     val_share, test_share = data.val_fraction, data.test_fraction
     if val_share == test_share == 0 and val is None and test is None:
         val_share = _SET_ASIDE
@@ -192,7 +199,8 @@ def _say(text: str) -> None:
 def _say_aside(split: str, images: Images | None, share: float, classes: list[str]) -> None:
     """Say what was set aside, and which classes are too small for it."""
     counts = class_counts(images.labels, len(classes)) if images is not None else np.zeros(len(classes), np.int64)
-    _say(f"{split}: {counts.sum():,} images, {share:.0%} of each class, are set aside (data.{split}_fraction)")
+    of = f", of {len(np.unique(images.groups)):,} groups" if images is not None and images.groups is not None else ""
+    _say(f"{split}: {counts.sum():,} images{of}, {share:.0%} of each class, are set aside (data.{split}_fraction)")
     without = [name for name, count in zip(classes, counts, strict=True) if count == 0]
     if without:
         some = ", ".join(map(repr, without[:5])) + (" and others" if len(without) > 5 else "")

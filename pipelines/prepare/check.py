@@ -13,7 +13,7 @@ from pipelines.config import DataConfig
 from pipelines.pixels import BadImageError
 from pipelines.prepare.doubles import find_copies, refuse_shared_files
 from pipelines.prepare.sources import Images
-from pipelines.prepare.writer import pack_all, place_of, with_setting
+from pipelines.prepare.writer import pack_all, with_setting
 
 
 @dataclass
@@ -70,7 +70,7 @@ def check(splits: Mapping[str, Images], data: DataConfig, seed: int) -> Findings
         for index, result in counted(packed, len(images), f"check {split}"):
             findings.images += 1
             if isinstance(result, BadImageError):
-                findings.bad.append((place_of(images, index, split), with_setting(result)))
+                findings.bad.append((images.place(index, split), with_setting(result)))
                 continue
             names.append(images.names[index])
             labels.append(int(images.labels[index]))

@@ -11,6 +11,7 @@ import numpy as np
 from pipelines.common.errors import UserError
 from pipelines.common.seeding import stream
 from pipelines.config import CountsProfile, ExpProfile, ListProfile, NoProfile, Profile, StepProfile
+from pipelines.prepare.groups import groups_aside
 from pipelines.prepare.sources import Images, class_counts, read_list
 from pipelines.prepare.sources.names import name_key
 
@@ -61,6 +62,11 @@ def carve(
     Returns:
         The images that stay, and those set aside; None where no class has enough images.
     """
+    if images.groups is not None:
+        chosen = groups_aside(images.labels, images.groups, classes, fraction, stream(seed, draw, "groups"), keep)
+        if not chosen.any():
+            return images, None
+        return images.take(np.flatnonzero(~chosen)), images.take(np.flatnonzero(chosen))
     rest, aside = [], []
     for members in _shuffled(images.labels, classes, seed, draw):
         count = max(0, min(max(1, round(len(members) * fraction)), len(members) - keep))

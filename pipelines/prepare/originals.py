@@ -44,7 +44,7 @@ def original_images(prepared: Prepared, split: str, data: DataConfig, seed: int,
     for row in range(min(count, len(beton))):
         if images is not None:
             content = images.read(rows[names[row]])
-            place = str(images.files[rows[names[row]]]) if images.files else f"{split} image {names[row]}"
+            place = images.place(rows[names[row]], split)
         else:
             stored = beton.image(row)
             content = stored if beton.records["f0"]["mode"][row] == RAW else stored.tobytes()

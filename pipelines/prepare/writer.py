@@ -32,6 +32,7 @@ from pipelines.pixels import BadImageError
 from pipelines.prepare.beton import BetonWriter, shard_name
 from pipelines.prepare.images import Packed, pack
 from pipelines.prepare.sources import Images
+from pipelines.prepare.sources.contents import NetworkError
 
 NO_CONTENT = "0" * 64
 _SMALLEST = 1024  # bytes that an image takes at least, for the number of records set aside in one of several files
@@ -256,7 +257,7 @@ def write_split(folder: Path, split: str, images: Images, data: DataConfig, seed
     try:
         for index, result in counted(packed, len(order), f"data: {split}", first):
             if isinstance(result, BadImageError):
-                place = place_of(images, index, split)
+                place = images.place(index, split)
                 if data.on_bad_image == "error":
                     raise UserError(f"{place}: unreadable image ({result}); {_advice(result, settable)}")
                 progress.skipped.append(place)
@@ -265,7 +266,7 @@ def write_split(folder: Path, split: str, images: Images, data: DataConfig, seed
                 try:
                     files.append(result[0], int(images.labels[index]), images.names[index], result[1])
                 except UserError as error:
-                    raise UserError(f"{place_of(images, index, split)} {error}") from error
+                    raise UserError(f"{images.place(index, split)} {error}") from error
             files.step()
             if progress.done == first + _SAMPLED:
                 _check_room(folder, split, progress, len(order), settable)
@@ -276,6 +277,9 @@ def write_split(folder: Path, split: str, images: Images, data: DataConfig, seed
         files.stopped()
         status = error.status if isinstance(error, Interrupted) else 130  # a scheduler's signal has its own
         raise Interrupted(_stopped(split, files.kept, len(order), data.store, settable), status) from error
+    except NetworkError as error:
+        files.stopped()
+        raise UserError(f"{error}; {_stopped(split, files.kept, len(order), data.store, settable)}") from error
     except OSError as error:
         files.stopped()
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -348,11 +352,6 @@ def _report(split: str, progress: Progress, images: int, seconds: float) -> None
     )
 
 
-def place_of(images: Images, index: int, split: str) -> str:
-    """An image's file, or its number, for a message."""
-    return str(images.files[index]) if images.files else f"{split} image {images.names[index]}"
-
-
 Result = tuple[Packed, bytes] | BadImageError  # an image, and the digest of what it was made of
 
 
@@ -376,7 +375,7 @@ def pack_all(
     with collected_warnings() as warned:
 
         def work(index: int) -> Result:
-            warned.begin(str(images.files[index]) if images.files else images.names[index])
+            warned.begin(images.place(index, "image"))
             try:
                 source = images.read(index)
                 raw = bool(draws[index] < data.store.raw_share)
@@ -385,7 +384,7 @@ def pack_all(
             except BadImageError as error:
                 return error
             except OSError as error:
-                return BadImageError(str(error.strerror))
+                return BadImageError(str(error.strerror or error))
 
         workers = len(os.sched_getaffinity(0))
         todo = iter(order.tolist())

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from pipelines.common.errors import UserError
 from pipelines.common.settings import Settings
-from pipelines.prepare.sources.names import refuse_alike
+from pipelines.prepare.sources.contents import Content
+from pipelines.prepare.sources.names import name_key, refuse_alike
 
 
 @dataclass(frozen=True)
@@ -20,8 +22,10 @@ class Images:
     Attributes:
         names: One a sample, unique within a split, the same on every machine: a path below the source's root, or a number.
         labels: int64 (N,).
-        files: Paths to read, or None where `pixels` holds the images.
+        files: Paths to read, or None where `pixels` or `content` holds the images.
         pixels: uint8 (N, H, W, 3).
+        content: Encoded images in an archive, in a table or behind addresses.
+        groups: int64 (N,), the patient, camera or site of each; None where the source does not tell.
         missing: Names that a list has and the disk has not.
     """
 
@@ -29,6 +33,8 @@ class Images:
     labels: np.ndarray
     files: list[Path] | None = None
     pixels: np.ndarray | None = None
+    content: Content | None = None
+    groups: np.ndarray | None = None
     missing: tuple[str, ...] = ()
 
     def __len__(self) -> int:
@@ -41,12 +47,29 @@ class Images:
             labels=self.labels[indices],
             files=None if self.files is None else [self.files[i] for i in indices],
             pixels=None if self.pixels is None else self.pixels[indices],
+            content=None if self.content is None else self.content.take(indices),
+            groups=None if self.groups is None else self.groups[indices],
+            missing=self._missing(indices),
         )
+
+    def _missing(self, indices: np.ndarray) -> tuple[str, ...]:
+        if not self.missing:
+            return ()
+        kept = {self.names[i] for i in indices}
+        return tuple(name for name in self.missing if name in kept)
+
+    def place(self, index: int, split: str) -> str:
+        """Where an image is, for messages: its file, or its split and name."""
+        if self.files is not None:
+            return str(self.files[index])
+        return self.content.place(index) if self.content is not None else f"{split} image {self.names[index]}"
 
     def read(self, index: int) -> bytes | np.ndarray:
         """The encoded file, or the pixels, of one image."""
         if self.files is not None:
             return self.files[index].read_bytes()
+        if self.content is not None:
+            return self.content.read(index)
         assert self.pixels is not None
         return self.pixels[index]
 
@@ -55,6 +78,9 @@ class Images:
         state = hashlib.sha256(self.labels.tobytes())
         if self.pixels is not None:
             state.update(np.ascontiguousarray(self.pixels).tobytes())
+        if self.content is not None:
+            state.update("\0".join(self.names).encode("utf-8", "surrogateescape"))
+            state.update(self.content.stamp())
         for name, file in zip(self.names, self.files or (), strict=False):
             try:
                 stat = file.stat()
@@ -109,3 +135,43 @@ class SourceConfig(Settings):
 def class_counts(labels: np.ndarray | Sequence[int], classes: int) -> np.ndarray:
     """Images of each class, int64 (classes,)."""
     return np.bincount(np.asarray(labels, dtype=np.int64), minlength=classes)
+
+
+def numbered(values: Iterable[str]) -> dict[str, int]:
+    """Numbers from 0 for the different values, in the order of their first occurrence."""
+    return {value: number for number, value in enumerate(dict.fromkeys(values))}
+
+
+def classes_of(found: Iterable[str], place: str, listed: Mapping[str, str] | None = None) -> tuple[list[str], dict[str, int]]:
+    """Classes in label order, from the values that stand at the images.
+
+    Args:
+        found: The values that occur.
+        place: Where they stand, for messages.
+        listed: Class names by `name_key` of the value, in label order; other values are left out. None: all values, numbers
+            by size, else by name.
+
+    Returns:
+        The classes, and the label of each value that has one.
+
+    Raises:
+        UserError: There are fewer than two classes, two look alike, or a listed one does not occur.
+    """
+    by_key: dict[str, list[str]] = {}
+    for value in sorted({*found}):
+        by_key.setdefault(name_key(value), []).append(value)
+    alike = next((values for values in by_key.values() if len(values) > 1), None)
+    if alike is not None:
+        refuse_alike(alike, [place] * len(alike))
+    if listed is not None:
+        absent = next((key for key in listed if key not in by_key), None)
+        if absent is not None:
+            raise UserError(f"{place}: no image is of the class {absent!r}, which the file of classes names")
+        keys, classes = [*listed], [*listed.values()]
+    else:
+        numbers = all(key.isdecimal() for key in by_key)
+        keys = sorted(by_key, key=int) if numbers else sorted(by_key)
+        classes = [by_key[key][0] for key in keys]
+    if len(classes) < 2:
+        raise UserError(f"{place}: {len(classes)} classes are there; at least 2 are needed")
+    return classes, {value: label for label, key in enumerate(keys) for value in by_key[key]}

@@ -1,0 +1,296 @@
+"""Encoded images in archives, in tables and behind addresses, read one at a time, in any order, by several threads."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import threading
+import time
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from pipelines.common.errors import UserError
+
+_TRIES, _FIRST_WAIT = 5, 0.5  # of a network read; each wait is twice the one before
+_MEMBER = 1 << 30  # bytes of an image file within an archive: a larger one is a mistake
+
+
+class NetworkError(UserError):
+    """The network failed for good. What was written is kept, so that the same command can continue."""
+
+
+class Content(Protocol):
+    """The encoded images of a split."""
+
+    def read(self, index: int) -> bytes:
+        """The file of one image. Several threads call it.
+
+        Raises:
+            OSError: The image cannot be read; others may.
+            NetworkError: The network does not answer.
+        """
+        ...
+
+    def take(self, indices: np.ndarray) -> Content:
+        """The images at `indices`, in that order."""
+        ...
+
+    def place(self, index: int) -> str:
+        """Where an image is, for messages."""
+        ...
+
+    def stamp(self) -> bytes:
+        """Bytes that change when an image is replaced."""
+        ...
+
+
+class ZipMembers:
+    """Files in a zip archive, read without unpacking it.
+
+    Args:
+        path: The archive.
+        names: Its members.
+    """
+
+    def __init__(self, path: Path, names: Sequence[str]) -> None:
+        self._path, self._names = path, [*names]
+        self._zip = zipfile.ZipFile(path)
+
+    def read(self, index: int) -> bytes:
+        """Inflate one member; its CRC is checked."""
+        try:
+            info = self._zip.getinfo(self._names[index])
+            if info.file_size > _MEMBER:
+                raise OSError(0, f"{info.file_size:,} bytes, too large for an image")
+            return self._zip.read(info)
+        except (zipfile.BadZipFile, RuntimeError, NotImplementedError, EOFError, ValueError) as error:
+            # RuntimeError: encrypted; NotImplementedError: an unknown compression. zlib's own error is a ValueError's like.
+            raise OSError(0, str(error) or type(error).__name__) from error
+        except Exception as error:
+            if type(error).__module__ != "zlib":
+                raise
+            raise OSError(0, f"damaged in the archive: {error}") from error
+
+    def take(self, indices: np.ndarray) -> ZipMembers:
+        """Some of the members."""
+        return ZipMembers(self._path, [self._names[i] for i in indices])
+
+    def place(self, index: int) -> str:
+        """The archive's path and the member's name."""
+        return f"{self._path}/{self._names[index]}"
+
+    def stamp(self) -> bytes:
+        """Sizes and CRCs of the members: a copy of the archive has the same."""
+        infos = (self._zip.getinfo(name) for name in self._names)
+        return np.array([(info.file_size, info.CRC) for info in infos], dtype=np.int64).tobytes()
+
+
+class Slices:
+    """Pieces of files: members of a tar archive that is not compressed, or of WebDataset shards.
+
+    Args:
+        paths: F files.
+        names: N names for messages.
+        file: The number of each image's file, int32 (N,).
+        start: Its first byte, int64 (N,).
+        size: Its bytes, int64 (N,).
+    """
+
+    def __init__(
+        self, paths: Sequence[Path], names: Sequence[str], file: np.ndarray, start: np.ndarray, size: np.ndarray
+    ) -> None:
+        self._paths, self._names = [*paths], [*names]
+        self._file, self._start, self._size = file, start, size
+        self._open: dict[int, int] = {}
+        self._lock = threading.Lock()
+
+    def read(self, index: int) -> bytes:
+        """Read one piece."""
+        size = int(self._size[index])
+        if size > _MEMBER:
+            raise OSError(0, f"{size:,} bytes, too large for an image")
+        data = os.pread(self._descriptor(int(self._file[index])), size, int(self._start[index]))
+        if len(data) < size:
+            raise OSError(0, f"cut short: {len(data):,} of {size:,} bytes are there")
+        return data
+
+    def take(self, indices: np.ndarray) -> Slices:
+        """Some of the pieces."""
+        names = [self._names[i] for i in indices]
+        return Slices(self._paths, names, self._file[indices], self._start[indices], self._size[indices])
+
+    def place(self, index: int) -> str:
+        """The file's path and the piece's name."""
+        return f"{self._paths[int(self._file[index])]}/{self._names[index]}"
+
+    def stamp(self) -> bytes:
+        """The places, and size and time of change of the files."""
+        stats = [path.stat() for path in self._paths]
+        files = np.array([(stat.st_size, stat.st_mtime_ns) for stat in stats], dtype=np.int64)
+        return b"".join(part.tobytes() for part in (files, self._file, self._start, self._size))
+
+    def _descriptor(self, number: int) -> int:
+        with self._lock:
+            if number not in self._open:
+                self._open[number] = os.open(self._paths[number], os.O_RDONLY | os.O_CLOEXEC)
+            return self._open[number]
+
+    def __del__(self) -> None:
+        for descriptor in getattr(self, "_open", {}).values():
+            os.close(descriptor)
+
+
+class Spooled:
+    """Images that can only be read from first to last, such as a Parquet column or a compressed tar.
+
+    At the first read they are copied once to a temporary file, which has no name and goes with the process.
+
+    Args:
+        count: N images.
+        images: Yields the N images in their order; None stands for one that is not there.
+        places: Where each is, for messages.
+        stamp: Changes when they are replaced.
+        rows: Which of the images are meant, int64; None: all.
+    """
+
+    def __init__(
+        self,
+        count: int,
+        images: Callable[[], Iterator[bytes | None]],
+        places: Callable[[int], str],
+        stamp: bytes,
+        rows: np.ndarray | None = None,
+        spool: _Spool | None = None,
+    ) -> None:
+        self._places, self._stamp = places, stamp
+        self._rows = np.arange(count) if rows is None else rows
+        self._spool = spool or _Spool(count, images)
+
+    def read(self, index: int) -> bytes:
+        """Read one image from the temporary file."""
+        return self._spool.read(int(self._rows[index]))
+
+    def take(self, indices: np.ndarray) -> Spooled:
+        """Some of the images; they share the temporary file."""
+        return Spooled(0, self._spool.images, self._places, self._stamp, self._rows[indices], self._spool)
+
+    def place(self, index: int) -> str:
+        """Where an image is."""
+        return self._places(int(self._rows[index]))
+
+    def stamp(self) -> bytes:
+        """As given, and which rows are meant."""
+        return self._stamp + self._rows.tobytes()
+
+
+class _Spool:
+    def __init__(self, count: int, images: Callable[[], Iterator[bytes | None]]) -> None:
+        self._count, self.images = count, images
+        self._lock = threading.Lock()
+        self._file: Any = None
+        self._ends = np.zeros(0, dtype=np.int64)
+
+    def read(self, row: int) -> bytes:
+        with self._lock:
+            if self._file is None:
+                self._copy()
+        start, end = int(self._ends[row - 1]) if row else 0, int(self._ends[row])
+        if start == end:
+            raise OSError(0, "no image: the cell is empty")
+        return os.pread(self._file.fileno(), end - start, start)
+
+    def _copy(self) -> None:
+        file = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as the images are read
+        sizes = np.zeros(self._count, dtype=np.int64)
+        for row, image in enumerate(self.images()):
+            if image is not None:
+                sizes[row] = file.write(image)
+        file.flush()
+        self._ends, self._file = np.cumsum(sizes), file
+
+
+class Remote:
+    """Images behind addresses, read through fsspec: http, https, s3, gs and what else it knows.
+
+    A read is tried again when the network fails. Credentials come from the environment, as the storage's own library has it.
+
+    Args:
+        addresses: One an image. What is behind an address is taken not to change.
+    """
+
+    def __init__(self, addresses: Sequence[str]) -> None:
+        self._addresses = [*addresses]
+        self._systems: dict[str, Any] = {}
+        self._lock = threading.Lock()
+
+    def read(self, index: int) -> bytes:
+        """Fetch one image."""
+        address = self._addresses[index]
+        system = self._system(address.partition("://")[0])
+        wait = _FIRST_WAIT
+        for left in reversed(range(_TRIES)):
+            try:
+                data: bytes = system.cat_file(address)
+                return data
+            except FileNotFoundError as error:
+                raise FileNotFoundError(2, "nothing is at this address") from error
+            except PermissionError as error:
+                raise UserError(f"{self.place(index)}: access is refused; set its credentials in the environment") from error
+            except Exception as error:  # each storage's library has its own
+                if not left:
+                    raise NetworkError(
+                        f"{self.place(index)}: cannot be read after {_TRIES} tries: {type(error).__name__}"
+                    ) from error  # its text may hold the whole address
+            time.sleep(wait)
+            wait *= 2
+        raise AssertionError
+
+    def take(self, indices: np.ndarray) -> Remote:
+        """Some of the images."""
+        return Remote([self._addresses[i] for i in indices])
+
+    def place(self, index: int) -> str:
+        """The address, without the user's name and password."""
+        return without_secrets(self._addresses[index])
+
+    def stamp(self) -> bytes:
+        """The addresses."""
+        return "\0".join(self._addresses).encode()
+
+    def _system(self, scheme: str) -> Any:
+        with self._lock:
+            if scheme not in self._systems:
+                self._systems[scheme] = file_system(scheme)
+            return self._systems[scheme]
+
+
+def file_system(scheme: str) -> Any:
+    """The fsspec file system of a scheme.
+
+    Args:
+        scheme: As 's3' or 'https'.
+
+    Raises:
+        UserError: It is unknown, or its library is not installed.
+    """
+    try:
+        import fsspec
+
+        return fsspec.filesystem(scheme)
+    except ImportError as error:
+        packages = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "http": "aiohttp", "https": "aiohttp", "abfs": "adlfs"}
+        package = packages.get(scheme, "fsspec")
+        raise UserError(f"{scheme}://... needs the package {package}: pip install {package}") from error
+    except ValueError as error:
+        raise UserError(f"{scheme}://... is no address that can be read; known are http, https, s3, gs and file") from error
+
+
+def without_secrets(address: str) -> str:
+    """An address without the user's name, password and query, which may hold keys."""
+    scheme, _, rest = address.partition("://")
+    host, slash, path = rest.partition("/")
+    return f"{scheme}://{host.rpartition('@')[2]}{slash}{path.partition('?')[0]}"

@@ -1,0 +1,370 @@
+"""A table: a row an image, with its path, address or bytes, its class, and where there are some, its split and its group."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import Field
+
+from pipelines.common.errors import UserError
+from pipelines.formats import readable_suffixes
+from pipelines.prepare.sources.contents import Remote, Spooled, without_secrets
+from pipelines.prepare.sources.dataset import Dataset, Images, SourceConfig, classes_of, numbered
+from pipelines.prepare.sources.names import hint_for, name_key, read_text, refuse_alike
+
+# Names by which a column is found, compared without case, spaces and underscores; earlier ones first.
+_IMAGE = ("image", "path", "imagepath", "filepath", "filename", "file", "img", "imgpath", "url", "uri", "imageurl", "imageid")
+_LABEL = ("label", "class", "classname", "category", "target", "species", "labelname", "categoryname", "classid", "categoryid")
+_SPLIT = ("split", "subset", "partition", "fold", "set")
+_GROUP = ("group", "groupid", "patient", "patientid", "site", "siteid", "camera", "cameraid", "location", "subject")
+_SPLITS = {
+    "train": "train", "training": "train", "trn": "train",
+    "val": "val", "valid": "val", "validation": "val", "dev": "val",
+    "test": "test", "testing": "test", "tst": "test",
+}  # fmt: skip
+_BLOCK = 64  # rows of a Parquet file in memory at a time, where it holds images
+
+
+class TableSource(SourceConfig):
+    """A CSV, TSV, JSON lines or Parquet file with a row an image.
+
+    Columns that are not given are found by their names, and printed.
+    """
+
+    kind: Literal["table"]
+    path: Path = Field(description="the table: .csv, .tsv, .jsonl, .ndjson or .parquet; all rows, or the training rows")
+    val: Path | None = Field(default=None, description="a table of the validation images with the same columns")
+    test: Path | None = Field(default=None, description="a table of the test images with the same columns")
+    root: Path | None = Field(default=None, description="folder that paths are relative to; null: the table's own folder")
+    image: str | None = Field(default=None, description="column with the path, the address or the bytes of the image")
+    label: str | None = Field(default=None, description="column with the class: text or a whole number")
+    split: str | None = Field(default=None, description="column that says train, val or test")
+    group: str | None = Field(default=None, description="column with the patient, camera or site, for data.split_by: group")
+    header: Literal["auto"] | bool = Field(
+        default="auto", description="whether the first line of a CSV or TSV file names the columns; without, they are 0, 1, ..."
+    )
+    classes: Path | None = Field(
+        default=None, description="the classes in label order, one a line: a value of the column, and after a tab, a name"
+    )
+
+    def open(self) -> Dataset:
+        """Read the table's columns; images are read later.
+
+        Raises:
+            UserError: A table or column is missing, a cell is empty, or a class has no training image.
+        """
+        tables = {split: _read(path, self.header) for split, path in self._paths().items()}
+        first = tables["train"]
+        columns = self._columns(first)
+        parts = [_rows(table, columns, self.root, None if split == "train" else split) for split, table in tables.items()]
+        found = {value for part in parts for value in part.labels}
+        listed = self._listed()
+        classes, label_of = classes_of(found, str(self.path), listed)
+        splits: dict[str, list[Images]] = {}
+        groups = numbered([value for part in parts for value in part.groups])
+        for part in parts:
+            labels = np.array([label_of.get(value, -1) for value in part.labels], dtype=np.int64)
+            own = np.array([groups[value] for value in part.groups], dtype=np.int64) if columns.group else None
+            for split in dict.fromkeys(part.splits):
+                rows = np.flatnonzero(np.array([each == split for each in part.splits]) & (labels >= 0))
+                splits.setdefault(split, []).append(part.images(labels, own).take(rows))
+        for split, several in splits.items():
+            if len(several) > 1:
+                raise UserError(
+                    f"{self.path}: the column {columns.split!r} has rows of the split {split!r}, which has a table too"
+                )
+        left_out = sum(value not in label_of for part in parts for value in part.labels)
+        if left_out:
+            print(f"data: {left_out:,} rows are of classes that {str(self.classes)!r} does not name", file=sys.stderr)
+        if "train" not in splits:
+            raise UserError(f"{self.path}: no row has the split 'train'; the column {columns.split!r} says {[*splits][:3]}")
+        (train,) = splits["train"]
+        absent = np.flatnonzero(np.bincount(train.labels, minlength=len(classes)) == 0)
+        if absent.size:
+            raise UserError(f"{self.path}: the class {classes[absent[0]]!r} has no training image")
+        held_out = {split: several[0] for split, several in splits.items()}
+        return Dataset(classes, train, held_out.get("val"), held_out.get("test"))
+
+    def present(self) -> bool:
+        """Whether the tables exist."""
+        return all(path.is_file() for path in self._paths().values())
+
+    def _paths(self) -> dict[str, Path]:
+        named = {"train": self.path, "val": self.val, "test": self.test}
+        return {split: path for split, path in named.items() if path is not None}
+
+    def _listed(self) -> dict[str, str] | None:
+        """The class name of each value, as the file `classes` has them, in its order."""
+        if self.classes is None:
+            return None
+        rows = []
+        for number, line in enumerate(read_text(self.classes, "classes").split("\n"), start=1):
+            if line.strip():
+                value, _, name = line.partition("\t")
+                rows.append((f"{self.classes}:{number}", value.strip(), name.strip() or value.strip()))
+        refuse_alike([value for _, value, _ in rows], [place for place, _, _ in rows])
+        return {name_key(value): name for _, value, name in rows}
+
+    def _columns(self, table: _Table) -> _Columns:
+        image = _column(table, "image", self.image, _IMAGE)
+        label = _column(table, "label", self.label, _LABEL)
+        if image is None or label is None:
+            image, label = _by_content(table, image, label)
+        split = _column(table, "split", self.split, _SPLIT, _are_splits)
+        group = _column(table, "group", self.group, _GROUP)
+        found = {"image": image, "label": label, "split": split, "group": group}
+        given = {"image": self.image, "label": self.label, "split": self.split, "group": self.group}
+        guessed = ", ".join(f"{name} = {column!r}" for name, column in found.items() if column and not given[name])
+        if guessed:
+            print(f"data: {table.path}: columns found by name: {guessed} (data.source.image and so on)", file=sys.stderr)
+        return _Columns(image, label, split, group)
+
+
+@dataclass(frozen=True)
+class _Columns:
+    image: str
+    label: str
+    split: str | None
+    group: str | None
+
+
+@dataclass(frozen=True)
+class _Table:
+    """A table without the columns that hold images as bytes, which are read when they are needed."""
+
+    path: Path
+    content: Any  # pyarrow.Table
+    names: list[str]
+    bytes_in: list[str]  # columns of bytes, or of structs with bytes, as Hugging Face writes them
+    headed: bool
+
+    def column(self, name: str) -> list[Any]:
+        return list(self.content.column(name).to_pylist())
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """What a table says of its images, a value a row."""
+
+    names: list[str]
+    labels: list[str]
+    splits: list[str]
+    groups: list[str]
+    files: list[Path] | None
+    content: Remote | Spooled | None
+
+    def images(self, labels: np.ndarray, groups: np.ndarray | None) -> Images:
+        missing = (
+            ()
+            if self.files is None
+            else tuple(name for name, file in zip(self.names, self.files, strict=True) if not file.is_file())
+        )
+        return Images(self.names, labels, files=self.files, content=self.content, groups=groups, missing=missing)
+
+
+def _read(path: Path, header: bool | Literal["auto"]) -> _Table:
+    if not path.is_file():
+        raise UserError(f"table {str(path)!r} does not exist{hint_for(path)}")
+    try:
+        import pyarrow as pa
+        import pyarrow.csv
+        import pyarrow.json
+        import pyarrow.parquet
+    except ImportError as error:
+        raise UserError("data.source.kind: table needs the package pyarrow: pip install 'cibl-ray[data]'") from error
+    ending = path.suffix.lower()
+    headed = True
+    try:
+        match ending:
+            case ".csv" | ".tsv" | ".txt":
+                delimiter = "," if ending == ".csv" else "\t"
+                headed = _has_header(path, delimiter) if header == "auto" else header
+                names = None if headed else [str(number) for number in range(len(_first_lines(path)[0].split(delimiter)))]
+                content = pa.csv.read_csv(
+                    path,
+                    read_options=pa.csv.ReadOptions(column_names=names),
+                    parse_options=pa.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
+                    # All as text: a label 007 or 1e5 is what stands there, and no column is text in one block only.
+                    convert_options=pa.csv.ConvertOptions(
+                        column_types=dict.fromkeys(names or _split_line(_first_lines(path)[0], delimiter), pa.string()),
+                        strings_can_be_null=True,
+                        null_values=[""],
+                    ),
+                )
+            case ".jsonl" | ".ndjson" | ".json":
+                content = pa.json.read_json(path)
+            case ".parquet" | ".pq":
+                file = pa.parquet.ParquetFile(path)
+                of_bytes = [field.name for field in file.schema_arrow if _holds_bytes(field.type)]
+                plain = [name for name in file.schema_arrow.names if name not in of_bytes]
+                return _Table(path, file.read(columns=plain), file.schema_arrow.names, of_bytes, True)
+            case _:
+                raise UserError(f"table {str(path)!r}: expected .csv, .tsv, .jsonl or .parquet, not {ending or 'no ending'!r}")
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, UnicodeDecodeError) as error:
+        raise UserError(f"table {str(path)!r} cannot be read: {' '.join(str(error).split())}") from error
+    except OSError as error:
+        raise UserError(f"table {str(path)!r} cannot be read: {error.strerror or error}") from error
+    repeated = [name for name, count in Counter(content.column_names).items() if count > 1]
+    if repeated:
+        raise UserError(f"table {str(path)!r} has the column {repeated[0]!r} twice; rename one")
+    return _Table(path, content, content.column_names, [], headed)
+
+
+def _holds_bytes(kind: Any) -> bool:
+    import pyarrow as pa
+
+    if pa.types.is_struct(kind):
+        return any(_holds_bytes(kind.field(number).type) for number in range(kind.num_fields))
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+
+
+def _first_lines(path: Path) -> list[str]:
+    with path.open(encoding="utf-8-sig") as file:
+        return [line.rstrip("\r\n") for line, _ in zip(file, range(2), strict=False)] or [""]
+
+
+def _split_line(line: str, delimiter: str) -> list[str]:
+    import csv
+
+    return next(csv.reader([line], delimiter=delimiter), [])
+
+
+def _has_header(path: Path, delimiter: str) -> bool:
+    """Whether no cell of the first line looks like an image."""
+    return not any(_looks_like_image(cell) for cell in _split_line(_first_lines(path)[0], delimiter))
+
+
+def _looks_like_image(cell: object) -> bool:
+    text = str(cell).lower().partition("?")[0]
+    return text.endswith(readable_suffixes()) and len(text) > 4
+
+
+def _plain(name: str) -> str:
+    return "".join(letter for letter in name.lower() if letter.isalnum())
+
+
+def _column(table: _Table, what: str, given: str | None, known: tuple[str, ...], fits: Any = None) -> str | None:
+    """The column that is given, or the first one with a known name."""
+    if given is not None:
+        if given not in table.names:
+            raise UserError(
+                f"data.source.{what}: {str(table.path)!r} has no column {given!r}; its columns: {', '.join(table.names[:20])}"
+            )
+        return given
+    named = {_plain(name): name for name in reversed(table.names)}
+    found = [named[name] for name in known if name in named]
+    return next((name for name in found if fits is None or fits(table, name)), None)
+
+
+def _are_splits(table: _Table, name: str) -> bool:
+    """Whether a column says splits. Another one may have that name, such as the numbers of folds."""
+    return {str(value).strip().lower() for value in table.column(name)} <= _SPLITS.keys()
+
+
+def _by_content(table: _Table, image: str | None, label: str | None) -> tuple[str, str]:
+    """The columns of image and label where names do not tell: the one whose cells look like images, and the only other one."""
+    others = [name for name in table.names if name != label]
+    if image is None:
+        rows = [name for name in others if name in table.bytes_in] or [
+            name
+            for name in others
+            if name not in table.bytes_in and all(map(_looks_like_image, table.content.slice(0, 20).column(name).to_pylist()))
+        ]
+        image = rows[0] if len(rows) == 1 else None
+    left = [name for name in table.names if name != image and name not in table.bytes_in]
+    if image is not None and label is None and len(left) == 1:
+        label = left[0]
+    if image is None or label is None:
+        missing = "image" if image is None else "label"
+        raise UserError(
+            f"table {str(table.path)!r}: no column is known to be the {missing}; set data.source.{missing} to one of "
+            f"{', '.join(map(repr, table.names[:20]))}"
+        )
+    return image, label
+
+
+def _rows(table: _Table, columns: _Columns, root: Path | None, split: str | None) -> _Rows:
+    """What a table says. split: of all its rows, where the table is of one split alone."""
+    needed = [columns.image, columns.label] + ([columns.group] if columns.group else [])
+    absent = [name for name in needed if name not in table.names]
+    if absent:
+        raise UserError(f"table {str(table.path)!r} has no column {absent[0]!r}, as the first table has")
+    labels = [_text(table, columns.label, row, value) for row, value in enumerate(table.column(columns.label))]
+    count = len(labels)
+    if not count:
+        raise UserError(f"table {str(table.path)!r} has no rows")
+    groups = (
+        []
+        if columns.group is None
+        else [_text(table, columns.group, row, value) for row, value in enumerate(table.column(columns.group))]
+    )
+    splits = [split or "train"] * count
+    if split is None and columns.split is not None:
+        splits = [_split_of(table, columns.split, row, value) for row, value in enumerate(table.column(columns.split))]
+    if columns.image in table.bytes_in:
+        names = [f"{row}" for row in range(count)]
+        stat = table.path.stat()
+        stamp = f"{stat.st_size} {stat.st_mtime_ns} {columns.image}".encode()
+        content = Spooled(count, lambda: _cells(table.path, columns.image), lambda row: f"{table.path}, row {row + 1}", stamp)
+        return _Rows(names, labels, splits, groups, None, content)
+    cells = [_text(table, columns.image, row, value) for row, value in enumerate(table.column(columns.image))]
+    remote = ["://" in cell for cell in cells]
+    if any(remote) and not all(remote):
+        row = remote.index(not remote[0])
+        raise UserError(f"{_place(table, row)}: addresses and paths are mixed; give either addresses or paths")
+    if remote[0]:
+        names = [without_secrets(cell) for cell in cells]
+        repeated = {name for name, times in Counter(names).items() if times > 1}
+        names = [f"{name}#{row}" if name in repeated else name for row, name in enumerate(names)]
+        _refuse_repeats(table, cells, splits)
+        return _Rows(names, labels, splits, groups, None, Remote(cells))
+    folder = root if root is not None else table.path.parent
+    _refuse_repeats(table, cells, splits)
+    return _Rows(cells, labels, splits, groups, [folder / cell for cell in cells], None)
+
+
+def _refuse_repeats(table: _Table, cells: list[str], splits: list[str]) -> None:
+    seen: dict[str, int] = {}
+    for row, cell in enumerate(cells):
+        first = seen.setdefault(cell, row)
+        if first != row:
+            both = "" if splits[first] == splits[row] else f", as {splits[first]} and as {splits[row]}"
+            raise UserError(f"{_place(table, row)}: {cell!r} stands in row {first + 1} already{both}; remove one")
+
+
+def _text(table: _Table, column: str, row: int, value: object) -> str:
+    """A cell as text; a whole number without a point."""
+    text = str(int(value)) if isinstance(value, float) and value.is_integer() else "" if value is None else str(value).strip()
+    if not text:
+        raise UserError(f"{_place(table, row)}: the column {column!r} is empty; fill it, or remove the row")
+    return text
+
+
+def _split_of(table: _Table, column: str, row: int, value: object) -> str:
+    split = _SPLITS.get(str(value).strip().lower())
+    if split is None:
+        raise UserError(f"{_place(table, row)}: the column {column!r} is {value!r}; expected train, val or test")
+    return split
+
+
+def _place(table: _Table, row: int) -> str:
+    return f"{table.path}, row {row + 1}"
+
+
+def _cells(path: Path, column: str) -> Iterator[bytes | None]:
+    """The images of a Parquet column from first to last, a few rows in memory at a time."""
+    import pyarrow.parquet
+
+    for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=_BLOCK, columns=[column]):
+        for cell in batch.column(0).to_pylist():
+            yield (
+                cell
+                if isinstance(cell, bytes | None)
+                else next((value for value in cell.values() if isinstance(value, bytes)), None)
+            )
