@@ -168,8 +168,8 @@ def _carved(dataset: Dataset, data: DataConfig, seed: int) -> tuple[Images, Imag
     """
     train, val, test, classes = dataset.train, dataset.val, dataset.test, dataset.classes
     if data.split_by is not None:
-        train, val, test = (grouped(images, data.split_by) if images is not None else None for images in (train, val, test))
-        assert train is not None
+        train = grouped(train, data.split_by)
+        val, test = (grouped(images, data.split_by) if images is not None else None for images in (val, test))
         refuse_shared_groups({"train": train, "val": val, "test": test})
     val_share, test_share = data.val_fraction, data.test_fraction
     if val_share == test_share == 0 and val is None and test is None:

@@ -393,7 +393,10 @@ def test_a_class_name_twice_is_refused_wherever_classes_come_from(image_folder):
     [
         (b"path label\ntrain/one/0.png 1\n", r"train\.txt:1: 'path label' looks like a header; remove it"),
         (b"train/one/0.png,1\n", r"train\.txt:1: .* has a comma; write 'path label', with a space"),
-        (b"PK\x03\x04\xff\xff", r"train\.txt' cannot be read: it is a zip archive; unpack it first"),
+        (
+            b"PK\x03\x04\xff\xff",
+            r"train\.txt' cannot be read: it is a zip archive; unpack it, or set data.source.kind: archive",
+        ),
         (b"\xff\xfet\0r\0", r"train\.txt' cannot be read: it is UTF-16 text; save it as UTF-8"),
         (b"train/one/0.png 99999999999999999999\n", r"train\.txt:1: the label 99999999999999999999 is too large"),
         (b"train/one/0.png 3000000000\n", r"train\.txt:1: the label 3000000000 is too large"),
@@ -410,9 +413,12 @@ def test_what_a_list_is_instead(lists, content, message):
 @pytest.mark.parametrize(
     ("place", "message"),
     [
-        ("s3://bucket/photos", r"s3://\.\.\. is an address: copy the data to a folder, or mount it"),
+        (
+            "s3://bucket/photos",
+            r"s3://\.\.\. is an address: copy the data to a folder, mount it, or list the images in a table",
+        ),
         ("file:///photos", "write the path without file://"),
-        ("photos.zip", "it is a zip archive; unpack it first"),
+        ("photos.zip", "it is a zip archive; unpack it, or set data.source.kind: archive"),
         ("list.txt", r"it is a file; for a list of images set data\.source\.kind: lists"),
     ],
 )

@@ -212,6 +212,10 @@ class _Spool:
         file.flush()
         self._ends, self._file = np.cumsum(sizes), file
 
+    def __del__(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
 
 class Remote:
     """Images behind addresses, read through fsspec: http, https, s3, gs and what else it knows.

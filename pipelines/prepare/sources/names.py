@@ -65,22 +65,22 @@ def _not_text(data: bytes, error: UnicodeDecodeError) -> str:
 
 
 def kind_of(start: bytes) -> str:
-    """What a file is by its first bytes, such as 'a zip archive; unpack it first'; empty for text and unknown files."""
+    """What a file is by its first bytes, such as "an image; give a list of images"; empty for text and unknown files."""
     kinds = {
-        b"PK\x03\x04": "a zip archive; unpack it first",
-        b"\x1f\x8b": "a gzip archive; unpack it first",
+        b"PK\x03\x04": "a zip archive; unpack it, or set data.source.kind: archive",
+        b"\x1f\x8b": "a gzip archive; unpack it, or, if it is a .tar.gz, set data.source.kind: archive",
         b"7z\xbc\xaf": "a 7z archive; unpack it first",
         b"BZh": "a bzip2 archive; unpack it first",
         b"\xfd7zXZ": "an xz archive; unpack it first",
         b"\x89PNG": "an image; give a list of images",
         b"\xff\xd8\xff": "an image; give a list of images",
-        b"PAR1": "a Parquet file; write its paths and labels as text",
+        b"PAR1": "a Parquet file; set data.source.kind: table",
         b"\xff\xfe": "UTF-16 text; save it as UTF-8",
         b"\xfe\xff": "UTF-16 text; save it as UTF-8",
     }
     found = [kind for magic, kind in kinds.items() if start.startswith(magic)]
     if not found and start[257:262] == b"ustar":
-        found = ["a tar archive; unpack it first"]
+        found = ["a tar archive; unpack it, or set data.source.kind: archive"]
     return found[0] if found else ""
 
 
@@ -94,7 +94,7 @@ def hint_for(path: Path) -> str:
     if scheme == "file:/":
         return "; write the path without file://"
     if scheme is not None:
-        return f"; {scheme}/... is an address: copy the data to a folder, or mount it"
+        return f"; {scheme}/... is an address: copy the data to a folder, mount it, or list the images in a table"
     if path.is_file():
         try:
             with path.open("rb") as file:

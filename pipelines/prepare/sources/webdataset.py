@@ -156,8 +156,5 @@ def _shards(pattern: str) -> list[Path]:
     paths = [Path(path) for path in _expanded(pattern)]
     missing = [path for path in paths if not path.is_file()]
     if missing:
-        more = f" (and {len(missing) - 1:,} others)" if len(missing) > 1 else ""
-        raise UserError(
-            f"shard {str(missing[0])!r}{more} does not exist; {len(paths) - len(missing):,} of {len(paths):,} are there"
-        )
+        raise UserError(f"shard {str(missing[0])!r} does not exist; {len(missing):,} of {len(paths):,} shards are missing")
     return paths

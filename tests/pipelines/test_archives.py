@@ -1,0 +1,209 @@
+"""Images in archives, WebDataset shards and Hugging Face data sets, as those libraries write them."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipelines.common.errors import UserError
+from pipelines.config import DataConfig
+from pipelines.pixels import decode, to_rgb
+from pipelines.prepare.build import ensure_prepared
+from pipelines.prepare.sources import ArchiveSource, FolderSource, HuggingFaceSource, WebDatasetSource
+from tests.conftest import archive
+
+CLASSES = ["nought", "one", "two"]
+
+
+def pixels(images) -> list[bytes]:
+    return [to_rgb(decode(images.read(index))).tobytes() for index in range(len(images))]
+
+
+def packed(folder: Path, path: Path, top: str = "") -> Path:
+    """A folder as an archive, in the kind that the path's ending says."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    if path.suffix == ".zip":
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as target:
+            for file in files:
+                target.write(file, f"{top}{file.relative_to(folder)}")
+        return path
+    with tarfile.open(path, "w:gz" if path.suffix in (".gz", ".tgz") else "w") as target:
+        for file in files:
+            target.add(file, f"{top}{file.relative_to(folder)}")
+    return path
+
+
+@pytest.mark.parametrize("top", ["", "trees/2024/"])
+@pytest.mark.parametrize("name", ["a.zip", "a.tar", "a.tar.gz"])
+def test_an_archive_gives_what_its_folder_gives(image_folder, tmp_path, name, top):
+    path = packed(image_folder, tmp_path / name, top)
+    source = ArchiveSource(kind="archive", path=path)
+    dataset, plain = source.open(), FolderSource(kind="folder", path=image_folder).open()
+    assert dataset.classes == plain.classes == CLASSES
+    assert dataset.val is None
+    for images, other in ((dataset.train, plain.train), (dataset.test, plain.test)):
+        assert images.labels.tolist() == other.labels.tolist()
+        assert images.names == [f"{top}{each}" for each in other.names]
+        assert pixels(images) == pixels(other)
+    assert source.open().train.digest() == dataset.train.digest()
+
+
+def test_class_folders_alone_and_what_is_no_image(image_folder, tmp_path, capsys):
+    (image_folder / "train" / "one" / "notes.txt").write_text("no image")
+    (image_folder / "train" / "__MACOSX").mkdir()
+    (image_folder / "train" / "__MACOSX" / "._0.png").write_bytes(b"thumbnail")
+    dataset = ArchiveSource(kind="archive", path=packed(image_folder / "train", tmp_path / "flat.zip")).open()
+    assert dataset.classes == CLASSES
+    assert dataset.test is None
+    assert "1 .txt" in (told := capsys.readouterr().err)
+    assert "1 __MACOSX" in told
+
+
+def test_archives_that_cannot_be_used(image_folder, tmp_path):
+    def error(path: Path) -> str:
+        with pytest.raises(UserError) as caught:
+            ArchiveSource(kind="archive", path=path).open()
+        return str(caught.value)
+
+    assert "does not exist" in error(tmp_path / "none.zip")
+    (tmp_path / "text.zip").write_text("not an archive")
+    assert "cannot be read" in error(tmp_path / "text.zip")
+    whole = packed(image_folder, tmp_path / "whole.zip").read_bytes()
+    (tmp_path / "cut.zip").write_bytes(whole[: len(whole) // 2])
+    assert "cannot be read" in error(tmp_path / "cut.zip")
+    with zipfile.ZipFile(tmp_path / "loose.zip", "w") as target:
+        target.writestr("a.png", b"x")
+        target.writestr("one/b.png", b"x")
+    assert "'a.png' is in no class folder" in error(tmp_path / "loose.zip")
+    with zipfile.ZipFile(tmp_path / "strange.zip", "w") as target:
+        for name in ("train/a/1.png", "train/b/1.png", "test/c/1.png"):
+            target.writestr(name, b"x")
+    assert "the class 'c' is not one of the training classes" in error(tmp_path / "strange.zip")
+
+
+def test_a_damaged_member_is_a_bad_image(image_folder, tmp_path):
+    path = packed(image_folder, tmp_path / "damaged.zip")
+    with zipfile.ZipFile(path) as source:
+        member = source.getinfo("train/one/1.png")
+    data = bytearray(path.read_bytes())
+    data[member.header_offset + 30 + len(member.filename) + 8] ^= 0xFF
+    path.write_bytes(data)
+    content = {"source": {"kind": "archive", "path": str(path)}, "val_fraction": 0.2, "prepared": str(tmp_path / "prepared")}
+    with pytest.raises(UserError, match=r"damaged.zip/train/one/1.png: unreadable image"):
+        ensure_prepared(DataConfig.model_validate(content), 0)
+    prepared = ensure_prepared(DataConfig.model_validate({**content, "on_bad_image": "skip"}), 0)
+    assert [Path(name).name for split in prepared.splits.values() for name in split.skipped] == ["1.png"]
+
+
+def test_photographs_from_the_archive_itself(tmp_path):
+    path = archive("imagewoof-sample.zip")
+    dataset = ArchiveSource(kind="archive", path=path).open()
+    with zipfile.ZipFile(path) as whole:
+        names = {name for name in whole.namelist() if not name.endswith("/")}
+        assert {*dataset.train.names} | ({*dataset.val.names} if dataset.val else set()) | (
+            {*dataset.test.names} if dataset.test else set()
+        ) == {name for name in names if name.lower().endswith(".jpeg")}
+        assert dataset.train.read(5) == whole.read(dataset.train.names[5])
+
+
+@pytest.mark.parametrize("label", ["cls", "json"])
+def test_shards_as_webdataset_writes_them(image_folder, tmp_path, label):
+    webdataset = pytest.importorskip("webdataset")
+    plain = FolderSource(kind="folder", path=image_folder).open()
+    with webdataset.ShardWriter(str(tmp_path / "train-%03d.tar"), maxcount=7, verbose=0) as writer:
+        for row in range(len(plain.train)):
+            own = (
+                {"cls": int(plain.train.labels[row])}
+                if label == "cls"
+                else {"json": {"species": CLASSES[plain.train.labels[row]]}}
+            )
+            writer.write({"__key__": f"a/{row:04d}", "png": plain.train.read(row), **own})
+    pattern = tmp_path / "train-{000..002}.tar"
+    source = WebDatasetSource(kind="webdataset", train=pattern, label=None if label == "cls" else "species")
+    dataset = source.open()
+    assert dataset.classes == (["0", "1", "2"] if label == "cls" else CLASSES)
+    assert dataset.train.labels.tolist() == plain.train.labels.tolist()
+    assert pixels(dataset.train) == pixels(plain.train)
+    by_glob = WebDatasetSource(kind="webdataset", train=tmp_path / "train-*.tar", label=source.label).open()
+    assert by_glob.train.digest() == dataset.train.digest()
+    with pytest.raises(UserError, match=r"train-003.tar' does not exist; 1 of 4 shards are missing"):
+        WebDatasetSource(kind="webdataset", train=tmp_path / "train-{000..003}.tar", label=source.label).open()
+    if label == "json":
+        with pytest.raises(UserError, match=r"the sample 'a/0000' has no \.cls"):
+            WebDatasetSource(kind="webdataset", train=pattern).open()
+
+
+def test_shards_that_are_cut_or_ambiguous(tmp_path):
+    def shard(name: str, members: dict[str, bytes]) -> Path:
+        with tarfile.open(tmp_path / name, "w") as target:
+            for member, data in members.items():
+                info = tarfile.TarInfo(member)
+                info.size = len(data)
+                target.addfile(info, io.BytesIO(data))
+        return tmp_path / name
+
+    two = shard("two.tar", {"x.jpg": b"1", "x.png": b"2", "x.cls": b"0"})
+    with pytest.raises(UserError, match="'x' has two images"):
+        WebDatasetSource(kind="webdataset", train=two).open()
+    wrong = shard("wrong.tar", {"x.jpg": b"1", "x.json": b"{"})
+    with pytest.raises(UserError, match=r"'x.json' is not JSON"):
+        WebDatasetSource(kind="webdataset", train=wrong).open()
+    cut = tmp_path / "cut.tar"
+    cut.write_bytes(two.read_bytes()[:100])
+    with pytest.raises(UserError, match="cannot be read"):
+        WebDatasetSource(kind="webdataset", train=cut).open()
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_data_set_of_hugging_face_from_disk(image_folder, tmp_path, named):
+    datasets = pytest.importorskip("datasets")
+    plain = FolderSource(kind="folder", path=image_folder).open()
+
+    def rows(images) -> object:
+        labels = images.labels.tolist() if named else [CLASSES[label] for label in images.labels]
+        cells = [{"bytes": images.read(index), "path": None} for index in range(len(images))]
+        features = datasets.Features(
+            {"image": datasets.Image(), "label": datasets.ClassLabel(names=CLASSES) if named else datasets.Value("string")}
+        )
+        return datasets.Dataset.from_dict({"image": cells, "label": labels}, features=features)
+
+    folder = tmp_path / "set"
+    datasets.DatasetDict({"train": rows(plain.train), "validation": rows(plain.test)}).save_to_disk(str(folder))
+    source = HuggingFaceSource(kind="huggingface", path=str(folder))
+    dataset = source.open()
+    assert dataset.classes == CLASSES
+    assert dataset.test is None
+    assert dataset.train.labels.tolist() == plain.train.labels.tolist()
+    assert dataset.val.labels.tolist() == plain.test.labels.tolist()
+    assert pixels(dataset.train) == pixels(plain.train)
+    assert pixels(dataset.train.take(np.array([4, 2]))) == [pixels(plain.train)[4], pixels(plain.train)[2]]
+    assert source.open().train.digest() == dataset.train.digest()
+    mapped = HuggingFaceSource(kind="huggingface", path=str(folder), splits={"train": "train", "test": "validation"}).open()
+    assert mapped.val is None
+    assert len(mapped.test) == len(plain.test)
+    with pytest.raises(UserError, match=r"has no split 'holdout'; it has train, validation"):
+        HuggingFaceSource(kind="huggingface", path=str(folder), splits={"train": "holdout"}).open()
+    with pytest.raises(UserError, match=r"has no column 'photo'; it has image, label"):
+        HuggingFaceSource(kind="huggingface", path=str(folder), image="photo").open()
+
+
+def test_a_data_set_is_prepared_once(image_folder, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    plain = FolderSource(kind="folder", path=image_folder).open()
+    cells = [{"bytes": plain.train.read(index), "path": None} for index in range(len(plain.train))]
+    table = datasets.Dataset.from_dict({"photo": cells, "label": plain.train.labels.tolist()}).cast_column(
+        "photo", datasets.Image()
+    )
+    table.save_to_disk(str(tmp_path / "set"))
+    content = {"source": {"kind": "huggingface", "path": str(tmp_path / "set")}, "prepared": str(tmp_path / "prepared")}
+    first = ensure_prepared(DataConfig.model_validate(content), 0)
+    written = (first.folder / "prepared.json").stat().st_mtime_ns
+    again = ensure_prepared(DataConfig.model_validate(content), 0)
+    assert (again.folder / "prepared.json").stat().st_mtime_ns == written
+    assert json.loads((again.folder / "prepared.json").read_text())["classes"] == ["0", "1", "2"]
