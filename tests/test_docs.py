@@ -1,15 +1,19 @@
 """The documentation: the site builds strictly, asks no other host, and no link of the repository is broken."""
 
+import functools
+import http.server
 import os
 import re
 import subprocess
 import sys
+import threading
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import REPOSITORY
+from tests.serve.browsers import Tab
 
 pytest.importorskip("mkdocs", reason="needs the extra docs")
 
@@ -85,3 +89,44 @@ def test_links_of_the_repository_lead_to_files(path):
     text = re.sub(r"^```.*?^```", "", (REPOSITORY / path).read_text(), flags=re.MULTILINE | re.DOTALL)
     broken = [link for link in LINK.findall(text) if "://" not in link and not (REPOSITORY / link).exists()]
     assert broken == []
+
+
+@pytest.fixture
+def address(site):
+    handler = functools.partial(QuietHandler, directory=site)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+class QuietHandler(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+
+@pytest.mark.browser
+def test_search_leads_where_it_should(address, chromium):
+    """In a browser, which asks no other host."""
+    tab = Tab(chromium.new_context())
+    for words, page in {
+        "class weights": "reference/losses/",
+        "oversampling": "reference/losses/",
+        "tail shift": "explanation/evaluation/",
+    }.items():
+        tab.page.goto(f"{address}/")
+        tab.page.fill(".md-search__input", words)
+        tab.page.wait_for_function(
+            "page => [...document.querySelectorAll('.md-search-result__link')].slice(0, 3).some(a => a.href.includes(page))",
+            arg=page,
+        )
+    assert tab.hosts() == {address.removeprefix("http://")}
+    assert tab.problems == []
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("page", ["", "reference/losses/", "reference/configuration/loss/", "reference/messages/"])
+def test_pages_fit_a_phone(address, chromium, page):
+    tab = Tab(chromium.new_context(viewport={"width": 390, "height": 844}))
+    tab.page.goto(f"{address}/{page}")
+    assert tab.page.evaluate("document.documentElement.scrollWidth <= innerWidth")

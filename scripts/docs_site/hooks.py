@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
-from mkdocs.structure.files import File, Files
+from mkdocs.structure.files import File, Files, InclusionLevel
 from mkdocs.structure.pages import Page
 
 from scripts.docs_site import reference
@@ -24,6 +26,8 @@ PAGES = {
     "CHANGELOG.md": "project/changelog.md",
     "SECURITY.md": "project/security.md",
 }
+# Search shows what was measured and tried, and the whole list of messages, after everything else.
+BOOSTS = {"results/": 0.05, "lab-notes/": 0.05, "project/": 0.1, "reference/messages": 0.3}
 _LINK = re.compile(r"(\]\()([^()\s#]+)((?:#[^()\s]*)?\))")
 
 
@@ -32,6 +36,10 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for source, target in PAGES.items():
         text = _fenced_apart((REPOSITORY / source).read_text(), partial(_moved, source=source, target=target))
         files.append(File.generated(config, target, content=text))
+    for file in [file for file in files if file.src_uri.endswith(".ipynb")]:
+        text = notebook_page(json.loads(file.content_string), PurePosixPath(file.src_uri).name)
+        path = file.src_uri.replace(".ipynb", "-notebook.md")
+        files.append(File.generated(config, path, content=text, inclusion=InclusionLevel.NOT_IN_NAV))
     for path, text in reference.pages().items():
         files.append(File.generated(config, path, content=text))
     for module in reference.API:
@@ -48,12 +56,43 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     return files
 
 
+def notebook_page(notebook: dict[str, Any], name: str) -> str:
+    """A notebook as a page: its texts, its code, and what the code shows.
+
+    Args:
+        notebook: The content of the file, nbformat 4.
+        name: The file's name, for the link to it.
+    """
+    parts = []
+    for cell in notebook["cells"]:
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "markdown":
+            parts.append(source)
+            continue
+        parts.append(f"```python\n{source}\n```")
+        for output in cell["outputs"]:
+            data = output.get("data", {})
+            if "image/png" in data:
+                parts.append(f"![What the code above draws](data:image/png;base64,{''.join(data['image/png']).strip()})")
+                continue
+            text = "".join(output.get("text") or data.get("text/plain") or [])
+            if text.strip():
+                parts.append(f"```text\n{text.rstrip()}\n```")
+    parts.insert(1, f'<a href="../{name}" download>Download this notebook</a>')
+    return "\n\n".join(parts) + "\n"
+
+
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Point links to files outside docs/ at their copies in the site."""
     here = PurePosixPath(page.file.src_uri).parent
+    for start, boost in BOOSTS.items():
+        if page.file.src_uri.startswith(start):
+            page.meta.setdefault("search", {"boost": boost})
 
     def fix(match: re.Match[str]) -> str:
         path = _repository_path(match[2], page.file.src_uri)
+        if path is None and match[2].endswith(".ipynb"):
+            return f"{match[1]}{match[2].removesuffix('.ipynb')}-notebook.md{match[3]}"
         if path is None:
             return match[0]
         return f"{match[1]}{os.path.relpath(PAGES.get(path, f'repository/{path}'), here)}{match[3]}"

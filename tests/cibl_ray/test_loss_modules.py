@@ -413,9 +413,13 @@ def code_blocks(path):
     return re.findall(r"^```python\n(.*?)^```", (REPOSITORY / path).read_text(), re.MULTILINE | re.DOTALL)
 
 
-@pytest.mark.parametrize("path", ["README.md", "docs/how-to/loss-in-your-loop.md"])
-def test_the_plain_loop_of_the_documentation_runs(path):
-    (code,) = [block for block in code_blocks(path) if "CIBLLoss(" in block and "lightning" not in block]
+@pytest.mark.parametrize(
+    ("path", "timm"),
+    [("README.md", False), ("docs/how-to/loss-in-your-loop.md", False), ("docs/how-to/loss-in-your-loop.md", True)],
+)
+def test_the_loops_of_the_documentation_run(path, timm):
+    blocks = [block for block in code_blocks(path) if "CIBLLoss(" in block and "lightning" not in block]
+    (code,) = [block for block in blocks if ("import timm" in block) == timm]
     names = {}
     exec(compile(code, path, "exec"), names)
     assert names["loss"].isfinite()
