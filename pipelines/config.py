@@ -243,6 +243,10 @@ class DataConfig(Settings):
         description="Images of one patient, camera or site stay in one split. group: as the source's group column says; else a "
         "regular expression with one group, found in each image's name, such as '(patient\\d+)'. null: each image by itself.",
     )
+    exclude: Path | None = Field(
+        default=None,
+        description="A file with the names of images to leave out, one a line, as pipelines.doctor writes it.",
+    )
     subset_seed: int | None = Field(default=None, ge=0, description="Seed of the profile's draw; null: the run's seed.")
     on_bad_image: Literal["error", "skip"] = Field(
         default="error", description="skip: unreadable images are left out, counted, and listed with their reasons"

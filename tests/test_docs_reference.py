@@ -67,7 +67,7 @@ def test_every_command_is_there_with_its_options():
     text = reference.commands_page()
     assert set(reference.command_modules()) == {
         *(f"cibl_ray.{name}" for name in ("train", "evaluate", "predict", "tune", "export")),
-        *("serve", "serve.web", "serve.edge", "serve.page.ort", "pipelines.prepare", "pipelines.preview"),
+        *("serve", "serve.web", "serve.edge", "serve.page.ort", "pipelines.prepare", "pipelines.preview", "pipelines.doctor"),
     }
     for option in ("--tail-shift", "--cluster", "--max-connections-per-address", "--no-webgpu", "--check"):
         assert option in text

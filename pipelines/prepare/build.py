@@ -29,7 +29,8 @@ from pipelines.prepare.longtail import apply_profile, carve
 from pipelines.prepare.pictures import save_histogram
 from pipelines.prepare.prepared import EARLIER_FORMAT, FORMAT, SIDECAR, Prepared, Split, counts_of_files, read_sidecar
 from pipelines.prepare.sources import Dataset, Images, class_counts, open_folder
-from pipelines.prepare.writer import Progress, Shard, forget_records, write_split
+from pipelines.prepare.sources.names import read_text
+from pipelines.prepare.writer import Progress, Shard, forget_records, line_of, write_split
 
 COPIES = "copies.txt"  # in a prepared folder: images with the same bytes
 _SET_ASIDE = 0.2  # of the images of a source without val and test
@@ -50,6 +51,8 @@ def prepared_folder(data: DataConfig, seed: int, file_format: int = FORMAT) -> P
         del content["profile"]["subset"]
     if data.test_fraction:
         content["test_fraction"] = data.test_fraction
+    if data.exclude is not None:
+        content["exclude"] = sorted(_excluded(data.exclude))
     if data.split_by is not None:
         content["split_by"] = data.split_by
     if data.store.mode != "mixed":
@@ -150,7 +153,7 @@ def choose(dataset: Dataset, data: DataConfig, seed: int, settable: bool = True)
         kept = f"{len(splits['train']):,} of {len(train):,} training images"
         print(f"data: profile {data.profile.kind!r} keeps {kept}; --data.profile '{{kind: none}}' keeps all", file=sys.stderr)
     splits |= {name: images for name, images in (("val", val), ("test", test)) if images is not None}
-    for images in (dataset.train, val, test):
+    for images in (train, val, test):
         if images is not None and images.missing and data.on_bad_image == "error":
             some = ", ".join(map(repr, images.missing[:3])) + (" and others" if len(images.missing) > 3 else "")
             raise UserError(
@@ -167,6 +170,8 @@ def _carved(dataset: Dataset, data: DataConfig, seed: int) -> tuple[Images, Imag
         UserError: Validation images are asked for, and no class has two images.
     """
     train, val, test, classes = dataset.train, dataset.val, dataset.test, dataset.classes
+    if data.exclude is not None:
+        train, val, test = _without(data.exclude, train, val, test)
     if data.split_by is not None:
         train = grouped(train, data.split_by)
         val, test = (grouped(images, data.split_by) if images is not None else None for images in (val, test))
@@ -190,6 +195,34 @@ def _carved(dataset: Dataset, data: DataConfig, seed: int) -> tuple[Images, Imag
             raise UserError("data.val_fraction: no class has two training images, so none can be set aside for validation")
         _say_aside("val", val, val_share, classes)
     return train, val, test
+
+
+def _excluded(path: Path) -> set[str]:
+    """The names in a file of images to leave out."""
+    lines = read_text(path, "list of images to leave out").split("\n")
+    return {line.removesuffix("\r") for line in lines if line.strip()}
+
+
+def _without(path: Path, train: Images, val: Images | None, test: Images | None) -> tuple[Images, Images | None, Images | None]:
+    """The splits without the images that a file names.
+
+    Raises:
+        UserError: The source has none of them, or all of a split's are named.
+    """
+    left = _excluded(path)
+    kept: list[Images | None] = []
+    dropped = 0
+    for split, images in (("train", train), ("val", val), ("test", test)):
+        rows = [] if images is None else [row for row, name in enumerate(images.names) if line_of(name) not in left]
+        if images is not None and not rows:
+            raise UserError(f"data.exclude: {path} names every image of the {split} split")
+        dropped += len(images) - len(rows) if images is not None else 0
+        kept.append(None if images is None else images.take(np.array(rows, dtype=np.int64)))
+    if left and not dropped:
+        raise UserError(f"data.exclude: {path} names no image of the source; names are as in SPLIT.files.txt")
+    _say(f"{dropped:,} images are left out, as {path} says (data.exclude)")
+    assert kept[0] is not None
+    return kept[0], kept[1], kept[2]
 
 
 def _say(text: str) -> None:

@@ -272,7 +272,7 @@ def command_modules() -> list[str]:
         for path in (REPOSITORY / package).rglob("*.py"):
             found.update(re.findall(r'prog="python -m ([\w.]+)"', path.read_text()))
     order = [f"cibl_ray.{name}" for name in ("train", "predict", "evaluate", "tune", "export")]
-    order += ["serve", "serve.web", "serve.edge", "pipelines.prepare", "pipelines.preview"]
+    order += ["serve", "serve.web", "serve.edge", "pipelines.prepare", "pipelines.preview", "pipelines.doctor"]
     return sorted(found, key=lambda name: (order.index(name) if name in order else len(order), name))
 
 

@@ -56,7 +56,7 @@ class HuggingFaceSource(SourceConfig):
             if strange is not None:
                 raise UserError(f"data set {self.path!r}: the class {strange!r} of {split} has no training image")
             images[split] = Images(
-                [f"{row}" for row in range(len(each))],
+                [f"{split}/{row}" for row in range(len(each))],
                 np.array([label_of[value] for value in values[split]], dtype=np.int64),
                 content=_Rows(each, image, f"{self.path}, {split}", np.arange(len(each))),
                 groups=np.array([groups[str(value)] for value in each[self.group]]) if self.group else None,

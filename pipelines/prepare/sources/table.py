@@ -308,7 +308,7 @@ def _rows(table: _Table, columns: _Columns, root: Path | None, split: str | None
     if split is None and columns.split is not None:
         splits = [_split_of(table, columns.split, row, value) for row, value in enumerate(table.column(columns.split))]
     if columns.image in table.bytes_in:
-        names = [f"{row}" for row in range(count)]
+        names = [f"{table.path.name}/{row + 1}" for row in range(count)]
         stat = table.path.stat()
         stamp = f"{stat.st_size} {stat.st_mtime_ns} {columns.image}".encode()
         content = Spooled(count, lambda: _cells(table.path, columns.image), lambda row: f"{table.path}, row {row + 1}", stamp)

@@ -1,0 +1,1 @@
+"""What is wrong with a data set of images, before anybody trains on it."""
