@@ -52,7 +52,7 @@ from pipelines.prepare.build import ensure_prepared
 from pipelines.prepare.prepared import Prepared
 
 _LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
-_QUICK_RUN = (
+WHOLE_RUN_QUICK = (
     *("--backbone", "resnet20", "--epochs", "2", "--warmup_epochs", "0", "--batch_size", "64"),
     *("--data.profile", "{kind: exp, imbalance: 10, largest: 50}"),
 )
@@ -276,7 +276,7 @@ def whole_run(arguments: argparse.Namespace, flags: list[str]) -> None:
     every = cells("cifar100_lt", "gpu", 1, 0.0)
     cell = next(cell for cell in every if cell.imbalance == 100 and cell.value == "CIBL, linear head")
     compiled = ("--train.compile", "true") if arguments.compile else ()
-    quick = _QUICK_RUN if arguments.quick else ()
+    quick = WHOLE_RUN_QUICK if arguments.quick else ()
     options = [*source("folder", arguments.images), *cell.options, *compiled, *quick, *flags]
     config = resolve(load_config(cell.config, options))
     prepared, train = ensure_prepared(config.data, config.seed), config.train

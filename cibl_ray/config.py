@@ -24,6 +24,19 @@ from pipelines.config import CenterCrop, DataConfig, LoaderConfig
 log = logging.getLogger(__name__)
 
 
+class SAMConfig(Settings):
+    """Sharpness-aware minimisation. A step with it costs two."""
+
+    rho: float = Field(default=0.05, gt=0, le=10, description="ρ, how far along the gradient the loss is looked at.")
+    start: float = Field(default=0.0, ge=0, lt=1, description="Share of the run from which it is used (or: from).")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from(cls, value: Any) -> Any:
+        """`from` is `start`: Python has no field of that name."""
+        return {("start" if key == "from" else key): each for key, each in value.items()} if isinstance(value, dict) else value
+
+
 class OptimizerConfig(Settings):
     """SGD with momentum, Nesterov's or plain, or AdamW (Loshchilov and Hutter 2019)."""
 
@@ -44,6 +57,7 @@ class OptimizerConfig(Settings):
         default=5e-4, ge=0, description="L2 penalty of SGD on all weights; AdamW's is decoupled and spares norms and biases."
     )
     clip_norm: float | None = Field(default=None, gt=0, description="Gradients are clipped to this norm; null: no clipping.")
+    sam: SAMConfig | None = Field(default=None, description="Sharpness-aware minimisation; null: none.")
 
     @model_validator(mode="after")
     def _nesterov_needs_momentum(self) -> OptimizerConfig:
@@ -85,6 +99,14 @@ class CosineSchedule(_WarmUp):
 
 
 ScheduleConfig = Annotated[StepSchedule | CosineSchedule, Field(discriminator="kind")]
+
+
+class CMOConfig(Settings):
+    """CMO (Park et al. 2022): CutMix that pastes images of rare classes into images of common ones."""
+
+    chance: float = Field(default=0.5, ge=0, le=1, description="Share of the steps whose images are mixed.")
+    first_epochs: int = Field(default=3, ge=0, description="Epochs at the start without it.")
+    last_epochs: int = Field(default=3, ge=0, description="Epochs at the end without it.")
 
 
 class TrainConfig(Settings):
@@ -129,6 +151,9 @@ class TrainConfig(Settings):
         ge=0,
         le=100,
         description="α of CutMix: a rectangle of another image, labels by area. 0: none; with mixup, each half the steps.",
+    )
+    cmo: CMOConfig | None = Field(
+        default=None, description="CMO: rectangles of images drawn class-balanced, labels by area; null: none."
     )
     accumulate: int = Field(
         default=1,
@@ -182,13 +207,21 @@ class RunConfig(Settings):
     @model_validator(mode="after")
     def _fits(self) -> RunConfig:
         needs = self.loss.needs
-        if (self.train.mixup or self.train.cutmix) and (needs.projection or needs.second_stream is not None):
+        mixes = self.train.mixup or self.train.cutmix or self.train.cmo is not None
+        if mixes and (needs.projection or needs.second_stream is not None):
             raise ValueError(
-                f"train.mixup and train.cutmix mix labels, and the contrastive loss {self.loss.kind!r} needs whole ones; "
+                f"train.mixup, cutmix and cmo mix labels, and the contrastive loss {self.loss.kind!r} needs whole ones; "
                 "set them to 0, or use a loss of classification"
             )
-        if self.train.cutmix and self.train.tune == "head":
-            raise ValueError("train.cutmix cuts images, and train.tune 'head' trains on features; use train.mixup")
+        if (self.train.cutmix or self.train.cmo is not None) and self.train.tune == "head":
+            raise ValueError("train.cutmix and train.cmo cut images, and train.tune 'head' has features; use train.mixup")
+        if self.train.cmo is not None and (self.train.mixup or self.train.cutmix):
+            raise ValueError("train.cmo does not go with train.mixup and train.cutmix; set them to 0, or leave cmo out")
+        if self.optimizer.sam is not None and (needs.queue or needs.momentum is not None or needs.class_means):
+            raise ValueError(
+                f"optimizer.sam computes each step twice, and loss {self.loss.kind!r} keeps what it has seen; set "
+                "loss.queue to 0 and loss.momentum to null, or leave sam out"
+            )
         if self.train.compile and self.train.accumulate > 1:
             raise ValueError("train.accumulate > 1 does not go with train.compile; set one of them back")
         if self.train.folds == 1:

@@ -123,7 +123,9 @@ def _train(every: list[Cell], arguments: argparse.Namespace, lines: Path) -> Run
     known = {tables.key(line): line for line in tables.read(lines)}
 
     def done(run: Run, seconds: float | None) -> None:
-        tables.add(lines, record(by_name[run.name], runs / run.name, table, budget, jobs, seconds))
+        line = record(by_name[run.name], runs / run.name, table, budget, jobs, seconds)
+        tables.add(lines, line)
+        print(f"{run.name}: {100 * line['last']['overall']:.1f} %, {line['seconds']:.0f} s", flush=True)
 
     todo = []
     for cell in every:

@@ -79,7 +79,11 @@ def open_features(
 
 
 def _plans(config: RunConfig, share: Share) -> list[ReadPlan]:
-    return read_plans(config.loss, config.data, config.train.batch_size, config.seed, share)
+    plans = read_plans(config.loss, config.data, config.train.batch_size, config.seed, share)
+    if config.train.cmo is not None:  # what is pasted: every class as often
+        balanced = config.data.model_copy(update={"sampling": "class_balanced"})
+        plans.append(train_reading(balanced, config.train.batch_size, int(stream(config.seed, "cmo").integers(2**32)), share))
+    return plans
 
 
 def _held_out(prepared: Prepared) -> list[str]:

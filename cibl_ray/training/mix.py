@@ -1,4 +1,4 @@
-"""Images mixed with each other, and their labels likewise: mixup and CutMix."""
+"""Images mixed with each other, and their labels likewise: mixup, CutMix and CMO."""
 
 from __future__ import annotations
 
@@ -38,6 +38,29 @@ def mix(images: Images, mixup: float, cutmix: float, draw: np.random.Generator) 
     else:
         mixed = share * by_sample + (1 - share) * others
     return replace(images, pixels=mixed.flatten(0, 1), mixed=(images.labels.flip(0), share))
+
+
+def paste(images: Images, sources: Images, draw: np.random.Generator) -> Images:
+    """Paste one rectangle of each source over the image in its row (CMO: Park et al. 2022, arXiv:2112.00412).
+
+    The share of the image outside the rectangle is drawn uniformly, once for the batch.
+
+    Args:
+        images: The run's images.
+        sources: As many others, with as many views, of rare classes as often as of common ones.
+        draw: The random numbers.
+
+    Returns:
+        The mixed images, with the labels of the sources and the share of their own.
+    """
+    by_sample = images.pixels.unflatten(0, (-1, images.views))
+    others = sources.pixels.unflatten(0, (-1, images.views))
+    height, width = by_sample.shape[-2:]
+    top, bottom, left, right = _rectangle(float(draw.random()), height, width, draw)
+    mixed = by_sample.clone()
+    mixed[..., top:bottom, left:right] = others[..., top:bottom, left:right]
+    share = 1 - (bottom - top) * (right - left) / (height * width)
+    return replace(images, pixels=mixed.flatten(0, 1), mixed=(sources.labels, share))
 
 
 def _rectangle(share: float, height: int, width: int, draw: np.random.Generator) -> tuple[int, int, int, int]:

@@ -43,4 +43,7 @@ def passes(config: RunConfig, batches: int, epochs: float | None = None) -> Pass
     views = len(config.data.views)
     keys = views - 1 if needs.momentum is not None else 0
     second = len(needs.second_stream.views) if needs.second_stream is not None else 0
-    return Passes(round(images * (views - keys + second)), round(images * keys))
+    sam = config.optimizer.sam
+    # Of the whole run: its last steps with SAM count twice.
+    twice = 0.0 if sam is None else max(0.0, 1 - sam.start * train.epochs / (train.epochs if epochs is None else epochs or 1))
+    return Passes(round(images * (views - keys + second) * (1 + twice)), round(images * keys))

@@ -32,12 +32,13 @@ from cibl_ray.training.compiled import begin_step, compile_network, explained
 from cibl_ray.training.evaluator import Evaluator
 from cibl_ray.training.feed import open_features, open_images
 from cibl_ray.training.finite import FiniteLoss
-from cibl_ray.training.mix import mix
+from cibl_ray.training.mix import mix, paste
 from cibl_ray.training.optimizer import make_optimizer
 from cibl_ray.training.passes import Passes, passes
 from cibl_ray.training.pauses import Pauses
 from cibl_ray.training.schedules import lr_factor
 from cibl_ray.training.setup import checkpoint_activations, keeps_statistics, settle, start_heads
+from cibl_ray.training.sharpness import at_the_peak, running_statistics_stay
 from cibl_ray.world import World
 from pipelines.common.errors import UserError
 from pipelines.common.seeding import stream, torch_seed
@@ -305,19 +306,11 @@ class Trainer:
 
     def _optimize(self, streams: list[Images]) -> dict[str, torch.Tensor]:
         self.optimizer.zero_grad(set_to_none=True)  # first: memory of CUDA graphs is used again in every step
-        begin_step(self.config.train.compile)
-        parts = self.config.train.accumulate
-        terms: _Tensors = {}
-        progress = self.epoch / self.config.train.epochs
-        for number, part in enumerate(zip(*(images.split(parts) for images in streams), strict=True)):
-            mixed = [self._mixed(images, number) for images in part]
-            of_part = self.objective(self.network, self._run, mixed, progress)
-            # Each worker's loss is the mean over its own images; the parts add up to the mean over the batch.
-            (of_part["loss"] * self.world.fraction(self.config.train.batch_size) / parts).backward()
-            for name, term in of_part.items():
-                mean = term.detach() / parts
-                terms[name] = terms[name] + mean if name in terms else mean
-        self.world.sum_gradients(self.network.parameters())
+        terms = self._gradients(streams)
+        sam, done = self.config.optimizer.sam, self.epoch + self.step / self.train_loaders[0].batches
+        if sam is not None and done / self.config.train.epochs >= sam.start:
+            with at_the_peak(self.network.parameters(), sam.rho), running_statistics_stay(self.network):
+                self._gradients(streams)
         if self.config.optimizer.clip_norm is not None:
             nn.utils.clip_grad_norm_(self.network.parameters(), self.config.optimizer.clip_norm)
         self.optimizer.step()
@@ -325,14 +318,35 @@ class Trainer:
             self.average.update(self.network, self.epoch * self.train_loaders[0].batches + self.step + 1)
         return terms
 
-    def _mixed(self, images: Images, part: int) -> Images:
-        """A micro-batch's images, mixed with each other where the run asks for that."""
+    def _gradients(self, streams: list[Images]) -> dict[str, torch.Tensor]:
+        """Compute the gradients of a step, summed over all workers, and its terms."""
+        begin_step(self.config.train.compile)
+        parts = self.config.train.accumulate
+        terms: _Tensors = {}
+        progress = self.epoch / self.config.train.epochs
+        for number, part in enumerate(zip(*(images.split(parts) for images in streams), strict=True)):
+            mixed = self._mixed([*part], number)
+            of_part = self.objective(self.network, self._run, mixed, progress)
+            # Each worker's loss is the mean over its own images; the parts add up to the mean over the batch.
+            (of_part["loss"] * self.world.fraction(self.config.train.batch_size) / parts).backward()
+            for name, term in of_part.items():
+                mean = term.detach() / parts
+                terms[name] = terms[name] + mean if name in terms else mean
+        self.world.sum_gradients(self.network.parameters())
+        return terms
+
+    def _mixed(self, streams: list[Images], part: int) -> list[Images]:
+        """A micro-batch's images, mixed with each other, or with those of the stream that CMO pastes from."""
         train = self.config.train
-        if not (train.mixup or train.cutmix):
-            return images
+        if not (train.mixup or train.cutmix or train.cmo is not None):
+            return streams
         rank = self.world.share.of(train.batch_size).start
         draw = stream(self.config.seed, "mix", self.epoch, self.step, part, rank)
-        return mix(images, train.mixup, train.cutmix, draw)
+        if train.cmo is None:
+            return [mix(images, train.mixup, train.cutmix, draw) for images in streams]
+        images, sources = streams
+        now = train.cmo.first_epochs <= self.epoch < train.epochs - train.cmo.last_epochs
+        return [paste(images, sources, draw) if now and draw.random() < train.cmo.chance else images]
 
     def _enough_memory(self) -> AbstractContextManager[None]:
         size = self.config.train.batch_size

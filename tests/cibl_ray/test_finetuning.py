@@ -15,8 +15,9 @@ from cibl_ray.networks.config import LastBlocks, Needs, NetworkConfig, Norms
 from cibl_ray.networks.depth import blocks, depth_of
 from cibl_ray.networks.network import build_network
 from cibl_ray.run.checkpoint import load_checkpoint
-from cibl_ray.training.mix import mix
+from cibl_ray.training.mix import mix, paste
 from cibl_ray.training.optimizer import make_optimizer
+from cibl_ray.training.passes import passes
 from cibl_ray.training.trainer import Trainer
 from pipelines.common.errors import UserError
 
@@ -164,7 +165,7 @@ def test_the_loss_of_mixed_images_is_that_of_soft_labels(digits, tmp_path):
     flags += ["--mixup", "0.5", "--batch_size", "8"]
     run = Trainer(resolve(load_config("quickstart", [*flags, "--loss", "{kind: cross_entropy}"])), digits, tmp_path)
     images = next(run.feeds[0].steps(0, 0))
-    mixed = run._mixed(images, 0)
+    (mixed,) = run._mixed([images], 0)
     others, share = mixed.mixed
     logits = run.network.classify(mixed.pixels)
     one_hot = torch.nn.functional.one_hot(images.labels, 10) * share + torch.nn.functional.one_hot(others, 10) * (1 - share)
@@ -172,7 +173,7 @@ def test_the_loss_of_mixed_images_is_that_of_soft_labels(digits, tmp_path):
     assert run.optimize([images])["loss"].item() == pytest.approx(expected.item(), rel=1e-5)
     with pytest.raises(UserError, match="the contrastive loss 'cibl' needs whole ones"):
         load_config("quickstart", [*flags, "--loss", "{kind: cibl}"])
-    with pytest.raises(UserError, match="train.cutmix cuts images"):
+    with pytest.raises(UserError, match="train.cutmix and train.cmo cut images"):
         load_config("quickstart", [*flags, "--cutmix", "1", "--loss", "{kind: cross_entropy}"])
 
 
@@ -235,3 +236,83 @@ def test_without_peft_its_package_is_named(digits, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(UserError, match="needs the package peft; install it: pip install 'cibl-ray\\[adapters\\]'"):
         adapted(tmp_path, digits, "--backbone", "resnet20")
+
+
+def test_cmo_pastes_rectangles_of_the_other_stream_and_labels_by_area():
+    draw = np.random.default_rng(3)
+    pixels = torch.arange(4.0)[:, None, None, None].expand(4, 3, 20, 30).repeat_interleave(2, 0)
+    images, sources = Images(pixels, torch.tensor([5, 6, 7, 8]), 2), Images(pixels + 10, torch.tensor([1, 2, 3, 4]), 2)
+    shares = []
+    for _ in range(200):
+        mixed = paste(images, sources, draw)
+        others, share = mixed.mixed
+        assert others.tolist() == [1, 2, 3, 4]
+        assert mixed.labels.tolist() == [5, 6, 7, 8]
+        assert mixed.pixels.mean((1, 2, 3)).tolist() == pytest.approx(
+            [row + 10 * (1 - share) for row in (0, 0, 1, 1, 2, 2, 3, 3)], abs=1e-4
+        )
+        shares.append(share)
+    assert 0.5 < np.mean(shares) < 0.75  # uniform, and then clipped by the border
+
+
+def test_cmo_draws_its_sources_class_balanced_and_keeps_the_first_and_last_epochs_plain(digits, tmp_path, monkeypatch):
+    flags = ["--epochs", "4", "--warmup_epochs", "0", "--loader.kind", "torch", "--batch_size", "32", "--backbone", "resnet20"]
+    flags += ["--loss", "{kind: balanced_softmax}", "--train.cmo", "{chance: 1, first_epochs: 1, last_epochs: 2}"]
+    run = Trainer(resolve(load_config("quickstart", flags)), digits, tmp_path)
+    seen = []
+    objective = run.objective
+    monkeypatch.setattr(run, "objective", lambda *given: seen.append(given[2]) or objective(*given))
+    sampled = torch.zeros(10)
+    for epoch in range(4):
+        for own, other in zip(run.feeds[0].steps(epoch, 0), run.feeds[1].steps(epoch, 0), strict=True):
+            run.epoch = epoch
+            sampled += torch.bincount(other.labels, minlength=10)
+            run.optimize([own, other])
+            assert len(seen[-1]) == 1  # the loss sees one stream
+            assert (seen[-1][0].mixed is not None) == (epoch == 1)
+            if epoch == 1:
+                assert torch.equal(seen[-1][0].mixed[0], other.labels)
+    shares = sampled / sampled.sum()
+    assert shares.min() > 0.06  # of ten classes, the smallest with a hundredth of the images
+    with pytest.raises(UserError, match="cutmix and cmo mix labels"):
+        load_config("quickstart", ["--loss", "{kind: cibl}", "--train.cmo", "{}"])
+    with pytest.raises(UserError, match=r"train\.cmo does not go with train\.mixup"):
+        load_config("quickstart", ["--loss", "{kind: cross_entropy}", "--train.cmo", "{}", "--train.mixup", "1"])
+
+
+def test_a_step_with_sam_is_the_gradient_at_the_peak(digits, tmp_path):
+    """Against the definition: w - lr·∇L(w + ρ·g/|g|), running statistics those of the first pass alone."""
+    flags = ["--epochs", "2", "--warmup_epochs", "0", "--loader.kind", "torch", "--batch_size", "32", "--backbone", "resnet20"]
+    flags += ["--precision", "fp32", "--optimizer", "{lr: 0.1, momentum: 0, nesterov: false, weight_decay: 0}"]
+    plain = resolve(load_config("quickstart", flags))
+    sam = resolve(load_config("quickstart", [*flags, "--optimizer.sam", "{rho: 0.3, from: 0.5}"]))
+    assert (sam.optimizer.sam.rho, sam.optimizer.sam.start) == (0.3, 0.5)
+    runs = [Trainer(config, digits, tmp_path) for config in (plain, sam, sam)]
+    images = next(runs[0].feeds[0].steps(0, 0))
+    runs[2].epoch = 1
+    for run in runs:
+        run.network.train()
+        before = {name: value.clone() for name, value in run.network.named_parameters()}
+        run.optimize([images])
+    after = [{name: value.detach() for name, value in run.network.named_parameters()} for run in runs]
+    assert all(torch.equal(after[0][name], after[1][name]) for name in before)  # before its start
+    gradients = {name: (before[name] - after[0][name]) / 0.1 for name in before}
+    norm = torch.stack([gradient.norm() for gradient in gradients.values()]).norm()
+    peak = Trainer(plain, digits, tmp_path)
+    peak.network.train()
+    with torch.no_grad():
+        for name, value in peak.network.named_parameters():
+            value.copy_(before[name] + 0.3 * gradients[name] / norm)
+    peak.epoch = 1
+    peak.optimize([images])
+    for name, value in peak.network.named_parameters():
+        expected = before[name] - (before[name] + 0.3 * gradients[name] / norm - value.detach())
+        assert torch.allclose(after[2][name], expected, atol=2e-5), name
+    for name, value in runs[0].network.named_buffers():
+        assert "running" not in name or torch.equal(value, runs[2].network.get_buffer(name))
+    with pytest.raises(UserError, match="computes each step twice, and loss 'paco' keeps what it has seen"):
+        load_config("quickstart", ["--loss", "{kind: paco}", "--optimizer.sam", "{}"])
+    images_seen = 10 * 32 * 2 * len(plain.data.views)
+    assert passes(plain, 10).trained == images_seen
+    assert passes(sam, 10).trained == 1.5 * images_seen
+    assert passes(sam, 10, 1).trained == images_seen / 2

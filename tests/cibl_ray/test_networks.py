@@ -8,6 +8,7 @@ from cibl_ray.networks.config import Needs, NetworkConfig, ProjectionConfig
 from cibl_ray.networks.heads.cosine import CosineHeadConfig, ScaleConfig
 from cibl_ray.networks.modules import Head
 from cibl_ray.networks.network import build_network
+from pipelines.common.validation import validate
 
 
 def parameters(network) -> int:
@@ -25,6 +26,16 @@ def test_sizes_and_shapes(backbone, size, expected):
     outputs = network(torch.randn(2, 3, size, size))
     assert outputs.logits.shape == (2, 10)
     assert outputs.embeddings is None
+
+
+def test_the_width_of_a_cifar_network():
+    """ResNet-32 with 64 base channels is another network of the field's tables, of 7.4 million parameters."""
+    for width, expected in ((16, 464_154), (64, 7_386_186)):
+        config = validate(NetworkConfig, {"backbone": {"kind": "resnet32", "width": width}}, "here")
+        assert parameters(build_network(config, 10, Needs(), seed=0)) == expected
+    assert config.model_dump(mode="json")["backbone"] == {"kind": "resnet32", "weights": "none", "width": 64}
+    narrow = validate(NetworkConfig, {"backbone": "resnet32"}, "here")
+    assert narrow.model_dump(mode="json")["backbone"] == "resnet32"
 
 
 def test_embeddings_are_of_unit_norm():

@@ -14,7 +14,13 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-class ResNet20Backbone(BackboneSettings):
+class _CifarResNet(BackboneSettings):
+    width: int = Field(
+        default=16, ge=1, le=1024, description="Base channels. The field's tables have 16; another column of them has 64."
+    )
+
+
+class ResNet20Backbone(_CifarResNet):
     """ResNet-20 of 16 base channels, for images of 32 pixels (He et al. 2016, section 4.2)."""
 
     kind: Literal["resnet20"]
@@ -23,10 +29,10 @@ class ResNet20Backbone(BackboneSettings):
         """The network with random weights, and the number of its features."""
         from cibl_ray.networks.backbones.resnet_cifar import resnet20
 
-        return resnet20()
+        return resnet20(self.width)
 
 
-class ResNet32Backbone(BackboneSettings):
+class ResNet32Backbone(_CifarResNet):
     """ResNet-32 of 16 base channels, for images of 32 pixels (He et al. 2016, section 4.2)."""
 
     kind: Literal["resnet32"] = "resnet32"
@@ -35,7 +41,7 @@ class ResNet32Backbone(BackboneSettings):
         """The network with random weights, and the number of its features."""
         from cibl_ray.networks.backbones.resnet_cifar import resnet32
 
-        return resnet32()
+        return resnet32(self.width)
 
 
 class _TorchvisionResNet(BackboneSettings):
@@ -186,4 +192,6 @@ def weights_file(backbone: BackboneConfig) -> Path | None:
 def dump(backbone: BackboneConfig) -> Any:
     """The backbone as YAML or JSON writes it: its name alone, where all else has its default."""
     content = backbone.model_dump(mode="json")
+    if content.get("width") == 16:  # as configurations without that field have it
+        del content["width"]
     return content["kind"] if content == {"kind": content["kind"], "weights": "none"} else content

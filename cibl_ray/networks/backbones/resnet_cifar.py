@@ -26,29 +26,27 @@ class _Block(nn.Module):
         return F.relu(x + y, inplace=True)
 
 
-def resnet20() -> tuple[nn.Module, int]:
-    """ResNet-20, 0.27 million parameters, and how many features it has."""
-    return CifarResNet(20), CifarResNet.features
+def resnet20(width: int = 16) -> tuple[nn.Module, int]:
+    """ResNet-20, 0.27 million parameters with 16 base channels, and how many features it has."""
+    return CifarResNet(20, width), 4 * width
 
 
-def resnet32() -> tuple[nn.Module, int]:
-    """ResNet-32, 0.46 million parameters, and how many features it has."""
-    return CifarResNet(32), CifarResNet.features
+def resnet32(width: int = 16) -> tuple[nn.Module, int]:
+    """ResNet-32, 0.46 million parameters with 16 base channels, and how many features it has."""
+    return CifarResNet(32, width), 4 * width
 
 
 class CifarResNet(nn.Module):
-    """Images (M, 3, S, S) to features (M, 64); depth 6n + 2."""
+    """Images (M, 3, S, S) to features (M, 4·base); depth 6n + 2."""
 
-    features = 64
-
-    def __init__(self, depth: int) -> None:
+    def __init__(self, depth: int, base: int = 16) -> None:
         super().__init__()
         assert (depth - 2) % 6 == 0
-        self.conv = nn.Conv2d(3, 16, 3, padding=1, bias=False)
-        self.bn = nn.BatchNorm2d(16)
+        self.conv = nn.Conv2d(3, base, 3, padding=1, bias=False)
+        self.bn = nn.BatchNorm2d(base)
         blocks: list[nn.Module] = []
-        width_in = 16
-        for width, first_stride in ((16, 1), (32, 2), (64, 2)):
+        width_in = base
+        for width, first_stride in ((base, 1), (2 * base, 2), (4 * base, 2)):
             for number in range((depth - 2) // 6):
                 blocks.append(_Block(width_in, width, first_stride if number == 0 else 1))
                 width_in = width
