@@ -33,7 +33,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 _SOURCE = ("--data.source.kind", "folder", "--data.source.path")
 _NOWHERE = "/cibl-ray-gpu-session/cifar100"
 _GPU_TESTS = ("tests/pipelines/test_augment.py", "tests/pipelines/test_resident.py", "tests/cibl_ray")
-_LEAST = 20  # seconds that are left for a step to be worth beginning
+LEAST = 20  # seconds that are left for a step to be worth beginning
 _STEP_DATA = ("--data.profile", "{kind: exp, imbalance: 100, subset: field}")
 
 
@@ -46,7 +46,7 @@ def data_options(budget: str) -> list[list[str]]:
     return every
 
 
-def pack(images: Path, archive: Path, budget: str, prepared: Path) -> int:
+def pack(images: Path, archive: Path, budget: str, prepared: Path, preset: int = 6) -> int:
     """Write the archive.
 
     Args:
@@ -54,6 +54,7 @@ def pack(images: Path, archive: Path, budget: str, prepared: Path) -> int:
         archive: A .tar.xz file.
         budget: Of the session that will read it.
         prepared: Where the data are prepared first.
+        preset: How hard xz compresses, 0 to 9.
 
     Returns:
         Its size in bytes.
@@ -63,7 +64,7 @@ def pack(images: Path, archive: Path, budget: str, prepared: Path) -> int:
         here, there = (load_config(config, [*options, *_SOURCE, place]) for place in (str(images), _NOWHERE))
         data = here.data.model_copy(update={"prepared": prepared})
         names[prepared_folder(there.data, there.seed).name] = ensure_prepared(data, here.seed).folder
-    with tarfile.open(archive, "w:xz") as file:
+    with tarfile.open(archive, "w:xz", preset=preset) as file:
         for name, folder in names.items():
             file.add(folder, name)
     return archive.stat().st_size
@@ -95,7 +96,7 @@ class Session:
             most: Its limit in seconds; None: what is left. At the limit it is interrupted, as by Ctrl-C.
         """
         limit = min(self.left, self.left if most is None else most)
-        if limit < _LEAST:
+        if limit < LEAST:
             return self._keep({"step": name, "skipped": "no time left"})
         print(f"== {name}: at most {limit:.0f} s", flush=True)
         begun = time.monotonic()
@@ -156,7 +157,7 @@ def run(archive: Path, out: Path, budget: str, minutes: float, jobs: int) -> Ses
     session.step("whole_run", *whole, most=2.5 * share)
     table = ("-m", "benchmarks.reproduce", "cifar100_lt", "--budget", budget, "--factors", "100", "--seeds", "1")
     cells_of = ("--methods", "CE", "VS") if small else ()
-    hours = ("--hours", f"{max(session.left - _LEAST, 1) / 3600:.4f}", "--jobs", str(jobs))
+    hours = ("--hours", f"{max(session.left - LEAST, 1) / 3600:.4f}", "--jobs", str(jobs))
     places = (*place, "--runs", str(out / "runs"), "--docs", str(out), "--cifar100", _NOWHERE)
     session.step("table", *table, *cells_of, *hours, *places)
     return session

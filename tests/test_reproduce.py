@@ -2,12 +2,14 @@
 
 import json
 import shutil
+import tarfile
 from dataclasses import replace
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from benchmarks import gpu_session
 from benchmarks.many_runs import Run, RunsFailedError, computed, run_all
 from benchmarks.reproduce import __main__ as reproduce
 from benchmarks.reproduce import front
@@ -19,6 +21,7 @@ from benchmarks.reproduce.lines import failed, is_of, of_cell, record
 from cibl_ray.config import config_warnings, load_config, save_config
 from cibl_ray.run.fingerprint import code_digest
 from cibl_ray.training.passes import passes
+from pipelines.prepare.build import ensure_prepared
 from tests.commands import in_process
 from tests.conftest import REPOSITORY
 
@@ -368,6 +371,39 @@ def test_a_run_that_fails_is_told_and_the_others_go_on(small_cifar, tmp_path, ca
     run_all([replace(every[1], name="late")], tmp_path / "runs", 1, seconds=-1)
     assert list(took) == ["good"]
     assert not (tmp_path / "runs" / "late").exists()
+
+
+def test_a_gpu_sessions_archive_holds_all_that_its_steps_read(small_cifar100, tmp_path, capsys):
+    """On a machine without the images, every configuration of the session finds its data as they were prepared."""
+    archive = tmp_path / "data.tar.xz"
+    assert gpu_session.pack(small_cifar100, archive, "smoke", tmp_path / "here", 0) == archive.stat().st_size < 20e6
+    with tarfile.open(archive) as file:
+        file.extractall(tmp_path / "there", filter="data")
+    options = gpu_session.data_options("smoke")
+    assert len(options) == 13  # eleven rows, the step's benchmark, the quick whole run
+    for config, *flags in options:
+        place = ["--data.source.kind", "folder", "--data.source.path", "/cibl-ray-gpu-session/cifar100"]
+        loaded = load_config(config, [*flags, *place, "--prepared", str(tmp_path / "there")])
+        prepared = ensure_prepared(loaded.data, loaded.seed)
+        assert prepared.folder.parent == tmp_path / "there"
+        assert len(prepared.classes) == 100
+    assert "the source is not on this machine" in capsys.readouterr().err
+
+
+def test_a_gpu_sessions_steps_have_limits_and_leave_lines(tmp_path, capsys, monkeypatch):
+    session = gpu_session.Session(tmp_path, 60)
+    assert session.step("good", "-c", "print('x'); print('{\"a\": 1}')")["result"] == {"a": 1}
+    assert session.step("bad", "-c", "raise SystemExit('error: no')")["last_line"] == "error: no"
+    monkeypatch.setattr(gpu_session, "LEAST", 1)
+    slow = session.step("slow", "-c", "import time; print('begun', flush=True); time.sleep(100)", most=2)
+    assert slow["exit"] is None
+    assert slow["seconds"] < 60
+    session.ends = 0.0
+    assert session.step("late", "-c", "1")["skipped"] == "no time left"
+    lines = [json.loads(text) for text in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert lines == session.results
+    assert [entry["step"] for entry in lines] == ["good", "bad", "slow", "late"]
+    assert "== slow: at most" in capsys.readouterr().out
 
 
 def line(value, seed, overall, table="cifar100_lt", budget="gpu", best=None):
