@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import lzma
 import signal
 import subprocess
 import sys
@@ -64,7 +65,7 @@ def pack(images: Path, archive: Path, budget: str, prepared: Path, preset: int =
         here, there = (load_config(config, [*options, *_SOURCE, place]) for place in (str(images), _NOWHERE))
         data = here.data.model_copy(update={"prepared": prepared})
         names[prepared_folder(there.data, there.seed).name] = ensure_prepared(data, here.seed).folder
-    with tarfile.open(archive, "w:xz", preset=preset) as file:
+    with lzma.open(archive, "wb", preset=preset) as compressed, tarfile.open(fileobj=compressed, mode="w") as file:
         for name, folder in names.items():
             file.add(folder, name)
     return archive.stat().st_size
