@@ -19,7 +19,7 @@ import yaml
 from benchmarks.data import add_arguments, cifar10_lt
 from benchmarks.measure import report
 from cibl_ray.config import save_config
-from cibl_ray.tuning.sweep import read_trials
+from cibl_ray.tuning.folder import read_trials
 from pipelines.common.errors import run_command
 
 

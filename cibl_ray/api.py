@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -236,6 +235,7 @@ class Run:
         *,
         checkpoint: Which | None = None,
         overwrite: bool = False,
+        tail_shift: float | None = None,
         **options: Any,
     ) -> Path:
         """Export the run as a bundle of ONNX files, which `python -m serve` serves.
@@ -244,7 +244,8 @@ class Run:
             precisions: 'fp32', 'fp16' and 'int8'. fp32 is always made.
             out: The bundle's folder. None takes `bundle` in the run folder.
             checkpoint: The checkpoint.
-            overwrite: Whether to replace a bundle that is already there.
+            overwrite: Whether to replace a bundle that is already there, once the new one is verified.
+            tail_shift: What the bundle's answers have of it by default. None takes what the validation images chose.
             **options: Other fields of `cibl_ray.exporting.make_bundle.Options`: `name`, `embedding`, `target`, `max_drop`,
                 `calibration`, `provider`.
 
@@ -254,20 +255,21 @@ class Run:
         Raises:
             UserError: The folder exists, an option is unknown, or a precision loses too much accuracy.
         """
-        from cibl_ray.exporting.make_bundle import MANIFEST, Options, make_bundle  # needs the extra `export`
+        from cibl_ray.exporting.make_bundle import Options, make_bundle  # needs the extra `export`
 
         if isinstance(precisions, str):
             precisions = [precisions]
         wanted = tuple(dict.fromkeys(["fp32", *precisions]))
-        unknown = [*{*wanted} - {"fp32", "fp16", "int8"}, *{*options} - {*Options.__dataclass_fields__}]
-        if unknown:
-            raise UserError(f"export does not know {unknown[0]!r}; precisions are fp32, fp16 and int8")
+        known = {*Options.__dataclass_fields__} - {"precisions", "tail_shift"}
+        if unknown := [name for name in options if name not in known]:
+            raise UserError(f"export has no option {unknown[0]!r}; there are: {', '.join(sorted(known))}")
+        if strange := [name for name in wanted if name not in ("fp32", "fp16", "int8")]:
+            raise UserError(f"export has no precision {strange[0]!r}; there are: fp32, fp16, int8")
         folder = Path(out).expanduser().absolute() if out is not None else self.folder / "bundle"
         path = self._path(checkpoint)
-        if overwrite and (folder / MANIFEST).is_file():
-            shutil.rmtree(folder)
+        shift = chosen_shift(path) if tail_shift is None else tail_shift
         with _same_process():
-            make_bundle(path, folder, Options(precisions=wanted, **options))
+            make_bundle(path, folder, Options(precisions=wanted, tail_shift=shift, **options), overwrite)
         return folder
 
     def resume(self, settings: Mapping[str, Any] | None = None, *, progress: bool = True) -> Run:

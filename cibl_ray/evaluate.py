@@ -6,13 +6,12 @@ images are the run's own, prepared again if they are gone, or those of an image 
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 from dataclasses import asdict
 from pathlib import Path
-from typing import Literal
 
+from cibl_ray.run.shift import shift_or_auto
 from cibl_ray.run.which import checkpoints
 from pipelines.common.errors import CommandParser, UserError, run_command
 
@@ -32,7 +31,7 @@ def main() -> None:
     parser.add_argument("--split", choices=["train", "val", "test"], help="of the run's data; by default test, else val")
     parser.add_argument(
         "--tail-shift",
-        type=_shift,
+        type=shift_or_auto,
         default=0.0,
         metavar="auto|NUMBER",
         help="score logits - NUMBER * log prior; auto: as is best on validation; default 0",
@@ -65,15 +64,6 @@ def main() -> None:
     if arguments.json is not None:
         content = {"classes": checkpoint.classes} | {name: asdict(row) for name, row in scores.items()}
         arguments.json.write_text(json.dumps(content, indent=1))
-
-
-def _shift(text: str) -> float | Literal["auto"]:
-    if text == "auto":
-        return "auto"
-    value = float(text)
-    if not -100 <= value <= 100:
-        raise argparse.ArgumentTypeError("'auto', or a number from -100 to 100")
-    return value
 
 
 def _refuse_unlabelled(folder: Path, run: Path) -> None:

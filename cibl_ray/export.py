@@ -11,7 +11,7 @@ import argparse
 import logging
 from pathlib import Path
 
-from cibl_ray.run.shift import chosen_shift
+from cibl_ray.run.shift import chosen_shift, shift_or_auto
 from cibl_ray.run.which import checkpoint
 from pipelines.common.errors import CommandParser, run_command
 
@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--provider", choices=["auto", "cpu", "cuda", "tensorrt"], default="auto", help="of onnxruntime")
     parser.add_argument(
         "--tail-shift",
-        type=_shift,
+        type=shift_or_auto,
         default="auto",
         metavar="auto|NUMBER",
         help="what the answers have of it by default; auto: what the run's validation images chose, else 0",
@@ -67,15 +67,6 @@ def _points(text: str) -> float:
     value = float(text)
     if not 0 <= value <= 100:
         raise argparse.ArgumentTypeError("points of accuracy, 0 to 100")
-    return value
-
-
-def _shift(text: str) -> float | str:
-    if text == "auto":
-        return text
-    value = float(text)
-    if not -100 <= value <= 100:
-        raise argparse.ArgumentTypeError("'auto', or a number from -100 to 100")
     return value
 
 

@@ -13,7 +13,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from cibl_ray.run.shift import chosen_shift
+from cibl_ray.run.shift import chosen_shift, shift_or_auto
 from cibl_ray.run.which import checkpoint
 from pipelines.common.errors import CommandParser, UserError, run_command
 
@@ -31,7 +31,9 @@ def main() -> None:
     parser.add_argument("--top", type=int, default=1, metavar="N", help="classes of an answer; default 1")
     parser.add_argument("--checkpoint", choices=["best", "last"], help="of a run folder; by default best, else last")
     parser.add_argument("--max-pixels", type=int, metavar="N", help="of an image, at most; by default as in training")
-    parser.add_argument("--tail-shift", type=float, metavar="NUMBER", help="of a run; by default what validation chose")
+    parser.add_argument(
+        "--tail-shift", type=shift_or_auto, metavar="auto|NUMBER", help="of a run; by default auto: what validation chose"
+    )
     arguments = parser.parse_args()
     if arguments.top < 1:
         raise UserError(f"--top {arguments.top}: at least 1")
@@ -50,7 +52,7 @@ def main() -> None:
         classifier = from_bundle(arguments.run)
     else:
         path = checkpoint(arguments.run, arguments.checkpoint)
-        shift = chosen_shift(path) if arguments.tail_shift is None else arguments.tail_shift
+        shift = chosen_shift(path) if arguments.tail_shift in (None, "auto") else arguments.tail_shift
         from cibl_ray.run.checkpoint import load_checkpoint
 
         classifier = from_checkpoint(load_checkpoint(path), shift)

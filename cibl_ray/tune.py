@@ -40,25 +40,20 @@ def main() -> None:
         raise UserError("name a sweep first (sweeps/tail_skew, say) to start one, or --resume FOLDER to continue one")
     if arguments.resume is not None and arguments.name is not None:
         same_name(arguments.name, str(arguments.resume))
-    from cibl_ray.tuning.config import SWEEP
-    from cibl_ray.tuning.sweep import load_sweep, read_sweep
+    from cibl_ray.tuning.folder import need_new, read_sweep
+    from cibl_ray.tuning.sweep import load_sweep
 
     base = None
     if arguments.resume is not None:
         folder = arguments.resume.absolute()
-        if not (folder / SWEEP).is_file():
-            raise UserError(f"--resume {folder}: not a sweep folder, it has no {SWEEP}")
         if overrides:
             raise UserError(f"{overrides[0]}: a resumed sweep keeps its settings; start a new one to change them")
-        sweep, base = read_sweep(folder / SWEEP)
+        sweep, base = read_sweep(folder)
     else:
         assert name is not None
         sweep = load_sweep(name, overrides)
         folder = (arguments.sweeps / (arguments.name or f"{Path(name).stem}-{time.strftime('%Y%m%d-%H%M%S')}")).absolute()
-        if folder.exists():
-            raise UserError(
-                f"sweep folder {str(folder)!r} already exists; continue it with --resume {folder}, or choose another --name"
-            )
+        need_new(folder)
     if arguments.print_config:
         print_config(sweep)
         return

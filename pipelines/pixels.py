@@ -47,6 +47,21 @@ class BadImageError(ValueError):
         self.setting = setting
 
 
+@contextmanager
+def damage_told(data: bytes | np.ndarray) -> Iterator[None]:
+    """Raise as a BadImageError what is raised within: damaged files fail in many ways, deep in their decoders.
+
+    Args:
+        data: The file, or its pixels.
+    """
+    try:
+        yield
+    except (BadImageError, MemoryError):
+        raise
+    except Exception as error:
+        raise BadImageError(f"{len(data)} bytes, {type(error).__name__}: {error}") from error
+
+
 def decode(
     data: bytes | np.ndarray,
     formats: tuple[str, ...] | None = None,

@@ -172,7 +172,7 @@ def _check_bundles(bundles: list[Bundle], precision: str, provider: str) -> list
     for bundle in bundles:
         if precision not in bundle.models:
             made = ", ".join(bundle.models)
-            raise UserError(f"{str(bundle.folder)!r} has no {precision} model; it has {made}: --precision")
+            raise UserError(f"{str(bundle.folder)!r} has no {precision} model; choose one that it has with --precision: {made}")
         # Replicas log it, where nobody looks.
         if precision == "int8" and provider in ("auto", "cpu") and (problem := misfit(bundle.card.source)):
             from cibl_ray.bundle.runtime import usable

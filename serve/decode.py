@@ -14,7 +14,6 @@ from pipelines.pixels import MAX_PIXELS, BadImageError, EvalRule, decode, opened
 Image.MAX_IMAGE_PIXELS = None  # Pillow's own check warns in one range and raises in another; `Limits.max_pixels` is ours
 PngImagePlugin.MAX_TEXT_MEMORY = 4 << 20  # of a file's texts, which may be inflated a thousand times
 
-MAX_SHIFT = 100.0  # either way, of tail_shift
 _SIGNATURES = {
     "JPEG": b"\xff\xd8\xff",
     "PNG": b"\x89PNG\r\n\x1a\n",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from serve.decode import MAX_SHIFT
+from cibl_ray.bundle.card import MAX_SHIFT
 from serve.settings import ReplicaConfig
 from serve.v1 import MAX_LOGITS
 

@@ -12,9 +12,9 @@ from typing import Any, TypeVar
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from cibl_ray.bundle.card import LOGITS, PROBABILITIES
+from cibl_ray.bundle.card import LOGITS, MAX_SHIFT, PROBABILITIES
 from pipelines.pixels import BadImageError
-from serve.decode import MAX_SHIFT, Limits, UnsupportedImageError, announced, named, pixels, top
+from serve.decode import Limits, UnsupportedImageError, announced, named, pixels, top
 from serve.engine import Spent
 from serve.errors import ProblemError, bad_request, overloaded
 from serve.request import Request

@@ -14,8 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from cibl_ray.bundle.card import EMBEDDING, IMAGES, LOGITS, PROBABILITIES, TAIL_SHIFT
-from serve.decode import MAX_SHIFT
+from cibl_ray.bundle.card import EMBEDDING, IMAGES, LOGITS, MAX_SHIFT, PROBABILITIES, TAIL_SHIFT
 from serve.errors import ProblemError, bad_request
 from serve.store import Model
 

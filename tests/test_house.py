@@ -137,3 +137,34 @@ def test_only_rays_documented_interface_is_used():
         if any(private.search(line) for line in path.read_text().splitlines())
     }
     assert found <= {MAY_USE_RAYS_INSIDES}
+
+
+def private_names(path: Path) -> set[str]:
+    """Names that begin with an underscore, of packages that are not the project's: imported, or attributes of what is."""
+    imported: set[str] = set()
+    found: set[str] = set()
+    for node in ast.walk(tree := ast.parse(path.read_text())):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            module = node.module or "" if isinstance(node, ast.ImportFrom) else ""
+            for alias in node.names:
+                full = f"{module}.{alias.name}".strip(".")
+                if full.partition(".")[0] not in (*PACKAGES, "__future__", "os"):  # os._exit is documented
+                    imported.add((alias.asname or alias.name).partition(".")[0])
+                    found |= {full for part in full.split(".") if re.match("_[a-z]", part)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and re.match("_[a-z]", node.attr):
+            root: ast.expr = node
+            while isinstance(root, ast.Attribute):
+                root = root.value
+            if isinstance(root, ast.Name) and root.id in imported:
+                found.add(ast.unparse(node))
+    return found
+
+
+def test_no_private_name_of_a_dependency_is_used(tmp_path):
+    found = {name: names for name, path in modules().items() if (names := private_names(path))}
+    assert set(found) <= {"cibl_ray.cluster.ray_workarounds"}
+    (tmp_path / "a.py").write_text(
+        "import torch as t\nfrom ray._private import x\nt._foreach_lerp_([], [], 1)\nself._mine = t.nn\n"
+    )
+    assert private_names(tmp_path / "a.py") == {"t._foreach_lerp_", "ray._private.x"}

@@ -22,6 +22,7 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 METADATA = "cibl_ray"  # the key of the ONNX file's metadata_props
 IMAGES = "images"
+MAX_SHIFT = 100.0  # of tail_shift, either way
 TAIL_SHIFT = "tail_shift"  # an input of services, and of the ONNX files of earlier versions
 LOGITS, PROBABILITIES, LOG_PRIOR, EMBEDDING = "logits", "probabilities", "log_prior", "embedding"
 FILES = {"fp32": "model.onnx", "fp16": "model.fp16.onnx", "int8": "model.int8.onnx"}

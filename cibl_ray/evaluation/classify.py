@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from cibl_ray.run.shift import checked_shift
 from pipelines.common.cores import usable_cores
 from pipelines.common.errors import UserError
 from pipelines.formats import readable_suffixes
 from pipelines.image_files import LeftOut
 from pipelines.image_files import image_files as below
-from pipelines.pixels import MAX_PIXELS, BadImageError, EvalRule, decode
+from pipelines.pixels import MAX_PIXELS, BadImageError, EvalRule, damage_told, decode
 
 if TYPE_CHECKING:
     from cibl_ray.run.checkpoint import Checkpoint
@@ -100,6 +101,9 @@ def from_checkpoint(checkpoint: Checkpoint, tail_shift: float) -> Classifier:
     Args:
         checkpoint: The checkpoint.
         tail_shift: This times log π is subtracted from the logits.
+
+    Raises:
+        UserError: The shift is out of range, or the checkpoint is of another architecture.
     """
     import torch
 
@@ -108,6 +112,7 @@ def from_checkpoint(checkpoint: Checkpoint, tail_shift: float) -> Classifier:
     from pipelines.augment.recipe import Normalize
     from pipelines.loaders.reading import eval_rule
 
+    checked_shift(tail_shift)
     train = checkpoint.config.train.model_copy(update={"device": "auto"})
     config = resolve(checkpoint.config.model_copy(update={"train": train}))
     device = torch.device(config.train.device)
@@ -182,7 +187,9 @@ def _read(file: Path, classifier: Classifier, begin: Callable[[str], None]) -> n
     """uint8 (S, S, 3), or why there is none."""
     begin(str(file))
     try:
-        return classifier.rule(decode(file.read_bytes(), max_pixels=classifier.max_pixels, max_scans=None))
+        data = file.read_bytes()
+        with damage_told(data):
+            return classifier.rule(decode(data, max_pixels=classifier.max_pixels, max_scans=None))
     except OSError as error:
         return Unreadable(file, f"cannot be read: {error.strerror or error}")
     except BadImageError as error:

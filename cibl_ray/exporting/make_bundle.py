@@ -12,13 +12,13 @@ from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from cibl_ray.bundle.card import FILES, FORMATS, LOGITS, MANIFEST, NAME, Card, file_sha256
+from cibl_ray.bundle.card import FILES, FORMATS, LOGITS, MANIFEST, MAX_SHIFT, NAME, Card, file_sha256
 from cibl_ray.bundle.ort import onnxruntime
 from cibl_ray.bundle.runtime import Provider, Runtime
 from cibl_ray.bundle.targets import Target, this_machine
@@ -62,6 +62,9 @@ class Options:
         calibration: Number of training images that calibrate int8, as many of each class.
         provider: The provider of onnxruntime that measures the bundle.
         tail_shift: What the bundle's answers have of it by default; a client's own counts from there.
+
+    Raises:
+        UserError: A value is out of its range.
     """
 
     precisions: tuple[str, ...] = ("fp32",)
@@ -72,6 +75,16 @@ class Options:
     calibration: int = 512
     provider: Provider = "auto"
     tail_shift: float = 0.0
+
+    def __post_init__(self) -> None:
+        choices = {"target": (None, *get_args(Target)), "provider": get_args(Provider)}
+        for name, allowed in choices.items():
+            if (value := getattr(self, name)) not in allowed:
+                raise UserError(f"{name} = {value!r}: one of {', '.join(map(repr, allowed))}")
+        for name, low, high in (("max_drop", 0, 100), ("calibration", 1, 100_000), ("tail_shift", -MAX_SHIFT, MAX_SHIFT)):
+            value = getattr(self, name)
+            if not (isinstance(value, int | float) and low <= value <= high):
+                raise UserError(f"{name} = {value!r}: a number from {low:g} to {high:g}")
 
 
 @dataclass(frozen=True)
@@ -98,7 +111,7 @@ class Made:
         return f"measured on {self.split} with onnxruntime, {self.provider}, in percent:\n{table(rows)}"
 
 
-def make_bundle(checkpoint_file: Path, out: Path, options: Options) -> Made:
+def make_bundle(checkpoint_file: Path, out: Path, options: Options, overwrite: bool = False) -> Made:
     """Export a checkpoint as a bundle (README.md of a bundle says what it holds).
 
     The bundle appears only when it is verified: ONNX against torch, the server's pixels against those of the evaluation, and
@@ -106,16 +119,17 @@ def make_bundle(checkpoint_file: Path, out: Path, options: Options) -> Made:
 
     Args:
         checkpoint_file: The checkpoint.
-        out: The bundle's folder, which must not exist.
+        out: The bundle's folder.
         options: What to export.
+        overwrite: Whether a bundle that is there is replaced, once the new one is verified. Otherwise `out` must not exist.
 
     Returns:
         The bundle, and how good it is.
 
     Raises:
-        UserError: `out` exists, the checkpoint cannot be exported, or a precision loses too much accuracy. Nothing is left.
+        UserError: `out` exists, the checkpoint cannot be exported, or a precision loses too much accuracy. Nothing changes.
     """
-    if out.exists():
+    if out.exists() and not (overwrite and (out / MANIFEST).is_file()):
         raise UserError(f"{str(out)!r} exists; remove it, or choose another folder (--out)")
     checkpoint = load_checkpoint(checkpoint_file)
     source = _source(checkpoint_file, checkpoint)
@@ -124,12 +138,16 @@ def make_bundle(checkpoint_file: Path, out: Path, options: Options) -> Made:
     name = _model_name(options.name or source["run"])
     out.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    earlier = part.with_name(f"{part.name}.earlier")
     try:
         made = _Export(checkpoint, replace(options, name=name), source, part).make()
         part.chmod(0o755)
+        if out.exists():
+            out.replace(earlier)
         part.replace(out)
     finally:
-        shutil.rmtree(part, ignore_errors=True)
+        for folder in (part, earlier):
+            shutil.rmtree(folder, ignore_errors=True)
     return replace(made, folder=out)
 
 

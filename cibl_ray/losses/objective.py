@@ -182,7 +182,7 @@ class Objective:
         """Move the averaged network one step: its parameters follow, its running statistics are the network's."""
         assert self.averaged is not None
         assert self.needs.momentum is not None
-        update_average(self.averaged, network, 1 - self.needs.momentum)
+        update_average(self.averaged, network, self.needs.momentum)
         copy_buffers(self.averaged.buffers(), network.buffers())
 
     def _contrast(self, z: torch.Tensor, labels: torch.Tensor, keys: tuple[torch.Tensor, torch.Tensor] | None) -> ContrastSet:

@@ -7,29 +7,28 @@ from collections.abc import Iterable
 
 import torch
 from torch import nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from cibl_ray.networks.network import HybridNetwork
 
 
-@torch.no_grad()
-def update_average(average: nn.Module, network: nn.Module, share: float) -> None:
-    """Set average ← (1 − share)·average + share·network, for the parameters, without waiting for the device.
+def update_average(average: nn.Module, network: nn.Module, decay: float) -> None:
+    """Set average ← decay·average + (1 − decay)·network, for the parameters, without waiting for the device.
 
     (torch's AveragedModel asks it in every step whether it is the first.)
     """
-    torch._foreach_lerp_([*average.parameters()], [*network.parameters()], share)
+    _move([*average.parameters()], [*network.parameters()], decay)
 
 
 @torch.no_grad()
 def copy_buffers(own: Iterable[torch.Tensor], theirs: Iterable[torch.Tensor]) -> None:
-    """Copy theirs to own, with few launches on a GPU: tensors of one type are copied together."""
-    by_type: dict[torch.dtype, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
+    """Copy theirs to own."""
     for mine, other in zip(own, theirs, strict=True):
-        pair = by_type.setdefault(mine.dtype, ([], []))
-        pair[0].append(mine)
-        pair[1].append(other)
-    for mine_of_type, others in by_type.values():
-        torch._foreach_copy_(mine_of_type, others)
+        mine.copy_(other)
+
+
+def _move(averages: list[torch.Tensor], values: list[torch.Tensor], decay: float) -> None:
+    get_ema_multi_avg_fn(decay)(averages, values, 0)  # the third argument is of torch's other averages
 
 
 class WeightAverage:
@@ -46,12 +45,12 @@ class WeightAverage:
     @torch.no_grad()
     def update(self, network: HybridNetwork, step: int) -> None:
         """`network` has just made step number `step` of the run, from 1 on."""
-        share = 1 - min(self.decay, (1 + step) / (10 + step))
-        update_average(self.network, network, share)
+        decay = min(self.decay, (1 + step) / (10 + step))
+        update_average(self.network, network, decay)
         running: list[tuple[torch.Tensor, torch.Tensor]] = []
         rest: list[tuple[torch.Tensor, torch.Tensor]] = []
         for (name, own), theirs in zip(self.network.named_buffers(), network.buffers(), strict=True):
             (running if name.endswith(("running_mean", "running_var")) else rest).append((own, theirs))
         if running:  # a network may normalise nothing
-            torch._foreach_lerp_([own for own, _ in running], [theirs for _, theirs in running], share)
+            _move([own for own, _ in running], [theirs for _, theirs in running], decay)
         copy_buffers((own for own, _ in rest), (theirs for _, theirs in rest))

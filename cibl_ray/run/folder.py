@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -101,12 +102,21 @@ def make_room(folder: Path) -> None:
     """
     files = [CONFIG, RESULT, METRICS, LOG, HISTOGRAM, CURVES, BY_CLASS, *CONFUSION]
     files += [f"{CHECKPOINTS}/{name}" for name in (LAST, PREVIOUS, BEST)]
-    for name in (CHECKPOINTS, TENSORBOARD):
-        path = folder / name
+    only_folders(folder / name for name in (CHECKPOINTS, TENSORBOARD))
+    only_files(folder / name for name in files)
+
+
+def only_folders(paths: Iterable[Path]) -> None:
+    """Set aside those of `paths` that are there and are no folders; each is one line of the log."""
+    for path in paths:
         if os.path.lexists(path) and not path.is_dir():
             log.warning("%s is not a folder; it is kept as %s", path, set_aside(path))
-    for name in files:
-        path, part = folder / name, folder / f"{name}.part"
+
+
+def only_files(paths: Iterable[Path]) -> None:
+    """Set aside those of `paths` that are there and are no files, and folders in the way of writing them, likewise."""
+    for path in paths:
+        part = path.with_name(f"{path.name}.part")
         if os.path.lexists(path) and not (path.is_file() or path.is_char_device()):
             log.warning("%s is not a file; it is kept as %s", path, set_aside(path))
         if part.is_dir():

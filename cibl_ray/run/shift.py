@@ -1,12 +1,16 @@
-"""The tail shift that a run's validation images chose."""
+"""The tail shift: the one that a run's validation images chose, and the one that a command line asks for."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
 from pathlib import Path
+from typing import Literal
 
+from cibl_ray.bundle.card import MAX_SHIFT
 from cibl_ray.run.folder import BEST, LAST, RESULT, is_run
+from pipelines.common.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -34,3 +38,30 @@ def chosen_shift(checkpoint: Path) -> float:
         reason = f"{path} is damaged; resume the run to write it again"
     log.warning("the tail shift is 0: %s", reason)
     return 0.0
+
+
+def shift_or_auto(text: str) -> float | Literal["auto"]:
+    """A command line's `--tail-shift`: 'auto', or a number.
+
+    Raises:
+        argparse.ArgumentTypeError: It is neither, or the number is out of range.
+    """
+    if text == "auto":
+        return "auto"
+    try:
+        return checked_shift(float(text))
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is neither 'auto' nor a number from {-MAX_SHIFT:g} to {MAX_SHIFT:g}"
+        ) from None
+
+
+def checked_shift(shift: float) -> float:
+    """The tail shift itself.
+
+    Raises:
+        UserError: It is out of range, or no number.
+    """
+    if not abs(shift) <= MAX_SHIFT:  # false for NaN, too
+        raise UserError(f"tail_shift = {shift}: a number from {-MAX_SHIFT:g} to {MAX_SHIFT:g}")
+    return shift

@@ -1,4 +1,4 @@
-"""The configuration of a sweep, and the names of the files in its folder."""
+"""The configuration of a sweep."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ from pydantic import BeforeValidator, Field, model_validator
 from cibl_ray.config import RunConfig
 from pipelines.common.fields import known_keys, nearest_key
 from pipelines.common.settings import Settings
-
-SWEEP, TRIALS, JOURNAL = "sweep.json", "trials.jsonl", "search.journal"
 
 Metric = Literal[
     "overall", "balanced", "many", "medium", "few", "head", "middle", "tail", "worst", "harmonic", "calibration_error", "loss"

@@ -7,16 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
 
 from cibl_ray.config import RunConfig
 from cibl_ray.hardware import resolve
 from cibl_ray.run.progress import Silent
 from cibl_ray.training.fit import fit
 from cibl_ray.training.trainer import Trainer
-from cibl_ray.tuning.config import JOURNAL, Choice, Range, SweepConfig
-from cibl_ray.tuning.sweep import Trial, best, objectives, read_trials, record_trial, trial_config, trial_name
+from cibl_ray.tuning.config import Choice, Range, SweepConfig
+from cibl_ray.tuning.folder import RUNS, read_trials, record_trial
+from cibl_ray.tuning.journal import STUDY, open_journal
+from cibl_ray.tuning.sweep import Trial, best, objectives, trial_config, trial_name
 from cibl_ray.world import World
 from pipelines.common.errors import UserError
 from pipelines.prepare.build import ensure_prepared, prepared_folder
@@ -46,8 +46,8 @@ def search_in_process(sweep: SweepConfig, base: dict[str, Any], folder: Path, le
         "nsga2": optuna.samplers.NSGAIISampler,
     }
     study = optuna.create_study(
-        storage=JournalStorage(JournalFileBackend(str(folder / JOURNAL))),
-        study_name="sweep",
+        storage=open_journal(folder),
+        study_name=STUDY,
         load_if_exists=True,
         sampler=samplers[sweep.algorithm](seed=sweep.seed + before),  # a resumed search does not repeat its proposals
         directions=["maximize" if objective.mode == "max" else "minimize" for objective in sweep.objective],
@@ -67,10 +67,10 @@ def search_in_process(sweep: SweepConfig, base: dict[str, Any], folder: Path, le
 
 
 def keep_best(sweep: SweepConfig, base: dict[str, Any], folder: Path) -> None:
-    """Train the best trial once more, as a run in `folder`/trials: a hundred networks are not kept."""
+    """Train the best trial once more, as a run in the folder's `trials`: a hundred networks are not kept."""
     chosen = best(sweep, read_trials(folder))
     if chosen is not None:
-        run = folder / "trials" / chosen.name
+        run = folder / RUNS / chosen.name
         run.parent.mkdir(exist_ok=True)
         fit(trial_config(base, chosen.params), run, run.exists(), World(), Silent())
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import csv
 import io
+import logging
+import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +14,22 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from cibl_ray.config import save_config
-from cibl_ray.run.folder import BEST, CHECKPOINTS, LAST
+from cibl_ray.run.checkpoint import load_checkpoint
+from cibl_ray.run.folder import BEST, CHECKPOINTS, LAST, set_aside
 from cibl_ray.tuning.config import METRICS, SweepConfig
+from cibl_ray.tuning.folder import BEST_CONFIG, OVER_SKEW, RUNS, TABLE, TRADE_OFF
 from cibl_ray.tuning.sweep import Trial, axes, best, front, objectives, trial_config
 from pipelines.common.errors import UserError
 from pipelines.common.files import write_atomically
 from pipelines.common.fonts import save
 
+log = logging.getLogger(__name__)
+
 
 def write(folder: Path, sweep: SweepConfig, base: dict[str, Any], trials: list[Trial]) -> str:
     """Write trials.csv, best.yaml, best.safetensors and the pictures.
+
+    Without the best trial's checkpoint there is no best.safetensors, and a warning says how to train it again.
 
     Args:
         folder: The sweep folder.
@@ -34,20 +43,20 @@ def write(folder: Path, sweep: SweepConfig, base: dict[str, Any], trials: list[T
     Raises:
         UserError: No trial has a score. trials.csv is written all the same.
     """
-    _table(folder / "trials.csv", sweep, trials)
+    _table(folder / TABLE, sweep, trials)
     scored = [trial for trial in trials if trial.scores]
     chosen = best(sweep, trials)
     if chosen is None:
         first = next((f", the first: {trial.error}" for trial in trials if trial.error), "")
         raise UserError(f"no trial has a finite validation score{first}; all of them are in {folder / 'trials.csv'}")
-    save_config(trial_config(base, chosen.params), folder / "best.yaml")
-    write_atomically(folder / BEST, (folder / "trials" / chosen.name / CHECKPOINTS / LAST).read_bytes())
+    save_config(trial_config(base, chosen.params), folder / BEST_CONFIG)
+    _keep_checkpoint(folder, chosen)
     first, second = axes(sweep, scored)
     points = np.array([[_percent(trial.scores, first), _percent(trial.scores, second)] for trial in scored])
     modes: dict[str, str] = {objective.metric: objective.mode for objective in sweep.objective}
     on_front = front(points * [-1 if modes.get(metric) == "min" else 1 for metric in (first, second)])
-    _trade_off(folder / "trade_off.png", points, on_front, (first, second), scored.index(chosen))
-    _over_skew(folder / "tail_skew.png", scored, (first, second))
+    _trade_off(folder / TRADE_OFF, points, on_front, (first, second), scored.index(chosen))
+    _over_skew(folder / OVER_SKEW, scored, (first, second))
     lines = [f"{'trial':<12}{first:>8}{second:>8}{'overall':>9}  epochs  parameters"]
     shown = {tuple(points[scored.index(chosen)])}
     for i in np.argsort(-points[:, 0], kind="stable"):
@@ -56,15 +65,30 @@ def write(folder: Path, sweep: SweepConfig, base: dict[str, Any], trials: list[T
             shown.add(tuple(points[i]))
             values = ", ".join(f"{key.rpartition('.')[2]} {_short(value)}" for key, value in trial.params.items())
             mark = "  <- best" if trial is chosen else ""
-            overall = 100 * trial.scores["overall"]
+            overall = _percent(trial.scores, "overall")
             lines.append(
                 f"{trial.name:<12}{points[i, 0]:>8.1f}{points[i, 1]:>8.1f}{overall:>9.1f}{trial.epochs:>8}  {values}{mark}"
             )
     return "\n".join(lines)
 
 
+def _keep_checkpoint(folder: Path, trial: Trial) -> None:
+    """Copy the checkpoint of the best trial to best.safetensors."""
+    source, kept = folder / RUNS / trial.name / CHECKPOINTS / LAST, folder / BEST
+    try:
+        load_checkpoint(source)
+    except UserError as error:
+        again = f"train it again: python -m cibl_ray.train {folder / BEST_CONFIG} --name NAME"
+        log.warning("%s is not written: %s; %s", kept, error, again)
+    else:
+        write_atomically(kept, source.read_bytes())
+        return
+    if os.path.lexists(kept):  # another trial's, perhaps
+        log.warning("the earlier %s is kept as %s", kept, set_aside(kept))
+
+
 def _percent(scores: dict[str, float], metric: str) -> float:
-    return scores[metric] * (1 if metric == "loss" else 100)
+    return scores.get(metric, math.nan) * (1 if metric == "loss" else 100)
 
 
 def _short(value: object) -> str:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import shlex
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +13,12 @@ from cibl_ray.cluster.session import cluster, polite_end
 from cibl_ray.cluster.shared_folder import mark_beside, same_folder
 from cibl_ray.run.folder import lock_folder
 from cibl_ray.tuning import report
-from cibl_ray.tuning.config import SWEEP, TRIALS, SweepConfig
+from cibl_ray.tuning.config import SweepConfig
 from cibl_ray.tuning.data import prepare_data
+from cibl_ray.tuning.folder import SWEEP, mend, read_trials, sweep_text
 from cibl_ray.tuning.in_process import fits_in_process, keep_best, search_in_process
 from cibl_ray.tuning.search import search
-from cibl_ray.tuning.sweep import Trial, base_content, check_metrics, read_trials, sweep_text
+from cibl_ray.tuning.sweep import Trial, base_content, check_metrics
 from pipelines.common.errors import Interrupted, UserError
 from pipelines.common.files import write_atomically
 
@@ -45,11 +44,9 @@ def run(sweep: SweepConfig, folder: Path, address: str | None, base: dict[str, A
         check_metrics(sweep, *prepare_data(base))  # once: all trials share it
     folder.mkdir(parents=True, exist_ok=True)
     with lock_folder(folder, "sweeping", patience=0):
+        mend(folder)
         write_atomically(folder / SWEEP, sweep_text(sweep, base))
-        ended = read_trials(folder)
-        # Drops a last line that a kill cut short.
-        write_atomically(folder / TRIALS, "".join(json.dumps(asdict(trial)) + "\n" for trial in ended))
-        left = sweep.trials - len(ended)
+        left = sweep.trials - len(read_trials(folder))
         in_process = fits_in_process(sweep, base, address)
         if in_process:
             try:

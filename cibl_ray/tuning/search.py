@@ -10,16 +10,16 @@ from typing import Any
 
 import optuna
 import ray
-from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search.optuna import OptunaSearch
 
 from cibl_ray.cluster.options import places
 from cibl_ray.cluster.ray_workarounds import TrialPlaces
-from cibl_ray.tuning.config import JOURNAL, Choice, SweepConfig
-from cibl_ray.tuning.sweep import Trial, most_epochs, read_trials, record_trial, trial_name
+from cibl_ray.tuning.config import Choice, SweepConfig
+from cibl_ray.tuning.folder import OF_RAY, RUNS, read_trials, record_trial
+from cibl_ray.tuning.journal import STUDY, open_journal
+from cibl_ray.tuning.sweep import Trial, most_epochs, trial_name
 from cibl_ray.tuning.trial import trial
 from pipelines.common.errors import UserError
 
@@ -45,13 +45,13 @@ def search(sweep: SweepConfig, base: dict[str, Any], folder: Path, left: int, ma
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # _Recorder prints what happens
     names = [f"objective_{number}" for number in range(len(sweep.objective))]
     modes: list[str] = [objective.mode for objective in sweep.objective]
-    storage = JournalStorage(JournalFileBackend(str(folder / JOURNAL)))
+    storage = open_journal(folder)
     proposed = _proposed(storage)
     ended = {one.name for one in read_trials(folder)}
     waiting = [one.system_attrs.get("fixed_params") for one in proposed if one.state.name == "WAITING"]
-    begun = [params for path in sorted((folder / "trials").glob("*.json")) if (params := _read(path)) is not None]
+    begun = [params for path in sorted((folder / RUNS).glob("*.json")) if (params := _read(path)) is not None]
     unfinished = [params for params in begun if trial_name(params) not in ended and params not in waiting]
-    seed = sweep.seed + len(proposed)  # an interrupted search does not repeat its proposals
+    seed = sweep.seed + max(len(proposed), len(ended))  # an interrupted search does not repeat its proposals
     sampler: Any = {
         "tpe": optuna.samplers.TPESampler,
         "random": optuna.samplers.RandomSampler,
@@ -62,7 +62,7 @@ def search(sweep: SweepConfig, base: dict[str, Any], folder: Path, left: int, ma
         mode=modes if len(modes) > 1 else modes[0],
         points_to_evaluate=unfinished[:left] or None,
         sampler=sampler,
-        study_name="sweep",
+        study_name=STUDY,
         storage=storage,
     )
     epochs = most_epochs(sweep, base)
@@ -99,7 +99,7 @@ def search(sweep: SweepConfig, base: dict[str, Any], folder: Path, left: int, ma
         ),
         run_config=tune.RunConfig(
             name=f"{folder.name}-{time.time_ns()}",
-            storage_path=str(folder / ".ray"),
+            storage_path=str(folder / OF_RAY),
             failure_config=tune.FailureConfig(max_failures=2),
             verbose=0,
             callbacks=[_Recorder(folder, sweep, base, trial_places)],
@@ -109,18 +109,18 @@ def search(sweep: SweepConfig, base: dict[str, Any], folder: Path, left: int, ma
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """A trial's parameters; None where a full disk cut them short, and the search proposes others."""
+    """A trial's parameters; None where a full disk cut them short, or it is another file: the search proposes others."""
     try:
-        content = json.loads(path.read_text())
-    except ValueError:
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
         return None
-    return content if isinstance(content, dict) else None
+    return content if isinstance(content, dict) and trial_name(content) == path.stem else None
 
 
 def _proposed(storage: Any) -> list[Any]:
     """All trials that the search proposed before, from its journal."""
     try:
-        return [*storage.get_all_trials(storage.get_study_id_from_name("sweep"))]
+        return [*storage.get_all_trials(storage.get_study_id_from_name(STUDY))]
     except KeyError:
         return []
 
@@ -160,7 +160,7 @@ class _Recorder(tune.Callback):
         if self._places is not None:
             self._places.free(trial_name(trial.config))
         result, name = trial.last_result or {}, trial_name(trial.config)
-        failed = self._folder / "trials" / f"{name}.error"
+        failed = self._folder / RUNS / f"{name}.error"
         if failed.exists():
             state, error = "failed", " ".join(failed.read_text().split())
         record_trial(

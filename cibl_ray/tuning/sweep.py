@@ -1,12 +1,11 @@
-"""A sweep's files, the configurations of its trials, and how trials are compared. Does not use Ray."""
+"""A sweep, the configurations of its trials, and how trials are compared. Does not use Ray."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import math
-import os
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,15 +13,13 @@ from typing import Any
 import numpy as np
 
 from cibl_ray.config import RunConfig, build_config
-from cibl_ray.tuning.config import TRIALS, Choice, Range, SweepConfig
+from cibl_ray.tuning.config import Choice, Range, SweepConfig
 from pipelines.common.config_file import find_config, read_content
 from pipelines.common.errors import UserError
 from pipelines.common.settings import build, override, parse_overrides
-from pipelines.common.validation import validate
 from pipelines.prepare.pictures import GROUPS, THIRDS
 
 _WORST = 1e9  # what the search optimises where a score is not finite
-_BASE = "base_content"
 
 
 @dataclass(frozen=True)
@@ -80,28 +77,6 @@ def _split_overrides(arguments: list[str]) -> tuple[list[str], list[str]]:
         if argument.startswith("--") and "=" not in argument:
             chosen += [*islice(queue, 1)]
     return own, of_trials
-
-
-def sweep_text(sweep: SweepConfig, base: dict[str, Any]) -> str:
-    """The content of sweep.json: the sweep, and the configuration that all its trials start from, even if the file changes."""
-    return json.dumps({**sweep.model_dump(mode="json"), _BASE: base}, indent=1)
-
-
-def read_sweep(path: Path) -> tuple[SweepConfig, dict[str, Any] | None]:
-    """Read sweep.json.
-
-    Returns:
-        The sweep, and the configuration that its trials start from; None for a sweep of an earlier version.
-
-    Raises:
-        UserError: The file is damaged.
-    """
-    try:
-        content = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: not valid JSON: {error}") from error
-    base = content.pop(_BASE, None) if isinstance(content, dict) else None
-    return validate(SweepConfig, content, str(path)), base
 
 
 def base_content(sweep: SweepConfig) -> dict[str, Any]:
@@ -283,33 +258,3 @@ def front(points: np.ndarray) -> np.ndarray:
     better = np.any(points[None] > points[:, None], axis=2)
     on_front: np.ndarray = ~np.any(at_least & better, axis=1) & np.isfinite(points).all(axis=1)
     return on_front
-
-
-def read_trials(folder: Path) -> list[Trial]:
-    """The trials of a sweep folder that have ended. A last line that a kill cut short is left out."""
-    path = folder / TRIALS
-    trials = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            trials.append(Trial(**json.loads(line)))
-        except json.JSONDecodeError:
-            break
-    return trials
-
-
-def record_trial(folder: Path, sweep: SweepConfig, trial: Trial) -> None:
-    """Append a trial that has ended to the sweep's record, and print it.
-
-    Args:
-        folder: The sweep folder.
-        sweep: The sweep.
-        trial: The trial.
-    """
-    with (folder / TRIALS).open("a") as file:
-        file.write(json.dumps(asdict(trial)) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    objective = f", objective {objectives(sweep, trial.scores)[0]:.4f}" if trial.scores else ""
-    more = f": {trial.error}" if trial.error else f"  {json.dumps(trial.params)}"
-    count = f"{len(read_trials(folder))}/{sweep.trials}"
-    print(f"trial {count} {trial.name} {trial.state} after {trial.epochs} epochs{objective}{more}", flush=True)

@@ -20,6 +20,7 @@ from cibl_ray.run.log import read_metrics
 from cibl_ray.run.progress import Progress
 from cibl_ray.training.fit import fit
 from cibl_ray.tuning.config import SweepConfig
+from cibl_ray.tuning.folder import RUNS
 from cibl_ray.tuning.sweep import objectives, trial_config, trial_name
 from cibl_ray.world import World
 from pipelines.common.cores import limit_cores
@@ -45,7 +46,7 @@ def trial(params: dict[str, Any], given: dict[str, Any]) -> None:
     sweep = validate(SweepConfig, given["sweep"], "the sweep")
     name = trial_name(params)
     same_folder(Path(given["folder"]), given["mark"], "--sweeps")  # a node that has joined since the sweep began
-    run_folder = Path(given["folder"]) / "trials" / name
+    run_folder = Path(given["folder"]) / RUNS / name
     run_folder.parent.mkdir(parents=True, exist_ok=True)
     failed = run_folder.with_suffix(".error")
     failed.unlink(missing_ok=True)

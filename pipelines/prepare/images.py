@@ -10,7 +10,7 @@ from PIL import Image
 
 from pipelines.config import Store
 from pipelines.exif import orientation
-from pipelines.pixels import BadImageError, decode, scaled, stored_size, to_rgb
+from pipelines.pixels import damage_told, decode, scaled, stored_size, to_rgb
 
 RAW_SIDE = 64  # Up to 64x64, pixels are hardly larger than a JPEG and need no decoding.
 LARGEST = 1 << 23  # bytes of an image: a page of the .beton file
@@ -65,13 +65,9 @@ def pack(
     Raises:
         BadImageError: The file is damaged, or beyond a limit.
     """
-    try:
+    with damage_told(data):
         image = decode(data, max_pixels=max_pixels, max_scans=None)
         return _pack(image, data, store, lossless, raw, window)
-    except (BadImageError, MemoryError):
-        raise
-    except Exception as error:  # damaged files fail in many ways, deep in their decoders
-        raise BadImageError(f"{len(data)} bytes, {type(error).__name__}: {error}") from error
 
 
 def _pack(

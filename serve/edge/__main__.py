@@ -19,10 +19,10 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import NoReturn
 
+from cibl_ray.bundle.card import MAX_SHIFT
 from pipelines.common.errors import CommandParser, UserError, run_command
 from pipelines.library_warnings import collected_warnings
 from pipelines.pixels import MAX_PIXELS, BadImageError
-from serve.decode import MAX_SHIFT
 from serve.edge.api import default_cache, local_file
 from serve.edge.download import download
 from serve.edge.model import Edge, images, listed

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from cibl_ray.bundle.card import MANIFEST, PROBABILITIES, Card, open_bundle
+from cibl_ray.bundle.card import MANIFEST, MAX_SHIFT, PROBABILITIES, Card, open_bundle
 from pipelines.common.errors import UserError
-from pipelines.pixels import BadImageError
-from serve.decode import MAX_SHIFT, top
+from pipelines.pixels import MAX_PIXELS, BadImageError
+from serve.decode import top
 from serve.edge.download import download
 from serve.edge.model import Edge
 
@@ -60,6 +60,7 @@ class Model:
         key: str | None = None,
         cache: str | os.PathLike[str] | None = None,
         threads: int | None = None,
+        max_pixels: int = MAX_PIXELS,
     ) -> None:
         """Load the model. A service is asked once; its model is kept in the cache.
 
@@ -70,6 +71,7 @@ class Model:
             key: API key of the service; None: CIBL_RAY_API_KEY in the environment.
             cache: Folder for downloaded models; None: `default_cache()`.
             threads: Threads of onnxruntime; None: all cores.
+            max_pixels: Of an image file; larger ones are not answered.
 
         Raises:
             UserError: There is no such model, or it cannot be loaded.
@@ -78,7 +80,7 @@ class Model:
         file = local_file(source, precision)
         if file is None:
             file = download(str(source), Path(cache) if cache else default_cache(), name, precision, key)
-        self._edge = Edge(file, threads)
+        self._edge = Edge(file, threads, max_pixels)
 
     @property
     def card(self) -> Card:
@@ -169,7 +171,7 @@ def local_file(source: str | os.PathLike[str], precision: str) -> Path | None:
     bundle = open_bundle(path)
     if precision not in bundle.models:
         made = ", ".join(bundle.models)
-        raise UserError(f"{str(path / MANIFEST)!r} lists no {precision} model; it has {made}: --precision")
+        raise UserError(f"{str(path / MANIFEST)!r} lists no {precision} model; choose one that it has: {made}")
     return bundle.models[precision].path
 
 

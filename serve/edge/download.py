@@ -146,7 +146,7 @@ def _entry(base: str, prefix: str, name: str | None, precision: str, key: str | 
         raise UserError(f"{base} has no model {name!r}; it has {', '.join(models)}")
     files = models[name]["files"]
     if precision not in files:
-        raise UserError(f"{name} has no {precision} file; it has {', '.join(files)}: --precision")
+        raise UserError(f"{name} has no {precision} file; choose one that it has: {', '.join(files)}")
     found = files[precision]
     where, sha256, size = str(found["url"]), str(found["sha256"]), int(found["bytes"])
     if not (_SHA256.fullmatch(sha256) and 0 < size <= _LARGEST and where.startswith((f"{prefix}/v1/", "/v1/"))):

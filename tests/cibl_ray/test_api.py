@@ -140,13 +140,30 @@ def test_predict_shifts_as_the_command_does(run, images, tmp_path, monkeypatch):
         run.predict([large])
 
 
-def test_export_makes_a_bundle(run, tmp_path):
+def test_export_makes_a_bundle(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("cibl_ray.api.chosen_shift", lambda path: 0.7)
     bundle = run.export(out=tmp_path / "bundle", provider="cpu")
-    assert (bundle / "manifest.json").is_file()
+    made = json.loads((bundle / "manifest.json").read_text())
+    assert made["default_tail_shift"] == 0.7  # as the command does
     with pytest.raises(cibl_ray.UserError, match="exists; remove it, or choose another folder"):
         run.export(out=bundle)
-    with pytest.raises(cibl_ray.UserError, match="does not know 'int4'"):
-        run.export(["int4"], out=bundle)
+    for wrong, message in (
+        ({"precisions": ["int4"]}, "no precision 'int4'; there are: fp32, fp16, int8"),
+        ({"names": "x"}, "no option 'names'; there are: calibration, embedding"),
+        ({"max_drop": 200}, "max_drop = 200: a number from 0 to 100"),
+        ({"target": "mips"}, "target = 'mips': one of None, 'x86'"),
+    ):
+        with pytest.raises(cibl_ray.UserError, match=message):
+            run.export(out=bundle, overwrite=True, **wrong)
+    # An export that fails leaves the bundle that was there; one that succeeds replaces it.
+    with monkeypatch.context() as failing:
+        failing.setattr("cibl_ray.exporting.make_bundle.TOLERANCE", -1)
+        with pytest.raises(cibl_ray.UserError):
+            run.export(out=bundle, overwrite=True, provider="cpu")
+    assert json.loads((bundle / "manifest.json").read_text()) == made
+    run.export(out=bundle, overwrite=True, tail_shift=0, provider="cpu")
+    assert json.loads((bundle / "manifest.json").read_text())["default_tail_shift"] == 0
+    assert [*tmp_path.iterdir()] == [bundle]
 
 
 def test_errors_make_sense_without_a_command_line(run, config, tmp_path):

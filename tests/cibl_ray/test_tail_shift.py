@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import struct
 import subprocess
 import sys
@@ -11,15 +12,18 @@ import pytest
 import torch
 from PIL import Image
 
+from cibl_ray import evaluate as evaluate_command
+from cibl_ray import export as export_command
+from cibl_ray import predict as predict_command
 from cibl_ray.bundle.card import open_bundle
 from cibl_ray.bundle.runtime import Runtime
-from cibl_ray.evaluation.classify import classify, from_bundle, from_checkpoint, image_files
+from cibl_ray.evaluation.classify import Classifier, Unreadable, classify, from_bundle, from_checkpoint, image_files
 from cibl_ray.evaluation.evaluate import evaluate
 from cibl_ray.evaluation.metrics import score
 from cibl_ray.evaluation.tail_shift import choose_shift, shifted
 from cibl_ray.exporting.make_bundle import Options, make_bundle
 from cibl_ray.run.checkpoint import load_checkpoint
-from cibl_ray.run.shift import chosen_shift
+from cibl_ray.run.shift import chosen_shift, shift_or_auto
 from pipelines.common.errors import UserError
 from tests.conftest import REPOSITORY
 
@@ -190,3 +194,35 @@ def test_what_is_not_there_is_told(tmp_path, capsys):
         f"left out of {str(tmp_path)!r}: 1 .txt, not among the endings of images",
         f"left out of {str(tmp_path)!r}: folders that systems leave there: 1 @eaDir",
     ]
+
+
+def test_a_decoder_that_fails_in_its_own_way_costs_one_file(pictures):
+    """Pillow's AVIF decoder raises RuntimeError for a damaged file; others raise what their libraries do."""
+
+    def rule(image: Image.Image) -> np.ndarray:
+        if image.format == "PNG":
+            raise RuntimeError("Failed to decode image: Missing or empty image item")
+        return np.zeros((4, 4, 3), np.uint8)
+
+    classifier = Classifier(["oak"], rule, lambda images: np.ones((len(images), 1), np.float32))
+    jpeg, png, webp = classify(classifier, image_files([pictures]))
+    assert jpeg.label == webp.label == "oak"
+    assert isinstance(png, Unreadable)
+    assert "RuntimeError: Failed to decode image" in png.problem
+
+
+@pytest.mark.parametrize("text", ["nan", "inf", "100.5", "-101", "much", ""])
+def test_a_shift_that_is_none_is_refused_by_each_command(text, run_folder, monkeypatch):
+    for command in (evaluate_command, export_command, predict_command):
+        images = [str(run_folder)] if command is predict_command else []
+        monkeypatch.setattr(sys, "argv", ["command", str(run_folder), *images, f"--tail-shift={text}"])
+        with pytest.raises(UserError, match="is neither 'auto' nor a number from -100 to 100"):
+            command.main()
+
+
+def test_the_shifts_that_are_taken(run_folder):
+    assert [shift_or_auto(text) for text in ("auto", "-100", "0.5", "1e2")] == ["auto", -100, 0.5, 100]
+    checkpoint = load_checkpoint(run_folder / "checkpoints" / "best.safetensors")
+    for shift in (math.nan, 101.0):
+        with pytest.raises(UserError, match="tail_shift = .*: a number from -100 to 100"):
+            from_checkpoint(checkpoint, shift)

@@ -55,6 +55,11 @@ def test_bad_images_are_told_and_the_others_answered(model, tmp_path):
             model.predict([encoded("PNG")], **wrong)
 
 
+def test_the_limit_of_pixels_can_be_set(bundle):
+    (small,) = Model(bundle, threads=1, max_pixels=10).predict([encoded("PNG")])
+    assert "pixels, 10 at most" in str(small.problem)
+
+
 def test_one_image_without_a_list_is_a_mistake_and_a_stack_is_none(model, tmp_path):
     """Else the letters of a path, or the rows of an array, would each be taken for an image."""
     gray, stack = np.zeros((16, 16), np.uint8), np.zeros((2, 16, 16, 3), np.uint8)
