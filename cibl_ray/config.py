@@ -279,13 +279,33 @@ def warmup_of(schedule: StepSchedule | CosineSchedule, epochs: int) -> float:
 
 
 def load_config(name: str, arguments: list[str]) -> RunConfig:
-    """The configuration file or shipped configuration `name`, with command-line overrides. Raises UserError."""
+    """Load a configuration.
+
+    Args:
+        name: A YAML file, or the name of a shipped configuration.
+        arguments: `--field value` of the command line.
+
+    Raises:
+        UserError: There is no such configuration, or a value is invalid.
+    """
     path = find_config(name)
     return build_config(read_content(path, RunConfig), arguments, str(path))
 
 
 def build_config(content: dict[str, Any], arguments: list[str], place: str) -> RunConfig:
-    """A validated configuration with absolute paths. `place` is named in errors."""
+    """Build a configuration from a file's content and the command line.
+
+    Args:
+        content: The content.
+        arguments: `--field value` of the command line.
+        place: Where the content comes from, for errors.
+
+    Returns:
+        The configuration, with absolute paths.
+
+    Raises:
+        UserError: A field is unknown, or has a value that it cannot have.
+    """
     pairs = parse_overrides(arguments, RunConfig)
     return configured(content, pairs, place, [key for key, _ in pairs])
 

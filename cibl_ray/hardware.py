@@ -56,7 +56,15 @@ def cpu_has_bf16() -> bool:
 
 @contextlib.contextmanager
 def enough_memory(task: str, remedy: str) -> Iterator[None]:
-    """Too little memory for a task, the machine's or the device's, as a UserError that names the remedy."""
+    """Run a task that may need more memory than the machine or the device has.
+
+    Args:
+        task: What is done, for the error.
+        remedy: What the user can change.
+
+    Raises:
+        UserError: There is too little memory.
+    """
     try:
         yield
     except (RuntimeError, MemoryError) as error:

@@ -32,9 +32,15 @@ def end(data: bytes | bytearray) -> int | None:
 
 
 def scans(data: bytes | bytearray, most: int, most_segments: int | None = None) -> int | None:
-    """Passes over the picture that a decoder makes: one, or several in a progressive file.
+    """Count the passes over the picture that a decoder makes: one, or several in a progressive file.
 
-    Counted up to `most`; None where there are more than `most_segments` before.
+    Args:
+        data: The JPEG file.
+        most: Where counting ends.
+        most_segments: How many segments are read; None: all.
+
+    Returns:
+        The scans, `most` at most; None where the file has more segments before.
     """
     count = 0
     for number, (marker, _) in enumerate(_markers(data)):

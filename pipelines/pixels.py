@@ -115,10 +115,19 @@ def opened(
     max_pixels: int | None = None,
     max_scans: int | None = 100,
 ) -> tuple[Image.Image, int]:
-    """As `decode`, but only the header is read and checked.
+    """Open an image file as `decode` does, but read and check its header alone.
+
+    Args:
+        data: An encoded file.
+        formats: As for `decode`.
+        max_pixels: As for `decode`.
+        max_scans: As for `decode`.
 
     Returns:
         The image, and how many passes over it a decoder makes (more than 1 only for progressive JPEGs).
+
+    Raises:
+        BadImageError: The header is damaged, or announces what is beyond a limit.
     """
     strict = max_pixels is not None and max_scans is not None
     file = _Counted(data) if strict else io.BytesIO(data)
@@ -312,7 +321,17 @@ def _refuse_dark_colours(image: Image.Image) -> None:
 
 
 def stored_size(width: int, height: int, square: int | None, max_side: int | None) -> tuple[int, int]:
-    """Width and height that an image is stored with: `square` both, else scaled down so that no side exceeds `max_side`."""
+    """Compute the size that an image is stored with.
+
+    Args:
+        width: Of the image, pixels.
+        height: Of the image, pixels.
+        square: Both sides of the result; None: the shape stays.
+        max_side: The longest side of the result, to which larger images are scaled down; None: the size stays.
+
+    Returns:
+        Width and height, pixels.
+    """
     if square is not None:
         return square, square
     scale = 1.0 if max_side is None else min(1.0, max_side / max(width, height))

@@ -47,9 +47,13 @@ _ANSWER = 3.0  # seconds for the head node to say whether they have a place
 
 
 def fit_on_cluster(config: RunConfig, folder: Path, resume: bool, options: Options) -> None:
-    """Train in `folder`, new or (with `resume`) an earlier run's, on a cluster.
+    """Train on a cluster.
 
-    Every node must see the folder, or a copy of it is kept in `options.storage`.
+    Args:
+        config: The run's configuration.
+        folder: The run folder. Every node must see it, or a copy of it is kept in `options.storage`.
+        resume: Whether the folder has an earlier run, to resume.
+        options: The cluster and its workers.
 
     Raises:
         UserError: The cluster has no room, the training failed, or workers were lost too often.

@@ -94,5 +94,14 @@ def fitting_cpus(nodes: list[dict[str, float]], workers: tuple[int, int], gpus: 
 
 
 def places(nodes: list[dict[str, float]], cpus: int, gpus: bool) -> int:
-    """How many workers of `cpus` CPUs (and a GPU) fit on the nodes."""
+    """Count the workers that fit on the nodes.
+
+    Args:
+        nodes: Each node's resources by name, as Ray has them.
+        cpus: CPUs of a worker.
+        gpus: Whether a worker needs a GPU.
+
+    Returns:
+        How many fit.
+    """
     return int(sum(min(node.get("CPU", 0) // cpus, node.get("GPU", 0) // 1 if gpus else float("inf")) for node in nodes))

@@ -47,7 +47,16 @@ def mark_beside(folder: Path, storage: str | None) -> Iterator[str | None]:
 
 
 def same_folder(folder: Path, mark: str | None, option: str = "--runs") -> None:
-    """Raise UserError where this node does not see the driver's files: a run begun here would be lost with the node."""
+    """Check that this node sees the driver's files: a run that begins here would otherwise be lost with the node.
+
+    Args:
+        folder: The run or sweep folder.
+        mark: The mark that the driver made beside it; None: there is none to look for.
+        option: The option that names the folder's place, for the error.
+
+    Raises:
+        UserError: It does not see them.
+    """
     if mark is not None and not Path(mark).exists():
         raise UserError(
             f"{socket.gethostname()} does not see {str(folder.parent)!r} as the driver does; give {option} a folder that all "

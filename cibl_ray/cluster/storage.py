@@ -40,7 +40,17 @@ def remove(uri: str) -> None:
 
 
 def fetched(uri: str) -> tuple[str, Path]:
-    """(the storage, the local folder) of a run at `uri`, whose files are brought here unless later ones of it are here."""
+    """Bring the files of a run here, unless later ones of it are here already.
+
+    Args:
+        uri: The run's place in a store.
+
+    Returns:
+        The storage, and the local folder.
+
+    Raises:
+        UserError: No run is there, the storage cannot be reached, or the folder holds another run.
+    """
     storage, name = split(uri)
     folder = (Path("runs") / name).absolute()
     mirror = Mirror(folder, uri)
@@ -52,9 +62,17 @@ def fetched(uri: str) -> tuple[str, Path]:
 
 
 def sync_with_copy(folder: Path, storage: str | None) -> str | None:
-    """The storage of a run that is resumed by its local folder: `storage`, or the one that it had, so that no copy goes stale.
+    """Bring a run's folder and its copy to the same state: the one that was trained further takes the place of the other.
 
-    Of the folder and its copy, the one that has been trained further takes the place of the other.
+    Args:
+        folder: The local run folder.
+        storage: The storage that was asked for; None: the one that the run had, so that its copy stays current.
+
+    Returns:
+        The storage; None where the run has none.
+
+    Raises:
+        UserError: The copy has another name, or the storage cannot be reached.
     """
     copy = copy_of(folder)
     if storage is None and copy is not None:
@@ -73,7 +91,15 @@ def sync_with_copy(folder: Path, storage: str | None) -> str | None:
 
 
 class Mirror:
-    """`uri` is the run's own, its last part the run's name. Raises UserError where it cannot be reached."""
+    """The copy of a run folder in a store.
+
+    Args:
+        folder: The run folder.
+        uri: The copy's own place. Its last part is the run's name.
+
+    Raises:
+        UserError: It cannot be reached.
+    """
 
     def __init__(self, folder: Path, uri: str) -> None:
         from pyarrow import ArrowException, fs  # a run in one process does without
@@ -91,7 +117,14 @@ class Mirror:
         return bool(self._files.get_file_info(f"{self._top}/{CONFIG}").is_file)
 
     def claim(self, resume: bool) -> None:
-        """Make the folder this run's. Raises UserError where it holds another one, whose files a download would replace."""
+        """Make the folder this run's.
+
+        Args:
+            resume: Whether the run has begun before.
+
+        Raises:
+            UserError: The folder holds another run, whose files a download would replace.
+        """
         known = copy_of(self._folder)
         if is_run(self._folder) and known != self._uri and (self.exists() or not resume):
             raise UserError(
@@ -134,7 +167,8 @@ class Mirror:
     def download(self) -> None:
         """Put the copy in the place of what the folder has; files that only the folder has stay.
 
-        Raises UserError where the folder has been trained further than the copy.
+        Raises:
+            UserError: The folder has been trained further than the copy.
         """
         from pyarrow import fs
 
@@ -158,7 +192,11 @@ class Mirror:
             self._sent[place] = _stamp(place)
 
     def upload(self) -> None:
-        """Bring the copy up to date. Raises OSError where the storage is full or gone."""
+        """Bring the copy up to date.
+
+        Raises:
+            OSError: The storage is full or gone.
+        """
         files = [
             path
             for path in self._folder.rglob("*")

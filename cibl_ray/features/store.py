@@ -93,7 +93,15 @@ class FeatureStore:
         return there, features[torch.from_numpy(order[place[there]])]
 
     def add(self, digests: np.ndarray, features: torch.Tensor) -> None:
-        """Keep the features (n, d) of images with these digests. Raises UserError where the disk is full."""
+        """Keep the features of images.
+
+        Args:
+            digests: Of the images, (n,).
+            features: (n, d).
+
+        Raises:
+            UserError: The disk is full.
+        """
         content = to_bytes({"digests": torch.from_numpy(digests.view(np.int64).copy()), "features": features.contiguous()})
         try:
             with locked(self.folder / ".lock"):

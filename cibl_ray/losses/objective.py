@@ -148,7 +148,11 @@ class Objective:
         return state
 
     def load(self, state: dict[str, torch.Tensor]) -> None:
-        """Take over what `state` gave. Raises UserError where that was of another queue or average."""
+        """Load what `state` returned.
+
+        Raises:
+            UserError: It is of another queue or average.
+        """
         # As torch's AveragedModel named them, in checkpoints of earlier versions.
         state = {name.replace("averaged.module.", "averaged."): state[name] for name in state if name != "averaged.n_averaged"}
         shapes = {name: tensor.shape for name, tensor in self.state().items()}

@@ -52,7 +52,18 @@ def supcon(z: torch.Tensor, labels: torch.Tensor, contrast: ContrastSet, classes
 def supcon_and_positives(
     z: torch.Tensor, labels: torch.Tensor, contrast: ContrastSet, classes: int, temperature: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`supcon`, and |P(m)| in its type, (M,)."""
+    """Compute `supcon`, and how many positives each anchor has.
+
+    Args:
+        z: Embeddings of unit norm, (M, d).
+        labels: int64 (M,).
+        contrast: The contrast set.
+        classes: C.
+        temperature: τ.
+
+    Returns:
+        `supcon`, (M,), and |P(m)| in its type, (M,).
+    """
     log_sum, positive_sum = pairs.pair_sums(z, labels, contrast, classes, temperature)
     positives = pairs.positive_counts(labels, contrast.labels, classes).to(positive_sum.dtype)
     return (log_sum - positive_sum / positives.clamp(min=1)).masked_fill(positives == 0, 0.0), positives

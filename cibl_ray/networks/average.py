@@ -16,6 +16,11 @@ def update_average(average: nn.Module, network: nn.Module, decay: float) -> None
     """Set average ← decay·average + (1 − decay)·network, for the parameters, without waiting for the device.
 
     (torch's AveragedModel asks it in every step whether it is the first.)
+
+    Args:
+        average: The average, which is changed.
+        network: A network of the same parameters.
+        decay: The share of the past, 0 to 1.
     """
     _move([*average.parameters()], [*network.parameters()], decay)
 

@@ -112,7 +112,13 @@ def optimizer_state(network: HybridNetwork, optimizer: torch.optim.Optimizer) ->
 
 
 def load_optimizer(network: HybridNetwork, optimizer: torch.optim.Optimizer, state: dict[str, torch.Tensor]) -> None:
-    """Take over what `optimizer_state` gave."""
+    """Give an optimizer the state that `optimizer_state` returned.
+
+    Args:
+        network: The network whose parameters it optimises.
+        optimizer: The optimizer.
+        state: The tensors. Those of parameters that the network does not have are left out.
+    """
     parameters = dict(network.named_parameters())
     for place, value in state.items():
         name, _, key = place.partition(":")
@@ -128,7 +134,13 @@ def load_optimizer(network: HybridNetwork, optimizer: torch.optim.Optimizer, sta
 
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint, keep_previous: bool = False) -> None:
-    """Write atomically. With `keep_previous`, the file that had the name stays as `previous.safetensors`."""
+    """Write a checkpoint atomically.
+
+    Args:
+        path: The file. Its folder is made where it is missing.
+        checkpoint: The checkpoint.
+        keep_previous: Keep the whole file that had the name as `previous.safetensors`.
+    """
     content = {
         "format": FORMAT,
         "config": checkpoint.config.model_dump(mode="json"),

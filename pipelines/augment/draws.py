@@ -86,7 +86,17 @@ class Stage:
 
 
 def draw(augmentation: Augmentation, size: int, batch: int, random: np.random.Generator) -> list[Stage]:
-    """The stages of one entry of a recipe, for `batch` images of `size` x `size` pixels."""
+    """Draw the stages of one entry of a recipe.
+
+    Args:
+        augmentation: The entry.
+        size: Width and height of the images, pixels.
+        batch: How many images there are.
+        random: Where the draws come from.
+
+    Returns:
+        The stages, in order.
+    """
     match augmentation:
         case AutoAugment():
             return _auto_augment(size, batch, random, augmentation.style == "authors")

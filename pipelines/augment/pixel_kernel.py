@@ -44,9 +44,16 @@ _CUT_OFF = float(CUT_OFF)
 
 
 def augment(views: torch.Tensor, result: torch.Tensor, number: int, stages: list[Stage]) -> None:
-    """View `number` of views after the stages, into the same place of result: both uint8 (B, V, S, S, 3), contiguous.
+    """Augment one view of each sample.
 
-    Raises ValueError where stages and tensors are not of one batch: the compiled code looks at no bounds.
+    Args:
+        views: uint8 (B, V, S, S, 3), contiguous.
+        result: Takes the view in the same place, likewise.
+        number: The view's number.
+        stages: What happens to it, in order.
+
+    Raises:
+        ValueError: Stages and tensors are not of one batch. The compiled code checks no bounds.
     """
     size, samples = views.shape[2], len(views)
     fit = views.shape == result.shape == (samples, views.shape[1], size, size, 3) and 0 <= number < views.shape[1]

@@ -51,7 +51,17 @@ class Augment(nn.Module):
         self.size, self.seed = size, seed
 
     def draw(self, view: int, epoch: int, step: int, batch: int) -> list[Stage]:
-        """What happens to view number `view` of each of `batch` samples, in order."""
+        """Draw what happens to one view of each sample.
+
+        Args:
+            view: The view's number.
+            epoch: The epoch.
+            step: The step within the epoch.
+            batch: How many samples there are.
+
+        Returns:
+            The stages, in order.
+        """
         stages = []
         for number, part in enumerate(self.recipes[view]):
             stages += draw(part, self.size, batch, stream(self.seed, "augment", epoch, step, view, number))
@@ -60,11 +70,20 @@ class Augment(nn.Module):
     def forward(
         self, views: torch.Tensor, epoch: int, step: int, rows: slice | None = None, batch: int | None = None, steps: int = 1
     ) -> torch.Tensor:
-        """Augment views, uint8 (B, V, S, S, 3), to new ones of that shape; the same tensor where no view has a recipe.
+        """Augment views.
 
-        rows, batch: where several processes share a batch of `batch` samples, these views are its `rows`; their draws are
-        then those that one process would make for the whole. steps: the views are those of so many steps, from `step` on, one
-        after the other: each keeps its draws, and a GPU launches as many kernels for all as for one.
+        Args:
+            views: uint8 (B, V, S, S, 3).
+            epoch: The epoch.
+            step: The step within the epoch.
+            rows: Where several processes share a batch, which of its rows these views are. Their draws are then those that
+                one process would make for the whole.
+            batch: How many samples the whole batch has; None: B.
+            steps: The views are those of so many steps, from `step` on, one after the other. Each keeps its draws, and a GPU
+                launches as many kernels for all as for one.
+
+        Returns:
+            Augmented views of the same shape; the same tensor where no view has a recipe.
         """
         if not any(self.recipes):
             return views

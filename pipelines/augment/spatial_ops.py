@@ -14,9 +14,17 @@ from pipelines.augment.draws import Op
 
 
 def inverse_affine(op: np.ndarray, value: np.ndarray, size: int) -> np.ndarray:
-    """From an output pixel to the input's, both counted from the image's middle: float64 (B, 2, 3).
+    """Compute the matrices from an output pixel to the input's, both counted from the image's middle.
 
     Shears leave the top left corner where it is, rotations the middle.
+
+    Args:
+        op: The operation of each image, (B,).
+        value: Its strength: pixels, degrees, or the shear's slope, (B,).
+        size: Width and height of the images, pixels.
+
+    Returns:
+        float64 (B, 2, 3).
     """
     angle = np.where(op == Op.ROTATE, np.deg2rad(value), 0)
     across, down = (np.where(op == shear, value, 0) for shear in (Op.SHEAR_X, Op.SHEAR_Y))
@@ -27,7 +35,16 @@ def inverse_affine(op: np.ndarray, value: np.ndarray, size: int) -> np.ndarray:
 
 
 def affine(planes: torch.Tensor, matrix: torch.Tensor, fill: tuple[int, int, int] = (0, 0, 0)) -> torch.Tensor:
-    """Each output pixel's nearest input pixel, `fill` where that lies outside. matrix: `inverse_affine`, float32 (B, 2, 3)."""
+    """Take each output pixel from its nearest input pixel.
+
+    Args:
+        planes: The images, (B, 3, S, S).
+        matrix: As `inverse_affine` gives it, float32 (B, 2, 3).
+        fill: The colour of pixels that lie outside of the input.
+
+    Returns:
+        Images of the same shape.
+    """
     size = planes.shape[-1]
     # In torchvision's order of operations, scaled to -1..1 and back, so that ties fall the same way.
     scaled = (matrix / (0.5 * size)).view(-1, 6, 1, 1)
@@ -106,7 +123,16 @@ def sharpness(planes: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
 
 
 def blur(planes: torch.Tensor, sigma: torch.Tensor, radius: int) -> torch.Tensor:
-    """A Gaussian of 2·radius + 1 taps across and down; the image is mirrored at its border."""
+    """Blur by a Gaussian of 2·radius + 1 taps across and down. The image is mirrored at its border.
+
+    Args:
+        planes: The images, (B, 3, S, S).
+        sigma: Of each image, pixels, (B,).
+        radius: Pixels.
+
+    Returns:
+        Images of the same shape.
+    """
     size = planes.shape[-1]
     distance = torch.arange(-radius, radius + 1, device=planes.device)
     weights = torch.softmax(-0.5 * (distance / sigma.view(-1, 1)) ** 2, dim=1).unbind(1)
@@ -121,7 +147,16 @@ def blur(planes: torch.Tensor, sigma: torch.Tensor, radius: int) -> torch.Tensor
 
 
 def cutout(planes: torch.Tensor, centre: torch.Tensor, width: int) -> torch.Tensor:
-    """A black square of `width` pixels about pixel number `centre` = row · S + column, clipped by the border."""
+    """Draw a black square, clipped by the border.
+
+    Args:
+        planes: The images, (B, 3, S, S).
+        centre: The middle pixel's number, row · S + column, of each image, (B,).
+        width: Of the square, pixels.
+
+    Returns:
+        Images of the same shape.
+    """
     size = planes.shape[-1]
     places = torch.arange(size, device=planes.device)
     row, column = centre.long().div(size, rounding_mode="floor"), centre.long().remainder(size)

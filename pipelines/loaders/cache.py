@@ -75,9 +75,17 @@ def local_workers() -> int:
 
 
 def by_pages(order: np.ndarray, pages: np.ndarray, group: int, seed: int, epoch: int) -> np.ndarray:
-    """`order` (rows) with the rows of `group` pages drawn at random first, then those of the next, and so on.
+    """Order rows by groups of pages: those of `group` pages that are drawn at random, then those of the next, and so on.
 
-    pages: of each row, as `Beton.pages`. Within a group the order stays as it was: random.
+    Args:
+        order: Rows, int64 (N,). Within a group they stay in this order.
+        pages: The page of each row, as `Beton.pages`.
+        group: Pages that are read together.
+        seed: Of the draw.
+        epoch: Of the draw.
+
+    Returns:
+        The rows, int64 (N,).
     """
     return order[np.argsort(_groups(pages, group, seed, epoch)[order], kind="stable")]
 

@@ -72,7 +72,17 @@ class Work(NamedTuple):
 
 
 def make_work(decoders: np.ndarray, size: int, heights: np.ndarray, widths: np.ndarray) -> Work:
-    """Buffers for images of these heights and widths, and cuts of `size`."""
+    """Make the buffers of `cut_batch` and `cut_pixels`.
+
+    Args:
+        decoders: Of libjpeg-turbo, one for each thread.
+        size: Width and height of a view, pixels.
+        heights: Of all images, pixels.
+        widths: Likewise.
+
+    Returns:
+        Buffers for the largest of the images.
+    """
     height, width = int(heights.max()), int(widths.max())
     pixels = int(((heights.astype(np.int64) + LANES) * (widths.astype(np.int64) + LANES)).max())
     threads, padded = len(decoders), -(-size // LANES) * LANES
@@ -436,7 +446,14 @@ def _cut_jpeg(address, bytes_, height, width, cuts, out, work, thread):  # type:
 
 @njit(parallel=True, **_OPTIONS)
 def cut_batch(positions: np.ndarray, out: np.ndarray, table: Table, work: Work) -> None:
-    """The views of the images at `positions` (int64 (B,)) of `table` into `out`: uint8 (B, V, S, S, 3)."""
+    """Cut the views of images.
+
+    Args:
+        positions: Of the images in `table`, int64 (B,).
+        out: Takes the views, uint8 (B, V, S, S, 3).
+        table: Where the images are, and their cuts.
+        work: Buffers, from `make_work`.
+    """
     refused = table.refused
     for i in prange(len(positions)):
         position, thread = positions[i], get_thread_id()
@@ -451,6 +468,13 @@ def cut_batch(positions: np.ndarray, out: np.ndarray, table: Table, work: Work) 
 
 @njit(**_OPTIONS)
 def cut_pixels(image: np.ndarray, cuts: np.ndarray, out: np.ndarray, work: Work) -> None:
-    """The views of RGB pixels (height, width, 3), `PADDING` bytes allocated after them, into `out`: uint8 (V, S, S, 3)."""
+    """Cut the views of one image's pixels.
+
+    Args:
+        image: RGB, uint8 (height, width, 3), with `PADDING` bytes allocated after it.
+        cuts: Its cuts, int32 (V, 5).
+        out: Takes the views, uint8 (V, S, S, 3).
+        work: Buffers, from `make_work`.
+    """
     for v in range(len(cuts)):
         _cut_rgb(image.ctypes.data, image.shape[0], image.shape[1], cuts[v], out[v], work, 0)

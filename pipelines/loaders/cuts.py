@@ -24,11 +24,19 @@ _ROUNDS, _EXACT = 1000, 1e-9  # of `worker_weights`: a dozen rounds where files 
 def epoch_order(
     labels: np.ndarray, sampling: Sampling | None, seed: int, epoch: int, weights: tuple[float, ...] | None = None
 ) -> np.ndarray:
-    """The rows of the file in the order of this epoch, int64 (N,): as many as there are, whatever the sampling.
+    """Draw the rows of one epoch.
 
-    instance: each row once. square_root, class_balanced: N·√n_c/Σ√n or N/C of them are of class c (rounded by a draw so that
-    the mean over epochs is exact), and within a class no row comes twice more than another. None: the file's order.
-    weights: of each class, in place of √n_c or 1, where these rows are only one worker's (`worker_weights`).
+    Args:
+        labels: Of the file's rows, (N,).
+        sampling: 'instance': each row once. 'square_root' and 'class_balanced': N·√n_c/Σ√n or N/C of the rows are of class c,
+            rounded by a draw so that the mean over epochs is exact. Within a class no row comes two times more than another.
+            None: the file's order.
+        seed: The run's seed.
+        epoch: The epoch.
+        weights: Of each class, in place of √n_c or 1, where these rows are only one worker's (`worker_weights`).
+
+    Returns:
+        Rows in their order, int64 (N,): as many as there are, whatever the sampling.
     """
     match sampling:
         case None:
@@ -55,12 +63,7 @@ def epoch_order(
 def worker_weights(
     counts: np.ndarray, sampling: Literal["square_root", "class_balanced"], batches: Sequence[int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """How often each of R workers, who read files of their own, draws each class.
-
-    Returns float64 (R, C), whose rows add up to 1, and what each class gets of its share over all workers: float64 (C,), 1
-    where it is exact.
-
-    counts: int64 (R, C), images in each worker's files, of each class at least one. batches: images of each in a step.
+    """Compute how often each of R workers that read files of their own draws each class.
 
     Of one reader of all files, class c has n_c^p of the draws, p = 1/2 or 0; a worker with n_rc of its images would draw it
     n_rc·n_c^(p-1) times as often as others. But every worker fills its batches, whether or not its files hold more of the tail
@@ -68,6 +71,15 @@ def worker_weights(
     together give every class its share: iterative proportional fitting (Deming & Stephan 1940), which finds the nearest table
     that does both. Where none does (classes that one worker alone has, and whose shares are more than it draws), batches are
     full and the classes' sums the nearest.
+
+    Args:
+        counts: Images in each worker's files, of each class at least one, int64 (R, C).
+        sampling: How often one reader of all files would draw each class.
+        batches: Images of each worker in a step, (R,).
+
+    Returns:
+        The draws, float64 (R, C), whose rows add up to 1; and what each class gets of its share over all workers, float64
+        (C,), 1 where it is exact.
     """
     classes = counts.sum(0) ** _POWERS[sampling]
     classes, workers = classes / classes.sum(), np.array(batches) / sum(batches)
@@ -89,10 +101,24 @@ def _evenly(rows: np.ndarray, quota: int, random: np.random.Generator) -> np.nda
 
 
 def draw_cuts(views: tuple[View, ...], size: int, heights: np.ndarray, widths: np.ndarray, seed: int, epoch: int) -> np.ndarray:
-    """The cuts of one epoch: int32 (N, V, 5), for N images of the given heights and widths in the epoch's order.
+    """Draw the cuts of one epoch.
 
     Position, not image, decides a draw, so that an image that comes twice in an epoch is cut twice. Every sample of every
-    view has a draw of its own. Raises UserError where an image is too small for a crop without resizing.
+    view has a draw of its own.
+
+    Args:
+        views: The views.
+        size: Width and height of a view, pixels.
+        heights: Of the images in the epoch's order, pixels, (N,).
+        widths: Likewise, (N,).
+        seed: The run's seed.
+        epoch: The epoch.
+
+    Returns:
+        int32 (N, V, 5).
+
+    Raises:
+        UserError: An image is too small for a crop without resizing.
     """
     heights, widths = heights.astype(np.int64), widths.astype(np.int64)
     cuts = np.empty((len(heights), len(views), 5), dtype=np.int32)

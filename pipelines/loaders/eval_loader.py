@@ -71,7 +71,19 @@ class EvalLoader:
 
 
 def eval_image(beton: Beton, row: int, rule: EvalRule) -> np.ndarray:
-    """uint8 (S, S, 3): an image of the file as evaluation sees it. Raises UserError where it is damaged."""
+    """Read one image as evaluation sees it.
+
+    Args:
+        beton: The file.
+        row: Of the image.
+        rule: What evaluation shows of an image.
+
+    Returns:
+        uint8 (S, S, 3).
+
+    Raises:
+        UserError: The image is damaged.
+    """
     data = beton.image(row)
     raw = beton.records["f0"]["mode"][row] == RAW
     try:

@@ -40,7 +40,11 @@ def _resident(beton: Beton, views: Sequence[View], config: LoaderConfig, device:
 
 
 def loader_kind(config: LoaderConfig) -> Literal["ffcv", "torch"]:
-    """The loader that `config` means on this machine. Raises UserError where FFCV is asked for and absent."""
+    """Decide which loader `config` means on this machine.
+
+    Raises:
+        UserError: FFCV is asked for, and is not installed.
+    """
     if config.kind == "torch":
         return "torch"
     if importlib.util.find_spec("ffcv") is not None:
@@ -53,9 +57,20 @@ def loader_kind(config: LoaderConfig) -> Literal["ffcv", "torch"]:
 def make_loader(
     prepared: Prepared, split: str, reading: ReadPlan, config: LoaderConfig, device: torch.device | None = None
 ) -> Loader:
-    """A loader of one split of prepared data. Raises UserError where the data cannot be read so.
+    """Make a loader of one split of prepared data.
 
-    device: where training will want the batches; by default the CPU.
+    Args:
+        prepared: The data.
+        split: 'train', 'val' or 'test'.
+        reading: What is read of it.
+        config: How it is read.
+        device: Where training will want the batches; None: the CPU.
+
+    Returns:
+        The loader.
+
+    Raises:
+        UserError: The data cannot be read so.
     """
     files = None
     if reading.drop_last:
@@ -100,7 +115,16 @@ def make_loader(
 
 
 def decide_cache(prepared: Prepared, split: str, config: LoaderConfig) -> LoaderConfig:
-    """`config` with cache 'auto' decided for this machine: by whether the split's files fit into its memory."""
+    """Decide cache 'auto' for this machine: by whether the split's files fit into its memory.
+
+    Args:
+        prepared: The data.
+        split: The split that is read.
+        config: The configuration.
+
+    Returns:
+        `config` with the decision.
+    """
     if config.cache != "auto":
         return config
     size = prepared.splits[split].bytes

@@ -124,12 +124,31 @@ class ReadPlan:
 
 
 def train_reading(data: DataConfig, batch_size: int, seed: int, share: Share = Share()) -> ReadPlan:
-    """Training: every view with its own draw, drawn as data.sampling says, full batches only."""
+    """Plan how training reads: every view with its own draw, samples as data.sampling says, full batches only.
+
+    Args:
+        data: The data configuration.
+        batch_size: Samples of this worker's batch.
+        seed: The run's seed.
+        share: Which part of each epoch this worker reads.
+
+    Returns:
+        The plan.
+    """
     return ReadPlan(data.views, data.size, batch_size, seed, data.sampling, drop_last=True, share=share)
 
 
 def eval_reading(data: DataConfig, batch_size: int, share: Share = Share()) -> ReadPlan:
-    """Evaluation: one central view, each sample once."""
+    """Plan how evaluation reads: one central view, each sample once.
+
+    Args:
+        data: The data configuration.
+        batch_size: Samples of this worker's batch.
+        share: Which part of the split this worker reads.
+
+    Returns:
+        The plan.
+    """
     view = View(cut=data.eval_cut, flip=0.0)
     return ReadPlan((view,), data.size, batch_size, 0, sampling=None, drop_last=False, share=share, rule=eval_rule(data))
 

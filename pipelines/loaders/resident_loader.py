@@ -33,7 +33,16 @@ def margin_of(views: Sequence[View]) -> int:
 
 
 def why_not_resident(beton: Beton, device: torch.device, margin: int = 0) -> str | None:
-    """Why these images cannot be held in the device's memory with a margin around each; None: they can."""
+    """Say why a file's images cannot be held in a device's memory.
+
+    Args:
+        beton: The file.
+        device: The device.
+        margin: Pixels around each image.
+
+    Returns:
+        The reason; None: they can be held.
+    """
     records = beton.records["f0"]
     if (records["mode"] != RAW).any():
         return "the images are stored as JPEG (data.store.mode: raw stores pixels)"

@@ -32,7 +32,7 @@ _PREFIX = re.compile(r"(/[A-Za-z0-9._~-]+)*/?")
 
 
 def download(url: str, cache: Path, name: str | None = None, precision: str = "fp32", key: str | None = None) -> Path:
-    """The model's file, from the cache where it is there and current. Raises UserError.
+    """Download a model, or take it from the cache where it is there and current.
 
     A download that broke off is resumed. A file counts only if its SHA-256 is the one that the service names. If the service
     does not answer, or its new version cannot be had, the cached model is used, with a line on standard error.

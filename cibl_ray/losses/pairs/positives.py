@@ -15,7 +15,16 @@ def class_counts(labels: torch.Tensor, classes: int) -> torch.Tensor:
 
 
 def positive_counts(labels: torch.Tensor, contrast_labels: torch.Tensor, classes: int) -> torch.Tensor:
-    """|P(m)|, the other members of m's class in the contrast set: int64 (M,)."""
+    """Count |P(m)|, the other members of m's class in the contrast set.
+
+    Args:
+        labels: Of the anchors, which are in the contrast set themselves, int64 (M,).
+        contrast_labels: int64 (A,).
+        classes: C.
+
+    Returns:
+        int64 (M,).
+    """
     return class_counts(contrast_labels, classes).index_select(0, labels) - 1
 
 
@@ -29,7 +38,19 @@ def class_sums(x: torch.Tensor, labels: torch.Tensor, classes: int) -> torch.Ten
 def positive_sums(
     z: torch.Tensor, labels: torch.Tensor, others: torch.Tensor, other_labels: torch.Tensor, start: int, classes: int
 ) -> torch.Tensor:
-    """Σ_{p∈P(m)} z_m·others_p, (M,), differentiable in z (M, d) and others (A, d), whose rows start, start+1, ... are z."""
+    """Compute Σ_{p∈P(m)} z_m·others_p, differentiable in z and others.
+
+    Args:
+        z: Embeddings of the anchors, (M, d).
+        labels: int64 (M,).
+        others: The contrast set, (A, d). Its rows start, start+1, ... are z.
+        other_labels: int64 (A,).
+        start: The row of the first anchor.
+        classes: C.
+
+    Returns:
+        (M,).
+    """
     # torch.compile takes no tensor twice.
     result: torch.Tensor = _PositiveSums.apply(
         z, None if others is z else others, labels, None if other_labels is labels else other_labels, start, classes

@@ -62,10 +62,17 @@ def log_sum_exp(
     exclude: torch.Tensor,
     weights: PairWeights | None = None,
 ) -> torch.Tensor:
-    """Compute log Σ_a w_ma·exp(z_m·others_a/τ), (M,), differentiable in z (M, d) and others (A, d), float32 or float64.
+    """Compute log Σ_a w_ma·exp(z_m·others_a/τ), differentiable in z and others.
 
-    Rows of z and others have norm 1, or about. exclude: int64 (M,), the column that does not count for each row. w is 1 where
-    `weights` are None.
+    Args:
+        z: Embeddings of norm 1, or about, float32 or float64 (M, d).
+        others: What they are contrasted with, likewise, (A, d).
+        temperature: τ.
+        exclude: The column that does not count for each row, int64 (M,).
+        weights: w; None: 1.
+
+    Returns:
+        (M,), in the type of z.
     """
     # torch.compile takes no tensor twice.
     result: torch.Tensor = _LogSumExp.apply(z, None if others is z else others, temperature, exclude, weights)
