@@ -7,10 +7,10 @@ import ctypes
 import platform
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import torch
 
+from cibl_ray.bundle.targets import cpu_info
 from cibl_ray.config import RunConfig
 from pipelines.common.cores import usable_cores
 from pipelines.common.errors import UserError
@@ -44,13 +44,13 @@ def describe(device: str) -> str:
 
 def cpu_name() -> str:
     """The processor's name."""
-    names = {line.partition(":")[2].strip() for line in _cpuinfo().splitlines() if line.startswith("model name")}
+    names = {line.partition(":")[2].strip() for line in cpu_info().splitlines() if line.startswith("model name")}
     return ", ".join(sorted(names)) or platform.machine()
 
 
 def cpu_has_bf16() -> bool:
     """Whether this CPU multiplies bf16 in hardware (AVX512-BF16 or AMX); elsewhere bf16 is slower than float32."""
-    flags = _cpuinfo()
+    flags = cpu_info()
     return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
@@ -116,10 +116,3 @@ def keep_freed_memory() -> None:
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 # What PyTorch's CPU allocator, CUDA itself and its libraries say; the last two where several processes share a GPU.
 _NO_MEMORY = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
-
-
-def _cpuinfo() -> str:
-    try:
-        return Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return ""

@@ -14,7 +14,7 @@ def this_machine() -> Target:
     """The int8 settings that suit the CPU here."""
     if platform.machine().lower() in ("aarch64", "arm64", "armv7l"):
         return "arm"
-    return "x86" if "vnni" in _flags() else "x86-avx2"
+    return "x86" if "vnni" in cpu_info() else "x86-avx2"
 
 
 def misfit(source: Mapping[str, Any]) -> str | None:
@@ -31,14 +31,14 @@ def misfit(source: Mapping[str, Any]) -> str | None:
     int8 = source.get("int8")
     target = int8.get("target") if isinstance(int8, Mapping) else None
     x86 = platform.machine().lower() in ("x86_64", "amd64", "i686")
-    flags = _flags()
+    flags = cpu_info()
     if target not in ("x86", "arm") or not x86 or not flags or "vnni" in flags:
         return None
     return f"is for {target}; this CPU lacks VNNI: sums overflow, answers are worse; use fp32, or export --target x86-avx2"
 
 
-def _flags() -> str:
-    """What Linux says of the CPU; nothing elsewhere."""
+def cpu_info() -> str:
+    """What Linux says of the CPU, in `/proc/cpuinfo`; empty elsewhere."""
     try:
         return Path("/proc/cpuinfo").read_text()
     except OSError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -105,7 +106,10 @@ def search(sweep: SweepConfig, base: dict[str, Any], folder: Path, left: int, ma
             callbacks=[_Recorder(folder, sweep, base, trial_places)],
         ),
     )
-    tuner.fit()
+    try:
+        tuner.fit()
+    finally:
+        shutil.rmtree(folder / OF_RAY, ignore_errors=True)  # what Ray Tune keeps for itself: the sweep's own files are all
 
 
 def _read(path: Path) -> dict[str, Any] | None:

@@ -166,7 +166,7 @@ def test_int8_is_quantised_and_close(bundle, run_folder):
 )
 def test_int8_that_overflows_on_a_cpu_is_told(machine, flags, here, overflow, bundle, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr("platform.machine", lambda: machine)
-    monkeypatch.setattr(targets, "_flags", lambda: flags)
+    monkeypatch.setattr(targets, "cpu_info", lambda: flags)
     assert targets.this_machine() == here
     for target in ("x86", "x86-avx2", "arm"):
         model = onnx.load(bundle / "model.int8.onnx")

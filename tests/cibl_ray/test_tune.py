@@ -104,6 +104,7 @@ def test_a_sweep_with_more_trials_than_slots_and_one_that_fails(folder):
         assert (folder / "whole" / "trials" / trial.name / "result.json").exists() == (trial.epochs == 4)
     assert all(trial.state == ("completed" if trial.epochs == 4 else "stopped") for trial in others)
     assert "The front, validation, in %" in text
+    assert not (folder / "whole" / ".ray").exists()
     with (folder / "whole" / "trials.csv").open() as file:
         rows = [*csv.DictReader(file)]
     assert {row["trial"] for row in rows} == {trial.name for trial in trials}
