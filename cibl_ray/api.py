@@ -273,10 +273,10 @@ class Run:
         return folder
 
     def resume(self, settings: Mapping[str, Any] | None = None, *, progress: bool = True) -> Run:
-        """Train on from the last checkpoint, to the last epoch of the configuration.
+        """Continue training from the last checkpoint, to the last epoch of the configuration.
 
         Args:
-            settings: Values by dotted name, which replace those of the run: {"train.epochs": 300} trains a finished run on.
+            settings: Values by dotted name, which replace those of the run: {"train.epochs": 300} trains a finished run longer.
             progress: Whether to show a progress bar and a line for each epoch.
 
         Returns:

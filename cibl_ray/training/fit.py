@@ -179,7 +179,7 @@ def _fit(trainer: Trainer, progress: Progress) -> dict[str, Any]:
     for warning in [*config_warnings(config), *_few_validation_images(prepared, folds)]:
         log.warning(warning)
     if trainer.epoch >= config.train.epochs:
-        log.info("all %d epochs are done; to train on: --resume %s --train.epochs N", trainer.epoch, folder)
+        log.info("all %d epochs are done; to train longer: --resume %s --train.epochs N", trainer.epoch, folder)
     result = trainer.fit(progress)
     crossed = cross_validate(trainer, folds) if folds else None
     rows = read_metrics(folder)
