@@ -25,6 +25,7 @@ from cibl_ray.tuning import report as sweep_report
 from cibl_ray.tuning import run as tuning_run
 from cibl_ray.tuning.config import METRICS, SweepConfig
 from cibl_ray.tuning.data import prepare_data
+from cibl_ray.tuning.folder import read_trials
 from cibl_ray.tuning.in_process import fits_in_process
 from cibl_ray.tuning.sweep import (
     Trial,
@@ -36,7 +37,6 @@ from cibl_ray.tuning.sweep import (
     load_sweep,
     most_epochs,
     objectives,
-    read_trials,
     trial_config,
     trial_name,
 )
