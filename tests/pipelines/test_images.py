@@ -11,7 +11,8 @@ from PIL import Image
 
 from pipelines import jpeg
 from pipelines.config import Store
-from pipelines.prepare.images import BadImageError, decode, pack, to_rgb
+from pipelines.pixels import BadImageError, decode, to_rgb
+from pipelines.prepare.images import pack
 
 
 def encode(image: Image.Image, kind: str, **options: object) -> bytes:
