@@ -17,7 +17,7 @@ from cibl_ray.tuning.folder import read_trials
 from cibl_ray.tuning.search import _read
 from cibl_ray.tuning.sweep import Trial, best, trial_name
 from pipelines.common.errors import UserError
-from pipelines.common.settings import validate
+from pipelines.common.validation import validate
 from tests.cibl_ray.test_damage import (
     binary,
     content,
