@@ -121,6 +121,7 @@ def test_slurm_script_stops_in_order_and_is_queued_again(tmp_path):
     assert (done.returncode, done.stderr) == (2, "slurm.sh: give the run a --name\n")
 
 
+@pytest.mark.slow  # a minute: a cluster, a job and its supervisor start
 @pytest.mark.timeout(280)
 def test_ray_job_submit(tmp_path):
     """A cluster with a dashboard on loopback, a job that trains in it, and its run folder."""

@@ -44,6 +44,7 @@ def two_nodes(cluster):
     return cluster, next(iter(cluster.worker_nodes), None) or cluster.add_node(num_cpus=1)
 
 
+@pytest.mark.slow  # a minute and a half: a node is lost and its processes are waited for
 def test_an_elastic_run_goes_on_with_the_nodes_that_are_left(folder, two_nodes):
     cluster, second = two_nodes
     options = new(folder, "elastic", "--epochs", "16", "--address", cluster.address)

@@ -452,6 +452,7 @@ def test_the_cluster_configuration_is_one_that_ray_serve_takes():
         build({**content["applications"][0]["args"], "tls_key": "x"})
 
 
+@pytest.mark.slow  # a minute: Serve starts with its own command
 def test_ray_serves_own_command_runs_the_configuration(bundle, tmp_path):
     """`serve run` of the shipped configuration, with this machine's paths and port in it; Ray Serve's own proxy in front."""
     port = free_port()
