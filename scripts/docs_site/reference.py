@@ -472,7 +472,7 @@ def _literal(text: str) -> str:
 # The Python API
 
 API = {
-    "cibl_ray": ("Train, evaluate, predict, export", "A tutorial: [the Python API](../tutorials/python.md)."),
+    "cibl_ray": ("Train, evaluate, predict, export", "A tutorial: [the Python API](../tutorials/python-notebook.md)."),
     "cibl_ray.losses": (
         "Losses as torch modules",
         "How to use them: [a loss in your own loop](../how-to/loss-in-your-loop.md). What each does: "
