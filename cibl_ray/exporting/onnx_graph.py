@@ -130,7 +130,7 @@ def to_fp16(base: Path, path: Path) -> None:
     onnx.save(convert_float_to_float16(onnx.load(base), keep_io_types=True), path)
 
 
-def to_int8(base: Path, path: Path, images: np.ndarray, target: Target) -> float:
+def to_int8(base: Path, path: Path, images: np.ndarray, target: Target, float_depthwise: bool = False) -> list[str]:
     """Convert the base graph to int8 convolutions (QDQ, a scale for each output channel).
 
     x86: uint8 activations, int8 weights, for CPUs with VNNI. x86-avx2: the same in 7 bits, which older CPUs add up without
@@ -143,15 +143,18 @@ def to_int8(base: Path, path: Path, images: np.ndarray, target: Target) -> float
         path: The converted graph.
         images: uint8 (N, S, S, 3), for calibration.
         target: The CPU that it is for.
+        float_depthwise: Whether depthwise convolutions stay in float32, too: they have few weights, and each channel's range
+            is its own, so that they lose most.
 
     Returns:
-        The mean distance of the logits from float32's.
+        The names of the convolutions that stay in float32.
     """
     from onnxruntime.quantization import CalibrationMethod
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     prepared = path.with_suffix(".prepared.onnx")
     quant_pre_process(str(base), str(prepared), skip_symbolic_shape=True)
+    kept = depthwise(prepared) if float_depthwise else []
     expected = _logits(base, images)
     ways = [(CalibrationMethod.MinMax, {}), *((CalibrationMethod.Percentile, {"CalibPercentile": p}) for p in (99.99, 99.999))]
     # The shares are counted over all activations of these images at once: keep them within a few gigabytes.
@@ -159,15 +162,29 @@ def to_int8(base: Path, path: Path, images: np.ndarray, target: Target) -> float
     nearest = np.inf
     for number, (method, options) in enumerate(ways):
         tried = path.with_suffix(f".{number}.onnx")
-        _quantize(prepared, tried, counted if options else images, target, method, options)
+        _quantize(prepared, tried, counted if options else images, target, method, options, kept)
         apart = float(np.abs(_logits(tried, images) - expected).mean())
         if apart < nearest:
             nearest = apart
             tried.replace(path)
-    return nearest
+    return kept
 
 
-def _quantize(model: Path, path: Path, images: np.ndarray, target: Target, method: Any, options: dict[str, Any]) -> None:
+def depthwise(model: Path) -> list[str]:
+    """The names of a graph's depthwise convolutions: those with as many groups as channels."""
+    graph = onnx.load(model).graph
+    shapes = {weights.name: weights.dims for weights in graph.initializer}
+    groups = {
+        node.name: (next((entry.i for entry in node.attribute if entry.name == "group"), 1), shapes.get(node.input[1], [0]))
+        for node in graph.node
+        if node.op_type == "Conv"
+    }
+    return [name for name, (count, shape) in groups.items() if count > 1 and count == shape[0]]
+
+
+def _quantize(
+    model: Path, path: Path, images: np.ndarray, target: Target, method: Any, options: dict[str, Any], kept: list[str]
+) -> None:
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
     whole = np.resize(images, (-(-len(images) // 16) * 16, *images.shape[1:]))  # from the start again where a batch is not full
@@ -186,6 +203,7 @@ def _quantize(model: Path, path: Path, images: np.ndarray, target: Target, metho
             Reader(),
             quant_format=QuantFormat.QDQ,
             op_types_to_quantize=["Conv", "Add", "Relu", "MaxPool"],
+            nodes_to_exclude=kept,
             per_channel=True,
             reduce_range=target == "x86-avx2",
             activation_type=QuantType.QInt8 if symmetric else QuantType.QUInt8,

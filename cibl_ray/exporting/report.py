@@ -73,6 +73,7 @@ def write_model_card(path: Path, manifest: dict[str, Any], sizes: dict[str, int]
         cells = [_percent(figures[name]) for name in names]
         lines.append(f"| {precision} | {' | '.join(cells)} | {sizes[precision] / 1e6:.2f} MB |")
     lines += [
+        *_float_lines(source.get("int8")),
         "",
         "`tail_shift` moves the answers along the head-tail trade-off, without training again "
         "(logits − tail_shift · log prior):",
@@ -117,6 +118,16 @@ def write_model_card(path: Path, manifest: dict[str, Any], sizes: dict[str, int]
         "",
     ]
     path.write_text("\n".join(lines))
+
+
+def _float_lines(of_int8: dict[str, Any] | None) -> list[str]:
+    """Which layers of int8 are in float32; nothing of a bundle without int8, or of an earlier version."""
+    layers = (of_int8 or {}).get("float_layers")
+    if layers is None:
+        return []
+    first, *convolutions = layers
+    more = f", and {len(convolutions)} depthwise convolutions: with them in int8 a group lost too much" if convolutions else ""
+    return ["", f"int8 has a scale for each output channel. In float32 stays {first}{more}."]
 
 
 def pretrained_lines(pretrained: dict[str, Any] | None) -> list[str]:

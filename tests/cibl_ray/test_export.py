@@ -154,6 +154,32 @@ def test_int8_is_quantised_and_close(bundle, run_folder):
     assert (fp32.argmax(1) == int8.argmax(1)).mean() > 0.8
 
 
+def test_int8_that_loses_too_much_keeps_depthwise_convolutions_in_float32(tmp_path, monkeypatch, caplog):
+    """A network of depthwise and plain convolutions: the first int8 is refused, the second one is the bundle's."""
+    run = small_run(
+        tmp_path, "--network.backbone", "{kind: timm, name: test_efficientnet, weights: none}", "--epochs", "1",
+        "--warmup_epochs", "0", "--loss", "{kind: cross_entropy}",
+    )  # fmt: skip
+    losses = ["few falls from 97.78 % to 95.56 % on the test images", "", ""]
+    monkeypatch.setattr(module._Export, "_loss", lambda self, scores, precision: losses.pop(0) if precision == "int8" else "")
+    options = Options(precisions=("fp32", "int8"), calibration=20, provider="cpu")
+    made = make_bundle(run / "checkpoints" / "last.safetensors", tmp_path / "out", options)
+    assert losses == [""]  # once when the first int8 was measured, once for the second
+    graph = onnx.load(made.folder / "model.int8.onnx").graph
+    weights = {entry.name for entry in graph.initializer}
+    of = {node.name: node for node in graph.node if node.op_type == "Conv"}
+    groups = {name: next((entry.i for entry in node.attribute if entry.name == "group"), 1) for name, node in of.items()}
+    kept = {name for name, count in groups.items() if count > 1}
+    assert kept
+    for name, node in of.items():  # quantised weights come out of a DequantizeLinear
+        assert (node.input[1] in weights) == (name in kept), name
+    card = open_bundle(made.folder).card
+    assert card.source["int8"]["float_layers"] == ["what follows the pooling", *kept]
+    assert any(f"its {len(kept)} depthwise convolutions stay in float32" in line for line in caplog.messages)
+    said = f"In float32 stays what follows the pooling, and {len(kept)} depthwise convolutions: with them in int8"
+    assert said in (made.folder / "README.md").read_text()
+
+
 @pytest.mark.parametrize(
     ("machine", "flags", "here", "overflow"),
     [
