@@ -224,6 +224,8 @@ def fits_a_phone(tab: Tab, address: str, scheme: str) -> None:
     tab.page.set_input_files("#files", [upload(LONG_NAME, encoded("PNG", 2))])
     shown(tab)
     assert tab.page.evaluate("document.documentElement.scrollWidth") == PHONE["width"]
+    assert tab.page.evaluate("document.querySelector('#results').getBoundingClientRect().top < innerHeight")
+    assert tab.page.evaluate("(({ scrollWidth, clientWidth }) => scrollWidth <= clientWidth)(document.querySelector('.tall'))")
     assert re.search(r"(many|medium|few), [\d,]+ images", tab.page.locator(".bars").inner_text())
     back = tab.page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (sum(map(int, back[4:-1].split(","))) < 200) == (scheme == "dark")

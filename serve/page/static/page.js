@@ -184,6 +184,8 @@ function add(files) {
   }
   state.items.push(...added);
   $("clear").hidden = state.items.length === 0;
+  const place = $("results").getBoundingClientRect();
+  if (place.top > innerHeight || place.top < 0) $("status").parentElement.scrollIntoView(); // on a phone it is below the slider
   answer(added);
 }
 
