@@ -148,8 +148,8 @@ function showPlaceHint() {
   const isolated = globalThis.crossOriginIsolated ? "" : " Here it uses one thread, because this page is not isolated from other origins.";
   $("place-hint").textContent =
     !place.startsWith("service") ? `The image does not leave this device. The model is loaded once, and its SHA-256 is checked.${isolated}`
-    : api.config.browser ? "Images are sent to the service. Its time is decoding and the model; the whole request has the way there and back, and the wait for other requests. In this browser the same model gives the same answers, without sending them."
-    : "Images are sent to the service. Its time is decoding and the model; the whole request has the way there and back, and the wait for other requests. To run the model in this browser, the service needs onnxruntime-web: python -m serve.page.ort";
+    : api.config.browser ? "Images are sent to the service. Its time is decoding and the model; the whole request has the way and the wait, too. In this browser the same model gives the same answers, without sending them."
+    : "Images are sent to the service. Its time is decoding and the model; the whole request has the way and the wait, too. To run the model in this browser, the service needs onnxruntime-web: python -m serve.page.ort";
 }
 
 /** The model in this browser, opened once while it is chosen. */
