@@ -116,6 +116,9 @@ def test_drop_and_slider_rank_as_the_server_does(opened, simple):
         assert [index for index, _ in bars] == [row["index"] for row in asked["top"]]
         assert [share for _, share in bars] == pytest.approx([row["probability"] for row in asked["top"]], abs=1e-4)
         assert len(opened.requests) == before  # the browser ranks by itself
+        best = opened.page.locator(".bars li").first
+        said = f"thrown.png: {best.locator('.label').inner_text()}, {best.locator('.prob').inner_text()}."
+        assert opened.page.inner_text("#status") == said
     drop(opened, encoded("PNG", 12), "paste")
     opened.page.wait_for_selector(".result:nth-child(2)")
     assert len(shown(opened)) == 2

@@ -12,7 +12,7 @@ const AT_ONCE = 4; // requests
 const MOST = 200; // images on the page
 
 const $ = (id) => document.getElementById(id);
-const state = { api: null, gpu: null, models: [], model: null, shift: 0, items: [], number: 0, place: null, opened: new Map() };
+const state = { api: null, gpu: null, models: [], model: null, shift: 0, items: [], number: 0, place: null, opened: new Map(), told: null };
 
 async function start() {
   let config;
@@ -101,12 +101,18 @@ function listen() {
     else tell("That was not a file. Drop image files, or paste an image.");
   });
   let asked = 0;
+  const moved = () => {
+    cancelAnimationFrame(asked);
+    showShift();
+    state.items.forEach(showAnswer);
+  };
   $("shift").addEventListener("input", () => {
     cancelAnimationFrame(asked);
-    asked = requestAnimationFrame(() => {
-      showShift();
-      state.items.forEach(showAnswer);
-    });
+    asked = requestAnimationFrame(moved);
+  });
+  $("shift").addEventListener("change", () => {
+    moved();
+    if (state.told?.logits && state.items.includes(state.told)) $("status").textContent = spoken(state.told);
   });
   $("clear").addEventListener("click", () => {
     state.items.forEach((item) => URL.revokeObjectURL(item.url));
@@ -229,6 +235,7 @@ async function answer(items) {
       if (problem) failed++;
       done++;
       showAnswer(item);
+      state.told = done === items.length && items.length === 1 && !problem ? item : null;
       $("status").textContent =
         done < items.length ? `${done} of ${items.length} images answered.` : items.length === 1 && !problem ? spoken(item) : `${done - failed} of ${items.length} images answered${failed ? `, ${failed} failed` : ""}.`;
     }
