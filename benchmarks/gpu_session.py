@@ -63,8 +63,9 @@ def pack(images: Path, archive: Path, budget: str, prepared: Path, preset: int =
     names: dict[str, Path] = {}
     for config, *options in data_options(budget):
         here, there = (load_config(config, [*options, *_SOURCE, place]) for place in (str(images), _NOWHERE))
-        data = here.data.model_copy(update={"prepared": prepared})
-        names[prepared_folder(there.data, there.seed).name] = ensure_prepared(data, here.seed).folder
+        data, name = here.data.model_copy(update={"prepared": prepared}), prepared_folder(there.data, there.seed).name
+        if name not in names:
+            names[name] = ensure_prepared(data, here.seed).folder
     with lzma.open(archive, "wb", preset=preset) as compressed, tarfile.open(fileobj=compressed, mode="w") as file:
         for name, folder in names.items():
             file.add(folder, name)

@@ -133,7 +133,8 @@ def computed(config: RunConfig) -> dict[str, Any]:
     return content
 
 
-_EXECUTION = ("device", "compile", "checkpoint_every", "checkpoint_minutes", "eval_batch_size")
+# A run's own folder says which precision was decided for it when it began.
+_EXECUTION = ("device", "precision", "compile", "checkpoint_every", "checkpoint_minutes", "eval_batch_size")
 
 
 def refuse_another(folder: Path, config: RunConfig) -> None:

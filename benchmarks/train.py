@@ -8,6 +8,7 @@ train_step  Training end to end (images are read, cut, normalised and trained on
             backward and optimizer on normalised batches in memory).
 step        The bare step by precision, memory layout and compiler (torch.compile, not with --quick). arithmetic_share: the time
             that the network's multiply-adds would take at the best rate of a large product here, over the step's time.
+            auto_over_best: the rate of what `train.precision: auto` and `train.compile: auto` choose, over the best side's.
 resident    Training from images in memory, from FFCV, and by a plain PyTorch script: a DataLoader with one worker a core,
             torchvision's v2 functions on uint8 tensors (the fastest way in benchmarks.cifar_loader), eager, contiguous,
             float32; once more with bf16 autocast where this machine has bf16.
@@ -44,6 +45,7 @@ from cibl_ray.hardware import resolve
 from cibl_ray.losses.objective import Images, Objective
 from cibl_ray.networks.network import Outputs, build_network
 from cibl_ray.run.folder import RESULT
+from cibl_ray.training.arithmetic import Arithmetic, fastest, time_steps
 from cibl_ray.training.trainer import Trainer
 from cibl_ray.world import World
 from pipelines.common.cores import usable_cores
@@ -157,7 +159,8 @@ def train_step(arguments: argparse.Namespace, flags: list[str]) -> None:
 
 def step(arguments: argparse.Namespace, flags: list[str]) -> None:
     """The mode `step`."""
-    config, prepared = cifar10_lt(arguments.images, "--data.profile.largest", "500", "--loader.kind", "resident", *flags)
+    few = () if any(flag.startswith("--data.profile") for flag in flags) else ("--data.profile.largest", "500")
+    config, prepared = cifar10_lt(arguments.images, *few, "--loader.kind", "resident", *flags)
     config = resolve(config)
     precisions = ("fp32", "bf16") if config.train.precision == "bf16" else ("fp32",)
     steps = 2 if arguments.quick else 8
@@ -172,12 +175,21 @@ def step(arguments: argparse.Namespace, flags: list[str]) -> None:
     rates = alternate(sides, rounds=2 if arguments.quick else 7)
     peaks = {precision: peak(torch.device(config.train.device), precision) for precision in precisions}
     used = f"{precisions[-1]}, channels_last"
+    fixed = {
+        Arithmetic("bf16" if side.startswith("bf16") else "fp32", side.endswith("compiled")): side
+        for side in sides
+        if "channels_last" in side
+    }
+    chosen = fixed[fastest(time_steps(config, len(prepared.classes), [*fixed]))]
+    best = max(rate["median"] for rate in rates.values())
     report(
         images_per_s=rates,
         megaflops_an_image=round(work / 1e6, 1),
         peak_gigaflops={precision: round(value / 1e9) for precision, value in peaks.items()},
         arithmetic_share={side: round(rates[side]["median"] * work / peaks[side.partition(",")[0]], 3) for side in sides},
-        ratios={
+        auto=chosen,
+        ratios={"auto_over_best": round(rates[chosen]["median"] / best, 3)}
+        | {
             f"used_over_{side.replace(', ', '_')}": round(rates[used]["median"] / rates[side]["median"], 2)
             for side in sides
             if side != used

@@ -169,7 +169,8 @@ class TrainConfig(Settings):
     eval_batch_size: int = Field(default=500, ge=1, description="Images in a batch of evaluation.")
     precision: Literal["auto", "fp32", "bf16"] = Field(
         default="auto",
-        description="auto: bf16 mixed precision where the GPU or CPU has it, else fp32 (on GPUs with TF32 in convolutions).",
+        description="auto: bf16 mixed precision where the GPU or CPU has it, else fp32 (on GPUs with TF32 in convolutions); "
+        "a run of ten minutes or more times a few steps of both.",
     )
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto: a GPU where there is one.")
     average: float | None = Field(
@@ -179,9 +180,10 @@ class TrainConfig(Settings):
         description="Decay of an exponential average of the weights, for example 0.999. The average is then evaluated and "
         "exported; null: the weights themselves.",
     )
-    compile: bool = Field(
+    compile: bool | Literal["auto"] = Field(
         default=False,
-        description="Compile the networks with torch.compile, on a GPU as CUDA graphs. Takes half a minute and a C++ compiler.",
+        description="Compile the networks with torch.compile, on a GPU as CUDA graphs. Takes half a minute and a C++ compiler. "
+        "auto: where a few steps of the run's own network, timed as it starts, are faster so; not for runs below 30 minutes.",
     )
     checkpoint_every: int = Field(default=1, ge=1, description="Epochs between checkpoints.")
     checkpoint_minutes: float | None = Field(
@@ -222,7 +224,7 @@ class RunConfig(Settings):
                 f"optimizer.sam computes each step twice, and loss {self.loss.kind!r} keeps what it has seen; set "
                 "loss.queue to 0 and loss.momentum to null, or leave sam out"
             )
-        if self.train.compile and self.train.accumulate > 1:
+        if self.train.compile is True and self.train.accumulate > 1:
             raise ValueError("train.accumulate > 1 does not go with train.compile; set one of them back")
         if self.train.folds == 1:
             raise ValueError("train.folds is 1, and one fold leaves nothing to train on; set 0 for none, or 2 and more")

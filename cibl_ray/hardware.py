@@ -17,7 +17,7 @@ from pipelines.common.errors import UserError
 
 
 def resolve(config: RunConfig) -> RunConfig:
-    """Decide every 'auto' of a configuration for this machine.
+    """Decide every 'auto' of a configuration for this machine, by rule; `training.arithmetic` times what a long run may gain.
 
     Raises:
         UserError: `train.device` is 'cuda' and no GPU is visible.
@@ -29,10 +29,14 @@ def resolve(config: RunConfig) -> RunConfig:
         raise UserError("train.device is 'cuda', but no CUDA device is visible; set it to 'cpu' or 'auto'")
     precision = config.train.precision
     if precision == "auto":
-        # A GPU without bf16 arithmetic has it emulated, slower than float32.
-        has = torch.cuda.is_bf16_supported(including_emulation=False) if device == "cuda" else cpu_has_bf16()
-        precision = "bf16" if has else "fp32"
-    return config.model_copy(update={"train": config.train.model_copy(update={"device": device, "precision": precision})})
+        precision = "bf16" if has_bf16(device) else "fp32"
+    decided = {"device": device, "precision": precision, "compile": config.train.compile is True}
+    return config.model_copy(update={"train": config.train.model_copy(update=decided)})
+
+
+def has_bf16(device: str) -> bool:
+    """Whether a device multiplies bf16 in hardware. A GPU without that emulates it, slower than float32."""
+    return torch.cuda.is_bf16_supported(including_emulation=False) if device == "cuda" else cpu_has_bf16()
 
 
 def describe(device: str) -> str:

@@ -112,9 +112,7 @@ def record(
 
 def anywhere(config: RunConfig) -> dict[str, Any]:
     """What decides a run's result, on any machine: 'auto' precision differs between them, and a line says what it was."""
-    content = computed(config)
-    content["train"].pop("precision")
-    return content
+    return computed(config)
 
 
 def is_of(line: Line, config: RunConfig) -> bool:

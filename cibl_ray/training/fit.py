@@ -37,6 +37,7 @@ from cibl_ray.run.mend import mend
 from cibl_ray.run.progress import Progress, messages_to
 from cibl_ray.run.stop import Stop
 from cibl_ray.training.advice import classes_at_zero, next_steps
+from cibl_ray.training.arithmetic import decide
 from cibl_ray.training.folds import cross_validate, few_validation_images, folds_of
 from cibl_ray.training.trainer import Trainer
 from cibl_ray.world import PeerLostError, World, require_own_gpu
@@ -95,6 +96,7 @@ def _fit_in(
     patience: float,
     stop: Stop,
 ) -> dict[str, Any]:
+    asked = config.train
     config = world.broadcast_from_rank0(lambda: resolve(config))
     require_own_gpu(config.train.device)
     if not resume:
@@ -117,6 +119,9 @@ def _fit_in(
         # Chosen when the run began: another order of images would not fit the checkpoint's epoch.
         loader = config.loader.model_copy(update={"cache": checkpoint.config.loader.cache})
         config = config.model_copy(update={"loader": loader})
+    if not resume:  # a resumed run has what was decided when it began
+        steps = prepared.splits["train"].samples // config.train.batch_size
+        config = world.broadcast_from_rank0(lambda: decide(config, asked, steps, len(prepared.classes)))
     trainer = Trainer(config, prepared, folder, world, start=checkpoint, stop=stop)
     if checkpoint is not None:
         trainer.restore(checkpoint)

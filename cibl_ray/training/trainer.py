@@ -119,7 +119,7 @@ class Trainer:
         self._rows: list[dict[str, Any]] | None = None  # of the checkpoint's log
         self._log: RunLog | None = None
         self._first_steps: FirstSteps | None = None
-        if train.compile:
+        if train.compile is True:
             for network in self.objective.networks:
                 compile_network(network, self.device)
         # A head alone gains nothing by bf16.
@@ -320,7 +320,7 @@ class Trainer:
 
     def _gradients(self, streams: list[Images]) -> dict[str, torch.Tensor]:
         """Compute the gradients of a step, summed over all workers, and its terms."""
-        begin_step(self.config.train.compile)
+        begin_step(self.config.train.compile is True)
         parts = self.config.train.accumulate
         terms: _Tensors = {}
         progress = self.epoch / self.config.train.epochs

@@ -265,8 +265,10 @@ def test_cmo_draws_its_sources_class_balanced_and_keeps_the_first_and_last_epoch
     sampled = torch.zeros(10)
     for epoch in range(4):
         for own, other in zip(run.feeds[0].steps(epoch, 0), run.feeds[1].steps(epoch, 0), strict=True):
-            run.epoch = epoch
             sampled += torch.bincount(other.labels, minlength=10)
+            if run.epoch == epoch and len(seen) > epoch:
+                continue  # one step of an epoch is enough
+            run.epoch = epoch
             run.optimize([own, other])
             assert len(seen[-1]) == 1  # the loss sees one stream
             assert (seen[-1][0].mixed is not None) == (epoch == 1)
