@@ -38,7 +38,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         files.append(File.generated(config, target, content=text))
     for file in [file for file in files if file.src_uri.endswith(".ipynb")]:
         text = notebook_page(json.loads(file.content_string), PurePosixPath(file.src_uri).name)
-        path = file.src_uri.replace(".ipynb", "-notebook.md")
+        path = _page_of(file.src_uri)
         files.append(File.generated(config, path, content=text, inclusion=InclusionLevel.NOT_IN_NAV))
     for path, text in reference.pages().items():
         files.append(File.generated(config, path, content=text))
@@ -54,6 +54,11 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
                     continue
                 files.append(File.generated(config, f"repository/{path}", abs_src_path=str(source)))
     return files
+
+
+def _page_of(notebook: str) -> str:
+    """The page of a notebook: NAME-notebook.md, because NAME.md may be there, too."""
+    return f"{notebook.removesuffix('.ipynb').removesuffix('-notebook')}-notebook.md"
 
 
 def notebook_page(notebook: dict[str, Any], name: str) -> str:
@@ -92,7 +97,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     def fix(match: re.Match[str]) -> str:
         path = _repository_path(match[2], page.file.src_uri)
         if path is None and match[2].endswith(".ipynb"):
-            return f"{match[1]}{match[2].removesuffix('.ipynb')}-notebook.md{match[3]}"
+            return f"{match[1]}{_page_of(match[2])}{match[3]}"
         if path is None:
             return match[0]
         return f"{match[1]}{os.path.relpath(PAGES.get(path, f'repository/{path}'), here)}{match[3]}"
