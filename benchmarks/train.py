@@ -8,7 +8,8 @@ train_step  Training end to end (images are read, cut, normalised and trained on
             backward and optimizer on normalised batches in memory).
 step        The bare step by precision, memory layout and compiler (torch.compile, not with --quick). arithmetic_share: the time
             that the network's multiply-adds would take at the best rate of a large product here, over the step's time.
-            auto_over_best: the rate of what `train.precision: auto` and `train.compile: auto` choose, over the best side's.
+            auto_over_best: the rate of what `train.precision: auto` and `train.compile: auto` choose, over that of the best
+            of the fixed choices, all channels-last.
 resident    Training from images in memory, from FFCV, and by a plain PyTorch script: a DataLoader with one worker a core,
             torchvision's v2 functions on uint8 tensors (the fastest way in benchmarks.cifar_loader), eager, contiguous,
             float32; once more with bf16 autocast where this machine has bf16.
@@ -181,7 +182,7 @@ def step(arguments: argparse.Namespace, flags: list[str]) -> None:
         if "channels_last" in side
     }
     chosen = fixed[fastest(time_steps(config, len(prepared.classes), [*fixed]))]
-    best = max(rate["median"] for rate in rates.values())
+    best = max(rates[side]["median"] for side in fixed.values())
     report(
         images_per_s=rates,
         megaflops_an_image=round(work / 1e6, 1),
