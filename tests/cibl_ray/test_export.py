@@ -174,7 +174,9 @@ def test_int8_that_loses_too_much_keeps_depthwise_convolutions_in_float32(tmp_pa
     for name, node in of.items():  # quantised weights come out of a DequantizeLinear
         assert (node.input[1] in weights) == (name in kept), name
     card = open_bundle(made.folder).card
-    assert card.source["int8"]["float_layers"] == ["what follows the pooling", *kept]
+    first, *convolutions = card.source["int8"]["float_layers"]
+    assert first == "what follows the pooling"
+    assert sorted(convolutions) == sorted(kept)
     assert any(f"its {len(kept)} depthwise convolutions stay in float32" in line for line in caplog.messages)
     said = f"In float32 stays what follows the pooling, and {len(kept)} depthwise convolutions: with them in int8"
     assert said in (made.folder / "README.md").read_text()
