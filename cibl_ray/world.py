@@ -34,6 +34,9 @@ class World:
 
     Only rank 0 writes files and shows progress.
 
+    Args:
+        alone: Whether to leave out the other workers: for what one of them computes by itself.
+
     Attributes:
         rank: This worker's number, from 0.
         size: The number of workers.
@@ -41,8 +44,8 @@ class World:
             launched in that time.
     """
 
-    def __init__(self) -> None:
-        joined = dist.is_available() and dist.is_initialized()
+    def __init__(self, alone: bool = False) -> None:
+        joined = dist.is_available() and dist.is_initialized() and not alone
         self.rank = dist.get_rank() if joined else 0
         self.size = dist.get_world_size() if joined else 1
         self.communication_seconds = 0.0

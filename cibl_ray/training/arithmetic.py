@@ -154,7 +154,7 @@ class _Timer:
         network = build_network(config.network, self._classes, needs, config.seed).to(device)
         network.freeze(train.tune, train.partial)
         network.train()
-        objective = Objective(config.loss, network, np.ones(self._classes, np.int64), device, World(), micro)
+        objective = Objective(config.loss, network, np.ones(self._classes, np.int64), device, World(alone=True), micro)
         optimizer = make_optimizer(network, config.optimizer, fused=device.type == "cuda")
         if choice.compile:
             for each in objective.networks:
