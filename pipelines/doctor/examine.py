@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import sys
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
 
 import numpy as np
 from PIL import Image
 
-from pipelines.common.cores import usable_cores
 from pipelines.common.errors import UserError
 from pipelines.common.progress import counted
+from pipelines.common.threads import in_threads
 from pipelines.config import DataConfig
 from pipelines.exif import orientation
 from pipelines.library_warnings import collected_warnings
@@ -156,13 +156,7 @@ def _looks(images: Images, data: DataConfig) -> Iterator[Look | BadImageError]:
                 size=len(source) if isinstance(source, bytes) else source.nbytes,
             )
 
-        todo = iter(range(len(images)))
-        with ThreadPoolExecutor(usable_cores()) as pool:
-            pending: list[Future[Look | BadImageError]] = [pool.submit(work, i) for i in islice(todo, 16 * usable_cores())]
-            try:
-                while pending:
-                    yield pending.pop(0).result()
-                    pending += [pool.submit(work, i) for i in islice(todo, 1)]
-            finally:
-                for future in pending:
-                    future.cancel()
+        with contextlib.closing(in_threads(work, range(len(images)))) as looks:
+            yield from looks
+    if warned.text():
+        print(f"doctor: {warned.text()}", file=sys.stderr)

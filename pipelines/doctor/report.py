@@ -21,7 +21,7 @@ from pipelines.prepare.pictures import COLORS, GROUPS, shot_groups
 from pipelines.prepare.sources import class_counts
 from pipelines.prepare.writer import line_of
 
-PAGE, CONTENT, EXCLUDE = "doctor.html", "doctor.json", "exclude.txt"
+PAGE, CONTENT, EXCLUDE, BEFORE = "doctor.html", "doctor.json", "exclude.txt", "exclude.before.txt"
 _GROUPS, _IMAGES, _NAMED = 12, 4, 10_000  # of a finding: groups and images of a group on the page, images in the JSON file
 _THUMBNAIL = 120  # pixels
 _WORDS = {"fault": "Fault", "look": "Have a look", "note": "Note"}
@@ -61,7 +61,10 @@ def write_report(folder: Path, examined: Examined, findings: list[Finding], data
     write_atomically(folder / PAGE, _page(content, examined, findings, data))
     excluded = sorted({number for finding in findings for number in finding.exclude})
     lines = "".join(f"{line_of(examined.name[number])}\n" for number in excluded)
-    (folder / EXCLUDE).write_text(lines, encoding="utf-8", errors="surrogateescape")
+    path = folder / EXCLUDE
+    if path.exists() and path.read_bytes() != lines.encode("utf-8", "surrogateescape"):  # a person may have worked on it
+        path.replace(folder / BEFORE)
+    write_atomically(path, lines.encode("utf-8", "surrogateescape"))
     return content
 
 
@@ -142,7 +145,7 @@ def _section(finding: Finding, examined: Examined, data: DataConfig) -> str:
 
 def _figure(examined: Examined, number: int, data: DataConfig) -> str:
     label = examined.classes[int(examined.label[number])]
-    place = f"{examined.split[number]} · {label}<br>{html.escape(_printable(examined.name[number]))}"
+    place = f"{examined.split[number]} · {html.escape(label)}<br>{html.escape(_printable(examined.name[number]))}"
     look = examined.look[number]
     if isinstance(look, BadImageError):
         return f"<figure><figcaption>{place}<br>{html.escape(str(look))}</figcaption></figure>"

@@ -10,14 +10,11 @@ import contextlib
 import errno
 import hashlib
 import json
-import os
 import shutil
 import sys
 import time
 from collections.abc import Generator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +23,7 @@ from pipelines.common.errors import Interrupted, UserError
 from pipelines.common.files import write_atomically
 from pipelines.common.progress import counted
 from pipelines.common.seeding import stream
+from pipelines.common.threads import in_threads
 from pipelines.config import DataConfig, Store
 from pipelines.library_warnings import collected_warnings
 from pipelines.pixels import BadImageError
@@ -386,18 +384,8 @@ def pack_all(
             except OSError as error:
                 return BadImageError(str(error.strerror or error))
 
-        workers = len(os.sched_getaffinity(0))
-        todo = iter(order.tolist())
-        with ThreadPoolExecutor(workers) as pool:
-            pending: list[tuple[int, Future[Result]]] = [(i, pool.submit(work, i)) for i in islice(todo, 16 * workers)]
-            try:
-                while pending:
-                    index, future = pending.pop(0)
-                    result = future.result()
-                    pending += [(i, pool.submit(work, i)) for i in islice(todo, 1)]
-                    yield index, result
-            finally:
-                for _, future in pending:
-                    future.cancel()
+        indices = order.tolist()
+        with contextlib.closing(in_threads(work, indices)) as results:
+            yield from zip(indices, results, strict=True)
     if warned.text():
         print(f"data: {warned.text()}", file=sys.stderr)

@@ -15,7 +15,7 @@ from pipelines.common.errors import UserError
 from pipelines.config import DataConfig
 from pipelines.pixels import decode, to_rgb
 from pipelines.prepare.build import ensure_prepared
-from pipelines.prepare.sources import ArchiveSource, FolderSource, HuggingFaceSource, WebDatasetSource
+from pipelines.prepare.sources import ArchiveSource, FolderSource, HuggingFaceSource, WebDatasetSource, contents
 from tests.conftest import archive
 
 CLASSES = ["nought", "one", "two"]
@@ -99,6 +99,23 @@ def test_a_damaged_member_is_a_bad_image(image_folder, tmp_path):
         ensure_prepared(DataConfig.model_validate(content), 0)
     prepared = ensure_prepared(DataConfig.model_validate({**content, "on_bad_image": "skip"}), 0)
     assert [Path(name).name for split in prepared.splits.values() for name in split.skipped] == ["1.png"]
+
+
+def test_a_compressed_tar_that_is_cut_or_has_no_room(image_folder, tmp_path, monkeypatch):
+    path = packed(image_folder, tmp_path / "a.tar.gz")
+    images = ArchiveSource(kind="archive", path=path).open().train
+    path.write_bytes(path.read_bytes()[:-300])
+    with pytest.raises(UserError, match=r"a\.tar\.gz/.*: damaged: .*; fetch it again"):
+        images.read(0)
+
+    class Full(io.BytesIO):
+        def write(self, data):
+            raise OSError(28, "No space left on device")
+
+    whole = ArchiveSource(kind="archive", path=packed(image_folder, tmp_path / "b.tar.gz")).open().train
+    monkeypatch.setattr(contents.tempfile, "TemporaryFile", Full)
+    with pytest.raises(UserError, match=r"No space left on device; free some room there, or set TMPDIR"):
+        whole.read(0)
 
 
 def test_photographs_from_the_archive_itself(tmp_path):

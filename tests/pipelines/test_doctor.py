@@ -18,6 +18,7 @@ from pipelines.doctor import __main__ as command
 from pipelines.doctor.examine import examine
 from pipelines.doctor.findings import find, gini
 from pipelines.doctor.pairs import clusters, near
+from pipelines.doctor.report import write_report
 from pipelines.prepare.build import choose, ensure_prepared
 from tests.conftest import unpacked
 
@@ -252,9 +253,25 @@ def test_the_command_and_the_list_that_it_writes(folder, tmp_path, monkeypatch, 
     }
     prepared = ensure_prepared(DataConfig.model_validate(data), 0)
     assert prepared.splits["train"].samples == sum(SIZES.values()) - 2
+    (out / "exclude.txt").write_text("train/ash/3.jpg\n")  # a person's choice
+    command.main()
+    assert (out / "exclude.before.txt").read_text() == "train/ash/3.jpg\n"
+    assert len((out / "exclude.txt").read_text().splitlines()) == 3
+
     (tmp_path / "none.txt").write_text("train/ash/none.jpg\n")
     with pytest.raises(UserError, match="names no image of the source"):
         ensure_prepared(DataConfig.model_validate({**data, "exclude": str(tmp_path / "none.txt")}), 0)
+
+
+def test_names_of_classes_are_text_on_the_page(folder, tmp_path):
+    (folder / "train/oak").rename(folder / "train/<i>oak")
+    (folder / "test/oak").rename(folder / "test/<i>oak")
+    shutil.copy(folder / "train/<i>oak/3.jpg", folder / "test/<i>oak/copy.jpg")
+    examined, findings = found(folder)
+    write_report(tmp_path / "report", examined, [*findings.values()], DataConfig.model_validate({"source": {"kind": "digits"}}))
+    page = (tmp_path / "report" / "doctor.html").read_text()
+    assert "&lt;i&gt;oak" in page
+    assert "<i>" not in page
 
 
 def test_near_finds_every_pair_within_four_bits():

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import tarfile
 import tempfile
 import threading
 import time
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -54,11 +57,12 @@ class ZipMembers:
     Args:
         path: The archive.
         names: Its members.
+        opened: The archive, where it is open already; several threads may read it.
     """
 
-    def __init__(self, path: Path, names: Sequence[str]) -> None:
+    def __init__(self, path: Path, names: Sequence[str], opened: zipfile.ZipFile | None = None) -> None:
         self._path, self._names = path, [*names]
-        self._zip = zipfile.ZipFile(path)
+        self._zip = opened or zipfile.ZipFile(path)
 
     def read(self, index: int) -> bytes:
         """Inflate one member; its CRC is checked."""
@@ -67,17 +71,13 @@ class ZipMembers:
             if info.file_size > _MEMBER:
                 raise OSError(0, f"{info.file_size:,} bytes, too large for an image")
             return self._zip.read(info)
-        except (zipfile.BadZipFile, RuntimeError, NotImplementedError, EOFError, ValueError) as error:
-            # RuntimeError: encrypted; NotImplementedError: an unknown compression. zlib's own error is a ValueError's like.
-            raise OSError(0, str(error) or type(error).__name__) from error
-        except Exception as error:
-            if type(error).__module__ != "zlib":
-                raise
-            raise OSError(0, f"damaged in the archive: {error}") from error
+        except (zipfile.BadZipFile, zlib.error, RuntimeError, EOFError, ValueError) as error:
+            # RuntimeError: encrypted, or compressed in a way that Python does not know.
+            raise OSError(0, f"damaged in the archive: {error or type(error).__name__}") from error
 
     def take(self, indices: np.ndarray) -> ZipMembers:
         """Some of the members."""
-        return ZipMembers(self._path, [self._names[i] for i in indices])
+        return ZipMembers(self._path, [self._names[i] for i in indices], self._zip)
 
     def place(self, index: int) -> str:
         """The archive's path and the member's name."""
@@ -168,7 +168,7 @@ class Spooled:
     ) -> None:
         self._places, self._stamp = places, stamp
         self._rows = np.arange(count) if rows is None else rows
-        self._spool = spool or _Spool(count, images)
+        self._spool = spool or _Spool(count, images, places(0))
 
     def read(self, index: int) -> bytes:
         """Read one image from the temporary file."""
@@ -188,8 +188,8 @@ class Spooled:
 
 
 class _Spool:
-    def __init__(self, count: int, images: Callable[[], Iterator[bytes | None]]) -> None:
-        self._count, self.images = count, images
+    def __init__(self, count: int, images: Callable[[], Iterator[bytes | None]], place: str) -> None:
+        self._count, self.images, self._place = count, images, place
         self._lock = threading.Lock()
         self._file: Any = None
         self._ends = np.zeros(0, dtype=np.int64)
@@ -206,10 +206,19 @@ class _Spool:
     def _copy(self) -> None:
         file = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as the images are read
         sizes = np.zeros(self._count, dtype=np.int64)
-        for row, image in enumerate(self.images()):
-            if image is not None:
-                sizes[row] = file.write(image)
-        file.flush()
+        try:
+            for row, image in enumerate(self.images()):
+                if image is not None:
+                    sizes[row] = file.write(image)
+            file.flush()
+        except (OSError, EOFError, ValueError, zlib.error, tarfile.TarError) as error:  # pyarrow's errors are ValueErrors
+            file.close()
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise UserError(
+                    f"the images cannot be copied to {tempfile.gettempdir()!r}: {error.strerror}; free some room there, "
+                    "or set TMPDIR to a folder elsewhere"
+                ) from error
+            raise UserError(f"{self._place}: damaged: {' '.join(str(error).split())}; fetch it again") from error
         self._ends, self._file = np.cumsum(sizes), file
 
     def __del__(self) -> None:
@@ -246,8 +255,10 @@ class Remote:
                 raise UserError(f"{self.place(index)}: access is refused; set its credentials in the environment") from error
             except Exception as error:  # each storage's library has its own
                 if not left:
+                    status = getattr(error, "status", None)
+                    reason = f"{type(error).__name__}{f', status {status}' if status else ''}"
                     raise NetworkError(
-                        f"{self.place(index)}: cannot be read after {_TRIES} tries: {type(error).__name__}"
+                        f"{self.place(index)}: cannot be read after {_TRIES} tries: {reason}"
                     ) from error  # its text may hold the whole address
             time.sleep(wait)
             wait *= 2
