@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from cibl_ray.api import Prediction, Run, UserError, fit, load_config, open_run
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = ["Prediction", "Run", "UserError", "fit", "load_config", "open_run"]
 

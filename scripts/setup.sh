@@ -33,7 +33,7 @@ find_missing() { # what this machine lacks: for a virtual environment in $venv, 
 find_missing
 
 # The stamp names all that the environment was made from. A matching one means there is nothing to do.
-stamp() { { cat requirements.lock pyproject.toml scripts/setup.sh; "$python" -V; echo "$missing"; } | sha256sum | cut -c1-16; }
+stamp() { { cat requirements.lock pyproject.toml scripts/setup.sh; grep __version__ cibl_ray/__init__.py; "$python" -V; echo "$missing"; } | sha256sum | cut -c1-16; }
 [ -x .venv/bin/python ] && [ "$(cat .venv/.setup 2>/dev/null)" = "$(stamp)" ] && exit 0
 
 if [ -n "$venv$missing" ] && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then

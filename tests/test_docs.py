@@ -87,7 +87,9 @@ LINK = re.compile(r"\]\(([^()\s#]+)(?:#[^()\s]*)?\)")
 @pytest.mark.parametrize("path", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md"])
 def test_links_of_the_repository_lead_to_files(path):
     text = re.sub(r"^```.*?^```", "", (REPOSITORY / path).read_text(), flags=re.MULTILINE | re.DOTALL)
-    broken = [link for link in LINK.findall(text) if "://" not in link and not (REPOSITORY / link).exists()]
+    # `../../actions/` leads from a file of the repository to its workflows, on the host alone.
+    links = [link for link in LINK.findall(text) if "://" not in link and not link.startswith("../../actions/")]
+    broken = [link for link in links if not (REPOSITORY / link).exists()]
     assert broken == []
 
 

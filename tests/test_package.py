@@ -5,25 +5,58 @@ import re
 import shlex
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
 
+import cibl_ray
 from cibl_ray import train
 from tests.conftest import REPOSITORY
 
+PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
+
 
 @pytest.fixture(scope="module")
-def installed(tmp_path_factory) -> Path:
-    """The wheel, unpacked by pip into an empty folder. Its dependencies are those of this environment."""
+def wheel(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
     subprocess.run(
-        [*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", folder, REPOSITORY], check=True, cwd=folder
+        [*PIP, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", folder, REPOSITORY], check=True, cwd=folder
     )
-    (wheel,) = folder.glob("*.whl")
-    subprocess.run([*pip, "install", "--no-deps", "--target", folder / "site", wheel], check=True, cwd=folder)
-    return folder / "site"
+    (file,) = folder.glob("*.whl")
+    return file
+
+
+@pytest.fixture(scope="module")
+def installed(wheel) -> Path:
+    """The wheel, unpacked by pip into an empty folder. Its dependencies are those of this environment."""
+    folder = wheel.parent / "site"
+    subprocess.run([*PIP, "install", "--no-deps", "--target", folder, wheel], check=True, cwd=wheel.parent)
+    return folder
+
+
+def repository_files(*folders: str) -> set[str]:
+    """What git tracks or would track."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", *folders]
+    listed = subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True, text=True).stdout.splitlines()
+    return {name for name in listed if (REPOSITORY / name).exists()}
+
+
+def test_wheel_holds_the_packages_and_nothing_else(wheel):
+    packages = repository_files("cibl_ray", "pipelines", "serve")
+    configs = {f"pipelines/{name}" for name in repository_files("configs")}
+    assert {"cibl_ray/train.py", "cibl_ray/py.typed", "serve/page/static/index.html"} <= packages
+    assert {"pipelines/configs/quickstart.yaml", "pipelines/configs/recipes/bcl_cifar100_lt.yaml"} <= configs
+    about = f"cibl_ray-{cibl_ray.__version__}.dist-info"
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        assert "Name: cibl-ray" in archive.read(f"{about}/METADATA").decode()
+    # onnxruntime-web, where `make web` has fetched it.
+    names = {name for name in names if not name.startswith("serve/page/static/ort/")}
+    assert {name for name in names if not name.startswith(f"{about}/")} == packages | configs
+    assert {name.removeprefix(f"{about}/") for name in names if name.startswith(f"{about}/")} == {
+        "METADATA", "RECORD", "WHEEL", "entry_points.txt", "licenses/LICENSE",
+    }  # fmt: skip
 
 
 def python(site: Path, *arguments: str, cwd: Path) -> subprocess.CompletedProcess:
@@ -63,10 +96,11 @@ def test_wheel_trains_from_any_folder(installed, tmp_path):
 
 
 def test_version_is_one(installed):
-    version = re.search(r'^version = "(.+)"', (REPOSITORY / "pyproject.toml").read_text(), re.MULTILINE)
-    assert version is not None
-    done = python(installed, "-c", "import cibl_ray; print(cibl_ray.__version__)", cwd=installed)
-    assert done.stdout.strip() == version[1]
+    """The package's own, in its metadata too; no other file of the build names one."""
+    code = "import cibl_ray, importlib.metadata; print(cibl_ray.__version__, importlib.metadata.version('cibl-ray'))"
+    done = python(installed, "-c", code, cwd=installed)
+    assert done.stdout.split() == [cibl_ray.__version__] * 2
+    assert not re.search(r"^version = ", (REPOSITORY / "pyproject.toml").read_text(), re.MULTILINE)
 
 
 def readme_commands() -> list[str]:
