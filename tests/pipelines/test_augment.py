@@ -346,7 +346,7 @@ def test_pixels_read_between_others_are_pillows(sampling, size):
     for op, values in moves.items():
         for value in values:
             count = len(images)
-            stage = Stage(np.full(count, op, np.int8), np.full(count, value), 0, np.full(count, sampling, np.int8), fill)
+            stage = Stage(np.full(count, op, np.int8), np.full(count, float(value)), 0, np.full(count, sampling, np.int8), fill)
             ours = apply([stage], images).permute(0, 2, 3, 1).numpy().astype(int)
             theirs = [
                 np.asarray(pillows_move(Image.fromarray(image.permute(1, 2, 0).numpy()), op, value, sampling, fill), int)
