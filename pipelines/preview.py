@@ -14,7 +14,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from pipelines.augment.recipe import Augment
-from pipelines.common.command_line import ConfigParser, print_config
+from pipelines.common.command_line import ConfigParser
 from pipelines.common.errors import UserError, run_command
 from pipelines.common.files import write_atomically
 from pipelines.common.fonts import Pen
@@ -22,7 +22,7 @@ from pipelines.config import LoaderConfig
 from pipelines.loaders.make import make_loader
 from pipelines.loaders.reading import train_reading
 from pipelines.prepare.beton import RAW
-from pipelines.prepare.build import PrepareConfig, ensure_prepared, load_data
+from pipelines.prepare.build import ensure_prepared, from_command_line
 from pipelines.prepare.pictures import shot_groups
 
 _TILE, _GAP, _LINE = 160, 6, 16  # pixels of a tile's side, between tiles, of a line of text
@@ -38,15 +38,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="the picture to write; by default views.png in the prepared folder")
     parser.add_argument("--images", type=int, default=6, help="how many images, 1 to 64 (6)")
     parser.add_argument("--epoch", type=int, default=0, help="whose draws are shown, from 0 on (0)")
-    name, arguments, overrides = parser.split()
-    if parser.helped(PrepareConfig, name, "quickstart", arguments, overrides):
+    asked = from_command_line(parser)
+    if asked is None:
         return
-    if name is None:
-        raise UserError(f"name a configuration first: {parser.prog} quickstart")
-    config = load_data(name, overrides)
-    if arguments.print_config:
-        print_config(config)
-        return
+    config, arguments = asked
     if not 1 <= arguments.images <= 64 or arguments.epoch < 0:
         raise UserError(f"--images {arguments.images} --epoch {arguments.epoch}: 1 to 64 images, an epoch from 0 on")
     if arguments.out is not None:

@@ -34,6 +34,7 @@ class Finding:
         advice: What to do.
         groups: Images that belong together, such as the two of a duplicate; numbers of `Examined`.
         exclude: Images that `data.exclude` should take, where that is the remedy.
+        suspects: Images that a person must look at first, for a list of their own.
     """
 
     kind: str
@@ -42,21 +43,26 @@ class Finding:
     advice: str
     groups: list[list[int]] = field(default_factory=list)
     exclude: list[int] = field(default_factory=list)
+    suspects: list[int] = field(default_factory=list)
 
 
 def find(examined: Examined) -> list[Finding]:
-    """All findings, the worst first.
+    """All findings that need no look at the content.
 
     Args:
         examined: What was seen of the images.
     """
-    found = [
+    return [
         *_unreadable(examined),
         *_duplicates(examined),
         *_classes(examined),
         *_single_images(examined),
         *_shift(examined),
     ]
+
+
+def worst_first(found: list[Finding]) -> list[Finding]:
+    """Faults, then what a person should look at, then notes."""
     order = {"fault": 0, "look": 1, "note": 2}
     return sorted(found, key=lambda finding: order[finding.severity])
 
@@ -146,19 +152,19 @@ def _classes(examined: Examined) -> Iterator[Finding]:
     single = [name for name, count in zip(examined.classes, train, strict=True) if count == 1]
     if single:
         yield Finding(
-            "single_image_class", "look", f"{len(single):,} classes have one training image: {_some(single)}",
+            "single_image_class", "look", f"{len(single):,} classes have one training image: {some_of(single)}",
             "Nothing can be held out of them, and one image decides. Add images, or merge the class with another.",
         )  # fmt: skip
     for split, of_split in counts.items():
         absent = [name for name, count in zip(examined.classes, of_split, strict=True) if not count]
         if split != "train" and absent:
             yield Finding(
-                "class_not_tested", "look", f"{split}: {len(absent):,} classes have no image: {_some(absent)}",
+                "class_not_tested", "look", f"{split}: {len(absent):,} classes have no image: {some_of(absent)}",
                 "Their accuracy is not measured. Add images, or set a share aside with data.test_fraction.",
             )  # fmt: skip
     few = [(name, FEW - int(count)) for name, count in zip(examined.classes, train, strict=True) if count < FEW]
     if few:
-        lacking = _some([f"{name} {lack}" for name, lack in sorted(few, key=lambda item: item[1])])
+        lacking = some_of([f"{name} {lack}" for name, lack in sorted(few, key=lambda item: item[1])])
         yield Finding(
             "few_shot_classes", "note", f"{len(few):,} classes have fewer than {FEW} training images (few-shot)",
             f"Images that each lacks to be medium-shot, the nearest first: {lacking}.",
@@ -244,5 +250,6 @@ def _class_means(values: np.ndarray, labels: np.ndarray, chosen: np.ndarray, cla
     return np.divide(total, count, out=np.full(classes, np.nan), where=count > 0)
 
 
-def _some(names: list[str]) -> str:
+def some_of(names: list[str]) -> str:
+    """The first eight of some names, and how many others there are."""
     return ", ".join(names[:8]) + (f" and {len(names) - 8} others" if len(names) > 8 else "")

@@ -1,4 +1,4 @@
-"""The doctor's report: a page that needs nothing else, the same as JSON, and a list of images to leave out."""
+"""The doctor's report: a page that needs nothing else, the same as JSON, and lists of images."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ from pipelines.prepare.pictures import COLORS, GROUPS, shot_groups
 from pipelines.prepare.sources import class_counts
 from pipelines.prepare.writer import line_of
 
-PAGE, CONTENT, EXCLUDE, BEFORE = "doctor.html", "doctor.json", "exclude.txt", "exclude.before.txt"
+PAGE, CONTENT = "doctor.html", "doctor.json"
+EXCLUDE, SUSPECTS, BEFORE = "exclude.txt", "suspects.txt", "before"
 _GROUPS, _IMAGES, _NAMED = 12, 4, 10_000  # of a finding: groups and images of a group on the page, images in the JSON file
 _THUMBNAIL = 120  # pixels
 _WORDS = {"fault": "Fault", "look": "Have a look", "note": "Note"}
@@ -44,7 +45,7 @@ figcaption{font-size:.72rem;line-height:1.25;overflow-wrap:anywhere;color:inheri
 
 
 def write_report(folder: Path, examined: Examined, findings: list[Finding], data: DataConfig) -> dict[str, Any]:
-    """Write the three files.
+    """Write the page, the JSON file and the lists.
 
     Args:
         folder: Where; it is made.
@@ -59,13 +60,19 @@ def write_report(folder: Path, examined: Examined, findings: list[Finding], data
     content = _content(examined, findings)
     write_atomically(folder / CONTENT, json.dumps(content, indent=1))
     write_atomically(folder / PAGE, _page(content, examined, findings, data))
-    excluded = sorted({number for finding in findings for number in finding.exclude})
-    lines = "".join(f"{line_of(examined.name[number])}\n" for number in excluded)
-    path = folder / EXCLUDE
-    if path.exists() and path.read_bytes() != lines.encode("utf-8", "surrogateescape"):  # a person may have worked on it
-        path.replace(folder / BEFORE)
-    write_atomically(path, lines.encode("utf-8", "surrogateescape"))
+    _write_list(folder / EXCLUDE, examined, {number for finding in findings for number in finding.exclude})
+    suspects = {number for finding in findings for number in finding.suspects}
+    if suspects or (folder / SUSPECTS).exists():
+        _write_list(folder / SUSPECTS, examined, suspects)
     return content
+
+
+def _write_list(path: Path, examined: Examined, numbers: set[int]) -> None:
+    """The names of images, one a line. A list with other lines is kept: a person may have worked on it."""
+    lines = "".join(f"{line_of(examined.name[number])}\n" for number in sorted(numbers)).encode("utf-8", "surrogateescape")
+    if path.exists() and path.read_bytes() != lines:
+        path.replace(path.with_name(f"{path.stem}.{BEFORE}{path.suffix}"))
+    write_atomically(path, lines)
 
 
 def _content(examined: Examined, findings: list[Finding]) -> dict[str, Any]:

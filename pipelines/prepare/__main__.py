@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from pipelines.common.command_line import ConfigParser, print_config
+from pipelines.common.command_line import ConfigParser
 from pipelines.common.errors import Interrupted, UserError, run_command
-from pipelines.prepare.build import PrepareConfig, choose, ensure_prepared, load_data, subset_seed
+from pipelines.prepare.build import PrepareConfig, choose, ensure_prepared, from_command_line, subset_seed
 from pipelines.prepare.check import check
 from pipelines.prepare.pictures import histogram_text
 from pipelines.prepare.sources import class_counts
@@ -22,15 +22,10 @@ def _prepare() -> None:
     parser.add_argument(
         "--check", action="store_true", help="only list unreadable images, copies, and files in two places; write nothing"
     )
-    name, arguments, overrides = parser.split()
-    if parser.helped(PrepareConfig, name, "quickstart", arguments, overrides):
+    asked = from_command_line(parser)
+    if asked is None:
         return
-    if name is None:
-        raise UserError(f"name a configuration first: {parser.prog} quickstart")
-    config = load_data(name, overrides)
-    if arguments.print_config:
-        print_config(config)
-        return
+    config, arguments = asked
     if arguments.check:
         _check(config)
         return

