@@ -4,6 +4,7 @@ RUN is a run folder, or a checkpoint file. The network, the classes and their tr
 images are the run's own, prepared again if they are gone, or those of an image folder: FOLDER/CLASS/*, class names as trained.
 """
 
+# PYTHON_ARGCOMPLETE_OK: a shell may ask how the line goes on
 from __future__ import annotations
 
 import json

@@ -5,6 +5,7 @@ only when everything in it is verified: ONNX against torch, the server's pixels 
 precision's accuracy on the test images with onnxruntime.
 """
 
+# PYTHON_ARGCOMPLETE_OK: a shell may ask how the line goes on
 from __future__ import annotations
 
 import argparse

@@ -5,6 +5,7 @@ are CSV: image, class, probability; with --top N the N most probable classes. If
 it is applied, as in the run's bundle.
 """
 
+# PYTHON_ARGCOMPLETE_OK: a shell may ask how the line goes on
 from __future__ import annotations
 
 import csv

@@ -4,6 +4,7 @@ CONFIG is a YAML file or the name of a shipped configuration; without one, `quic
 its dotted name or by the last part of it where that is unique: `--train.epochs 20`, `--lr .2`, `--loss.kind cross_entropy`.
 """
 
+# PYTHON_ARGCOMPLETE_OK: a shell may ask how the line goes on
 from __future__ import annotations
 
 import sys
@@ -21,6 +22,7 @@ DEFAULT = "quickstart"
 def main() -> None:
     """The command."""
     parser = ConfigParser(
+        "cibl_ray.config:RunConfig",
         prog="python -m cibl_ray.train",
         usage="%(prog)s [CONFIG] [--name NAME] [--cluster] [--field value ...]\n"
         "       %(prog)s [CONFIG] --resume RUN [--cluster] [--field value ...]\n"
@@ -37,10 +39,7 @@ def main() -> None:
     cluster.add_argument("--cpus-per-worker", type=int, metavar="N", help="by default what fits")
     cluster.add_argument("--max-failures", type=int, metavar="N", help="lost workers to replace (default: 3)")
     name, arguments, overrides = parser.split()
-    if arguments.help is not None:
-        from cibl_ray.config import RunConfig
-
-        parser.helped(RunConfig, name, DEFAULT, arguments, overrides)
+    if parser.helped(name, DEFAULT, arguments, overrides):
         return
     for option in ("workers", "address", "storage", "cpus_per_worker", "max_failures"):
         if getattr(arguments, option) is not None and not arguments.cluster:

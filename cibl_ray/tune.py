@@ -5,6 +5,7 @@ behind, and every trial is a run folder under SWEEP_FOLDER/trials. The search ke
 unpickled to resume. The result: trials.csv, best.yaml (ready to train), best.safetensors (ready to evaluate), pictures.
 """
 
+# PYTHON_ARGCOMPLETE_OK: a shell may ask how the line goes on
 from __future__ import annotations
 
 import time
@@ -19,6 +20,7 @@ from pipelines.common.errors import UserError, run_command
 def main() -> None:
     """The command."""
     parser = ConfigParser(
+        "cibl_ray.tuning.config:SweepConfig",
         "sweeps",
         prog="python -m cibl_ray.tune",
         usage="%(prog)s SWEEP [--name NAME] [--field value ...]\n"
@@ -31,10 +33,7 @@ def main() -> None:
     parser.add_argument("--resume", type=Path, metavar="FOLDER", help="resume the sweep in this folder")
     parser.add_argument("--address", help="of a Ray cluster, or 'auto'; by default one is started on this machine")
     name, arguments, overrides = parser.split()
-    if arguments.help is not None:
-        from cibl_ray.tuning.config import SweepConfig
-
-        parser.helped(SweepConfig, name, "sweeps/tail_skew", arguments, overrides)
+    if parser.helped(name, "sweeps/tail_skew", arguments, overrides):
         return
     if (name is None) == (arguments.resume is None):
         raise UserError("name a sweep first (sweeps/tail_skew, say) to start one, or --resume FOLDER to continue one")

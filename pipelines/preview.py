@@ -4,6 +4,7 @@ A row an image: the stored one, then every view, cut, flipped and augmented by i
 Images, cuts and flips are the first of the epoch that training would show; colours are drawn for a batch of so many images.
 """
 
+# PYTHON_ARGCOMPLETE_OK: a shell may ask how the line goes on
 from __future__ import annotations
 
 import io
@@ -31,6 +32,7 @@ _TILE, _GAP, _LINE = 160, 6, 16  # pixels of a tile's side, between tiles, of a 
 def main() -> None:
     """The command."""
     parser = ConfigParser(
+        "pipelines.prepare.build:PrepareConfig",
         prog="python -m pipelines.preview",
         usage="%(prog)s CONFIG [--out FILE] [--images N] [--epoch E] [--field value ...]",
         description="A picture of what the network sees of the first training images of an epoch.",

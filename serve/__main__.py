@@ -3,6 +3,7 @@
 Replace a bundle in its place (move a new one there) and it is loaded without a failed request, if it works.
 """
 
+# PYTHON_ARGCOMPLETE_OK: a shell may ask how the line goes on
 from __future__ import annotations
 
 import argparse

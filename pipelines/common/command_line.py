@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import os
+import pkgutil
 import sys
 from typing import Any
 
 import yaml
 from pydantic import BaseModel
 
+from pipelines.common.completion import offer_fields
 from pipelines.common.config_file import find_config, read_content, shipped_configs
 from pipelines.common.errors import CommandParser
 from pipelines.common.explain import explain
@@ -22,15 +25,16 @@ class ConfigParser(CommandParser):
     configuration; without CONFIG, `--help` lists the options.
     """
 
-    def __init__(self, folder: str = "", **options: Any) -> None:
+    def __init__(self, model: str, folder: str = "", **options: Any) -> None:
         """Make the parser.
 
         Args:
+            model: Where the configuration's model is, `package.module:Model`: imported for `--help` and completion alone.
             folder: Where the shipped configurations of this program's kind are, below `configs`; empty for runs.
             options: As argparse has them.
         """
         super().__init__(add_help=False, **options)
-        self._folder = folder
+        self._model, self._folder = model, folder
         self.add_argument(
             "-h",
             "--help",
@@ -43,6 +47,9 @@ class ConfigParser(CommandParser):
 
     def split(self) -> tuple[str | None, argparse.Namespace, list[str]]:
         """The command line: CONFIG, or None; the parser's own options; the overrides, `--field value`."""
+        if "_ARGCOMPLETE" in os.environ:
+            offer_fields(self, pkgutil.resolve_name(self._model), self._folder)
+            self.complete()
         name, *rest = sys.argv[1:] or [""]
         arguments, rest = self.parse_known_args([name, *rest] if name.startswith("-") else rest)
         if not name.startswith("-"):
@@ -52,13 +59,10 @@ class ConfigParser(CommandParser):
             position += 1 if "=" in rest[position] else 2
         return (rest.pop(position) if position < len(rest) else None), arguments, rest
 
-    def helped(
-        self, model: type[BaseModel], name: str | None, default: str, arguments: argparse.Namespace, overrides: list[str]
-    ) -> bool:
+    def helped(self, name: str | None, default: str, arguments: argparse.Namespace, overrides: list[str]) -> bool:
         """Answer `--help`, if it is asked.
 
         Args:
-            model: The configuration's model.
             name: CONFIG, if there is one.
             default: The configuration whose values `--help PART` shows without CONFIG.
             arguments: From `split`.
@@ -72,6 +76,7 @@ class ConfigParser(CommandParser):
         """
         if arguments.help is None:
             return False
+        model: type[BaseModel] = pkgutil.resolve_name(self._model)
         if name is None and not arguments.help:
             print(self.format_help())
             print("parts of a configuration: " + ", ".join(model.model_fields))

@@ -40,6 +40,18 @@ class CommandParser(argparse.ArgumentParser):
     def __init__(self, **options: Any) -> None:
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
+    def complete(self) -> None:
+        """Answer a shell that asks how the line goes on, and exit; in other runs nothing."""
+        if "_ARGCOMPLETE" in os.environ:
+            import argcomplete
+
+            argcomplete.autocomplete(self)
+
+    def parse_args(self, *arguments: Any, **options: Any) -> Any:
+        """Parse the command line, or answer a shell that asks how it goes on."""
+        self.complete()
+        return super().parse_args(*arguments, **options)
+
     def error(self, message: str) -> NoReturn:
         """Raise a UserError where argparse would print the usage and exit."""
         raise UserError(f"{_cut(message)}; see {self.prog} --help")

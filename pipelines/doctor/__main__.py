@@ -1,5 +1,6 @@
 """`python -m pipelines.doctor CONFIG`: what is wrong with the images, as a page, as JSON, and as a list to leave out."""
 
+# PYTHON_ARGCOMPLETE_OK: a shell may ask how the line goes on
 from __future__ import annotations
 
 import sys
@@ -20,6 +21,7 @@ _MISSING = "for that, pip install 'cibl-ray[train,photos]'"
 def main() -> None:
     """The command."""
     parser = ConfigParser(
+        "pipelines.prepare.build:PrepareConfig",
         prog="python -m pipelines.doctor",
         usage="%(prog)s CONFIG [--out FOLDER] [--features none] [--field value ...]",
         description="Look for what ruins a long tail: duplicates, leaks between splits, wrong labels, odd images.",

@@ -1,5 +1,6 @@
 """`python -m pipelines.prepare CONFIG`: write one .beton a split, and a sidecar that says what is in them."""
 
+# PYTHON_ARGCOMPLETE_OK: a shell may ask how the line goes on
 from __future__ import annotations
 
 import numpy as np
@@ -14,6 +15,7 @@ from pipelines.prepare.sources import class_counts
 
 def _prepare() -> None:
     parser = ConfigParser(
+        "pipelines.prepare.build:PrepareConfig",
         prog="python -m pipelines.prepare",
         usage="%(prog)s CONFIG [--count | --check] [--field value ...]\n       %(prog)s [CONFIG] --help [PART]",
         description="Write the .beton files of CONFIG, a YAML file or the name of a shipped configuration.",

@@ -338,7 +338,7 @@ def from_command_line(parser: ConfigParser, example: str = "quickstart") -> tupl
         UserError: No configuration is named, it cannot be read, or a value is invalid.
     """
     name, arguments, overrides = parser.split()
-    if parser.helped(PrepareConfig, name, "quickstart", arguments, overrides):
+    if parser.helped(name, "quickstart", arguments, overrides):
         return None
     if name is None:
         raise UserError(f"name a configuration first: {parser.prog} {example}")

@@ -320,7 +320,20 @@ def commands_page() -> str:
         summary = _first_line(module, path)
         lines.append(f"| [`python -m {module}`](#{_command_anchor(module)}) | {summary} |")
         sections += ["", f"## python -m {module} {{: #{_command_anchor(module)} }}", "", "```text", text.rstrip(), "```"]
-    return "\n".join([*lines, *sections, ""])
+    completion = [
+        "",
+        "## Completion in a shell",
+        "",
+        "Bash and zsh complete commands, options, fields, and the values of fields that have few, once "
+        "[argcomplete](https://kislyuk.github.io/argcomplete/) is switched on (`pip install argcomplete`, if its command is "
+        "missing; then open a new shell):",
+        "",
+        "```bash",
+        "activate-global-python-argcomplete --user",
+        "python -m cibl_ray.train quickstart --loss.<Tab>",
+        "```",
+    ]
+    return "\n".join([*lines, *sections, *completion, ""])
 
 
 def _command_anchor(module: str) -> str:

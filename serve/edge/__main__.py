@@ -5,6 +5,7 @@ file, a folder, or '-' for JPEG images on standard input one after another, such
 onnxruntime.
 """
 
+# PYTHON_ARGCOMPLETE_OK: a shell may ask how the line goes on
 from __future__ import annotations
 
 import argparse

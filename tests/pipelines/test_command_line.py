@@ -1,6 +1,7 @@
 """The command line explains itself: --help of every field, --print-config, errors with a way on, and never a traceback."""
 
 import io
+import os
 import re
 import subprocess
 import sys
@@ -192,3 +193,28 @@ def test_a_reader_that_stops_is_no_error():
     done = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=REPOSITORY)
     assert done.stdout.startswith("usage: ")
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("module", "typed", "offered"),
+    [
+        ("cibl_ray.train", "quick", {"quickstart"}),
+        ("cibl_ray.train", "quickstart --loss.temp", {"--loss.temperature"}),
+        ("cibl_ray.train", "quickstart --optimizer.kind ", {"sgd", "adamw"}),
+        ("cibl_ray.train", "quickstart --train.compile ", {"auto", "true", "false"}),
+        ("cibl_ray.train", "quickstart --max-f", {"--max-failures"}),
+        ("cibl_ray.tune", "sweeps/tail_skew_", {"sweeps/tail_skew_quick"}),
+        ("pipelines.prepare", "quickstart --data.source.pa", {"--data.source.path"}),
+        ("cibl_ray.evaluate", "--tail", {"--tail-shift"}),
+    ],
+)
+def test_a_shell_completes_names_fields_and_values(module, typed, offered, tmp_path):
+    """As argcomplete's shell function asks. It reads the marker at the head of the module."""
+    line = f"python -m {module} {typed}"
+    asked = {"_ARGCOMPLETE": "3", "_ARGCOMPLETE_IFS": "\n", "_ARGCOMPLETE_SUPPRESS_SPACE": "1", "COMP_TYPE": "9"}
+    asked |= {"COMP_LINE": line, "COMP_POINT": str(len(line)), "_ARGCOMPLETE_STDOUT_FILENAME": str(tmp_path / "answer")}
+    subprocess.run([sys.executable, "-m", module], env={**os.environ, **asked}, cwd=REPOSITORY, check=True)
+    assert set((tmp_path / "answer").read_text().split()) == offered
+    source = REPOSITORY.joinpath(*module.split("."))
+    head = (source / "__main__.py" if source.is_dir() else source.with_suffix(".py")).read_text()[:1024]
+    assert "PYTHON_ARGCOMPLETE_OK" in head
