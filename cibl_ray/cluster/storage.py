@@ -1,20 +1,34 @@
 """A run folder's copy in an object store (s3://, gs://, abfss://, file://), for clusters whose nodes share no disk.
 
-Rank 0 works in a local folder. The copy is brought up to date after every checkpoint, and the run resumes from it, on
-whatever node rank 0 then is.
+Rank 0 works in a local folder. The copy is brought up to date after every checkpoint, beside training, and the run resumes
+from it, on whatever node rank 0 then is. Its manifest, which lists every file with its digest, is written last: what an upload
+that was cut short has changed is known by it.
 """
 
 from __future__ import annotations
 
-import shutil
-from contextlib import suppress
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import IO, Any
 
 from cibl_ray.run.folder import CHECKPOINTS, CONFIG, COPY, LAST, LOCK, PREVIOUS, RESULT, copy_of, is_run
 from cibl_ray.run.head import reached, reached_in
 from pipelines.common.errors import UserError
 
-_AT_LAST = (LAST, RESULT)  # written when all else is there
+MANIFEST = "manifest.json"  # of a copy: its files, with digests
+_AT_LAST = (LAST, RESULT)  # written when all else is there; `PREVIOUS` before them
+_CHECKPOINTS = tuple(f"{CHECKPOINTS}/{name}" for name in (LAST, PREVIOUS))
+_BLOCK = 2**20  # bytes
+log = logging.getLogger(__name__)
+
+Stamp = tuple[int, int, int]
 
 
 def join(uri: str, name: str) -> str:
@@ -104,13 +118,13 @@ class Mirror:
     def __init__(self, folder: Path, uri: str) -> None:
         from pyarrow import ArrowException, fs  # a run in one process does without
 
-        self._folder, self._uri = folder, uri
+        self._folder, self.uri = folder, uri
         try:
             self._files, self._top = fs.FileSystem.from_uri(uri)
             self._files.get_file_info(self._top)
         except (ArrowException, OSError, ValueError) as error:
             raise UserError(f"storage {uri!r} cannot be reached: {_first_line(error)}") from error
-        self._sent: dict[Path, tuple[int, int]] = {}
+        self._sent: dict[str, tuple[Stamp, str]] = {}  # what the copy has of each file, with its SHA-256
 
     def exists(self) -> bool:
         """Whether a run with a configuration is there."""
@@ -126,12 +140,12 @@ class Mirror:
             UserError: The folder holds another run, whose files a download would replace.
         """
         known = copy_of(self._folder)
-        if is_run(self._folder) and known != self._uri and (self.exists() or not resume):
+        if is_run(self._folder) and known != self.uri and (self.exists() or not resume):
             raise UserError(
-                f"run folder {str(self._folder)!r} holds another run than {self._uri}; move it away, or choose another --name"
+                f"run folder {str(self._folder)!r} holds another run than {self.uri}; move it away, or choose another --name"
             )
         self._folder.mkdir(parents=True, exist_ok=True)
-        (self._folder / COPY).write_text(self._uri)
+        (self._folder / COPY).write_text(self.uri)
 
     def behind(self) -> bool:
         """Whether the folder has been trained further than the copy: without it, or by a process that ended in between."""
@@ -152,7 +166,7 @@ class Mirror:
         try:
             self.upload()
         except OSError as error:
-            raise UserError(f"{self._uri} cannot be written: {error}") from error
+            raise UserError(f"{self.uri} cannot be written: {error}") from error
 
     def _reached(self) -> tuple[tuple[int, int], tuple[int, int]]:
         """(epoch, step) of the last checkpoint in the folder and in the copy."""
@@ -176,20 +190,43 @@ class Mirror:
         if here > there:
             raise UserError(
                 f"run folder {str(self._folder)!r} has been trained further (to epoch {here[0]}, step {here[1]}) than its copy "
-                f"{self._uri} (epoch {there[0]}, step {there[1]}); resume with --resume {self._folder} --cluster, which brings "
+                f"{self.uri} (epoch {there[0]}, step {there[1]}); resume with --resume {self._folder} --cluster, which brings "
                 "the copy up to date, or move the folder away"
             )
+        digests, checkpoints = self._digests(), dict[str, str]()
         selector = fs.FileSelector(self._top, recursive=True)
         for info in self._files.get_file_info(selector):
-            if not info.is_file or info.path.endswith(".part"):
+            name = info.path[len(self._top) :].lstrip("/")
+            if not info.is_file or info.path.endswith(".part") or name == MANIFEST:
                 continue
-            place = self._folder / info.path[len(self._top) :].lstrip("/")
+            place = self._folder / name
             place.parent.mkdir(parents=True, exist_ok=True)
-            part = place.with_name(place.name + ".part")
-            with self._files.open_input_stream(info.path) as source, part.open("wb") as target:
-                shutil.copyfileobj(source, target)
-            part.replace(place)
-            self._sent[place] = _stamp(place)
+            with self._files.open_input_stream(info.path) as source, _part(place).open("wb") as target:
+                digest = _copy(source, target)
+            if name in _CHECKPOINTS:
+                checkpoints[name] = digest
+            else:
+                self._take(name, digest)
+        proven = {name for name, digest in checkpoints.items() if digest in digests.values()}
+        for name, digest in checkpoints.items():
+            if proven and name not in proven:  # an upload was cut short; the other one is whole
+                log.warning("%s/%s is not what the copy's manifest says; the other checkpoint is used", self.uri, name)
+                _part(self._folder / name).unlink()
+            else:
+                self._take(name, digest)
+
+    def _take(self, name: str, digest: str) -> None:
+        place = self._folder / name
+        _part(place).replace(place)
+        self._sent[name] = _stamp(place.stat()), digest
+
+    def _digests(self) -> dict[str, str]:
+        """SHA-256 of the files in the copy, from its manifest; empty where it has none, as those of earlier versions."""
+        try:
+            with self._files.open_input_stream(f"{self._top}/{MANIFEST}") as file:
+                return {name: str(of["sha256"]) for name, of in json.loads(file.read())["files"].items()}
+        except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+            return {}
 
     def upload(self) -> None:
         """Bring the copy up to date.
@@ -197,29 +234,109 @@ class Mirror:
         Raises:
             OSError: The storage is full or gone.
         """
-        files = [
-            path
-            for path in self._folder.rglob("*")
-            if path.is_file() and path.suffix != ".part" and path.name not in (LOCK, COPY)
-        ]
-        for path in sorted(files, key=lambda path: (path.name in _AT_LAST, path)):
-            stamp = _stamp(path)
-            if self._sent.get(path) == stamp:
+        with self.snapshot() as files:
+            self.send(files)
+
+    @contextmanager
+    def snapshot(self) -> Iterator[list[Frozen]]:
+        """The folder's files as they are now, opened: what a run renames or replaces later stays readable."""
+        with ExitStack() as stack:
+            frozen = []
+            for path in sorted(self._folder.rglob("*")):
+                name = path.relative_to(self._folder).as_posix()
+                if path.suffix == ".part" or path.name in (LOCK, COPY) or not path.is_file():
+                    continue
+                with suppress(FileNotFoundError):  # it was removed in between
+                    content = stack.enter_context(path.open("rb"))
+                    frozen.append(Frozen(name, content, _stamp(os.fstat(content.fileno()))))
+            yield sorted(frozen, key=lambda file: (file.name.rpartition("/")[2] in _AT_LAST, file.name))
+
+    def send(self, files: list[Frozen]) -> None:
+        """Send the files of a snapshot that have changed, then the manifest. Nothing is removed.
+
+        Raises:
+            OSError: The storage is full or gone. Sending the same or a later snapshot completes the copy.
+        """
+        for file in files:
+            if self._sent.get(file.name, (None,))[0] == file.stamp:
                 continue
-            place = f"{self._top}/{path.relative_to(self._folder).as_posix()}"
-            self._files.create_dir(place.rpartition("/")[0], recursive=True)
-            # An object appears when it is whole; a file of a mounted folder grows in sight.
-            part = f"{place}.part" if self._files.type_name == "local" else place
-            with path.open("rb") as source, self._files.open_output_stream(part) as target:
-                shutil.copyfileobj(source, target)
-            if part != place:
-                self._files.move(part, place)
-            self._sent[path] = stamp
+            digest = self._copied(file)
+            if digest is None:
+                digest = self._write(file.name, partial(self._stream, file))
+            self._sent[file.name] = file.stamp, digest
+        before, of = self._digests(), {file.name: self._sent[file.name][1] for file in files}
+        if any(before.get(name) != digest for name, digest in of.items()):
+            self._write(MANIFEST, partial(self._list, {**before, **of}))
+
+    def _copied(self, file: Frozen) -> str | None:
+        """Let the store copy what it has under another name: the last checkpoint became the one before it.
+
+        Returns:
+            The SHA-256; None where the store has no such file, or cannot copy.
+        """
+        from pyarrow import ArrowException
+
+        for name, (stamp, digest) in self._sent.items():
+            if stamp == file.stamp:
+                with suppress(ArrowException, OSError):
+                    self._write(file.name, partial(self._files.copy_file, f"{self._top}/{name}"))
+                    return digest
+        return None
+
+    def _list(self, digests: dict[str, str], place: str) -> None:
+        content = {"files": {name: {"sha256": digest} for name, digest in sorted(digests.items())}}
+        with self._files.open_output_stream(place) as target:
+            target.write(json.dumps(content, indent=1).encode())
+
+    def _stream(self, file: Frozen, place: str) -> str:
+        file.content.seek(0)
+        with self._files.open_output_stream(place) as target:
+            return _copy(file.content, target, file.stamp[2])
+
+    def _write(self, name: str, write: Callable[[str], Any]) -> Any:
+        """Let `write` make an object, which appears when it is whole."""
+        place = f"{self._top}/{name}"
+        self._files.create_dir(place.rpartition("/")[0], recursive=True)
+        # An object of a store appears when it is whole; a file of a mounted folder grows in sight.
+        part = f"{place}.part" if self._files.type_name == "local" else place
+        written = write(part)
+        if part != place:
+            self._files.move(part, place)
+        return written
 
 
-def _stamp(path: Path) -> tuple[int, int]:
-    status = path.stat()
-    return status.st_mtime_ns, status.st_size
+@dataclass(frozen=True)
+class Frozen:
+    """A file of a run folder at one moment.
+
+    Attributes:
+        name: Its path within the folder.
+        content: Open for reading. Only as many bytes as the stamp says belong to it.
+        stamp: What differs where the file does: inode, time of the last change in ns, size in bytes.
+    """
+
+    name: str
+    content: IO[bytes]
+    stamp: Stamp
+
+
+def _part(place: Path) -> Path:
+    return place.with_name(f"{place.name}.part")
+
+
+def _copy(source: Any, target: Any, size: int | None = None) -> str:
+    """Copy a stream, or `size` bytes of it. Returns the SHA-256 of what was copied."""
+    digest, left = hashlib.sha256(), size
+    while block := source.read(_BLOCK if left is None else min(_BLOCK, left)):
+        digest.update(block)
+        target.write(block)
+        if left is not None:
+            left -= len(block)
+    return digest.hexdigest()
+
+
+def _stamp(status: os.stat_result) -> Stamp:
+    return status.st_ino, status.st_mtime_ns, status.st_size
 
 
 def _first_line(error: Exception) -> str:

@@ -23,6 +23,7 @@ from cibl_ray.cluster.progress import RelayedProgress, RelayedStop
 from cibl_ray.cluster.ray_workarounds import register_place
 from cibl_ray.cluster.shared_folder import same_folder
 from cibl_ray.cluster.storage import Mirror, join
+from cibl_ray.cluster.uploads import uploads
 from cibl_ray.config import RunConfig
 from cibl_ray.hardware import keep_freed_memory
 from cibl_ray.run.folder import CHECKPOINTS, is_run
@@ -87,8 +88,8 @@ def train_in_worker(given: dict[str, Any]) -> None:
             progress.line("resuming from the last checkpoint")
         resume = given["resume"] or there or given["storage"] is not None
         # The process of a lost worker may end later; a lock that a lost node held on a network's disk lasts minutes.
-        upload = None if mirror is None else mirror.upload
-        fit(config, folder, resume, world, progress, upload, patience=30 if is_own_cluster() else 180, stop=stop)
+        with uploads(mirror) as upload:
+            fit(config, folder, resume, world, progress, upload, patience=30 if is_own_cluster() else 180, stop=stop)
         leave_peers(world)
     except KeyboardInterrupt:  # the driver asked for it, and rank 0 has saved
         if first:

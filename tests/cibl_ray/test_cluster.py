@@ -14,12 +14,10 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from safetensors.torch import save as to_bytes
 
 from cibl_ray import train
 from cibl_ray.cluster.environment import configure_ray_env
 from cibl_ray.cluster.shared_folder import mark_beside, same_folder
-from cibl_ray.cluster.storage import Mirror, fetched, join, split, sync_with_copy
 from cibl_ray.run.checkpoint import load_checkpoint
 from cibl_ray.run.log import read_metrics
 from pipelines.common.errors import UserError
@@ -309,83 +307,6 @@ def test_a_copy_in_a_store_is_what_a_run_goes_on_from(folder, undisturbed):
     assert same(folder / "runs" / "stored", undisturbed[0], running=False)  # it was stopped within an epoch
     assert (folder / "store" / "stored" / "result.json").exists()
     assert not [*(folder / "store").rglob("*.part")]
-
-
-def test_a_stores_run_never_replaces_another(tmp_path):
-    store = f"{tmp_path.as_uri()}/store"
-    assert join("s3://bucket/runs/?region=x", "a") == "s3://bucket/runs/a?region=x"
-    assert split("s3://bucket/runs/a?region=x") == ("s3://bucket/runs?region=x", "a")
-    folder = tmp_path / "a"
-    folder.mkdir()
-    (folder / "config.yaml").write_text("mine")
-    mirror = Mirror(folder, join(store, "a"))
-    with pytest.raises(UserError, match="holds another run"):
-        mirror.claim(resume=False)  # a new run, on a node that has an older one of the name
-    mirror.claim(resume=True)  # a run that goes on, and has a copy from now on
-    mirror.upload()
-    assert mirror.exists()
-    other = tmp_path / "other" / "a"
-    other.mkdir(parents=True)
-    (other / "config.yaml").write_text("another")
-    with pytest.raises(UserError, match="holds another run"):
-        Mirror(other, join(store, "a")).claim(resume=True)
-    assert (other / "config.yaml").read_text() == "another"
-    with pytest.raises(UserError, match="cannot be reached"):
-        Mirror(folder, "nothing://here")
-
-
-def saved(folder, epoch, step=0):
-    """A run folder with a checkpoint."""
-    path = folder / LAST
-    path.parent.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text("seed: 0")
-    path.write_bytes(to_bytes({"x": torch.zeros(1)}, {"cibl_ray": json.dumps({"epoch": epoch, "step": step})}))
-    return path.read_bytes()
-
-
-def test_a_copy_never_replaces_what_has_been_trained_further(tmp_path):
-    uri = f"{tmp_path.as_uri()}/store/a"
-    folder, copy = tmp_path / "runs" / "a", tmp_path / "store" / "a" / LAST
-    old = saved(folder, 10, 7)
-    mirror = Mirror(folder, uri)
-    mirror.claim(resume=True)
-    assert mirror.behind()
-    mirror.upload()
-    assert not mirror.behind()
-    new = saved(folder, 10, 8)
-    with pytest.raises(UserError, match=r"epoch 10, step 8\).*store/a \(epoch 10, step 7\); resume with --resume .* --cluster"):
-        Mirror(folder, uri).download()
-    assert (folder / LAST).read_bytes() == new
-    (folder / LAST).write_bytes(new[:-1])  # cut short, it is none
-    Mirror(folder, uri).download()
-    assert (folder / LAST).read_bytes() == old == copy.read_bytes()
-
-
-def test_a_run_that_goes_on_by_its_folder_keeps_its_copy(tmp_path, monkeypatch):
-    store, folder = f"{tmp_path.as_uri()}/store", tmp_path / "runs" / "a"
-    copy = tmp_path / "store" / "a" / LAST
-    saved(folder, 1)
-    assert sync_with_copy(folder, None) is None
-    assert sync_with_copy(folder, store) == store
-    new = saved(folder, 2)  # in one process, without the copy
-    assert sync_with_copy(folder, None) == store
-    assert copy.read_bytes() == new
-    further = saved(tmp_path / "store" / "a", 3)  # on another machine
-    assert sync_with_copy(folder, None) == store
-    assert (folder / LAST).read_bytes() == further
-    # By its URI, too: a driver that was killed had saved what it had not sent yet.
-    monkeypatch.chdir(tmp_path)
-    newest = saved(folder, 4)
-    assert fetched(f"{store}/a") == (store, folder)
-    assert (folder / LAST).read_bytes() == copy.read_bytes() == newest
-    further = saved(tmp_path / "store" / "a", 5)
-    assert fetched(f"{store}/a") == (store, folder)
-    assert (folder / LAST).read_bytes() == further
-    folder.rename(tmp_path / "runs" / "b")
-    with pytest.raises(UserError, match="rename the folder to a, or give --storage"):
-        sync_with_copy(tmp_path / "runs" / "b", None)
-    assert sync_with_copy(tmp_path / "runs" / "b", store) == store
-    assert (tmp_path / "store" / "b" / LAST).read_bytes() == further
 
 
 @pytest.mark.parametrize(("text", "expected"), [("4", (4, 4)), ("2-8", (2, 8))])
