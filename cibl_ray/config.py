@@ -112,10 +112,15 @@ class CMOConfig(Settings):
 class TrainConfig(Settings):
     """Length, batch, arithmetic and checkpoints of the training, and what of the backbone is trained."""
 
-    tune: Literal["head", "partial", "full"] = Field(
+    start: Path | None = Field(
+        default=None,
+        description="A finished run's folder, or a checkpoint: its weights are the first ones, for second stages; null: none.",
+    )
+    tune: Literal["head", "classifier", "partial", "full"] = Field(
         default="full",
-        description="head: the backbone is frozen, and its features are computed once; partial: a part of the backbone is "
-        "trained, too; full: all of it.",
+        description="head: the backbone is frozen, and its features are computed once; classifier: the head alone is trained, "
+        "on augmented images, while batch norm estimates its statistics again; partial: a part of the backbone is trained, "
+        "too; full: all of it.",
     )
     partial: PartialConfig = Field(
         default=LastBlocks(), discriminator="kind", description="Which part of the backbone tune 'partial' trains."
@@ -134,12 +139,20 @@ class TrainConfig(Settings):
         description="Cross-validate a head (tune 'head'): so many heads, each scored on its own part of the training images. "
         "They choose the tail shift, and the last epoch is kept. auto: 5 where a class has one or two validation images.",
     )
-    head_start: Literal["random", "class_means", "trained"] = Field(
-        default="random",
-        description="Weights of the head before the first step. class_means: from the mean feature of each class; trained: "
-        "trained on the features of the pretrained backbone first, in seconds (for tune 'partial' and 'full').",
+    head_start: Literal["auto", "random", "class_means", "trained", "tau_normalized"] = Field(
+        default="auto",
+        description="Weights of the head before the first step. auto: those of train.start, where one is named, else random; "
+        "class_means: from the mean feature of each class; trained: trained on the features of the pretrained backbone first, "
+        "in seconds (for tune 'partial' and 'full'); tau_normalized: those of train.start, τ-normalised.",
     )
-    epochs: int = Field(default=200, ge=1, description="How often the training split is gone through.")
+    tau: Annotated[float, Field(ge=0, le=4)] | Literal["auto"] = Field(
+        default="auto",
+        description="τ of head_start 'tau_normalized': 0 leaves the norms of the classes' weights, 1 makes them equal. auto: "
+        "as is best on validation.",
+    )
+    epochs: int = Field(
+        default=200, ge=0, description="How often the training split is gone through. 0: the weights of train.start stay."
+    )
     batch_size: int = Field(
         default=128, ge=2, description="Images in a step, over all workers; each gives as many views as data.views has."
     )
@@ -192,6 +205,13 @@ class TrainConfig(Settings):
         description="Most minutes between checkpoints within an epoch; null: checkpoints at the ends of epochs only.",
     )
 
+    @model_validator(mode="after")
+    def _random_without_a_start(self) -> TrainConfig:
+        """Without a run to start from 'random' is what 'auto' means; earlier versions wrote it, and such runs are the same."""
+        if self.start is None and self.head_start == "random":
+            self.__dict__["head_start"] = "auto"
+        return self
+
 
 class RunConfig(Settings):
     """Everything that decides a run."""
@@ -232,6 +252,7 @@ class RunConfig(Settings):
             raise ValueError(f"train.folds {self.train.folds} is for train.tune 'head'; leave it out with {self.train.tune!r}")
         if self.train.tune == "head" and self.train.head_start == "trained":
             raise ValueError("train.head_start 'trained' is for train.tune 'partial' and 'full'; leave it out")
+        self._check_second_stage()
         if needs.class_means and self.network.projection.size < 16:
             raise ValueError(
                 f"network.projection.size is {self.network.projection.size}; loss {self.loss.kind!r} needs 16 or more"
@@ -240,12 +261,32 @@ class RunConfig(Settings):
         self.loss.check(self.network.head, len(self.data.views))
         return self
 
+    def _check_second_stage(self) -> None:
+        train, needs = self.train, self.loss.needs
+        if train.epochs == 0 and train.start is None:
+            raise ValueError("train.epochs is 0, so nothing is trained; that is for train.start, which names a finished run")
+        if train.head_start == "tau_normalized" and train.start is None:
+            raise ValueError("train.head_start 'tau_normalized' needs a trained head: name a finished run by train.start")
+        if train.head_start == "tau_normalized" and self.network.head.cosine:
+            raise ValueError(
+                "train.head_start 'tau_normalized' divides by the norms of a linear head; those of a cosine head play no part"
+            )
+        if train.tune != "classifier":
+            return
+        if train.start is None and self.network.backbone.weights == "none":
+            raise ValueError("train.tune 'classifier' leaves the backbone as it is: name a finished run by train.start")
+        if needs.projection or needs.second_stream is not None:
+            raise ValueError(
+                f"train.tune 'classifier' trains the head alone, and loss {self.loss.kind!r} contrasts; use a loss of "
+                "classification: --loss.kind label_smoothing"
+            )
+
 
 def config_warnings(config: RunConfig) -> list[str]:
     """Mistakes that a configuration allows, one line each, for the log. Refusing them would make finished runs unreadable."""
     asked, epochs = config.schedule.warmup_epochs, config.train.epochs
     found = config.loss.config_warnings(epochs, config.network.head)
-    if (warmup := warmup_of(config.schedule, epochs)) < asked:
+    if (warmup := warmup_of(config.schedule, epochs)) < asked and epochs:
         found.append(
             f"schedule.warmup_epochs = {asked:g} is more than train.epochs = {epochs}: the rate rises over {warmup:g} epochs"
         )
@@ -327,7 +368,7 @@ def configured(content: dict[str, Any], pairs: list[tuple[str, Any]], place: str
     Raises:
         UserError: A field is unknown, or has a value that it cannot have.
     """
-    content = _fine_tuning(content, pairs)
+    content = _second_stage(_fine_tuning(content, pairs), pairs)
     config = validate(RunConfig, override(content, pairs, RunConfig), place, flags)
     if pairs:
         _say_rate(content, config)
@@ -346,14 +387,57 @@ _FINE_TUNING: list[tuple[str, Any]] = [
 ]
 
 
+def _tune(content: dict[str, Any]) -> Any:
+    train = content.get("train")
+    return train.get("tune") if isinstance(train, dict) else None
+
+
+# Of every second stage. The batch size and the images are those of the first.
+_SECOND_STAGE: list[tuple[str, Any]] = [
+    ("train.head_start", "auto"),
+    ("train.mixup", 0.0),
+    ("train.cutmix", 0.0),
+    ("train.cmo", None),
+    ("train.average", None),
+    ("train.epochs", 10),
+    ("data.sampling", "class_balanced"),
+    ("schedule", {"kind": "cosine", "warmup_epochs": 0}),
+]
+_MISLAS: list[tuple[str, Any]] = [  # Zhong et al. 2021: label-aware smoothing, a factor of each class's logit
+    ("loss", {"kind": "label_smoothing"}),
+    ("network.head.class_scale", 5.0),
+    ("optimizer", {"kind": "sgd", "lr": 0.02, "nesterov": False, "weight_decay": 5e-4}),
+]
+_MAX_NORM: list[tuple[str, Any]] = [  # Alshammari et al. 2022: weight balancing
+    ("loss", {"kind": "cross_entropy"}),
+    ("optimizer", {"kind": "sgd", "lr": 0.01, "nesterov": False, "weight_decay": 0.1}),
+]
+_TAU: list[tuple[str, Any]] = [("loss", {"kind": "cross_entropy"}), ("train.epochs", 0)]  # Kang et al. 2020
+
+
+def _second_stage(content: dict[str, Any], pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """`content` with the recipe of a second stage, where `pairs` ask for one and `content` is none."""
+    asked = override(content, pairs, RunConfig)
+    if _tune(asked) != "classifier" or _tune(content) == "classifier":
+        return content
+    given = dict(pairs)
+    head = asked.get("network", {}).get("head") if isinstance(asked.get("network"), dict) else None
+    if given.get("train.head_start") == "tau_normalized":
+        name, more = "τ-normalisation (nothing is trained)", _TAU
+    elif isinstance(head, dict) and head.get("max_norm") is not None:
+        name, more = "weight balancing (MaxNorm, lr 0.01, weight decay 0.1, 10 epochs)", _MAX_NORM
+    else:
+        name, more = "MiSLAS (label-aware smoothing, a factor of each class's logit, lr 0.02, 10 epochs)", _MISLAS
+    data = content.get("data")
+    views = data.get("views") if isinstance(data, dict) else None
+    first = [("data.views", views[:1] if isinstance(views, list) else [{}])]
+    log.warning("train.tune classifier: the recipe of %s, images class-balanced; what you set holds", name)
+    return override(content, [*_SECOND_STAGE, *more, *first], RunConfig)
+
+
 def _fine_tuning(content: dict[str, Any], pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """`content` with the recipe of fine-tuning, where it trains a head and `pairs` ask for more than that."""
-
-    def tune(of: dict[str, Any]) -> Any:
-        train = of.get("train")
-        return train.get("tune") if isinstance(train, dict) else None
-
-    wanted = tune(override(content, pairs, RunConfig)) if tune(content) == "head" else None
+    wanted = _tune(override(content, pairs, RunConfig)) if _tune(content) == "head" else None
     if wanted not in ("partial", "full"):
         return content
     recipe = override(content, _FINE_TUNING, RunConfig)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -80,15 +81,38 @@ def choose_shift(logits: torch.Tensor, labels: torch.Tensor, train_counts: np.nd
     Returns:
         The shift, with the score before and after it.
     """
-    scored = {shift: score(shifted(logits, train_counts, shift), labels, train_counts) for shift in SHIFTS}
-    values = {shift: _value(scores, metric) for shift, scores in scored.items()}
-    top = max(values.values())
-    best = min((shift for shift, value in values.items() if value == top), key=lambda shift: (abs(shift), shift))
-    changed = (logits.argmax(1) == labels) != (shifted(logits, train_counts, best).argmax(1) == labels)
+    best, before, after = choose(lambda shift: shifted(logits, train_counts, shift), SHIFTS, labels, train_counts, metric)
+    return TailShift(best, metric, before, after, len(labels))
+
+
+def choose(
+    logits_with: Callable[[float], torch.Tensor],
+    values: Sequence[float],
+    labels: torch.Tensor,
+    train_counts: np.ndarray,
+    metric: str,
+) -> tuple[float, float, float]:
+    """Choose the value of a setting that is best on validation images, where it is better than 0 beyond chance.
+
+    Args:
+        logits_with: The logits (N, C) that a value gives. 0 changes nothing.
+        values: To choose from, 0 among them.
+        labels: int64 (N,).
+        train_counts: Training images of each class, (C,).
+        metric: One of `METRICS`.
+
+    Returns:
+        The value, the score with 0, and the score with the value.
+    """
+    scored = {value: score(logits_with(value), labels, train_counts) for value in values}
+    found = {value: _value(scores, metric) for value, scores in scored.items()}
+    top = max(found.values())
+    best = min((value for value, reached in found.items() if reached == top), key=lambda value: (abs(value), value))
+    changed = (logits_with(0.0).argmax(1) == labels) != (logits_with(best).argmax(1) == labels)
     error = np.linalg.norm(_shares(scored[best], metric, labels, train_counts)[changed.numpy()])
-    if top - values[0.0] <= 2 * error:
+    if top - found[0.0] <= 2 * error:
         best = 0.0
-    return TailShift(best, metric, values[0.0], values[best], len(labels))
+    return best, found[0.0], found[best]
 
 
 def _value(scores: Scores, metric: str) -> float:

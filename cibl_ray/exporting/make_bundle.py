@@ -135,6 +135,8 @@ def make_bundle(checkpoint_file: Path, out: Path, options: Options, overwrite: b
     source = _source(checkpoint_file, checkpoint)
     if (origin := checkpoint.config.network.backbone.origin()) is not None:
         source["pretrained"] = asdict(origin)
+    if (start := checkpoint.config.train.start) is not None:
+        source["start"] = _run_name(start) if start.suffix == ".safetensors" else start.name
     name = _model_name(options.name or source["run"])
     out.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
@@ -197,7 +199,9 @@ class _Export:
             "split": self.split,
             "per_class": {precision: row.per_class for precision, row in scores.items()},
             "tail_shift": {str(shift): _figures(row, self.split) for shift, row in shifted.items()},
-            "config": checkpoint.config.model_dump(mode="json", exclude={"runs": True, "data": {"source", "prepared"}}),
+            "config": checkpoint.config.model_dump(
+                mode="json", exclude={"runs": True, "data": {"source", "prepared"}, "train": {"start"}}
+            ),
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
         }
         sizes = {precision: (part / FILES[precision]).stat().st_size for precision in scores}
@@ -363,9 +367,18 @@ def _versions() -> dict[str, str]:
 
 
 def _source(path: Path, checkpoint: Checkpoint) -> dict[str, Any]:
-    folder = path.absolute().parent
-    run = folder.parent.name if folder.name == CHECKPOINTS else folder.name
-    return {"run": run, "checkpoint": path.name, "checkpoint_sha256": file_sha256(path), "epoch": checkpoint.epoch}
+    return {
+        "run": _run_name(path.absolute()),
+        "checkpoint": path.name,
+        "checkpoint_sha256": file_sha256(path),
+        "epoch": checkpoint.epoch,
+    }
+
+
+def _run_name(checkpoint: Path) -> str:
+    """The name of a checkpoint's run folder, or of the folder that it lies in."""
+    folder = checkpoint.parent
+    return folder.parent.name if folder.name == CHECKPOINTS else folder.name
 
 
 def _model_name(name: str) -> str:

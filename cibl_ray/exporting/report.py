@@ -112,6 +112,7 @@ def write_model_card(path: Path, manifest: dict[str, Any], sizes: dict[str, int]
         "## Origin",
         "",
         *pretrained_lines(source.get("pretrained")),
+        *_second_stage_lines(source.get("start"), manifest["config"]["train"]),
         f"Run `{source['run']}`, {source['checkpoint']} after epoch {source['epoch']} (SHA-256 {source['checkpoint_sha256']}). "
         + ", ".join(f"{name} {number}" for name, number in manifest["versions"].items())
         + f". Written {manifest['created']}.",
@@ -141,6 +142,17 @@ def pretrained_lines(pretrained: dict[str, Any] | None) -> list[str]:
     licence = pretrained["licence"]
     said = f"licence {licence}" if licence else "their licence is not known here: ask where they come from"
     return [f"The backbone started from pretrained weights of {pretrained['network']}: {pretrained['weights']}; {said}.", ""]
+
+
+def _second_stage_lines(start: str | None, train: dict[str, Any]) -> list[str]:
+    """What the card says of the run whose weights this one started from; nothing of a run that started by itself."""
+    if start is None:
+        return []
+    if train["tune"] != "classifier":
+        return [f"The weights started as those of the run `{start}`.", ""]
+    how = f", τ-normalised with τ = {train['tau']}" if train["head_start"] == "tau_normalized" else ""
+    trained = f", trained for {train['epochs']} epochs" if train["epochs"] else ""
+    return [f"Second stage: the classifier, from the run `{start}`{how}{trained}.", ""]
 
 
 def _percent(value: float | None) -> str:

@@ -63,7 +63,8 @@ class NetworkConfig(Settings):
                 f"network.backbone {self.backbone.title!r} takes images of {smallest} pixels and more, data.size is "
                 f"{image_size}; use resnet20 or resnet32 for small images"
             )
-        self.head.check(epochs)
+        if epochs:
+            self.head.check(epochs)
 
 
 class LastBlocks(Settings):

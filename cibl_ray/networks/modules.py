@@ -43,6 +43,12 @@ class Head(nn.Module):
             self.log_scale = nn.Parameter(torch.tensor(math.log(config.initial_scale)))
         else:
             self.register_buffer("log_scale", torch.tensor(math.log(config.initial_scale)))
+        self.class_scale: nn.Parameter | None = None
+        if config.class_scale_rate is not None:
+            self.class_scale = nn.Parameter(torch.ones(classes))
+        self.norm_cap: torch.Tensor | None
+        self.register_buffer("norm_cap", None if config.norm_share is None else torch.zeros(()))
+        self.set_cap()
 
     @property
     def scale(self) -> torch.Tensor | float:
@@ -56,7 +62,28 @@ class Head(nn.Module):
 
     def forward(self, h: torch.Tensor) -> torch.Tensor:
         """Logits (M, C) of features (M, d_h)."""
-        return self.config.logits(h, self.weight, self.bias, self.scale)
+        logits = self.config.logits(h, self.weight, self.bias, self.scale)
+        return logits if self.class_scale is None else logits * self.class_scale
+
+    @torch.no_grad()
+    def set_cap(self) -> None:
+        """Set the cap of the weights' norms by the weights as they are, where the head has one.
+
+        Alshammari et al., "Long-Tailed Recognition via Weight Balancing", 2022: δ = min + share · (max - min) of the classes'
+        norms, as in the authors' code.
+        """
+        share = self.config.norm_share
+        if self.norm_cap is None or share is None:
+            return
+        norms = self.weight.norm(dim=1)
+        self.norm_cap.copy_(norms.min() + share * (norms.max() - norms.min()))
+
+    @torch.no_grad()
+    def project(self) -> None:
+        """Pull weights beyond the cap back onto it: w_c · min(1, δ / ‖w_c‖) (Alshammari et al. 2022, MaxNorm)."""
+        if self.norm_cap is not None:
+            norms = self.weight.norm(dim=1, keepdim=True)
+            self.weight.mul_((self.norm_cap / norms.clamp(min=1e-12)).clamp(max=1))
 
 
 class Neck(nn.Module):

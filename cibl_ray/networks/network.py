@@ -48,7 +48,7 @@ class HybridNetwork(nn.Module):
 
     def __init__(self, config: NetworkConfig, classes: int, needs: Needs) -> None:
         super().__init__()
-        self._still: list[str] = []
+        self._still: list[nn.Module] = []
         self._adapted: AdaptedBackbone | None = None
         self.classes, self.detached_head = classes, needs.detached_head
         self.backbone, features = config.backbone.build()
@@ -89,17 +89,18 @@ class HybridNetwork(nn.Module):
 
     def freeze(
         self,
-        tune: Literal["head", "partial", "full"],
+        tune: Literal["head", "classifier", "partial", "full"],
         partial: PartialConfig,
         keep_statistics: bool = False,
         seed: int = 0,
     ) -> None:
-        """Choose what of the backbone is trained. Frozen batch norm keeps its statistics in training mode, too.
+        """Choose what of the network is trained. Frozen batch norm keeps its statistics in training mode, too.
 
         Args:
-            tune: Nothing of the backbone, a part, or all of it.
+            tune: Nothing of the backbone, the head alone on the backbone's images, a part of the backbone, or all of it.
             partial: Which part.
-            keep_statistics: Whether batch norm that is trained keeps its running statistics and computes with them.
+            keep_statistics: Whether batch norm that is trained, or with "classifier" all of it, keeps its running statistics
+                and computes with them.
             seed: Of the first weights of adapters.
 
         Raises:
@@ -108,13 +109,20 @@ class HybridNetwork(nn.Module):
         match tune:
             case "head":
                 self.backbone.requires_grad_(False)
+            case "classifier":
+                self.requires_grad_(False)
+                self.head.requires_grad_(True)
             case "partial":
                 with torch.random.fork_rng(devices=[]):
                     torch.manual_seed(torch_seed(seed, "adapters"))
                     self._adapted = partial.freeze(self.backbone)
             case "full":
                 self.backbone.requires_grad_(True)
-        self._still = frozen_modules(self.backbone, keep_statistics)
+        self._still = [self.backbone.get_submodule(name) for name in frozen_modules(self.backbone, keep_statistics)]
+        if tune == "classifier":
+            if not keep_statistics:  # they are estimated again, on the images of this stage
+                self._still = [module for module in self._still if getattr(module, "running_mean", None) is None]
+            self._still += [] if self.neck is None else [self.neck]
 
     def merge_adapters(self) -> None:
         """Add adapters to the weights that they adapt, where `freeze` made some: then the network is as it was built."""
@@ -126,8 +134,8 @@ class HybridNetwork(nn.Module):
     def train(self, mode: bool = True) -> HybridNetwork:
         """Set training mode; what is frozen stays in evaluation mode."""
         super().train(mode)
-        for name in self._still:
-            self.backbone.get_submodule(name).eval()
+        for module in self._still:
+            module.eval()
         return self
 
     def classifying_parameters(self) -> Iterator[nn.Parameter]:

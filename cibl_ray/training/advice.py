@@ -124,7 +124,8 @@ def classes_at_zero(config: RunConfig, classes: list[str], counts: np.ndarray, s
         ways.append("--loss.kind balanced_softmax")
     elif loss == "cibl":
         ways.append("a larger --loss.tail_skew, or --loss.kappa 1")
-    ways.append(f"more epochs: {_resume(run)} --train.epochs {2 * config.train.epochs}")
+    if config.train.epochs:
+        ways.append(f"more epochs: {_resume(run)} --train.epochs {2 * config.train.epochs}")
     return f"{len(zero)} of {len(classes)} classes are at 0 %: {names}{more}. To try: {'; '.join(ways)}"
 
 

@@ -69,7 +69,7 @@ class Evaluator:
         Raises:
             UserError: The logits are not finite, or there is too little memory.
         """
-        return self._score(*self._predict(network, split), split, epoch)
+        return self._score(*self.predict(network, split), split, epoch)
 
     def result(self, network: HybridNetwork, epoch: int, is_best: bool, best: Path | None) -> dict[str, Any]:
         """Score the last epoch and the best one. The test set is looked at here for the first time, and chooses nothing.
@@ -99,16 +99,24 @@ class Evaluator:
 
     def _result(self, network: HybridNetwork, split: str, epoch: int) -> dict[str, Any]:
         """What the result says of a network, with the tail shift that validation images choose."""
-        logits, labels = self.outputs = self._predict(network, split)
+        logits, labels = self.outputs = self.predict(network, split)
         result: dict[str, Any] = {"epoch": epoch, "scores": self._score(logits, labels, split, epoch)}
         if "val" in self._prepared.splits and split != "val":
-            logits, labels = self._predict(network, "val")
+            logits, labels = self.predict(network, "val")
             if self._world.is_rank0:
                 result["tail_shift"] = choose_shift(logits, labels, self._prepared.train_counts)
         return result
 
-    def _predict(self, network: HybridNetwork, split: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits and labels of the whole split on rank 0."""
+    def predict(self, network: HybridNetwork, split: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Classify a split, each image once over all workers.
+
+        Args:
+            network: The network, on the run's device.
+            split: 'val' or 'test'.
+
+        Returns:
+            Logits (N, C) and labels (N,) of the whole split on rank 0; elsewhere empty ones.
+        """
         train = self._config.train
         with enough_memory(f"evaluation, {train.eval_batch_size} images at once", "lower train.eval_batch_size"):
             device = torch.device(train.device)

@@ -183,7 +183,7 @@ def _fit(trainer: Trainer, progress: Progress) -> dict[str, Any]:
     trainer.keep_best = not folds
     for warning in [*config_warnings(config), *_few_validation_images(prepared, folds)]:
         log.warning(warning)
-    if trainer.epoch >= config.train.epochs:
+    if trainer.epoch >= config.train.epochs > 0:
         log.info("all %d epochs are done; to train longer: --resume %s --train.epochs N", trainer.epoch, folder)
     result = trainer.fit(progress)
     crossed = cross_validate(trainer, folds) if folds else None
@@ -232,7 +232,7 @@ def _fit(trainer: Trainer, progress: Progress) -> dict[str, Any]:
     shifted = chosen is not None and chosen.shift != 0
     if zero := classes_at_zero(config, prepared.classes, prepared.train_counts, final, shifted, folder):
         progress.line(f"\n{zero}")
-    if "best" not in result and crossed is None:
+    if "best" not in result and crossed is None and config.train.epochs:
         progress.line("\nNo validation split, so no best epoch: data.val_fraction carves one out.")
     progress.line(f"\nTime: {_shares(result['time'])}")
     progress.line(f"Run folder: {folder}\nPictures:   {CURVES}, {BY_CLASS}, {HISTOGRAM}")

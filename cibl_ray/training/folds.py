@@ -54,12 +54,13 @@ def folds_of(config: RunConfig, prepared: Prepared) -> int:
         prepared: The images.
 
     Returns:
-        The number of folds; 0 for no cross-validation.
+        The number of folds; 0 for no cross-validation. With 'auto' none where a run starts from another one (train.start),
+        whose head has seen the images of every fold.
     """
     folds = config.train.folds
     if folds != "auto":
         return folds
-    if config.train.tune != "head" or max(prepared.train_counts) < 2:
+    if config.train.tune != "head" or config.train.start is not None or max(prepared.train_counts) < 2:
         return 0
     return 0 if "val" in prepared.splits and not few_validation_images(prepared) else _AUTO
 

@@ -32,6 +32,8 @@ def make_optimizer(network: HybridNetwork, config: OptimizerConfig, fused: bool)
         scale = 1.0
         if config.layer_decay < 1 and name.startswith("backbone."):
             scale = config.layer_decay ** (len(parts) - depth_of(name.removeprefix("backbone."), parts))
+        if name == "head.class_scale":
+            scale = network.head.config.class_scale_rate or 1.0
         spared = config.kind == "adamw" and parameter.ndim < 2
         groups.setdefault((scale, network.decays(name) and not spared), []).append(parameter)
     content: list[dict[str, Any]] = [

@@ -34,13 +34,16 @@ def passes(config: RunConfig, batches: int, epochs: float | None = None) -> Pass
         epochs: How many; None: all of them.
 
     Returns:
-        The passes of all workers. A head that is trained on features (tune 'head') passes nothing through the backbone.
+        The passes of all workers. A head that is trained on features (tune 'head') passes nothing through the backbone;
+        a classifier that is trained on images (tune 'classifier') passes each forward alone.
     """
     train, needs = config.train, config.loss.needs
     if train.tune == "head":
         return Passes(0, 0)
     images = batches * train.batch_size * (train.epochs if epochs is None else epochs)
     views = len(config.data.views)
+    if train.tune == "classifier":
+        return Passes(0, round(images * views))
     keys = views - 1 if needs.momentum is not None else 0
     second = len(needs.second_stream.views) if needs.second_stream is not None else 0
     sam = config.optimizer.sam

@@ -87,20 +87,22 @@ def start_heads(
 
     Args:
         network: Its head and neck change.
-        config: Says how the head starts (`train.head_start`), and the seed.
+        config: Says how the head starts (`train.head_start`: class_means or trained), and the seed.
         features: Of the frozen backbone.
         world: The workers.
         device: Where the network is.
     """
+    start = config.train.head_start
+    assert start in ("class_means", "trained")
     labels = torch.from_numpy(features.labels("train")).to(device)
     of_train = features.features("train")[:, 0].to(device)
 
     def made() -> dict[str, torch.Tensor]:
-        start_head(network, config.train.head_start, of_train, labels, config.seed)
+        start_head(network, start, of_train, labels, config.seed)
         return {name: value.cpu() for name, value in network.state_dict().items() if name.startswith(("head.", "neck."))}
 
     network.load_state_dict(world.broadcast_from_rank0(made), strict=False)
-    log.info("the head starts %s", "from class means" if config.train.head_start == "class_means" else "trained")
+    log.info("the head starts %s", "from class means" if start == "class_means" else "trained")
 
 
 def _decide_cache(config: LoaderConfig, prepared: Prepared, world: World, device: str) -> LoaderConfig:

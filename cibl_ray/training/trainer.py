@@ -26,6 +26,7 @@ from cibl_ray.run.fingerprint import code_digest
 from cibl_ray.run.folder import BEST, CHECKPOINTS, LAST
 from cibl_ray.run.log import RunLog
 from cibl_ray.run.progress import Progress, Silent, epoch_line
+from cibl_ray.run.start import read_start, start_from
 from cibl_ray.run.stop import Stop
 from cibl_ray.training.advice import FirstSteps
 from cibl_ray.training.compiled import begin_step, compile_network, explained
@@ -39,6 +40,7 @@ from cibl_ray.training.pauses import Pauses
 from cibl_ray.training.schedules import lr_factor
 from cibl_ray.training.setup import checkpoint_activations, keeps_statistics, settle, start_heads
 from cibl_ray.training.sharpness import at_the_peak, running_statistics_stay
+from cibl_ray.training.tau import normalize_head
 from cibl_ray.world import World
 from pipelines.common.errors import UserError
 from pipelines.common.seeding import stream, torch_seed
@@ -90,13 +92,20 @@ class Trainer:
         self.device = torch.device(train.device)
         if self.device.type == "cuda":
             torch.backends.cudnn.benchmark = True  # a run has two or three shapes: the fastest convolutions are found once
-        pretrained = start is None and features is None
+        fresh = start is None and features is None
+        place = train.start if fresh else None
+        # Read by rank 0 alone: another node may not have the folder.
+        first = world.broadcast_from_rank0(lambda: read_start(place)) if place is not None else None
+        pretrained = fresh and first is None
         self.network = build_network(config.network, len(prepared.classes), config.loss.needs, config.seed, pretrained)
-        starts = start is None and train.head_start != "random"
+        if place is not None and first is not None:
+            start_from(self.network, first, place, prepared, train.head_start in ("auto", "tau_normalized"))
+        starts = start is None and train.head_start in ("class_means", "trained")
         made: FeatureLoaders | FoldFeatures | None = features
         if starts:  # from features of the backbone as it is, without adapters
             made = made or self._feature_loaders()
             start_heads(self.network, config, made, world, self.device)
+            self.network.head.set_cap()
         self.network.freeze(train.tune, train.partial, keeps_statistics(config), config.seed)
         if start is not None:
             load_weights(self.network, start)  # before features are made of it
@@ -106,13 +115,25 @@ class Trainer:
         if train.tune == "head":
             made = made or self._feature_loaders()
         self.features = made if train.tune == "head" else None
+        streams = (
+            open_features(config, prepared, self.device, world, self.features)
+            if self.features is not None
+            else open_images(config, prepared, self.device, world)
+        )
+        self.normalize, self.feeds = streams.normalize, streams.feeds
+        self.train_loaders = [feed.loader for feed in streams.feeds]
+        self.pauses = Pauses(world, train.checkpoint_minutes, stop or Stop())
+        self.evaluator = Evaluator(config, prepared, streams.held_out, self.normalize, world, self.pauses.raise_if_stopped)
+        if first is not None and train.head_start == "tau_normalized":
+            tau = normalize_head(self.network, train.tau, self.evaluator, prepared, world)
+            self.config = config = config.model_copy(update={"train": train.model_copy(update={"tau": tau})})
+            train = config.train
         self.average = WeightAverage(self.network, train.average) if train.average is not None else None
         micro = train.batch_size // train.accumulate
         self.objective = Objective(config.loss, self.network, prepared.train_counts, self.device, world, micro)
         self.optimizer = make_optimizer(self.network, config.optimizer, fused=self.device.type == "cuda")
         self.epoch = self.step = 0
         self.after_save: Callable[[], None] = lambda: None
-        self.pauses = Pauses(world, train.checkpoint_minutes, stop or Stop())
         self.spent = {"evaluation": 0.0, "checkpoint": 0.0}  # seconds since the last epoch's row
         self.best: dict[str, float] | None = None
         self.keep_best = True
@@ -124,14 +145,6 @@ class Trainer:
                 compile_network(network, self.device)
         # A head alone gains nothing by bf16.
         self.autocast = train.precision == "bf16" and train.tune != "head"
-        streams = (
-            open_features(config, prepared, self.device, world, self.features)
-            if self.features is not None
-            else open_images(config, prepared, self.device, world)
-        )
-        self.normalize, self.feeds = streams.normalize, streams.feeds
-        self.train_loaders = [feed.loader for feed in streams.feeds]
-        self.evaluator = Evaluator(config, prepared, streams.held_out, self.normalize, world, self.pauses.raise_if_stopped)
 
     def _feature_loaders(self) -> FeatureLoaders:
         self.network.to(self.device)
@@ -181,6 +194,8 @@ class Trainer:
         self.pauses.stop.polled = True
         try:
             self._validate_last(run_log)
+            if epochs == 0 and run_log is not None:
+                self.save()
             while self.epoch < epochs:
                 with self._enough_memory():  # for what comes before a step, too
                     row = self.train_epoch(progress)
@@ -314,6 +329,7 @@ class Trainer:
         if self.config.optimizer.clip_norm is not None:
             nn.utils.clip_grad_norm_(self.network.parameters(), self.config.optimizer.clip_norm)
         self.optimizer.step()
+        self.network.head.project()
         if self.average is not None:
             self.average.update(self.network, self.epoch * self.train_loaders[0].batches + self.step + 1)
         return terms

@@ -245,6 +245,7 @@ def _bounds(info: FieldInfo) -> dict[str, float]:
 def _other_number(kind: type, default: Any, bounds: Mapping[str, float]) -> float:
     low = bounds.get("ge", bounds.get("gt", 0))
     high = bounds.get("le", bounds.get("lt"))
+    default = default if isinstance(default, int | float) else None  # a number, or a word such as 'auto'
     for value in (default * 2 if default else None, default / 2 if default else None, 1, 0.5, low + 1, low):
         if value is None or value == default or kind(value) != value:
             continue

@@ -1,5 +1,6 @@
 """Several workers compute what one would: every loss, every gradient, every evaluated sample."""
 
+import importlib.util
 import json
 import os
 import signal
@@ -14,11 +15,13 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from cibl_ray.config import build_config
+from cibl_ray.config import OptimizerConfig, build_config
 from cibl_ray.losses.objective import Images, Objective
+from cibl_ray.networks.config import Adapters, LastBlocks, Norms
 from cibl_ray.networks.network import build_network
 from cibl_ray.run.checkpoint import load_checkpoint
 from cibl_ray.run.log import read_metrics
+from cibl_ray.training.optimizer import make_optimizer
 from cibl_ray.world import PeerLostError, World
 from pipelines.common.config_file import find_config, read_config
 from pipelines.loaders.reading import Share
@@ -41,6 +44,15 @@ LOSSES = {
     "paco_without_an_average": "{kind: paco, queue: 20, momentum: null}",
     "cibl_first_view": "{kind: cibl, classify: first, normalize: true}",
     "cibl_by_class": "{kind: cibl, tail_skew: 2, normalize: class}",
+}
+
+# What fine-tuning trains: `train.tune` and `train.partial`.
+TUNED = {
+    "blocks": ("partial", LastBlocks(count=2)),
+    "norms": ("partial", Norms(kind="norms")),
+    "adapters": ("partial", Adapters(kind="adapters", rank=2)),
+    "full": ("full", LastBlocks()),
+    "classifier": ("classifier", LastBlocks()),
 }
 
 
@@ -84,6 +96,35 @@ def steps_of(loss, world):
     }
 
 
+def tuned(tune, world):
+    """The parameters after some steps of fine-tuning by AdamW, with batch norm that keeps its statistics."""
+    config = build_config(read_config(find_config("quickstart")), ["--loss.kind", "balanced_softmax"], "test")
+    network = build_network(config.network, CLASSES, config.loss.needs, seed=0)
+    with torch.no_grad():  # statistics as of a trained network
+        network.train()(torch.randn(64, 3, 16, 16, generator=torch.Generator().manual_seed(2)))
+    network.freeze(*TUNED[tune], keep_statistics=True)
+    # In float64: AdamW divides each gradient by its size, so one that is zero but for rounding moves a weight as far as others.
+    network = network.double()
+    objective = Objective(config.loss, network, np.array([50, 20, 9, 3, 1]), torch.device("cpu"), world, BATCH)
+    optimizer = make_optimizer(network, OptimizerConfig(kind="adamw", lr=1e-3, layer_decay=0.75), fused=False)
+    for group in optimizer.param_groups:
+        group["lr"] *= group["scale"]
+    network.train()
+    random = torch.Generator().manual_seed(1)
+    rows = world.share.of(BATCH)
+    for _ in range(STEPS):
+        pixels = torch.randn(BATCH, 3, 16, 16, generator=random, dtype=torch.float64)
+        labels = torch.randint(CLASSES, (BATCH,), generator=random)
+        terms = objective(
+            network, lambda network, pixels: network(pixels), [Images(pixels[rows], labels[rows], 1)], progress=0.5
+        )
+        optimizer.zero_grad()
+        (terms["loss"] * world.fraction(BATCH)).backward()
+        world.sum_gradients(network.parameters())
+        optimizer.step()
+    return {name: parameter.detach().clone() for name, parameter in network.named_parameters() if parameter.requires_grad}
+
+
 def spawn(what, workers, folder, **environment):
     """This file's `what` in several processes; returns them, ended, with their output."""
     base = os.environ | {"OMP_NUM_THREADS": "1", "WORLD_SIZE": str(workers), "STORE": str(folder / "store")} | environment
@@ -119,6 +160,22 @@ def test_two_workers_compute_what_one_does(loss, two_workers):
         for name, gradient in theirs.items():
             # Each parameter's by its own norm; where that is next to nothing, sums cancel in it.
             assert (gradient - alone[name]).norm() <= 1e-9 * max(alone[name].norm(), 0.01 * whole), name
+
+
+@pytest.mark.parametrize("tune", TUNED)
+def test_two_workers_fine_tune_as_one_does(tune, two_workers):
+    """With AdamW too, in float64: no worker's part of a batch decides anything."""
+    if tune == "adapters":
+        pytest.importorskip("peft")
+    torch.set_num_threads(1)
+    alone = tuned(tune, World())
+    moved = max((value.abs().max() for name, value in alone.items() if "lora_B" in name), default=torch.tensor(1.0))
+    assert moved > 1e-4  # adapters start from 0
+    for rank in range(2):
+        theirs = torch.load(two_workers / f"tuned-{tune}-{rank}.pt")
+        assert theirs.keys() == alone.keys()
+        for name, value in theirs.items():
+            assert (value - alone[name]).abs().max() < 1e-9, name
 
 
 def test_gathered_gradients_are_sums_over_workers(two_workers):
@@ -217,6 +274,9 @@ def test_shares_are_the_whole_and_even(count, workers):
 def _steps(world, folder):
     for loss in LOSSES:
         torch.save(steps_of(loss, world), folder / f"{loss}-{world.rank}.pt")
+    for tune in TUNED:
+        if tune != "adapters" or importlib.util.find_spec("peft") is not None:
+            torch.save(tuned(tune, world), folder / f"tuned-{tune}-{world.rank}.pt")
     rows = world.share.of(7)
     own = torch.arange(7.0)[rows, None].requires_grad_()
     everyone = world.gather(own, 7)

@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
+
+from pydantic import Field
 
 from pipelines.common.settings import Settings
 
 if TYPE_CHECKING:
     import torch
+
+
+ClassScale = Annotated[
+    float | None,
+    Field(
+        gt=0,
+        le=1000,
+        description="Learn a factor of each class's logit, which starts at 1, at this many times the learning rate (learnable "
+        "weight scaling); null: none.",
+    ),
+]
 
 
 class HeadSettings(Settings):
@@ -51,6 +64,16 @@ class HeadSettings(Settings):
     @property
     def initial_norm(self) -> float | None:
         """The norm of each class's weights at the start of a run; None: as `torch.nn.Linear` draws them, .58 on average."""
+        return None
+
+    @property
+    def class_scale_rate(self) -> float | None:
+        """The learning rate of a factor of each class's logit, as a multiple of the weights'; None: there is no factor."""
+        return None
+
+    @property
+    def norm_share(self) -> float | None:
+        """Where between the least and the largest norm of the classes' first weights their cap lies, 0 to 1; None: no cap."""
         return None
 
     def scale_at(self, epoch: float, epochs: int) -> float | None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from cibl_ray.networks.heads.base import HeadSettings
+from cibl_ray.networks.heads.base import ClassScale, HeadSettings
 from pipelines.common.settings import Settings
 
 if TYPE_CHECKING:
@@ -50,6 +50,7 @@ class CosineHeadConfig(HeadSettings):
         description="Norm of each class's weights at the start, 1 in LDAM's and BCL's code; null: as torch.nn.Linear draws "
         "them (.58). The smaller it is, the faster the direction turns.",
     )
+    class_scale: ClassScale = None
     cosine: ClassVar[bool] = True
 
     def logits(
@@ -81,6 +82,11 @@ class CosineHeadConfig(HeadSettings):
     def initial_norm(self) -> float | None:
         """The configured norm of the weights at the start."""
         return self.weight_norm
+
+    @property
+    def class_scale_rate(self) -> float | None:
+        """As configured."""
+        return self.class_scale
 
     def scale_at(self, epoch: float, epochs: int) -> float | None:
         """The scheduled scale at `epoch` of `epochs`; None where it is learned."""
