@@ -276,8 +276,12 @@ async def _multipart(content_type: str, body: bytes, max_files: int) -> tuple[li
         yield b""
 
     headers = Headers({"content-type": content_type})
+    parser = MultiPartParser(headers, stream(), max_files=max_files, max_fields=16, max_part_size=4096)
+    parser.spool_max_size = (
+        len(body) + 1
+    )  # never a temporary file: the body is in memory, and a container's root may be read-only
     try:
-        form = await MultiPartParser(headers, stream(), max_files=max_files, max_fields=16, max_part_size=4096).parse()
+        form = await parser.parse()
     except (MultiPartException, KeyError, ValueError) as error:
         raise bad_request(f"the form cannot be read: {error}") from error
     files: list[bytes] = []

@@ -1,4 +1,4 @@
-"""What a repository on a public host needs: workflows, forms, the citation and the changelog, each in its form."""
+"""What a repository on a public host needs: workflows, forms, the citation, the changelog, compose, each in its form."""
 
 import re
 import subprocess
@@ -21,6 +21,7 @@ SCHEMAS = {
     "github-issue-forms": [path for path in sorted((GITHUB / "ISSUE_TEMPLATE").glob("*.yml")) if path.stem != "config"],
     "github-issue-config": [GITHUB / "ISSUE_TEMPLATE" / "config.yml"],
     "citation-file-format": [REPOSITORY / "CITATION.cff"],
+    "compose-spec": [REPOSITORY / "deploy" / "compose.yaml"],
 }
 YAMLLINT = """
 extends: default

@@ -1,8 +1,10 @@
 """Bodies as real clients send them: compressed, in odd base64, under a wrong content type."""
 
+import asyncio
 import base64
 import gzip
 import json
+import tempfile
 import zlib
 
 import numpy as np
@@ -10,6 +12,7 @@ import pytest
 
 from cibl_ray.bundle.runtime import Runtime
 from pipelines.pixels import decode
+from serve import v1
 from tests.serve.conftest import encoded, tensor
 
 JSON = {"Content_Type": "application/json"}
@@ -140,6 +143,18 @@ def test_other_fields_of_a_form_are_ignored(server):
     body += b'--X\r\nContent-Disposition: form-data; name="image"; filename="i"\r\n\r\n' + data + b"\r\n--X--\r\n"
     answer = server.ask("POST", "/v1/predict", body, Content_Type="multipart/form-data; boundary=X")
     assert labels(answer) == labels(server.ask("POST", "/v1/predict?top_k=2", data))
+
+
+def test_a_large_form_needs_no_temporary_file(monkeypatch):
+    """A container's root may be read-only, without a folder for temporary files."""
+
+    def no_folder(*arguments, **options):
+        raise FileNotFoundError("No usable temporary directory found")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", no_folder)
+    large = bytes(3 << 20)
+    body = b'--X\r\nContent-Disposition: form-data; name="image"; filename="i"\r\n\r\n' + large + b"\r\n--X--\r\n"
+    assert asyncio.run(v1._multipart("multipart/form-data; boundary=X", body, 1)) == ([large], {})
 
 
 def test_a_weak_entity_tag_is_the_same_file(server):
