@@ -1,6 +1,6 @@
 # Everything that trains, sweeps, evaluates and exports, with FFCV. From the repository's folder:
 #   docker build -f deploy/train.Dockerfile -t cibl-ray-train .
-#   docker run --gpus all --shm-size 8g -v "$PWD:/work" --user "$(id -u)" cibl-ray-train python -m cibl_ray.train quickstart
+#   docker run --gpus all --shm-size 8g -v "$PWD:/data" --user "$(id -u)" cibl-ray-train python -m cibl_ray.train quickstart
 FROM debian:trixie-slim
 # What FFCV and torch.compile build with; KubeRay asks the health of its pods with wget.
 # hadolint ignore=DL3008
@@ -9,7 +9,7 @@ RUN apt-get update \
         g++ libopencv-dev libturbojpeg0-dev pkg-config python3-dev python3-venv wget \
     && rm -rf /var/lib/apt/lists/* \
     && useradd --uid 10001 --create-home cibl \
-    && install -d -o cibl -g cibl /work
+    && install -d -o cibl -g cibl /data
 WORKDIR /source
 COPY pyproject.toml requirements.lock README.md LICENSE ./
 COPY pipelines pipelines
@@ -21,5 +21,5 @@ RUN python3 -m venv /opt/cibl-ray \
         ".[train,photos,adapters,data,heic,ffcv,cluster,export]"
 ENV PATH=/opt/cibl-ray/bin:$PATH NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
 USER 10001
-WORKDIR /work
+WORKDIR /data
 CMD ["python", "-m", "cibl_ray.train", "quickstart"]

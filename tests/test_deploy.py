@@ -111,11 +111,11 @@ def test_compose_trains_on_digits_and_serves_the_bundle_on_a_read_only_root():
     assert export == ["cibl_ray.export", "runs/digits"]
     assert serve["depends_on"] == {"train": {"condition": "service_completed_successfully"}}
     arguments = _parser().parse_args(serve["command"])
-    assert [path.as_posix() for path in arguments.bundles] == ["/work/runs/digits/bundle"]
+    assert [path.as_posix() for path in arguments.bundles] == ["/data/runs/digits/bundle"]
     assert (arguments.host, serve["ports"]) == ("0.0.0.0", [f"127.0.0.1:{arguments.port}:{arguments.port}"])
     assert serve["read_only"]
-    assert serve["volumes"] == ["work:/work:ro"]
-    assert train["volumes"] == ["work:/work"]
+    assert serve["volumes"] == ["data:/data:ro"]
+    assert train["volumes"] == ["data:/data"]
 
 
 def test_the_deployment_runs_the_service_with_few_rights():
