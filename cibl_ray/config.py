@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from cibl_ray.losses.cibl import CIBLConfig
 from cibl_ray.losses.config import LossConfig
@@ -213,8 +213,11 @@ class TrainConfig(Settings):
         return self
 
 
+TrackerName = Literal["tensorboard", "mlflow", "wandb", "csv"]
+
+
 class RunConfig(Settings):
-    """Everything that decides a run."""
+    """Everything that decides a run, and where its numbers go."""
 
     seed: int = Field(default=0, ge=0, le=2**32 - 1, description="Decides order, subset, augmentation and weights.")
     runs: Path = Field(default=Path("runs"), description="Folder in which the run folders are made.")
@@ -225,6 +228,16 @@ class RunConfig(Settings):
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = CosineSchedule()
     train: TrainConfig = TrainConfig()
+    track: tuple[TrackerName, ...] = Field(
+        default=("tensorboard",),
+        description="Trackers that get the numbers of each epoch. mlflow and wandb need the extra `track`; their server and "
+        "key come from the environment.",
+    )
+
+    @field_validator("track", mode="before")
+    @classmethod
+    def _one_or_more(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _fits(self) -> RunConfig:

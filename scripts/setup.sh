@@ -78,9 +78,9 @@ fi
 
 install() { .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable ".[$1]"; }
 say "installing the packages of requirements.lock into .venv (some minutes the first time)"
-if [ -z "$ffcv" ] || ! install train,photos,adapters,data,cluster,export,serve,docs,dev,ffcv; then
+if [ -z "$ffcv" ] || ! install train,photos,adapters,track,data,cluster,export,serve,docs,dev,ffcv; then
   [ -z "$ffcv" ] || say "FFCV did not build (the lines above say why); going on without it: training will use the torchvision loader"
-  install train,photos,adapters,data,cluster,export,serve,docs,dev
+  install train,photos,adapters,track,data,cluster,export,serve,docs,dev
 fi
 if ! command -v npm >/dev/null; then
   say "without npm there is no onnxruntime-web: the tests of models in the browser are skipped; install npm, then run: make web"

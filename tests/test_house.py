@@ -28,7 +28,7 @@ FLOORS = (
     {"losses"},
     {"config"},
     {"hardware", "run"},
-    {"evaluation", "features"},
+    {"evaluation", "features", "tracking"},
     {"training", "exporting"},
     {"cluster", "api"},
     {"tuning"},

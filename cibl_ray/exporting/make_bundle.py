@@ -30,6 +30,7 @@ from cibl_ray.hardware import resolve
 from cibl_ray.networks.network import HybridNetwork
 from cibl_ray.run.checkpoint import Checkpoint, load_checkpoint
 from cibl_ray.run.folder import CHECKPOINTS
+from cibl_ray.tracking.trackers import track_bundle
 from pipelines.augment.recipe import Normalize
 from pipelines.common.errors import UserError
 from pipelines.common.progress import NO_BAR
@@ -150,6 +151,8 @@ def make_bundle(checkpoint_file: Path, out: Path, options: Options, overwrite: b
     finally:
         for folder in (part, earlier):
             shutil.rmtree(folder, ignore_errors=True)
+    if (place := checkpoint_file.absolute().parent).name == CHECKPOINTS:
+        track_bundle(checkpoint.config, place.parent, out)
     return replace(made, folder=out)
 
 

@@ -21,6 +21,8 @@ LOCK = ".lock"
 CHECKPOINTS = "checkpoints"
 LAST, PREVIOUS, BEST = "last.safetensors", "previous.safetensors", "best.safetensors"
 TENSORBOARD = "tensorboard"
+METRICS_TABLE, SCORES_TABLE = "metrics.csv", "scores.csv"
+TRACKERS = "trackers.json"  # what trackers remember of the run
 HISTOGRAM, CURVES, BY_CLASS = "class_counts.png", "learning_curves.png", "accuracy_by_class.png"
 CONFUSION = ("confusion.html", "confusion.json")
 COPY = ".storage"  # where the run's copy in an object store is
@@ -100,7 +102,7 @@ def make_room(folder: Path) -> None:
 
     Each is one line of the log. Otherwise the run would fail as it writes there, as late as its end.
     """
-    files = [CONFIG, RESULT, METRICS, LOG, HISTOGRAM, CURVES, BY_CLASS, *CONFUSION]
+    files = [CONFIG, RESULT, METRICS, METRICS_TABLE, SCORES_TABLE, TRACKERS, LOG, HISTOGRAM, CURVES, BY_CLASS, *CONFUSION]
     files += [f"{CHECKPOINTS}/{name}" for name in (LAST, PREVIOUS, BEST)]
     only_folders(folder / name for name in (CHECKPOINTS, TENSORBOARD))
     only_files(folder / name for name in files)

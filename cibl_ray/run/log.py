@@ -1,14 +1,15 @@
-"""What a run writes as it trains: JSON lines and TensorBoard events."""
+"""What a run writes as it trains: one JSON object for each epoch."""
 
 from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cibl_ray.run.folder import CHECKPOINTS, METRICS, TENSORBOARD, set_aside
+from cibl_ray.run.folder import CHECKPOINTS, METRICS, set_aside
 from cibl_ray.run.head import newest_head
 from pipelines.common.files import write_atomically
 
@@ -19,35 +20,32 @@ _GROUPS = ("train", "rate", "seconds")  # of numbers, which every row has
 
 
 class RunLog:
-    """One JSON object an epoch in `metrics.jsonl`, the same numbers as TensorBoard events.
+    """One JSON object an epoch in `metrics.jsonl`.
 
     Args:
         folder: The run folder.
         epoch: Whole epochs that the run resumes after; 0 for a new run. Rows beyond it are dropped: they are trained again.
         saved: The rows that the checkpoint has; None where it is an older one, or there is none.
+        listener: Called with each epoch's numbers, and with those that an epoch's row lacked before.
 
     Attributes:
         rows: The log so far. A checkpoint keeps them, and the file is mended by them.
     """
 
-    def __init__(self, folder: Path, epoch: int, saved: list[Row] | None = None) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
+    def __init__(
+        self, folder: Path, epoch: int, saved: list[Row] | None = None, listener: Callable[[Row], None] = lambda row: None
+    ) -> None:
         self._path = folder / METRICS
         self.rows = _mend(self._path, epoch, saved)
         write_atomically(self._path, _text(self.rows))
-        self._events = SummaryWriter(str(folder / TENSORBOARD), purge_step=epoch + 1)
+        self._listener = listener
 
     def write(self, row: Row) -> None:
         """Append one epoch's numbers: {"epoch": ..., group: {name: value}}."""
         self.rows.append(row)
         with self._path.open("a") as file:
             file.write(json.dumps(row) + "\n")
-        for group, values in row.items():
-            for name, value in (values if isinstance(values, dict) else {}).items():
-                if isinstance(value, int | float):
-                    self._events.add_scalar(f"{group}/{name}", value, row["epoch"])
-        self._events.flush()
+        self._listener(row)
 
     def last_without(self, group: str, epoch: int) -> Row | None:
         """The last row, where it is of `epoch` and has no numbers of `group`: the run was stopped before it had them."""
@@ -55,14 +53,11 @@ class RunLog:
         return last if last is not None and last["epoch"] == epoch and group not in last else None
 
     def replace_last(self, row: Row) -> None:
-        """Write a row in the place of the last one."""
-        self.rows.pop()
+        """Write a row in the place of the last one, which lacks some of its groups."""
+        before = self.rows.pop()
+        self.rows.append(row)
         write_atomically(self._path, _text(self.rows))
-        self.write(row)
-
-    def close(self) -> None:
-        """Close the files."""
-        self._events.close()
+        self._listener({"epoch": row["epoch"]} | {name: group for name, group in row.items() if name not in before})
 
 
 def read_metrics(folder: Path) -> list[Row]:

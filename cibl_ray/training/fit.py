@@ -36,6 +36,8 @@ from cibl_ray.run.log import read_metrics
 from cibl_ray.run.mend import mend
 from cibl_ray.run.progress import Progress, messages_to
 from cibl_ray.run.stop import Stop
+from cibl_ray.tracking.base import Outcome, Status
+from cibl_ray.tracking.trackers import track_run
 from cibl_ray.training.advice import classes_at_zero, next_steps
 from cibl_ray.training.arithmetic import decide
 from cibl_ray.training.folds import cross_validate, few_validation_images, folds_of
@@ -145,7 +147,7 @@ def _fit_in(
             with messages_to(logging.FileHandler(folder / LOG)):
                 if resume:
                     mend(folder, checkpoint is not None, damaged)
-                result = _fit(trainer, progress)
+                result = _fit_tracked(trainer, progress)
             if after_save is not None:
                 after_save()
             return result
@@ -166,6 +168,22 @@ def _same_data(world: World, prepared: Prepared) -> None:
             f"rank{'s' * (len(others) > 1)} {', '.join(others)}: the images in {str(prepared.folder)!r} are not rank 0's; "
             "give every node the same source, and remove that folder on each to prepare it again"
         )
+
+
+def _fit_tracked(trainer: Trainer, progress: Progress) -> dict[str, Any]:
+    """Train, write all files of the run folder, and send the numbers to trackers."""
+    tags = {"code": trainer.code, "workers": str(trainer.world.size)}
+    trainer.trackers = track_run(trainer.config, trainer.folder, tags)
+    status: Status = "failed"
+    try:
+        result = _fit(trainer, progress)
+        status = "finished"
+        return result
+    except (KeyboardInterrupt, SystemExit):  # SystemExit: how Ray Tune stops a trial
+        status = "stopped"
+        raise
+    finally:
+        trainer.trackers.close(status)
 
 
 def _fit(trainer: Trainer, progress: Progress) -> dict[str, Any]:
@@ -219,6 +237,9 @@ def _fit(trainer: Trainer, progress: Progress) -> dict[str, Any]:
     report = config.data.size >= _PHOTOGRAPHS and outputs is not None
     if report and outputs is not None:
         save_confusion(folder, prepared, result["split"], *outputs, eval_rule(config.data))
+    final = {f"{result['split']}/{name}": score.numbers() for name, score in zip(kinds, scores.values(), strict=True)}
+    files = [folder / name for name in (CONFIG, RESULT, HISTOGRAM, CURVES, BY_CLASS, *CONFUSION)]
+    trainer.trackers.end(Outcome(final, table(scores), [path for path in files if path.is_file()]))
     where = f"the {result['split']} split"
     progress.line(f"\n{heading(where)}\n")
     progress.line(table(scores))
@@ -228,9 +249,9 @@ def _fit(trainer: Trainer, progress: Progress) -> dict[str, Any]:
     if (chosen := shifts.get("best", shifts.get("last"))) is not None and chosen.shift:
         chooser = "Validation chooses" if crossed is None else "The held-out training images choose"
         progress.line(f"\n{chooser} {chosen.line()}; the scores with it: evaluate RUN --tail-shift auto")
-    final = [*scores.values()][-1]
+    judged = [*scores.values()][-1]
     shifted = chosen is not None and chosen.shift != 0
-    if zero := classes_at_zero(config, prepared.classes, prepared.train_counts, final, shifted, folder):
+    if zero := classes_at_zero(config, prepared.classes, prepared.train_counts, judged, shifted, folder):
         progress.line(f"\n{zero}")
     if "best" not in result and crossed is None and config.train.epochs:
         progress.line("\nNo validation split, so no best epoch: data.val_fraction carves one out.")

@@ -32,7 +32,7 @@ def resumed(folder: Path, overrides: list[str], name: str | None) -> tuple[RunCo
     if name is not None:
         begun = build_config(content, [], str(folder / CONFIG))
         # Device, precision and loader are chosen when a run begins, and kept in its file.
-        execution: Any = {"runs": True, "loader": True, "train": {"device", "precision"}, "data": {"prepared"}}
+        execution: Any = {"runs": True, "track": True, "loader": True, "train": {"device", "precision"}, "data": {"prepared"}}
         wanted, there = (one.model_dump(mode="json", exclude=execution) for one in (load_config(name, overrides), begun))
         changed = sorted(part for part in wanted if wanted[part] != there[part])
         if changed:

@@ -28,6 +28,7 @@ from cibl_ray.run.log import RunLog
 from cibl_ray.run.progress import Progress, Silent, epoch_line
 from cibl_ray.run.start import read_start, start_from
 from cibl_ray.run.stop import Stop
+from cibl_ray.tracking.trackers import Trackers
 from cibl_ray.training.advice import FirstSteps
 from cibl_ray.training.compiled import begin_step, compile_network, explained
 from cibl_ray.training.evaluator import Evaluator
@@ -71,6 +72,7 @@ class Trainer:
         epoch: Whole epochs done.
         step: Steps done of the next epoch.
         features: Of the images, where a head is trained on them; else None.
+        trackers: Where rank 0 sends each epoch's numbers.
         keep_best: Whether the epoch that is best on validation is kept as a checkpoint.
     """
 
@@ -134,6 +136,7 @@ class Trainer:
         self.optimizer = make_optimizer(self.network, config.optimizer, fused=self.device.type == "cuda")
         self.epoch = self.step = 0
         self.after_save: Callable[[], None] = lambda: None
+        self.trackers = Trackers([])
         self.spent = {"evaluation": 0.0, "checkpoint": 0.0}  # seconds since the last epoch's row
         self.best: dict[str, float] | None = None
         self.keep_best = True
@@ -186,7 +189,10 @@ class Trainer:
         """
         progress = progress or Silent()
         epochs, batches = self.config.train.epochs, self.train_loaders[0].batches
-        run_log = self._log = RunLog(self.folder, self.epoch, self._rows) if self.world.is_rank0 else None
+        run_log = None
+        if self.world.is_rank0:
+            run_log = self._log = RunLog(self.folder, self.epoch, self._rows, self.trackers.row)
+            self.trackers.begin(self.epoch, run_log.rows)
         images = batches * self.config.train.batch_size
         left = (epochs - self.epoch) * batches - self.step
         self._first_steps = FirstSteps(self.config, self.folder, left, self.world.size == 1) if self.world.is_rank0 else None
@@ -217,8 +223,6 @@ class Trainer:
         finally:
             self.pauses.stop.polled = False
             progress.close()
-            if run_log is not None:
-                run_log.close()
             for loader in self.train_loaders:
                 loader.close()
         try:

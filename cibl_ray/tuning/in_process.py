@@ -11,12 +11,14 @@ import optuna
 from cibl_ray.config import RunConfig
 from cibl_ray.hardware import resolve
 from cibl_ray.run.progress import Silent
+from cibl_ray.tracking.trackers import Trackers
 from cibl_ray.training.fit import fit
 from cibl_ray.training.trainer import Trainer
 from cibl_ray.tuning.config import Choice, Range, SweepConfig
 from cibl_ray.tuning.folder import RUNS, read_trials, record_trial
 from cibl_ray.tuning.journal import STUDY, open_journal
 from cibl_ray.tuning.sweep import Trial, best, objectives, trial_config, trial_name
+from cibl_ray.tuning.track import track_trial
 from cibl_ray.world import World
 from pipelines.common.errors import UserError
 from pipelines.prepare.build import ensure_prepared, prepared_folder
@@ -29,7 +31,7 @@ def fits_in_process(sweep: SweepConfig, base: dict[str, Any], address: str | Non
     return always_head and sweep.workers == 1 and address is None
 
 
-def search_in_process(sweep: SweepConfig, base: dict[str, Any], folder: Path, left: int) -> None:
+def search_in_process(sweep: SweepConfig, base: dict[str, Any], folder: Path, left: int, trackers: Trackers) -> None:
     """Run trials one after the other until `left` more have ended. ASHA does not stop any: they are short.
 
     Args:
@@ -37,6 +39,7 @@ def search_in_process(sweep: SweepConfig, base: dict[str, Any], folder: Path, le
         base: The configuration that every trial starts from.
         folder: The sweep folder.
         left: The number of trials to run.
+        trackers: The sweep's.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     before = len(read_trials(folder))
@@ -64,6 +67,7 @@ def search_in_process(sweep: SweepConfig, base: dict[str, Any], folder: Path, le
         else:
             study.tell(proposal, state=optuna.trial.TrialState.FAIL)
         record_trial(folder, sweep, ended)
+        track_trial(trackers, ended)
 
 
 def keep_best(sweep: SweepConfig, base: dict[str, Any], folder: Path) -> None:

@@ -19,6 +19,7 @@ from cibl_ray.tuning.folder import SWEEP, mend, read_trials, sweep_text
 from cibl_ray.tuning.in_process import fits_in_process, keep_best, search_in_process
 from cibl_ray.tuning.search import search
 from cibl_ray.tuning.sweep import Trial, base_content, check_metrics
+from cibl_ray.tuning.track import sweep_outcome, sweep_trackers
 from pipelines.common.errors import Interrupted, UserError
 from pipelines.common.files import write_atomically
 
@@ -46,24 +47,27 @@ def run(sweep: SweepConfig, folder: Path, address: str | None, base: dict[str, A
     with lock_folder(folder, "sweeping", patience=0):
         mend(folder)
         write_atomically(folder / SWEEP, sweep_text(sweep, base))
-        left = sweep.trials - len(read_trials(folder))
-        in_process = fits_in_process(sweep, base, address)
-        if in_process:
-            try:
-                search_in_process(sweep, base, folder, left)
-                keep_best(sweep, base, folder)
-            except KeyboardInterrupt:
-                raise _interrupted(folder, address) from None
-        elif left > 0:
-            with cluster(address), polite_end(), mark_beside(folder, None) as mark:
-                if address is not None:
-                    _check_nodes(folder, mark)
-                    check_metrics(sweep, *_results(ray.remote(prepare_data).remote(base)))
-                search(sweep, base, folder, left, mark)
-        trials = read_trials(folder)
-        if len(trials) < sweep.trials:  # Ray Tune returns normally after Ctrl-C
-            raise _interrupted(folder, address)
-        return trials, report.write(folder, sweep, base, trials)
+        with sweep_trackers(sweep, base, folder) as trackers:
+            left = sweep.trials - len(read_trials(folder))
+            in_process = fits_in_process(sweep, base, address)
+            if in_process:
+                try:
+                    search_in_process(sweep, base, folder, left, trackers)
+                    keep_best(sweep, base, folder)
+                except KeyboardInterrupt:
+                    raise _interrupted(folder, address) from None
+            elif left > 0:
+                with cluster(address), polite_end(), mark_beside(folder, None) as mark:
+                    if address is not None:
+                        _check_nodes(folder, mark)
+                        check_metrics(sweep, *_results(ray.remote(prepare_data).remote(base)))
+                    search(sweep, base, folder, left, mark, trackers)
+            trials = read_trials(folder)
+            if len(trials) < sweep.trials:  # Ray Tune returns normally after Ctrl-C
+                raise _interrupted(folder, address)
+            text = report.write(folder, sweep, base, trials)
+            trackers.end(sweep_outcome(sweep, folder, trials, text))
+            return trials, text
 
 
 def _interrupted(folder: Path, address: str | None) -> Interrupted:

@@ -17,15 +17,19 @@ from ray.tune.search.optuna import OptunaSearch
 
 from cibl_ray.cluster.options import places
 from cibl_ray.cluster.ray_workarounds import TrialPlaces
+from cibl_ray.tracking.trackers import Trackers
 from cibl_ray.tuning.config import Choice, SweepConfig
 from cibl_ray.tuning.folder import OF_RAY, RUNS, read_trials, record_trial
 from cibl_ray.tuning.journal import STUDY, open_journal
 from cibl_ray.tuning.sweep import Trial, most_epochs, trial_name
+from cibl_ray.tuning.track import track_trial
 from cibl_ray.tuning.trial import trial
 from pipelines.common.errors import UserError
 
 
-def search(sweep: SweepConfig, base: dict[str, Any], folder: Path, left: int, mark: str | None) -> None:
+def search(
+    sweep: SweepConfig, base: dict[str, Any], folder: Path, left: int, mark: str | None, trackers: Trackers | None = None
+) -> None:
     """Run trials in the cluster that this process is connected to, until `left` more have ended.
 
     Args:
@@ -34,6 +38,7 @@ def search(sweep: SweepConfig, base: dict[str, Any], folder: Path, left: int, ma
         folder: The sweep folder.
         left: The number of trials to run.
         mark: The folder's mark (`mark_beside`), by which nodes check that they see the same folder.
+        trackers: The sweep's; None: it has none.
 
     Raises:
         UserError: The cluster has no room for a trial.
@@ -103,7 +108,7 @@ def search(sweep: SweepConfig, base: dict[str, Any], folder: Path, left: int, ma
             storage_path=str(folder / OF_RAY),
             failure_config=tune.FailureConfig(max_failures=2),
             verbose=0,
-            callbacks=[_Recorder(folder, sweep, base, trial_places)],
+            callbacks=[_Recorder(folder, sweep, base, trial_places, trackers or Trackers([]))],
         ),
     )
     try:
@@ -144,8 +149,10 @@ def _space(space: Any) -> Any:
 class _Recorder(tune.Callback):
     """Ray Tune calls this in the driver: each trial that ends becomes a line of trials.jsonl and one on the terminal."""
 
-    def __init__(self, folder: Path, sweep: SweepConfig, base: dict[str, Any], places: TrialPlaces | None) -> None:
-        self._folder, self._sweep, self._base, self._places = folder, sweep, base, places
+    def __init__(
+        self, folder: Path, sweep: SweepConfig, base: dict[str, Any], places: TrialPlaces | None, trackers: Trackers
+    ) -> None:
+        self._folder, self._sweep, self._base, self._places, self._trackers = folder, sweep, base, places, trackers
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         reached = (trial.last_result or {}).get("epoch", 0)
@@ -167,6 +174,6 @@ class _Recorder(tune.Callback):
         failed = self._folder / RUNS / f"{name}.error"
         if failed.exists():
             state, error = "failed", " ".join(failed.read_text().split())
-        record_trial(
-            self._folder, self._sweep, Trial(name, trial.config, state, result.get("epoch", 0), result.get("scores", {}), error)
-        )
+        ended = Trial(name, trial.config, state, result.get("epoch", 0), result.get("scores", {}), error)
+        record_trial(self._folder, self._sweep, ended)
+        track_trial(self._trackers, ended)

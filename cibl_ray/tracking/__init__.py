@@ -1,0 +1,1 @@
+"""Trackers: where the numbers of a run are shown. A tracker that fails never ends a run."""
