@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -55,7 +55,7 @@ def find(examined: Examined) -> list[Finding]:
     return [
         *_unreadable(examined),
         *_duplicates(examined),
-        *_classes(examined),
+        *of_classes(examined.classes, counts_of(examined)),
         *_single_images(examined),
         *_shift(examined),
     ]
@@ -65,6 +65,11 @@ def worst_first(found: list[Finding]) -> list[Finding]:
     """Faults, then what a person should look at, then notes."""
     order = {"fault": 0, "look": 1, "note": 2}
     return sorted(found, key=lambda finding: order[finding.severity])
+
+
+def counts_of(examined: Examined) -> dict[str, np.ndarray]:
+    """Images of each class by split."""
+    return {split: class_counts(images.labels, len(examined.classes)) for split, images in examined.splits.items()}
 
 
 def gini(counts: np.ndarray) -> float:
@@ -146,23 +151,28 @@ def _in_train(examined: Examined, pair: tuple[int, int]) -> int | None:
     return next((number for number in pair if examined.split[number] == "train"), None)
 
 
-def _classes(examined: Examined) -> Iterator[Finding]:
-    counts = {split: class_counts(images.labels, len(examined.classes)) for split, images in examined.splits.items()}
+def of_classes(classes: list[str], counts: Mapping[str, np.ndarray]) -> Iterator[Finding]:
+    """What classes lack, from their counts alone.
+
+    Args:
+        classes: C names in label order.
+        counts: Images of each class, (C,), by split.
+    """
     train = counts["train"]
-    single = [name for name, count in zip(examined.classes, train, strict=True) if count == 1]
+    single = [name for name, count in zip(classes, train, strict=True) if count == 1]
     if single:
         yield Finding(
             "single_image_class", "look", f"{len(single):,} classes have one training image: {some_of(single)}",
             "Nothing can be held out of them, and one image decides. Add images, or merge the class with another.",
         )  # fmt: skip
     for split, of_split in counts.items():
-        absent = [name for name, count in zip(examined.classes, of_split, strict=True) if not count]
+        absent = [name for name, count in zip(classes, of_split, strict=True) if not count]
         if split != "train" and absent:
             yield Finding(
                 "class_not_tested", "look", f"{split}: {len(absent):,} classes have no image: {some_of(absent)}",
                 "Their accuracy is not measured. Add images, or set a share aside with data.test_fraction.",
             )  # fmt: skip
-    few = [(name, FEW - int(count)) for name, count in zip(examined.classes, train, strict=True) if count < FEW]
+    few = [(name, FEW - int(count)) for name, count in zip(classes, train, strict=True) if count < FEW]
     if few:
         lacking = some_of([f"{name} {lack}" for name, lack in sorted(few, key=lambda item: item[1])])
         yield Finding(

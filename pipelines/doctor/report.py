@@ -15,10 +15,9 @@ from PIL import Image
 from pipelines.common.files import write_atomically
 from pipelines.config import DataConfig
 from pipelines.doctor.examine import Examined, Look
-from pipelines.doctor.findings import Finding, gini
+from pipelines.doctor.findings import Finding, counts_of, gini
 from pipelines.pixels import BadImageError
 from pipelines.prepare.pictures import COLORS, GROUPS, shot_groups
-from pipelines.prepare.sources import class_counts
 from pipelines.prepare.writer import line_of
 
 PAGE, CONTENT = "doctor.html", "doctor.json"
@@ -76,7 +75,7 @@ def _write_list(path: Path, examined: Examined, numbers: set[int]) -> None:
 
 
 def _content(examined: Examined, findings: list[Finding]) -> dict[str, Any]:
-    counts = {split: class_counts(images.labels, len(examined.classes)) for split, images in examined.splits.items()}
+    counts = counts_of(examined)
     train = counts["train"]
     groups = shot_groups(train)
     return {

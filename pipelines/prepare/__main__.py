@@ -3,13 +3,18 @@
 # PYTHON_ARGCOMPLETE_OK: a shell may ask how the line goes on
 from __future__ import annotations
 
+import shlex
+import sys
+
 import numpy as np
 
 from pipelines.common.command_line import ConfigParser
 from pipelines.common.errors import Interrupted, UserError, run_command
-from pipelines.prepare.build import PrepareConfig, choose, ensure_prepared, from_command_line, subset_seed
+from pipelines.doctor.findings import gini, of_classes
+from pipelines.prepare.build import COPIES, PrepareConfig, choose, ensure_prepared, from_command_line, subset_seed
 from pipelines.prepare.check import check
 from pipelines.prepare.pictures import histogram_text
+from pipelines.prepare.prepared import Prepared
 from pipelines.prepare.sources import class_counts
 
 
@@ -43,6 +48,20 @@ def _prepare() -> None:
         print(f"{name}: {of_class.sum():,} images, {len(classes)} classes, {of_class.min()} to {of_class.max()} a class")
     if not arguments.count:
         print(f"prepared: {prepared.folder}, picture: {prepared.folder / 'class_counts.png'}")
+        _doctor(prepared, counts)
+
+
+def _doctor(prepared: Prepared, counts: dict[str, np.ndarray]) -> None:
+    """What the doctor says of the counts and of exact copies, and how to get its page, which looks at every picture."""
+    train = counts["train"]
+    print(f"doctor: {train.max() / train.min():,.4g} to 1, Gini {gini(train):.2f}")
+    for finding in of_classes(prepared.classes, counts):
+        print(f"doctor: {finding.title}")
+    copies = prepared.folder / COPIES
+    if copies.is_file():
+        print(f"doctor: images with the same bytes are listed in {copies}")
+    page = f"python -m pipelines.doctor {shlex.join(sys.argv[1:])}"
+    print(f"doctor: a page of near copies, wrong labels and odd images: {page}")
 
 
 def main() -> None:

@@ -22,7 +22,9 @@ from pipelines.doctor.findings import find, gini
 from pipelines.doctor.held_out import judge
 from pipelines.doctor.pairs import clusters, near
 from pipelines.doctor.report import write_report
+from pipelines.prepare import __main__ as prepare
 from pipelines.prepare.build import choose, ensure_prepared
+from tests.commands import in_process
 from tests.conftest import unpacked
 
 pytest.importorskip("imagehash")
@@ -264,6 +266,24 @@ def test_the_command_and_the_list_that_it_writes(folder, tmp_path, monkeypatch, 
     (tmp_path / "none.txt").write_text("train/ash/none.jpg\n")
     with pytest.raises(UserError, match="names no image of the source"):
         ensure_prepared(DataConfig.model_validate({**data, "exclude": str(tmp_path / "none.txt")}), 0)
+
+
+def test_preparing_ends_with_what_the_doctor_sees_at_once(folder, tmp_path, capsys):
+    shutil.copy(folder / "train/ash/3.jpg", folder / "train/ash/zz.jpg")
+    shutil.rmtree(folder / "test/oak")
+    options = ["--data.source.path", str(folder), "--data.prepared", str(tmp_path / "with space")]
+    done = in_process(prepare.main, "folder", *options)
+    assert done.returncode == 0, done.stderr
+    told = [line.removeprefix("doctor: ") for line in done.stdout.splitlines() if line.startswith("doctor: ")]
+    copies = next((tmp_path / "with space").glob("*/copies.txt"))
+    assert told == [
+        "3.364 to 1, Gini 0.25",
+        "test: 1 classes have no image: oak",
+        "1 classes have fewer than 20 training images (few-shot)",
+        f"images with the same bytes are listed in {copies}",
+        "a page of near copies, wrong labels and odd images: "
+        f"python -m pipelines.doctor folder --data.source.path {folder} --data.prepared '{tmp_path / 'with space'}'",
+    ]
 
 
 def test_names_of_classes_are_text_on_the_page(folder, tmp_path):
