@@ -24,7 +24,7 @@ class LeftOut:
     endings: Counter[str] = field(default_factory=Counter)
     folders: Counter[str] = field(default_factory=Counter)
 
-    def lines(self, place: Path) -> list[str]:
+    def lines(self, place: Path | str) -> list[str]:
         """The report: a line for files and one for folders, each where there are any."""
         found = []
         if self.endings:
@@ -34,7 +34,7 @@ class LeftOut:
             found.append(f"left out of {str(place)!r}: folders that systems leave there: {kinds}")
         return found
 
-    def tell(self, place: Path, before: str = "data: ") -> None:
+    def tell(self, place: Path | str, before: str = "data: ") -> None:
         """Print the report to standard error, with `before` at the start of each line."""
         for line in self.lines(place):
             print(f"{before}{line}", file=sys.stderr)

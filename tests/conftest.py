@@ -7,6 +7,7 @@ import importlib.util
 import os
 import signal
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 # Several processes share the cores: a thread of OpenMP's that waits for others must sleep, not spin. Read as torch is imported.
@@ -128,6 +129,27 @@ def photo_folder(tmp_path_factory: pytest.TempPathFactory, photos: list[Path]) -
                 box = image.crop((left, top, left + width, top + height))
                 box.save(folder / f"{number}.jpg", quality=90)
     return root
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A bucket of a local S3 server, with credentials in the environment."""
+    server_of_moto = pytest.importorskip("moto.server")
+    boto3 = pytest.importorskip("boto3")
+    s3fs = pytest.importorskip("s3fs")
+    server = server_of_moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    for name, value in {
+        "AWS_ACCESS_KEY_ID": "hidden-key", "AWS_SECRET_ACCESS_KEY": "hidden-secret", "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+    }.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+    s3fs.S3FileSystem.clear_instance_cache()
+    boto3.client("s3").create_bucket(Bucket="trees")
+    yield "s3://trees"
+    server.stop()
+    s3fs.S3FileSystem.clear_instance_cache()
 
 
 def unpacked(name: str, folder: Path, members: int | None = None) -> Path:

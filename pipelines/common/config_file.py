@@ -142,6 +142,8 @@ def _joined(one: Any, other: Any, place: str, key: str) -> Any:
 
 
 def _beside(text: str, folder: Path) -> str:
+    if "://" in text:
+        return text
     try:
         path = Path(text).expanduser()
     except RuntimeError:  # no home

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import importlib.util
 import os
+import re
 import sys
 import tempfile
 import traceback
@@ -139,4 +140,5 @@ def shown(value: Any, quotes: bool = True) -> str:
         text = "a very large number"
     except RecursionError:
         text = "..."
+    text = re.sub(r"(://)[^/@\s]*@", r"\1...@", re.sub(r"(://[^?\s]*\?)[^\s'\"]*", r"\1...", text))  # keys in addresses
     return text if len(text) <= _VALUE else f"{text[:_VALUE]}..."

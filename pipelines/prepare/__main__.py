@@ -3,6 +3,7 @@
 # PYTHON_ARGCOMPLETE_OK: a shell may ask how the line goes on
 from __future__ import annotations
 
+import argparse
 import shlex
 import sys
 
@@ -22,17 +23,26 @@ def _prepare() -> None:
     parser = ConfigParser(
         "pipelines.prepare.build:PrepareConfig",
         prog="python -m pipelines.prepare",
-        usage="%(prog)s CONFIG [--count | --check] [--field value ...]\n       %(prog)s [CONFIG] --help [PART]",
+        usage="%(prog)s CONFIG [--count | --check | --cluster] [--field value ...]\n       %(prog)s [CONFIG] --help [PART]",
         description="Write the .beton files of CONFIG, a YAML file or the name of a shipped configuration.",
     )
     parser.add_argument("--count", action="store_true", help="only print the class counts; write nothing")
     parser.add_argument(
         "--check", action="store_true", help="only list unreadable images, copies, and files in two places; write nothing"
     )
+    on_ray = parser.add_argument_group("on a cluster")
+    on_ray.add_argument("--cluster", action="store_true", help="read and encode the images in tasks of Ray")
+    on_ray.add_argument("--workers", type=int, metavar="N", help="tasks at once; by default as many as there are CPUs")
+    on_ray.add_argument("--address", help="of a Ray cluster, or 'auto'; by default one is started on this machine")
     asked = from_command_line(parser)
     if asked is None:
         return
     config, arguments = asked
+    for option in ("workers", "address"):
+        if getattr(arguments, option) is not None and not arguments.cluster:
+            raise UserError(f"--{option} belongs to --cluster: add that")
+    if arguments.workers is not None and arguments.workers < 1:
+        raise UserError(f"--workers {arguments.workers}: at least 1")
     if arguments.check:
         _check(config)
         return
@@ -40,7 +50,7 @@ def _prepare() -> None:
         classes, splits = choose(config.data.source.open(), config.data, subset_seed(config.data, config.seed))
         counts = {name: class_counts(images.labels, len(classes)) for name, images in splits.items()}
     else:
-        prepared = ensure_prepared(config.data, config.seed)
+        prepared = _on_cluster(config, arguments) if arguments.cluster else ensure_prepared(config.data, config.seed)
         classes = prepared.classes
         counts = {name: np.array(split.counts) for name, split in prepared.splits.items()}
     print(histogram_text(classes, counts["train"]))
@@ -49,6 +59,13 @@ def _prepare() -> None:
     if not arguments.count:
         print(f"prepared: {prepared.folder}, picture: {prepared.folder / 'class_counts.png'}")
         _doctor(prepared, counts)
+
+
+def _on_cluster(config: PrepareConfig, arguments: argparse.Namespace) -> Prepared:
+    from pipelines.prepare.on_ray import RayPacker, cluster
+
+    with cluster(arguments.address):
+        return ensure_prepared(config.data, config.seed, packer=RayPacker(arguments.workers))
 
 
 def _doctor(prepared: Prepared, counts: dict[str, np.ndarray]) -> None:

@@ -32,7 +32,7 @@ from pipelines.prepare.pictures import save_histogram
 from pipelines.prepare.prepared import EARLIER_FORMAT, FORMAT, SIDECAR, Prepared, Split, counts_of_files, read_sidecar
 from pipelines.prepare.sources import Dataset, Images, class_counts, open_folder
 from pipelines.prepare.sources.names import read_text
-from pipelines.prepare.writer import Progress, Shard, forget_records, line_of, write_split
+from pipelines.prepare.writer import Packer, Progress, Shard, forget_records, line_of, write_split
 
 COPIES = "copies.txt"  # in a prepared folder: images with the same bytes
 _SET_ASIDE = 0.2  # of the images of a source without val and test
@@ -70,13 +70,14 @@ def subset_seed(data: DataConfig, seed: int) -> int:
     return seed if data.subset_seed is None else data.subset_seed
 
 
-def ensure_prepared(data: DataConfig, seed: int, settable: bool = True) -> Prepared:
+def ensure_prepared(data: DataConfig, seed: int, settable: bool = True, packer: Packer | None = None) -> Prepared:
     """Prepare the data of a configuration, if they are missing or the source has changed.
 
     Args:
         data: The data configuration.
         seed: The run's seed.
         settable: Whether the command takes fields of `data`, so that an error may advise one.
+        packer: As in `write_split`.
 
     Returns:
         The prepared data.
@@ -91,7 +92,7 @@ def ensure_prepared(data: DataConfig, seed: int, settable: bool = True) -> Prepa
             print(f"data: the source is not on this machine; using {found.folder} as it was prepared", file=sys.stderr)
             return found
     draw = subset_seed(data, seed)
-    return _up_to_date(folder, choose(data.source.open(), data, draw, settable), data, draw, settable)
+    return _up_to_date(folder, choose(data.source.open(), data, draw, settable), data, draw, settable, packer)
 
 
 def prepare_folder(images: Path, classes: list[str], data: DataConfig) -> Prepared:
@@ -119,7 +120,9 @@ def prepare_folder(images: Path, classes: list[str], data: DataConfig) -> Prepar
 Chosen = tuple[list[str], dict[str, Images]]
 
 
-def _up_to_date(folder: Path, chosen: Chosen, data: DataConfig, seed: int, settable: bool) -> Prepared:
+def _up_to_date(
+    folder: Path, chosen: Chosen, data: DataConfig, seed: int, settable: bool, packer: Packer | None = None
+) -> Prepared:
     """The content of `folder` if it is whole and of these images; else it is written now."""
     found = read_sidecar(folder)
     if found is not None and _matches(found, chosen):
@@ -127,7 +130,9 @@ def _up_to_date(folder: Path, chosen: Chosen, data: DataConfig, seed: int, setta
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder / ".lock", waiting=f"data: another command prepares {folder}; waiting for it"):
         found = read_sidecar(folder)  # another process may have written it while this one waited
-        return found if found is not None and _matches(found, chosen) else _write(folder, chosen, data, seed, settable)
+        if found is not None and _matches(found, chosen):
+            return found
+        return _write(folder, chosen, data, seed, settable, packer)
 
 
 def _key(content: Mapping[str, object], file_format: int = FORMAT) -> str:
@@ -253,12 +258,12 @@ def _whole(path: Path, shard: Shard) -> bool:
     return path.is_file() and path.stat().st_size == shard.bytes
 
 
-def _write(folder: Path, chosen: Chosen, data: DataConfig, seed: int, settable: bool) -> Prepared:
+def _write(folder: Path, chosen: Chosen, data: DataConfig, seed: int, settable: bool, packer: Packer | None) -> Prepared:
     classes, splits = chosen
     refuse_shared_files(splits)
     (folder / SIDECAR).unlink(missing_ok=True)
     print(f"data: preparing {sum(len(images) for images in splits.values()):,} images in {folder}", file=sys.stderr)
-    progress = {name: write_split(folder, name, images, data, seed, settable) for name, images in splits.items()}
+    progress = {name: write_split(folder, name, images, data, seed, settable, packer) for name, images in splits.items()}
     written = {name: _split(progress[name], name, images, classes) for name, images in splits.items()}
     prepared = Prepared(folder, classes, seed, data.profile.model_dump(mode="json"), written)
     content = {

@@ -13,7 +13,7 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -25,12 +25,12 @@ from pipelines.common.progress import counted
 from pipelines.common.seeding import stream
 from pipelines.common.threads import in_threads
 from pipelines.config import DataConfig, Store
-from pipelines.library_warnings import collected_warnings
+from pipelines.library_warnings import Warned, collected_warnings
 from pipelines.pixels import BadImageError
 from pipelines.prepare.beton import BetonWriter, shard_name
 from pipelines.prepare.images import Packed, pack
 from pipelines.prepare.sources import Images
-from pipelines.prepare.sources.contents import NetworkError
+from pipelines.prepare.sources.addresses import NetworkError
 
 NO_CONTENT = "0" * 64
 _SMALLEST = 1024  # bytes that an image takes at least, for the number of records set aside in one of several files
@@ -227,7 +227,15 @@ def forget_records(folder: Path) -> None:
         record.unlink()
 
 
-def write_split(folder: Path, split: str, images: Images, data: DataConfig, seed: int, settable: bool = True) -> Progress:
+def write_split(
+    folder: Path,
+    split: str,
+    images: Images,
+    data: DataConfig,
+    seed: int,
+    settable: bool = True,
+    packer: Packer | None = None,
+) -> Progress:
     """Write the images of a split in a seeded order.
 
     Args:
@@ -237,6 +245,7 @@ def write_split(folder: Path, split: str, images: Images, data: DataConfig, seed
         data: How they are stored, and what happens with bad ones.
         seed: Of the order.
         settable: Whether the command takes fields of `data`, so that an error may advise one.
+        packer: What reads and encodes the images; by default `pack_all`, in threads of this process.
 
     Returns:
         What was written.
@@ -251,7 +260,7 @@ def write_split(folder: Path, split: str, images: Images, data: DataConfig, seed
     began, first = time.monotonic(), progress.done
     if first:
         print(f"data: {split} continues after {first:,} of {len(order):,} images", file=sys.stderr)
-    packed = pack_all(images, order[first:], data, seed, lossless=split != "train")
+    packed = (packer or pack_all)(images, order[first:], data, seed, split != "train")
     try:
         for index, result in counted(packed, len(order), f"data: {split}", first):
             if isinstance(result, BadImageError):
@@ -351,6 +360,7 @@ def _report(split: str, progress: Progress, images: int, seconds: float) -> None
 
 
 Result = tuple[Packed, bytes] | BadImageError  # an image, and the digest of what it was made of
+Packer = Callable[[Images, np.ndarray, DataConfig, int, bool], Generator[tuple[int, Result], None, None]]  # as `pack_all`
 
 
 def pack_all(
@@ -368,24 +378,39 @@ def pack_all(
     Yields:
         Each image's index and its result, in that order. Warnings of the decoders are counted and printed at the end.
     """
-    draws = stream(seed, "raw").random(len(images))  # of mode 'mixed'
-
+    raw = stream(seed, "raw").random(len(images)) < data.store.raw_share  # of mode 'mixed'
     with collected_warnings() as warned:
 
         def work(index: int) -> Result:
-            warned.begin(images.place(index, "image"))
-            try:
-                source = images.read(index)
-                raw = bool(draws[index] < data.store.raw_share)
-                packed = pack(source, data.store, lossless, raw, data.max_pixels, data.window)
-                return packed, hashlib.sha256(source if isinstance(source, bytes) else source.tobytes()).digest()
-            except BadImageError as error:
-                return error
-            except OSError as error:
-                return BadImageError(str(error.strerror or error))
+            return pack_one(images, index, bool(raw[index]), data, lossless, warned)
 
         indices = order.tolist()
         with contextlib.closing(in_threads(work, indices)) as results:
             yield from zip(indices, results, strict=True)
     if warned.text():
         print(f"data: {warned.text()}", file=sys.stderr)
+
+
+def pack_one(images: Images, index: int, raw: bool, data: DataConfig, lossless: bool, warned: Warned) -> Result:
+    """Pack one image.
+
+    Args:
+        images: The images.
+        index: Which of them.
+        raw: Whether mode 'mixed' stores it raw.
+        data: How it is stored.
+        lossless: For evaluation.
+        warned: Gets the decoder's warnings.
+
+    Returns:
+        The image and the digest of its source, or why it cannot be read.
+    """
+    warned.begin(images.place(index, "image"))
+    try:
+        source = images.read(index)
+        packed = pack(source, data.store, lossless, raw, data.max_pixels, data.window)
+        return packed, hashlib.sha256(source if isinstance(source, bytes) else source.tobytes()).digest()
+    except BadImageError as error:
+        return error
+    except OSError as error:
+        return BadImageError(str(error.strerror or error))

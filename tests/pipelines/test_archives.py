@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import pickle
 import tarfile
 import zipfile
 from pathlib import Path
@@ -200,6 +201,8 @@ def test_a_data_set_of_hugging_face_from_disk(image_folder, tmp_path, named):
     assert dataset.val.labels.tolist() == plain.test.labels.tolist()
     assert pixels(dataset.train) == pixels(plain.train)
     assert pixels(dataset.train.take(np.array([4, 2]))) == [pixels(plain.train)[4], pixels(plain.train)[2]]
+    sent = pickle.loads(pickle.dumps(dataset.train.take(np.array([4, 2]))))  # as to another node
+    assert pixels(sent) == [pixels(plain.train)[4], pixels(plain.train)[2]]
     assert source.open().train.digest() == dataset.train.digest()
     mapped = HuggingFaceSource(kind="huggingface", path=str(folder), splits={"train": "train", "test": "validation"}).open()
     assert mapped.val is None

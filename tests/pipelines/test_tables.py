@@ -19,7 +19,7 @@ from pipelines.common.errors import UserError
 from pipelines.config import DataConfig
 from pipelines.pixels import decode, to_rgb
 from pipelines.prepare.build import ensure_prepared
-from pipelines.prepare.sources import TableSource, contents
+from pipelines.prepare.sources import TableSource, addresses
 
 COUNTS = {"ash": 8, "birch": 6, "oak": 4}
 
@@ -242,7 +242,7 @@ def flaky_server(photos):
 
 
 def test_addresses_are_read_again_when_the_network_breaks(flaky_server, tmp_path, monkeypatch):
-    monkeypatch.setattr(contents, "_FIRST_WAIT", 0.01)
+    monkeypatch.setattr(addresses, "_FIRST_WAIT", 0.01)
     address, handler, rows = flaky_server
     some = [{**row, "image": f"{address}/{row['image']}?token=secret{number}"} for number, row in enumerate(rows[::2])]
     path = write_csv(tmp_path / "web.csv", some, ["image", "label"])
@@ -260,34 +260,18 @@ def test_addresses_are_read_again_when_the_network_breaks(flaky_server, tmp_path
     assert "secret" not in str(caught.value)
 
 
-def test_a_bucket_is_read_with_the_environments_credentials(photos, tmp_path, monkeypatch):
-    server_of_moto = pytest.importorskip("moto.server")
-    boto3 = pytest.importorskip("boto3")
-    pytest.importorskip("s3fs")
+def test_a_bucket_is_read_with_the_environments_credentials(photos, tmp_path, bucket):
+    import fsspec
+
     folder, rows = photos
-    server = server_of_moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    try:
-        host, port = server.get_host_and_port()
-        for name, value in {
-            "AWS_ACCESS_KEY_ID": "hidden-key", "AWS_SECRET_ACCESS_KEY": "hidden-secret", "AWS_DEFAULT_REGION": "us-east-1",
-            "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-        }.items():  # fmt: skip
-            monkeypatch.setenv(name, value)
-        client = boto3.client("s3")
-        client.create_bucket(Bucket="trees")
-        for row in rows:
-            client.put_object(Bucket="trees", Key=row["image"], Body=(folder / row["image"]).read_bytes())
-        path = write_csv(
-            tmp_path / "bucket.csv",
-            [{**row, "image": f"s3://trees/{row['image']}"} for row in rows],
-            ["image", "label", "split"],
-        )
-        dataset = TableSource(kind="table", path=path).open()
-        assert reds(dataset.train) == expected(rows, "train")
-        client.delete_object(Bucket="trees", Key=rows[0]["image"])
-        fresh = TableSource(kind="table", path=path).open()
-        with pytest.raises(FileNotFoundError, match="nothing is at this address"):
-            fresh.train.read(0)
-    finally:
-        server.stop()
+    storage = fsspec.filesystem("s3")
+    for row in rows:
+        storage.pipe_file(f"{bucket}/{row['image']}", (folder / row["image"]).read_bytes())
+    path = write_csv(
+        tmp_path / "bucket.csv", [{**row, "image": f"{bucket}/{row['image']}"} for row in rows], ["image", "label", "split"]
+    )
+    dataset = TableSource(kind="table", path=path).open()
+    assert reds(dataset.train) == expected(rows, "train")
+    storage.rm_file(f"{bucket}/{rows[0]['image']}")
+    with pytest.raises(FileNotFoundError, match="nothing is at this address"):
+        TableSource(kind="table", path=path).open().train.read(0)

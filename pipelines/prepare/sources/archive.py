@@ -5,19 +5,18 @@ from __future__ import annotations
 import tarfile
 import zipfile
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 from pydantic import Field
 
 from pipelines.common.errors import UserError
-from pipelines.formats import readable_suffixes
-from pipelines.image_files import LeftOut, is_leftover
+from pipelines.image_files import LeftOut
 from pipelines.prepare.sources.contents import Content, Slices, Spooled, ZipMembers
-from pipelines.prepare.sources.dataset import Dataset, Images, SourceConfig, classes_of
-from pipelines.prepare.sources.folder import SPLITS
+from pipelines.prepare.sources.dataset import Dataset, SourceConfig
 from pipelines.prepare.sources.names import hint_for
+from pipelines.prepare.sources.tree import class_tree, image_names
 
 
 class ArchiveSource(SourceConfig):
@@ -48,26 +47,7 @@ class ArchiveSource(SourceConfig):
         left_out.tell(self.path)
         if not names:
             raise UserError(f"archive {str(self.path)!r} has no images")
-        parts, top = _below_wrapper([PurePosixPath(name).parts for name in names])
-        split_of = dict(zip(SPLITS, SPLITS, strict=True))
-        splitted = all(each[0] in split_of and len(each) > 2 for each in parts)
-        depth = 1 if splitted else 0
-        flat = next((name for name, each in zip(names, parts, strict=True) if len(each) < depth + 2), None)
-        if flat is not None:
-            raise UserError(f"archive {str(self.path)!r}: {flat!r} is in no class folder; expected CLASS/* or train/CLASS/*")
-        classes_there = [each[depth] for each in parts]
-        splits = [each[0] if splitted else "train" for each in parts]
-        if "train" not in splits:
-            raise UserError(f"archive {str(self.path)!r} has a folder {splits[0]!r} and no 'train'; expected train/CLASS/*")
-        of_train = {name for name, split in zip(classes_there, splits, strict=True) if split == "train"}
-        classes, label_of = classes_of(of_train, f"{self.path}/{top}")
-        strange = next((name for name in classes_there if name not in label_of), None)
-        if strange is not None:
-            raise UserError(f"archive {str(self.path)!r}: the class {strange!r} is not one of the training classes")
-        labels = np.array([label_of[name] for name in classes_there], dtype=np.int64)
-        images = Images(names, labels, content=content)
-        chosen = {split: images.take(np.flatnonzero(np.array(splits) == split)) for split in SPLITS if split in splits}
-        return Dataset(classes, chosen["train"], chosen.get("val"), chosen.get("test"))
+        return class_tree(names, content, f"archive {str(self.path)!r}", str(self.path))
 
     def present(self) -> bool:
         """Whether the archive exists."""
@@ -78,13 +58,13 @@ class ArchiveSource(SourceConfig):
             locked = next((info.filename for info in archive.infolist() if info.flag_bits & 1), None)
             if locked is not None:
                 raise UserError(f"archive {str(self.path)!r}: {locked!r} is encrypted; make an archive without a password")
-            names = sorted(_images((info.filename for info in archive.infolist() if not info.is_dir()), left_out))
+            names = sorted(image_names((info.filename for info in archive.infolist() if not info.is_dir()), left_out))
         return names, ZipMembers(self.path, names)
 
     def _tar(self, left_out: LeftOut) -> tuple[list[str], Content]:
         with tarfile.open(self.path) as archive:
             members = {member.name: member for member in archive if member.isfile()}
-        names = sorted(_images(members, left_out))
+        names = sorted(image_names(members, left_out))
         if _is_plain_tar(self.path):
             start = np.array([members[name].offset_data for name in names], dtype=np.int64)
             size = np.array([members[name].size for name in names], dtype=np.int64)
@@ -118,28 +98,3 @@ def _unpacked(path: Path, names: list[str]) -> Iterator[bytes | None]:
                 wanted.remove(member.name)
                 file = archive.extractfile(member)
                 yield file.read() if file is not None else None
-
-
-def _images(names: Iterator[str] | dict[str, tarfile.TarInfo], left_out: LeftOut) -> Iterator[str]:
-    """The names of images, without hidden files and leftovers, which are counted."""
-    suffixes = readable_suffixes()
-    for name in names:
-        path = PurePosixPath(name)
-        leftover = next((part for part in path.parts if is_leftover(part)), None)
-        if leftover is not None:
-            left_out.folders[leftover] += 1
-        elif any(part.startswith(".") and part not in (".", "..") for part in path.parts):
-            continue
-        elif path.name.lower().endswith(suffixes):
-            yield name
-        else:
-            left_out.endings[path.suffix.lower() or "without ending"] += 1
-
-
-def _below_wrapper(parts: list[tuple[str, ...]]) -> tuple[list[tuple[str, ...]], str]:
-    """Paths without the folders that hold everything, as `photos/` in `photos/train/cat/1.jpg`, and those folders."""
-    top: list[str] = []
-    while len({each[0] for each in parts}) == 1 and parts[0][0] not in SPLITS and all(len(each) > 2 for each in parts):
-        top.append(parts[0][0])
-        parts = [each[1:] for each in parts]
-    return parts, "/".join(top)

@@ -1,4 +1,4 @@
-"""Encoded images in archives, in tables and behind addresses, read one at a time, in any order, by several threads."""
+"""Encoded images in archives and in tables, read one at a time, in any order, by several threads."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import os
 import tarfile
 import tempfile
 import threading
-import time
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -18,12 +17,7 @@ import numpy as np
 
 from pipelines.common.errors import UserError
 
-_TRIES, _FIRST_WAIT = 5, 0.5  # of a network read; each wait is twice the one before
 _MEMBER = 1 << 30  # bytes of an image file within an archive: a larger one is a mistake
-
-
-class NetworkError(UserError):
-    """The network failed for good. What was written is kept, so that the same command can continue."""
 
 
 class Content(Protocol):
@@ -63,6 +57,14 @@ class ZipMembers:
     def __init__(self, path: Path, names: Sequence[str], opened: zipfile.ZipFile | None = None) -> None:
         self._path, self._names = path, [*names]
         self._zip = opened or zipfile.ZipFile(path)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ZipMembers, (self._path, self._names)  # another process opens it for itself
+
+    @property
+    def files(self) -> list[Path]:
+        """The archive."""
+        return [self._path]
 
     def read(self, index: int) -> bytes:
         """Inflate one member; its CRC is checked."""
@@ -107,6 +109,14 @@ class Slices:
         self._file, self._start, self._size = file, start, size
         self._open: dict[int, int] = {}
         self._lock = threading.Lock()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Slices, (self._paths, self._names, self._file, self._start, self._size)
+
+    @property
+    def files(self) -> list[Path]:
+        """The files."""
+        return self._paths
 
     def read(self, index: int) -> bytes:
         """Read one piece."""
@@ -170,6 +180,9 @@ class Spooled:
         self._rows = np.arange(count) if rows is None else rows
         self._spool = spool or _Spool(count, images, places(0))
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return held(self, len(self._rows))  # the temporary file is this process's
+
     def read(self, index: int) -> bytes:
         """Read one image from the temporary file."""
         return self._spool.read(int(self._rows[index]))
@@ -185,6 +198,53 @@ class Spooled:
     def stamp(self) -> bytes:
         """As given, and which rows are meant."""
         return self._stamp + self._rows.tobytes()
+
+
+class Held:
+    """Images in memory: a few of `Spooled`, on their way to another process.
+
+    Args:
+        images: N files; None stands for one that is not there.
+        places: Where each was, for messages.
+    """
+
+    def __init__(self, images: Sequence[bytes | None], places: Sequence[str]) -> None:
+        self._images, self._places = [*images], [*places]
+
+    def read(self, index: int) -> bytes:
+        """One of the files."""
+        image = self._images[index]
+        if image is None:
+            raise OSError(0, "no image: the cell is empty")
+        return image
+
+    def take(self, indices: np.ndarray) -> Held:
+        """Some of the images."""
+        return Held([self._images[i] for i in indices], [self._places[i] for i in indices])
+
+    def place(self, index: int) -> str:
+        """Where an image was."""
+        return self._places[index]
+
+    def stamp(self) -> bytes:
+        """The images."""
+        return b"".join(image or b"" for image in self._images)
+
+
+def held(content: Content, count: int) -> tuple[type[Held], tuple[list[bytes | None], list[str]]]:
+    """What `__reduce__` of a content gives that only this process can read: its images themselves.
+
+    Args:
+        content: A few images.
+        count: How many.
+    """
+    images: list[bytes | None] = []
+    for index in range(count):
+        try:
+            images.append(content.read(index))
+        except OSError:
+            images.append(None)
+    return Held, (images, [content.place(index) for index in range(count)])
 
 
 class _Spool:
@@ -224,88 +284,3 @@ class _Spool:
     def __del__(self) -> None:
         if self._file is not None:
             self._file.close()
-
-
-class Remote:
-    """Images behind addresses, read through fsspec: http, https, s3, gs and what else it knows.
-
-    A read is tried again when the network fails. Credentials come from the environment, as the storage's own library has it.
-
-    Args:
-        addresses: One an image. What is behind an address is taken not to change.
-    """
-
-    def __init__(self, addresses: Sequence[str]) -> None:
-        self._addresses = [*addresses]
-        self._systems: dict[str, Any] = {}
-        self._lock = threading.Lock()
-
-    def read(self, index: int) -> bytes:
-        """Fetch one image."""
-        address = self._addresses[index]
-        system = self._system(address.partition("://")[0])
-        wait = _FIRST_WAIT
-        for left in reversed(range(_TRIES)):
-            try:
-                data: bytes = system.cat_file(address)
-                return data
-            except FileNotFoundError as error:
-                raise FileNotFoundError(2, "nothing is at this address") from error
-            except PermissionError as error:
-                raise UserError(f"{self.place(index)}: access is refused; set its credentials in the environment") from error
-            except Exception as error:  # each storage's library has its own
-                if not left:
-                    status = getattr(error, "status", None)
-                    reason = f"{type(error).__name__}{f', status {status}' if status else ''}"
-                    raise NetworkError(
-                        f"{self.place(index)}: cannot be read after {_TRIES} tries: {reason}"
-                    ) from error  # its text may hold the whole address
-            time.sleep(wait)
-            wait *= 2
-        raise AssertionError
-
-    def take(self, indices: np.ndarray) -> Remote:
-        """Some of the images."""
-        return Remote([self._addresses[i] for i in indices])
-
-    def place(self, index: int) -> str:
-        """The address, without the user's name and password."""
-        return without_secrets(self._addresses[index])
-
-    def stamp(self) -> bytes:
-        """The addresses."""
-        return "\0".join(self._addresses).encode()
-
-    def _system(self, scheme: str) -> Any:
-        with self._lock:
-            if scheme not in self._systems:
-                self._systems[scheme] = file_system(scheme)
-            return self._systems[scheme]
-
-
-def file_system(scheme: str) -> Any:
-    """The fsspec file system of a scheme.
-
-    Args:
-        scheme: As 's3' or 'https'.
-
-    Raises:
-        UserError: It is unknown, or its library is not installed.
-    """
-    try:
-        import fsspec
-
-        return fsspec.filesystem(scheme)
-    except ImportError as error:
-        packages = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "http": "aiohttp", "https": "aiohttp", "abfs": "adlfs"}
-        package = packages.get(scheme, "fsspec")
-        raise UserError(f"{scheme}://... needs the package {package}: pip install {package}") from error
-    except ValueError as error:
-        raise UserError(f"{scheme}://... is no address that can be read; known are http, https, s3, gs and file") from error
-
-
-def without_secrets(address: str) -> str:
-    """An address without the user's name, password and query, which may hold keys."""
-    scheme, _, rest = address.partition("://")
-    host, slash, path = rest.partition("/")
-    return f"{scheme}://{host.rpartition('@')[2]}{slash}{path.partition('?')[0]}"

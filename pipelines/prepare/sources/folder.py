@@ -11,10 +11,11 @@ from pydantic import Field
 
 from pipelines.common.errors import UserError
 from pipelines.image_files import LeftOut, class_folders, image_files, loose_images
+from pipelines.prepare.sources.addresses import Location, Remote, listed, there
 from pipelines.prepare.sources.dataset import Dataset, Images, SourceConfig
 from pipelines.prepare.sources.names import hint_for, name_key, read_text, refuse_alike
+from pipelines.prepare.sources.tree import SPLITS, class_tree, image_names
 
-SPLITS = ("train", "val", "test")
 # Names of folders that are splits under another name, and no classes.
 _LIKE_SPLITS = {"train", "training", "trn", "val", "valid", "validation", "dev", "test", "testing", "tst", "eval"}
 
@@ -26,7 +27,7 @@ class FolderSource(SourceConfig):
     """
 
     kind: Literal["folder"]
-    path: Path = Field(description="the folder")
+    path: Location = Field(description="the folder: a path, or an address such as s3://bucket/folder")
     classes: Path | None = Field(
         default=None,
         description="which classes, in which order: a folder's name a line, and after a tab, the class's name",
@@ -38,6 +39,8 @@ class FolderSource(SourceConfig):
         Raises:
             UserError: The folder does not exist, a class has no images, or a name cannot be a class or a split.
         """
+        if isinstance(self.path, str):
+            return self._behind(self.path)
         root = self.path
         if not root.is_dir():
             hint = hint_for(root) or "; set data.source.path to a folder with train/CLASS/*, or CLASS/*"
@@ -83,11 +86,24 @@ class FolderSource(SourceConfig):
 
     def present(self) -> bool:
         """Whether the folder exists."""
-        return self.path.is_dir()
+        return there(self.path) if isinstance(self.path, str) else self.path.is_dir()
 
     def identity(self) -> dict[str, object]:
         """The fields, without `classes` where it is not set, as in earlier versions."""
         return self.model_dump(mode="json", exclude={"classes"} if self.classes is None else None)
+
+    def _behind(self, address: str) -> Dataset:
+        """The images of a folder behind an address."""
+        files, left_out = listed(address), LeftOut()
+        names = sorted(image_names(files, left_out), key=lambda name: name.split("/"))
+        left_out.tell(address)
+        if not names:
+            raise UserError(f"image folder {address!r} has no images")
+        content = Remote([files[name][0] for name in names], [files[name][1] for name in names])
+        named = None
+        if self.classes is not None:
+            named = {name_key(folder): name for folder, name in self._listed().items()}
+        return class_tree(names, content, f"image folder {address!r}", address, named)
 
     def class_names(self) -> dict[str, str]:
         """The class of each folder, as the file `classes` says; empty without that file."""

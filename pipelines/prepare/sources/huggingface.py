@@ -10,6 +10,7 @@ import numpy as np
 from pydantic import Field
 
 from pipelines.common.errors import UserError
+from pipelines.prepare.sources.contents import held
 from pipelines.prepare.sources.dataset import Dataset, Images, SourceConfig, classes_of, numbered
 
 _SPLITS: dict[str, tuple[str, ...]] = {
@@ -124,6 +125,9 @@ class _Rows:
 
         self._data, self._column, self._place, self._rows = data, column, place, rows
         self._encoded = data.select_columns([column]).cast_column(column, datasets.Image(decode=False))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return held(self, len(self._rows))  # the library's cache is this machine's
 
     def read(self, index: int) -> bytes:
         """The encoded file, from the row or from the path in it."""

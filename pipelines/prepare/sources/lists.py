@@ -11,6 +11,7 @@ import numpy as np
 from pydantic import Field
 
 from pipelines.common.errors import UserError
+from pipelines.prepare.sources.addresses import Location, Remote, there
 from pipelines.prepare.sources.dataset import Dataset, Images, SourceConfig
 from pipelines.prepare.sources.names import hint_for, name_key, read_text, refuse_alike
 
@@ -21,11 +22,11 @@ class ListsSource(SourceConfig):
     """Split lists, one "path label" a line, paths relative to `root`: ImageNet-LT, Places-LT, iNaturalist."""
 
     kind: Literal["lists"]
-    root: Path = Field(description="folder that the paths in the lists are relative to")
-    train: Path = Field(description="list of the training images")
-    val: Path | None = Field(default=None, description="list of the validation images")
-    test: Path | None = Field(default=None, description="list of the test images")
-    classes: Path | None = Field(default=None, description="class names, one a line, in label order")
+    root: Location = Field(description="folder that the paths in the lists are relative to: a path, or s3://bucket/folder")
+    train: Location = Field(description="list of the training images")
+    val: Location | None = Field(default=None, description="list of the validation images")
+    test: Location | None = Field(default=None, description="list of the test images")
+    classes: Location | None = Field(default=None, description="class names, one a line, in label order")
     expect: dict[Literal["train", "val", "test"], int] | None = Field(
         default=None, description="images that each list must name: a list cut short or of another year is noticed"
     )
@@ -36,7 +37,7 @@ class ListsSource(SourceConfig):
         Raises:
             UserError: A list cannot be read, its labels have gaps, or an image is listed twice.
         """
-        if not self.root.is_dir():
+        if isinstance(self.root, Path) and not self.root.is_dir():
             raise UserError(
                 f"the lists' root folder {str(self.root)!r} does not exist{hint_for(self.root) or '; set data.source.root'}"
             )
@@ -58,7 +59,8 @@ class ListsSource(SourceConfig):
 
     def present(self) -> bool:
         """Whether the training list and the images' folder exist."""
-        return self.train.is_file() and self.root.is_dir()
+        lists = there(self.train) if isinstance(self.train, str) else self.train.is_file()
+        return lists and (there(self.root) if isinstance(self.root, str) else self.root.is_dir())
 
     def identity(self) -> dict[str, object]:
         """The fields, without `expect`: it checks the lists and changes nothing."""
@@ -82,7 +84,7 @@ class ListsSource(SourceConfig):
         return single if distinct and all(single) else [str(label) for label in range(count)]
 
 
-def read_list(path: Path) -> tuple[list[str], np.ndarray]:
+def read_list(path: Location) -> tuple[list[str], np.ndarray]:
     """Read a split list: one "path label" a line, blank lines skipped.
 
     Args:
@@ -123,11 +125,12 @@ def _wrong_line(line: str, number: int) -> str:
     return f"{shown} is not 'path label', the label a number from 0 on"
 
 
-def _refuse_repeats(splits: dict[str, Images], lists: dict[str, Path | None]) -> None:
+def _refuse_repeats(splits: dict[str, Images], lists: dict[str, Location | None]) -> None:
     """Raises UserError for the first image that is listed twice: it would be trained on and then scored."""
     seen: dict[str, str] = {}
     for split, images in splits.items():
-        for name, file in zip(images.names, images.files or (), strict=True):
+        files = images.names if images.files is None else map(str, images.files)
+        for name, file in zip(images.names, files, strict=True):
             path = os.path.normpath(file)
             before = seen.get(path)
             if before is not None:
@@ -137,13 +140,15 @@ def _refuse_repeats(splits: dict[str, Images], lists: dict[str, Path | None]) ->
             seen[path] = split
 
 
-def _split(root: Path, path: Path, expected: int | None) -> Images:
+def _split(root: Location, path: Location, expected: int | None) -> Images:
     names, labels = read_list(path)
     if expected is not None and len(names) != expected:
         raise UserError(
             f"split list {str(path)!r} names {len(names):,} images, {expected:,} are expected; fetch the list again, "
             "or, for a list of your own, set --data.source.expect null"
         )
+    if isinstance(root, str):
+        return Images(names, labels, content=Remote([f"{root}/{name}" for name in names]))
     files = [_file(root, name) for name in names]
     missing = tuple(name for name, file in zip(names, files, strict=True) if not file.is_file())
     if len(missing) == len(names):

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipelines.common.errors import UserError
+from pipelines.prepare.sources.addresses import LARGEST, Location, fetch, file_system
 
 
 def name_key(name: str) -> str:
@@ -40,7 +41,7 @@ def refuse_alike(names: Sequence[str], places: Sequence[str]) -> None:
         raise UserError(f"{places[number]}: {problem}")
 
 
-def read_text(path: Path, what: str) -> str:
+def read_text(path: Location, what: str) -> str:
     """Read a list that the user made: UTF-8, with or without a byte order mark.
 
     Args:
@@ -51,10 +52,11 @@ def read_text(path: Path, what: str) -> str:
         UserError: It cannot be read as text. The message says what it is instead.
     """
     try:
-        data = path.read_bytes()
+        data = fetch(file_system(path.partition("://")[0]), path, LARGEST) if isinstance(path, str) else path.read_bytes()
         return data.decode("utf-8-sig")
     except OSError as error:
-        raise UserError(f"{what} {str(path)!r} cannot be read: {error.strerror}{hint_for(path)}") from error
+        hint = "" if isinstance(path, str) else hint_for(path)
+        raise UserError(f"{what} {str(path)!r} cannot be read: {error.strerror}{hint}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{what} {str(path)!r} cannot be read: {_not_text(data, error)}") from error
 

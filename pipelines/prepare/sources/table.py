@@ -14,7 +14,8 @@ from pydantic import Field
 
 from pipelines.common.errors import UserError
 from pipelines.formats import readable_suffixes
-from pipelines.prepare.sources.contents import Remote, Spooled, without_secrets
+from pipelines.prepare.sources.addresses import Remote, without_secrets
+from pipelines.prepare.sources.contents import Spooled
 from pipelines.prepare.sources.dataset import Dataset, Images, SourceConfig, classes_of, numbered
 from pipelines.prepare.sources.names import hint_for, name_key, read_text, refuse_alike
 

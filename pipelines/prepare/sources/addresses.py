@@ -1,0 +1,227 @@
+"""Images and lists behind addresses, read through fsspec: http, https, s3, gs and what else it knows.
+
+Credentials come from the environment, as each storage's own library has it. They are never written anywhere.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+from urllib.parse import urlsplit
+
+import numpy as np
+from pydantic import BeforeValidator, StringConstraints
+
+from pipelines.common.errors import UserError
+
+_TRIES, _FIRST_WAIT = 5, 0.5  # of a network read; each wait is twice the one before
+LARGEST = 1 << 28  # bytes that are read from one address: a larger file is no image
+_STAMPS = ("ETag", "etag", "mtime", "LastModified", "updated")  # where storages keep what changes with a file
+
+Result = TypeVar("Result")
+
+
+class NetworkError(UserError):
+    """The network failed for good. What was written is kept, so that the same command can continue."""
+
+
+def _public(value: object) -> object:
+    """Refuse an address that holds credentials: it would be written into `config.yaml`."""
+    if not isinstance(value, str) or "://" not in value:
+        return value
+    if "@" in urlsplit(value).netloc or "?" in value:
+        raise ValueError("the address has a user's name, a password or a key in it; put credentials into the environment")
+    return value.rstrip("/")
+
+
+Address = Annotated[str, StringConstraints(pattern=r"^[a-zA-Z][a-zA-Z0-9+.-]*://")]
+Location = Annotated[Path | Address, BeforeValidator(_public)]
+"""A path, or an address such as s3://bucket/folder."""
+
+
+class Remote:
+    """Images behind addresses. A read is tried again when the network fails.
+
+    Args:
+        addresses: One an image.
+        stamps: One an image, which changes when the image is replaced; None: images are taken not to change.
+    """
+
+    def __init__(self, addresses: Sequence[str], stamps: Sequence[str] | None = None) -> None:
+        self._addresses = [*addresses]
+        self._stamps = None if stamps is None else [*stamps]
+        self._systems: dict[str, Any] = {}
+        self._lock = threading.Lock()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Remote, (self._addresses, self._stamps)  # another process connects for itself
+
+    def read(self, index: int) -> bytes:
+        """Fetch one image."""
+        address = self._addresses[index]
+        return fetch(self._system(address.partition("://")[0]), address, LARGEST)
+
+    def take(self, indices: np.ndarray) -> Remote:
+        """Some of the images."""
+        return Remote(
+            [self._addresses[i] for i in indices], None if self._stamps is None else [self._stamps[i] for i in indices]
+        )
+
+    def place(self, index: int) -> str:
+        """The address, without the user's name and password."""
+        return without_secrets(self._addresses[index])
+
+    def stamp(self) -> bytes:
+        """The addresses, and what the storage says of each."""
+        return "\0".join((*self._addresses, *(self._stamps or ()))).encode()
+
+    def _system(self, scheme: str) -> Any:
+        with self._lock:
+            if scheme not in self._systems:
+                self._systems[scheme] = file_system(scheme)
+            return self._systems[scheme]
+
+
+def file_system(scheme: str) -> Any:
+    """The fsspec file system of a scheme.
+
+    Args:
+        scheme: As 's3' or 'https'.
+
+    Raises:
+        UserError: It is unknown, or its library is not installed.
+    """
+    try:
+        import fsspec
+
+        return fsspec.filesystem(scheme)
+    except ImportError as error:
+        packages = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "http": "aiohttp", "https": "aiohttp", "abfs": "adlfs"}
+        package = packages.get(scheme, "fsspec")
+        raise UserError(f"{scheme}://... needs the package {package}: pip install {package}") from error
+    except ValueError as error:
+        raise UserError(f"{scheme}://... is no address that can be read; known are http, https, s3, gs and file") from error
+
+
+def fetch(system: Any, address: str, limit: int) -> bytes:
+    """Read a whole file.
+
+    Args:
+        system: Of `file_system`.
+        address: The file.
+        limit: Bytes that are read at most.
+
+    Raises:
+        OSError: Nothing is there, it is empty, or it is larger than the limit.
+        NetworkError: The network does not answer.
+    """
+
+    def read() -> bytes:
+        data: bytes = system.cat_file(address, start=0, end=limit + 1)
+        return data
+
+    def empty() -> bool:  # storages refuse the first byte of an empty file in ways of their own
+        with contextlib.suppress(Exception):
+            return bool(system.size(address) == 0)
+        return False
+
+    data = patient(read, address, give_up=empty)
+    if not data:
+        raise OSError(0, "is empty")
+    if len(data) > limit:
+        raise OSError(0, f"has more than {limit:,} bytes, too many for an image or a list")
+    return data
+
+
+def patient(call: Callable[[], Result], address: str, give_up: Callable[[], bool] = lambda: False) -> Result | bytes:
+    """Call a storage's library, and call it again when the network fails.
+
+    Args:
+        call: What to do.
+        address: Where, for messages.
+        give_up: Whether another try is of no use; the result is then empty bytes.
+
+    Raises:
+        FileNotFoundError: Nothing is at the address.
+        UserError: Access is refused.
+        NetworkError: It has failed five times.
+    """
+    wait = _FIRST_WAIT
+    for left in reversed(range(_TRIES)):
+        try:
+            return call()
+        except FileNotFoundError as error:
+            raise FileNotFoundError(2, "nothing is at this address") from error
+        except PermissionError as error:
+            place = without_secrets(address)
+            raise UserError(f"{place}: access is refused; set its credentials in the environment") from error
+        except Exception as error:  # each storage's library has its own
+            if give_up():
+                return b""
+            if not left:
+                status = getattr(error, "status", None)
+                reason = f"{type(error).__name__}{f', status {status}' if status else ''}"
+                raise NetworkError(
+                    f"{without_secrets(address)}: cannot be read after {_TRIES} tries: {reason}"
+                ) from error  # its text may hold the whole address
+        time.sleep(wait)
+        wait *= 2
+    raise AssertionError
+
+
+def listed(address: str) -> dict[str, tuple[str, str]]:
+    """All files below a folder.
+
+    Args:
+        address: The folder, such as s3://bucket/folder. A web server must list its folders as pages of links.
+
+    Returns:
+        For each file's name below the folder, its address and a stamp that changes with it.
+
+    Raises:
+        UserError: Nothing is there, or it cannot be listed.
+    """
+    scheme = address.partition("://")[0]
+    system = file_system(scheme)
+    system.invalidate_cache()
+    web = scheme in ("http", "https")
+    try:
+        # Of a page that cannot be read, fsspec would leave the files out.
+        options = {"path": f"{address}/", "on_error": "raise"} if web else {"path": address}
+        found = patient(lambda: system.find(detail=True, **options), address)
+    except FileNotFoundError as error:
+        raise UserError(f"image folder {address!r}: {error.strerror}") from error
+    except NotImplementedError as error:
+        raise UserError(f"image folder {address!r}: {scheme}:// cannot be listed; list the images in a table") from error
+    assert isinstance(found, dict)
+    files = {}
+    for path, info in found.items():
+        full = system.unstrip_protocol(path)
+        name = full.removeprefix(f"{address}/")
+        if name == full:  # the address itself is a file, or a link leads elsewhere
+            continue
+        stamp = next((str(info[key]) for key in _STAMPS if info.get(key)), "")
+        files[name] = (full, f"{info.get('size')} {stamp}")
+    if not files:
+        pages = "; a web server must list its folders as pages of links, else list the images in a table" if web else ""
+        raise UserError(f"image folder {address!r} has no files{pages}")
+    return files
+
+
+def there(address: str) -> bool:
+    """Whether something is at an address, as far as the network tells."""
+    try:
+        return bool(file_system(address.partition("://")[0]).exists(address))
+    except Exception:  # each storage's library has its own
+        return False
+
+
+def without_secrets(address: str) -> str:
+    """An address without the user's name, password and query, which may hold keys."""
+    scheme, _, rest = address.partition("://")
+    host, slash, path = rest.partition("/")
+    return f"{scheme}://{host.rpartition('@')[2]}{slash}{path.partition('?')[0]}"

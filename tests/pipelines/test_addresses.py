@@ -1,0 +1,138 @@
+"""Folders and lists behind addresses: in memory, on a disk, in a bucket, on a web server."""
+
+from __future__ import annotations
+
+import functools
+import http.server
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipelines.common.errors import UserError
+from pipelines.config import DataConfig
+from pipelines.prepare.build import ensure_prepared
+from pipelines.prepare.sources import FolderSource, ListsSource, addresses
+from tests.conftest import data_config
+
+fsspec = pytest.importorskip("fsspec")
+
+
+def copied(folder: Path, address: str) -> str:
+    """The files of a folder, written behind an address by fsspec itself."""
+    system, root = fsspec.core.url_to_fs(address)
+    for path in folder.rglob("*.png"):
+        target = f"{root}/{path.relative_to(folder).as_posix()}"
+        if not address.startswith("s3:"):  # which has no folders
+            system.makedirs(target.rpartition("/")[0], exist_ok=True)
+        system.pipe_file(target, path.read_bytes())
+    return address
+
+
+@pytest.fixture
+def web(image_folder):
+    """A web server that lists its folders."""
+    handler = type("Handler", (http.server.SimpleHTTPRequestHandler,), {"log_message": lambda *_: None})
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(handler, directory=str(image_folder)))
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def same(one, other) -> None:
+    """Two data sets have the same classes, names, labels and bytes."""
+    assert one.classes == other.classes
+    for a, b in ((one.train, other.train), (one.test, other.test)):
+        assert a.names == b.names
+        assert np.array_equal(a.labels, b.labels)
+        assert [a.read(index) for index in range(len(a))] == [b.read(index) for index in range(len(b))]
+
+
+@pytest.mark.parametrize("kind", ["memory", "file", "s3", "http"])
+def test_a_folder_gives_the_same_wherever_it_is(image_folder, tmp_path, kind, request):
+    if kind in ("s3", "http"):
+        pytest.importorskip("s3fs" if kind == "s3" else "aiohttp")
+        place = request.getfixturevalue("bucket" if kind == "s3" else "web")
+    else:
+        place = f"{kind}://{tmp_path}"
+    address = place if kind == "http" else copied(image_folder, f"{place}/photos")
+    source = FolderSource(kind="folder", path=address)
+    assert source.path == address
+    assert source.present()
+    same(source.open(), FolderSource(kind="folder", path=image_folder).open())
+
+
+def test_a_change_behind_an_address_is_noticed(image_folder, bucket, tmp_path):
+    address = copied(image_folder, f"{bucket}/photos")
+    data = DataConfig.model_validate({"source": {"kind": "folder", "path": address}, "prepared": str(tmp_path / "p")})
+    first = ensure_prepared(data, 0)
+    assert ensure_prepared(data, 0).digests == first.digests
+    other = next((image_folder / "train" / "two").iterdir()).read_bytes()
+    fsspec.filesystem("s3").pipe_file(f"{bucket}/photos/train/one/0.png", other)
+    assert ensure_prepared(data, 0).digests["train"] != first.digests["train"]
+    written = b"".join(file.read_bytes() for file in first.folder.rglob("*") if file.is_file())
+    assert b"hidden" not in written
+
+
+def test_lists_and_their_images_behind_addresses(image_folder, bucket):
+    plain = FolderSource(kind="folder", path=image_folder).open()
+    assert plain.test is not None
+    address = copied(image_folder, f"{bucket}/photos")
+    for name, images in (("train", plain.train), ("test", plain.test)):
+        lines = "".join(f"{path} {label}\n" for path, label in zip(images.names, images.labels, strict=True))
+        fsspec.filesystem("s3").pipe_file(f"{bucket}/lists/{name}.txt", lines.encode())
+    source = ListsSource(kind="lists", root=address, train=f"{bucket}/lists/train.txt", test=f"{bucket}/lists/test.txt")
+    assert source.present()
+    same(source.open(), plain)
+    with pytest.raises(UserError, match=r"list 's3://trees/lists/none.txt' cannot be read: nothing is at this address"):
+        ListsSource(kind="lists", root=address, train=f"{bucket}/lists/none.txt").open()
+
+
+def test_chosen_classes_and_files_that_are_no_images(image_folder, tmp_path, capsys):
+    address = copied(image_folder, f"memory://{tmp_path}/photos")
+    memory = fsspec.filesystem("memory")
+    memory.pipe_file(f"{tmp_path}/photos/train/one/notes.txt", b"text")
+    memory.pipe_file(f"{tmp_path}/photos/train/one/.hidden.png", b"text")
+    (tmp_path / "classes.txt").write_text("two\tpair\nnought\n")
+    dataset = FolderSource(kind="folder", path=address, classes=tmp_path / "classes.txt").open()
+    assert dataset.classes == ["pair", "nought"]
+    assert np.bincount(dataset.train.labels).tolist() == [5, 8]
+    assert "1 .txt, not among the endings" in capsys.readouterr().err
+
+
+def test_what_is_wrong_with_an_address_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(addresses, "_FIRST_WAIT", 0.001)
+    with pytest.raises(UserError, match="has no files|nothing is at this address"):
+        FolderSource(kind="folder", path=f"memory://{tmp_path}/none").open()
+    with pytest.raises(UserError, match=r"gopher://\.\.\. is no address that can be read"):
+        FolderSource(kind="folder", path="gopher://somewhere/x").open()
+    with pytest.raises(UserError, match="cannot be read after 5 tries") as caught:
+        FolderSource(kind="folder", path="http://127.0.0.1:9/x").open()
+    assert "tries: " in str(caught.value)
+    for secret in ("s3://me:secret@bucket/x", "https://host/x?token=secret"):
+        with pytest.raises(ValueError, match="put credentials into the environment"):
+            FolderSource(kind="folder", path=secret)
+        with pytest.raises(UserError, match="put credentials into the environment") as caught:
+            data_config(source={"kind": "folder", "path": secret})
+        assert "secret" not in str(caught.value)
+
+
+def test_files_without_end_and_without_content_are_bad_images(tmp_path, bucket, monkeypatch):
+    monkeypatch.setattr(addresses, "_FIRST_WAIT", 0.001)
+    monkeypatch.setattr(addresses, "LARGEST", 1000)
+    for system, place in ((fsspec.filesystem("memory"), f"memory://{tmp_path}"), (fsspec.filesystem("s3"), bucket)):
+        system.pipe_file(f"{place}/a.jpg", b"x" * 1001)
+        system.pipe_file(f"{place}/b.jpg", b"x" * 1000)
+        system.pipe_file(f"{place}/c.jpg", b"")
+        images = addresses.Remote([f"{place}/{name}.jpg" for name in "abcd"])
+        with pytest.raises(OSError, match="more than 1,000 bytes"):
+            images.read(0)
+        assert images.read(1) == b"x" * 1000
+        with pytest.raises(OSError, match="is empty"):
+            images.read(2)
+        with pytest.raises(FileNotFoundError, match="nothing is at this address"):
+            images.read(3)

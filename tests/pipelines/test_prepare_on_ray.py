@@ -1,0 +1,146 @@
+"""Preparing by tasks of Ray: the same bytes as one process writes, also where a worker is lost."""
+
+from __future__ import annotations
+
+import gc
+import os
+import shutil
+import subprocess
+import sys
+import warnings
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+
+from cibl_ray.cluster.environment import configure_ray_env
+from pipelines.common.errors import UserError
+from pipelines.config import DataConfig
+from pipelines.prepare import __main__ as command
+from pipelines.prepare import on_ray
+from pipelines.prepare.build import ensure_prepared
+from pipelines.prepare.sources import FolderSource, Images
+from pipelines.prepare.writer import write_split
+from tests.commands import in_process
+from tests.conftest import REPOSITORY, data_config, digits_config
+
+configure_ray_env(own=True)
+
+from cibl_ray.cluster.session import cluster  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def running():
+    """One cluster for all tests."""
+    with cluster(None):
+        yield
+    with warnings.catch_warnings():  # Ray leaves the handles of its processes to the collector
+        warnings.simplefilter("ignore", ResourceWarning)
+        gc.collect()
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """All that preparing left, without the lock and the picture, which names its folder's time."""
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.name != ".lock" and path.suffix != ".png"}
+
+
+def both(data: DataConfig, tmp_path: Path) -> tuple[dict[str, bytes], dict[str, bytes]]:
+    """What one process and what two tasks write."""
+    alone = ensure_prepared(data.model_copy(update={"prepared": tmp_path / "alone"}), 0)
+    tasks = ensure_prepared(data.model_copy(update={"prepared": tmp_path / "tasks"}), 0, packer=on_ray.RayPacker(2))
+    return files_of(alone.folder), files_of(tasks.folder)
+
+
+@pytest.mark.parametrize("kind", ["folder", "archive", "parquet", "digits"])
+def test_tasks_write_the_same_bytes(running, photo_folder, tmp_path, kind):
+    source = {"kind": "folder", "path": str(photo_folder)}
+    data = data_config(source=source, val_fraction=0.2, store={"mode": "mixed"}, size=32)
+    if kind == "archive":
+        with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+            for path in sorted(photo_folder.rglob("*.jpg")):
+                archive.write(path, path.relative_to(photo_folder))
+        data = data_config(source={"kind": "archive", "path": str(tmp_path / "a.zip")}, size=32)
+    elif kind == "parquet":
+        train = FolderSource(kind="folder", path=photo_folder).open().train
+        cells = [train.read(index) for index in range(len(train))]
+        table = pa.table({"image": [*cells, b"no image"], "label": [*train.labels.tolist(), 0]})
+        pa.parquet.write_table(table, tmp_path / "a.parquet")
+        source = {"kind": "table", "path": str(tmp_path / "a.parquet")}
+        data = data_config(source=source, on_bad_image="skip", size=32)
+    elif kind == "digits":
+        data = digits_config(tmp_path)
+    alone, tasks = both(data, tmp_path)
+    assert alone == tasks
+    assert "train.beton" in alone
+
+
+def test_several_files_with_a_bad_image(running, photo_folder, tmp_path):
+    folder = Path(shutil.copytree(photo_folder, tmp_path / "images"))
+    (folder / "train" / "china" / "3.jpg").write_bytes(b"\xff\xd8 no image")
+    data = data_config(
+        source={"kind": "folder", "path": str(folder)}, on_bad_image="skip", store={"mode": "raw", "shard_mb": 1}, size=32
+    )
+    alone, tasks = both(data, tmp_path)
+    assert alone == tasks
+    assert "train-00002.beton" in alone
+    with pytest.raises(UserError, match=r"china/3\.jpg: unreadable image"):
+        ensure_prepared(
+            data.model_copy(update={"on_bad_image": "error", "prepared": tmp_path / "p"}), 0, packer=on_ray.RayPacker(2)
+        )
+
+
+def test_a_lost_worker_changes_nothing(running, photo_folder, tmp_path):
+    class Fatal:
+        """Images that end the first process, beside the test's own, that reads them."""
+
+        def __init__(self, pixels: list[bytes], mark: Path, here: int) -> None:
+            self._pixels, self._mark, self._here = pixels, mark, here
+
+        def read(self, index: int) -> bytes:
+            if os.getpid() != self._here and not self._mark.exists():
+                self._mark.touch()
+                os._exit(1)
+            return self._pixels[index]
+
+        def take(self, indices: np.ndarray) -> Fatal:
+            return Fatal([self._pixels[index] for index in indices], self._mark, self._here)
+
+        def place(self, index: int) -> str:
+            return f"image {index}"
+
+        def stamp(self) -> bytes:
+            return b""
+
+    train = FolderSource(kind="folder", path=photo_folder).open().train
+    content = Fatal([train.read(index) for index in range(len(train))], tmp_path / "mark", os.getpid())
+    images = Images(train.names, train.labels, content=content)
+    data = data_config(store={"mode": "raw", "shard_mb": 1})
+    for name, packer in (("alone", None), ("tasks", on_ray.RayPacker(2))):
+        (tmp_path / name).mkdir()
+        write_split(tmp_path / name, "train", images, data, 0, packer=packer)
+    assert (tmp_path / "mark").exists()
+    assert files_of(tmp_path / "alone") == files_of(tmp_path / "tasks")
+
+
+def test_a_node_that_does_not_see_the_images_is_told(running, tmp_path, monkeypatch):
+    monkeypatch.setattr(on_ray, "_first_file", lambda _: str(tmp_path / "nowhere"))
+    with pytest.raises(UserError, match=r"does not see '.*nowhere'; the images must lie in a folder that all nodes see"):
+        ensure_prepared(digits_config(tmp_path), 0, packer=on_ray.RayPacker(1))
+
+
+def test_the_command_prepares_on_a_cluster_of_its_own(tmp_path):
+    options = ["quickstart", "--cluster", "--workers", "2", "--data.prepared", str(tmp_path / "p")]
+    words = [sys.executable, "-m", "pipelines.prepare", *options]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=REPOSITORY)
+    assert done.returncode == 0, done.stderr
+    assert "train: 398 images" in done.stdout
+
+
+def test_options_that_cannot_be_are_told():
+    done = in_process(command.main, "quickstart", "--workers", "2")
+    assert "--workers belongs to --cluster: add that" in done.stderr
+    done = in_process(command.main, "quickstart", "--cluster", "--workers", "0")
+    assert "--workers 0: at least 1" in done.stderr
