@@ -125,11 +125,12 @@ class TrainConfig(Settings):
     partial: PartialConfig = Field(
         default=LastBlocks(), discriminator="kind", description="Which part of the backbone tune 'partial' trains."
     )
-    batch_norm: Literal["auto", "keep", "update"] = Field(
+    batch_norm: Literal["auto", "keep", "update", "sync"] = Field(
         default="auto",
         description="Batch norm of what is trained. keep: with the running statistics that the weights came with, in training, "
-        "too, for small batches of few classes have others; update: with those of each batch. auto: keep where the backbone "
-        "starts from pretrained weights.",
+        "too, for small batches of few classes have others; update: with those of each batch, or of a worker's part of it; "
+        "sync: with those of the whole batch of all workers. auto: keep where the backbone starts from pretrained weights, "
+        "else update.",
     )
     feature_views: int = Field(
         default=0, ge=0, le=64, description="Augmented views of each training image that tune 'head' computes features of."
@@ -171,8 +172,13 @@ class TrainConfig(Settings):
     accumulate: int = Field(
         default=1,
         ge=1,
-        description="Micro-batches of a step, one after the other: less memory. Batch norm and contrastive losses see the "
-        "images of a micro-batch alone.",
+        description="Micro-batches of a step, one after the other: less memory. Batch norm sees a micro-batch alone; "
+        "contrast_set says what contrastive losses see.",
+    )
+    contrast_set: Literal["micro_batch", "step"] = Field(
+        default="micro_batch",
+        description="Images that a loss compares with each other where accumulate is more than 1. micro_batch: those of the "
+        "micro-batch; step: those of all micro-batches, as in one large batch (GradCache), for a third more time.",
     )
     checkpoint_activations: bool = Field(
         default=False,
@@ -184,6 +190,11 @@ class TrainConfig(Settings):
         default="auto",
         description="auto: bf16 mixed precision where the GPU or CPU has it, else fp32 (on GPUs with TF32 in convolutions); "
         "a run of ten minutes or more times a few steps of both.",
+    )
+    exchange_precision: Literal["fp32", "bf16", "fp16"] = Field(
+        default="fp32",
+        description="Type in which workers exchange gradients. bf16 and fp16 halve the traffic and round every gradient; fp16 "
+        "rounds less, and loses those below 6e-8.",
     )
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto: a GPU where there is one.")
     average: float | None = Field(
@@ -259,6 +270,8 @@ class RunConfig(Settings):
             )
         if self.train.compile is True and self.train.accumulate > 1:
             raise ValueError("train.accumulate > 1 does not go with train.compile; set one of them back")
+        if self.train.compile is True and self.train.batch_norm == "sync":
+            raise ValueError("train.batch_norm 'sync' does not go with train.compile; set one of them back")
         if self.train.folds == 1:
             raise ValueError("train.folds is 1, and one fold leaves nothing to train on; set 0 for none, or 2 and more")
         if self.train.tune != "head" and self.train.folds not in (0, "auto"):

@@ -24,6 +24,8 @@ from pipelines.loaders.reading import Share
 
 T = TypeVar("T")
 
+EXCHANGE_TIMEOUT = timedelta(minutes=10)  # without an answer, after which a worker counts as lost
+
 
 class PeerLostError(RuntimeError):
     """A collective failed because another worker ended or does not answer. The cause is in that worker's own error."""
@@ -40,8 +42,10 @@ class World:
     Attributes:
         rank: This worker's number, from 0.
         size: The number of workers.
-        communication_seconds: Wall-clock seconds in collectives since it was last set to 0. On a GPU, collectives are only
-            launched in that time.
+        communication_seconds: Wall-clock seconds that this process waited in collectives since it was last set to 0. On a GPU,
+            collectives are only launched in that time.
+        gradient_group: A process group of all workers for gradients alone, whose sums run beside other collectives; None for
+            one process.
     """
 
     def __init__(self, alone: bool = False) -> None:
@@ -51,8 +55,15 @@ class World:
         self.communication_seconds = 0.0
         # CPU tensors (objects, logits of the evaluation) use gloo, whatever backend the gradients use.
         self._cpu: dist.ProcessGroup | None = None
+        self.gradient_group: dist.ProcessGroup | None = None
         if joined and dist.get_backend() != "gloo":
             self._cpu = dist.new_group(backend="gloo")  # type: ignore[assignment]  # a group of all ranks has every rank
+        if self.size > 1:
+            self.gradient_group = dist.new_group(timeout=EXCHANGE_TIMEOUT)  # type: ignore[assignment]  # as above
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> World:
+        """The same world: a copied network has the workers of the first."""
+        return self
 
     @property
     def is_rank0(self) -> bool:
@@ -89,17 +100,6 @@ class World:
         result: torch.Tensor = _Gather.apply(x, self, [(own.stop - own.start) * each for own in rows])
         return result
 
-    def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Replace each gradient by its sum over the workers, in a fixed order, so that runs repeat bit for bit."""
-        if self.size == 1:
-            return
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        flat = torch.cat([gradient.flatten() for gradient in gradients])
-        with self._timed_collective():
-            dist.all_reduce(flat)
-        for gradient, summed in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
-            gradient.copy_(summed.view_as(gradient))
-
     def average_statistics(self, networks: Iterable[nn.Module]) -> None:
         """Average the running statistics of batch norm: each worker normalises by its own part of a batch."""
         if self.size == 1:
@@ -113,7 +113,7 @@ class World:
             if buffer is not None
         ]
         flat = torch.cat(buffers)
-        with self._timed_collective():
+        with self.timed_collective():
             dist.all_reduce(flat)
         for buffer, mean in zip(buffers, flat.div_(self.size).split([len(buffer) for buffer in buffers]), strict=True):
             buffer.copy_(mean)
@@ -122,7 +122,7 @@ class World:
         """The sum over the workers of a tensor that has the same shape on each."""
         if self.size > 1:
             x = x.clone()
-            with self._timed_collective():
+            with self.timed_collective():
                 dist.all_reduce(x)
         return x
 
@@ -140,7 +140,7 @@ class World:
         parts: list[torch.Tensor] = [x] * self.size
         counts = torch.zeros(self.size, dtype=torch.int64)
         counts[self.rank] = len(x)
-        with self._timed_collective():
+        with self.timed_collective():
             dist.all_reduce(counts, group=self._cpu)
             if self.is_rank0:
                 for worker in range(1, self.size):
@@ -165,7 +165,7 @@ class World:
                 box = [make()]
             except UserError as error:
                 box = [error]
-        with self._timed_collective():
+        with self.timed_collective():
             dist.broadcast_object_list(box, src=0, group=self._cpu)
         if isinstance(box[0], UserError):
             raise box[0]
@@ -176,16 +176,21 @@ class World:
         """The `value` of every worker, in the order of rank, on every rank."""
         values: list[Any] = [value] * self.size
         if self.size > 1:
-            with self._timed_collective():
+            with self.timed_collective():
                 dist.all_gather_object(values, value, group=self._cpu)
         return values
 
     def close(self) -> None:
-        """Forget the process group, before it is destroyed."""
-        self._cpu = None
+        """Forget the process groups, before they are destroyed."""
+        self._cpu = self.gradient_group = None
 
     @contextmanager
-    def _timed_collective(self) -> Iterator[None]:
+    def timed_collective(self) -> Iterator[None]:
+        """Count the context's seconds as communication.
+
+        Raises:
+            PeerLostError: A collective within it failed.
+        """
         started = time.perf_counter()
         try:
             yield
@@ -205,7 +210,7 @@ class _Gather(torch.autograd.Function):
         if len(x) < most:
             padded = torch.cat((padded, padded.new_zeros(most - len(x), *x.shape[1:])))
         everyone = padded.new_empty(len(counts) * most, *x.shape[1:])
-        with world._timed_collective():
+        with world.timed_collective():
             dist.all_gather([*everyone.split(most)], padded)
         if min(counts) == most:
             return everyone
@@ -215,7 +220,7 @@ class _Gather(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         grad = grad.contiguous().clone()
-        with ctx.world._timed_collective():
+        with ctx.world.timed_collective():
             dist.all_reduce(grad)
         return grad.split(ctx.counts)[ctx.world.rank], None, None
 
@@ -234,7 +239,7 @@ def join() -> World:
             if rank < torch.cuda.device_count():  # the others can train on the CPU
                 torch.cuda.set_device(rank)
         # Both backends with a GPU: train.device may still be the CPU.
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(minutes=10))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=EXCHANGE_TIMEOUT)
     return World()
 
 

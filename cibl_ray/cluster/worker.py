@@ -9,7 +9,6 @@ import tempfile
 import time
 import traceback
 from contextlib import suppress
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +27,10 @@ from cibl_ray.config import RunConfig
 from cibl_ray.hardware import keep_freed_memory
 from cibl_ray.run.folder import CHECKPOINTS, is_run
 from cibl_ray.run.progress import Progress, Silent
-from cibl_ray.world import PeerLostError, World
+from cibl_ray.world import EXCHANGE_TIMEOUT, PeerLostError, World
 from pipelines.common.cores import limit_cores
 from pipelines.common.errors import UserError
 from pipelines.common.validation import validate
-
-_EXCHANGE_TIMEOUT = timedelta(minutes=10)  # without an answer, after which a worker counts as lost
 
 
 def begun(folder: Path, place: str | None) -> bool:
@@ -136,14 +133,14 @@ def join_peers(meeting: str | None, cuda: bool) -> None:
             path = broadcast_from_rank_zero(tempfile.mkdtemp(dir=meeting) if rank == 0 else None)
             store = dist.FileStore(str(Path(str(path)) / "store"), size)
         elif rank == 0:
-            store = dist.TCPStore(address, 0, size, is_master=True, timeout=_EXCHANGE_TIMEOUT, wait_for_workers=False)
+            store = dist.TCPStore(address, 0, size, is_master=True, timeout=EXCHANGE_TIMEOUT, wait_for_workers=False)
             broadcast_from_rank_zero([address, store.port])
         else:
             found: Any = broadcast_from_rank_zero(None)
             host, port = found
-            store = dist.TCPStore(host, port, size, is_master=False, timeout=_EXCHANGE_TIMEOUT)
+            store = dist.TCPStore(host, port, size, is_master=False, timeout=EXCHANGE_TIMEOUT)
         backend = "nccl" if cuda else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_EXCHANGE_TIMEOUT)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=EXCHANGE_TIMEOUT)
     except RuntimeError as error:  # of torch.distributed
         reason = str(error).strip().partition("\n")[0]
         raise PeerLostError(f"rank {rank} on {address} ({interface}) cannot reach the other workers: {reason}") from error

@@ -98,7 +98,8 @@ def candidates(asked: TrainConfig, device: str, known: Arithmetic) -> list[Arith
     precisions: Sequence[Literal["fp32", "bf16"]] = (known.precision,)
     if asked.precision == "auto":
         precisions = ("fp32", "bf16") if has_bf16(device) else ("fp32",)
-    compiles = (False, True) if asked.compile == "auto" and asked.accumulate == 1 else (known.compile,)
+    may_compile = asked.compile == "auto" and asked.accumulate == 1 and asked.batch_norm != "sync"
+    compiles = (False, True) if may_compile else (known.compile,)
     return [Arithmetic(precision, compiled) for compiled in compiles for precision in precisions]
 
 

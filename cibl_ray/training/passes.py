@@ -13,7 +13,7 @@ class Passes:
 
     Attributes:
         trained: Forward and backward.
-        forward: Forward alone: the keys of an averaged network.
+        forward: Forward alone: the keys of an averaged network, and the first runs of cached micro-batches.
     """
 
     trained: int
@@ -49,4 +49,6 @@ def passes(config: RunConfig, batches: int, epochs: float | None = None) -> Pass
     sam = config.optimizer.sam
     # Of the whole run: its last steps with SAM count twice.
     twice = 0.0 if sam is None else max(0.0, 1 - sam.start * train.epochs / (train.epochs if epochs is None else epochs or 1))
-    return Passes(round(images * (views - keys + second) * (1 + twice)), round(images * keys))
+    trained = images * (views - keys + second) * (1 + twice)
+    cached = trained if train.accumulate > 1 and train.contrast_set == "step" else 0.0
+    return Passes(round(trained), round(images * keys + cached))

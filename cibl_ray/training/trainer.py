@@ -30,8 +30,10 @@ from cibl_ray.run.start import read_start, start_from
 from cibl_ray.run.stop import Stop
 from cibl_ray.tracking.trackers import Trackers
 from cibl_ray.training.advice import FirstSteps
+from cibl_ray.training.cached import CachedPasses
 from cibl_ray.training.compiled import begin_step, compile_network, explained
 from cibl_ray.training.evaluator import Evaluator
+from cibl_ray.training.exchange import GradientExchange
 from cibl_ray.training.feed import open_features, open_images
 from cibl_ray.training.finite import FiniteLoss
 from cibl_ray.training.mix import mix, paste
@@ -41,6 +43,7 @@ from cibl_ray.training.pauses import Pauses
 from cibl_ray.training.schedules import lr_factor
 from cibl_ray.training.setup import checkpoint_activations, keeps_statistics, settle, start_heads
 from cibl_ray.training.sharpness import at_the_peak, running_statistics_stay
+from cibl_ray.training.synced_norm import sync_batch_norm
 from cibl_ray.training.tau import normalize_head
 from cibl_ray.world import World
 from pipelines.common.errors import UserError
@@ -51,6 +54,7 @@ from pipelines.prepare.prepared import Prepared
 log = logging.getLogger(__name__)
 
 _Tensors = dict[str, torch.Tensor]
+_WIRE = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Trainer:
@@ -113,6 +117,8 @@ class Trainer:
             load_weights(self.network, start)  # before features are made of it
         if train.checkpoint_activations:
             checkpoint_activations(self.network.backbone, config.network.backbone.title)
+        if train.batch_norm == "sync":
+            sync_batch_norm(self.network, world)
         self.network.to(self.device)
         if train.tune == "head":
             made = made or self._feature_loaders()
@@ -131,9 +137,11 @@ class Trainer:
             self.config = config = config.model_copy(update={"train": train.model_copy(update={"tau": tau})})
             train = config.train
         self.average = WeightAverage(self.network, train.average) if train.average is not None else None
-        micro = train.batch_size // train.accumulate
-        self.objective = Objective(config.loss, self.network, prepared.train_counts, self.device, world, micro)
+        of_step = train.contrast_set == "step"
+        compared = train.batch_size if of_step else train.batch_size // train.accumulate
+        self.objective = Objective(config.loss, self.network, prepared.train_counts, self.device, world, compared)
         self.optimizer = make_optimizer(self.network, config.optimizer, fused=self.device.type == "cuda")
+        self.exchange = GradientExchange(self.network.parameters(), world, wire=_WIRE[train.exchange_precision])
         self.epoch = self.step = 0
         self.after_save: Callable[[], None] = lambda: None
         self.trackers = Trackers([])
@@ -344,16 +352,29 @@ class Trainer:
         parts = self.config.train.accumulate
         terms: _Tensors = {}
         progress = self.epoch / self.config.train.epochs
+        if parts > 1 and self.config.train.contrast_set == "step":
+            return self._cached_gradients(streams, progress)
         for number, part in enumerate(zip(*(images.split(parts) for images in streams), strict=True)):
             mixed = self._mixed([*part], number)
             of_part = self.objective(self.network, self._run, mixed, progress)
             # Each worker's loss is the mean over its own images; the parts add up to the mean over the batch.
-            (of_part["loss"] * self.world.fraction(self.config.train.batch_size) / parts).backward()
+            with self.exchange.summing() if number == parts - 1 else nullcontext():
+                (of_part["loss"] * self.world.fraction(self.config.train.batch_size) / parts).backward()
             for name, term in of_part.items():
                 mean = term.detach() / parts
                 terms[name] = terms[name] + mean if name in terms else mean
-        self.world.sum_gradients(self.network.parameters())
         return terms
+
+    def _cached_gradients(self, streams: list[Images], progress: float) -> dict[str, torch.Tensor]:
+        """As `_gradients`, with the outputs of all micro-batches in one loss."""
+        rows = [len(images.labels) * images.views for images in streams]
+        if self.objective.averaged is not None:  # which embeds every view but the first
+            rows[0] = len(streams[0].labels)
+        passes = CachedPasses(self._run, self.config.train.accumulate, rows)
+        terms = self.objective(self.network, passes, self._mixed(streams, 0), progress)
+        (terms["loss"] * self.world.fraction(self.config.train.batch_size)).backward()
+        passes.backward(self.exchange.summing())
+        return {name: term.detach() for name, term in terms.items()}
 
     def _mixed(self, streams: list[Images], part: int) -> list[Images]:
         """A micro-batch's images, mixed with each other, or with those of the stream that CMO pastes from."""

@@ -92,6 +92,9 @@ def test_only_what_is_auto_is_decided(machine):
     assert machine.timed == [EAGER32, COMPILED32]
     assert machine.decide().compile is False
     assert machine.decide(*AUTO, "--accumulate", "2").compile is False
+    assert machine.decide(*AUTO, "--batch_norm", "sync").compile is False
+    with pytest.raises(UserError, match="train.batch_norm 'sync' does not go with train.compile"):
+        load_config("quickstart", ["--train.compile", "true", "--batch_norm", "sync"])
 
 
 def test_a_network_that_cannot_be_compiled_runs_eager(machine, caplog):

@@ -1,5 +1,6 @@
 """What is frozen stays as it was, and learning rates fall towards the input."""
 
+import contextlib
 import sys
 
 import numpy as np
@@ -15,6 +16,7 @@ from cibl_ray.networks.config import LastBlocks, Needs, NetworkConfig, Norms
 from cibl_ray.networks.depth import blocks, depth_of
 from cibl_ray.networks.network import build_network
 from cibl_ray.run.checkpoint import load_checkpoint
+from cibl_ray.training.cached import CachedPasses
 from cibl_ray.training.mix import mix, paste
 from cibl_ray.training.optimizer import make_optimizer
 from cibl_ray.training.passes import passes
@@ -123,6 +125,46 @@ def test_the_contrastive_set_of_micro_batches_is_their_own(digits, tmp_path):
     run.objective._contrast = lambda z, labels, keys: sizes.append(len(z)) or contrast(z, labels, keys)
     run.optimize([next(run.feeds[0].steps(0, 0))])
     assert sizes == [8 * len(run.config.data.views)] * 4
+
+
+@pytest.mark.parametrize("loss", ["{kind: cibl, queue: 256}", "{kind: hybrid_sc}"])
+def test_the_contrastive_set_may_be_all_micro_batches(digits, tmp_path, loss):
+    """As one large batch, where batch norm keeps its statistics."""
+    flags = ["--epochs", "1", "--warmup_epochs", "0", "--loader.kind", "torch", "--batch_size", "32", "--precision", "fp32"]
+    flags += ["--loss", loss, "--batch_norm", "keep", "--contrast_set", "step"]
+    found = []
+    for parts in ("1", "4"):
+        run = Trainer(resolve(load_config("quickstart", [*flags, "--accumulate", parts])), digits, tmp_path)
+        run.network.train()
+        terms = run.optimize([next(feed.steps(0, 0)) for feed in run.feeds])
+        gradient = torch.cat([parameter.grad.flatten() for parameter in run.network.parameters()])
+        found.append((terms, gradient, run.objective.queue and run.objective.queue.embeddings[:64].clone()))
+        cost = passes(run.config, 10)
+        assert cost.forward == (cost.trained if parts == "4" else 0)
+    (terms, gradient, queue), (of_parts, cached, their_queue) = found
+    assert terms.keys() == of_parts.keys()
+    assert all(float(of_parts[name]) == pytest.approx(float(value), rel=1e-6) for name, value in terms.items())
+    assert (cached - gradient).norm() <= 1e-5 * gradient.norm()
+    assert queue is None or torch.allclose(queue, their_queue, atol=1e-6)
+
+
+def test_dropout_drops_the_same_when_micro_batches_run_again():
+    network = build_network(NetworkConfig(backbone="resnet20", neck={"hidden": 16, "dropout": 0.5}), 4, Needs(), seed=0)
+    network.freeze("full", LastBlocks(), keep_statistics=True)
+    network.train()
+    pixels, labels = torch.randn(8, 3, 16, 16), torch.arange(8) % 4
+    found = []
+    for again in (False, True):
+        network.zero_grad()
+        torch.manual_seed(0)
+        cached = CachedPasses(lambda network, pixels: network(pixels), 4, [8])
+        logits = cached(network, pixels).logits if again else torch.cat([network(part).logits for part in pixels.chunk(4)])
+        nn.functional.cross_entropy(logits, labels).backward()
+        if again:
+            cached.backward(contextlib.nullcontext())
+        found.append((torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None]), torch.rand(1)))
+    assert torch.allclose(found[0][0], found[1][0], rtol=1e-4, atol=1e-6)
+    assert torch.equal(found[0][1], found[1][1])  # what is drawn next
 
 
 def test_activations_that_are_computed_again_give_the_same_gradient(digits, tmp_path):

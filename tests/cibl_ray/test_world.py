@@ -1,5 +1,6 @@
 """Several workers compute what one would: every loss, every gradient, every evaluated sample."""
 
+import copy
 import importlib.util
 import json
 import os
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from timm.layers import BatchNormAct2d
 from torch import nn
 
 from cibl_ray.config import OptimizerConfig, build_config
@@ -21,7 +23,11 @@ from cibl_ray.networks.config import Adapters, LastBlocks, Norms
 from cibl_ray.networks.network import build_network
 from cibl_ray.run.checkpoint import load_checkpoint
 from cibl_ray.run.log import read_metrics
+from cibl_ray.training.cached import CachedPasses
+from cibl_ray.training.exchange import GradientExchange
 from cibl_ray.training.optimizer import make_optimizer
+from cibl_ray.training.sharpness import at_the_peak
+from cibl_ray.training.synced_norm import SyncedBatchNorm, sync_batch_norm
 from cibl_ray.world import PeerLostError, World
 from pipelines.common.config_file import find_config, read_config
 from pipelines.loaders.reading import Share
@@ -44,6 +50,10 @@ LOSSES = {
     "paco_without_an_average": "{kind: paco, queue: 20, momentum: null}",
     "cibl_first_view": "{kind: cibl, classify: first, normalize: true}",
     "cibl_by_class": "{kind: cibl, tail_skew: 2, normalize: class}",
+    "supcon_with_sam": "{kind: supcon}",
+    "cibl_in_micro_batches": "{kind: cibl, queue: 20, momentum: 0.9, classify: first}",
+    "hybrid_psc_in_micro_batches": "{kind: hybrid_psc}",
+    "paco_with_synced_norms": "{kind: paco, queue: 20, momentum: 0.9}",
 }
 
 # What fine-tuning trains: `train.tune` and `train.partial`.
@@ -65,35 +75,62 @@ def per_sample(network):
     return network
 
 
-def steps_of(loss, world):
-    """What some steps of SGD give: the loss of each over the whole batch, and the last gradient by parameter."""
+def steps_of(loss, world, batch=BATCH, parts=1):
+    """What some steps of SGD give: the loss of each over the whole batch, and the last gradient by parameter.
+
+    parts: micro-batches of a step, which have one contrastive set.
+    """
     head = ["--network.head.kind", "cosine"] if loss == "ldam" else []
     options = ["--loss", LOSSES[loss], "--backbone", "resnet20", *head]
     config = build_config(read_config(find_config("quickstart")), options, "test")
-    # In float64, so that no ReLU switches over by rounding.
-    network = per_sample(build_network(config.network, CLASSES, config.loss.needs, seed=0)).double()
-    objective = Objective(config.loss, network, np.array([50, 20, 9, 3, 1]), torch.device("cpu"), world, BATCH)
+    network = build_network(config.network, CLASSES, config.loss.needs, seed=0)
+    if "synced" in loss:
+        sync_batch_norm(network, world)
+    else:
+        per_sample(network)
+    network.double()  # so that no ReLU switches over by rounding
+    objective = Objective(config.loss, network, np.array([50, 20, 9, 3, 1]), torch.device("cpu"), world, batch)
+    exchange = GradientExchange(network.parameters(), world, bucket_bytes=2**17)
     network.train()
+
+    def gradients(streams):
+        passes = None
+        if parts > 1:
+            views = [1 if objective.averaged is not None else 2, 2][: len(streams)]
+            passes = CachedPasses(lambda network, pixels: network(pixels), parts, [len(streams[0].labels) * v for v in views])
+        terms = objective(network, passes or (lambda network, pixels: network(pixels)), streams, progress=0.5)
+        part = terms["loss"] * world.fraction(batch)
+        if passes is None:
+            with exchange.summing():
+                part.backward()
+        else:
+            part.backward()
+            passes.backward(exchange.summing())
+        return part
+
     random = torch.Generator().manual_seed(1)
-    rows, losses = world.share.of(BATCH), []
+    rows, losses = world.share.of(batch), []
     for _ in range(STEPS):
         streams = []
         for _ in range(2 if "hybrid" in loss else 1):
-            pixels = torch.randn(BATCH, 2, 3, 16, 16, generator=random, dtype=torch.float64)
-            labels = torch.randint(CLASSES, (BATCH,), generator=random)
+            pixels = torch.randn(batch, 2, 3, 16, 16, generator=random, dtype=torch.float64)
+            labels = torch.randint(CLASSES, (batch,), generator=random)
             streams.append(Images(pixels[rows].flatten(0, 1), labels[rows], 2))
-        terms = objective(network, lambda network, pixels: network(pixels), streams, progress=0.5)
         network.zero_grad()
-        part = terms["loss"] * world.fraction(BATCH)
-        part.backward()
-        world.sum_gradients(network.parameters())
+        part = gradients(streams)
+        if "sam" in loss:
+            with at_the_peak(network.parameters(), 0.05):
+                gradients(streams)
         losses.append(world.sum(part.detach()).item())
         with torch.no_grad():
             for parameter in network.parameters():
                 parameter -= 1e-3 * parameter.grad
-    return {"losses": torch.tensor(losses, dtype=torch.float64)} | {
-        name: parameter.grad for name, parameter in network.named_parameters()
-    }
+    statistics = {name: value for name, value in network.named_buffers() if "running" in name}
+    return (
+        {"losses": torch.tensor(losses, dtype=torch.float64)}
+        | statistics
+        | {name: parameter.grad for name, parameter in network.named_parameters()}
+    )
 
 
 def tuned(tune, world):
@@ -109,6 +146,7 @@ def tuned(tune, world):
     optimizer = make_optimizer(network, OptimizerConfig(kind="adamw", lr=1e-3, layer_decay=0.75), fused=False)
     for group in optimizer.param_groups:
         group["lr"] *= group["scale"]
+    exchange = GradientExchange(network.parameters(), world, bucket_bytes=2**17)
     network.train()
     random = torch.Generator().manual_seed(1)
     rows = world.share.of(BATCH)
@@ -119,8 +157,8 @@ def tuned(tune, world):
             network, lambda network, pixels: network(pixels), [Images(pixels[rows], labels[rows], 1)], progress=0.5
         )
         optimizer.zero_grad()
-        (terms["loss"] * world.fraction(BATCH)).backward()
-        world.sum_gradients(network.parameters())
+        with exchange.summing():
+            (terms["loss"] * world.fraction(BATCH)).backward()
         optimizer.step()
     return {name: parameter.detach().clone() for name, parameter in network.named_parameters() if parameter.requires_grad}
 
@@ -149,9 +187,9 @@ def two_workers(tmp_path_factory):
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_two_workers_compute_what_one_does(loss, two_workers):
-    """7 samples over two workers, 3 and 4: the loss of every step and every parameter's gradient after three."""
+    """7 samples over two workers, 3 and 4, or 8 in two micro-batches each: three losses, and the last gradients."""
     torch.set_num_threads(1)
-    alone = steps_of(loss, World())
+    alone = steps_of(loss, World(), 8 if "micro_batches" in loss else BATCH)
     for rank in range(2):
         theirs = torch.load(two_workers / f"{loss}-{rank}.pt")
         assert theirs.keys() == alone.keys()
@@ -178,6 +216,17 @@ def test_two_workers_fine_tune_as_one_does(tune, two_workers):
             assert (value - alone[name]).abs().max() < 1e-9, name
 
 
+@pytest.mark.parametrize("loss", [loss for loss in LOSSES if "synced" not in loss and "sam" not in loss])
+def test_micro_batches_with_one_contrastive_set_are_one_large_batch(loss):
+    """8 samples in four micro-batches: what three steps give, so the queue and the averaged network count, too."""
+    torch.set_num_threads(1)
+    whole, parts = steps_of(loss, World(), batch=8), steps_of(loss, World(), batch=8, parts=4)
+    assert torch.allclose(parts["losses"], whole["losses"], rtol=1e-9)
+    of_all = torch.cat([gradient.flatten() for name, gradient in whole.items() if name != "losses"]).norm()
+    for name, gradient in parts.items():
+        assert (gradient - whole[name]).norm() <= 1e-9 * max(whole[name].norm(), 0.01 * of_all), name
+
+
 def test_gathered_gradients_are_sums_over_workers(two_workers):
     content = json.loads((two_workers / "gather.json").read_text())
     assert content["gathered"] == [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0]
@@ -188,8 +237,67 @@ def test_gathered_gradients_are_sums_over_workers(two_workers):
     assert content["all_gather"] == ["of rank 0", "of rank 1"]
 
 
+def test_gradients_are_summed_within_the_backward_pass(two_workers):
+    """Bit for bit the sum of what each worker has by itself, after two micro-batches, in the parameters' own layout."""
+    found = [torch.load(two_workers / f"exchange-{rank}.pt") for rank in range(2)]
+    for rank, theirs in enumerate(found):
+        # A bucket for each convolution; the last one is of the layer without a gradient, and waits for the end of the pass.
+        assert (theirs["launched"], theirs["buckets"]) == (3, 4)
+        assert theirs["without a gradient"] == [True, True]
+        assert theirs["strides"], "a gradient lies in memory otherwise than its parameter"
+        for name in theirs["own"]:
+            assert torch.equal(theirs["summed"][name], found[0]["own"][name] + found[1]["own"][name]), (rank, name)
+
+
+@pytest.mark.parametrize(("wire", "rounding"), [("bf16", 2**-8), ("fp16", 2**-11)])
+def test_gradients_are_rounded_alike_on_their_way(two_workers, wire, rounding):
+    first, second = (torch.load(two_workers / f"exchange-{rank}.pt")[wire] for rank in range(2))
+    whole = torch.load(two_workers / "exchange-0.pt")["summed"]
+    for name, gradient in first.items():
+        assert gradient.dtype == torch.float32
+        assert torch.equal(gradient, second[name])
+        assert not torch.equal(gradient, whole[name])
+        assert torch.allclose(gradient, whole[name], rtol=2 * rounding, atol=2 * rounding * float(whole[name].abs().max()))
+
+
 def test_statistics_are_averaged(two_workers):
     assert json.loads((two_workers / "statistics.json").read_text()) == [[1.5, 1.5], [1.5, 1.5]]
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize(
+    ("make", "shape"),
+    [
+        (nn.BatchNorm1d, (6, 4)),
+        (lambda channels: nn.BatchNorm2d(channels, affine=False), (3, 4, 5, 5)),
+        (nn.BatchNorm3d, (2, 4, 3, 3, 3)),
+        (BatchNormAct2d, (3, 4, 5, 5)),
+    ],
+)
+def test_a_synced_batch_norm_is_torchs_for_one_worker(make, shape, momentum):
+    torch.manual_seed(0)
+    norms = [make(shape[1]).double()]
+    norms[0].momentum = momentum
+    if norms[0].affine:
+        nn.init.normal_(norms[0].weight)
+    norms.append(SyncedBatchNorm(copy.deepcopy(norms[0]), World()))
+    norms.append(copy.deepcopy(norms[1]))
+    assert norms[2].world is norms[1].world
+    found = []
+    for norm in norms:
+        random = torch.Generator().manual_seed(1)
+        outputs = []
+        for _ in range(2):
+            x = (3 + torch.randn(shape, generator=random, dtype=torch.float64)).requires_grad_()
+            y = norm.train()(x)
+            (y * torch.randn(shape, generator=random, dtype=torch.float64)).sum().backward()
+            outputs += [y.detach(), x.grad]
+        with torch.no_grad():
+            outputs.append(norm.eval()(x))
+        found.append(outputs + [parameter.grad for parameter in norm.parameters()] + [*norm.state_dict().values()])
+        assert norm.state_dict().keys() == norms[0].state_dict().keys()
+    for other in found[1:]:
+        assert all(torch.allclose(*pair, rtol=1e-10, atol=1e-12) for pair in zip(found[0], other, strict=True))
 
 
 def test_a_lost_worker_is_named_so(tmp_path):
@@ -273,10 +381,11 @@ def test_shares_are_the_whole_and_even(count, workers):
 
 def _steps(world, folder):
     for loss in LOSSES:
-        torch.save(steps_of(loss, world), folder / f"{loss}-{world.rank}.pt")
+        torch.save(steps_of(loss, world, *((8, 2) if "micro_batches" in loss else ())), folder / f"{loss}-{world.rank}.pt")
     for tune in TUNED:
         if tune != "adapters" or importlib.util.find_spec("peft") is not None:
             torch.save(tuned(tune, world), folder / f"tuned-{tune}-{world.rank}.pt")
+    _exchanges(world, folder)
     rows = world.share.of(7)
     own = torch.arange(7.0)[rows, None].requires_grad_()
     everyone = world.gather(own, 7)
@@ -299,6 +408,38 @@ def _steps(world, folder):
         (folder / "gather.json").write_text(json.dumps(content))
         (folder / "statistics.json").write_text(json.dumps([norm.running_mean.tolist(), norm.running_var.tolist()]))
     dist.barrier()
+
+
+def _exchanges(world, folder):
+    """A network with a layer that is not used and a frozen bias, trained with two micro-batches."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(5, 5), nn.Conv2d(2, 8, 3), nn.Conv2d(8, 4, 3), nn.Conv2d(4, 8, 3, bias=False))
+    network.append(nn.Linear(8, 5)).to(memory_format=torch.channels_last)
+    network[4].bias.requires_grad_(False)
+    parts = torch.randn(2, 2, 3, 2, 9, 9)[:, world.rank]
+
+    def loss(pixels):
+        return network[4](network[1:4](pixels).mean((2, 3))).square().mean()
+
+    def gradients():
+        return {name: parameter.grad.clone() for name, parameter in network.named_parameters() if parameter.grad is not None}
+
+    for part in parts:
+        loss(part).backward()
+    found = {"own": gradients()}
+    for wire in (None, torch.bfloat16, torch.float16):
+        network.zero_grad()
+        exchange = GradientExchange(network.parameters(), world, bucket_bytes=400, wire=wire)
+        loss(parts[0]).backward()
+        with exchange.summing():
+            loss(parts[1]).backward()
+            launched = exchange._launched
+        found[{None: "summed", torch.bfloat16: "bf16", torch.float16: "fp16"}[wire]] = gradients()
+        if wire is None:
+            found |= {"launched": launched, "buckets": len(exchange._buckets)}
+            found["without a gradient"] = [network[4].bias.grad is None, network[0].weight.grad is None]
+            found["strides"] = all(p.grad.stride() == p.stride() for p in network.parameters() if p.grad is not None)
+    torch.save(found, folder / f"exchange-{world.rank}.pt")
 
 
 def _lost(world, folder):
