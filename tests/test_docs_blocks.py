@@ -87,6 +87,15 @@ def serve(command: str, folder: Path) -> subprocess.Popen:
     raise AssertionError(f"{command} does not answer")
 
 
+def stop(servers: list[subprocess.Popen]) -> None:
+    for server in servers:
+        server.send_signal(signal.SIGTERM)
+    while servers:
+        server = servers.pop()
+        server.wait(30)
+        server.stderr.close()
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("page", PAGES)
@@ -108,6 +117,7 @@ def test_every_command_runs(page, folder):
                 if re.match(r"python -m (serve( --simple)? |http\.server)", command):
                     if "http.server" in command and not (folder / "site").exists():
                         continue
+                    stop(servers)  # a page's next server may want the same port
                     servers.append(serve(command, folder))
                     ran += 1
                     continue
@@ -124,11 +134,7 @@ def test_every_command_runs(page, folder):
                 assert missing == [], said
         assert ran >= 2
     finally:
-        for server in servers:
-            server.send_signal(signal.SIGTERM)
-        for server in servers:
-            server.wait(30)
-            server.stderr.close()
+        stop(servers)
 
 
 def test_every_command_names_a_module_of_this_project():

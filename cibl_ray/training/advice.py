@@ -129,6 +129,19 @@ def classes_at_zero(config: RunConfig, classes: list[str], counts: np.ndarray, s
     return f"{len(zero)} of {len(classes)} classes are at 0 %: {names}{more}. To try: {'; '.join(ways)}"
 
 
+def uses(run: Path) -> str:
+    """Say what a finished run is for: answers for new images, and a service.
+
+    Args:
+        run: The run's folder.
+    """
+    folder, bundle = shlex.quote(str(run)), shlex.quote(str(run / "bundle"))
+    return (
+        f"Use it:     python -m cibl_ray.predict {folder} IMAGES\n"
+        f"Serve it:   python -m cibl_ray.export {folder}; python -m serve --simple {bundle}"
+    )
+
+
 def next_steps(config: RunConfig) -> str:
     """Say what may do better than a head on the features of a pretrained network; nothing after another run.
 

@@ -38,7 +38,7 @@ from cibl_ray.run.progress import Progress, messages_to
 from cibl_ray.run.stop import Stop
 from cibl_ray.tracking.base import Outcome, Status
 from cibl_ray.tracking.trackers import track_run
-from cibl_ray.training.advice import classes_at_zero, next_steps
+from cibl_ray.training.advice import classes_at_zero, next_steps, uses
 from cibl_ray.training.arithmetic import decide
 from cibl_ray.training.folds import cross_validate, few_validation_images, folds_of
 from cibl_ray.training.trainer import Trainer
@@ -256,7 +256,7 @@ def _fit(trainer: Trainer, progress: Progress) -> dict[str, Any]:
     if "best" not in result and crossed is None and config.train.epochs:
         progress.line("\nNo validation split, so no best epoch: data.val_fraction carves one out.")
     progress.line(f"\nTime: {_shares(result['time'])}")
-    progress.line(f"Run folder: {folder}\nPictures:   {CURVES}, {BY_CLASS}, {HISTOGRAM}")
+    progress.line(f"Run folder: {folder}\nPictures:   {CURVES}, {BY_CLASS}, {HISTOGRAM}\n{uses(folder)}")
     if report:
         progress.line(f"Confusion:  {CONFUSION[0]}: pairs of classes, worst classes, images that the network disagrees with")
         if following := next_steps(config):

@@ -59,6 +59,8 @@ def finished(folders) -> tuple[Path, str]:
 
 def test_run_folder(finished):
     folder, output = finished
+    assert f"Use it:     python -m cibl_ray.predict {folder} IMAGES\n" in output
+    assert f"Serve it:   python -m cibl_ray.export {folder}; python -m serve --simple {folder}/bundle\n" in output
     assert {path.name for path in folder.iterdir()} == {
         "accuracy_by_class.png", "checkpoints", "class_counts.png", "config.yaml", "learning_curves.png", "metrics.jsonl",
         "result.json", "tensorboard", "train.log", ".lock",
