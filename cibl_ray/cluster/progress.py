@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 import ray
+import ray.train
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -21,6 +22,7 @@ _LONGEST_TEXT = 1 << 16  # characters of a line, or of a traceback, whose end sa
 _PATIENCE = 10.0  # seconds to wait for a relay that does not answer
 _UNANSWERED = 1000  # notes on their way to a relay that does not answer, after which more are dropped
 _INTERVAL = 0.5  # seconds between two counts of images, two looks of the driver, two questions whether to stop
+_DRAIN = 120.0  # seconds that Ray Train waits for a node whose notice names no time
 _SILENCE = 5.0  # seconds without a note after which the driver looks for a reason
 
 
@@ -122,10 +124,12 @@ class RelayedStop(Stop):
 
     Args:
         relay: The relay's handle.
+        joined: Whether the cluster is one that was joined, whose nodes may be taken away with notice.
     """
 
-    def __init__(self, relay: Any) -> None:
+    def __init__(self, relay: Any, joined: bool = False) -> None:
         self._relay, self._asked, self._next = relay, False, 0.0
+        self._joined = joined
         self._answer: Any = None
 
     def asked(self) -> bool:
@@ -148,6 +152,16 @@ class RelayedStop(Stop):
         with suppress(RayError):
             self._asked = ray.get(self._relay.stop_asked.remote(), timeout=_PATIENCE)
         return self._asked
+
+    def notice(self) -> float | None:
+        """Seconds until Ray drains a node of this run, as a cloud's or an operator's notice has it."""
+        if not self._joined:
+            return None
+        # Alpha in Ray 2.60, and not there in 2.59.
+        info = ask() if (ask := getattr(ray.train, "get_preemption_info", None)) is not None else None
+        if info is None:
+            return None
+        return _DRAIN if info.deadline_ms is None else max(info.deadline_ms / 1000 - time.time(), 0.0)
 
 
 class Watch:
@@ -203,6 +217,7 @@ def show_progress(progress: Progress, reason_to_wait: Callable[[], str | None]) 
 
 def _show(watch: Watch, progress: Progress, reason_to_wait: Callable[[], str | None]) -> None:
     shown = before = None
+    images = 0  # that the run has trained
     heard = time.monotonic()
     while True:
         notes = ray.get(watch.relay.take.remote())
@@ -211,8 +226,12 @@ def _show(watch: Watch, progress: Progress, reason_to_wait: Callable[[], str | N
             match kind:
                 case "begin":
                     progress.close()
+                    if images > content[1]:
+                        progress.line(f"lost: {images - content[1]:,} images that were trained after that checkpoint")
+                    images = content[1]
                     progress.begin(*content)
                 case "advance":
+                    images += content
                     progress.advance(content)
                 case "epoch":
                     progress.epoch(*content)

@@ -25,7 +25,7 @@ from cibl_ray.cluster.storage import Mirror, join
 from cibl_ray.cluster.uploads import uploads
 from cibl_ray.config import RunConfig
 from cibl_ray.hardware import keep_freed_memory
-from cibl_ray.run.folder import CHECKPOINTS, is_run
+from cibl_ray.run.folder import is_run
 from cibl_ray.run.progress import Progress, Silent
 from cibl_ray.world import EXCHANGE_TIMEOUT, PeerLostError, World
 from pipelines.common.cores import limit_cores
@@ -47,7 +47,7 @@ def train_in_worker(given: dict[str, Any]) -> None:
     register_place(given["places"])
     context = ray.train.get_context()
     first = context.get_world_rank() == 0
-    relayed, stop = RelayedProgress(given["relay"]), RelayedStop(given["relay"])
+    relayed, stop = RelayedProgress(given["relay"]), RelayedStop(given["relay"], joined=given["meeting"] is None)
     if stop.ask():  # before anything was trained
         if first:
             relayed.stopped()
@@ -81,8 +81,6 @@ def train_in_worker(given: dict[str, Any]) -> None:
         same_folder(folder, given["mark"])  # on every node: any may have rank 0 after a loss
         # The driver has made sure that a new run has no folder yet: one that is there is this run's, of lost workers.
         there = world.broadcast_from_rank0(lambda: begun(folder, None))
-        if there and first and (folder / CHECKPOINTS).exists():
-            progress.line("resuming from the last checkpoint")
         resume = given["resume"] or there or given["storage"] is not None
         # The process of a lost worker may end later; a lock that a lost node held on a network's disk lasts minutes.
         with uploads(mirror) as upload:

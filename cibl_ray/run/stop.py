@@ -31,6 +31,10 @@ class Stop:
         """Whether the run should save and end."""
         return False
 
+    def notice(self) -> float | None:
+        """Seconds until a machine of this run is taken away; None: nothing is known. All workers of a run ask together."""
+        return None
+
 
 class StopSignals(Stop):
     """Ctrl-C, SIGTERM and SIGUSR1 ask the run to stop.

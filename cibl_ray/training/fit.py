@@ -191,6 +191,9 @@ def _fit(trainer: Trainer, progress: Progress) -> dict[str, Any]:
     config, folder, prepared = trainer.config, trainer.folder, trainer.prepared
     save_config(config, folder / CONFIG)
     save_histogram(folder / HISTOGRAM, prepared.classes, prepared.train_counts)
+    if trainer.epoch + trainer.step > 0 and trainer.epoch < config.train.epochs:
+        steps = trainer.train_loaders[0].batches
+        log.info("resuming in epoch %d, after step %d of %d", trainer.epoch + 1, trainer.step, steps)
     log.info(
         "%s: %s, %s head, %s, %s, %s, %s, %s; from epoch %d of %d",
         folder, config.network.backbone.title, config.network.head.kind, config.loss.kind, config.train.device,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from typing import NoReturn
 
@@ -10,6 +11,9 @@ from cibl_ray.world import World
 
 _ASK_EVERY = 1.0  # seconds between two questions among the workers
 _ASK_STEPS = 100  # the most steps between two of them
+_HEAR_EVERY = 5.0  # seconds between two questions whether a machine is taken away
+_SAVE_BEFORE = 15.0  # seconds before it goes, for a second checkpoint
+log = logging.getLogger(__name__)
 
 
 class Pauses:
@@ -27,6 +31,9 @@ class Pauses:
         self._saved = time.monotonic()
         self._steps = self._until_asked = 0  # steps of this process, and until the next question
         self._last = self._saved, 0  # time and steps at the last question
+        self._heard = self._saved
+        self._goes: float | None = None  # when a machine of this run is taken away
+        self._save_again: float | None = None
 
     def saved(self) -> None:
         """A checkpoint was written now."""
@@ -42,18 +49,36 @@ class Pauses:
         Returns:
             Whether to save, and whether to stop.
         """
-        due = self._minutes is not None and time.monotonic() - self._saved >= 60 * self._minutes
-        if self._world.size == 1:
-            return due, self.stop.asked()
         if self._until_asked > 0:
             self._until_asked -= 1
             return False, False
-        now, (then, done) = time.monotonic(), self._last
+        now = time.monotonic()
+        due = self._minutes is not None and now - self._saved >= 60 * self._minutes
+        if self._save_again is not None and now >= self._save_again:
+            due, self._save_again = True, None
+        hear = now - self._heard >= _HEAR_EVERY
+        if self._world.size == 1:
+            return due or (hear and self._hear(now)), self.stop.asked()
+        then, done = self._last
         self._last = now, self._steps
         steps = int(_ASK_EVERY * (self._steps - done) / max(now - then, 1e-9))
-        answers = self._world.all_gather((due, self.stop.asked(), min(steps, _ASK_STEPS)))
-        due, _, self._until_asked = answers[0]
-        return due, any(stop for _, stop, _ in answers)
+        answers = self._world.all_gather((due, self.stop.asked(), min(steps, _ASK_STEPS), hear))
+        due, _, self._until_asked, hear = answers[0]
+        if hear:
+            due |= self._hear(now)
+        return due, any(stop for _, stop, *_ in answers)
+
+    def _hear(self, now: float) -> bool:
+        """Ask whether a machine of this run is taken away. Returns whether that is news: what was trained should be saved."""
+        self._heard = now
+        left = self.stop.notice()
+        if left is None or (self._goes is not None and abs(now + left - self._goes) < _HEAR_EVERY):
+            return False
+        self._goes = now + left
+        self._save_again = self._goes - _SAVE_BEFORE if left > _SAVE_BEFORE + _HEAR_EVERY else None
+        if self._world.is_rank0:
+            log.warning("a machine of this run is taken away in %.0f s: saving a checkpoint, and training on", left)
+        return True
 
     def end(self) -> NoReturn:
         """Stop the run. Every worker calls it, rank 0 after it has saved.

@@ -1,6 +1,7 @@
 """`--cluster --address`: nodes that are lost, come, or are busy, on a cluster that others have started."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from tests.clusters import LAST, ended, new, start, wait_for_epoch, wait_for_tex
 from tests.conftest import REPOSITORY
 
 configure_ray_env(own=True)
+os.environ.pop("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", None)  # a cluster that is joined watches for nodes that are taken away
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -75,6 +77,29 @@ def test_an_elastic_run_grows_and_loses_nothing(folder, two_nodes):
     ended(process, log, 130)
     epochs = [row["epoch"] for row in read_metrics(folder / "runs" / "grows")]
     assert epochs == [*range(1, len(epochs) + 1)]
+
+
+@pytest.mark.slow
+def test_a_node_that_is_taken_away_is_saved_for(folder, two_nodes):
+    """As an autoscaler announces it for a spot machine, through Ray's head node."""
+    cluster, second = two_nodes
+    options = new(folder, "spot", "--epochs", "100000", "--checkpoint_every", "100000", "--address", cluster.address)
+    process, log = start(folder, *options, workers="1-2")
+    try:
+        wait_for_text("2 workers; from epoch 1", process, log)
+        wait_for_epoch(folder / "runs" / "spot", 2, process)
+        ray = Path(sys.executable).with_name("ray")
+        drained = ["drain-node", "--address", cluster.address, "--node-id", second.node_id, "--reason-message", "spot"]
+        drained += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--deadline-remaining-seconds", "25"]
+        subprocess.run([ray, *drained], check=True)
+        wait_for_text("a machine of this run is taken away in ", process, log)
+        wait_for_text("one process; from epoch", process, log)
+    finally:
+        process.send_signal(signal.SIGINT)
+        cluster.remove_node(second)
+    text = ended(process, log, 130)
+    assert re.search(r"\nlost: [\d,]+ images that were trained after that checkpoint\n", text)
+    assert re.search(r"\nresuming in epoch \d+, after step \d+ of 6\n", text)
 
 
 @pytest.mark.slow
