@@ -464,3 +464,13 @@ def test_what_pillow_reads_is_read(image_folder, suffix):
     Image.new("RGB", (8, 8), (200, 10, 10)).save(file)
     assert f"train/one/more{suffix}" in folder_source(image_folder).open().train.names
     assert np.abs(np.asarray(to_rgb(decode(file.read_bytes()))).astype(int) - (200, 10, 10)).max() < 12
+
+
+def test_paths_of_a_folder_are_made_when_they_are_needed(image_folder):
+    train = folder_source(image_folder).open().train
+    assert not isinstance(train.files, list)
+    assert len(train.files) == len(train)
+    assert [*train.files] == [image_folder / name for name in train.names]
+    some = train.take(np.array([5, 2]))
+    assert some.files[:2] == [image_folder / train.names[5], image_folder / train.names[2]]
+    assert some.read(0) == (image_folder / train.names[5]).read_bytes()

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import overload
 
 import numpy as np
 
@@ -13,6 +14,36 @@ from pipelines.common.errors import UserError
 from pipelines.common.settings import Settings
 from pipelines.prepare.sources.contents import Content
 from pipelines.prepare.sources.names import name_key, refuse_alike
+
+
+class Below(Sequence[Path]):
+    """Files below a folder, made into paths one at a time: a path takes four times the memory of its name.
+
+    Args:
+        root: The folder.
+        names: Paths relative to it.
+    """
+
+    def __init__(self, root: Path, names: Sequence[str]) -> None:
+        self._root, self._names = root, names
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    @overload
+    def __getitem__(self, index: int) -> Path: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Path]: ...
+
+    def __getitem__(self, index: int | slice) -> Path | list[Path]:
+        if isinstance(index, slice):
+            return [self._root / name for name in self._names[index]]
+        return self._root / self._names[index]
+
+    def take(self, indices: np.ndarray) -> Below:
+        """Some of the files."""
+        return Below(self._root, [self._names[i] for i in indices])
 
 
 @dataclass(frozen=True)
@@ -31,7 +62,7 @@ class Images:
 
     names: list[str]
     labels: np.ndarray
-    files: list[Path] | None = None
+    files: Sequence[Path] | None = None
     pixels: np.ndarray | None = None
     content: Content | None = None
     groups: np.ndarray | None = None
@@ -45,12 +76,17 @@ class Images:
         return Images(
             names=[self.names[i] for i in indices],
             labels=self.labels[indices],
-            files=None if self.files is None else [self.files[i] for i in indices],
+            files=self._files(indices),
             pixels=None if self.pixels is None else self.pixels[indices],
             content=None if self.content is None else self.content.take(indices),
             groups=None if self.groups is None else self.groups[indices],
             missing=self._missing(indices),
         )
+
+    def _files(self, indices: np.ndarray) -> Sequence[Path] | None:
+        if isinstance(self.files, Below):
+            return self.files.take(indices)
+        return None if self.files is None else [self.files[i] for i in indices]
 
     def _missing(self, indices: np.ndarray) -> tuple[str, ...]:
         if not self.missing:

@@ -12,7 +12,7 @@ from pydantic import Field
 from pipelines.common.errors import UserError
 from pipelines.image_files import LeftOut, class_folders, image_files, loose_images
 from pipelines.prepare.sources.addresses import Location, Remote, listed, there
-from pipelines.prepare.sources.dataset import Dataset, Images, SourceConfig
+from pipelines.prepare.sources.dataset import Below, Dataset, Images, SourceConfig
 from pipelines.prepare.sources.names import hint_for, name_key, read_text, refuse_alike
 from pipelines.prepare.sources.tree import SPLITS, class_tree, image_names
 
@@ -225,4 +225,4 @@ def _labelled(root: Path, split: str, names: dict[str, str], left_out: LeftOut, 
         labels += [label] * len(found)
     if not found_names:
         raise UserError(f"{str(root / split)!r} has no images; remove the folder or fill it")
-    return Images(found_names, np.array(labels, dtype=np.int64), files=[root / name for name in found_names])
+    return Images(found_names, np.array(labels, dtype=np.int64), files=Below(root, found_names))
