@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import pickle
@@ -107,6 +108,15 @@ def test_a_compressed_tar_that_is_cut_or_has_no_room(image_folder, tmp_path, mon
     images = ArchiveSource(kind="archive", path=path).open().train
     path.write_bytes(path.read_bytes()[:-300])
     with pytest.raises(UserError, match=r"a\.tar\.gz/.*: damaged: .*; fetch it again"):
+        images.read(0)
+
+    # Cut within the header of a member: tarfile reads the end of the archive there.
+    path = packed(image_folder, tmp_path / "c.tar.gz")
+    images = ArchiveSource(kind="archive", path=path).open().train
+    with tarfile.open(path) as whole_tar:
+        header = whole_tar.getmember(images.names[-1]).offset
+    path.write_bytes(gzip.compress(gzip.decompress(path.read_bytes())[: header + 100]))
+    with pytest.raises(UserError, match=r"c\.tar\.gz/.*: damaged: it ends after [\d,]+ of [\d,]+ images; fetch it again"):
         images.read(0)
 
     class Full(io.BytesIO):

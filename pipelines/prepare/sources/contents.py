@@ -266,11 +266,14 @@ class _Spool:
     def _copy(self) -> None:
         file = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as the images are read
         sizes = np.zeros(self._count, dtype=np.int64)
+        row = -1
         try:
             for row, image in enumerate(self.images()):
                 if image is not None:
                     sizes[row] = file.write(image)
             file.flush()
+            if row + 1 < self._count:  # tarfile takes a header that is cut for the end
+                raise EOFError(f"it ends after {row + 1:,} of {self._count:,} images")
         except (OSError, EOFError, ValueError, zlib.error, tarfile.TarError) as error:  # pyarrow's errors are ValueErrors
             file.close()
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
