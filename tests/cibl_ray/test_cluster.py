@@ -14,10 +14,12 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from safetensors.torch import save as to_bytes
 
 from cibl_ray import train
 from cibl_ray.cluster.environment import configure_ray_env
 from cibl_ray.cluster.shared_folder import mark_beside, same_folder
+from cibl_ray.config import load_config
 from cibl_ray.run.checkpoint import load_checkpoint
 from cibl_ray.run.log import read_metrics
 from pipelines.common.errors import UserError
@@ -81,6 +83,49 @@ def test_a_run_in_two_workers(undisturbed):
     assert set(result["time"]) == {"step", "data_wait", "communication", "evaluation", "checkpoint"}
     assert (run / "accuracy_by_class.png").exists()
     assert len(read_metrics(run)) == EPOCHS
+
+
+def test_fine_tuning_in_two_workers_is_that_of_one(folder):
+    """Adapters, and all of a pretrained network: to the bit what one process trains in two micro-batches.
+
+    One batch of 62 adds up in another order than two of 31, and seven steps of an untrained network make a hundredth of that.
+    `test_world.py` compares the whole batch, in float64.
+    """
+    pytest.importorskip("peft")
+    weights = folder / "resnet20.safetensors"
+    torch.manual_seed(0)
+    backbone = load_config("quickstart", []).network.backbone.build()[0]
+    for module in backbone.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = 1.0  # statistics as of a trained network, from one batch
+    with torch.no_grad():
+        backbone.train()(torch.randn(64, 3, 16, 16))
+    weights.write_bytes(to_bytes({name: value.contiguous() for name, value in backbone.state_dict().items()}))
+    options = ["--epochs", "1", "--warmup_epochs", "0", "--precision", "fp32", "--loss.kind", "balanced_softmax"]
+    options += ["--network.backbone", f"{{kind: resnet20, weights: {weights}}}", "--head_start", "trained"]
+    options += ["--optimizer", "{kind: sgd, lr: 0.01}", "--val_fraction", "0"]
+    tuned = {
+        "partial": ["--tune", "partial", "--train.partial", "{kind: adapters, rank: 2}"],
+        "full": ["--tune", "full", "--optimizer.layer_decay", "0.75"],
+    }
+    running = {
+        name: start(folder, *new(folder, f"two-{name}", *options, *more, "--cpus-per-worker", "1"))
+        for name, more in tuned.items()
+    }
+    for name, more in tuned.items():
+        one = folder / "runs" / f"one-{name}"
+        torch.set_num_threads(1)  # as each worker has
+        done = in_process(train.main, *new(folder, one.name, *options, *more, "--accumulate", "2"))
+        assert done.returncode == 0, done.stderr
+        assert "2 workers" in ended(*running[name])
+        mine, theirs = (load_checkpoint(run / LAST) for run in (one, folder / "runs" / f"two-{name}"))
+        assert (mine.workers, theirs.workers) == (1, 2)
+        trained = {key for key in mine.weights if ("lora_B" if name == "partial" else "conv1.weight") in key}
+        assert trained
+        begin = {f"backbone.{key}": value for key, value in backbone.state_dict().items()}
+        assert all((mine.weights[key] - begin.get(key, 0)).abs().max() > 1e-4 for key in trained)
+        for key, value in mine.weights.items():
+            assert torch.equal(value, theirs.weights[key]), key
 
 
 def test_a_killed_worker_is_replaced_and_nothing_changes(folder, undisturbed):
