@@ -194,6 +194,7 @@ def _work(rank: int, size: Size, folder: Path, rounds: int, buckets: list[int]) 
             "ms": {name: round(1000 * statistics.median(each), 1) for name, each in seconds.items()},
             "bytes": sent,
             "parameters": sum(parameter.numel() for parameter in _network(size).parameters()),
+            "last_bucket": GradientExchange(_network(size).parameters(), world).bucket_bytes[-1],
             **parts,
         }
         (folder / "result.json").write_text(json.dumps(result))
@@ -337,14 +338,6 @@ def _report(measured: dict[str, dict[str, Any]]) -> None:
         size, parameters = SIZES[name], rates[FREE]["parameters"]
         whole = wire.formula("cibl", parameters, WORKERS, size.images * WORKERS, VIEWS)
         gradients = wire.formula("cross_entropy", parameters, WORKERS, 0)
-        model = Model(
-            compute=statistics.median(found["ms"]["none"] for found in rates.values()) / 1000,
-            forward=rates[FREE]["forward_ms"] / 1000,
-            handling=max(0.0, rates[FREE]["ms"]["sum"] - rates[FREE]["ms"]["none"]) / 1000,
-            gradients=gradients,
-            embeddings=whole - gradients,
-            last=min(gradients, BUCKET_BYTES),
-        )
         all_images = size.images * WORKERS
         images_per_s[name] = {
             rate: {side: round(1000 * all_images / ms, 1) for side, ms in found["ms"].items()} for rate, found in rates.items()
@@ -355,6 +348,14 @@ def _report(measured: dict[str, dict[str, Any]]) -> None:
         predicted[name] = {}
         for rate, bits in RATES.items():
             ms, speed = rates[rate]["ms"], bits / 8 * PAYLOAD
+            model = Model(
+                compute=ms["none"] / 1000,
+                forward=rates[FREE]["forward_ms"] / 1000,
+                handling=max(0.0, rates[FREE]["ms"]["sum"] - rates[FREE]["ms"]["none"]) / 1000,
+                gradients=gradients,
+                embeddings=whole - gradients,
+                last=rates[FREE]["last_bucket"],
+            )
             for side, seconds in (("sum", model.after(speed)), ("overlap", model.within(speed))):
                 predicted[name][f"{side}, {rate}"] = round(1000 * seconds / ms[side], 3)
             ratios[f"overlap_over_sum_{rate}_{name}"] = round(ms["sum"] / ms["overlap"], 3)

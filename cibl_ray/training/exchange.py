@@ -32,6 +32,9 @@ class GradientExchange:
         world: The workers; with one there is nothing to do.
         bucket_bytes: Gradients that are summed in one call, in bytes.
         wire: Type that gradients have on their way; None: their own. A 16-bit type halves the traffic and rounds each gradient.
+
+    Attributes:
+        bucket_bytes: The size of each bucket, in the order in which they are summed.
     """
 
     def __init__(
@@ -43,6 +46,7 @@ class GradientExchange:
     ) -> None:
         self._world = world
         self._buckets: list[_Bucket] = []
+        self.bucket_bytes: list[int] = []
         self._launched = 0
         self._summing = False
         if world.size == 1:
@@ -50,6 +54,7 @@ class GradientExchange:
         # Layers that are computed last have their gradients first.
         trained = [parameter for parameter in parameters if parameter.requires_grad][::-1]
         self._buckets = [_Bucket(group, wire) for group in _grouped(trained, bucket_bytes)]
+        self.bucket_bytes = [sum(each.nbytes for each in bucket.parameters) for bucket in self._buckets]
         for bucket in self._buckets:
             for place, parameter in enumerate(bucket.parameters):
                 parameter.register_post_accumulate_grad_hook(partial(self._arrived, bucket, place))
