@@ -66,7 +66,8 @@ def cluster(address: str | None) -> Iterator[None]:
     code = {"py_modules": [str(Path(pipelines.__file__ or "").parent)]}
     try:
         ray.init(address=address or "local", runtime_env=None if address is None else code, **own, **quiet)
-    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+    except Exception as error:  # Ray raises whatever it met
+        ray.shutdown()
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"--cluster: Ray does not start or answer at {address or 'this machine'}: {reason}") from error
     try:

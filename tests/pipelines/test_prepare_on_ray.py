@@ -144,3 +144,19 @@ def test_options_that_cannot_be_are_told():
     assert "--workers belongs to --cluster: add that" in done.stderr
     done = in_process(command.main, "quickstart", "--cluster", "--workers", "0")
     assert "--workers 0: at least 1" in done.stderr
+
+
+def test_a_cluster_that_does_not_start_is_told_in_a_line(monkeypatch):
+    import ray
+
+    def late(**_: object) -> None:
+        raise Exception("The current node timed out\nduring startup")
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", late)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    with (
+        pytest.raises(UserError, match="does not start or answer at here:1: The current node timed out during startup"),
+        on_ray.cluster("here:1"),
+    ):
+        pass
