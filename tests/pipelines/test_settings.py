@@ -31,7 +31,8 @@ def test_unknown_key_inside_a_union_is_named_as_written():
         (["--loss.lambda", "1"], "unknown key 'loss.lambda'; this kind has: .*tail_skew"),
         (["--loss.bta", "1"], "unknown key 'loss.bta'; this kind has: "),  # `beta` is another kind's
         (["--loss.kind", "paco", "--loss.bta", "1"], r"unknown key 'loss.bta'; did you mean 'loss.beta'\?"),
-        (["--head.scal", "1"], "unknown key 'network.head.scal'; this kind has no fields"),
+        (["--loss.kind", "cross_entropy", "--loss.bta", "1"], "unknown key 'loss.bta'; this kind has no fields"),
+        (["--head.scal", "1"], "unknown key 'network.head.scal'; this kind has: "),  # `scale` is another kind's
         (
             ["--head.kind", "cosine", "--head.scal", "1"],
             r"unknown key 'network.head.scal'; did you mean 'network.head.scale'\?",
