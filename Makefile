@@ -1,12 +1,13 @@
 # Two commands are enough on a fresh machine: `make quickstart` and `make test`. Both set up first; a second run skips that.
 VENV := .venv/bin/python
 
-.PHONY: help setup quickstart test test-all test-ray lint lock wheel web docs docs-serve tables
+.PHONY: help setup quickstart test test-all test-hosts test-ray lint lock wheel web docs docs-serve tables
 
 help:
 	@echo "make quickstart   set up, train CIBL on long-tailed digits through FFCV, pictures in runs/"
 	@echo "make test         set up, lint, types, tests"
 	@echo "make test-all     the same with the slow tests, which take minutes each"
+	@echo "make test-hosts   two hosts as network namespaces: what is lost, cut, full or wrong between them (as root)"
 	@echo "make test-ray     tests of clusters, sweeps and the service with another release of Ray: VERSION=2.59.0"
 	@echo "make setup        Debian packages (as root), virtual environment, pinned packages, onnxruntime-web (with npm)"
 	@echo "make docs         build the documentation site into build/docs; a broken link or a missing page is an error"
@@ -33,7 +34,11 @@ test: lint
 	$(PYTEST)
 
 test-all: lint
-	$(PYTEST) -m "not gpu"
+	$(PYTEST) -m "not gpu and not hosts"
+
+# One after another: each test has the machine's two cores as two hosts.
+test-hosts: setup
+	$(VENV) -m pytest -rs -m hosts tests/hosts
 
 test-ray: setup
 	@sh scripts/test_ray.sh "$(VERSION)"

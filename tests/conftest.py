@@ -26,7 +26,7 @@ from pipelines.prepare.build import ensure_prepared
 from pipelines.prepare.prepared import Prepared
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-pytest_plugins = ["tests.exported", "tests.serve.browsers"]
+pytest_plugins = ["tests.exported", "tests.hosts.two_hosts", "tests.serve.browsers"]
 needs_ffcv = pytest.mark.skipif(importlib.util.find_spec("ffcv") is None, reason="FFCV is not installed")
 
 # What takes longest begins first, where files are shared out among several processes (`make test`).

@@ -9,6 +9,7 @@ import tempfile
 import time
 import traceback
 from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,9 @@ from cibl_ray.world import EXCHANGE_TIMEOUT, PeerLostError, World
 from pipelines.common.cores import limit_cores
 from pipelines.common.errors import UserError
 from pipelines.common.validation import validate
+
+_MEETING_TIMEOUT = timedelta(seconds=45)  # for all workers to meet
+_REACH = 15.0  # seconds for a connection to another worker
 
 
 def begun(folder: Path, place: str | None) -> bool:
@@ -112,7 +116,8 @@ def join_peers(meeting: str | None, cuda: bool) -> None:
         cuda: Whether gradients are on GPUs.
 
     Raises:
-        PeerLostError: The workers could not reach each other.
+        UserError: A worker cannot reach another one.
+        PeerLostError: The workers could not meet.
     """
     import torch.distributed as dist
 
@@ -130,18 +135,48 @@ def join_peers(meeting: str | None, cuda: bool) -> None:
         if meeting is not None:
             path = broadcast_from_rank_zero(tempfile.mkdtemp(dir=meeting) if rank == 0 else None)
             store = dist.FileStore(str(Path(str(path)) / "store"), size)
-        elif rank == 0:
-            store = dist.TCPStore(address, 0, size, is_master=True, timeout=EXCHANGE_TIMEOUT, wait_for_workers=False)
-            broadcast_from_rank_zero([address, store.port])
         else:
-            found: Any = broadcast_from_rank_zero(None)
-            host, port = found
-            store = dist.TCPStore(host, port, size, is_master=False, timeout=EXCHANGE_TIMEOUT)
+            here = f"{address} ({interface})"
+            store = dist.TCPStore(address, 0, size, True, _MEETING_TIMEOUT, wait_for_workers=False) if rank == 0 else None
+            found: Any = broadcast_from_rank_zero(None if store is None else [address, store.port])
+            if store is None:
+                _reach(here, 0, *found)
+                store = dist.TCPStore(*found, size, False, _MEETING_TIMEOUT)
+            _reach_all(store, here, address, rank, size)
+            store.set_timeout(EXCHANGE_TIMEOUT)
         backend = "nccl" if cuda else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=EXCHANGE_TIMEOUT)
     except RuntimeError as error:  # of torch.distributed
         reason = str(error).strip().partition("\n")[0]
         raise PeerLostError(f"rank {rank} on {address} ({interface}) cannot reach the other workers: {reason}") from error
+
+
+def _reach_all(store: Any, here: str, address: str, rank: int, size: int) -> None:
+    """Connect to every other worker once: gloo would wait for minutes, and say less.
+
+    Raises:
+        UserError: One cannot be reached.
+    """
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with socket.create_server((address, 0), family=family, backlog=size) as server:
+        store.set(f"reach/{rank}", str(server.getsockname()[1]))
+        store.set(f"address/{rank}", address)
+        for other in range(size):
+            if other != rank:
+                _reach(here, other, store.get(f"address/{other}").decode(), int(store.get(f"reach/{other}")))
+        if store.add("reached", 1) == size:
+            store.set("all", "1")
+        store.wait(["all"])
+
+
+def _reach(here: str, other: int, host: str, port: int) -> None:
+    try:
+        socket.create_connection((host, port), timeout=_REACH).close()
+    except OSError as error:
+        raise UserError(
+            f"{here} cannot reach rank {other} at {host}:{port}: {error}; open the ports between the nodes: workers choose "
+            "free ones (net.ipv4.ip_local_port_range)"
+        ) from error
 
 
 def leave_peers(world: World) -> None:
