@@ -137,9 +137,12 @@ def join_peers(meeting: str | None, cuda: bool) -> None:
             store = dist.FileStore(str(Path(str(path)) / "store"), size)
         else:
             here = f"{address} ({interface})"
-            store = dist.TCPStore(address, 0, size, True, _MEETING_TIMEOUT, wait_for_workers=False) if rank == 0 else None
-            found: Any = broadcast_from_rank_zero(None if store is None else [address, store.port])
-            if store is None:
+            if rank == 0:
+                served = dist.TCPStore(address, 0, size, True, _MEETING_TIMEOUT, wait_for_workers=False)
+                broadcast_from_rank_zero([address, served.port])
+                store = served
+            else:
+                found: Any = broadcast_from_rank_zero(None)
                 _reach(here, 0, *found)
                 store = dist.TCPStore(*found, size, False, _MEETING_TIMEOUT)
             _reach_all(store, here, address, rank, size)
