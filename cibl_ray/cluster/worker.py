@@ -143,8 +143,9 @@ def join_peers(meeting: str | None, cuda: bool) -> None:
                 store = served
             else:
                 found: Any = broadcast_from_rank_zero(None)
-                _reach(here, 0, *found)
-                store = dist.TCPStore(*found, size, False, _MEETING_TIMEOUT)
+                host, port = found
+                _reach(here, 0, host, port)
+                store = dist.TCPStore(host, port, size, False, _MEETING_TIMEOUT)
             _reach_all(store, here, address, rank, size)
             store.set_timeout(EXCHANGE_TIMEOUT)
         backend = "nccl" if cuda else "gloo"
