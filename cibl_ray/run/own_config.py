@@ -82,6 +82,8 @@ def _lacking(content: dict[str, Any], saved: dict[str, Any]) -> str | None:
 
 
 def _missing(content: Any, saved: Any, place: str = "") -> str | None:
+    if content is None and isinstance(saved, list):  # the file was cut behind its name
+        return place.removesuffix(".")
     if not isinstance(saved, dict):
         return None
     if not isinstance(content, dict):

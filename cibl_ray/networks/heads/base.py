@@ -18,7 +18,7 @@ ClassScale = Annotated[
     Field(
         gt=0,
         le=1000,
-        description="Learn a factor of each class's logit, which starts at 1, at this many times the learning rate (learnable "
+        description="Train a factor of each class's logit, which starts at 1, with this many times `optimizer.lr` (learnable "
         "weight scaling); null: none.",
     ),
 ]
