@@ -85,6 +85,7 @@ def test_a_run_in_two_workers(undisturbed):
     assert len(read_metrics(run)) == EPOCHS
 
 
+@pytest.mark.slow  # four runs, a minute and a half
 def test_fine_tuning_in_two_workers_is_that_of_one(folder):
     """Adapters, and all of a pretrained network: to the bit what one process trains in two micro-batches.
 

@@ -200,6 +200,7 @@ def test_a_trial_of_two_workers_that_is_lost_frees_its_place(folder, neighbour):
         assert result["workers"] == 2
 
 
+@pytest.mark.slow  # a minute and a half
 def test_a_sweep_joins_a_cluster_and_names_it(folder):
     configure_ray_env(own=True)
     from ray.cluster_utils import Cluster
