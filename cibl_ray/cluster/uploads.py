@@ -47,7 +47,7 @@ class _Sender:
     """The thread. error: why the last snapshot could not be sent."""
 
     def __init__(self, mirror: Mirror) -> None:
-        self.error: OSError | None = None
+        self.error: Exception | None = None
         self._mirror = mirror
         self._changed = threading.Condition()
         self._next: tuple[ExitStack, list[Frozen]] | None = None
@@ -80,16 +80,16 @@ class _Sender:
             with stack:
                 self.error = self._send(files)
 
-    def _send(self, files: list[Frozen]) -> OSError | None:
+    def _send(self, files: list[Frozen]) -> Exception | None:
         for number in range(1, _TRIES + 1):
             try:
                 self._mirror.send(files)
                 return None
-            except OSError as error:
+            except Exception as error:  # of any kind: a thread that ended unseen would look like success
                 log.warning("%s: upload %d of %d failed: %s", self._mirror.uri, number, _TRIES, error)
                 if number == _TRIES:
                     return error
-            with self._changed:  # a newer snapshot, or the end of the run, does not wait
+            with self._changed:  # a newer snapshot does not wait
                 self._changed.wait_for(lambda: self._next is not None, timeout=_WAIT * 2 ** (number - 1))
                 if self._next is not None:
                     return None
