@@ -217,7 +217,7 @@ class View(Settings):
     )
 
 
-Sampling = Literal["instance", "square_root", "class_balanced"]
+Sampling = Literal["instance", "square_root", "class_balanced", "weighted"]
 
 
 class DataConfig(Settings):
@@ -265,7 +265,8 @@ class DataConfig(Settings):
     )
     sampling: Sampling = Field(
         default="instance",
-        description="How often an epoch shows a class: by its number of images, by its square root, or every class alike.",
+        description="How often an epoch shows a class: by its number of images, by its square root, or every class alike. "
+        "weighted: each image by its weight, a column of the table (data.source.weight).",
     )
     eval_cut: Cut = CenterCrop(kind="center")
     interpolation: Literal["bilinear", "bicubic"] = Field(

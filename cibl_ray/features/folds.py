@@ -50,12 +50,19 @@ class FoldFeatures:
         train: The rows to train on.
         held_out: The rows to score.
         device: Where the batches are wanted.
+        weights: How often data.sampling 'weighted' draws each training image, float64 (N,).
     """
 
     def __init__(
-        self, features: torch.Tensor, labels: np.ndarray, train: np.ndarray, held_out: np.ndarray, device: torch.device
+        self,
+        features: torch.Tensor,
+        labels: np.ndarray,
+        train: np.ndarray,
+        held_out: np.ndarray,
+        device: torch.device,
+        weights: np.ndarray | None = None,
     ) -> None:
-        self._features, self._labels, self._device = features, labels, device
+        self._features, self._labels, self._device, self._weights = features, labels, device, weights
         self._rows = {"train": train, "val": held_out}
 
     def train(self, plan: ReadPlan) -> FeatureLoader:
@@ -75,5 +82,9 @@ class FoldFeatures:
         """The labels of a part, int64 (N,)."""
         return self._labels[self._rows[split]].astype(np.int64)
 
+    def weights(self, split: str) -> np.ndarray | None:
+        """How often data.sampling 'weighted' draws each image of a part, float64 (N,)."""
+        return None if self._weights is None else self._weights[self._rows[split]]
+
     def _loader(self, split: str, plan: ReadPlan) -> FeatureLoader:
-        return FeatureLoader(self.features(split), self.labels(split), plan, self._device, split)
+        return FeatureLoader(self.features(split), self.labels(split), plan, self._device, split, self.weights(split))

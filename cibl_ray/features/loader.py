@@ -29,6 +29,7 @@ class FeatureLoader:
         plan: Order, batches and views.
         device: Where the batches are wanted.
         split: For messages.
+        weights: How often data.sampling 'weighted' draws each sample, float64 (N,).
 
     Raises:
         UserError: There are fewer samples than a training batch has.
@@ -37,8 +38,16 @@ class FeatureLoader:
     lasting = True
     name = "features in memory"
 
-    def __init__(self, features: torch.Tensor, labels: np.ndarray, plan: ReadPlan, device: torch.device, split: str) -> None:
-        self._features, self._plan, self._labels = features.to(device), plan, labels
+    def __init__(
+        self,
+        features: torch.Tensor,
+        labels: np.ndarray,
+        plan: ReadPlan,
+        device: torch.device,
+        split: str,
+        weights: np.ndarray | None = None,
+    ) -> None:
+        self._features, self._plan, self._labels, self._weights = features.to(device), plan, labels, weights
         self._on_device = torch.from_numpy(labels.astype(np.int64)).to(device)
         self.samples = len(labels)
         self.batches = plan.batches(self.samples)
@@ -51,7 +60,7 @@ class FeatureLoader:
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of epoch number `epoch`, from batch `start` on."""
         plan, kept = self._plan, self._features.shape[1]
-        order = epoch_order(self._labels, plan.sampling, plan.seed, epoch, plan.weights)
+        order = epoch_order(self._labels, plan.sampling, plan.seed, epoch, plan.weights, self._weights)
         positions = plan.positions(self.samples, start)
         views = len(plan.views) if plan.drop_last else 1
         if plan.drop_last and kept > 1:
@@ -86,7 +95,13 @@ class FeatureLoaders:
         self._features: dict[str, torch.Tensor] = {}
 
     def train(self, plan: ReadPlan) -> FeatureLoader:
-        """Batches of the training split."""
+        """Batches of the training split.
+
+        Raises:
+            UserError: The images do not have the weights that the plan's sampling needs.
+        """
+        if plan.sampling == "weighted":
+            self._prepared.require_weights("train")
         return self._loader("train", plan)
 
     def evaluation(self, split: str, plan: ReadPlan) -> FeatureLoader:
@@ -111,8 +126,12 @@ class FeatureLoaders:
         """The labels of a split, int64 (N,)."""
         return self._prepared.beton(split).labels.astype(np.int64)
 
+    def weights(self, split: str) -> np.ndarray | None:
+        """How often data.sampling 'weighted' draws each image of a split, float64 (N,)."""
+        return self._prepared.beton(split).weights
+
     def _loader(self, split: str, plan: ReadPlan) -> FeatureLoader:
-        return FeatureLoader(self.features(split), self.labels(split), plan, self._device, split)
+        return FeatureLoader(self.features(split), self.labels(split), plan, self._device, split, self.weights(split))
 
 
 class AsTheyAre(nn.Module):

@@ -86,10 +86,11 @@ def cross_validate(trainer: Trainer, count: int) -> CrossValidated:
     train = trainer.config.train.model_copy(update={"checkpoint_minutes": None})
     config, prepared = trainer.config.model_copy(update={"train": train}), trainer.prepared
     features, labels = trainer.features.features("train"), trainer.features.labels("train")
+    weights = trainer.features.weights("train")
     of_each, logits, truth = [], [], []
     with tempfile.TemporaryDirectory() as scratch:
         for rows, held_out in fold_rows(fold_numbers(labels, count, config.seed)):
-            of_fold = FoldFeatures(features, labels, rows, held_out, trainer.device)
+            of_fold = FoldFeatures(features, labels, rows, held_out, trainer.device, weights)
             part = prepared.part({"train": labels[rows], "val": labels[held_out]})
             fold = Trainer(config, part, Path(scratch), features=of_fold)
             for _ in range(config.train.epochs):

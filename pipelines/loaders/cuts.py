@@ -17,12 +17,18 @@ from pipelines.config import CenterCrop, RandomCrop, RandomResizedCrop, Sampling
 
 TOP, LEFT, HEIGHT, WIDTH, FLIP = range(5)
 _TRIES = 10  # torchvision's number of attempts before it falls back to a centre crop
-_POWERS = {"square_root": 0.5, "class_balanced": 0.0}  # a class of n images comes in proportion to n to this power
+# A class of n images comes in proportion to n to this power; with weights, n is their sum.
+_POWERS = {"square_root": 0.5, "class_balanced": 0.0, "weighted": 1.0}
 _ROUNDS, _EXACT = 1000, 1e-9  # of `worker_weights`: a dozen rounds where files are random samples of the data
 
 
 def epoch_order(
-    labels: np.ndarray, sampling: Sampling | None, seed: int, epoch: int, weights: tuple[float, ...] | None = None
+    labels: np.ndarray,
+    sampling: Sampling | None,
+    seed: int,
+    epoch: int,
+    weights: tuple[float, ...] | None = None,
+    row_weights: np.ndarray | None = None,
 ) -> np.ndarray:
     """Draw the rows of one epoch.
 
@@ -30,13 +36,17 @@ def epoch_order(
         labels: Of the file's rows, (N,).
         sampling: 'instance': each row once. 'square_root' and 'class_balanced': N·√n_c/Σ√n or N/C of the rows are of class c,
             rounded by a draw so that the mean over epochs is exact. Within a class no row comes two times more than another.
-            None: the file's order.
+            'weighted': N·w/Σw times each row, rounded likewise; so are the rows of each class. None: the file's order.
         seed: The run's seed.
         epoch: The epoch.
-        weights: Of each class, in place of √n_c or 1, where these rows are only one worker's (`worker_weights`).
+        weights: Of each class, in place of √n_c, 1 or Σw, where these rows are only one worker's (`worker_weights`).
+        row_weights: Of each row, for 'weighted', float64 (N,), at least 0.
 
     Returns:
         Rows in their order, int64 (N,): as many as there are, whatever the sampling.
+
+    Raises:
+        UserError: All of the rows' weights are 0.
     """
     match sampling:
         case None:
@@ -51,17 +61,39 @@ def epoch_order(
                 shares = np.array([len(rows) ** _POWERS[sampling] for rows in members])
             else:
                 shares = np.array([weights[labels[rows[0]]] for rows in members])
-            # Systematic sampling: one draw rounds all quotas up or down, each with the right chance, to the right sum.
-            edges = np.floor(np.cumsum(shares) * (len(labels) / shares.sum()) + random.random()).astype(np.int64)
-            edges[-1] = len(labels)
-            quotas = np.diff(edges, prepend=0)
+            quotas = _quotas(shares, len(labels), random)
             chosen = [_evenly(rows, quota, random) for rows, quota in zip(members, quotas, strict=True)]
             return random.permutation(np.concatenate(chosen))
+        case "weighted":
+            assert row_weights is not None
+            random = stream(seed, "order", epoch)
+            shares = row_weights
+            if weights is not None:
+                sums = np.bincount(labels, row_weights, len(weights))
+                shares = row_weights * (np.array(weights) / np.where(sums > 0, sums, 1))[labels]
+            rows = random.permutation(np.flatnonzero(shares))
+            if not len(rows):
+                raise UserError("data.sampling is 'weighted', but no training image here has a weight above 0")
+            # Class by class, so that one draw rounds the shares of the classes, too.
+            rows = rows[np.argsort(labels[rows], kind="stable")]
+            return random.permutation(np.repeat(rows, _quotas(shares[rows], len(labels), random)))
     assert_never(sampling)
 
 
+def _quotas(shares: np.ndarray, total: int, random: np.random.Generator) -> np.ndarray:
+    """`total` in proportion to positive shares, in whole numbers, int64.
+
+    Systematic sampling: one draw rounds all quotas up or down, each with the right chance, to the right sum. That holds for the
+    sum of neighbours, too.
+    """
+    edges = np.floor(np.cumsum(shares) * (total / shares.sum()) + random.random()).astype(np.int64)
+    edges = np.minimum(edges, total)  # sums are rounded
+    edges[-1] = total
+    return np.diff(edges, prepend=0)
+
+
 def worker_weights(
-    counts: np.ndarray, sampling: Literal["square_root", "class_balanced"], batches: Sequence[int]
+    counts: np.ndarray, sampling: Literal["square_root", "class_balanced", "weighted"], batches: Sequence[int]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Compute how often each of R workers that read files of their own draws each class.
 
@@ -73,7 +105,8 @@ def worker_weights(
     full and the classes' sums the nearest.
 
     Args:
-        counts: Images in each worker's files, of each class at least one, int64 (R, C).
+        counts: Images in each worker's files, of each class at least one, int64 (R, C). For 'weighted' the sums of their
+            weights, float64 (R, C): no worker's and no class's sum is 0.
         sampling: How often one reader of all files would draw each class.
         batches: Images of each worker in a step, (R,).
 

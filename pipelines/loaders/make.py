@@ -73,6 +73,8 @@ def make_loader(
         UserError: The data cannot be read so.
     """
     files = None
+    if reading.sampling == "weighted":
+        prepared.require_weights(split)
     if reading.drop_last:
         config = decide_cache(prepared, split, config)
         if config.part == "shards" and reading.share.workers > 1:
@@ -188,8 +190,15 @@ def _own_weights(prepared: Prepared, split: str, reading: ReadPlan, batches: lis
     """
     if reading.sampling is None or reading.sampling == "instance":
         return None
-    of_files, share = prepared.shard_counts(split), reading.share
+    share = reading.share
+    weighted = reading.sampling == "weighted"
+    of_files = np.array(prepared.splits[split].shard_weights) if weighted else prepared.shard_counts(split)
     counts = np.stack([of_files[worker :: share.workers].sum(0) for worker in range(share.workers)])
+    if not counts.sum(1).all():
+        raise UserError(
+            f"data.sampling is 'weighted', but all images in the files of worker {int(counts.sum(1).argmin())} of "
+            f"{share.workers} have weight 0; use fewer workers, or set loader.part: all"
+        )
     drawn, got = worker_weights(counts, reading.sampling, batches)
     worst = int(np.abs(got - 1).argmax())
     if abs(got[worst] - 1) > 0.01:

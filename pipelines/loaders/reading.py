@@ -75,7 +75,8 @@ class ReadPlan:
     out, so that the workers together see the batches that one would; in evaluation the samples are, each to one worker.
     rule: of evaluation, what it shows of an image; None: the views, each cut by its draw. part_batches: batches of an epoch
     where each worker reads files of its own (`samples` and positions then count those alone); None: all read all.
-    weights: of each class, for a sampling other than instance over such files; None: the sampling's own.
+    weights: of each class, for a sampling other than instance over such files; None: the sampling's own. The weights of
+    'weighted' are the images', and come with the files.
     group: of cache 'process', the pages within which the order is random; None: it is random throughout.
     """
 
@@ -119,7 +120,7 @@ class ReadPlan:
 
     def order(self, beton: Beton, epoch: int) -> np.ndarray:
         """An epoch's rows of `beton`, in order: int64."""
-        order = epoch_order(beton.labels, self.sampling, self.seed, epoch, self.weights)
+        order = epoch_order(beton.labels, self.sampling, self.seed, epoch, self.weights, beton.weights)
         return order if self.group is None else by_pages(order, beton.pages, self.group, self.seed, epoch)
 
 

@@ -138,6 +138,7 @@ class Beton:
         sizes: Stored bytes of each image, int64 (N,).
         shard: Which of the files holds each image, int32 (N,).
         rows: Each image's row in the split, int64 (N,).
+        weights: How often data.sampling 'weighted' draws each image, float64 (N,), where the folder's source says it.
 
     Raises:
         UserError: A file is missing, cut short, or not one that `BetonWriter` wrote.
@@ -154,6 +155,7 @@ class Beton:
         self.sizes = np.concatenate([sizes for _, sizes in parts])
         self.shard = np.repeat(np.arange(len(paths), dtype=np.int32), [len(records) for records, _ in parts])
         self.rows = np.arange(len(self.records)) if rows is None else rows
+        self.weights: np.ndarray | None = None
         self._maps: list[np.ndarray] | None = None
 
     def __len__(self) -> int:

@@ -12,8 +12,9 @@ import importlib.util
 import json
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 from pydantic import Field
@@ -29,10 +30,20 @@ from pipelines.prepare.doubles import find_copies, refuse_shared_files
 from pipelines.prepare.groups import grouped, refuse_shared_groups
 from pipelines.prepare.longtail import apply_profile, carve
 from pipelines.prepare.pictures import save_histogram
-from pipelines.prepare.prepared import EARLIER_FORMAT, FORMAT, SIDECAR, Prepared, Split, counts_of_files, read_sidecar
+from pipelines.prepare.prepared import (
+    EARLIER_FORMAT,
+    FORMAT,
+    SIDECAR,
+    WEIGHTS,
+    Prepared,
+    Split,
+    counts_of_files,
+    read_sidecar,
+)  # fmt: skip
 from pipelines.prepare.sources import Dataset, Images, class_counts, open_folder
+from pipelines.prepare.sources.dataset import class_weights, refuse_useless_weights
 from pipelines.prepare.sources.names import read_text
-from pipelines.prepare.writer import Packer, Progress, Shard, forget_records, line_of, write_split
+from pipelines.prepare.writer import Packer, Progress, Shard, forget_records, line_of, read_lines, write_split
 
 COPIES = "copies.txt"  # in a prepared folder: images with the same bytes
 _SET_ASIDE = 0.2  # of the images of a source without val and test
@@ -125,13 +136,13 @@ def _up_to_date(
 ) -> Prepared:
     """The content of `folder` if it is whole and of these images; else it is written now."""
     found = read_sidecar(folder)
-    if found is not None and _matches(found, chosen):
+    if found is not None and _matches(found, chosen) and _same_weights(found, chosen):
         return found
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder / ".lock", waiting=f"data: another command prepares {folder}; waiting for it"):
         found = read_sidecar(folder)  # another process may have written it while this one waited
         if found is not None and _matches(found, chosen):
-            return found
+            return found if _same_weights(found, chosen) else _weigh_again(found, chosen)
         return _write(folder, chosen, data, seed, settable, packer)
 
 
@@ -152,7 +163,8 @@ def choose(dataset: Dataset, data: DataConfig, seed: int, settable: bool = True)
         The classes, and the images of each split.
 
     Raises:
-        UserError: Listed images are missing, or the profile or a fraction asks for more images than there are.
+        UserError: Listed images are missing, the profile or a fraction asks for more images than there are, or
+            `data.sampling` needs weights that the images do not have.
     """
     train, val, test = _carved(dataset, data, seed)
     splits = {"train": apply_profile(data.profile, train, len(dataset.classes), seed, dataset.classes)}
@@ -167,7 +179,13 @@ def choose(dataset: Dataset, data: DataConfig, seed: int, settable: bool = True)
                 f"{len(images.missing):,} listed images are missing, such as {some}; "
                 + ("correct the list or data.source.root, or set data.on_bad_image: skip" if settable else "bring them back")
             )
+    if data.sampling == "weighted":
+        refuse_useless_weights(_class_weights(splits["train"], dataset.classes), dataset.classes)
     return dataset.classes, splits
+
+
+def _class_weights(images: Images, classes: list[str]) -> np.ndarray | None:
+    return None if images.weights is None else class_weights(images.labels, images.weights, len(classes))
 
 
 def _carved(dataset: Dataset, data: DataConfig, seed: int) -> tuple[Images, Images | None, Images | None]:
@@ -254,6 +272,54 @@ def _matches(found: Prepared, chosen: Chosen) -> bool:
     return whole and found.classes == classes and same == {name: split.source_digest for name, split in found.splits.items()}
 
 
+def _same_weights(found: Prepared, chosen: Chosen) -> bool:
+    train = chosen[1].get("train")
+    return train is None or found.splits["train"].weights == train.weights_digest()
+
+
+def _weigh_again(found: Prepared, chosen: Chosen) -> Prepared:
+    """The same images with other weights."""
+    classes, splits = chosen
+    print(f"data: the images in {found.folder} get other weights", file=sys.stderr)
+    (found.folder / SIDECAR).unlink()
+    lines = read_lines(found.folder / "train.files.txt")
+    train = _weighted(found.folder, found.splits["train"], splits["train"], lines, len(classes))
+    prepared = replace(found, splits={**found.splits, "train": train})
+    _write_sidecar(prepared)
+    return prepared
+
+
+def _weighted(folder: Path, split: Split, images: Images, lines: list[str], classes: int) -> Split:
+    """The training split with its images' weights, written beside the files. lines: as in `train.files.txt`."""
+    path = folder / WEIGHTS
+    if images.weights is None:
+        path.unlink(missing_ok=True)
+        return replace(split, weights="", shard_weights=[])
+    row_of = {line_of(name): row for row, name in enumerate(images.names)}
+    rows = np.array([row_of[line] for line in lines])
+    weights, labels = images.weights[rows].astype("<f8"), images.labels[rows]
+
+    def save(file: IO[bytes]) -> None:
+        np.save(file, weights)
+
+    write_atomically(path, save)
+    ends = np.cumsum([shard.samples for shard in split.shards])[:-1]
+    parts = zip(np.split(labels, ends), np.split(weights, ends), strict=True)
+    of_files = [class_weights(*part, classes).tolist() for part in parts]
+    return replace(split, weights=images.weights_digest(), shard_weights=of_files)
+
+
+def _write_sidecar(prepared: Prepared) -> None:
+    content = {
+        "format": FORMAT,
+        "classes": prepared.classes,
+        "seed": prepared.seed,
+        "profile": prepared.profile,
+        "splits": {name: asdict(split) for name, split in prepared.splits.items()},
+    }
+    write_atomically(prepared.folder / SIDECAR, json.dumps(content, indent=1))
+
+
 def _whole(path: Path, shard: Shard) -> bool:
     return path.is_file() and path.stat().st_size == shard.bytes
 
@@ -265,15 +331,11 @@ def _write(folder: Path, chosen: Chosen, data: DataConfig, seed: int, settable: 
     print(f"data: preparing {sum(len(images) for images in splits.values()):,} images in {folder}", file=sys.stderr)
     progress = {name: write_split(folder, name, images, data, seed, settable, packer) for name, images in splits.items()}
     written = {name: _split(progress[name], name, images, classes) for name, images in splits.items()}
+    if "train" in written:
+        lines = [*map(line_of, progress["train"].names)]
+        written["train"] = _weighted(folder, written["train"], splits["train"], lines, len(classes))
     prepared = Prepared(folder, classes, seed, data.profile.model_dump(mode="json"), written)
-    content = {
-        "format": FORMAT,
-        "classes": classes,
-        "seed": seed,
-        "profile": prepared.profile,
-        "splits": {name: asdict(split) for name, split in written.items()},
-    }
-    write_atomically(folder / SIDECAR, json.dumps(content, indent=1))
+    _write_sidecar(prepared)
     forget_records(folder)
     for name, split in written.items():
         if split.skipped:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from dataclasses import dataclass, field, replace
@@ -12,11 +13,13 @@ import numpy as np
 from pipelines.common.errors import UserError
 from pipelines.prepare.beton import Beton
 from pipelines.prepare.sources import class_counts
+from pipelines.prepare.sources.dataset import refuse_useless_weights
 from pipelines.prepare.writer import Shard
 
 # 2: evaluation splits are stored without loss; 3: a split may have several files; 4: large images of evaluation are scaled
 FORMAT, EARLIER_FORMAT = 4, 3  # the earlier one is still read where its source is gone
 SIDECAR = "prepared.json"
+WEIGHTS = "train.weights.npy"  # in a prepared folder: of each training image, in the order of the files
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,8 @@ class Split:
         shard_counts: Of each file, its images of each class; empty where an earlier version prepared the data.
         content: Digest of names, labels and images alone, which a copy of the source has too; empty as above.
         reasons: Why each of `skipped` was unreadable; empty as above.
+        weights: Digest of the source's weights; empty where it has none.
+        shard_weights: Of each file, the sum of the weights of each class; empty without weights.
     """
 
     shards: list[Shard]
@@ -40,15 +45,18 @@ class Split:
     shard_counts: list[list[int]] = field(default_factory=list)
     content: str = ""
     reasons: list[str] = field(default_factory=list)
+    weights: str = ""
+    shard_weights: list[list[float]] = field(default_factory=list)
 
     @property
     def digest(self) -> str:
-        """Equal for two runs that see the same images."""
-        return self.content or self.source_digest
+        """Equal for two runs that see the same images, with the same weights where they have any."""
+        images = self.content or self.source_digest
+        return hashlib.sha256(f"{images} {self.weights}".encode()).hexdigest() if self.weights else images
 
     def has(self, digest: str | None) -> bool:
         """Whether a run with this digest, an earlier version's too, saw these images."""
-        return digest in (self.digest, self.source_digest)
+        return digest in (self.digest, self.content or self.source_digest, self.source_digest)
 
     @property
     def samples(self) -> int:
@@ -98,6 +106,7 @@ class Prepared:
         chosen = [entry.shards[number] for number in numbers]
         beton = Beton(*(self.folder / shard.file for shard in chosen), rows=rows)
         sizes = [os.fstat(file).st_size for file in beton.files]
+        weights = self._weights(split)
         now = read_sidecar(self.folder)  # gone before the first file is replaced, and back after the last
         if now is None or now.splits != self.splits:
             raise UserError(f"{str(self.folder)!r} was prepared again while this command ran; run it again")
@@ -106,6 +115,7 @@ class Prepared:
             raise UserError(
                 f"{str(beton.paths[0])!r} is not the file that {SIDECAR} describes; remove the folder and prepare again"
             )
+        beton.weights = None if weights is None else weights[rows]
         return beton
 
     def part(self, labels: dict[str, np.ndarray]) -> Prepared:
@@ -139,6 +149,34 @@ class Prepared:
             )
         beton = self.beton(split)
         return counts_of_files(beton.labels, entry.shards, len(self.classes))
+
+    def class_weights(self, split: str) -> np.ndarray | None:
+        """Sum of the weights of each class's images, float64 (C,); None where the source has no weights."""
+        found = self.splits[split].shard_weights
+        return np.array(found).sum(0) if found else None
+
+    def require_weights(self, split: str) -> None:
+        """Refuse images that data.sampling 'weighted' cannot draw.
+
+        Raises:
+            UserError: They have no weights, a class would never be drawn, or the file of the weights is missing.
+        """
+        refuse_useless_weights(self.class_weights(split), self.classes)
+        if not (self.folder / WEIGHTS).is_file():
+            raise UserError(f"data.sampling is 'weighted', but {str(self.folder / WEIGHTS)!r} is not on this machine; bring it")
+
+    def _weights(self, split: str) -> np.ndarray | None:
+        """The weight of each image, float64 (N,); None without weights, or where the file was not brought to this machine."""
+        path, entry = self.folder / WEIGHTS, self.splits[split]
+        if not entry.weights or not path.is_file():
+            return None
+        try:
+            weights = np.load(path)
+        except (OSError, ValueError, EOFError) as error:
+            raise UserError(f"{str(path)!r} is damaged ({error}); remove the folder and prepare again") from error
+        if weights.shape != (entry.samples,):
+            raise UserError(f"{str(path)!r} is not the file that {SIDECAR} describes; remove the folder and prepare again")
+        return np.asarray(weights, dtype=np.float64)
 
     def paths(self, split: str) -> list[Path]:
         """The files of a split."""

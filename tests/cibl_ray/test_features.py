@@ -6,20 +6,25 @@ import logging
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from cibl_ray.config import load_config
 from cibl_ray.evaluation.evaluate import evaluate
 from cibl_ray.features import store
 from cibl_ray.features.extract import Extractor
+from cibl_ray.features.folds import FoldFeatures
 from cibl_ray.features.loader import FeatureLoader
 from cibl_ray.hardware import resolve
 from cibl_ray.run.checkpoint import load_checkpoint
 from cibl_ray.run.log import read_metrics
+from cibl_ray.training.folds import cross_validate
 from cibl_ray.training.trainer import Trainer
 from pipelines.common.errors import UserError
 from pipelines.config import View
+from pipelines.loaders.cuts import epoch_order
 from pipelines.loaders.reading import ReadPlan
 from pipelines.prepare.build import ensure_prepared
+from pipelines.prepare.writer import read_lines
 
 FLAGS = [
     "--tune",
@@ -162,6 +167,49 @@ def test_views_are_drawn_among_those_that_are_kept(tmp_path):
     # From the middle of an epoch on, the same.
     assert torch.equal(next(iter(loader.epoch(0, 2))).views, batches[2].views)
     assert not torch.equal(next(iter(loader.epoch(1))).index, batches[0].index)
+
+
+def test_features_are_drawn_by_the_weights_of_a_table(tmp_path, monkeypatch):
+    labels = np.arange(40) % 3
+    weights = np.where(labels == 0, 0.5, 1.0) + np.arange(40) % 7
+    plan = ReadPlan((View(),), 8, 10, 0, "weighted", drop_last=True)
+    features = torch.arange(40).view(40, 1, 1).float()
+    loader = FeatureLoader(features, labels, plan, torch.device("cpu"), "train", weights)
+    rows = torch.cat([batch.index for batch in loader.epoch(1)]).tolist()
+    assert rows == epoch_order(labels, "weighted", 0, 1, row_weights=weights).tolist()
+    kept, held_out = np.flatnonzero(np.arange(40) % 5), np.flatnonzero(np.arange(40) % 5 == 0)
+    fold = FoldFeatures(features, labels, kept, held_out, torch.device("cpu"), weights).train(plan)
+    rows = torch.cat([batch.views[:, 0, 0] for batch in fold.epoch(0)]).long().tolist()
+    expected = epoch_order(labels[kept], "weighted", 0, 0, row_weights=weights[kept])
+    assert rows == kept[expected][:30].tolist()
+
+    # A run takes them from the table, and so do the heads of its folds.
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 16, 16, 3), np.uint8)
+    with (tmp_path / "t.csv").open("w") as table:
+        print("image,label,weight", file=table)
+        for number, image in enumerate(pixels):
+            Image.fromarray(image).save(tmp_path / f"{number}.png")
+            print(f"{number}.png,{labels[number]},{weights[number]}", file=table)
+    source = ("--data.source", f"{{kind: table, path: {tmp_path / 't.csv'}}}", "--data.profile.kind", "none")
+    run = trainer(tmp_path, "run", *source, "--data.sampling", "weighted", "--batch_size", "8")
+    beton = run.prepared.beton("train")
+    names = read_lines(run.prepared.folder / "train.files.txt")
+    assert beton.weights.tolist() == [weights[int(name.removesuffix(".png"))] for name in names]
+    rows = torch.cat([batch.index for batch in run.train_loaders[0].epoch(1)]).tolist()
+    expected = epoch_order(beton.labels, "weighted", run.config.seed, 1, row_weights=beton.weights)
+    assert rows == expected[: len(rows)].tolist()
+    seen = []
+
+    def order(labels, *arguments):
+        seen.append(arguments[-1])
+        return epoch_order(labels, *arguments)
+
+    monkeypatch.setattr("cibl_ray.features.loader.epoch_order", order)
+    assert len(cross_validate(run, 2).of_each) == 2
+    of_folds = [weights for weights in seen if len(weights) < len(beton)]
+    assert sorted({*np.concatenate(of_folds).tolist()}) == sorted({*beton.weights.tolist()})
+    with pytest.raises(UserError, match="the training images have no weights"):
+        trainer(tmp_path, "none", "--data.sampling", "weighted")
 
 
 def test_a_folder_smaller_than_a_batch_is_one_batch(tmp_path):

@@ -58,6 +58,8 @@ class Images:
         content: Encoded images in an archive, in a table or behind addresses.
         groups: int64 (N,), the patient, camera or site of each; None where the source does not tell.
         missing: Names that a list has and the disk has not.
+        weights: float64 (N,), at least 0, how often each is drawn by data.sampling 'weighted'; None where the source does not
+            tell.
     """
 
     names: list[str]
@@ -67,6 +69,7 @@ class Images:
     content: Content | None = None
     groups: np.ndarray | None = None
     missing: tuple[str, ...] = ()
+    weights: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.names)
@@ -81,6 +84,7 @@ class Images:
             content=None if self.content is None else self.content.take(indices),
             groups=None if self.groups is None else self.groups[indices],
             missing=self._missing(indices),
+            weights=None if self.weights is None else self.weights[indices],
         )
 
     def _files(self, indices: np.ndarray) -> Sequence[Path] | None:
@@ -124,6 +128,14 @@ class Images:
             except OSError:  # a bad image, which the writer will name or skip
                 line = f"{name}\0unreadable\n"
             state.update(line.encode("utf-8", "surrogateescape"))
+        return state.hexdigest()
+
+    def weights_digest(self) -> str:
+        """Changes when an image gets another weight; empty without weights."""
+        if self.weights is None:
+            return ""
+        state = hashlib.sha256("\0".join(self.names).encode("utf-8", "surrogateescape"))
+        state.update(self.weights.astype("<f8").tobytes())
         return state.hexdigest()
 
 
@@ -171,6 +183,33 @@ class SourceConfig(Settings):
 def class_counts(labels: np.ndarray | Sequence[int], classes: int) -> np.ndarray:
     """Images of each class, int64 (classes,)."""
     return np.bincount(np.asarray(labels, dtype=np.int64), minlength=classes)
+
+
+def class_weights(labels: np.ndarray, weights: np.ndarray, classes: int) -> np.ndarray:
+    """Sum of the weights of each class's images, float64 (classes,)."""
+    return np.bincount(np.asarray(labels, dtype=np.int64), weights, classes)
+
+
+def refuse_useless_weights(sums: np.ndarray | None, classes: Sequence[str]) -> None:
+    """Refuse weights by which data.sampling 'weighted' cannot draw.
+
+    Args:
+        sums: Of each class's training images, float64 (C,); None: the images have no weights.
+        classes: C names.
+
+    Raises:
+        UserError: There are no weights, or a class would never be drawn.
+    """
+    if sums is None:
+        raise UserError(
+            "data.sampling is 'weighted', but the training images have no weights; name the table's column by "
+            "data.source.weight, or set data.sampling to instance, square_root or class_balanced"
+        )
+    if not sums.all():
+        raise UserError(
+            f"data.sampling is 'weighted', but all training images of class {classes[int(sums.argmin())]!r} have weight 0; "
+            "give one of them a weight, or leave the class out (data.source.classes)"
+        )
 
 
 def numbered(values: Iterable[str]) -> dict[str, int]:

@@ -1,7 +1,8 @@
-"""A table: a row an image, with its path, address or bytes, its class, and where there are some, its split and its group."""
+"""A table: a row an image, with its path, address or bytes, its class, and where there are some, split, group and weight."""
 
 from __future__ import annotations
 
+import math
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ _IMAGE = ("image", "path", "imagepath", "filepath", "filename", "file", "img", "
 _LABEL = ("label", "class", "classname", "category", "target", "species", "labelname", "categoryname", "classid", "categoryid")
 _SPLIT = ("split", "subset", "partition", "fold", "set")
 _GROUP = ("group", "groupid", "patient", "patientid", "site", "siteid", "camera", "cameraid", "location", "subject")
+_WEIGHT = ("weight", "sampleweight", "sampleweights", "imageweight", "weights")
 _SPLITS = {
     "train": "train", "training": "train", "trn": "train",
     "val": "val", "valid": "val", "validation": "val", "dev": "val",
@@ -47,6 +49,9 @@ class TableSource(SourceConfig):
     label: str | None = Field(default=None, description="column with the class: text or a whole number")
     split: str | None = Field(default=None, description="column that says train, val or test")
     group: str | None = Field(default=None, description="column with the patient, camera or site, for data.split_by: group")
+    weight: str | None = Field(
+        default=None, description="column with the weight of a training image, at least 0, for data.sampling: weighted"
+    )
     header: Literal["auto"] | bool = Field(
         default="auto", description="whether the first line of a CSV or TSV file names the columns; without, they are 0, 1, ..."
     )
@@ -72,9 +77,10 @@ class TableSource(SourceConfig):
         for part in parts:
             labels = np.array([label_of.get(value, -1) for value in part.labels], dtype=np.int64)
             own = np.array([groups[value] for value in part.groups], dtype=np.int64) if columns.group else None
+            weights = None if part.weights is None else np.array(part.weights)
             for split in dict.fromkeys(part.splits):
                 rows = np.flatnonzero(np.array([each == split for each in part.splits]) & (labels >= 0))
-                splits.setdefault(split, []).append(part.images(labels, own).take(rows))
+                splits.setdefault(split, []).append(part.images(labels, own, weights).take(rows))
         for split, several in splits.items():
             if len(several) > 1:
                 raise UserError(
@@ -95,6 +101,11 @@ class TableSource(SourceConfig):
     def present(self) -> bool:
         """Whether the tables exist."""
         return all(path.is_file() for path in self._paths().values())
+
+    def identity(self) -> dict[str, object]:
+        """A weight column that is not given leaves the name of the prepared folder as it was before there were weights."""
+        content = super().identity()
+        return content if self.weight is not None else {key: value for key, value in content.items() if key != "weight"}
 
     def _paths(self) -> dict[str, Path]:
         named = {"train": self.path, "val": self.val, "test": self.test}
@@ -119,12 +130,13 @@ class TableSource(SourceConfig):
             image, label = _by_content(table, image, label)
         split = _column(table, "split", self.split, _SPLIT, _are_splits)
         group = _column(table, "group", self.group, _GROUP)
-        found = {"image": image, "label": label, "split": split, "group": group}
-        given = {"image": self.image, "label": self.label, "split": self.split, "group": self.group}
+        weight = _column(table, "weight", self.weight, _WEIGHT, lambda table, name: _are_weights(table, name, split))
+        found = {"image": image, "label": label, "split": split, "group": group, "weight": weight}
+        given = {name: getattr(self, name) for name in found}
         guessed = ", ".join(f"{name} = {column!r}" for name, column in found.items() if column and not given[name])
         if guessed:
             print(f"data: {table.path}: columns found by name: {guessed} (data.source.image and so on)", file=sys.stderr)
-        return _Columns(image, label, split, group)
+        return _Columns(image, label, split, group, weight)
 
 
 @dataclass(frozen=True)
@@ -133,6 +145,7 @@ class _Columns:
     label: str
     split: str | None
     group: str | None
+    weight: str | None
 
 
 @dataclass(frozen=True)
@@ -157,16 +170,19 @@ class _Rows:
     labels: list[str]
     splits: list[str]
     groups: list[str]
+    weights: list[float] | None
     files: list[Path] | None
     content: Remote | Spooled | None
 
-    def images(self, labels: np.ndarray, groups: np.ndarray | None) -> Images:
+    def images(self, labels: np.ndarray, groups: np.ndarray | None, weights: np.ndarray | None) -> Images:
         missing = (
             ()
             if self.files is None
             else tuple(name for name, file in zip(self.names, self.files, strict=True) if not file.is_file())
         )
-        return Images(self.names, labels, files=self.files, content=self.content, groups=groups, missing=missing)
+        return Images(
+            self.names, labels, files=self.files, content=self.content, groups=groups, missing=missing, weights=weights
+        )
 
 
 def _read(path: Path, header: bool | Literal["auto"]) -> _Table:
@@ -257,6 +273,8 @@ def _column(table: _Table, what: str, given: str | None, known: tuple[str, ...],
             raise UserError(
                 f"data.source.{what}: {str(table.path)!r} has no column {given!r}; its columns: {', '.join(table.names[:20])}"
             )
+        if given in table.bytes_in and what != "image":
+            raise UserError(f"data.source.{what}: the column {given!r} of {str(table.path)!r} holds bytes; name another one")
         return given
     named = {_plain(name): name for name in reversed(table.names)}
     found = [named[name] for name in known if name in named]
@@ -266,6 +284,24 @@ def _column(table: _Table, what: str, given: str | None, known: tuple[str, ...],
 def _are_splits(table: _Table, name: str) -> bool:
     """Whether a column says splits. Another one may have that name, such as the numbers of folds."""
     return {str(value).strip().lower() for value in table.column(name)} <= _SPLITS.keys()
+
+
+def _are_weights(table: _Table, name: str, split: str | None) -> bool:
+    """Whether a column has a weight in every training row. Another one may have that name, such as what an animal weighs."""
+    if name in table.bytes_in:
+        return False
+    splits = table.column(split) if split is not None else ["train"] * len(table.content)
+    rows = zip(table.column(name), splits, strict=True)
+    return all(_number(value) is not None for value, of in rows if _SPLITS.get(str(of).strip().lower()) == "train")
+
+
+def _number(value: object) -> float | None:
+    """A cell as a weight: finite and at least 0; None where it is none."""
+    try:
+        number = float(str(value))
+    except ValueError:
+        return None
+    return number if math.isfinite(number) and number >= 0 and not isinstance(value, bool) else None
 
 
 def _by_content(table: _Table, image: str | None, label: str | None) -> tuple[str, str]:
@@ -293,6 +329,7 @@ def _by_content(table: _Table, image: str | None, label: str | None) -> tuple[st
 def _rows(table: _Table, columns: _Columns, root: Path | None, split: str | None) -> _Rows:
     """What a table says. split: of all its rows, where the table is of one split alone."""
     needed = [columns.image, columns.label] + ([columns.group] if columns.group else [])
+    needed += [columns.weight] if columns.weight and split in (None, "train") else []
     absent = [name for name in needed if name not in table.names]
     if absent:
         raise UserError(f"table {str(table.path)!r} has no column {absent[0]!r}, as the first table has")
@@ -308,12 +345,18 @@ def _rows(table: _Table, columns: _Columns, root: Path | None, split: str | None
     splits = [split or "train"] * count
     if split is None and columns.split is not None:
         splits = [_split_of(table, columns.split, row, value) for row, value in enumerate(table.column(columns.split))]
+    weights = None
+    if columns.weight is not None and "train" in splits:
+        cells = table.column(columns.weight)
+        weights = [
+            _weight_of(table, columns.weight, row, value) if splits[row] == "train" else 1.0 for row, value in enumerate(cells)
+        ]
     if columns.image in table.bytes_in:
         names = [f"{table.path.name}/{row + 1}" for row in range(count)]
         stat = table.path.stat()
         stamp = f"{stat.st_size} {stat.st_mtime_ns} {columns.image}".encode()
         content = Spooled(count, lambda: _cells(table.path, columns.image), lambda row: f"{table.path}, row {row + 1}", stamp)
-        return _Rows(names, labels, splits, groups, None, content)
+        return _Rows(names, labels, splits, groups, weights, None, content)
     cells = [_text(table, columns.image, row, value) for row, value in enumerate(table.column(columns.image))]
     remote = ["://" in cell for cell in cells]
     if any(remote) and not all(remote):
@@ -324,10 +367,10 @@ def _rows(table: _Table, columns: _Columns, root: Path | None, split: str | None
         repeated = {name for name, times in Counter(names).items() if times > 1}
         names = [f"{name}#{row}" if name in repeated else name for row, name in enumerate(names)]
         _refuse_repeats(table, cells, splits)
-        return _Rows(names, labels, splits, groups, None, Remote(cells))
+        return _Rows(names, labels, splits, groups, weights, None, Remote(cells))
     folder = root if root is not None else table.path.parent
     _refuse_repeats(table, cells, splits)
-    return _Rows(cells, labels, splits, groups, [folder / cell for cell in cells], None)
+    return _Rows(cells, labels, splits, groups, weights, [folder / cell for cell in cells], None)
 
 
 def _refuse_repeats(table: _Table, cells: list[str], splits: list[str]) -> None:
@@ -352,6 +395,14 @@ def _split_of(table: _Table, column: str, row: int, value: object) -> str:
     if split is None:
         raise UserError(f"{_place(table, row)}: the column {column!r} is {value!r}; expected train, val or test")
     return split
+
+
+def _weight_of(table: _Table, column: str, row: int, value: object) -> float:
+    weight = _number(value)
+    if weight is None:
+        what = "is empty" if value is None or not str(value).strip() else f"is {value!r}"
+        raise UserError(f"{_place(table, row)}: the column {column!r} {what}; expected a weight, a number of at least 0")
+    return weight
 
 
 def _place(table: _Table, row: int) -> str:
