@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 from pipelines.common.settings import Settings
 from pipelines.pixels import MAX_PIXELS
 from pipelines.prepare.sources import Source
+from pipelines.prepare.sources.addresses import PublicAddress
 
 
 class NoProfile(Settings):
@@ -259,6 +260,17 @@ class DataConfig(Settings):
     )
     store: Store = Store()
     prepared: Path = Field(default=Path("prepared"), description="Folder of the .beton files.")
+    published: PublicAddress | None = Field(
+        default=None,
+        description="Address of prepared folders in object storage, such as s3://bucket/prepared. pipelines.prepare copies the "
+        "prepared folder there; other commands fetch the files that they read. null: prepared on this machine.",
+    )
+    cache_gb: float = Field(
+        default=100,
+        gt=0,
+        description="GB of fetched files that are kept below data.prepared. The files that were used longest ago are removed "
+        "first, never one in use.",
+    )
     size: int = Field(default=32, ge=4, le=2048, description="Width and height of the network's input, in pixels.")
     views: tuple[View, ...] = Field(
         default=(View(), View()), min_length=1, max_length=8, description="The views of each training image."

@@ -165,8 +165,7 @@ def save_confusion(
 
 def image_names(prepared: Prepared, split: str, count: int) -> list[str]:
     """The name of each image in its source, as preparing has written them; numbers where that file is gone."""
-    path = prepared.folder / f"{split}.files.txt"
-    names = path.read_text(errors="surrogateescape").splitlines() if path.is_file() else []
+    names = prepared.names(split)
     return names if len(names) == count else [str(row) for row in range(count)]
 
 

@@ -16,7 +16,7 @@ NOTEBOOK = any(base.__module__ == "tqdm.notebook" for base in tqdm.__mro__)  # i
 NO_BAR = False if NOTEBOOK else None
 
 
-def counted(items: Iterable[T], total: int, doing: str, done: int = 0) -> Iterator[T]:
+def counted(items: Iterable[T], total: int, doing: str, done: int = 0, unit: str = "images") -> Iterator[T]:
     """Yield `items`, and show how many there have been.
 
     Args:
@@ -24,10 +24,13 @@ def counted(items: Iterable[T], total: int, doing: str, done: int = 0) -> Iterat
         total: How many images there are.
         doing: What is done, at the start of each line.
         done: Images that an earlier process has done.
+        unit: What is counted, where it is not images.
     """
     count = done
     since = said = time.monotonic()
-    with tqdm(total=total, initial=done, desc=doing, unit="img", leave=False, disable=NO_BAR) as bar:
+    with tqdm(
+        total=total, initial=done, desc=doing, unit="img" if unit == "images" else unit, leave=False, disable=NO_BAR
+    ) as bar:
         for item in items:
             yield item
             count += 1
@@ -38,7 +41,7 @@ def counted(items: Iterable[T], total: int, doing: str, done: int = 0) -> Iterat
                 rate = (count - done) / (now - since)
                 left = duration((total - count) / rate)
                 per_s = f"{rate:,.0f}" if rate >= 10 else f"{rate:.1f}"
-                print(f"{doing}: {count:,} of {total:,} images, {per_s} images/s, about {left} left", file=sys.stderr)
+                print(f"{doing}: {count:,} of {total:,} {unit}, {per_s} {unit}/s, about {left} left", file=sys.stderr)
 
 
 def duration(seconds: float) -> str:

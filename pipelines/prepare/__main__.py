@@ -11,11 +11,21 @@ import numpy as np
 
 from pipelines.common.command_line import ConfigParser
 from pipelines.common.errors import Interrupted, UserError, run_command
+from pipelines.config import DataConfig
 from pipelines.doctor.findings import gini, of_classes
-from pipelines.prepare.build import COPIES, PrepareConfig, choose, ensure_prepared, from_command_line, subset_seed
+from pipelines.prepare.build import (
+    COPIES,
+    PrepareConfig,
+    choose,
+    ensure_prepared,
+    from_command_line,
+    prepared_folder,
+    subset_seed,
+)
 from pipelines.prepare.check import check
 from pipelines.prepare.pictures import histogram_text
 from pipelines.prepare.prepared import Prepared
+from pipelines.prepare.publish import publish
 from pipelines.prepare.sources import class_counts
 
 
@@ -50,7 +60,8 @@ def _prepare() -> None:
         classes, splits = choose(config.data.source.open(), config.data, subset_seed(config.data, config.seed))
         counts = {name: class_counts(images.labels, len(classes)) for name, images in splits.items()}
     else:
-        prepared = _on_cluster(config, arguments) if arguments.cluster else ensure_prepared(config.data, config.seed)
+        own = config.data.model_copy(update={"published": None})  # prepared here, whatever is published
+        prepared = _on_cluster(own, config.seed, arguments) if arguments.cluster else ensure_prepared(own, config.seed)
         classes = prepared.classes
         counts = {name: np.array(split.counts) for name, split in prepared.splits.items()}
     print(histogram_text(classes, counts["train"]))
@@ -58,14 +69,21 @@ def _prepare() -> None:
         print(f"{name}: {of_class.sum():,} images, {len(classes)} classes, {of_class.min()} to {of_class.max()} a class")
     if not arguments.count:
         print(f"prepared: {prepared.folder}, picture: {prepared.folder / 'class_counts.png'}")
+        if config.data.published is not None:
+            if prepared.folder != prepared_folder(own, config.seed):
+                raise UserError(
+                    f"{str(prepared.folder)!r} is an earlier version's; bring the source back, and prepare it again"
+                )
+            publish(prepared, config.data.published)
+            print(f"published: {config.data.published}/{prepared.folder.name}")
         _doctor(prepared, counts)
 
 
-def _on_cluster(config: PrepareConfig, arguments: argparse.Namespace) -> Prepared:
+def _on_cluster(data: DataConfig, seed: int, arguments: argparse.Namespace) -> Prepared:
     from pipelines.prepare.on_ray import RayPacker, cluster
 
     with cluster(arguments.address):
-        return ensure_prepared(config.data, config.seed, packer=RayPacker(arguments.workers))
+        return ensure_prepared(data, seed, packer=RayPacker(arguments.workers))
 
 
 def _doctor(prepared: Prepared, counts: dict[str, np.ndarray]) -> None:

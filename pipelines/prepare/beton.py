@@ -12,6 +12,7 @@ import errno
 import mmap
 import os
 import weakref
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
@@ -130,6 +131,7 @@ class Beton:
     Args:
         paths: The files, in order.
         rows: Each image's row in the split, int64 (N,), where the files are a part of it; None: 0 to N - 1.
+        files: Descriptors of the files, where they are open already. They are closed with this object.
 
     Attributes:
         paths: The files, in order.
@@ -144,11 +146,11 @@ class Beton:
         UserError: A file is missing, cut short, or not one that `BetonWriter` wrote.
     """
 
-    def __init__(self, *paths: Path, rows: np.ndarray | None = None) -> None:
+    def __init__(self, *paths: Path, rows: np.ndarray | None = None, files: Sequence[int] = ()) -> None:
         self.paths = paths
-        self.files: list[int] = []
+        self.files: list[int] = [*files]
         weakref.finalize(self, _close, self.files).atexit = False  # a thread may still read then
-        for path in paths:
+        for path in paths[len(self.files) :]:
             self.files.append(_open(path))
         parts = [_read(path, file) for path, file in zip(paths, self.files, strict=True)]
         self.records = np.concatenate([records for records, _ in parts])

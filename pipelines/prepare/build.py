@@ -12,7 +12,7 @@ import importlib.util
 import json
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import IO
 
@@ -38,12 +38,24 @@ from pipelines.prepare.prepared import (
     Prepared,
     Split,
     counts_of_files,
+    is_whole,
     read_sidecar,
-)  # fmt: skip
+    write_sidecar,
+)
+from pipelines.prepare.publish import open_published
 from pipelines.prepare.sources import Dataset, Images, class_counts, open_folder
 from pipelines.prepare.sources.dataset import class_weights, refuse_useless_weights
 from pipelines.prepare.sources.names import read_text
-from pipelines.prepare.writer import Packer, Progress, Shard, forget_records, line_of, read_lines, write_split
+from pipelines.prepare.writer import (
+    Packer,
+    Progress,
+    file_entry,
+    forget_records,
+    line_of,
+    names_file,
+    read_lines,
+    write_split,
+)
 
 COPIES = "copies.txt"  # in a prepared folder: images with the same bytes
 _SET_ASIDE = 0.2  # of the images of a source without val and test
@@ -82,7 +94,7 @@ def subset_seed(data: DataConfig, seed: int) -> int:
 
 
 def ensure_prepared(data: DataConfig, seed: int, settable: bool = True, packer: Packer | None = None) -> Prepared:
-    """Prepare the data of a configuration, if they are missing or the source has changed.
+    """Prepare the data of a configuration, if they are missing or the source has changed. Published data are used as they are.
 
     Args:
         data: The data configuration.
@@ -94,9 +106,11 @@ def ensure_prepared(data: DataConfig, seed: int, settable: bool = True, packer: 
         The prepared data.
 
     Raises:
-        UserError: The source is missing or has a fault that the message names.
+        UserError: The source is missing or has a fault that the message names, or nothing is published.
     """
     folder = prepared_folder(data, seed)
+    if data.published is not None:
+        return open_published(data.published, folder, data.cache_gb)
     if not data.source.present():
         found = read_sidecar(folder) or read_sidecar(prepared_folder(data, seed, EARLIER_FORMAT))
         if found is not None:
@@ -268,8 +282,8 @@ def _say_aside(split: str, images: Images | None, share: float, classes: list[st
 def _matches(found: Prepared, chosen: Chosen) -> bool:
     classes, splits = chosen
     same = {name: images.digest() for name, images in splits.items()}
-    whole = all(_whole(found.folder / shard.file, shard) for split in found.splits.values() for shard in split.shards)
-    return whole and found.classes == classes and same == {name: split.source_digest for name, split in found.splits.items()}
+    known = {name: split.source_digest for name, split in found.splits.items()}
+    return is_whole(found) and found.classes == classes and same == known
 
 
 def _same_weights(found: Prepared, chosen: Chosen) -> bool:
@@ -282,19 +296,20 @@ def _weigh_again(found: Prepared, chosen: Chosen) -> Prepared:
     classes, splits = chosen
     print(f"data: the images in {found.folder} get other weights", file=sys.stderr)
     (found.folder / SIDECAR).unlink()
-    lines = read_lines(found.folder / "train.files.txt")
+    lines = read_lines(found.folder / names_file("train"))
     train = _weighted(found.folder, found.splits["train"], splits["train"], lines, len(classes))
     prepared = replace(found, splits={**found.splits, "train": train})
-    _write_sidecar(prepared)
+    write_sidecar(prepared)
     return prepared
 
 
 def _weighted(folder: Path, split: Split, images: Images, lines: list[str], classes: int) -> Split:
     """The training split with its images' weights, written beside the files. lines: as in `train.files.txt`."""
     path = folder / WEIGHTS
+    tables = [table for table in split.tables if table.file != WEIGHTS]
     if images.weights is None:
         path.unlink(missing_ok=True)
-        return replace(split, weights="", shard_weights=[])
+        return replace(split, weights="", shard_weights=[], tables=tables)
     row_of = {line_of(name): row for row, name in enumerate(images.names)}
     rows = np.array([row_of[line] for line in lines])
     weights, labels = images.weights[rows].astype("<f8"), images.labels[rows]
@@ -306,22 +321,8 @@ def _weighted(folder: Path, split: Split, images: Images, lines: list[str], clas
     ends = np.cumsum([shard.samples for shard in split.shards])[:-1]
     parts = zip(np.split(labels, ends), np.split(weights, ends), strict=True)
     of_files = [class_weights(*part, classes).tolist() for part in parts]
-    return replace(split, weights=images.weights_digest(), shard_weights=of_files)
-
-
-def _write_sidecar(prepared: Prepared) -> None:
-    content = {
-        "format": FORMAT,
-        "classes": prepared.classes,
-        "seed": prepared.seed,
-        "profile": prepared.profile,
-        "splits": {name: asdict(split) for name, split in prepared.splits.items()},
-    }
-    write_atomically(prepared.folder / SIDECAR, json.dumps(content, indent=1))
-
-
-def _whole(path: Path, shard: Shard) -> bool:
-    return path.is_file() and path.stat().st_size == shard.bytes
+    tables.append(file_entry(path, len(weights)))
+    return replace(split, weights=images.weights_digest(), shard_weights=of_files, tables=tables)
 
 
 def _write(folder: Path, chosen: Chosen, data: DataConfig, seed: int, settable: bool, packer: Packer | None) -> Prepared:
@@ -330,12 +331,12 @@ def _write(folder: Path, chosen: Chosen, data: DataConfig, seed: int, settable: 
     (folder / SIDECAR).unlink(missing_ok=True)
     print(f"data: preparing {sum(len(images) for images in splits.values()):,} images in {folder}", file=sys.stderr)
     progress = {name: write_split(folder, name, images, data, seed, settable, packer) for name, images in splits.items()}
-    written = {name: _split(progress[name], name, images, classes) for name, images in splits.items()}
+    written = {name: _split(folder, progress[name], name, images, classes) for name, images in splits.items()}
     if "train" in written:
         lines = [*map(line_of, progress["train"].names)]
         written["train"] = _weighted(folder, written["train"], splits["train"], lines, len(classes))
     prepared = Prepared(folder, classes, seed, data.profile.model_dump(mode="json"), written)
-    _write_sidecar(prepared)
+    write_sidecar(prepared)
     forget_records(folder)
     for name, split in written.items():
         if split.skipped:
@@ -353,7 +354,7 @@ def _write(folder: Path, chosen: Chosen, data: DataConfig, seed: int, settable: 
     return prepared
 
 
-def _split(progress: Progress, name: str, images: Images, classes: list[str]) -> Split:
+def _split(folder: Path, progress: Progress, name: str, images: Images, classes: list[str]) -> Split:
     counts = class_counts(progress.labels, len(classes))
     if name == "train" and not counts.all():
         raise UserError(f"class {classes[int(counts.argmin())]!r} has no readable training image")
@@ -361,7 +362,14 @@ def _split(progress: Progress, name: str, images: Images, classes: list[str]) ->
     # Of images that are no files, the source's digest is one of their content already, and recorded results have it.
     content = progress.digest if images.files is None else progress.content
     return Split(
-        progress.shards, counts.tolist(), progress.digest, progress.skipped, of_files.tolist(), content, progress.reasons
+        progress.shards,
+        counts.tolist(),
+        progress.digest,
+        progress.skipped,
+        of_files.tolist(),
+        content,
+        progress.reasons,
+        tables=[file_entry(folder / names_file(name), len(progress.names))],
     )
 
 

@@ -1,7 +1,7 @@
 """Preparing on a Ray cluster: tasks read, decode and encode the images; this process writes the files.
 
 The images come back in their order, so every file is the one that a single process writes, byte for byte. Ray starts the task
-of a lost node again on another. If this process is stopped, finished files are kept as always.
+of a lost node again on another. If that fails too often, or this process is stopped, finished files are kept as always.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from pipelines.common.seeding import stream
 from pipelines.config import DataConfig
 from pipelines.library_warnings import collected_warnings
 from pipelines.prepare.sources import Images
+from pipelines.prepare.sources.addresses import NetworkError
 from pipelines.prepare.writer import Result, pack_one
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 _AT_ONCE = 64  # images of a task: a second or so of work
 _AHEAD = 3  # tasks for each worker that are begun before their turn
+_RETRIES = 3  # of a task whose node or process is lost
 
 
 @contextmanager
@@ -95,12 +97,13 @@ class RayPacker:
 
         Raises:
             UserError: A node does not see the images' files.
+            NetworkError: A task was lost more often than it is tried again.
         """
         import ray
 
         raw = stream(seed, "raw").random(len(images)) < data.store.raw_share  # of mode 'mixed'
         mark = _first_file(images)
-        task = ray.remote(num_cpus=1, scheduling_strategy="SPREAD")(_packed)
+        task = ray.remote(num_cpus=1, scheduling_strategy="SPREAD", max_retries=_RETRIES)(_packed)
         settings = ray.put(data)
         chunks = (order[begin : begin + _AT_ONCE] for begin in range(0, len(order), _AT_ONCE))
         pending: list[tuple[np.ndarray, ray.ObjectRef[Any]]] = []
@@ -123,7 +126,8 @@ class RayPacker:
                         raise error.cause from error
                     raise
                 except ray.exceptions.RayError as error:
-                    raise UserError(f"--cluster: a task was lost for good: {' '.join(str(error).split())[:300]}") from error
+                    reason = " ".join(str(error).split())[:300]
+                    raise NetworkError(f"--cluster: a task was lost for good: {reason}") from error
                 if warning:
                     warned.add(warning)
                 submit()

@@ -11,7 +11,7 @@ from PIL import Image
 from pipelines.config import DataConfig
 from pipelines.prepare.beton import RAW
 from pipelines.prepare.build import Prepared, choose, subset_seed
-from pipelines.prepare.writer import line_of, read_lines
+from pipelines.prepare.writer import line_of
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ def original_images(prepared: Prepared, split: str, data: DataConfig, seed: int,
         The bytes of an image file, and its place for messages.
     """
     beton = prepared.beton(split)
-    names = read_lines(prepared.folder / f"{split}.files.txt")
+    names = prepared.names(split)
     images = None
     if data.source.present() and len(names) == len(beton):  # an earlier version wrote ends of lines in names as they are
         _, splits = choose(data.source.open(), data, subset_seed(data, seed))

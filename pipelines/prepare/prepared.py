@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from pipelines.common.errors import UserError
+from pipelines.common.files import write_atomically
 from pipelines.prepare.beton import Beton
+from pipelines.prepare.published import Published
 from pipelines.prepare.sources import class_counts
 from pipelines.prepare.sources.dataset import refuse_useless_weights
-from pipelines.prepare.writer import Shard
+from pipelines.prepare.writer import Shard, lines_of, names_file
 
 # 2: evaluation splits are stored without loss; 3: a split may have several files; 4: large images of evaluation are scaled
 FORMAT, EARLIER_FORMAT = 4, 3  # the earlier one is still read where its source is gone
@@ -36,6 +40,7 @@ class Split:
         reasons: Why each of `skipped` was unreadable; empty as above.
         weights: Digest of the source's weights; empty where it has none.
         shard_weights: Of each file, the sum of the weights of each class; empty without weights.
+        tables: The small files beside them, with names and weights; empty as above.
     """
 
     shards: list[Shard]
@@ -47,6 +52,7 @@ class Split:
     reasons: list[str] = field(default_factory=list)
     weights: str = ""
     shard_weights: list[list[float]] = field(default_factory=list)
+    tables: list[Shard] = field(default_factory=list, compare=False)
 
     @property
     def digest(self) -> str:
@@ -79,6 +85,7 @@ class Prepared:
         seed: Of the subset and of the order on disk.
         profile: The long-tail profile.
         splits: 'train', and 'val' and 'test' where they exist.
+        published: Where the files are fetched from as they are needed; None: they lie in `folder`.
     """
 
     folder: Path
@@ -86,9 +93,10 @@ class Prepared:
     seed: int
     profile: dict[str, object]
     splits: dict[str, Split]
+    published: Published | None = None
 
     def beton(self, split: str, only: list[int] | None = None) -> Beton:
-        """Open the files of a split and check them against the sidecar.
+        """Open the files of a split and check them against the sidecar. Published ones are fetched where they are not here.
 
         If another command prepares the folder again later, the open files keep their content.
 
@@ -97,19 +105,25 @@ class Prepared:
             only: Numbers of the files; None: all.
 
         Raises:
-            UserError: A file is missing or damaged, or the folder was prepared again since the sidecar was read.
+            UserError: A file is missing or damaged, cannot be fetched, or the folder was prepared again since the sidecar was
+                read.
         """
         entry = self.splits[split]
         numbers = list(range(len(entry.shards))) if only is None else only
         firsts = np.cumsum([0, *(shard.samples for shard in entry.shards)])
         rows = np.concatenate([np.arange(firsts[number], firsts[number + 1]) for number in numbers])
         chosen = [entry.shards[number] for number in numbers]
-        beton = Beton(*(self.folder / shard.file for shard in chosen), rows=rows)
+        if self.published is not None:
+            paths, files = self.published.open(chosen)
+            beton = Beton(*paths, rows=rows, files=files)
+        else:
+            beton = Beton(*(self.folder / shard.file for shard in chosen), rows=rows)
         sizes = [os.fstat(file).st_size for file in beton.files]
         weights = self._weights(split)
-        now = read_sidecar(self.folder)  # gone before the first file is replaced, and back after the last
-        if now is None or now.splits != self.splits:
-            raise UserError(f"{str(self.folder)!r} was prepared again while this command ran; run it again")
+        if self.published is None:
+            now = read_sidecar(self.folder)  # gone before the first file is replaced, and back after the last
+            if now is None or now.splits != self.splits:
+                raise UserError(f"{str(self.folder)!r} was prepared again while this command ran; run it again")
         whole = only is not None or class_counts(beton.labels, len(self.classes)).tolist() == entry.counts
         if not whole or len(beton) != len(rows) or sizes != [shard.bytes for shard in chosen]:
             raise UserError(
@@ -162,16 +176,17 @@ class Prepared:
             UserError: They have no weights, a class would never be drawn, or the file of the weights is missing.
         """
         refuse_useless_weights(self.class_weights(split), self.classes)
-        if not (self.folder / WEIGHTS).is_file():
+        if self.published is None and not (self.folder / WEIGHTS).is_file():
             raise UserError(f"data.sampling is 'weighted', but {str(self.folder / WEIGHTS)!r} is not on this machine; bring it")
 
     def _weights(self, split: str) -> np.ndarray | None:
         """The weight of each image, float64 (N,); None without weights, or where the file was not brought to this machine."""
         path, entry = self.folder / WEIGHTS, self.splits[split]
-        if not entry.weights or not path.is_file():
+        content = self._table(split, WEIGHTS) if entry.weights else None
+        if content is None:
             return None
         try:
-            weights = np.load(path)
+            weights = np.load(io.BytesIO(content))
         except (OSError, ValueError, EOFError) as error:
             raise UserError(f"{str(path)!r} is damaged ({error}); remove the folder and prepare again") from error
         if weights.shape != (entry.samples,):
@@ -181,6 +196,27 @@ class Prepared:
     def paths(self, split: str) -> list[Path]:
         """The files of a split."""
         return [self.folder / shard.file for shard in self.splits[split].shards]
+
+    def names(self, split: str) -> list[str]:
+        """The name of each image of a split in its source, in the order of the files; empty where the list is gone.
+
+        Raises:
+            UserError: The list is published, and cannot be fetched.
+        """
+        content = self._table(split, names_file(split))
+        return [] if content is None else lines_of(content)
+
+    def _table(self, split: str, name: str) -> bytes | None:
+        """A small file of the folder; None where it is gone."""
+        if self.published is None:
+            path = self.folder / name
+            return path.read_bytes() if path.is_file() else None
+        entry = next((table for table in self.splits[split].tables if table.file == name), None)
+        if entry is None:
+            return None
+        _, (descriptor,) = self.published.open([entry])
+        with os.fdopen(descriptor, "rb") as file:
+            return file.read()
 
     @property
     def digests(self) -> dict[str, str]:
@@ -203,18 +239,65 @@ def read_sidecar(folder: Path) -> Prepared | None:
         UserError: It is damaged.
     """
     try:
-        content = json.loads((folder / SIDECAR).read_text())
-        if content["format"] not in (FORMAT, EARLIER_FORMAT):
-            return None
-        splits = {
-            name: Split(**{**split, "shards": [Shard(**shard) for shard in split["shards"]]})
-            for name, split in content["splits"].items()
-        }
-        return Prepared(folder, content["classes"], content["seed"], content["profile"], splits)
+        return parse_sidecar((folder / SIDECAR).read_bytes(), folder, str(folder / SIDECAR))
     except FileNotFoundError:
         return None
+
+
+def parse_sidecar(text: bytes, folder: Path, place: str) -> Prepared | None:
+    """What a sidecar says.
+
+    Args:
+        text: Its content.
+        folder: Of the prepared data.
+        place: Where it was found, for messages.
+
+    Returns:
+        The prepared data; None where the sidecar is of another format.
+
+    Raises:
+        UserError: It is damaged.
+    """
+    try:
+        content = json.loads(text)
+        if content["format"] not in (FORMAT, EARLIER_FORMAT):
+            return None
+        return Prepared(
+            folder,
+            content["classes"],
+            content["seed"],
+            content["profile"],
+            {name: _split(split) for name, split in content["splits"].items()},
+        )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{str(folder / SIDECAR)!r} is damaged ({error!r}); remove the folder and prepare again") from error
+        raise UserError(f"{place!r} is damaged ({error!r}); remove the folder and prepare again") from error
+
+
+def _split(content: dict[str, Any]) -> Split:
+    files = {key: [Shard(**file) for file in content.get(key, [])] for key in ("shards", "tables")}
+    return Split(**{**content, **files})
+
+
+def write_sidecar(prepared: Prepared) -> None:
+    """Write the sidecar of a prepared folder.
+
+    Args:
+        prepared: What it says.
+    """
+    content = {
+        "format": FORMAT,
+        "classes": prepared.classes,
+        "seed": prepared.seed,
+        "profile": prepared.profile,
+        "splits": {name: asdict(split) for name, split in prepared.splits.items()},
+    }
+    write_atomically(prepared.folder / SIDECAR, json.dumps(content, indent=1))
+
+
+def is_whole(prepared: Prepared) -> bool:
+    """Whether all files of a prepared folder are there, of the size that the sidecar has."""
+    files = [(prepared.folder / shard.file, shard) for split in prepared.splits.values() for shard in split.shards]
+    return all(path.is_file() and path.stat().st_size == shard.bytes for path, shard in files)
 
 
 def counts_of_files(labels: np.ndarray, shards: list[Shard], classes: int) -> np.ndarray:

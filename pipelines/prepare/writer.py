@@ -10,6 +10,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import os
 import shutil
 import sys
 import time
@@ -45,11 +46,13 @@ class Shard:
         file: Its name.
         samples: Images in it.
         bytes: Its size.
+        sha256: Of its bytes; empty where an earlier version prepared the data.
     """
 
     file: str
     samples: int
     bytes: int
+    sha256: str = field(default="", compare=False)
 
 
 @dataclass
@@ -157,7 +160,7 @@ class _Files:
         self._writer.finish()
         self._writer = None
         progress = self.progress
-        shard = Shard(path.name, samples, path.stat().st_size)
+        shard = file_entry(path, samples)
         record = asdict(progress) | {"shards": [asdict(shard)]}
         record |= {name: getattr(progress, name)[begin:] for name, begin in self._recorded.items()}
         write_atomically(self._folder / record_of(path.name), json.dumps(record))
@@ -184,6 +187,22 @@ class _Files:
             progress = following
             if self._limit is None:
                 return progress
+
+
+def file_entry(path: Path, samples: int) -> Shard:
+    """What the sidecar keeps of a file.
+
+    Args:
+        path: The finished file.
+        samples: Images in it, or lines of a list.
+    """
+    with path.open("rb") as file:
+        return Shard(path.name, samples, os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest())
+
+
+def names_file(split: str) -> str:
+    """The file name of a split's list: the source of each image, a line each."""
+    return f"{split}.files.txt"
 
 
 def record_of(file: str) -> str:
@@ -217,8 +236,13 @@ def line_of(name: str) -> str:
 
 
 def read_lines(path: Path) -> list[str]:
-    """The lines of a `SPLIT.files.txt`, one a row. Only a line feed ends a line: names may contain U+2028 and its like."""
-    return path.read_text(errors="surrogateescape").removesuffix("\n").split("\n")
+    """The lines of a `SPLIT.files.txt`, one a row."""
+    return lines_of(path.read_bytes())
+
+
+def lines_of(content: bytes) -> list[str]:
+    """The same of its content. Only a line feed ends a line: names may contain U+2028 and its like."""
+    return content.decode(errors="surrogateescape").removesuffix("\n").split("\n")
 
 
 def forget_records(folder: Path) -> None:
@@ -301,7 +325,7 @@ def write_split(
     finally:
         packed.close()
     lines = "".join(f"{line_of(name)}\n" for name in progress.names)
-    (folder / f"{split}.files.txt").write_text(lines, errors="surrogateescape")
+    (folder / names_file(split)).write_text(lines, errors="surrogateescape")
     _report(split, progress, len(order) - first, time.monotonic() - began)
     return progress
 

@@ -36,6 +36,7 @@ EXAMPLES: dict[str, Any] = {
     "bundles": ["runs/first/bundle"],
     "cors": ["https://example.org"],
     "data.mean": [0.5, 0.5, 0.5],
+    "data.published": "s3://bucket/prepared",
     "data.std": [0.25, 0.25, 0.25],
     "data.window": [0, 4095],
     "data.views.augment": [{"kind": "grayscale", "probability": 0.2}],

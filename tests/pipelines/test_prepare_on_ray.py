@@ -18,6 +18,7 @@ import pytest
 
 from cibl_ray.cluster.environment import configure_ray_env
 from pipelines.common.errors import UserError
+from pipelines.common.seeding import stream
 from pipelines.config import DataConfig
 from pipelines.prepare import __main__ as command
 from pipelines.prepare import on_ray
@@ -92,21 +93,32 @@ def test_several_files_with_a_bad_image(running, photo_folder, tmp_path):
         )
 
 
-def test_a_lost_worker_changes_nothing(running, photo_folder, tmp_path):
-    class Fatal:
-        """Images that end the first process, beside the test's own, that reads them."""
+def fatal_images(photo_folder: Path, mark: Path, heal: bool) -> Images:
+    """Photographs. The last one in the order of writing ends the process that reads it, until a file exists.
 
-        def __init__(self, pixels: list[bytes], mark: Path, here: int) -> None:
-            self._pixels, self._mark, self._here = pixels, mark, here
+    Args:
+        photo_folder: The photographs.
+        mark: The file.
+        heal: Whether the process makes the file before it ends.
+    """
+    here = os.getpid()
+
+    class Fatal:
+        """Within a function, so that it travels to tasks by value."""
+
+        def __init__(self, pixels: list[bytes], fatal: int | None) -> None:
+            self._pixels, self._fatal = pixels, fatal
 
         def read(self, index: int) -> bytes:
-            if os.getpid() != self._here and not self._mark.exists():
-                self._mark.touch()
+            if index == self._fatal and os.getpid() != here and not mark.exists():
+                if heal:
+                    mark.touch()
                 os._exit(1)
             return self._pixels[index]
 
         def take(self, indices: np.ndarray) -> Fatal:
-            return Fatal([self._pixels[index] for index in indices], self._mark, self._here)
+            rows = indices.tolist()
+            return Fatal([self._pixels[row] for row in rows], rows.index(self._fatal) if self._fatal in rows else None)
 
         def place(self, index: int) -> str:
             return f"image {index}"
@@ -115,14 +127,38 @@ def test_a_lost_worker_changes_nothing(running, photo_folder, tmp_path):
             return b""
 
     train = FolderSource(kind="folder", path=photo_folder).open().train
-    content = Fatal([train.read(index) for index in range(len(train))], tmp_path / "mark", os.getpid())
-    images = Images(train.names, train.labels, content=content)
-    data = data_config(store={"mode": "raw", "shard_mb": 1})
-    for name, packer in (("alone", None), ("tasks", on_ray.RayPacker(2))):
-        (tmp_path / name).mkdir()
-        write_split(tmp_path / name, "train", images, data, 0, packer=packer)
+    last = int(stream(0, "write", "train").permutation(len(train))[-1])
+    return Images(train.names, train.labels, content=Fatal([train.read(index) for index in range(len(train))], last))
+
+
+def written(folder: Path, images: Images, packer: on_ray.RayPacker | None) -> dict[str, bytes]:
+    folder.mkdir(exist_ok=True)
+    write_split(folder, "train", images, data_config(store={"mode": "raw", "shard_mb": 1}), 0, packer=packer)
+    return files_of(folder)
+
+
+def test_a_lost_worker_changes_nothing(running, photo_folder, tmp_path):
+    images = fatal_images(photo_folder, tmp_path / "mark", heal=True)
+    alone = written(tmp_path / "alone", images, None)
+    assert written(tmp_path / "tasks", images, on_ray.RayPacker(2)) == alone
     assert (tmp_path / "mark").exists()
-    assert files_of(tmp_path / "alone") == files_of(tmp_path / "tasks")
+
+
+def test_a_task_that_is_lost_for_good_keeps_the_finished_files(running, photo_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(on_ray, "_AT_ONCE", 4)
+    monkeypatch.setattr(on_ray, "_RETRIES", 0)
+    images = fatal_images(photo_folder, tmp_path / "mark", heal=False)
+    alone = written(tmp_path / "alone", images, None)
+    with pytest.raises(UserError, match=r"lost for good: .*; stopped: \d+ of 24 train images .* continues") as caught:
+        written(tmp_path / "tasks", images, on_ray.RayPacker(2))
+    assert "\n" not in str(caught.value)
+    kept = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "tasks").glob("*.beton")}
+    assert len(kept) > 1
+    (tmp_path / "mark").touch()
+    capsys.readouterr()
+    assert written(tmp_path / "tasks", images, on_ray.RayPacker(2)) == alone
+    assert "data: train continues after" in capsys.readouterr().err
+    assert {name: (tmp_path / "tasks" / name).stat().st_mtime_ns for name in kept} == kept
 
 
 def test_a_node_that_does_not_see_the_images_is_told(running, tmp_path, monkeypatch):

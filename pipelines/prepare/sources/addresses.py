@@ -26,7 +26,7 @@ Result = TypeVar("Result")
 
 
 class NetworkError(UserError):
-    """The network failed for good. What was written is kept, so that the same command can continue."""
+    """The network or a node failed for good. What was written is kept, so that the same command can continue."""
 
 
 def _public(value: object) -> object:
@@ -38,7 +38,16 @@ def _public(value: object) -> object:
     return value.rstrip("/")
 
 
+def _address(value: object) -> object:
+    """Refuse what is no address, or holds credentials."""
+    if isinstance(value, str) and "://" not in value:
+        raise ValueError("it must be an address such as s3://bucket/folder")
+    return _public(value)
+
+
 Address = Annotated[str, StringConstraints(pattern=r"^[a-zA-Z][a-zA-Z0-9+.-]*://")]
+PublicAddress = Annotated[Address, BeforeValidator(_address)]
+"""An address such as s3://bucket/folder, without credentials."""
 Location = Annotated[Path | Address, BeforeValidator(_public)]
 """A path, or an address such as s3://bucket/folder."""
 
@@ -137,13 +146,16 @@ def fetch(system: Any, address: str, limit: int) -> bytes:
     return data
 
 
-def patient(call: Callable[[], Result], address: str, give_up: Callable[[], bool] = lambda: False) -> Result | bytes:
+def patient(
+    call: Callable[[], Result], address: str, give_up: Callable[[], bool] = lambda: False, what: str = "read"
+) -> Result | bytes:
     """Call a storage's library, and call it again when the network fails.
 
     Args:
         call: What to do.
         address: Where, for messages.
         give_up: Whether another try is of no use; the result is then empty bytes.
+        what: What is done, for messages: read or written.
 
     Raises:
         FileNotFoundError: Nothing is at the address.
@@ -166,7 +178,7 @@ def patient(call: Callable[[], Result], address: str, give_up: Callable[[], bool
                 status = getattr(error, "status", None)
                 reason = f"{type(error).__name__}{f', status {status}' if status else ''}"
                 raise NetworkError(
-                    f"{without_secrets(address)}: cannot be read after {_TRIES} tries: {reason}"
+                    f"{without_secrets(address)}: cannot be {what} after {_TRIES} tries: {reason}"
                 ) from error  # its text may hold the whole address
         time.sleep(wait)
         wait *= 2
