@@ -186,6 +186,12 @@ class TrainConfig(Settings):
         "For timm's models that can; batch norm's running statistics move twice a step.",
     )
     eval_batch_size: int = Field(default=500, ge=1, description="Images in a batch of evaluation.")
+    evaluate_every: int = Field(
+        default=1,
+        ge=1,
+        description="Epochs between evaluations on the validation split; the last epoch has one in any case. "
+        "The best epoch is chosen among those that are evaluated.",
+    )
     precision: Literal["auto", "fp32", "bf16"] = Field(
         default="auto",
         description="auto: bf16 mixed precision where the GPU or CPU has it, else fp32 (on GPUs with TF32 in convolutions); "

@@ -14,7 +14,7 @@ from benchmarks.reproduce import __main__ as reproduce
 from benchmarks.reproduce import front
 from benchmarks.reproduce import lines as reproduce_lines
 from benchmarks.reproduce import report as reproduce_report
-from benchmarks.reproduce.cells import BUDGETS, TABLES, cells
+from benchmarks.reproduce.cells import BUDGETS, ON_VALIDATION, TABLES, cells
 from benchmarks.reproduce.cost import multiply_adds, pflop
 from benchmarks.reproduce.lines import failed, is_of, of_cell, record
 from cibl_ray.config import config_warnings, load_config, save_config
@@ -49,6 +49,19 @@ def test_readings_differ_in_the_loss_alone(budget):
         assert config.network.head.kind == "linear"
     assert every["log-prior, λ=5.0"].loss.kappa == 1
     assert every["normalised by class, λ=0.5"].loss.normalize == "class"
+
+
+def test_the_search_changes_one_thing_at_about_equal_cost():
+    """Length alone costs more; two views have half the epochs."""
+    every = {cell.value: load_config(cell.config, list(cell.options)) for cell in cells("search", "laptop", 1, 0.1)}
+    assert len(every) >= 24
+    base = every["base"]
+    cost = passes(base, 76, base.train.epochs).trained
+    for value, config in every.items():
+        assert (config.data.val_fraction, config.data.profile.imbalance) == (0.1, 100)
+        times = {"twice the epochs": 2, "three times the epochs": 3, "SAM in the last fifth": 1.2}.get(value, 1)
+        batches = 76 * 128 // config.train.batch_size
+        assert passes(config, batches, config.train.epochs).trained == pytest.approx(times * cost, rel=0.04)
 
 
 def test_recipes_change_one_thing_and_are_scored_on_validation(tmp_path):
@@ -244,7 +257,7 @@ def test_every_row_runs(table, small_cifar, small_cifar100, tmp_path):
     done = in_process(reproduce.main, *command)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
-    assert found["runs"] == found["of"] == len(cells(table, "smoke", 1, 0.1 if table == "recipe" else 0.0))
+    assert found["runs"] == found["of"] == len(cells(table, "smoke", 1, 0.1 if table in ON_VALIDATION else 0.0))
     lines = reproduce_report.read(tmp_path / "docs" / f"{table}-smoke.jsonl")
     assert all(0 <= entry["last"]["overall"] <= 1 for entry in lines)
 

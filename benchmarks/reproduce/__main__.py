@@ -8,6 +8,7 @@ cosine_epochs   Does the cosine head need fewer epochs? Whole runs of a quarter 
 readings        What the paper's text leaves open: a log-prior in the logits, a queue, cross-entropy weights normalised to a
                 mean of 1, means within each class first. With which does λ move accuracy to the tail?
 recipe          CIBL's recipe with one thing changed at a time, scored on a tenth of each class, set aside for validation.
+search          CIFAR-100-LT, a short recipe (one view, 35 epochs) with one thing changed at a time, scored likewise.
 imagenet_lt     ResNet-50, 90 epochs.
 
 gpu: ResNet-32, 200 epochs, the published recipes, three runs at a time. laptop: the same, one after another on all cores, one
@@ -32,7 +33,7 @@ import torch
 from benchmarks.many_runs import Run, RunsFailedError, refuse_another, run_all
 from benchmarks.measure import machine, report
 from benchmarks.reproduce import report as tables
-from benchmarks.reproduce.cells import BUDGETS, TABLES, Cell, cells
+from benchmarks.reproduce.cells import BUDGETS, ON_VALIDATION, TABLES, Cell, cells
 from benchmarks.reproduce.claims import figures
 from benchmarks.reproduce.lines import Line, failed, is_of, record, source, source_of
 from benchmarks.reproduce.pace import planned, seconds_a_pass
@@ -54,7 +55,10 @@ def main() -> None:
     parser.add_argument("--factors", nargs="+", type=int, metavar="IF", help="train only at these imbalance factors")
     parser.add_argument("--compile", action="store_true", help="train with torch.compile, on a GPU as CUDA graphs")
     parser.add_argument(
-        "--val", type=float, default=0.0, help="share of each class set aside to choose the best epoch on (0; recipe: 0.1)"
+        "--val",
+        type=float,
+        default=0.0,
+        help="share of each class set aside, for the best epoch (0; recipe, search: 0.1)",
     )
     parser.add_argument("--cifar10", type=Path, help="CIFAR-10 as an image folder; by default torchvision's files in data/")
     parser.add_argument("--cifar100", type=Path, help="CIFAR-100 likewise")
@@ -68,8 +72,10 @@ def main() -> None:
     arguments = parser.parse_args()
     table, budget = arguments.table, arguments.budget
     lines = arguments.docs / f"{table}-{budget}{'-val' if arguments.val else ''}{_suffix(arguments)}.jsonl"
-    if table == "recipe":
+    if table in ON_VALIDATION:
         arguments.val = arguments.val or 0.1
+    if table == "search" and budget == "cpu":
+        parser.error("search is ResNet-32 for 35 epochs a row: it has the budgets laptop, gpu and smoke")
     if table == "imagenet_lt" and budget == "cpu":
         parser.error("imagenet_lt is ResNet-50 at 224 pixels, 90 epochs: it has the budgets gpu and smoke")
     seeds = 1 if budget == "smoke" else arguments.seeds or (1 if budget == "laptop" else 3)

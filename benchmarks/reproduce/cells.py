@@ -7,9 +7,12 @@ from dataclasses import dataclass
 
 import yaml
 
+from benchmarks.reproduce import search
+from benchmarks.reproduce.views import OTHER, PLAIN, STRONG, views
 from pipelines.prepare.longtail import exp_counts
 
-TABLES = ("cifar10_lt", "cifar100_lt", "tail_skew", "cosine_epochs", "readings", "recipe", "imagenet_lt")
+TABLES = ("cifar10_lt", "cifar100_lt", "tail_skew", "cosine_epochs", "readings", "recipe", "search", "imagenet_lt")
+ON_VALIDATION = ("recipe", "search")  # whose runs are scored on a tenth of each class, set aside: they choose recipes
 LAMBDAS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 5.0)
 # What the paper's text leaves open, at the λ where it matters.
 READINGS = {
@@ -120,16 +123,6 @@ BUDGETS = {
 _SMOKE_PROFILE = "{kind: exp, imbalance: 100, largest: 100}"
 
 _LINEAR, _COSINE = ("--head", "{kind: linear}"), ("--head", "{kind: cosine}")
-_CROP, _RESIZED = "cut: {kind: crop, padding: 4}", "cut: {kind: resized, scale: [0.2, 1.0]}"
-_PLAIN = f"{{{_CROP}}}"
-_STRONG = f"{{{_CROP}, augment: [{{kind: auto_augment}}, {{kind: cutout, size: 16}}]}}"
-_OTHER = f"{{{_RESIZED}, augment: [{{kind: color_jitter}}, {{kind: grayscale}}]}}"
-
-
-def _views(*each: str) -> tuple[str, str]:
-    return "--data.views", f"[{', '.join(each)}]"
-
-
 _SCALE_30 = ("--head", "{kind: cosine, scale: {start: 30}}")
 
 
@@ -226,7 +219,7 @@ def variants(dataset: str, budget: Budget) -> dict[str, tuple[int, tuple[str, ..
         fields = {"kind": "cibl", "tail_skew": _tail_skew(dataset, budget), "kappa": 1, **loss}
         return times, ("--head", head, "--loss", yaml.safe_dump(fields, default_flow_style=True).strip(), *options)
 
-    other = {"plain views": row(*_views(_PLAIN, _PLAIN))} if budget.full else {"strong views": row(*_views(_STRONG, _OTHER))}
+    other = {"plain views": row(*views(PLAIN, PLAIN))} if budget.full else {"strong views": row(*views(STRONG, OTHER))}
     return {
         "base": row(),
         "λ = 0": row(tail_skew=0),
@@ -247,7 +240,7 @@ def variants(dataset: str, budget: Budget) -> dict[str, tuple[int, tuple[str, ..
         "learned scale": row(head="{kind: cosine, scale: {start: 16, learnable: true}}"),
         "averaged weights": row("--train.average", str(budget.averaging)),
         "square-root sampling": row("--data.sampling", "square_root"),
-        "three views": row(*_views(*(_STRONG, _OTHER, _OTHER) if budget.full else 3 * (_PLAIN,))),
+        "three views": row(*views(*(STRONG, OTHER, OTHER) if budget.full else 3 * (PLAIN,))),
         **other,
         "half the batch": row("--batch_size", "128" if budget.full else "64"),
         "twice the learning rate": row("--lr", "0.3" if budget.full else "0.2"),
@@ -259,7 +252,7 @@ def variants(dataset: str, budget: Budget) -> dict[str, tuple[int, tuple[str, ..
 def cells(table: str, name: str, seeds: int, val: float) -> list[Cell]:
     """Every run of a table, first seeds first, so that a stopped measurement has something to say of each row.
 
-    imagenet_lt has no budget cpu.
+    imagenet_lt and search have no budget cpu.
     """
     budget = BUDGETS[name]
     common = budget.common + (("--val_fraction", str(val)) if val else ())
@@ -293,6 +286,9 @@ def cells(table: str, name: str, seeds: int, val: float) -> list[Cell]:
                         epochs = times * budget.epochs
                         config = f"recipes/{dataset}_lt_if100_200" if budget.full else f"{dataset}_lt"
                         found.append(_cell(dataset, 100, value, seed, name, config, options, epochs, common))
+            case "search":
+                for value, (epochs, options) in search.rows(budget.epochs).items():
+                    found.append(_cell("cifar100", 100, value, seed, name, search.CONFIG, options, epochs, common))
             case "cosine_epochs":
                 for dataset in ("cifar10", "cifar100"):
                     for head, options in (("linear", _LINEAR), ("cosine", _COSINE)):

@@ -1,7 +1,7 @@
 """`python -m benchmarks.reproduce.front LINES... --out FILE.png [--dataset cifar100] [--factor 100]`: accuracy against PFLOP.
 
-Draws every line of JSON that has a cost (a run of the test set; lines of the table `recipe` are scored on validation data, and
-left out), and the published points beside them: what methods reach, over what a run of theirs costs.
+Draws every line of JSON that has a cost and is scored on the test set: the tables `recipe` and `search` are not. The published
+points are drawn beside them: what methods reach, over what a run of theirs costs.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from benchmarks.reproduce import report as tables
+from benchmarks.reproduce.cells import ON_VALIDATION
 from benchmarks.reproduce.cost import pflop
 from benchmarks.reproduce.lines import Line
 from cibl_ray.training.passes import Passes
@@ -52,7 +53,7 @@ def ours(lines: list[Line], dataset: str, factor: int) -> dict[str, list[tuple[f
     """PFLOP and accuracy in % of every run that has both, by row."""
     found: dict[str, list[tuple[float, float]]] = {}
     for line in lines:
-        scored = "failed" not in line and line.get("pflop") and line["table"] != "recipe"
+        scored = "failed" not in line and line.get("pflop") and line["table"] not in ON_VALIDATION
         if scored and (line["dataset"], line["imbalance"]) == (dataset, factor):
             found.setdefault(line["value"], []).append((line["pflop"], 100 * line["last"]["overall"]))
     return found

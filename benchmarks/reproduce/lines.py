@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks.many_runs import computed
 from benchmarks.measure import machine
-from benchmarks.reproduce.cells import Cell
+from benchmarks.reproduce.cells import ON_VALIDATION, Cell
 from benchmarks.reproduce.cost import cost
 from cibl_ray.config import RunConfig
 from cibl_ray.run.fingerprint import code_digest
@@ -83,7 +83,7 @@ def record(
     commit: the one that is checked out, if it is its code that trained every epoch; else None.
     """
     result, rows = json.loads((folder / "result.json").read_text()), read_metrics(folder)
-    if table == "recipe":  # recipes are chosen by these scores, so the test set stays out of them
+    if table in ON_VALIDATION:  # recipes are chosen by these scores, so the test set stays out of them
         result = {**result, "last": {"epoch": rows[-1]["epoch"], "scores": rows[-1]["val"]}}
         result.pop("best", None)
     config = validate(RunConfig, read_config(folder / CONFIG), str(folder))

@@ -10,14 +10,14 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from benchmarks.reproduce import claims
-from benchmarks.reproduce.cells import BEST_ON_TEST, BEST_PUBLISHED, BUDGETS, PUBLISHED, PUBLISHED_EPOCHS, Cell
+from benchmarks.reproduce.cells import BEST_ON_TEST, BEST_PUBLISHED, BUDGETS, ON_VALIDATION, PUBLISHED, PUBLISHED_EPOCHS, Cell
 from benchmarks.reproduce.lines import Line, source_of
 
 TITLES = {"cifar10": "CIFAR-10-LT", "cifar100": "CIFAR-100-LT", "imagenet": "ImageNet-LT"}
 COLUMNS = ("overall", "many", "medium", "few", "head", "middle", "tail")
 COLORS = {"overall": "black", "head": "#2a6f97", "middle": "#8a8a8a", "tail": "#c8553d"}
 _CHOICE = {
-    "recipe": "No score here is of the test set: recipes are chosen by these.",
+    **dict.fromkeys(ON_VALIDATION, "No score here is of the test set: recipes are chosen by these."),
     "tail_skew": "No epoch is chosen on the test set. CIBL without the log-prior (κ = 0).",
     "imagenet_lt": "No epoch is chosen on the test set. CIBL: λ = .05, κ = 1, chosen on no data of this set.",
     "readings": "No epoch is chosen on the test set. CIBL, linear head.",
@@ -28,7 +28,9 @@ _OF_METHODS = {
     False: "No epoch is chosen on the test set. "
     "CIBL's λ = .05 and κ = 1 looked best on it in docs/results/claims, after five epochs.",
 }
-_SCORED = {"recipe": "a balanced validation split, a tenth of each class's images before the long tail is cut"}
+_SCORED = dict.fromkeys(
+    ON_VALIDATION, "a balanced validation split, a tenth of each class's images before the long tail is cut"
+)
 _lock = Lock()
 
 

@@ -24,7 +24,8 @@ _BESIDE = [(right, up) for up in (0, 7, -7, 13, -13) for right in (6, -6)]
 def save_learning_curves(path: Path, rows: list[dict[str, Any]]) -> None:
     """Draw loss terms, accuracy and learning rate over the epochs.
 
-    If a run continued with another loss, some terms exist for a part of the epochs only. They are drawn for that part.
+    If a run continued with another loss, some terms exist for a part of the epochs only. They are drawn for that part. A line
+    joins the epochs that were evaluated.
 
     Args:
         path: The picture.
@@ -35,14 +36,14 @@ def save_learning_curves(path: Path, rows: list[dict[str, Any]]) -> None:
     loss, accuracy, rate = figure.subplots(1, 3)
     for name in ("loss", "cross_entropy", "contrastive"):
         if (values := _values(rows, "train", name)) is not None:
-            loss.plot(epochs, values, label=name.replace("_", "-"))
+            loss.plot(*values, label=name.replace("_", "-"))
     if (values := _values(rows, "val", "loss")) is not None:
-        loss.plot(epochs, values, label="validation cross-entropy", color="black", lw=1)
+        loss.plot(*values, label="validation cross-entropy", color="black", lw=1)
     loss.set(title="loss", xlabel="epoch")
     accuracy.plot(epochs, [100 * row["train"]["accuracy"] for row in rows], label="training", color="#8a8a8a")
     for name, color in (("balanced", "black"), *((group, COLORS[group]) for group in GROUPS)):
         if (values := _values(rows, "val", name)) is not None:
-            accuracy.plot(epochs, 100 * values, label=f"validation, {name}", color=color)
+            accuracy.plot(values[0], 100 * values[1], label=f"validation, {name}", color=color)
     accuracy.set(title="accuracy, %", xlabel="epoch", ylim=(0, 100))
     rate.plot(epochs, [row["rate"]["lr"] for row in rows], color="#2a6f97")
     rate.set(title="learning rate", xlabel="epoch")
@@ -53,10 +54,10 @@ def save_learning_curves(path: Path, rows: list[dict[str, Any]]) -> None:
     save(figure, path)
 
 
-def _values(rows: list[dict[str, Any]], group: str, name: str) -> np.ndarray | None:
-    """A number of each row, NaN where it lacks it; None where all do."""
-    values = [row.get(group, {}).get(name, np.nan) for row in rows]
-    return None if np.isnan(values).all() else np.array(values)
+def _values(rows: list[dict[str, Any]], group: str, name: str) -> tuple[np.ndarray, np.ndarray] | None:
+    """The epochs that have a number, and their numbers; None where no epoch has it."""
+    found = [(row["epoch"], row[group][name]) for row in rows if row.get(group, {}).get(name) is not None]
+    return (np.array([epoch for epoch, _ in found]), np.array([value for _, value in found])) if found else None
 
 
 def save_accuracy_by_class(path: Path, classes: list[str], train_counts: np.ndarray, runs: dict[str, Scores]) -> None:

@@ -483,9 +483,15 @@ class Trainer:
         if run_log is not None:
             run_log.write(row)
 
+    @property
+    def _evaluates(self) -> bool:
+        """Whether the epoch that ended is scored on the validation split."""
+        train = self.config.train
+        return "val" in self.prepared.splits and (self.epoch % train.evaluate_every == 0 or self.epoch == train.epochs)
+
     def _validate_last(self, run_log: RunLog | None) -> None:
         """Validate the last epoch where the run was stopped before that."""
-        if self.step or "val" not in self.prepared.splits:
+        if self.step or not self._evaluates:
             return
         row = self.world.broadcast_from_rank0(lambda: run_log.last_without("val", self.epoch) if run_log is not None else None)
         if row is None:
@@ -499,7 +505,7 @@ class Trainer:
 
     def _validate(self, row: dict[str, Any]) -> None:
         """Add the scores on the validation split, where there is one, and keep the best epoch."""
-        if "val" not in self.prepared.splits:
+        if not self._evaluates:
             return
         scores = self.evaluate("val")
         if scores is None:

@@ -105,7 +105,7 @@ class _Reported:
         return logging.NullHandler()
 
     def epoch(self, row: dict[str, Any], text: str) -> None:
-        if row["epoch"] <= self._reported:
+        if row["epoch"] <= self._reported or ("val" not in row and row["epoch"] < self._epochs):
             return
         if "val" not in row:
             raise UserError("no validation split, and a sweep must not choose on the test set; set data.val_fraction: 0.1")

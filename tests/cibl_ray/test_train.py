@@ -29,7 +29,7 @@ from cibl_ray.world import World, require_own_gpu
 from pipelines.common.errors import UserError
 from pipelines.prepare.build import ensure_prepared
 from tests.commands import in_process
-from tests.conftest import REPOSITORY, needs_ffcv
+from tests.conftest import REPOSITORY, digits_config, needs_ffcv
 
 TINY = ["--epochs", "4", "--warmup_epochs", "1", "--batch_size", "64"]
 
@@ -471,6 +471,16 @@ def test_fewer_epochs_than_begun_do_not_take_the_best_for_the_last(digits, tmp_p
     result = trainer.fit()
     assert (result["best"]["epoch"], result["best"]["scores"]) == (1, best)
     assert result["last"]["scores"].loss != best.loss
+
+
+def test_evaluate_every_scores_each_second_epoch_and_the_last(digits, tmp_path):
+    flags = ["--loader.kind", "torch", "--epochs", "5", "--warmup_epochs", "0", "--evaluate_every", "2"]
+    config = resolve(load_config("quickstart", flags)).model_copy(update={"data": digits_config(digits.folder.parent)})
+    result = fit(config, tmp_path / "run", False, World(), Silent())
+    scores = {row["epoch"]: row["val"]["balanced"] for row in read_metrics(tmp_path / "run") if "val" in row}
+    assert list(scores) == [2, 4, 5]
+    assert result["best"]["epoch"] == max(scores, key=lambda epoch: (scores[epoch], -epoch))
+    assert (tmp_path / "run" / "learning_curves.png").stat().st_size > 0
 
 
 def test_every_worker_is_told_of_a_folder_that_is_there(tmp_path):
