@@ -64,6 +64,17 @@ def test_the_search_changes_one_thing_at_about_equal_cost():
         assert passes(config, batches, config.train.epochs).trained == pytest.approx(times * cost, rel=0.04)
 
 
+@pytest.mark.parametrize(("dataset", "images"), [("cifar100", 10_847), ("cifar10", 12_406)])
+def test_equal_cost_is_equal(dataset, images):
+    every = [cell for cell in cells("equal_cost", "laptop", 1, 0.0) if cell.dataset == dataset]
+    assert len(every) >= 11
+    for cell in every:
+        config = load_config(cell.config, list(cell.options))
+        cost = passes(config, images // config.train.batch_size).equivalent
+        assert cost == pytest.approx(1e6, rel=0.03)
+        assert config.schedule.kind == "cosine"
+
+
 def test_recipes_change_one_thing_and_are_scored_on_validation(tmp_path):
     every = {cell.value: load_config(cell.config, list(cell.options)) for cell in cells("recipe", "cpu", 1, 0.1)}
     base = every.pop("base").model_dump(mode="json")

@@ -7,11 +7,21 @@ from dataclasses import dataclass
 
 import yaml
 
-from benchmarks.reproduce import search
+from benchmarks.reproduce import equal_cost, search
 from benchmarks.reproduce.views import OTHER, PLAIN, STRONG, views
 from pipelines.prepare.longtail import exp_counts
 
-TABLES = ("cifar10_lt", "cifar100_lt", "tail_skew", "cosine_epochs", "readings", "recipe", "search", "imagenet_lt")
+TABLES = (
+    "cifar10_lt",
+    "cifar100_lt",
+    "tail_skew",
+    "cosine_epochs",
+    "readings",
+    "recipe",
+    "search",
+    "equal_cost",
+    "imagenet_lt",
+)
 ON_VALIDATION = ("recipe", "search")  # whose runs are scored on a tenth of each class, set aside: they choose recipes
 LAMBDAS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 5.0)
 # What the paper's text leaves open, at the λ where it matters.
@@ -252,7 +262,7 @@ def variants(dataset: str, budget: Budget) -> dict[str, tuple[int, tuple[str, ..
 def cells(table: str, name: str, seeds: int, val: float) -> list[Cell]:
     """Every run of a table, first seeds first, so that a stopped measurement has something to say of each row.
 
-    imagenet_lt and search have no budget cpu.
+    imagenet_lt, search and equal_cost have no budget cpu.
     """
     budget = BUDGETS[name]
     common = budget.common + (("--val_fraction", str(val)) if val else ())
@@ -289,6 +299,10 @@ def cells(table: str, name: str, seeds: int, val: float) -> list[Cell]:
             case "search":
                 for value, (epochs, options) in search.rows(budget.epochs).items():
                     found.append(_cell("cifar100", 100, value, seed, name, search.CONFIG, options, epochs, common))
+            case "equal_cost":
+                for dataset in ("cifar100", "cifar10"):
+                    for value, (epochs, options) in equal_cost.rows(dataset, 100, budget.epochs).items():
+                        found.append(_cell(dataset, 100, value, seed, name, f"{dataset}_lt", options, epochs, common))
             case "cosine_epochs":
                 for dataset in ("cifar10", "cifar100"):
                     for head, options in (("linear", _LINEAR), ("cosine", _COSINE)):

@@ -10,12 +10,8 @@ from benchmarks.reproduce.views import OTHER, PLAIN, STRONG, views
 CONFIG = "cifar100_lt"
 SHARE = 0.175  # of the budget's epochs: 35 of 200
 
-_BASE = (
-    *views(STRONG),
-    *("--network.head", "{kind: cosine}", "--loss", "{kind: balanced_softmax}"),
-    *("--schedule", "{kind: cosine, warmup_epochs: 5}"),
-    *("--evaluate_every", "10"),
-)
+RECIPE = ("--schedule", "{kind: cosine, warmup_epochs: 5}", "--evaluate_every", "10")
+_BASE = (*RECIPE, *views(STRONG), "--network.head", "{kind: cosine}", "--loss", "{kind: balanced_softmax}")
 
 
 def _cibl(skew: float, more: str = "") -> tuple[str, str]:

@@ -1,0 +1,54 @@
+"""Rows of the table `equal_cost`: each method on one short recipe, as many passes through the network for all.
+
+Published recipes differ in length, views and schedule, so their numbers say little about the losses. Here a method with more
+views has fewer epochs. Optimiser, schedule, network and first view are the same.
+"""
+
+from __future__ import annotations
+
+from benchmarks.reproduce.search import RECIPE
+from benchmarks.reproduce.views import OTHER, STRONG, views
+from pipelines.prepare.longtail import exp_counts
+
+PASSES = 1_000_000  # of 200 epochs' budget, forward and backward: some 20 minutes of two cores with bf16
+_CLASSES, _LARGEST = {"cifar10": 10, "cifar100": 100}, {"cifar10": 5000, "cifar100": 500}
+_LINEAR, _SCALE_30 = "{kind: linear}", "{kind: cosine, scale: {start: 30}}"
+
+
+def _cibl(skew: float, more: str = "") -> str:
+    return f"{{kind: cibl, tail_skew: {skew}, kappa: 1{more}}}"
+
+
+def _row(cost: float, loss: str, *others: str, head: str = "{kind: cosine}") -> tuple[float, tuple[str, ...]]:
+    return cost, (*views(STRONG, *others), "--loss", loss, "--network.head", head)
+
+
+# Method: passes for each image of an epoch, and its options. Keys of an averaged network are forward alone: a third of a pass.
+_METHODS: dict[str, tuple[float, tuple[str, ...]]] = {
+    "CE": _row(1, "{kind: cross_entropy}", head=_LINEAR),
+    "balanced softmax": _row(1, "{kind: balanced_softmax}"),
+    "VS": _row(1, "{kind: vs}"),
+    "Hybrid-SC": _row(3, "{kind: hybrid_sc, temperature: 0.1}", OTHER, head=_LINEAR),
+    "Hybrid-PSC": _row(3, "{kind: hybrid_psc, temperature: 0.1}", OTHER, head=_LINEAR),
+    "BCL": _row(3, "{kind: bcl, classify: first, contrast_views: others}", OTHER, OTHER, head=_SCALE_30),
+    "ProCo": _row(3, "{kind: proco}", OTHER, OTHER, head=_LINEAR),
+    "PaCo": _row(4 / 3, "{kind: paco, temperature: 0.05, alpha: 0.01, queue: 1024, momentum: 0.999}", OTHER, head=_LINEAR),
+    "CIBL, two views": _row(2, _cibl(0.05), OTHER),
+    "CIBL, linear head": _row(1, _cibl(0.01, ", queue: 1024"), head=_LINEAR),
+    **{f"CIBL, λ = {skew}": _row(1, _cibl(skew, ", queue: 1024")) for skew in (0.002, 0.01, 0.05)},
+}
+
+
+def rows(dataset: str, factor: int, epochs: int) -> dict[str, tuple[int, tuple[str, ...]]]:
+    """Epochs and options of each row.
+
+    Args:
+        dataset: 'cifar10' or 'cifar100'.
+        factor: Imbalance factor.
+        epochs: The budget's; `PASSES` are for 200.
+    """
+    images = int(exp_counts(_CLASSES[dataset], _LARGEST[dataset], factor).sum())
+    passes = PASSES * epochs / 200
+    return {
+        method: (max(1, round(passes / (cost * images))), (*RECIPE, *options)) for method, (cost, options) in _METHODS.items()
+    }
