@@ -67,9 +67,10 @@ def test_a_command_of_the_page(everything, command, monkeypatch, capsys, request
     if "s3://trees" in command:
         bucket = request.getfixturevalue("bucket")
         storage = pytest.importorskip("fsspec").filesystem("s3")
-        for path in Path("photos").rglob("*.png"):
+        for path in (*Path("photos").rglob("*.png"), *Path("shards").glob("*.tar")):
             storage.pipe_file(f"{bucket}/{path}", path.read_bytes())
     monkeypatch.setattr(sys, "argv", ["prepare", *shlex.split(command)])
+    monkeypatch.setenv("XDG_CACHE_HOME", str(Path("cache").absolute()))
     main()
     shown = capsys.readouterr().out
     counts = [int(count) for count in re.findall(r"^(?:train|val|test): ([0-9]+) images, 3 classes", shown, re.MULTILINE)]

@@ -6,9 +6,11 @@ Credentials come from the environment, as each storage's own library has it. The
 from __future__ import annotations
 
 import contextlib
+import io
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 from urllib.parse import urlsplit
@@ -20,7 +22,8 @@ from pipelines.common.errors import UserError
 
 _TRIES, _FIRST_WAIT = 5, 0.5  # of a network read; each wait is twice the one before
 LARGEST = 1 << 28  # bytes that are read from one address: a larger file is no image
-_STAMPS = ("ETag", "etag", "mtime", "LastModified", "updated")  # where storages keep what changes with a file
+_BLOCK = 1 << 22  # bytes of a file that are read at a time where its parts are looked for
+_STAMPS = ("ETag", "etag", "mtime", "LastModified", "updated", "Last-Modified")  # where storages keep what changes with a file
 
 Result = TypeVar("Result")
 
@@ -93,6 +96,197 @@ class Remote:
             if scheme not in self._systems:
                 self._systems[scheme] = file_system(scheme)
             return self._systems[scheme]
+
+
+class RemoteSlices:
+    """Pieces of files behind addresses: members of tar shards, each read by itself.
+
+    Args:
+        files: F addresses, each with its size in bytes and a stamp that changes with it.
+        names: N names for messages.
+        file: The number of each image's file, int32 (N,).
+        start: Its first byte, int64 (N,).
+        size: Its bytes, int64 (N,).
+    """
+
+    def __init__(
+        self, files: Sequence[RemoteFile], names: Sequence[str], file: np.ndarray, start: np.ndarray, size: np.ndarray
+    ) -> None:
+        self._files, self._names = [*files], [*names]
+        self._file, self._start, self._size = file, start, size
+        self._system: Any = None
+        self._lock = threading.Lock()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        needed, file = np.unique(self._file, return_inverse=True)  # another process connects for itself
+        files = [self._files[number] for number in needed]
+        return RemoteSlices, (files, self._names, file.astype(np.int32), self._start, self._size)
+
+    def read(self, index: int) -> bytes:
+        """Fetch one piece."""
+        size = int(self._size[index])
+        if size > LARGEST:
+            raise OSError(0, f"{size:,} bytes, too large for an image behind an address")
+        if not size:
+            raise OSError(0, "is empty")
+        address = self._files[int(self._file[index])].address
+        with self._lock:
+            if self._system is None:
+                self._system = file_system(address.partition("://")[0])
+        return fetch_part(self._system, address, int(self._start[index]), size)
+
+    def take(self, indices: np.ndarray) -> RemoteSlices:
+        """Some of the pieces."""
+        names = [self._names[i] for i in indices]
+        return RemoteSlices(self._files, names, self._file[indices], self._start[indices], self._size[indices])
+
+    def place(self, index: int) -> str:
+        """The shard's address and the name within it."""
+        return f"{self._files[int(self._file[index])].address}/{self._names[index].partition('/')[2]}"
+
+    def stamp(self) -> bytes:
+        """The places, and what the storage says of each file."""
+        files = "\0".join(f"{file.address} {file.size} {file.stamp}" for file in self._files).encode()
+        return b"".join((files, *(part.tobytes() for part in (self._file, self._start, self._size))))
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """A file behind an address.
+
+    Attributes:
+        address: Where it is.
+        size: Its bytes.
+        stamp: What changes with it; empty where the storage does not tell.
+    """
+
+    address: str
+    size: int
+    stamp: str
+
+
+class Stream(io.RawIOBase):
+    """A file behind an address as a binary file, read in blocks. Each block is tried again when the network fails.
+
+    Args:
+        file: The file.
+    """
+
+    def __init__(self, file: RemoteFile) -> None:
+        super().__init__()
+        self._file, self._system = file, file_system(file.address.partition("://")[0])
+        self._at = 0
+        self._blocks: dict[int, bytes] = {}  # the last two: an archive looks back a byte before it goes on
+
+    def readable(self) -> bool:
+        """It is."""
+        return True
+
+    def seekable(self) -> bool:
+        """It is: what is skipped is not read."""
+        return True
+
+    def tell(self) -> int:
+        """The next byte."""
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Go to a byte."""
+        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._file.size}[whence]
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill a buffer as far as the block goes."""
+        if self._at >= self._file.size:
+            return 0
+        number, begin = divmod(self._at, _BLOCK)
+        if number not in self._blocks:
+            first = number * _BLOCK
+            block = fetch_part(self._system, self._file.address, first, min(_BLOCK, self._file.size - first))
+            self._blocks = {**dict([*self._blocks.items()][-1:]), number: block}
+        part = self._blocks[number][begin : begin + len(buffer)]
+        buffer[: len(part)] = part
+        self._at += len(part)
+        return len(part)
+
+
+def fetch_part(system: Any, address: str, start: int, size: int) -> bytes:
+    """Read a part of a file.
+
+    Args:
+        system: Of `file_system`.
+        address: The file.
+        start: Its first byte.
+        size: Bytes.
+
+    Raises:
+        OSError: Nothing is there.
+        UserError: The server sends whole files only.
+        NetworkError: The network does not answer, or less than that comes.
+    """
+
+    def read() -> bytes:
+        data: bytes = system.cat_file(address, start=start, end=start + size)
+        if len(data) < size:
+            raise EOFError(f"{len(data):,} of {size:,} bytes have come")
+        return data
+
+    data = patient(read, address)
+    if len(data) > size:
+        raise UserError(
+            f"{without_secrets(address)}: the server sends whole files only, no parts (HTTP range requests); copy the "
+            "shards to a disk, or to a server that sends parts"
+        )
+    return data
+
+
+def described(address: str) -> RemoteFile:
+    """Ask the storage about a file.
+
+    Args:
+        address: The file.
+
+    Raises:
+        FileNotFoundError: Nothing is at the address.
+        UserError: Access is refused, or the server does not say how large the file is.
+        NetworkError: The network does not answer.
+    """
+    scheme = address.partition("://")[0]
+    system = file_system(scheme)
+
+    def ask() -> Any:
+        try:
+            return system.info(address)
+        except FileNotFoundError as error:  # by HTTP, fsspec says that of a connection that breaks, too
+            if scheme in ("http", "https") and getattr(error.__cause__, "status", None) not in (404, 410):
+                raise ConnectionError from error
+            raise
+
+    info = patient(ask, address)
+    assert isinstance(info, dict)
+    if info.get("size") is None:
+        raise UserError(f"{without_secrets(address)}: the server does not say how large the file is; copy it to a disk")
+    return RemoteFile(address, int(info["size"]), next((str(info[key]) for key in _STAMPS if info.get(key)), ""))
+
+
+def matching(pattern: str) -> list[str]:
+    """The addresses that a glob means, in order.
+
+    Args:
+        pattern: Such as s3://bucket/train-*.tar. A web server must list its folders as pages of links.
+
+    Raises:
+        UserError: The storage cannot be listed.
+    """
+    system = file_system(pattern.partition("://")[0])
+    system.invalidate_cache()
+    try:
+        found = patient(lambda: system.glob(pattern), pattern)
+    except FileNotFoundError:
+        return []
+    except NotImplementedError as error:
+        raise UserError(f"{pattern!r} cannot be listed; name the shards by braces, as train-{{000..146}}.tar") from error
+    return sorted(system.unstrip_protocol(path) for path in found)
 
 
 def file_system(scheme: str) -> Any:

@@ -2,34 +2,48 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
+import hashlib
+import io
 import json
+import os
 import re
 import tarfile
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import IO, Literal
 
 import numpy as np
 from pydantic import Field
 
 from pipelines.common.errors import UserError
+from pipelines.common.files import write_atomically
+from pipelines.common.threads import in_threads
 from pipelines.formats import readable_suffixes
+from pipelines.prepare.sources.addresses import Location, RemoteFile, RemoteSlices, Stream, described, matching, there
 from pipelines.prepare.sources.contents import Slices
 from pipelines.prepare.sources.dataset import Dataset, Images, SourceConfig, classes_of
 
 _LABEL_ENDINGS = ("cls", "cls.txt", "label")
 _JSON_KEYS = ("label", "cls", "class", "class_name", "category", "target")
 _LABEL_BYTES = 1 << 20  # of a .json file; a label is small
+_ASKED, _READ = (
+    16,
+    4,
+)  # shards behind addresses that are asked about at once, and read; tarfile keeps a shard's headers in memory
+_INDEX_FORMAT = 1  # of the kept index of a shard
 
 
 class WebDatasetSource(SourceConfig):
     """Tar shards with an image (`KEY.jpg`, `.png`, `.webp`) and a label (`KEY.cls`, or a field of `KEY.json`) a sample."""
 
     kind: Literal["webdataset"]
-    train: Path = Field(description="the training shards: a path, a glob, or braces as in train-{000..146}.tar")
-    val: Path | None = Field(default=None, description="the validation shards")
-    test: Path | None = Field(default=None, description="the test shards")
+    train: Location = Field(
+        description="the training shards: a path or an address, a glob, or braces as in train-{000..146}.tar"
+    )
+    val: Location | None = Field(default=None, description="the validation shards, likewise")
+    test: Location | None = Field(default=None, description="the test shards, likewise")
     label: str | None = Field(
         default=None, description="field of the .json file that names the class; null: .cls, or a field named label or the like"
     )
@@ -39,11 +53,18 @@ class WebDatasetSource(SourceConfig):
 
         Raises:
             UserError: A shard is missing or damaged, or a sample lacks its image or its label.
+            NetworkError: The network does not answer.
         """
-        found = {split: _Samples(self.label) for split in self._patterns()}
+        found = {split: _Samples() for split in self._patterns()}
         for split, pattern in self._patterns().items():
-            for shard in _shards(pattern):
-                found[split].add(shard)
+            shards = _shards(pattern)
+            remote = any(isinstance(shard, RemoteFile) for shard in shards)
+            if not all(isinstance(shard, RemoteFile) is remote for shard in shards):
+                raise UserError(f"{pattern}: addresses and paths are mixed; give either addresses or paths")
+            # What waits for the network is read at once, what waits for a disk in turn.
+            with contextlib.closing(in_threads(self._index, shards, _READ if remote else 1)) as each:
+                for shard, index in zip(shards, each, strict=True):
+                    found[split].add(shard, index)
         classes, label_of = classes_of(found["train"].labels, str(self.train))
         for split, samples in found.items():
             strange = next((label for label in samples.labels if label not in label_of), None)
@@ -54,91 +75,163 @@ class WebDatasetSource(SourceConfig):
 
     def present(self) -> bool:
         """Whether there is a training shard."""
-        return any(Path(path).is_file() for path in _expanded(str(self.train)))
+        try:
+            places = _expanded(str(self.train))
+        except UserError:  # the network is away
+            return False
+        return there(places[0]) if isinstance(self.train, str) else any(Path(path).is_file() for path in places)
+
+    def _index(self, shard: Path | RemoteFile) -> _Index:
+        return _index_of(shard, self.label)
 
     def _patterns(self) -> dict[str, str]:
         named = {"train": self.train, "val": self.val, "test": self.test}
         return {split: str(pattern) for split, pattern in named.items() if pattern is not None}
 
 
+@dataclass(frozen=True)
+class _Index:
+    """The samples of one shard, in their order: names, labels as text, first bytes, sizes."""
+
+    names: list[str]
+    labels: list[str]
+    starts: list[int]
+    sizes: list[int]
+
+
 @dataclass
 class _Samples:
     """The samples of a split's shards, in their order."""
 
-    label_field: str | None
-    shards: list[Path] = field(default_factory=list)
+    shards: list[Path | RemoteFile] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
     labels: list[str] = field(default_factory=list)
-    places: list[tuple[int, int, int]] = field(default_factory=list)  # shard, first byte, bytes
+    places: list[np.ndarray] = field(default_factory=list)  # int64 (n, 3): shard, first byte, bytes
 
-    def add(self, shard: Path) -> None:
-        """Read a shard's index and its labels."""
-        number = len(self.shards)
+    def add(self, shard: Path | RemoteFile, index: _Index) -> None:
+        """Add the samples of a shard."""
+        number = np.full(len(index.names), len(self.shards), dtype=np.int64)
         self.shards.append(shard)
-        suffixes = readable_suffixes()
-        images: dict[str, tarfile.TarInfo] = {}
-        labels: dict[str, str] = {}
-        try:
-            with tarfile.open(shard, "r:") as archive:
-                for member in archive:
-                    if not member.isfile():
-                        continue
-                    folder, _, base = member.name.rpartition("/")
-                    stem, _, ending = base.partition(".")
-                    key = f"{folder}/{stem}" if folder else stem
-                    ending = ending.lower()
-                    if f".{ending}".endswith(suffixes):
-                        if key in images:
-                            raise UserError(f"{shard}: the sample {key!r} has two images; which one is meant is not known")
-                        images[key] = member
-                    elif (ending in _LABEL_ENDINGS and self.label_field is None) or (ending == "json" and key not in labels):
-                        label = self._label(archive, member, ending, shard)
-                        if label is not None:
-                            labels[key] = label
-        except tarfile.ReadError as error:
-            compressed = "; unpack it first: gunzip" if shard.suffix in (".gz", ".tgz") else ""
-            raise UserError(f"shard {str(shard)!r} cannot be read: {error}{compressed}") from error
-        except OSError as error:
-            raise UserError(f"shard {str(shard)!r} cannot be read: {error.strerror or error}") from error
-        for key, member in images.items():
-            if key not in labels:
-                what = f"field {self.label_field!r} in its .json" if self.label_field else ".cls, and no label in a .json"
-                raise UserError(f"{shard}: the sample {key!r} has no {what}; set data.source.label to the field that has it")
-            self.names.append(f"{shard.name}/{member.name}")
-            self.labels.append(labels[key])
-            self.places.append((number, member.offset_data, member.size))
-        if not images:
-            raise UserError(f"shard {str(shard)!r} has no images")
+        self.names += index.names
+        self.labels += index.labels
+        self.places.append(np.stack([number, np.array(index.starts, np.int64), np.array(index.sizes, np.int64)], axis=1))
 
     def images(self, label_of: dict[str, int]) -> Images:
         """The samples with their labels."""
-        places = np.array(self.places, dtype=np.int64)
-        content = Slices(self.shards, self.names, places[:, 0].astype(np.int32), places[:, 1], places[:, 2])
+        places = np.concatenate(self.places)
+        file, start, size = places[:, 0].astype(np.int32), places[:, 1].copy(), places[:, 2].copy()
         labels = np.array([label_of[label] for label in self.labels], dtype=np.int64)
+        remote = [shard for shard in self.shards if isinstance(shard, RemoteFile)]
+        local = [shard for shard in self.shards if isinstance(shard, Path)]
+        content = (
+            RemoteSlices(remote, self.names, file, start, size) if remote else Slices(local, self.names, file, start, size)
+        )
         return Images(self.names, labels, content=content)
 
-    def _label(self, archive: tarfile.TarFile, member: tarfile.TarInfo, ending: str, shard: Path) -> str | None:
-        if member.size > _LABEL_BYTES:
-            raise UserError(f"{shard}: {member.name!r} has {member.size:,} bytes, too many for a label")
-        file = archive.extractfile(member)
-        text = file.read().decode("utf-8-sig", "replace").strip() if file is not None else ""
-        if ending != "json":
-            return text or None
-        try:
-            content = json.loads(text)
-        except ValueError as error:
-            raise UserError(f"{shard}: {member.name!r} is not JSON: {error}") from error
-        if not isinstance(content, dict):
-            content = {"label": content}
-        keys = _JSON_KEYS if self.label_field is None else (self.label_field,)
-        value = next((content[key] for key in keys if content.get(key) is not None), None)
-        return None if value is None else str(value).strip() or None
+
+def _index_of(shard: Path | RemoteFile, label_field: str | None) -> _Index:
+    """The index of a shard. That of one behind an address is kept, because it takes reading the shard from first to last."""
+    if isinstance(shard, Path):
+        return _read_index(shard, None, shard.name, str(shard), label_field)
+    kept = _kept_index(shard, label_field)
+    if kept is not None:
+        with contextlib.suppress(OSError, ValueError, TypeError):  # none, or a damaged one
+            return _Index(**json.loads(kept.read_text()))
+    name = shard.address.rpartition("/")[2]
+    with io.BufferedReader(Stream(shard), 1 << 16) as stream:
+        index = _read_index(None, stream, name, shard.address, label_field)
+    ends = np.array(index.starts) + np.array(index.sizes)
+    if ends.max() > shard.size:
+        raise UserError(f"shard {shard.address!r} is cut short ({shard.size:,} bytes); copy it again")
+    if kept is not None:
+        with contextlib.suppress(OSError):  # a home that cannot be written: the shard is read again next time
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(kept, json.dumps(asdict(index)))
+    return index
+
+
+def _kept_index(shard: RemoteFile, label_field: str | None) -> Path | None:
+    """The file that keeps a shard's index; None where the storage does not tell when the shard changes."""
+    if not shard.stamp:
+        return None
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path(os.environ.get("HOME") or "/") / ".cache")
+    key = json.dumps([_INDEX_FORMAT, shard.address, shard.size, shard.stamp, label_field])
+    return cache / "cibl_ray" / "shards" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
+
+
+def _read_index(path: Path | None, stream: IO[bytes] | None, name: str, place: str, label_field: str | None) -> _Index:
+    """Read a shard from first to last: where its images are, and their labels.
+
+    Args:
+        path: The file, or None.
+        stream: The open file, or None.
+        name: Of the shard, for the names of its images.
+        place: Where it is, for messages.
+        label_field: Of the .json files; None: .cls, or a usual one.
+    """
+    suffixes = readable_suffixes()
+    images: dict[str, tarfile.TarInfo] = {}
+    labels: dict[str, str] = {}
+    try:
+        with tarfile.open(path, "r:", stream) as archive:
+            for member in archive:
+                if not member.isfile():
+                    continue
+                folder, _, base = member.name.rpartition("/")
+                stem, _, ending = base.partition(".")
+                key = f"{folder}/{stem}" if folder else stem
+                ending = ending.lower()
+                if f".{ending}".endswith(suffixes):
+                    if key in images:
+                        raise UserError(f"{place}: the sample {key!r} has two images; which one is meant is not known")
+                    images[key] = member
+                elif (ending in _LABEL_ENDINGS and label_field is None) or (ending == "json" and key not in labels):
+                    label = _label(archive, member, ending, place, label_field)
+                    if label is not None:
+                        labels[key] = label
+    except tarfile.ReadError as error:
+        compressed = "; unpack it first: gunzip" if name.endswith((".gz", ".tgz")) else ""
+        raise UserError(f"shard {place!r} cannot be read: {error}{compressed}") from error
+    except OSError as error:
+        raise UserError(f"shard {place!r} cannot be read: {error.strerror or error}") from error
+    for key in images:
+        if key not in labels:
+            what = f"field {label_field!r} in its .json" if label_field else ".cls, and no label in a .json"
+            raise UserError(f"{place}: the sample {key!r} has no {what}; set data.source.label to the field that has it")
+    if not images:
+        raise UserError(f"shard {place!r} has no images")
+    return _Index(
+        [f"{name}/{member.name}" for member in images.values()],
+        [labels[key] for key in images],
+        [member.offset_data for member in images.values()],
+        [member.size for member in images.values()],
+    )
+
+
+def _label(archive: tarfile.TarFile, member: tarfile.TarInfo, ending: str, place: str, label_field: str | None) -> str | None:
+    if member.size > _LABEL_BYTES:
+        raise UserError(f"{place}: {member.name!r} has {member.size:,} bytes, too many for a label")
+    file = archive.extractfile(member)
+    text = file.read().decode("utf-8-sig", "replace").strip() if file is not None else ""
+    if ending != "json":
+        return text or None
+    try:
+        content = json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{place}: {member.name!r} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        content = {"label": content}
+    keys = _JSON_KEYS if label_field is None else (label_field,)
+    value = next((content[key] for key in keys if content.get(key) is not None), None)
+    return None if value is None else str(value).strip() or None
 
 
 def _expanded(pattern: str) -> list[str]:
-    """The paths that a pattern means: braces `{000..146}` and `{a,b}`, then a glob."""
+    """The paths or addresses that a pattern means: braces `{000..146}` and `{a,b}`, then a glob."""
     match = re.search(r"\{([^{}]*)\}", pattern)
     if match is None:
+        if "://" in pattern:
+            return (matching(pattern) or [pattern]) if glob.has_magic(pattern) else [pattern]
         path = str(Path(pattern).expanduser())
         return sorted(glob.glob(path)) or [path]  # noqa: PTH207 - the pattern may be absolute
     numbers = re.fullmatch(r"(\d+)\.\.(\d+)", match[1])
@@ -152,9 +245,21 @@ def _expanded(pattern: str) -> list[str]:
     return [path for text in each for path in _expanded(pattern[: match.start()] + text + pattern[match.end() :])]
 
 
-def _shards(pattern: str) -> list[Path]:
-    paths = [Path(path) for path in _expanded(pattern)]
-    missing = [path for path in paths if not path.is_file()]
+def _shards(pattern: str) -> list[Path | RemoteFile]:
+    places = _expanded(pattern)
+    with contextlib.closing(in_threads(_shard, places, _ASKED)) as each:
+        found = [*each]
+    missing = [place for place, shard in zip(places, found, strict=True) if shard is None]
     if missing:
-        raise UserError(f"shard {str(missing[0])!r} does not exist; {len(missing):,} of {len(paths):,} shards are missing")
-    return paths
+        raise UserError(f"shard {missing[0]!r} does not exist; {len(missing):,} of {len(places):,} shards are missing")
+    return [shard for shard in found if shard is not None]
+
+
+def _shard(place: str) -> Path | RemoteFile | None:
+    """One shard; None where it does not exist."""
+    if "://" not in place:
+        return Path(place) if Path(place).is_file() else None
+    try:
+        return described(place)
+    except FileNotFoundError:
+        return None
