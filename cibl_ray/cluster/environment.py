@@ -30,6 +30,8 @@ def configure_ray_env(own: bool) -> None:
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # Ray Tune's tables; the sweep prints its own lines
     os.environ.setdefault("RAY_COLOR_PREFIX", "0")
     if not own:
+        # Of a worker's host that does not answer. Ray Train waits ten minutes by default.
+        os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", "45")
         return
     # In the environment, so that Ray writes no token file into the home folder.
     os.environ["RAY_AUTH_TOKEN"] = _TOKEN

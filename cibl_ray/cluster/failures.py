@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import ray.train
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RuntimeEnvSetupError
 from ray.train import UserCallback
 
 from cibl_ray.cluster.progress import RelayedProgress
@@ -63,6 +64,8 @@ def explain(error: Exception, failures: int) -> Exception:
         failure = error.controller_failure
         if isinstance(failure, UserError):
             return failure
+        if isinstance(failure, RuntimeEnvSetupError):
+            return no_code(failure)
         return UserError(f"Ray Train could not run the workers: {type(failure).__name__}: {first_line(failure)}")
     if isinstance(error, ray.train.WorkerGroupError):
         lost = ", ".join(f"rank {rank} ({first_line(cause)})" for rank, cause in sorted(error.worker_failures.items()))
@@ -70,6 +73,20 @@ def explain(error: Exception, failures: int) -> Exception:
     if isinstance(error, RayActorError):
         return LostError(f"the process that controls the workers was lost: {first_line(error)}")
     return error
+
+
+def no_code(error: RuntimeEnvSetupError) -> UserError:
+    """The error for a node that cannot take in this installation's code.
+
+    Args:
+        error: Ray's, whose text is a traceback. Its last line has the cause.
+    """
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    node = re.search(r"\[Node (\S+)\]", str(error))
+    return UserError(
+        f"{f'node {node[1]}' if node else 'a node'} could not unpack this installation's code: {lines[-1][:300]}; it needs "
+        "some room in Ray's temporary folder (/tmp/ray by default)"
+    )
 
 
 def first_line(error: BaseException) -> str:

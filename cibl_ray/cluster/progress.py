@@ -35,6 +35,7 @@ class Relay:
     def __init__(self) -> None:
         self._notes: list[tuple[str, Any]] = []
         self._stop = False
+        self._met: dict[str, dict[int, Any]] = {}
 
     def post(self, kind: str, content: Any) -> None:
         """Add a note. Notes of one worker keep their order."""
@@ -52,6 +53,12 @@ class Relay:
     def stop_asked(self) -> bool:
         """Whether the workers should save and end."""
         return self._stop
+
+    def meet(self, place: str, rank: int, value: Any) -> dict[int, Any]:
+        """Keep a worker's value under a name. Returns the values of all workers that came so far, by rank."""
+        met = self._met.setdefault(place, {})
+        met[rank] = value
+        return met
 
 
 class RelayedProgress:
@@ -124,12 +131,12 @@ class RelayedStop(Stop):
 
     Args:
         relay: The relay's handle.
-        joined: Whether the cluster is one that was joined, whose nodes may be taken away with notice.
+        hears_notices: Whether to ask Ray for nodes that are taken away: on a cluster that was joined, by all workers together.
     """
 
-    def __init__(self, relay: Any, joined: bool = False) -> None:
+    def __init__(self, relay: Any, hears_notices: bool = False) -> None:
         self._relay, self._asked, self._next = relay, False, 0.0
-        self._joined = joined
+        self.hears_notices = hears_notices
         self._answer: Any = None
 
     def asked(self) -> bool:
@@ -155,7 +162,7 @@ class RelayedStop(Stop):
 
     def notice(self) -> float | None:
         """Seconds until Ray drains a node of this run, as a cloud's or an operator's notice has it."""
-        if not self._joined:
+        if not self.hears_notices:
             return None
         # Alpha in Ray 2.60, and not there in 2.59.
         info = ask() if (ask := getattr(ray.train, "get_preemption_info", None)) is not None else None
@@ -177,6 +184,17 @@ class Watch:
         self.stopped = False
 
 
+def start_relay() -> Any:
+    """Start a `Relay` on this node. It ends with the last handle to it.
+
+    Returns:
+        Its handle.
+    """
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    actor: Any = ray.remote(Relay)
+    return actor.options(num_cpus=0, scheduling_strategy=here).remote()
+
+
 @contextmanager
 def show_progress(progress: Progress, reason_to_wait: Callable[[], str | None]) -> Iterator[Watch]:
     """Start a relay, and show what workers post, until the end of the block.
@@ -188,10 +206,7 @@ def show_progress(progress: Progress, reason_to_wait: Callable[[], str | None]) 
     Raises:
         Exception: What `progress` raised; the rest was not shown.
     """
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    actor: Any = ray.remote(Relay)
-    # It ends with the last handle.
-    watch = Watch(actor.options(num_cpus=0, scheduling_strategy=here).remote())
+    watch = Watch(start_relay())
     failed: list[BaseException] = []
 
     def show() -> None:

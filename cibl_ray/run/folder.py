@@ -86,7 +86,9 @@ def lock_folder(folder: Path, doing: str, patience: float) -> AbstractContextMan
     lock = folder / LOCK
     if os.path.lexists(lock) and not lock.is_file():
         log.warning("%s is not a file; it is kept as %s", lock, set_aside(lock))
-    return locked(lock, patience, f"another process is {doing} in {str(folder)!r}; wait for it, or end it")
+    busy = f"another process is {doing} in {str(folder)!r}"
+    waiting = f"{busy}: waiting up to {patience:.0f} s for its end" if patience else ""
+    return locked(lock, patience, f"{busy}; wait for it, or end it", waiting, log.warning)
 
 
 def set_aside(path: Path) -> Path:

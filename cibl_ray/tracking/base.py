@@ -142,6 +142,33 @@ class Tracker:
         """Let go of everything."""
 
 
+class Sender(Tracker):
+    """A tracker that sends each epoch once to another host or process, however often the run resumes.
+
+    Args:
+        subject: The run or sweep.
+    """
+
+    sends = True
+
+    def __init__(self, subject: Subject) -> None:
+        self._subject, self._memory = subject, Memory(subject.folder)
+        self._sent = 0  # the last epoch that was sent
+
+    def row(self, row: Row) -> None:
+        """Send an epoch's numbers, unless they were sent before the run resumed."""
+        epoch = row["epoch"]
+        if epoch < self._sent or (epoch == self._sent and "train" in row):
+            return
+        self.send(epoch, numbers_of(row))
+        self._sent = epoch
+        self._memory.write(self.name, epoch=epoch)
+
+    def send(self, epoch: int, numbers: dict[str, float]) -> None:
+        """Send the numbers of an epoch, by `group/name`."""
+        raise NotImplementedError
+
+
 def flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """A configuration by dotted names; a list stays one value."""
     values: dict[str, Any] = {}

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cibl_ray.run.log import Row
-from cibl_ray.tracking.base import PROJECT, Ended, Memory, Outcome, Status, Subject, Tracker, numbers_of
+from cibl_ray.tracking.base import PROJECT, Ended, Memory, Outcome, Sender, Status, Subject
 
 _STATUS = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
 _PARENT, _NAME = "mlflow.parentRunId", "mlflow.runName"
@@ -22,7 +22,7 @@ _LONGEST = 6000  # characters of a parameter
 _BATCH = 100  # parameters in a request
 
 
-class MLflow(Tracker):
+class MLflow(Sender):
     """Sends a run or a sweep to MLflow.
 
     Args:
@@ -31,13 +31,11 @@ class MLflow(Tracker):
 
     name = "mlflow"
     packages = ("mlflow", "sqlalchemy", "alembic")
-    sends = True
 
     def __init__(self, subject: Subject) -> None:
-        self._subject, self._memory = subject, Memory(subject.folder)
+        super().__init__(subject)
         self._client: Any = None
         self._run = ""
-        self._sent = 0  # the last epoch that the server has
 
     def begin(self, epoch: int, rows: list[Row]) -> None:
         """Open the run, or the one of the same folder, and send the epochs that it lacks."""
@@ -50,14 +48,9 @@ class MLflow(Tracker):
         for row in rows:
             self.row(row)
 
-    def row(self, row: Row) -> None:
-        """Send an epoch's numbers, unless they were sent before the run resumed."""
-        epoch = row["epoch"]
-        if epoch < self._sent or (epoch == self._sent and "train" in row):
-            return
-        self._metrics(self._run, numbers_of(row), epoch)
-        self._sent = epoch
-        self._memory.write(self.name, epoch=epoch)
+    def send(self, epoch: int, numbers: dict[str, float]) -> None:
+        """Send the numbers of an epoch."""
+        self._metrics(self._run, numbers, epoch)
 
     def end(self, outcome: Outcome) -> None:
         """Send the final table and the files."""

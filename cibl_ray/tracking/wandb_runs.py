@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from cibl_ray.run.log import Row
-from cibl_ray.tracking.base import PROJECT, Ended, Memory, Outcome, Status, Subject, Tracker, numbers_of
+from cibl_ray.tracking.base import PROJECT, Ended, Memory, Outcome, Sender, Status, Subject
 
 log = logging.getLogger(__name__)
 
 _START = 30  # seconds for the host to answer when a run begins
 
 
-class WandB(Tracker):
+class WandB(Sender):
     """Sends a run or a sweep to Weights & Biases.
 
     Args:
@@ -29,13 +29,11 @@ class WandB(Tracker):
 
     name = "wandb"
     packages = ("wandb",)
-    sends = True
 
     def __init__(self, subject: Subject) -> None:
-        self._subject, self._memory = subject, Memory(subject.folder)
+        super().__init__(subject)
         self._run: Any = None
         self._id = ""
-        self._sent = 0
 
     def begin(self, epoch: int, rows: list[Row]) -> None:
         """Open the run, or continue the one of the same folder, and send the epochs that it lacks."""
@@ -43,14 +41,9 @@ class WandB(Tracker):
         for row in rows:
             self.row(row)
 
-    def row(self, row: Row) -> None:
-        """Send an epoch's numbers, unless they were sent before the run resumed."""
-        epoch = row["epoch"]
-        if epoch < self._sent or (epoch == self._sent and "train" in row):
-            return
-        self._run.log({"epoch": epoch, **numbers_of(row)})
-        self._sent = epoch
-        self._memory.write(self.name, epoch=epoch)
+    def send(self, epoch: int, numbers: dict[str, float]) -> None:
+        """Send the numbers of an epoch."""
+        self._run.log({"epoch": epoch, **numbers})
 
     def end(self, outcome: Outcome) -> None:
         """Send the final table, the pictures and the files."""

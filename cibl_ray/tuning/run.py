@@ -9,6 +9,7 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from cibl_ray.cluster.failures import no_code
 from cibl_ray.cluster.session import cluster, polite_end
 from cibl_ray.cluster.shared_folder import mark_beside, same_folder
 from cibl_ray.run.folder import lock_folder
@@ -90,5 +91,7 @@ def _results(tasks: Any) -> Any:
     """The results of Ray tasks. A UserError that a task raises is raised here as itself."""
     try:
         return ray.get(tasks)
+    except ray.exceptions.RuntimeEnvSetupError as error:
+        raise no_code(error) from None
     except ray.exceptions.RayTaskError as error:
         raise (error.cause if isinstance(error.cause, UserError) else error) from None

@@ -16,6 +16,7 @@ from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search.optuna import OptunaSearch
 
 from cibl_ray.cluster.options import places
+from cibl_ray.cluster.progress import start_relay
 from cibl_ray.cluster.ray_workarounds import TrialPlaces
 from cibl_ray.tracking.trackers import Trackers
 from cibl_ray.tuning.config import Choice, SweepConfig
@@ -85,7 +86,7 @@ def search(
     trial_places = TrialPlaces() if sweep.workers > 1 else None
     given = {
         "sweep": sweep.model_dump(mode="json"), "base": base, "folder": str(folder), "cpus": sweep.cpus, "mark": mark,
-        "places": trial_places.queue if trial_places is not None else None,
+        "places": trial_places.queue if trial_places is not None else None, "relay": start_relay(),
     }  # fmt: skip
     tuner = tune.Tuner(
         tune.with_resources(

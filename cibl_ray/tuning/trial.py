@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import traceback
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ import torch
 from ray import tune
 from ray.util.queue import Queue
 
+from cibl_ray.cluster.cut_off import end_when_cut_off
+from cibl_ray.cluster.environment import is_own_cluster
 from cibl_ray.cluster.shared_folder import same_folder
 from cibl_ray.config import RunConfig
 from cibl_ray.hardware import keep_freed_memory
@@ -37,8 +40,8 @@ def trial(params: dict[str, Any], given: dict[str, Any]) -> None:
 
     Args:
         params: The values of the searched fields, by dotted name.
-        given: The sweep, its base configuration, its folder and mark, the CPUs of a worker, and the queue
-            of `TrialPlaces` where trials have several workers.
+        given: The sweep, its base configuration, its folder and mark, the CPUs of a worker, the driver's relay, and the
+            queue of `TrialPlaces` where trials have several workers.
     """
     keep_freed_memory()
     torch.set_num_threads(given["cpus"])
@@ -52,7 +55,8 @@ def trial(params: dict[str, Any], given: dict[str, Any]) -> None:
     failed.unlink(missing_ok=True)
     try:
         # The same parameters may be proposed twice: the second trial waits, and reports what the first one did.
-        with locked(run_folder.with_suffix(".lock")):
+        watched = nullcontext() if is_own_cluster() else end_when_cut_off(given["relay"])
+        with watched, locked(run_folder.with_suffix(".lock")):
             write_atomically(run_folder.with_suffix(".json"), json.dumps(params))
             config = trial_config(given["base"], params)
             progress = _Reported(sweep, config.train.epochs)

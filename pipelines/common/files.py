@@ -47,8 +47,14 @@ def write_atomically(path: Path, content: str | bytes | Callable[[IO[bytes]], ob
         part.unlink(missing_ok=True)
 
 
+def _to_stderr(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
 @contextmanager
-def locked(path: Path, patience: float | None = None, busy: str = "", waiting: str = "") -> Iterator[None]:
+def locked(
+    path: Path, patience: float | None = None, busy: str = "", waiting: str = "", say: Callable[[str], object] = _to_stderr
+) -> Iterator[None]:
     """Hold a lock that only one process has at a time. It ends with its process, however that ends.
 
     On a file system without locks the work continues without one, with a warning.
@@ -57,7 +63,8 @@ def locked(path: Path, patience: float | None = None, busy: str = "", waiting: s
         path: The lock file; made where it is missing.
         patience: Seconds to wait for another process; None waits for as long as it takes.
         busy: The message of the error.
-        waiting: What standard error says, once, where another process holds the lock.
+        waiting: What is said, once, where another process holds the lock.
+        say: Says it; by default on standard error.
 
     Raises:
         UserError: Another process still holds the lock after `patience` seconds.
@@ -70,7 +77,7 @@ def locked(path: Path, patience: float | None = None, busy: str = "", waiting: s
                 break
             except BlockingIOError as error:
                 if waiting:
-                    print(waiting, file=sys.stderr, flush=True)
+                    say(waiting)
                     waiting = ""
                     continue
                 if deadline is not None and time.monotonic() >= deadline:

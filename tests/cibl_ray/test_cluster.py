@@ -8,8 +8,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -21,6 +23,7 @@ from cibl_ray.cluster.environment import configure_ray_env
 from cibl_ray.cluster.shared_folder import mark_beside, same_folder
 from cibl_ray.config import load_config
 from cibl_ray.run.checkpoint import load_checkpoint
+from cibl_ray.run.folder import lock_folder
 from cibl_ray.run.log import read_metrics
 from pipelines.common.errors import UserError
 from tests.clusters import EPOCHS, LAST, ended, new, start, wait_for_epoch
@@ -30,12 +33,13 @@ from tests.conftest import processes_below
 configure_ray_env(own=True)
 
 import ray.train  # noqa: E402
-from ray.exceptions import RayActorError  # noqa: E402
+from ray.exceptions import GetTimeoutError, RayActorError, RuntimeEnvSetupError  # noqa: E402
 
+from cibl_ray.cluster import cut_off  # noqa: E402
 from cibl_ray.cluster.failures import LostError, explain  # noqa: E402
+from cibl_ray.cluster.meeting import interface_of, largest_group  # noqa: E402
 from cibl_ray.cluster.options import Options, fitting_cpus, parse_workers, places  # noqa: E402
 from cibl_ray.cluster.session import cluster, why  # noqa: E402
-from cibl_ray.cluster.worker import interface_of  # noqa: E402
 
 pytestmark = pytest.mark.timeout(280)
 
@@ -328,12 +332,60 @@ def test_errors_of_rays_own_are_a_line():
     other = explain(ray.train.ControllerError(RuntimeError("no place\nfor a group")), failures=3)
     assert isinstance(other, UserError)
     assert str(other) == "Ray Train could not run the workers: RuntimeError: no place"
+    full = RuntimeEnvSetupError(
+        "[Node 10.0.0.2] Traceback (most recent call last):\n  File\nOSError: [Errno 28] No space left\n"
+    )
+    told = explain(ray.train.ControllerError(full), failures=3)
+    assert isinstance(told, UserError)
+    assert str(told).startswith("node 10.0.0.2 could not unpack this installation's code: OSError: [Errno 28] No space left; ")
+
+
+def test_a_process_that_is_cut_off_from_the_driver_ends(monkeypatch):
+    """Not one whose driver answers, nor one that has done its work."""
+    ended, asked, answering = threading.Event(), threading.Semaphore(0), [True]
+
+    def get(question, timeout):
+        asked.release()
+        if not answering[0]:
+            raise GetTimeoutError(question)
+
+    monkeypatch.setattr(cut_off, "_CUT_OFF", 0.08)
+    monkeypatch.setattr(cut_off.os, "_exit", lambda status: ended.set())
+    monkeypatch.setattr(cut_off.ray, "get", get)
+    relay = SimpleNamespace(stop_asked=SimpleNamespace(remote=lambda: "question"))
+    with cut_off.end_when_cut_off(relay):
+        assert all(asked.acquire(timeout=60) for _ in range(20))
+    assert not ended.is_set()
+    answering[0] = False
+    with cut_off.end_when_cut_off(relay):
+        assert ended.wait(60)
+
+
+def test_a_run_that_waits_for_another_process_says_so(tmp_path, caplog):
+    second = lock_folder(tmp_path, "training", 0.3)
+    with lock_folder(tmp_path, "training", 0), pytest.raises(UserError, match="wait for it, or end it"), second:
+        pass
+    assert f"another process is training in '{tmp_path}': waiting up to 0 s for its end" in caplog.text
 
 
 def test_the_interface_of_an_address():
     assert interface_of("127.0.0.1") == "lo"
     assert interface_of("::1") in ("lo", None)  # None: without IPv6
     assert interface_of("192.0.2.1") is None  # of documentation, nobody's
+
+
+@pytest.mark.parametrize(
+    ("cut", "expected"),
+    [
+        ([], [0, 1, 2, 3]),
+        ([(0, 1), (0, 2), (0, 3)], [1, 2, 3]),  # rank 0 is the lonely one
+        ([(2, 0)], [0, 1, 3]),  # one direction is enough
+        ([(0, 2), (0, 3), (1, 2), (1, 3)], [0, 1]),  # two halves
+        ([(a, b) for a in range(4) for b in range(4) if a < b], [0]),
+    ],
+)
+def test_the_workers_that_reach_each_other(cut, expected):
+    assert largest_group([{b for b in range(4) if (a, b) not in cut} for a in range(4)]) == expected
 
 
 def test_a_copy_in_a_store_is_what_a_run_goes_on_from(folder, undisturbed):

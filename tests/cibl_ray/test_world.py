@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
@@ -325,8 +326,9 @@ def test_torchrun_starts_the_same_workers(tmp_path):
     assert json.loads((tmp_path / "two" / "result.json").read_text())["workers"] == 2
 
 
-def test_workers_that_are_asked_to_stop_save_within_the_epoch(tmp_path):
-    """torchrun passes SIGTERM on to both."""
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_workers_that_are_asked_to_stop_save_within_the_epoch(tmp_path, number):
+    """torchrun passes SIGTERM on to both. SIGUSR1 is sent to one of them alone: both stop at the same step."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "cibl_ray.train"]
     options = ["--epochs", "10000", "--batch_size", "62", "--loader.kind", "torch", "--checkpoint_every", "10000"]
     options += ["--name", "two"]
@@ -335,7 +337,8 @@ def test_workers_that_are_asked_to_stop_save_within_the_epoch(tmp_path):
     while not read_metrics(tmp_path / "two"):
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
+    asked = psutil.Process(process.pid) if number == signal.SIGTERM else psutil.Process(process.pid).children()[-1]
+    asked.send_signal(number)
     _, errors = process.communicate(timeout=60)
     assert "resume with: python -m cibl_ray.train --resume" in errors
     checkpoint = load_checkpoint(tmp_path / "two" / "checkpoints" / "last.safetensors")
