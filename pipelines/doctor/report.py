@@ -151,7 +151,8 @@ def _section(finding: Finding, examined: Examined, data: DataConfig) -> str:
 
 def _figure(examined: Examined, number: int, data: DataConfig) -> str:
     label = examined.classes[int(examined.label[number])]
-    place = f"{examined.split[number]} · {html.escape(label)}<br>{html.escape(_printable(examined.name[number]))}"
+    name = html.escape(_printable(examined.name[number])).replace("/", "/<wbr>")  # where a long name may be broken first
+    place = f"{examined.split[number]} · {html.escape(label)}<br>{name}"
     look = examined.look[number]
     if isinstance(look, BadImageError):
         return f"<figure><figcaption>{place}<br>{html.escape(str(look))}</figcaption></figure>"

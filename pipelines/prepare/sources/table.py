@@ -31,7 +31,10 @@ _SPLITS = {
     "val": "val", "valid": "val", "validation": "val", "dev": "val",
     "test": "test", "testing": "test", "tst": "test",
 }  # fmt: skip
-_BLOCK = 64  # rows of a Parquet file in memory at a time, where it holds images
+_BLOCK, _BUFFER = (
+    64,
+    1 << 20,
+)  # rows of a Parquet file in memory at a time, where it holds images, and bytes that are read ahead
 
 
 class TableSource(SourceConfig):
@@ -413,7 +416,9 @@ def _cells(path: Path, column: str) -> Iterator[bytes | None]:
     """The images of a Parquet column from first to last, a few rows in memory at a time."""
     import pyarrow.parquet
 
-    for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=_BLOCK, columns=[column]):
+    # By default pyarrow reads all row groups ahead: the whole column, into memory.
+    file = pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=_BUFFER)
+    for batch in file.iter_batches(batch_size=_BLOCK, columns=[column]):
         for cell in batch.column(0).to_pylist():
             yield (
                 cell
