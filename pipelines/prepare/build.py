@@ -53,7 +53,6 @@ from pipelines.prepare.writer import (
     forget_records,
     line_of,
     names_file,
-    read_lines,
     write_split,
 )
 
@@ -296,22 +295,21 @@ def _weigh_again(found: Prepared, chosen: Chosen) -> Prepared:
     classes, splits = chosen
     print(f"data: the images in {found.folder} get other weights", file=sys.stderr)
     (found.folder / SIDECAR).unlink()
-    lines = read_lines(found.folder / names_file("train"))
-    train = _weighted(found.folder, found.splits["train"], splits["train"], lines, len(classes))
+    row_of = {line_of(name): row for row, name in enumerate(splits["train"].names)}
+    rows = np.array([row_of[line] for line in found.names("train")])
+    train = _weighted(found.folder, found.splits["train"], splits["train"], rows, len(classes))
     prepared = replace(found, splits={**found.splits, "train": train})
     write_sidecar(prepared)
     return prepared
 
 
-def _weighted(folder: Path, split: Split, images: Images, lines: list[str], classes: int) -> Split:
-    """The training split with its images' weights, written beside the files. lines: as in `train.files.txt`."""
+def _weighted(folder: Path, split: Split, images: Images, rows: np.ndarray, classes: int) -> Split:
+    """The training split with its images' weights, written beside the files. rows: of the images, in the order of the files."""
     path = folder / WEIGHTS
     tables = [table for table in split.tables if table.file != WEIGHTS]
     if images.weights is None:
         path.unlink(missing_ok=True)
         return replace(split, weights="", shard_weights=[], tables=tables)
-    row_of = {line_of(name): row for row, name in enumerate(images.names)}
-    rows = np.array([row_of[line] for line in lines])
     weights, labels = images.weights[rows].astype("<f8"), images.labels[rows]
 
     def save(file: IO[bytes]) -> None:
@@ -333,8 +331,8 @@ def _write(folder: Path, chosen: Chosen, data: DataConfig, seed: int, settable: 
     progress = {name: write_split(folder, name, images, data, seed, settable, packer) for name, images in splits.items()}
     written = {name: _split(folder, progress[name], name, images, classes) for name, images in splits.items()}
     if "train" in written:
-        lines = [*map(line_of, progress["train"].names)]
-        written["train"] = _weighted(folder, written["train"], splits["train"], lines, len(classes))
+        rows = np.array(progress["train"].rows)
+        written["train"] = _weighted(folder, written["train"], splits["train"], rows, len(classes))
     prepared = Prepared(folder, classes, seed, data.profile.model_dump(mode="json"), written)
     write_sidecar(prepared)
     forget_records(folder)
@@ -344,7 +342,7 @@ def _write(folder: Path, chosen: Chosen, data: DataConfig, seed: int, settable: 
             print(f"data: {count} left out of {name}, listed with their reasons in {folder / SIDECAR}:", file=sys.stderr)
             for path, reason in [*zip(split.skipped, split.reasons, strict=True)][:10]:
                 print(f"  {path}: {reason}", file=sys.stderr)
-    copies = find_copies({name: (each.names, each.labels, each.sources) for name, each in progress.items()})
+    copies = find_copies(splits, {name: (each.rows, each.sources) for name, each in progress.items()})
     (folder / COPIES).unlink(missing_ok=True)
     if copies.lines:
         copies.write(folder / COPIES)
@@ -369,7 +367,7 @@ def _split(folder: Path, progress: Progress, name: str, images: Images, classes:
         of_files.tolist(),
         content,
         progress.reasons,
-        tables=[file_entry(folder / names_file(name), len(progress.names))],
+        tables=[file_entry(folder / names_file(name), len(progress.rows))],
     )
 
 

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import os
+from array import array
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+
 from pipelines.common.errors import UserError
 from pipelines.prepare.sources import Images
+
+_NOWHERE = (1 << 64) - 1  # in the place of the device of a file that cannot be found
 
 
 def refuse_shared_files(splits: Mapping[str, Images]) -> None:
@@ -21,27 +26,30 @@ def refuse_shared_files(splits: Mapping[str, Images]) -> None:
     Raises:
         UserError: There is such a file. The message counts them and names one.
     """
-    seen: dict[tuple[int, int], tuple[str, int]] = {}
     counts: Counter[tuple[str, str]] = Counter()
     first: dict[tuple[str, str], tuple[str, str]] = {}
+    places: list[tuple[str, int]] = []
+    identities = array("Q")  # device and number of each file
     for split, images in splits.items():
-        for index, file in enumerate(images.files or ()):
+        places.append((split, len(identities) // 2))
+        for file in images.files or ():
             try:
-                stat = file.stat()
+                identities.extend(_identity(file.stat()))
             except OSError:  # a bad image, which the writer names or skips
-                continue
-            other, number = seen.setdefault(_identity(stat), (split, index))
-            if (other, number) == (split, index):
-                continue
-            before = splits[other]
-            if other == split and before.labels[number] == images.labels[index]:
-                continue  # the same image twice in a class: reported as a copy
-            assert before.files is not None
-            # Some file systems give numbers twice: two names of one file are links, or it has several.
-            if stat.st_nlink < 2 and os.path.realpath(file) != os.path.realpath(before.files[number]):
-                continue
-            counts[other, split] += 1
-            first.setdefault((other, split), (before.names[number], images.names[index]))
+                identities.extend((_NOWHERE, len(identities)))
+    for earlier, later in _repeated(np.frombuffer(identities, dtype=np.uint64).reshape(-1, 2)):
+        (other, number), (split, index) = _place(places, earlier), _place(places, later)
+        before, images = splits[other], splits[split]
+        if other == split and before.labels[number] == images.labels[index]:
+            continue  # the same image twice in a class: reported as a copy
+        assert before.files is not None
+        assert images.files is not None
+        file = images.files[index]
+        # Some file systems give numbers twice: two names of one file are links, or it has several.
+        if file.stat().st_nlink < 2 and os.path.realpath(file) != os.path.realpath(before.files[number]):
+            continue
+        counts[other, split] += 1
+        first.setdefault((other, split), (before.names[number], images.names[index]))
     for (other, split), count in counts.items():
         one, two = first[other, split]
         what = f"{count:,} {split} images are " + ("in two classes" if other == split else f"also {other} images")
@@ -50,6 +58,32 @@ def refuse_shared_files(splits: Mapping[str, Images]) -> None:
 
 def _identity(stat: os.stat_result) -> tuple[int, int]:
     return stat.st_dev, stat.st_ino
+
+
+def _repeated(keys: np.ndarray) -> Iterator[tuple[int, int]]:
+    """Rows whose key stands in an earlier row: (the first row with it, this row), in order of this row.
+
+    Args:
+        keys: uint64 (N, 2).
+    """
+    order = np.lexsort((keys[:, 1], keys[:, 0]))  # stable: equal keys stay in order
+    ordered = keys[order]
+    fresh = np.ones(len(keys), dtype=bool)
+    fresh[1:] = (ordered[1:] != ordered[:-1]).any(1)
+    if fresh.all():
+        return
+    starts = np.flatnonzero(fresh)
+    again = np.flatnonzero(~fresh)
+    firsts = order[starts[np.searchsorted(starts, again, side="right") - 1]]
+    rows = order[again]
+    by_row = np.argsort(rows)
+    yield from zip(firsts[by_row].tolist(), rows[by_row].tolist(), strict=True)
+
+
+def _place(places: list[tuple[str, int]], row: int) -> tuple[str, int]:
+    """The split of a row of all splits, and its row there. places: of each split, its name and its first row."""
+    split, begin = next((split, begin) for split, begin in reversed(places) if begin <= row)
+    return split, row - begin
 
 
 @dataclass
@@ -73,26 +107,34 @@ class Copies:
         path.write_text("".join(f"{line}\n" for line in self.lines), errors="surrogateescape")
 
 
-def find_copies(splits: Mapping[str, tuple[list[str], list[int], list[str]]]) -> Copies:
+def find_copies(splits: Mapping[str, Images], read: Mapping[str, tuple[Sequence[int], bytes | bytearray]]) -> Copies:
     """Find images with the same bytes.
 
     Args:
-        splits: For each split the names, the labels, and a digest of each image's bytes.
+        splits: The images by split.
+        read: For each split, which of its images were read, and 16 bytes of a digest of each, one after another.
 
     Returns:
         All copies.
     """
-    seen: dict[str, tuple[str, str, int]] = {}
     copies = Copies()
-    for split, (names, labels, digests) in splits.items():
-        for name, label, digest in zip(names, labels, digests, strict=True):
-            other, before, known = seen.setdefault(digest, (split, name, label))
-            if (other, before) == (split, name):
-                continue
-            if other != split:
-                kind = f"{split} images are also {other} images"
-            else:
-                kind = f"{split} images are twice in a class" if known == label else f"{split} images are also in another class"
-            copies.counts[kind] += 1
-            copies.lines.append(f"{split} {name}\t{other} {before}".replace("\n", "\\n"))
+    places: list[tuple[str, int]] = []
+    begin = 0
+    for split, (rows, _) in read.items():
+        places.append((split, begin))
+        begin += len(rows)
+    parts = [np.frombuffer(digests, dtype=np.uint64) for _, digests in read.values()]
+    digests = (np.concatenate(parts) if len(parts) > 1 else parts[0]).reshape(-1, 2)
+    for earlier, later in _repeated(digests):
+        (other, number), (split, index) = _place(places, earlier), _place(places, later)
+        images, before = splits[split], splits[other]
+        row, known = read[split][0][index], read[other][0][number]
+        if other != split:
+            kind = f"{split} images are also {other} images"
+        elif before.labels[known] == images.labels[row]:
+            kind = f"{split} images are twice in a class"
+        else:
+            kind = f"{split} images are also in another class"
+        copies.counts[kind] += 1
+        copies.lines.append(f"{split} {images.names[row]}\t{other} {before.names[known]}".replace("\n", "\\n"))
     return copies

@@ -21,7 +21,7 @@ from typing import IO, Any
 from pipelines.common.errors import UserError
 from pipelines.common.files import locked, write_atomically
 from pipelines.common.progress import counted
-from pipelines.prepare.sources.addresses import NetworkError, file_system, patient
+from pipelines.prepare.sources.addresses import fetch_part, file_system, patient
 from pipelines.prepare.writer import Shard
 
 CACHE = "cache"  # below data.prepared
@@ -181,7 +181,7 @@ def _copy(system: Any, address: str, shard: Shard, target: IO[bytes]) -> None:
 
     Raises:
         _DamagedError: It has another size or digest.
-        UserError: It is not there.
+        UserError: It is not there, or the server sends whole files only.
         NetworkError: The network does not answer.
     """
     try:
@@ -189,17 +189,10 @@ def _copy(system: Any, address: str, shard: Shard, target: IO[bytes]) -> None:
         assert isinstance(size, int)
         digest = hashlib.sha256()
         for begin in range(0, min(size, shard.bytes), _BLOCK):
-            block = _block(system, address, begin, min(begin + _BLOCK, size, shard.bytes))
+            block = fetch_part(system, address, begin, min(_BLOCK, size - begin, shard.bytes - begin))
             digest.update(block)
             target.write(block)
     except FileNotFoundError as error:
         raise UserError(f"{address}: nothing is at this address; publish the data again with pipelines.prepare") from error
     if size != shard.bytes or digest.hexdigest() != shard.sha256:
         raise _DamagedError(f"{size:,} bytes, SHA-256 {digest.hexdigest()}")
-
-
-def _block(system: Any, address: str, begin: int, end: int) -> bytes:
-    block = patient(lambda: bytes(system.cat_file(address, start=begin, end=end)), address)
-    if len(block) != end - begin:
-        raise NetworkError(f"{address}: {len(block):,} bytes came for {end - begin:,}; its server must answer range requests")
-    return block

@@ -14,9 +14,11 @@ import os
 import shutil
 import sys
 import time
+from array import array
 from collections.abc import Callable, Generator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -64,9 +66,9 @@ class Progress:
         content: Digest of the images so far (`add_content`).
         done: Images of the split's order that are written or skipped.
         shards: The finished files.
-        names: Of the written images, in the order of the files.
+        rows: Of the written images in the source's split, in the order of the files.
         labels: Of the same.
-        sources: The first 16 bytes of each image's SHA-256, as hexadecimal digits: of the file, or of the pixels.
+        sources: The first 16 bytes of each image's SHA-256, one after another: of the file, or of the pixels.
         skipped: Places of the unreadable images.
         reasons: Why each was unreadable.
         how: Images by what was done to them.
@@ -77,41 +79,59 @@ class Progress:
     content: str = NO_CONTENT
     done: int = 0
     shards: list[Shard] = field(default_factory=list)
-    names: list[str] = field(default_factory=list)
-    labels: list[int] = field(default_factory=list)
-    sources: list[str] = field(default_factory=list)
+    rows: array[int] = field(default_factory=lambda: array("I"))
+    labels: array[int] = field(default_factory=lambda: array("i"))
+    sources: bytearray = field(default_factory=bytearray)
     skipped: list[str] = field(default_factory=list)
     reasons: list[str] = field(default_factory=list)
     how: dict[str, int] = field(default_factory=dict)
     stored: int = 0
 
 
-_GROWING = ("names", "labels", "sources", "skipped", "reasons")  # lists, of which a record keeps what its file has added
+_SOURCE = 16  # bytes of a digest in `Progress.sources`
+
+
+@dataclass
+class _Record:
+    """What is kept beside a finished file: what the progress has become since the file before."""
+
+    digest: str
+    content: str
+    done: int
+    shards: list[dict[str, Any]]
+    names: list[str]
+    labels: list[int]
+    sources: list[str]
+    skipped: list[str]
+    reasons: list[str]
+    how: dict[str, int]
+    stored: int
 
 
 class _Files:
     """The files of a split, one open at a time."""
 
-    def __init__(self, folder: Path, split: str, capacity: int, store: Store, digest: str) -> None:
-        self._folder, self._split, self._capacity = folder, split, capacity
+    def __init__(self, folder: Path, split: str, images: Images, order: np.ndarray, store: Store) -> None:
+        self._folder, self._split, self._images, self._capacity = folder, split, images, len(images)
         self._limit = None if store.shard_mb is None else store.shard_mb << 20
         self._writer: BetonWriter | None = None
-        self.progress = self._resumed(digest)
+        self.progress = self._resumed(images.digest(), order)
         kept = {name for shard in self.progress.shards for name in (shard.file, record_of(shard.file))}
         for file in (*folder.glob(f"{split}*.beton"), *folder.glob(f"{split}*.part"), *folder.glob(f"{split}*.done")):
             if file.name not in kept:
                 file.unlink()
-        self._recorded = {name: len(getattr(self.progress, name)) for name in _GROWING}
+        self._recorded = len(self.progress.rows), len(self.progress.skipped)
 
-    def append(self, image: Packed, label: int, name: str, source: bytes) -> None:
-        """Add an image. source: the digest of what it was made of."""
+    def append(self, image: Packed, row: int, source: bytes) -> None:
+        """Add an image of the source. source: the digest of what it was made of."""
+        label, name = int(self._images.labels[row]), self._images.names[row]
         if self._writer is None:
             self._writer = BetonWriter(self._folder / self._name(), self._room())
         self._writer.append(image, label)
         progress = self.progress
-        progress.names.append(name)
+        progress.rows.append(row)
         progress.labels.append(label)
-        progress.sources.append(source[:16].hex())
+        progress.sources += source[:_SOURCE]
         progress.content = add_content(progress.content, name, label, source)
         progress.stored += len(image.data)
         progress.how[image.how] = progress.how.get(image.how, 0) + 1
@@ -161,32 +181,58 @@ class _Files:
         self._writer = None
         progress = self.progress
         shard = file_entry(path, samples)
-        record = asdict(progress) | {"shards": [asdict(shard)]}
-        record |= {name: getattr(progress, name)[begin:] for name, begin in self._recorded.items()}
-        write_atomically(self._folder / record_of(path.name), json.dumps(record))
+        rows, skipped = self._recorded
+        record = _Record(
+            progress.digest,
+            progress.content,
+            progress.done,
+            [asdict(shard)],
+            [self._images.names[row] for row in progress.rows[rows:]],
+            progress.labels[rows:].tolist(),
+            [progress.sources[at : at + _SOURCE].hex() for at in range(rows * _SOURCE, len(progress.sources), _SOURCE)],
+            progress.skipped[skipped:],
+            progress.reasons[skipped:],
+            progress.how,
+            progress.stored,
+        )
+        write_atomically(self._folder / record_of(path.name), json.dumps(asdict(record)))
         progress.shards.append(shard)
-        self._recorded = {name: len(getattr(progress, name)) for name in _GROWING}
+        self._recorded = len(progress.rows), len(progress.skipped)
 
-    def _resumed(self, digest: str) -> Progress:
+    def _resumed(self, digest: str, order: np.ndarray) -> Progress:
         """What an earlier run finished of the same images."""
         progress = Progress(digest)
         while True:
             name = shard_name(self._split, None if self._limit is None else len(progress.shards))
             try:
-                record = json.loads((self._folder / record_of(name)).read_text())
-                shards = [Shard(**shard) for shard in record.pop("shards")]
-                lists = {key: getattr(progress, key) + record.pop(key) for key in _GROWING}
-                following = Progress(**record, **lists, shards=progress.shards + shards)
+                record = _Record(**json.loads((self._folder / record_of(name)).read_text()))
+                (shard,) = (Shard(**shard) for shard in record.shards)
+                sources = bytes.fromhex("".join(record.sources))
+                rows = self._rows(record.names, order[progress.done : record.done])
             except (OSError, ValueError, KeyError, TypeError, AttributeError):  # none, or a damaged one
                 return progress
-            whole = len(shards) == 1 and shards[0].file == name and _size(self._folder / name) == shards[0].bytes
-            written = sum(shard.samples for shard in following.shards)
-            agree = written == len(following.names) == len(following.labels) == following.done - len(following.skipped)
-            if following.digest != digest or not whole or not agree:
+            whole = shard.file == name and _size(self._folder / name) == shard.bytes
+            agree = shard.samples == len(rows) == len(record.labels) == len(sources) // _SOURCE
+            if record.digest != digest or not whole or not agree:
                 return progress
-            progress = following
+            if shard.samples + len(record.skipped) != record.done - progress.done:
+                return progress
+            progress.rows.extend(rows)
+            progress.labels.extend(record.labels)
+            progress.sources += sources
+            progress.skipped += record.skipped
+            progress.reasons += record.reasons
+            progress.content, progress.done = record.content, record.done
+            progress.how, progress.stored = record.how, record.stored
+            progress.shards.append(shard)
             if self._limit is None:
                 return progress
+
+    def _rows(self, names: list[str], order: np.ndarray) -> list[int]:
+        """The rows of the images with these names, among those that were written or skipped, in their order."""
+        rest = iter(order.tolist())
+        rows = [next((row for row in rest if self._images.names[row] == name), -1) for name in names]
+        return [row for row in rows if row >= 0]
 
 
 def file_entry(path: Path, samples: int) -> Shard:
@@ -279,7 +325,7 @@ def write_split(
         Interrupted: Ctrl-C; the finished files are kept.
     """
     order = stream(seed, "write", split).permutation(len(images))
-    files = _Files(folder, split, len(images), data.store, images.digest())
+    files = _Files(folder, split, images, order, data.store)
     progress = files.progress
     began, first = time.monotonic(), progress.done
     if first:
@@ -295,13 +341,13 @@ def write_split(
                 progress.reasons.append(with_setting(result))
             else:
                 try:
-                    files.append(result[0], int(images.labels[index]), images.names[index], result[1])
+                    files.append(result[0], index, result[1])
                 except UserError as error:
                     raise UserError(f"{images.place(index, split)} {error}") from error
             files.step()
             if progress.done == first + _SAMPLED:
                 _check_room(folder, split, progress, len(order), settable)
-        if not progress.names:
+        if not progress.rows:
             raise UserError(f"the {split} split has no readable image")
         files.finish()
     except KeyboardInterrupt as error:
@@ -324,8 +370,8 @@ def write_split(
         raise
     finally:
         packed.close()
-    lines = "".join(f"{line_of(name)}\n" for name in progress.names)
-    (folder / names_file(split)).write_text(lines, errors="surrogateescape")
+    with (folder / names_file(split)).open("w", encoding="utf-8", errors="surrogateescape") as lines:
+        lines.writelines(f"{line_of(images.names[row])}\n" for row in progress.rows)
     _report(split, progress, len(order) - first, time.monotonic() - began)
     return progress
 
@@ -372,7 +418,7 @@ def _full(folder: Path, split: str, progress: Progress, total: int, settable: bo
 
 
 def _report(split: str, progress: Progress, images: int, seconds: float) -> None:
-    size, count = sum(shard.bytes for shard in progress.shards), len(progress.names)
+    size, count = sum(shard.bytes for shard in progress.shards), len(progress.rows)
     kinds = ", ".join(f"{number:,} {how}" for how, number in sorted(progress.how.items()))
     files = f" in {len(progress.shards)} files" if len(progress.shards) > 1 else ""
     each = progress.stored / count / 1e3
@@ -408,9 +454,8 @@ def pack_all(
         def work(index: int) -> Result:
             return pack_one(images, index, bool(raw[index]), data, lossless, warned)
 
-        indices = order.tolist()
-        with contextlib.closing(in_threads(work, indices)) as results:
-            yield from zip(indices, results, strict=True)
+        with contextlib.closing(in_threads(work, map(int, order))) as results:
+            yield from zip(map(int, order), results, strict=True)
     if warned.text():
         print(f"data: {warned.text()}", file=sys.stderr)
 

@@ -116,12 +116,12 @@ def test_what_lies_in_the_cache_is_not_fetched_again(local, store, tmp_path, mon
     assert [here.beton("train").image(row).tobytes() for row in range(24)] == [
         expected.image(row).tobytes() for row in range(24)
     ]
-    monkeypatch.setattr(fetching, "_block", None)  # whoever fetches now fails
+    monkeypatch.setattr(fetching, "fetch_part", None)  # whoever fetches now fails
     assert len(node(local, store, tmp_path / "node").beton("train")) == 24
 
 
 def test_the_machine_that_prepared_uses_its_own_files(local, store, monkeypatch):
-    monkeypatch.setattr(fetching, "_block", None)
+    monkeypatch.setattr(fetching, "fetch_part", None)
     here = node(local, store, local[0].prepared)
     assert here.published is None
     assert len(here.beton("train")) == 24
@@ -175,14 +175,14 @@ def test_a_damaged_file_is_named_with_both_digests(local, bucket, tmp_path, how)
 
 
 def test_what_was_damaged_on_its_way_is_fetched_again_once(local, store, tmp_path, monkeypatch):
-    real, calls = fetching._block, []
+    real, calls = fetching.fetch_part, []
 
-    def block(system, address, begin, end):
+    def part(system, address, start, size):
         calls.append(address)
-        content = real(system, address, begin, end)
+        content = real(system, address, start, size)
         return bytes(len(content)) if len(calls) == 1 else content
 
-    monkeypatch.setattr(fetching, "_block", block)
+    monkeypatch.setattr(fetching, "fetch_part", part)
     here = node(local, store, tmp_path / "node")
     assert here.beton("train", [0]).image(0).tobytes() == local[1].beton("train", [0]).image(0).tobytes()
     assert len(calls) == 2
@@ -196,15 +196,15 @@ from pipelines.config import DataConfig
 from pipelines.prepare import published
 from pipelines.prepare.build import ensure_prepared
 
-real = published._block
+real = published.fetch_part
 published._BLOCK = 100_000
 
-def block(system, address, begin, end):
-    if address.endswith("train-00001.beton") and begin:
+def part(system, address, start, size):
+    if address.endswith("train-00001.beton") and start:
         os.kill(os.getpid(), signal.SIGKILL)
-    return real(system, address, begin, end)
+    return real(system, address, start, size)
 
-published._block, published._AT_ONCE = block, 1
+published.fetch_part, published._AT_ONCE = part, 1
 ensure_prepared(DataConfig.model_validate(json.loads({data.model_dump_json()!r})), 0).beton("train")
 """
     done = subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True, text=True)
@@ -244,8 +244,8 @@ def test_a_network_that_fails_is_tried_again_and_whole_files_stay(local, bucket,
 
 
 def test_processes_of_a_machine_fetch_a_file_once(local, store, tmp_path, monkeypatch):
-    real, calls = fetching._block, []
-    monkeypatch.setattr(fetching, "_block", lambda *where: calls.append(where[1]) or real(*where))
+    real, calls = fetching.fetch_part, []
+    monkeypatch.setattr(fetching, "fetch_part", lambda *where: calls.append(where[1]) or real(*where))
     opened: list[int] = []
     threads = [
         threading.Thread(target=lambda: opened.append(len(node(local, store, tmp_path / "node").beton("train"))))

@@ -19,6 +19,7 @@ import numpy as np
 from pydantic import BeforeValidator, StringConstraints
 
 from pipelines.common.errors import UserError
+from pipelines.prepare.sources.texts import Texts
 
 _TRIES, _FIRST_WAIT = 5, 0.5  # of a network read; each wait is twice the one before
 LARGEST = 1 << 28  # bytes that are read from one address: a larger file is no image
@@ -64,8 +65,8 @@ class Remote:
     """
 
     def __init__(self, addresses: Sequence[str], stamps: Sequence[str] | None = None) -> None:
-        self._addresses = [*addresses]
-        self._stamps = None if stamps is None else [*stamps]
+        self._addresses = addresses if isinstance(addresses, Texts) else Texts(addresses)
+        self._stamps = stamps if stamps is None or isinstance(stamps, Texts) else Texts(stamps)
         self._systems: dict[str, Any] = {}
         self._lock = threading.Lock()
 
@@ -79,9 +80,7 @@ class Remote:
 
     def take(self, indices: np.ndarray) -> Remote:
         """Some of the images."""
-        return Remote(
-            [self._addresses[i] for i in indices], None if self._stamps is None else [self._stamps[i] for i in indices]
-        )
+        return Remote(self._addresses.take(indices), None if self._stamps is None else self._stamps.take(indices))
 
     def place(self, index: int) -> str:
         """The address, without the user's name and password."""
@@ -112,7 +111,7 @@ class RemoteSlices:
     def __init__(
         self, files: Sequence[RemoteFile], names: Sequence[str], file: np.ndarray, start: np.ndarray, size: np.ndarray
     ) -> None:
-        self._files, self._names = [*files], [*names]
+        self._files, self._names = [*files], names if isinstance(names, Texts) else Texts(names)
         self._file, self._start, self._size = file, start, size
         self._system: Any = None
         self._lock = threading.Lock()
@@ -137,8 +136,9 @@ class RemoteSlices:
 
     def take(self, indices: np.ndarray) -> RemoteSlices:
         """Some of the pieces."""
-        names = [self._names[i] for i in indices]
-        return RemoteSlices(self._files, names, self._file[indices], self._start[indices], self._size[indices])
+        return RemoteSlices(
+            self._files, self._names.take(indices), self._file[indices], self._start[indices], self._size[indices]
+        )
 
     def place(self, index: int) -> str:
         """The shard's address and the name within it."""

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from pipelines.common.errors import UserError
+from pipelines.prepare.sources.texts import Texts
 
 _MEMBER = 1 << 30  # bytes of an image file within an archive: a larger one is a mistake
 
@@ -105,7 +106,7 @@ class Slices:
     def __init__(
         self, paths: Sequence[Path], names: Sequence[str], file: np.ndarray, start: np.ndarray, size: np.ndarray
     ) -> None:
-        self._paths, self._names = [*paths], [*names]
+        self._paths, self._names = [*paths], names if isinstance(names, Texts) else Texts(names)
         self._file, self._start, self._size = file, start, size
         self._open: dict[int, int] = {}
         self._lock = threading.Lock()
@@ -130,8 +131,7 @@ class Slices:
 
     def take(self, indices: np.ndarray) -> Slices:
         """Some of the pieces."""
-        names = [self._names[i] for i in indices]
-        return Slices(self._paths, names, self._file[indices], self._start[indices], self._size[indices])
+        return Slices(self._paths, self._names.take(indices), self._file[indices], self._start[indices], self._size[indices])
 
     def place(self, index: int) -> str:
         """The file's path and the piece's name."""

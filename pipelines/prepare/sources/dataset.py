@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import overload
+from typing import Any, overload
 
 import numpy as np
 
@@ -14,6 +14,9 @@ from pipelines.common.errors import UserError
 from pipelines.common.settings import Settings
 from pipelines.prepare.sources.contents import Content
 from pipelines.prepare.sources.names import name_key, refuse_alike
+from pipelines.prepare.sources.texts import Texts, taken
+
+_AT_ONCE = 1 << 16  # names that are joined
 
 
 class Below(Sequence[Path]):
@@ -43,7 +46,16 @@ class Below(Sequence[Path]):
 
     def take(self, indices: np.ndarray) -> Below:
         """Some of the files."""
-        return Below(self._root, [self._names[i] for i in indices])
+        return Below(self._root, taken(self._names, indices))
+
+    def named(self, names: Sequence[str]) -> Below:
+        """Files with other names below the folder."""
+        return Below(self._root, names)
+
+    @property
+    def names(self) -> Sequence[str]:
+        """Paths relative to the folder."""
+        return self._names
 
 
 @dataclass(frozen=True)
@@ -62,7 +74,7 @@ class Images:
             tell.
     """
 
-    names: list[str]
+    names: Sequence[str]
     labels: np.ndarray
     files: Sequence[Path] | None = None
     pixels: np.ndarray | None = None
@@ -71,15 +83,20 @@ class Images:
     missing: tuple[str, ...] = ()
     weights: np.ndarray | None = None
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.names, Texts):
+            object.__setattr__(self, "names", Texts(self.names))
+
     def __len__(self) -> int:
         return len(self.names)
 
     def take(self, indices: np.ndarray) -> Images:
         """The images at `indices`, in that order."""
+        names = taken(self.names, indices)
         return Images(
-            names=[self.names[i] for i in indices],
+            names=names,
             labels=self.labels[indices],
-            files=self._files(indices),
+            files=self._files(indices, names),
             pixels=None if self.pixels is None else self.pixels[indices],
             content=None if self.content is None else self.content.take(indices),
             groups=None if self.groups is None else self.groups[indices],
@@ -87,9 +104,9 @@ class Images:
             weights=None if self.weights is None else self.weights[indices],
         )
 
-    def _files(self, indices: np.ndarray) -> Sequence[Path] | None:
+    def _files(self, indices: np.ndarray, names: Sequence[str]) -> Sequence[Path] | None:
         if isinstance(self.files, Below):
-            return self.files.take(indices)
+            return self.files.named(names) if self.files.names is self.names else self.files.take(indices)
         return None if self.files is None else [self.files[i] for i in indices]
 
     def _missing(self, indices: np.ndarray) -> tuple[str, ...]:
@@ -119,7 +136,7 @@ class Images:
         if self.pixels is not None:
             state.update(np.ascontiguousarray(self.pixels).tobytes())
         if self.content is not None:
-            state.update("\0".join(self.names).encode("utf-8", "surrogateescape"))
+            self._hash_names(state)
             state.update(self.content.stamp())
         for name, file in zip(self.names, self.files or (), strict=False):
             try:
@@ -130,11 +147,18 @@ class Images:
             state.update(line.encode("utf-8", "surrogateescape"))
         return state.hexdigest()
 
+    def _hash_names(self, state: Any) -> None:
+        """Update a digest with the names, as joined by zeros."""
+        for begin in range(0, len(self), _AT_ONCE):
+            some = "\0".join(self.names[begin : begin + _AT_ONCE])
+            state.update(("\0" * (begin > 0) + some).encode("utf-8", "surrogateescape"))
+
     def weights_digest(self) -> str:
         """Changes when an image gets another weight; empty without weights."""
         if self.weights is None:
             return ""
-        state = hashlib.sha256("\0".join(self.names).encode("utf-8", "surrogateescape"))
+        state = hashlib.sha256()
+        self._hash_names(state)
         state.update(self.weights.astype("<f8").tobytes())
         return state.hexdigest()
 

@@ -14,6 +14,7 @@ from pipelines.image_files import LeftOut, class_folders, image_files, loose_ima
 from pipelines.prepare.sources.addresses import Location, Remote, listed, there
 from pipelines.prepare.sources.dataset import Below, Dataset, Images, SourceConfig
 from pipelines.prepare.sources.names import hint_for, name_key, read_text, refuse_alike
+from pipelines.prepare.sources.texts import Texts
 from pipelines.prepare.sources.tree import SPLITS, class_tree, image_names
 
 # Names of folders that are splits under another name, and no classes.
@@ -212,8 +213,8 @@ def _labelled(root: Path, split: str, names: dict[str, str], left_out: LeftOut, 
     strangers = sorted(there[key] for key in there.keys() - {*keys})
     if strangers and not others:
         raise UserError(f"{str(root / split / strangers[0])!r}: the class {strangers[0]!r} is not one of the training classes")
-    found_names: list[str] = []
-    labels: list[int] = []
+    found_names = Texts()
+    labels: list[np.ndarray] = []
     for label, key in enumerate(keys):
         name = there.get(key)
         found = [] if name is None else image_files(root / split / name, left_out)
@@ -221,8 +222,8 @@ def _labelled(root: Path, split: str, names: dict[str, str], left_out: LeftOut, 
             place = root / split / (name or [*names][label])
             raise UserError(f"class folder {str(place)!r} has no images (.jpg, .png, .tif and the like); remove it")
         place = Path(split) / (name or "")  # split is empty where root is "."
-        found_names += [f"{place.as_posix()}/{path}" for path in found]
-        labels += [label] * len(found)
+        found_names.extend(f"{place.as_posix()}/{path}" for path in found)
+        labels.append(np.full(len(found), label, dtype=np.int64))
     if not found_names:
         raise UserError(f"{str(root / split)!r} has no images; remove the folder or fill it")
-    return Images(found_names, np.array(labels, dtype=np.int64), files=Below(root, found_names))
+    return Images(found_names, np.concatenate(labels), files=Below(root, found_names))

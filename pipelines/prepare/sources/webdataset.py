@@ -24,6 +24,7 @@ from pipelines.formats import readable_suffixes
 from pipelines.prepare.sources.addresses import Location, RemoteFile, RemoteSlices, Stream, described, matching, there
 from pipelines.prepare.sources.contents import Slices
 from pipelines.prepare.sources.dataset import Dataset, Images, SourceConfig, classes_of
+from pipelines.prepare.sources.texts import Texts
 
 _LABEL_ENDINGS = ("cls", "cls.txt", "label")
 _JSON_KEYS = ("label", "cls", "class", "class_name", "category", "target")
@@ -104,23 +105,23 @@ class _Samples:
     """The samples of a split's shards, in their order."""
 
     shards: list[Path | RemoteFile] = field(default_factory=list)
-    names: list[str] = field(default_factory=list)
-    labels: list[str] = field(default_factory=list)
+    names: Texts = field(default_factory=Texts)
+    labels: Texts = field(default_factory=Texts)
     places: list[np.ndarray] = field(default_factory=list)  # int64 (n, 3): shard, first byte, bytes
 
     def add(self, shard: Path | RemoteFile, index: _Index) -> None:
         """Add the samples of a shard."""
         number = np.full(len(index.names), len(self.shards), dtype=np.int64)
         self.shards.append(shard)
-        self.names += index.names
-        self.labels += index.labels
+        self.names.extend(index.names)
+        self.labels.extend(index.labels)
         self.places.append(np.stack([number, np.array(index.starts, np.int64), np.array(index.sizes, np.int64)], axis=1))
 
     def images(self, label_of: dict[str, int]) -> Images:
         """The samples with their labels."""
         places = np.concatenate(self.places)
         file, start, size = places[:, 0].astype(np.int32), places[:, 1].copy(), places[:, 2].copy()
-        labels = np.array([label_of[label] for label in self.labels], dtype=np.int64)
+        labels = np.fromiter((label_of[label] for label in self.labels), np.int64, len(self.labels))
         remote = [shard for shard in self.shards if isinstance(shard, RemoteFile)]
         local = [shard for shard in self.shards if isinstance(shard, Path)]
         content = (

@@ -1,0 +1,79 @@
+"""Columns in flat buffers are what lists of Python objects would be, in a fraction of their memory."""
+
+import pickle
+import tracemalloc
+
+import numpy as np
+import pytest
+
+from pipelines.prepare import doubles
+from pipelines.prepare.sources import Images
+from pipelines.prepare.sources.texts import Texts
+
+WORDS = ["a/b.jpg", "", "grün/λ.png", "bad\udcff.png", "line\nfeed", "a/b.jpg"]
+
+
+def test_texts_are_what_a_list_is():
+    texts = Texts(WORDS)
+    assert len(texts) == 6
+    assert [*texts] == WORDS == texts[:]
+    assert texts == WORDS
+    assert texts == Texts(WORDS)
+    assert texts != WORDS[:-1]
+    assert texts != Texts(WORDS[:-1])
+    assert [texts[row] for row in range(-6, 6)] == WORDS + WORDS
+    assert texts[1:4] == WORDS[1:4]
+    assert texts[::-2] == WORDS[::-2]
+    assert "line\nfeed" in texts
+    for row in (6, -7):
+        with pytest.raises(IndexError):
+            texts[row]
+    texts.append("more")
+    texts.extend(["and", "more"])
+    assert texts[-3:] == ["more", "and", "more"]
+    rows = np.array([3, 0, 0, 8])
+    assert texts.take(rows) == ["bad\udcff.png", "a/b.jpg", "a/b.jpg", "more"]
+    assert pickle.loads(pickle.dumps(texts)) == texts
+
+
+def test_many_rows_come_in_blocks(monkeypatch):
+    monkeypatch.setattr("pipelines.prepare.sources.texts._AT_ONCE", 7)
+    many = [f"{row:x}" * (row % 5) for row in range(100)]
+    texts = Texts(iter(many))
+    assert texts == many
+    order = np.random.default_rng(0).permutation(100)
+    assert texts.take(order) == [many[row] for row in order]
+
+
+def test_a_digest_does_not_depend_on_the_blocks(monkeypatch):
+    class Content:
+        def stamp(self) -> bytes:
+            return b"stamp"
+
+    images = Images([f"image {row}" for row in range(50)], np.arange(50), content=Content())  # type: ignore[arg-type]
+    whole = images.digest()
+    monkeypatch.setattr("pipelines.prepare.sources.dataset._AT_ONCE", 7)
+    assert images.digest() == whole
+
+
+def test_repeated_keys_are_those_of_a_dictionary():
+    keys = np.random.default_rng(0).integers(0, 12, size=(300, 2)).astype(np.uint64)
+    seen: dict[tuple[int, int], int] = {}
+    expected = []
+    for row, key in enumerate(map(tuple, keys.tolist())):
+        first = seen.setdefault(key, row)
+        if first != row:
+            expected.append((first, row))
+    assert [*doubles._repeated(keys)] == expected
+    assert [*doubles._repeated(keys[:0])] == []
+
+
+def test_memory_of_names():
+    """Of 38 characters a name, at most 16 bytes more."""
+    tracemalloc.start()
+    try:
+        texts = Texts(f"train/n{row % 100:08d}/n{row:017d}.jpg" for row in range(50_000))
+        assert tracemalloc.get_traced_memory()[0] < 50_000 * 54
+    finally:
+        tracemalloc.stop()
+    assert len(texts[0]) == 38
