@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import http.server
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +13,7 @@ from pipelines.config import DataConfig
 from pipelines.prepare.build import ensure_prepared
 from pipelines.prepare.sources import FolderSource, ListsSource, addresses
 from tests.conftest import data_config
+from tests.sources import same, served
 
 fsspec = pytest.importorskip("fsspec")
 
@@ -34,22 +33,8 @@ def copied(folder: Path, address: str) -> str:
 def web(image_folder):
     """A web server that lists its folders."""
     handler = type("Handler", (http.server.SimpleHTTPRequestHandler,), {"log_message": lambda *_: None})
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(handler, directory=str(image_folder)))
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    thread.join()
-    server.server_close()
-
-
-def same(one, other) -> None:
-    """Two data sets have the same classes, names, labels and bytes."""
-    assert one.classes == other.classes
-    for a, b in ((one.train, other.train), (one.test, other.test)):
-        assert a.names == b.names
-        assert np.array_equal(a.labels, b.labels)
-        assert [a.read(index) for index in range(len(a))] == [b.read(index) for index in range(len(b))]
+    with served(handler, image_folder) as address:
+        yield address
 
 
 @pytest.mark.parametrize("kind", ["memory", "file", "s3", "http"])

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import http.server
 import io
 import pickle
 import re
 import tarfile
-import threading
 from pathlib import Path
 from typing import ClassVar
 
@@ -19,6 +17,7 @@ from pipelines.common.errors import UserError
 from pipelines.prepare.build import ensure_prepared
 from pipelines.prepare.sources import FolderSource, WebDatasetSource, addresses
 from tests.conftest import data_config
+from tests.sources import same, served
 
 fsspec = pytest.importorskip("fsspec")
 webdataset = pytest.importorskip("webdataset")
@@ -93,21 +92,8 @@ class Web(http.server.SimpleHTTPRequestHandler):
 def web(shards):
     pytest.importorskip("aiohttp")
     handler = type("Handler", (Web,), {"breaks": {}, "parts": []})
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(handler, directory=str(shards)))
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}", handler
-    server.shutdown()
-    thread.join()
-    server.server_close()
-
-
-def same(one, other) -> None:
-    assert one.classes == other.classes
-    for a, b in ((one.train, other.train), (one.test, other.test)):
-        assert a.names == b.names
-        assert np.array_equal(a.labels, b.labels)
-        assert [a.read(index) for index in range(len(a))] == [b.read(index) for index in range(len(b))]
+    with served(handler, shards) as address:
+        yield address, handler
 
 
 @pytest.mark.parametrize("kind", ["s3", "memory", "http"])
