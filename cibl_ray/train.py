@@ -92,7 +92,7 @@ def main() -> None:
         return
     from cibl_ray.run.stop import stop_signals
 
-    with stop_signals() as stop:
+    with stop_signals(exits=True) as stop:
         from cibl_ray.hardware import keep_freed_memory
         from cibl_ray.run.progress import Silent, Terminal
         from cibl_ray.training.fit import fit

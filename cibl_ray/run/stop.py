@@ -31,6 +31,13 @@ class Stop:
         """Whether the run should save and end."""
         return False
 
+    def tell(self, status: int) -> None:
+        """Another worker is asked to stop, so this one ends too.
+
+        Args:
+            status: Its exit status.
+        """
+
     def notice(self) -> float | None:
         """Seconds until a machine of this run is taken away; None: nothing is known. All workers of a run ask together."""
         return None
@@ -39,7 +46,7 @@ class Stop:
 class StopSignals(Stop):
     """Ctrl-C, SIGTERM and SIGUSR1 ask the run to stop.
 
-    While the run does not look, and on a second Ctrl-C, the signal raises `Interrupted` at once.
+    While the run does not look, the first signal raises `Interrupted` at once, and so does a second Ctrl-C at any time.
     """
 
     def __init__(self) -> None:
@@ -49,18 +56,30 @@ class StopSignals(Stop):
         """Whether a signal has arrived."""
         return self._since is not None
 
+    def tell(self, status: int) -> None:
+        """Another worker has got a signal."""
+        if self._since is None:
+            self._since, self.status = time.monotonic(), status
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
         # A scheduler may send one signal twice, to the job's shell and to its processes.
         again = number == signal.SIGINT and self._since is not None and time.monotonic() - self._since > 1
+        first = self._since is None
+        if first:
+            self._since = time.monotonic()
+        elif not again:
+            return  # torchrun too sends SIGTERM to the other workers, once one of them has saved and ended
         self.status = 130 if number == signal.SIGINT else AGAIN
-        self._since = self._since or time.monotonic()
         if again or not self.polled:
             raise Interrupted("stopped", self.status)
 
 
 @contextmanager
-def stop_signals() -> Iterator[Stop]:
+def stop_signals(exits: bool = False) -> Iterator[Stop]:
     """Handle the signals that ask a run to stop, as long as the context lasts. Only the main thread can handle signals.
+
+    Args:
+        exits: The process ends after a stop: a scheduler's second signal must not cut its last message, and is ignored.
 
     Yields:
         Whether the run is asked to stop. In another thread it never is.
@@ -70,8 +89,17 @@ def stop_signals() -> Iterator[Stop]:
         return
     stop = StopSignals()
     before = {number: signal.signal(number, stop._handle) for number in _SIGNALS}
+    stopped = False
     try:
         yield stop
+    except KeyboardInterrupt:
+        stopped = exits
+        raise
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+            ignored = stopped and number != signal.SIGINT
+            signal.signal(number, _ignore if ignored else handler if handler is not None else signal.SIG_DFL)
+
+
+def _ignore(number: int, frame: FrameType | None) -> None:
+    """A handler, and not SIG_IGN: what this process still starts would inherit that."""

@@ -130,10 +130,10 @@ def _fit_in(
     if not world.is_rank0:
         try:
             return trainer.fit(progress)
-        except PeerLostError:
-            if stop.asked():  # rank 0 has saved and ended
-                raise KeyboardInterrupt from None
-            raise
+        except (KeyboardInterrupt, PeerLostError) as error:
+            if isinstance(error, PeerLostError) and not stop.asked():
+                raise
+            raise Interrupted("stopped", stop.status) from None  # rank 0 has saved, and says how to resume
     # All checks are done: a mistake leaves no folder, and changes no earlier run.
     try:
         folder.mkdir(parents=True, exist_ok=resume)

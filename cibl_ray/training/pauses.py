@@ -62,11 +62,15 @@ class Pauses:
         then, done = self._last
         self._last = now, self._steps
         steps = int(_ASK_EVERY * (self._steps - done) / max(now - then, 1e-9))
-        answers = self._world.all_gather((due, self.stop.asked(), min(steps, _ASK_STEPS), hear))
+        status = self.stop.status if self.stop.asked() else None
+        answers = self._world.all_gather((due, status, min(steps, _ASK_STEPS), hear))
         due, _, self._until_asked, hear = answers[0]
+        statuses = [status for _, status, *_ in answers if status is not None]
+        if statuses:
+            self.stop.tell(statuses[0])
         if hear:
             due |= self._hear(now)
-        return due, any(stop for _, stop, *_ in answers)
+        return due, bool(statuses)
 
     def _hear(self, now: float) -> bool:
         """Ask whether a machine of this run is taken away. Returns whether that is news: what was trained should be saved."""

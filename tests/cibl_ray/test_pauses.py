@@ -1,13 +1,15 @@
 """When a run saves and stops: by the clock, on request, and when a machine is about to be taken away."""
 
 import logging
+import signal
 
 import pytest
 
-from cibl_ray.run.stop import Stop
+from cibl_ray.run.stop import AGAIN, Stop, stop_signals
 from cibl_ray.training import pauses
 from cibl_ray.training.pauses import Pauses
 from cibl_ray.world import World
+from pipelines.common.errors import Interrupted
 
 
 class Announced(Stop):
@@ -78,3 +80,40 @@ def test_a_checkpoint_is_due_by_the_clock(clock):
     assert asked.ask() == (True, False)
     asked.saved()
     assert asked.ask() == (False, False)
+
+
+def test_a_second_signal_does_not_cut_the_end_of_a_stopped_command():
+    """torchrun sends SIGTERM to the other workers as soon as one has saved and ended; Slurm may send its signal twice."""
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGUSR1)
+    try:
+        with pytest.raises(KeyboardInterrupt), stop_signals(exits=True) as stop:
+            stop.polled = True
+            signal.raise_signal(signal.SIGUSR1)
+            assert stop.asked()
+            stop.polled = False  # the run has saved, and ends
+            signal.raise_signal(signal.SIGTERM)
+            assert stop.status == AGAIN
+            raise KeyboardInterrupt
+        signal.raise_signal(signal.SIGTERM)  # its message is not yet out
+    finally:
+        signal.signal(signal.SIGTERM, before[0])
+        signal.signal(signal.SIGUSR1, before[1])
+
+
+def test_the_first_signal_ends_a_run_that_does_not_look():
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Interrupted) as stopped, stop_signals():
+        signal.raise_signal(signal.SIGTERM)
+    assert stopped.value.status == AGAIN
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_worker_whose_peer_is_asked_to_stop_knows_it_too(monkeypatch):
+    """It gets the peer's exit status, and a launcher's SIGTERM does not cut how it ends."""
+    world = Two()
+    monkeypatch.setattr(world, "all_gather", lambda mine: [mine, (False, AGAIN, 0, False)])
+    with stop_signals() as stop:
+        assert Pauses(world, None, stop).ask() == (False, True)
+        signal.raise_signal(signal.SIGTERM)
+    assert stop.asked()
+    assert stop.status == AGAIN
