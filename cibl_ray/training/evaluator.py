@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from cibl_ray.evaluation.tail_shift import choose_shift
 from cibl_ray.hardware import enough_memory
 from cibl_ray.networks.network import HybridNetwork
 from cibl_ray.run.checkpoint import Checkpoint, load_checkpoint, load_weights
+from cibl_ray.training.pauses import Pauses
 from cibl_ray.world import World
 from pipelines.common.errors import UserError
 from pipelines.loaders.reading import Loader
@@ -35,7 +36,7 @@ class Evaluator:
         loaders: The held-out splits, 'val' and 'test' where they exist.
         normalize: Turns what a loader gives into the network's input.
         world: The workers.
-        between: Called before each batch; it may raise KeyboardInterrupt.
+        pauses: Says before each batch whether the run is asked to stop.
 
     Attributes:
         outputs: Logits (N, C) and labels (N,) that `result` scored last; None before that.
@@ -48,12 +49,12 @@ class Evaluator:
         loaders: Mapping[str, Loader],
         normalize: nn.Module,
         world: World,
-        between: Callable[[], None],
+        pauses: Pauses,
     ) -> None:
         self.loaders = loaders
         self.outputs: tuple[torch.Tensor, torch.Tensor] | None = None
         self._config, self._prepared, self._normalize = config, prepared, normalize
-        self._world, self._between = world, between
+        self._world, self._pauses = world, pauses
 
     def score(self, network: HybridNetwork, split: str, epoch: int) -> Scores | None:
         """Score a network.
@@ -116,11 +117,16 @@ class Evaluator:
 
         Returns:
             Logits (N, C) and labels (N,) of the whole split on rank 0; elsewhere empty ones.
+
+        Raises:
+            KeyboardInterrupt: A worker is asked to stop.
         """
         train = self._config.train
         with enough_memory(f"evaluation, {train.eval_batch_size} images at once", "lower train.eval_batch_size"):
             device = torch.device(train.device)
-            logits, labels = predict(network, self.loaders[split], self._normalize, device, self._between)
+            logits, labels = self._pauses.together(
+                lambda: predict(network, self.loaders[split], self._normalize, device, self._pauses.raise_if_stopped)
+            )
         return self._world.gather_to_rank0(logits), self._world.gather_to_rank0(labels)
 
     def _score(self, logits: torch.Tensor, labels: torch.Tensor, split: str, epoch: int) -> Scores | None:

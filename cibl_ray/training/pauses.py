@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from typing import NoReturn
+from collections.abc import Callable
+from typing import NoReturn, TypeVar
 
 from cibl_ray.run.stop import Stop
 from cibl_ray.world import World
@@ -14,6 +15,7 @@ _ASK_STEPS = 100  # the most steps between two of them
 _HEAR_EVERY = 5.0  # seconds between two questions whether a machine is taken away
 _SAVE_BEFORE = 15.0  # seconds before it goes, for a second checkpoint
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 class Pauses:
@@ -62,15 +64,44 @@ class Pauses:
         then, done = self._last
         self._last = now, self._steps
         steps = int(_ASK_EVERY * (self._steps - done) / max(now - then, 1e-9))
-        status = self.stop.status if self.stop.asked() else None
-        answers = self._world.all_gather((due, status, min(steps, _ASK_STEPS), hear))
+        answers = self._world.all_gather((due, self._status(self.stop.asked()), min(steps, _ASK_STEPS), hear))
         due, _, self._until_asked, hear = answers[0]
-        statuses = [status for _, status, *_ in answers if status is not None]
-        if statuses:
-            self.stop.tell(statuses[0])
         if hear:
             due |= self._hear(now)
-        return due, bool(statuses)
+        return due, self._told([status for _, status, *_ in answers])
+
+    def together(self, work: Callable[[], T]) -> T:
+        """Do what a stop interrupts: once one worker is interrupted, so are all, when they have done their part.
+
+        Args:
+            work: Every worker's own part; it may call `raise_if_stopped`.
+
+        Returns:
+            What it returns.
+
+        Raises:
+            KeyboardInterrupt: A worker was interrupted.
+        """
+        if self._world.size == 1:
+            return work()
+        interrupted = False
+        try:
+            result = work()
+        except KeyboardInterrupt:
+            interrupted = True
+        if self._told(self._world.all_gather(self._status(interrupted))):
+            raise KeyboardInterrupt
+        return result
+
+    def _status(self, asked: bool) -> int | None:
+        return self.stop.status if asked else None
+
+    def _told(self, statuses: list[int | None]) -> bool:
+        """Whether any worker is asked to stop; then this one knows it too. statuses: the exit status of those that are."""
+        asked = [status for status in statuses if status is not None]
+        if asked:
+            self.stop.tell(asked[0])
+        return bool(asked)
 
     def _hear(self, now: float) -> bool:
         """Ask whether a machine of this run is taken away. Returns whether that is news: what was trained should be saved."""

@@ -131,7 +131,7 @@ class Trainer:
         self.normalize, self.feeds = streams.normalize, streams.feeds
         self.train_loaders = [feed.loader for feed in streams.feeds]
         self.pauses = Pauses(world, train.checkpoint_minutes, stop or Stop())
-        self.evaluator = Evaluator(config, prepared, streams.held_out, self.normalize, world, self.pauses.raise_if_stopped)
+        self.evaluator = Evaluator(config, prepared, streams.held_out, self.normalize, world, self.pauses)
         if first is not None and train.head_start == "tau_normalized":
             tau = normalize_head(self.network, train.tau, self.evaluator, prepared, world)
             self.config = config = config.model_copy(update={"train": train.model_copy(update={"tau": tau})})
@@ -219,7 +219,7 @@ class Trainer:
                     self._write(run_log, row)
                     if run_log is not None:
                         self.save()
-                    raise
+                    self.pauses.end()
                 self._write(run_log, row)
                 # Asked here too: an epoch of one step has no place within it.
                 save, stop = self.pauses.ask() if self.epoch < epochs else (True, False)

@@ -117,3 +117,26 @@ def test_a_worker_whose_peer_is_asked_to_stop_knows_it_too(monkeypatch):
         signal.raise_signal(signal.SIGTERM)
     assert stop.asked()
     assert stop.status == AGAIN
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_an_evaluation_is_interrupted_on_all_workers_or_on_none(monkeypatch, first):
+    """A signal that reaches one worker while it evaluates must not leave the others waiting for it."""
+    world, gathered = Two(), []
+    monkeypatch.setattr(world, "all_gather", lambda mine: gathered.append(mine) or [mine, None if first else AGAIN])
+
+    def work():
+        if first:
+            signal.raise_signal(signal.SIGUSR1)
+        pauses.raise_if_stopped()
+        return "scores"
+
+    with stop_signals() as stop:
+        stop.polled = True
+        pauses = Pauses(world, None, stop)
+        with pytest.raises(KeyboardInterrupt):
+            pauses.together(work)
+        assert gathered == [AGAIN if first else None]
+        assert (stop.asked(), stop.status) == (True, AGAIN)
+    monkeypatch.setattr(world, "all_gather", lambda mine: [mine, None])
+    assert Pauses(world, None, Stop()).together(lambda: "scores") == "scores"

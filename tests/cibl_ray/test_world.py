@@ -326,9 +326,9 @@ def test_torchrun_starts_the_same_workers(tmp_path):
     assert json.loads((tmp_path / "two" / "result.json").read_text())["workers"] == 2
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_workers_that_are_asked_to_stop_save_within_the_epoch(tmp_path, number):
-    """torchrun passes SIGTERM on to both. SIGUSR1 is sent to one of them alone: both stop at the same step."""
+@pytest.mark.parametrize(("number", "later"), [(signal.SIGTERM, 0), (signal.SIGUSR1, 0), (signal.SIGUSR1, 0.5)])
+def test_workers_that_are_asked_to_stop_save_within_the_epoch(tmp_path, number, later):
+    """torchrun passes SIGTERM on to both. SIGUSR1 is sent to one of them alone, in a step or in evaluation: both stop there."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "cibl_ray.train"]
     options = ["--epochs", "10000", "--batch_size", "62", "--loader.kind", "torch", "--checkpoint_every", "10000"]
     options += ["--name", "two"]
@@ -337,6 +337,7 @@ def test_workers_that_are_asked_to_stop_save_within_the_epoch(tmp_path, number):
     while not read_metrics(tmp_path / "two"):
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.05)
+    time.sleep(later)
     asked = psutil.Process(process.pid) if number == signal.SIGTERM else psutil.Process(process.pid).children()[-1]
     asked.send_signal(number)
     _, errors = process.communicate(timeout=60)
