@@ -1,18 +1,21 @@
 """Memory that preparing takes for its index: names, labels, order, what is written, copies. No image is read.
 
-    python -m benchmarks.index_memory [--images N]
+    python -m benchmarks.index_memory [--images N] [--source folder | table]
 
-The names are as in ImageNet. Images of one pixel take the place of decoded ones. The last line is JSON: bytes an image by
-which the process has grown, when the index is there, and at the highest.
+The names are as in ImageNet (34 characters); `table` is a Parquet file of addresses (63 characters) and classes. Images of one
+pixel take the place of decoded ones. The last line is JSON: bytes an image by which the process has grown, when the index is
+there, and at the highest.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import multiprocessing
 import resource
 import tempfile
 from collections.abc import Generator, Iterator
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +27,7 @@ from pipelines.prepare import build
 from pipelines.prepare.images import Packed
 from pipelines.prepare.sources import Images
 from pipelines.prepare.sources.dataset import Below
+from pipelines.prepare.sources.table import TableSource
 from pipelines.prepare.sources.texts import Texts
 from pipelines.prepare.writer import Result
 
@@ -45,17 +49,42 @@ def one_pixel(
         yield row, (Packed(False, 1, 1, b"\0\0\0"), hashlib.sha256(b"%d" % row).digest())
 
 
-def prepare(count: int) -> int:
+def as_folder(folder: Path, count: int) -> Images:
+    """Images as the source `folder` lists them."""
+    files = Texts(names(count))
+    labels = np.arange(count, dtype=np.int64) * CLASSES // count
+    return Images(files, labels, files=Below(folder, files))
+
+
+def write_table(path: Path, count: int) -> None:
+    """A Parquet file, in parts, so that it takes no memory to speak of."""
+    import pyarrow
+    import pyarrow.parquet
+
+    columns = pyarrow.schema([("url", pyarrow.string()), ("label", pyarrow.string())])
+    every = names(count)
+    with pyarrow.parquet.ParquetWriter(path, columns) as file:
+        while some := [*islice(every, 1 << 16)]:
+            urls = [f"https://images.example.org/{name}" for name in some]
+            file.write_batch(pyarrow.record_batch([urls, [name.split("/")[1] for name in some]], columns))
+
+
+def prepare(source: str, count: int) -> int:
     """Prepare so many images. Returns the bytes of the process's memory at its highest, when the index is there."""
     data = DataConfig.model_validate({"source": {"kind": "digits"}, "store": {"mode": "raw", "shard_mb": 4}})
-    with tempfile.TemporaryDirectory() as folder:
-        files = Texts(names(count))  # as a source lists them
-        labels = np.arange(count, dtype=np.int64) * CLASSES // count
-        images = Images(files, labels, files=Below(Path(folder), files))
-        del files
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        if source == "table":
+            # By another process, whose memory is not this one's.
+            writer = multiprocessing.get_context("spawn").Process(target=write_table, args=(folder / "table.parquet", count))
+            writer.start()
+            writer.join()
+            images = TableSource(kind="table", path=folder / "table.parquet").open().train
+        else:
+            images = as_folder(folder, count)
         index = highest()
         classes = [f"{label:08d}" for label in range(CLASSES)]
-        build._write(Path(folder), (classes, {"train": images}), data, 0, False, one_pixel)
+        build._write(folder, (classes, {"train": images}), data, 0, False, one_pixel)
     return index
 
 
@@ -67,11 +96,14 @@ def highest() -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=1_000_000)
-    count = parser.parse_args().images
-    prepare(2 * CLASSES)  # libraries are loaded
+    parser.add_argument("--source", choices=["folder", "table"], default="folder")
+    arguments = parser.parse_args()
+    count = arguments.images
+    prepare(arguments.source, 2 * CLASSES)  # libraries are loaded
     before = highest()
-    index = prepare(count)
+    index = prepare(arguments.source, count)
     report(
+        source=arguments.source,
         images=count,
         bytes_an_image={"index": round((index - before) / count, 1), "at the highest": round((highest() - before) / count, 1)},
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from array import array
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,6 +13,7 @@ import numpy as np
 
 from pipelines.common.errors import UserError
 from pipelines.prepare.sources import Images
+from pipelines.prepare.sources.repeats import repeated
 
 _NOWHERE = (1 << 64) - 1  # in the place of the device of a file that cannot be found
 
@@ -37,7 +38,7 @@ def refuse_shared_files(splits: Mapping[str, Images]) -> None:
                 identities.extend(_identity(file.stat()))
             except OSError:  # a bad image, which the writer names or skips
                 identities.extend((_NOWHERE, len(identities)))
-    for earlier, later in _repeated(np.frombuffer(identities, dtype=np.uint64).reshape(-1, 2)):
+    for earlier, later in repeated(np.frombuffer(identities, dtype=np.uint64).reshape(-1, 2)):
         (other, number), (split, index) = _place(places, earlier), _place(places, later)
         before, images = splits[other], splits[split]
         if other == split and before.labels[number] == images.labels[index]:
@@ -58,26 +59,6 @@ def refuse_shared_files(splits: Mapping[str, Images]) -> None:
 
 def _identity(stat: os.stat_result) -> tuple[int, int]:
     return stat.st_dev, stat.st_ino
-
-
-def _repeated(keys: np.ndarray) -> Iterator[tuple[int, int]]:
-    """Rows whose key stands in an earlier row: (the first row with it, this row), in order of this row.
-
-    Args:
-        keys: uint64 (N, 2).
-    """
-    order = np.lexsort((keys[:, 1], keys[:, 0]))  # stable: equal keys stay in order
-    ordered = keys[order]
-    fresh = np.ones(len(keys), dtype=bool)
-    fresh[1:] = (ordered[1:] != ordered[:-1]).any(1)
-    if fresh.all():
-        return
-    starts = np.flatnonzero(fresh)
-    again = np.flatnonzero(~fresh)
-    firsts = order[starts[np.searchsorted(starts, again, side="right") - 1]]
-    rows = order[again]
-    by_row = np.argsort(rows)
-    yield from zip(firsts[by_row].tolist(), rows[by_row].tolist(), strict=True)
 
 
 def _place(places: list[tuple[str, int]], row: int) -> tuple[str, int]:
@@ -125,7 +106,7 @@ def find_copies(splits: Mapping[str, Images], read: Mapping[str, tuple[Sequence[
         begin += len(rows)
     parts = [np.frombuffer(digests, dtype=np.uint64) for _, digests in read.values()]
     digests = (np.concatenate(parts) if len(parts) > 1 else parts[0]).reshape(-1, 2)
-    for earlier, later in _repeated(digests):
+    for earlier, later in repeated(digests):
         (other, number), (split, index) = _place(places, earlier), _place(places, later)
         images, before = splits[split], splits[other]
         row, known = read[split][0][index], read[other][0][number]

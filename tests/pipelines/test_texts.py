@@ -6,9 +6,8 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from pipelines.prepare import doubles
-from pipelines.prepare.sources import Images
-from pipelines.prepare.sources.texts import Texts
+from pipelines.prepare.sources import Images, repeats
+from pipelines.prepare.sources.texts import Codes, Texts
 
 WORDS = ["a/b.jpg", "", "grün/λ.png", "bad\udcff.png", "line\nfeed", "a/b.jpg"]
 
@@ -56,7 +55,10 @@ def test_a_digest_does_not_depend_on_the_blocks(monkeypatch):
     assert images.digest() == whole
 
 
-def test_repeated_keys_are_those_of_a_dictionary():
+@pytest.mark.parametrize("odd", [repeats._ODD, np.uint64(0)])  # with 0 all keys of the same second half look alike at first
+def test_repeated_keys_are_those_of_a_dictionary(monkeypatch, odd):
+    monkeypatch.setattr(repeats, "_ODD", odd)
+    monkeypatch.setattr(repeats, "_AT_ONCE", 64)
     keys = np.random.default_rng(0).integers(0, 12, size=(300, 2)).astype(np.uint64)
     seen: dict[tuple[int, int], int] = {}
     expected = []
@@ -64,8 +66,35 @@ def test_repeated_keys_are_those_of_a_dictionary():
         first = seen.setdefault(key, row)
         if first != row:
             expected.append((first, row))
-    assert [*doubles._repeated(keys)] == expected
-    assert [*doubles._repeated(keys[:0])] == []
+    assert [*repeats.repeated(keys)] == expected
+    assert [*repeats.repeated(keys[:0])] == []
+
+
+def test_digests_are_equal_for_equal_rows_alone():
+    digests = [*map(tuple, Texts(WORDS).digests())]
+    assert digests[0] == digests[5]
+    assert len({*digests}) == 5
+    assert Texts().digests().shape == (0, 2)
+
+
+def test_codes_number_values_in_the_order_of_their_first_rows():
+    codes = Codes(iter(["b", "a"]))
+    codes.extend(["b", "c"])
+    assert codes.values == ["b", "a", "c"]
+    assert codes.codes.tolist() == [0, 1, 0, 2]
+    assert codes.numbered({"a": 5, "b": 7}).tolist() == [7, 5, 7, -1]
+    assert Codes().codes.tolist() == Codes().values == []
+
+
+def test_memory_of_finding_repeats():
+    """Beside the keys' 16 bytes a row, no more than that again."""
+    keys = np.random.default_rng(0).integers(0, 1 << 62, size=(1 << 18, 2)).astype(np.uint64)
+    tracemalloc.start()
+    try:
+        assert [*repeats.repeated(keys)] == []
+        assert tracemalloc.get_traced_memory()[1] < 17 * len(keys)
+    finally:
+        tracemalloc.stop()
 
 
 def test_memory_of_names():

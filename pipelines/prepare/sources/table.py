@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice, repeat
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,8 +19,10 @@ from pipelines.common.errors import UserError
 from pipelines.formats import readable_suffixes
 from pipelines.prepare.sources.addresses import Remote, without_secrets
 from pipelines.prepare.sources.contents import Spooled
-from pipelines.prepare.sources.dataset import Dataset, Images, SourceConfig, classes_of, numbered
+from pipelines.prepare.sources.dataset import Below, Dataset, Images, SourceConfig, classes_of, numbered
 from pipelines.prepare.sources.names import hint_for, name_key, read_text, refuse_alike
+from pipelines.prepare.sources.repeats import repeated
+from pipelines.prepare.sources.texts import Codes, Texts
 
 # Names by which a column is found, compared without case, spaces and underscores; earlier ones first.
 _IMAGE = ("image", "path", "imagepath", "filepath", "filename", "file", "img", "imgpath", "url", "uri", "imageurl", "imageid")
@@ -31,10 +35,9 @@ _SPLITS = {
     "val": "val", "valid": "val", "validation": "val", "dev": "val",
     "test": "test", "testing": "test", "tst": "test",
 }  # fmt: skip
-_BLOCK, _BUFFER = (
-    64,
-    1 << 20,
-)  # rows of a Parquet file in memory at a time, where it holds images, and bytes that are read ahead
+_AT_ONCE = 1 << 16  # cells that are Python objects at a time
+_BLOCK = 64  # the same, where they hold images
+_BUFFER = 1 << 20  # bytes of a Parquet file that are read ahead, where it holds images
 
 
 class TableSource(SourceConfig):
@@ -72,24 +75,24 @@ class TableSource(SourceConfig):
         first = tables["train"]
         columns = self._columns(first)
         parts = [_rows(table, columns, self.root, None if split == "train" else split) for split, table in tables.items()]
-        found = {value for part in parts for value in part.labels}
+        found = {value for part in parts for value in part.labels.values}
         listed = self._listed()
         classes, label_of = classes_of(found, str(self.path), listed)
         splits: dict[str, list[Images]] = {}
-        groups = numbered([value for part in parts for value in part.groups])
+        groups = numbered([value for part in parts if part.groups is not None for value in part.groups.values])
+        left_out = 0
         for part in parts:
-            labels = np.array([label_of.get(value, -1) for value in part.labels], dtype=np.int64)
-            own = np.array([groups[value] for value in part.groups], dtype=np.int64) if columns.group else None
-            weights = None if part.weights is None else np.array(part.weights)
-            for split in dict.fromkeys(part.splits):
-                rows = np.flatnonzero(np.array([each == split for each in part.splits]) & (labels >= 0))
-                splits.setdefault(split, []).append(part.images(labels, own, weights).take(rows))
+            labels = part.labels.numbered(label_of)
+            left_out += int(np.count_nonzero(labels < 0))
+            images = part.images(labels, None if part.groups is None else part.groups.numbered(groups))
+            for number, split in enumerate(part.splits.values):
+                rows = np.flatnonzero((part.splits.codes == number) & (labels >= 0))
+                splits.setdefault(split, []).append(images if len(rows) == len(images) else images.take(rows))
         for split, several in splits.items():
             if len(several) > 1:
                 raise UserError(
                     f"{self.path}: the column {columns.split!r} has rows of the split {split!r}, which has a table too"
                 )
-        left_out = sum(value not in label_of for part in parts for value in part.labels)
         if left_out:
             print(f"data: {left_out:,} rows are of classes that {str(self.classes)!r} does not name", file=sys.stderr)
         if "train" not in splits:
@@ -156,35 +159,39 @@ class _Table:
     """A table without the columns that hold images as bytes, which are read when they are needed."""
 
     path: Path
-    content: Any  # pyarrow.Table
+    rows: int
     names: list[str]
+    batches: Callable[[str], Iterable[Any]]  # the pyarrow.RecordBatches of a column
     bytes_in: list[str]  # columns of bytes, or of structs with bytes, as Hugging Face writes them
     headed: bool
 
-    def column(self, name: str) -> list[Any]:
-        return list(self.content.column(name).to_pylist())
+    def column(self, name: str) -> Iterator[Any]:
+        """The cells of a column; not all of them are Python objects at a time."""
+        with _reading(self.path):
+            for batch in self.batches(name):
+                yield from batch.column(0).to_pylist()
 
 
 @dataclass(frozen=True)
 class _Rows:
     """What a table says of its images, a value a row."""
 
-    names: list[str]
-    labels: list[str]
-    splits: list[str]
-    groups: list[str]
-    weights: list[float] | None
-    files: list[Path] | None
+    names: Texts
+    labels: Codes
+    splits: Codes
+    groups: Codes | None
+    weights: np.ndarray | None
+    files: Below | None
     content: Remote | Spooled | None
 
-    def images(self, labels: np.ndarray, groups: np.ndarray | None, weights: np.ndarray | None) -> Images:
+    def images(self, labels: np.ndarray, groups: np.ndarray | None) -> Images:
         missing = (
             ()
             if self.files is None
             else tuple(name for name, file in zip(self.names, self.files, strict=True) if not file.is_file())
         )
         return Images(
-            self.names, labels, files=self.files, content=self.content, groups=groups, missing=missing, weights=weights
+            self.names, labels, files=self.files, content=self.content, groups=groups, missing=missing, weights=self.weights
         )
 
 
@@ -200,7 +207,7 @@ def _read(path: Path, header: bool | Literal["auto"]) -> _Table:
         raise UserError("data.source.kind: table needs the package pyarrow: pip install 'cibl-ray[data]'") from error
     ending = path.suffix.lower()
     headed = True
-    try:
+    with _reading(path):
         match ending:
             case ".csv" | ".tsv" | ".txt":
                 delimiter = "," if ending == ".csv" else "\t"
@@ -222,18 +229,31 @@ def _read(path: Path, header: bool | Literal["auto"]) -> _Table:
             case ".parquet" | ".pq":
                 file = pa.parquet.ParquetFile(path)
                 of_bytes = [field.name for field in file.schema_arrow if _holds_bytes(field.type)]
-                plain = [name for name in file.schema_arrow.names if name not in of_bytes]
-                return _Table(path, file.read(columns=plain), file.schema_arrow.names, of_bytes, True)
+                rows, names = file.metadata.num_rows, file.schema_arrow.names
+                return _Table(path, rows, names, lambda name: _batches(path, name, _AT_ONCE), of_bytes, True)
             case _:
                 raise UserError(f"table {str(path)!r}: expected .csv, .tsv, .jsonl or .parquet, not {ending or 'no ending'!r}")
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, UnicodeDecodeError) as error:
+    twice = [name for name, count in Counter(content.column_names).items() if count > 1]
+    if twice:
+        raise UserError(f"table {str(path)!r} has the column {twice[0]!r} twice; rename one")
+
+    def batches(name: str) -> Iterable[Any]:
+        return content.select([name]).to_batches(max_chunksize=_AT_ONCE)
+
+    return _Table(path, len(content), content.column_names, batches, [], headed)
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Say which table it is that cannot be read."""
+    import pyarrow
+
+    try:
+        yield
+    except (pyarrow.ArrowInvalid, pyarrow.ArrowNotImplementedError, UnicodeDecodeError) as error:
         raise UserError(f"table {str(path)!r} cannot be read: {' '.join(str(error).split())}") from error
     except OSError as error:
         raise UserError(f"table {str(path)!r} cannot be read: {error.strerror or error}") from error
-    repeated = [name for name, count in Counter(content.column_names).items() if count > 1]
-    if repeated:
-        raise UserError(f"table {str(path)!r} has the column {repeated[0]!r} twice; rename one")
-    return _Table(path, content, content.column_names, [], headed)
 
 
 def _holds_bytes(kind: Any) -> bool:
@@ -293,7 +313,7 @@ def _are_weights(table: _Table, name: str, split: str | None) -> bool:
     """Whether a column has a weight in every training row. Another one may have that name, such as what an animal weighs."""
     if name in table.bytes_in:
         return False
-    splits = table.column(split) if split is not None else ["train"] * len(table.content)
+    splits = table.column(split) if split is not None else repeat("train", table.rows)
     rows = zip(table.column(name), splits, strict=True)
     return all(_number(value) is not None for value, of in rows if _SPLITS.get(str(of).strip().lower()) == "train")
 
@@ -314,7 +334,7 @@ def _by_content(table: _Table, image: str | None, label: str | None) -> tuple[st
         rows = [name for name in others if name in table.bytes_in] or [
             name
             for name in others
-            if name not in table.bytes_in and all(map(_looks_like_image, table.content.slice(0, 20).column(name).to_pylist()))
+            if name not in table.bytes_in and all(map(_looks_like_image, islice(table.column(name), 20)))
         ]
         image = rows[0] if len(rows) == 1 else None
     left = [name for name in table.names if name != image and name not in table.bytes_in]
@@ -336,53 +356,58 @@ def _rows(table: _Table, columns: _Columns, root: Path | None, split: str | None
     absent = [name for name in needed if name not in table.names]
     if absent:
         raise UserError(f"table {str(table.path)!r} has no column {absent[0]!r}, as the first table has")
-    labels = [_text(table, columns.label, row, value) for row, value in enumerate(table.column(columns.label))]
+    labels = Codes(_texts(table, columns.label))
     count = len(labels)
     if not count:
         raise UserError(f"table {str(table.path)!r} has no rows")
-    groups = (
-        []
-        if columns.group is None
-        else [_text(table, columns.group, row, value) for row, value in enumerate(table.column(columns.group))]
-    )
-    splits = [split or "train"] * count
+    groups = None if columns.group is None else Codes(_texts(table, columns.group))
+    splits = Codes(repeat(split or "train", count))
     if split is None and columns.split is not None:
-        splits = [_split_of(table, columns.split, row, value) for row, value in enumerate(table.column(columns.split))]
+        cells = enumerate(table.column(columns.split))
+        splits = Codes(_split_of(table, columns.split, row, value) for row, value in cells)
     weights = None
-    if columns.weight is not None and "train" in splits:
-        cells = table.column(columns.weight)
-        weights = [
-            _weight_of(table, columns.weight, row, value) if splits[row] == "train" else 1.0 for row, value in enumerate(cells)
-        ]
+    if columns.weight is not None and "train" in splits.values:
+        trained = splits.codes == splits.values.index("train")
+        cells = enumerate(table.column(columns.weight))
+        each = (_weight_of(table, columns.weight, row, value) if trained[row] else 1.0 for row, value in cells)
+        weights = np.fromiter(each, np.float64, count)
     if columns.image in table.bytes_in:
-        names = [f"{table.path.name}/{row + 1}" for row in range(count)]
+        names = Texts(f"{table.path.name}/{row + 1}" for row in range(count))
         stat = table.path.stat()
         stamp = f"{stat.st_size} {stat.st_mtime_ns} {columns.image}".encode()
         content = Spooled(count, lambda: _cells(table.path, columns.image), lambda row: f"{table.path}, row {row + 1}", stamp)
         return _Rows(names, labels, splits, groups, weights, None, content)
-    cells = [_text(table, columns.image, row, value) for row, value in enumerate(table.column(columns.image))]
-    remote = ["://" in cell for cell in cells]
-    if any(remote) and not all(remote):
-        row = remote.index(not remote[0])
-        raise UserError(f"{_place(table, row)}: addresses and paths are mixed; give either addresses or paths")
+    paths = Texts(_texts(table, columns.image))
+    remote = np.fromiter(("://" in path for path in paths), bool, count)
+    if remote.any() and not remote.all():
+        other = int((remote != remote[0]).argmax())
+        raise UserError(f"{_place(table, other)}: addresses and paths are mixed; give either addresses or paths")
+    _refuse_repeats(table, paths, splits)
     if remote[0]:
-        names = [without_secrets(cell) for cell in cells]
-        repeated = {name for name, times in Counter(names).items() if times > 1}
-        names = [f"{name}#{row}" if name in repeated else name for row, name in enumerate(names)]
-        _refuse_repeats(table, cells, splits)
-        return _Rows(names, labels, splits, groups, weights, None, Remote(cells))
+        return _Rows(_public_names(paths), labels, splits, groups, weights, None, Remote(paths))
     folder = root if root is not None else table.path.parent
-    _refuse_repeats(table, cells, splits)
-    return _Rows(cells, labels, splits, groups, weights, [folder / cell for cell in cells], None)
+    return _Rows(paths, labels, splits, groups, weights, Below(folder, paths), None)
 
 
-def _refuse_repeats(table: _Table, cells: list[str], splits: list[str]) -> None:
-    seen: dict[str, int] = {}
-    for row, cell in enumerate(cells):
-        first = seen.setdefault(cell, row)
-        if first != row:
-            both = "" if splits[first] == splits[row] else f", as {splits[first]} and as {splits[row]}"
-            raise UserError(f"{_place(table, row)}: {cell!r} stands in row {first + 1} already{both}; remove one")
+def _public_names(addresses: Texts) -> Texts:
+    """The addresses without what may be a secret, and with their row where that leaves two alike."""
+    if all(without_secrets(address) == address for address in addresses):
+        return addresses
+    names = Texts(map(without_secrets, addresses))
+    alike = {row for pair in repeated(names.digests()) for row in pair}
+    return Texts(f"{name}#{row}" if row in alike else name for row, name in enumerate(names)) if alike else names
+
+
+def _refuse_repeats(table: _Table, paths: Texts, splits: Codes) -> None:
+    for first, row in repeated(paths.digests()):
+        split, before = (splits.values[splits.codes[each]] for each in (row, first))
+        both = "" if before == split else f", as {before} and as {split}"
+        raise UserError(f"{_place(table, row)}: {paths[row]!r} stands in row {first + 1} already{both}; remove one")
+
+
+def _texts(table: _Table, column: str) -> Iterator[str]:
+    """The cells of a column as text."""
+    return (_text(table, column, row, value) for row, value in enumerate(table.column(column)))
 
 
 def _text(table: _Table, column: str, row: int, value: object) -> str:
@@ -414,14 +439,19 @@ def _place(table: _Table, row: int) -> str:
 
 def _cells(path: Path, column: str) -> Iterator[bytes | None]:
     """The images of a Parquet column from first to last, a few rows in memory at a time."""
-    import pyarrow.parquet
-
-    # By default pyarrow reads all row groups ahead: the whole column, into memory.
-    file = pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=_BUFFER)
-    for batch in file.iter_batches(batch_size=_BLOCK, columns=[column]):
+    for batch in _batches(path, column, _BLOCK):
         for cell in batch.column(0).to_pylist():
             yield (
                 cell
                 if isinstance(cell, bytes | None)
                 else next((value for value in cell.values() if isinstance(value, bytes)), None)
             )
+
+
+def _batches(path: Path, column: str, rows: int) -> Iterator[Any]:
+    """A column of a Parquet file from first to last, so many rows in memory at a time."""
+    import pyarrow.parquet
+
+    # By default pyarrow reads all row groups ahead: the whole column, into memory.
+    file = pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=_BUFFER)
+    yield from file.iter_batches(batch_size=rows, columns=[column])

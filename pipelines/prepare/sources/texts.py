@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from hashlib import blake2b
+from itertools import islice, pairwise
 from typing import overload
 
 import numpy as np
@@ -36,6 +37,13 @@ class Texts(Sequence[str]):
             ends = np.cumsum([len(text) for text in some], dtype=np.int64) + len(self._buffer)
             self._buffer += b"".join(some)
             self._ends.frombytes(ends.tobytes())
+
+    def digests(self) -> np.ndarray:
+        """16 bytes of a digest of each row, uint64 (N, 2): equal rows have equal ones."""
+        found = bytearray()
+        for begin, end in pairwise(self._ends):
+            found += blake2b(memoryview(self._buffer)[begin:end], digest_size=16).digest()
+        return np.frombuffer(found, dtype=np.uint64).reshape(-1, 2)
 
     def take(self, rows: np.ndarray) -> Texts:
         """Some of the rows.
@@ -80,6 +88,46 @@ class Texts(Sequence[str]):
 
     def __repr__(self) -> str:
         return f"Texts({self[:3]}{'...' if len(self) > 3 else ''}, {len(self):,} rows)"
+
+
+class Codes:
+    """Text of many rows that has few different values, as numbers.
+
+    Args:
+        texts: One a row.
+    """
+
+    def __init__(self, texts: Iterable[str] = ()) -> None:
+        self._numbers: dict[str, int] = {}
+        self._codes = array("i")
+        self.extend(texts)
+
+    def extend(self, texts: Iterable[str]) -> None:
+        """Add rows."""
+        numbers = self._numbers
+        self._codes.extend(numbers.setdefault(text, len(numbers)) for text in texts)
+
+    @property
+    def values(self) -> list[str]:
+        """Each value once, in the order of its first row."""
+        return [*self._numbers]
+
+    @property
+    def codes(self) -> np.ndarray:
+        """The number of each row's value, int32 (N,)."""
+        return np.frombuffer(self._codes, dtype=np.int32) if self._codes else np.zeros(0, dtype=np.int32)
+
+    def __len__(self) -> int:
+        return len(self._codes)
+
+    def numbered(self, number: Mapping[str, int], other: int = -1) -> np.ndarray:
+        """Each row by another numbering of the values, int64 (N,).
+
+        Args:
+            number: Of each value.
+            other: For values without one.
+        """
+        return np.array([number.get(value, other) for value in self.values], dtype=np.int64)[self.codes]
 
 
 def taken(texts: Sequence[str], rows: np.ndarray) -> Sequence[str]:

@@ -10,7 +10,9 @@ import json
 import os
 import re
 import tarfile
+from array import array
 from dataclasses import asdict, dataclass, field
+from itertools import repeat
 from pathlib import Path
 from typing import IO, Literal
 
@@ -24,7 +26,7 @@ from pipelines.formats import readable_suffixes
 from pipelines.prepare.sources.addresses import Location, RemoteFile, RemoteSlices, Stream, described, matching, there
 from pipelines.prepare.sources.contents import Slices
 from pipelines.prepare.sources.dataset import Dataset, Images, SourceConfig, classes_of
-from pipelines.prepare.sources.texts import Texts
+from pipelines.prepare.sources.texts import Codes, Texts
 
 _LABEL_ENDINGS = ("cls", "cls.txt", "label")
 _JSON_KEYS = ("label", "cls", "class", "class_name", "category", "target")
@@ -66,9 +68,9 @@ class WebDatasetSource(SourceConfig):
             with contextlib.closing(in_threads(self._index, shards, _READ if remote else 1)) as each:
                 for shard, index in zip(shards, each, strict=True):
                     found[split].add(shard, index)
-        classes, label_of = classes_of(found["train"].labels, str(self.train))
+        classes, label_of = classes_of(found["train"].labels.values, str(self.train))
         for split, samples in found.items():
-            strange = next((label for label in samples.labels if label not in label_of), None)
+            strange = next((label for label in samples.labels.values if label not in label_of), None)
             if strange is not None:
                 raise UserError(f"{self._patterns()[split]}: the class {strange!r} is not one of the training classes")
         images = {split: samples.images(label_of) for split, samples in found.items()}
@@ -106,28 +108,30 @@ class _Samples:
 
     shards: list[Path | RemoteFile] = field(default_factory=list)
     names: Texts = field(default_factory=Texts)
-    labels: Texts = field(default_factory=Texts)
-    places: list[np.ndarray] = field(default_factory=list)  # int64 (n, 3): shard, first byte, bytes
+    labels: Codes = field(default_factory=Codes)
+    file: array[int] = field(default_factory=lambda: array("i"))  # which of the shards
+    start: array[int] = field(default_factory=lambda: array("q"))
+    size: array[int] = field(default_factory=lambda: array("q"))
 
     def add(self, shard: Path | RemoteFile, index: _Index) -> None:
         """Add the samples of a shard."""
-        number = np.full(len(index.names), len(self.shards), dtype=np.int64)
+        self.file.extend(repeat(len(self.shards), len(index.names)))
         self.shards.append(shard)
         self.names.extend(index.names)
         self.labels.extend(index.labels)
-        self.places.append(np.stack([number, np.array(index.starts, np.int64), np.array(index.sizes, np.int64)], axis=1))
+        self.start.extend(index.starts)
+        self.size.extend(index.sizes)
 
     def images(self, label_of: dict[str, int]) -> Images:
         """The samples with their labels."""
-        places = np.concatenate(self.places)
-        file, start, size = places[:, 0].astype(np.int32), places[:, 1].copy(), places[:, 2].copy()
-        labels = np.fromiter((label_of[label] for label in self.labels), np.int64, len(self.labels))
+        file, start = np.frombuffer(self.file, np.int32), np.frombuffer(self.start, np.int64)
+        size = np.frombuffer(self.size, np.int64)
         remote = [shard for shard in self.shards if isinstance(shard, RemoteFile)]
         local = [shard for shard in self.shards if isinstance(shard, Path)]
         content = (
             RemoteSlices(remote, self.names, file, start, size) if remote else Slices(local, self.names, file, start, size)
         )
-        return Images(self.names, labels, content=content)
+        return Images(self.names, self.labels.numbered(label_of), content=content)
 
 
 def _index_of(shard: Path | RemoteFile, label_field: str | None) -> _Index:
