@@ -52,7 +52,9 @@ def one_pixel(
 def as_folder(folder: Path, count: int) -> Images:
     """Images as the source `folder` lists them."""
     files = Texts(names(count))
-    labels = np.arange(count, dtype=np.int64) * CLASSES // count
+    labels = np.arange(count, dtype=np.int64)
+    labels *= CLASSES
+    labels //= count
     return Images(files, labels, files=Below(folder, files))
 
 

@@ -19,6 +19,7 @@ from cibl_ray.config import RunConfig, load_config
 from cibl_ray.hardware import resolve
 from cibl_ray.run.folder import CONFIG
 from cibl_ray.run.log import read_metrics
+from cibl_ray.run.stop import stop_signals
 from pipelines.common.config_file import read_config
 from pipelines.common.cores import CORES, usable_cores
 from pipelines.common.errors import UserError
@@ -59,7 +60,8 @@ def run_all(
 ) -> None:
     """Train what has no result yet, `jobs` at a time, the cores shared out.
 
-    Those that fail are reported when the others are done. Ctrl-C stops all in order: each keeps a checkpoint to resume from.
+    Those that fail are reported when the others are done. Ctrl-C and SIGTERM stop all in order: each keeps a checkpoint to
+    resume from.
 
     Args:
         every: The runs.
@@ -112,7 +114,7 @@ def run_all(
         done(run, took if fresh else None)
 
     runs.mkdir(parents=True, exist_ok=True)
-    with ThreadPoolExecutor(jobs) as pool:
+    with stop_signals(), ThreadPoolExecutor(jobs) as pool:
         try:
             for _ in tqdm(pool.map(train, todo), total=len(todo), unit="run", disable=None):
                 pass

@@ -1,10 +1,15 @@
 """The tables' commands are configurations that exist, and their smoke budget runs from images to Markdown."""
 
 import json
+import os
 import shutil
+import signal
+import threading
+import time
 from dataclasses import replace
 
 import numpy as np
+import psutil
 import pytest
 from PIL import Image
 
@@ -19,7 +24,9 @@ from benchmarks.reproduce.cost import multiply_adds, pflop
 from benchmarks.reproduce.lines import failed, is_of, of_cell, record
 from cibl_ray.config import config_warnings, load_config, save_config
 from cibl_ray.run.fingerprint import code_digest
+from cibl_ray.run.log import read_metrics
 from cibl_ray.training.passes import passes
+from pipelines.common.errors import Interrupted
 from pipelines.prepare.build import ensure_prepared
 from tests.commands import in_process
 from tests.conftest import REPOSITORY
@@ -394,6 +401,23 @@ def test_a_run_that_fails_is_told_and_the_others_go_on(small_cifar, tmp_path, ca
     run_all([replace(every[1], name="late")], tmp_path / "runs", 1, seconds=-1)
     assert list(took) == ["good"]
     assert not (tmp_path / "runs" / "late").exists()
+
+
+def test_runs_end_with_the_command_that_is_asked_to_stop(small_cifar, tmp_path):
+    """A scheduler's SIGTERM reaches the command alone: no run may go on without it. Each can be resumed."""
+    place = ("--data.source.kind", "folder", "--data.source.path", str(small_cifar), "--prepared", str(tmp_path / "prepared"))
+    run = Run("long", "cifar10_lt", (*place, "--epochs", "10000", "--backbone", "resnet20", "--batch_size", "32"))
+
+    def ask():
+        while not read_metrics(tmp_path / "runs" / "long"):
+            time.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=ask).start()
+    with pytest.raises(Interrupted):
+        run_all([run], tmp_path / "runs", 1)
+    assert (tmp_path / "runs" / "long" / "checkpoints" / "last.safetensors").exists()
+    assert not [child for child in psutil.Process().children() if str(tmp_path) in " ".join(child.cmdline())]
 
 
 def test_a_gpu_sessions_archive_holds_all_that_its_steps_read(small_cifar100, tmp_path, capsys):

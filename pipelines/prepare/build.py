@@ -353,10 +353,10 @@ def _write(folder: Path, chosen: Chosen, data: DataConfig, seed: int, settable: 
 
 
 def _split(folder: Path, progress: Progress, name: str, images: Images, classes: list[str]) -> Split:
-    counts = class_counts(progress.labels, len(classes))
+    of_files = counts_of_files(np.array(progress.labels), progress.shards, len(classes))
+    counts = of_files.sum(axis=0)
     if name == "train" and not counts.all():
         raise UserError(f"class {classes[int(counts.argmin())]!r} has no readable training image")
-    of_files = counts_of_files(np.array(progress.labels), progress.shards, len(classes))
     # Of images that are no files, the source's digest is one of their content already, and recorded results have it.
     content = progress.digest if images.files is None else progress.content
     return Split(

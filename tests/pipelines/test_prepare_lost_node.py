@@ -70,8 +70,8 @@ def stuck_images(photo_folder: Path, node: str, mark: Path) -> Images:
         def place(self, index: int) -> str:
             return f"image {index}"
 
-        def stamp(self) -> bytes:
-            return b""
+        def stamp(self):
+            yield b""
 
     train = FolderSource(kind="folder", path=photo_folder).open().train
     return Images(train.names, train.labels, content=Stuck([train.read(index) for index in range(len(train))]))

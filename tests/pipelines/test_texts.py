@@ -46,12 +46,12 @@ def test_many_rows_come_in_blocks(monkeypatch):
 
 def test_a_digest_does_not_depend_on_the_blocks(monkeypatch):
     class Content:
-        def stamp(self) -> bytes:
-            return b"stamp"
+        def stamp(self):
+            yield b"stamp"
 
     images = Images([f"image {row}" for row in range(50)], np.arange(50), content=Content())  # type: ignore[arg-type]
     whole = images.digest()
-    monkeypatch.setattr("pipelines.prepare.sources.dataset._AT_ONCE", 7)
+    monkeypatch.setattr("pipelines.prepare.sources.texts._AT_ONCE", 7)
     assert images.digest() == whole
 
 

@@ -9,7 +9,7 @@ import contextlib
 import io
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -19,7 +19,7 @@ import numpy as np
 from pydantic import BeforeValidator, StringConstraints
 
 from pipelines.common.errors import UserError
-from pipelines.prepare.sources.texts import Texts
+from pipelines.prepare.sources.texts import Texts, joined
 
 _TRIES, _FIRST_WAIT = 5, 0.5  # of a network read; each wait is twice the one before
 LARGEST = 1 << 28  # bytes that are read from one address: a larger file is no image
@@ -86,9 +86,12 @@ class Remote:
         """The address, without the user's name and password."""
         return without_secrets(self._addresses[index])
 
-    def stamp(self) -> bytes:
+    def stamp(self) -> Iterator[bytes]:
         """The addresses, and what the storage says of each."""
-        return "\0".join((*self._addresses, *(self._stamps or ()))).encode()
+        yield from joined(self._addresses)
+        if self._stamps:
+            yield b"\0"
+            yield from joined(self._stamps)
 
     def _system(self, scheme: str) -> Any:
         with self._lock:
@@ -144,10 +147,10 @@ class RemoteSlices:
         """The shard's address and the name within it."""
         return f"{self._files[int(self._file[index])].address}/{self._names[index].partition('/')[2]}"
 
-    def stamp(self) -> bytes:
+    def stamp(self) -> Iterator[bytes]:
         """The places, and what the storage says of each file."""
-        files = "\0".join(f"{file.address} {file.size} {file.stamp}" for file in self._files).encode()
-        return b"".join((files, *(part.tobytes() for part in (self._file, self._start, self._size))))
+        yield "\0".join(f"{file.address} {file.size} {file.stamp}" for file in self._files).encode()
+        yield from (part.tobytes() for part in (self._file, self._start, self._size))
 
 
 @dataclass(frozen=True)

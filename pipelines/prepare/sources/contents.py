@@ -9,7 +9,7 @@ import tempfile
 import threading
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -41,8 +41,8 @@ class Content(Protocol):
         """Where an image is, for messages."""
         ...
 
-    def stamp(self) -> bytes:
-        """Bytes that change when an image is replaced."""
+    def stamp(self) -> Iterable[bytes]:
+        """Bytes that change when an image is replaced, in parts: together they may take much memory."""
         ...
 
 
@@ -86,10 +86,10 @@ class ZipMembers:
         """The archive's path and the member's name."""
         return f"{self._path}/{self._names[index]}"
 
-    def stamp(self) -> bytes:
+    def stamp(self) -> Iterator[bytes]:
         """Sizes and CRCs of the members: a copy of the archive has the same."""
         infos = (self._zip.getinfo(name) for name in self._names)
-        return np.array([(info.file_size, info.CRC) for info in infos], dtype=np.int64).tobytes()
+        yield np.array([(info.file_size, info.CRC) for info in infos], dtype=np.int64).tobytes()
 
 
 class Slices:
@@ -137,11 +137,11 @@ class Slices:
         """The file's path and the piece's name."""
         return f"{self._paths[int(self._file[index])]}/{self._names[index]}"
 
-    def stamp(self) -> bytes:
+    def stamp(self) -> Iterator[bytes]:
         """The places, and size and time of change of the files."""
         stats = [path.stat() for path in self._paths]
         files = np.array([(stat.st_size, stat.st_mtime_ns) for stat in stats], dtype=np.int64)
-        return b"".join(part.tobytes() for part in (files, self._file, self._start, self._size))
+        yield from (part.tobytes() for part in (files, self._file, self._start, self._size))
 
     def _descriptor(self, number: int) -> int:
         with self._lock:
@@ -195,9 +195,10 @@ class Spooled:
         """Where an image is."""
         return self._places(int(self._rows[index]))
 
-    def stamp(self) -> bytes:
+    def stamp(self) -> Iterator[bytes]:
         """As given, and which rows are meant."""
-        return self._stamp + self._rows.tobytes()
+        yield self._stamp
+        yield self._rows.tobytes()
 
 
 class Held:
@@ -226,9 +227,9 @@ class Held:
         """Where an image was."""
         return self._places[index]
 
-    def stamp(self) -> bytes:
+    def stamp(self) -> Iterator[bytes]:
         """The images."""
-        return b"".join(image or b"" for image in self._images)
+        yield from (image or b"" for image in self._images)
 
 
 def held(content: Content, count: int) -> tuple[type[Held], tuple[list[bytes | None], list[str]]]:

@@ -14,9 +14,7 @@ from pipelines.common.errors import UserError
 from pipelines.common.settings import Settings
 from pipelines.prepare.sources.contents import Content
 from pipelines.prepare.sources.names import name_key, refuse_alike
-from pipelines.prepare.sources.texts import Texts, taken
-
-_AT_ONCE = 1 << 16  # names that are joined
+from pipelines.prepare.sources.texts import Texts, joined, taken
 
 
 class Below(Sequence[Path]):
@@ -136,8 +134,8 @@ class Images:
         if self.pixels is not None:
             state.update(np.ascontiguousarray(self.pixels).tobytes())
         if self.content is not None:
-            self._hash_names(state)
-            state.update(self.content.stamp())
+            _update(state, joined(self.names))
+            _update(state, self.content.stamp())
         for name, file in zip(self.names, self.files or (), strict=False):
             try:
                 stat = file.stat()
@@ -147,20 +145,19 @@ class Images:
             state.update(line.encode("utf-8", "surrogateescape"))
         return state.hexdigest()
 
-    def _hash_names(self, state: Any) -> None:
-        """Update a digest with the names, as joined by zeros."""
-        for begin in range(0, len(self), _AT_ONCE):
-            some = "\0".join(self.names[begin : begin + _AT_ONCE])
-            state.update(("\0" * (begin > 0) + some).encode("utf-8", "surrogateescape"))
-
     def weights_digest(self) -> str:
         """Changes when an image gets another weight; empty without weights."""
         if self.weights is None:
             return ""
         state = hashlib.sha256()
-        self._hash_names(state)
+        _update(state, joined(self.names))
         state.update(self.weights.astype("<f8").tobytes())
         return state.hexdigest()
+
+
+def _update(state: Any, parts: Iterable[bytes]) -> None:
+    for part in parts:
+        state.update(part)
 
 
 @dataclass(frozen=True)

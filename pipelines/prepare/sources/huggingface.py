@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -144,9 +144,10 @@ class _Rows:
         """The data set, the split and the row."""
         return f"{self._place}, row {self._rows[index]}"
 
-    def stamp(self) -> bytes:
+    def stamp(self) -> Iterator[bytes]:
         """The library's fingerprint of the data, and the rows."""
-        return str(self._data._fingerprint).encode() + self._rows.tobytes()
+        yield str(self._data._fingerprint).encode()
+        yield self._rows.tobytes()
 
 
 def _as_text(value: Any, names: list[str] | None) -> str:
