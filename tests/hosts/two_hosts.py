@@ -97,6 +97,8 @@ class Host:
 
     def start_ray(self, head: bool, dashboard: bool = False, **more: str) -> None:
         """Start this host's Ray node, with one CPU, and wait until it is there. `more`: of its environment."""
+        if not head:
+            self._forgotten()
         role = ["--head", "--port", "6379", f"--include-dashboard={str(dashboard).lower()}"] if head else ["--address", HEAD]
         ray = [sys.executable, "-m", "ray.scripts.scripts", "start", *role, "--node-ip-address", self.address]
         log = self.folder / "ray.log"
@@ -112,6 +114,19 @@ class Host:
         if self.head is not None:
             joined = self.head.command(sys.executable, "-c", _JOINED, HEAD, self.address)
             subprocess.run(joined, env=self.head.environment(), check=True, timeout=240, capture_output=True)
+
+    def _forgotten(self) -> None:
+        """Wait until the head node has no connection left to this host's node as it was before.
+
+        After a cut it sends again, ever more seldom, until an answer says that nobody is there. Ray would ask a new node with
+        the same port on that connection, get no answer, and lose count of the node's CPUs.
+        """
+        assert self.head is not None
+        asked = ["ip", "netns", "exec", self.head.name, "ss", "-Htn", "state", "established", "dst", f"{self.address}:6380"]
+        begun = time.monotonic()
+        while subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip():
+            assert time.monotonic() - begun < 180
+            time.sleep(0.5)
 
     def processes(self) -> list[psutil.Process]:
         """All processes of this host."""

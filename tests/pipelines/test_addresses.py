@@ -13,6 +13,7 @@ from pipelines.config import DataConfig
 from pipelines.prepare.build import ensure_prepared
 from pipelines.prepare.sources import FolderSource, ListsSource, addresses
 from tests.conftest import data_config
+from tests.serve.conftest import free_port
 from tests.sources import same, served
 
 fsspec = pytest.importorskip("fsspec")
@@ -23,7 +24,7 @@ def copied(folder: Path, address: str) -> str:
     system, root = fsspec.core.url_to_fs(address)
     for path in folder.rglob("*.png"):
         target = f"{root}/{path.relative_to(folder).as_posix()}"
-        if not address.startswith("s3:"):  # which has no folders
+        if not address.startswith(("s3:", "gs:")):  # which have no folders
             system.makedirs(target.rpartition("/")[0], exist_ok=True)
         system.pipe_file(target, path.read_bytes())
     return address
@@ -37,11 +38,26 @@ def web(image_folder):
         yield address
 
 
-@pytest.mark.parametrize("kind", ["memory", "file", "s3", "http"])
+@pytest.fixture
+def gs_bucket(monkeypatch):
+    """A bucket of a local server that speaks Google Cloud Storage's interface."""
+    server_module = pytest.importorskip("gcp_storage_emulator.server")
+    gcsfs = pytest.importorskip("gcsfs")
+    port = free_port()
+    server = server_module.create_server("127.0.0.1", port, in_memory=True, default_bucket="trees")
+    server.start()
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{port}")
+    gcsfs.GCSFileSystem.clear_instance_cache()
+    yield "gs://trees"
+    server.stop()
+    gcsfs.GCSFileSystem.clear_instance_cache()
+
+
+@pytest.mark.parametrize("kind", ["memory", "file", "s3", "gs", "http"])
 def test_a_folder_gives_the_same_wherever_it_is(image_folder, tmp_path, kind, request):
-    if kind in ("s3", "http"):
-        pytest.importorskip("s3fs" if kind == "s3" else "aiohttp")
-        place = request.getfixturevalue("bucket" if kind == "s3" else "web")
+    if kind in ("s3", "gs", "http"):
+        pytest.importorskip({"s3": "s3fs", "gs": "gcsfs", "http": "aiohttp"}[kind])
+        place = request.getfixturevalue({"s3": "bucket", "gs": "gs_bucket", "http": "web"}[kind])
     else:
         place = f"{kind}://{tmp_path}"
     address = place if kind == "http" else copied(image_folder, f"{place}/photos")
