@@ -38,7 +38,7 @@ test-all: lint
 
 # One after another: each test has the machine's two cores as two hosts.
 test-hosts: setup
-	$(VENV) -m pytest -rs -m hosts tests/hosts
+	$(VENV) -m pytest -rsP -m hosts tests/hosts
 
 test-ray: setup
 	@sh scripts/test_ray.sh "$(VERSION)"

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
 from cibl_ray.cluster.storage import Frozen, Mirror
+from cibl_ray.run.progress import Progress, messages_to
 from pipelines.common.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -16,11 +17,12 @@ _TRIES, _WAIT = 5, 1.0  # of an upload; seconds before the second one, and twice
 
 
 @contextmanager
-def uploads(mirror: Mirror | None) -> Iterator[Callable[[], None] | None]:
+def uploads(mirror: Mirror | None, progress: Progress) -> Iterator[Callable[[], None] | None]:
     """Keep a run's copy up to date until the end of the block, which waits for the last upload.
 
     Args:
         mirror: The copy; None: there is none.
+        progress: Shows what the last upload says: it goes on after training, which shows the others.
 
     Yields:
         What to call when the folder has changed: it takes a snapshot and returns at once. While one is sent, of those that
@@ -36,7 +38,8 @@ def uploads(mirror: Mirror | None) -> Iterator[Callable[[], None] | None]:
     try:
         yield sender.take
     finally:
-        sender.finish()
+        with messages_to(progress.log_handler()):
+            sender.finish()
     if sender.error is not None:
         raise UserError(
             f"the copy {mirror.uri} is not up to date: {sender.error}; all files are in the run folder"

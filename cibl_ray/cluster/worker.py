@@ -87,7 +87,7 @@ def train_in_worker(given: dict[str, Any]) -> None:
         resume = given["resume"] or there or given["storage"] is not None
         # The process of a lost worker may end later; a lock that a lost node held on a network's disk lasts minutes.
         watched = nullcontext() if is_own_cluster() else end_when_cut_off(given["relay"])
-        with watched, uploads(mirror) as upload:
+        with watched, uploads(mirror, progress) as upload:
             fit(config, folder, resume, world, progress, upload, patience=30 if is_own_cluster() else 180, stop=stop)
         leave_peers(world)
     except KeyboardInterrupt:  # the driver asked for it, and rank 0 has saved

@@ -11,6 +11,7 @@ from safetensors.torch import save as to_bytes
 from cibl_ray.cluster.storage import Mirror, fetched, join, split, sync_with_copy
 from cibl_ray.cluster.uploads import uploads
 from cibl_ray.run.folder import PREVIOUS
+from cibl_ray.run.progress import Lines, Silent
 from pipelines.common.errors import UserError
 
 LAST = "checkpoints/last.safetensors"
@@ -152,7 +153,7 @@ def test_a_copy_is_sent_beside_training_and_tried_again(tmp_path, monkeypatch, c
         send(self, files)
 
     monkeypatch.setattr(Mirror, "send", slow)
-    with uploads(mirror) as take:
+    with uploads(mirror, Silent()) as take:
         saved(folder, 1)
         take()
         assert begun.wait(60)  # the first is being sent
@@ -166,18 +167,27 @@ def test_a_copy_is_sent_beside_training_and_tried_again(tmp_path, monkeypatch, c
     assert (store / LAST).read_bytes() == newest  # the block waits for the last one
     assert "upload 1 of 5 failed: 500" in caplog.text
     failures += [OSError("busy"), *[ValueError("full")] * 4]  # pyarrow raises both
+    shown = []
+    progress = Silent()
+    progress.line = shown.append
+    progress.log_handler = lambda: Lines(progress)
     with (
         pytest.raises(UserError, match=r"store/a is not up to date: full; all files are in the run folder"),
-        uploads(mirror) as take,
+        uploads(mirror, progress) as take,
     ):
+        free.clear()
         saved(folder, 4)
         take()
-    with pytest.raises(KeyboardInterrupt), uploads(mirror) as take:  # a run that is stopped has sent what it saved
+        threading.Timer(0.2, free.set).start()  # after the block, whose training shows messages itself
+    assert [line.partition("a: ")[2] for line in shown[-5:]] == ["upload 1 of 5 failed: busy"] + [
+        f"upload {number} of 5 failed: full" for number in range(2, 6)
+    ]
+    with pytest.raises(KeyboardInterrupt), uploads(mirror, Silent()) as take:  # a run that is stopped has sent what it saved
         stopped = saved(folder, 5)
         take()
         raise KeyboardInterrupt
     assert (store / LAST).read_bytes() == stopped
-    with uploads(None) as take:
+    with uploads(None, Silent()) as take:
         assert take is None
 
 
