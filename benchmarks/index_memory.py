@@ -2,7 +2,7 @@
 
     python -m benchmarks.index_memory [--images N] [--source folder | table]
 
-The names are as in ImageNet (34 characters); `table` is a Parquet file of addresses (63 characters) and classes. Images of one
+The names are as in ImageNet (39 characters); `table` is a Parquet file of addresses (66 characters) and classes. Images of one
 pixel take the place of decoded ones. The last line is JSON: bytes an image by which the process has grown, when the index is
 there, and at the highest.
 """

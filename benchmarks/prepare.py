@@ -1,9 +1,10 @@
 """Preparing by one process, by two tasks of Ray and from a bucket; and an epoch of it beside webdataset's of the same shards.
 
-    python -m benchmarks.prepare FOLDER [--quick]
+    python -m benchmarks.prepare FOLDER [--repeat N] [--quick]
 
 FOLDER has train/CLASS/* with photographs. WebDataset shards of them are written first, by webdataset itself, and everything
-reads these shards, or files of the same bytes. The last line is JSON. Its ratios:
+reads these shards, or files of the same bytes. With few photographs, what is done once (opening, a picture of the class counts:
+a second) takes much of the time; --repeat writes each so many times. The last line is JSON. Its ratios:
 
     prepare_2_over_1        two tasks of Ray over one process with one core
     epoch_over_webdataset   two 224-pixel views (crop, flip) from .beton files over webdataset with torchvision's transforms,
@@ -22,6 +23,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from benchmarks.measure import alternate, report
@@ -148,13 +150,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--quick", action="store_true", help="200 images, one round")
+    parser.add_argument("--repeat", type=int, default=1, metavar="N", help="write each photograph so many times")
     arguments = parser.parse_args()
     dataset = FolderSource(kind="folder", path=arguments.folder).open()
-    images, rounds = dataset.train, 1 if arguments.quick else 5
+    images, rounds = dataset.train, 1 if arguments.quick else 3
     if len(images) < BATCH * WORKERS:
         raise UserError(f"{arguments.folder}: {len(images)} training images; at least {BATCH * WORKERS} are needed")
     if arguments.quick:
         images = images.take(torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:200].numpy())
+    images = images.take(np.tile(np.arange(len(images)), arguments.repeat))
     # The bucket first: its credentials are in the environment that the cluster's processes inherit.
     with tempfile.TemporaryDirectory() as folder, bucket(images, dataset.classes) as address, cluster(None):
         place = Path(folder)

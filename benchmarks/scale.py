@@ -305,7 +305,7 @@ class Model:
     def within(self, rate: float) -> float:
         """Where they are summed while it runs: the slower of worker and network decides."""
         worker = self.compute + self.handling + (self.embeddings + self.last) / rate
-        network = self.forward + (self.embeddings + self.gradients) / rate
+        network = self.forward + self.handling + (self.embeddings + self.gradients) / rate
         return max(worker, network)
 
 

@@ -15,7 +15,7 @@ def test_a_step_by_the_model():
     model = scale.Model(compute=1.5, forward=0.5, handling=0.1, gradients=100e6, embeddings=1e6, last=2e6)
     assert model.after(100e6) == pytest.approx(1.5 + 0.1 + 1.01)
     assert model.within(100e6) == pytest.approx(1.5 + 0.1 + 0.03)  # the worker is the slower one
-    assert model.within(10e6) == pytest.approx(0.5 + 10.1)  # the network is
+    assert model.within(10e6) == pytest.approx(0.5 + 0.1 + 10.1)  # the network is
 
 
 def test_the_table_of_gpus_is_the_models():

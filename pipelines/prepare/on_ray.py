@@ -29,7 +29,8 @@ from pipelines.prepare.writer import Result, pack_one
 if TYPE_CHECKING:
     import ray
 
-_AT_ONCE = 64  # images of a task: a second or so of work
+_AT_ONCE = 128  # images of a task at most: a second or so of work, for which Ray takes ten milliseconds
+_TURNS = 4  # tasks for each worker at least, of a small split
 _AHEAD = 3  # tasks for each worker that are begun before their turn
 _RETRIES = 3  # of a task whose node or process is lost
 
@@ -105,7 +106,8 @@ class RayPacker:
         mark = _first_file(images)
         task = ray.remote(num_cpus=1, scheduling_strategy="SPREAD", max_retries=_RETRIES)(_packed)
         settings = ray.put(data)
-        chunks = (order[begin : begin + _AT_ONCE] for begin in range(0, len(order), _AT_ONCE))
+        size = min(_AT_ONCE, -(-len(order) // (_TURNS * self._workers)))
+        chunks = (order[begin : begin + size] for begin in range(0, len(order), max(1, size)))
         pending: list[tuple[np.ndarray, ray.ObjectRef[Any]]] = []
         warned: set[str] = set()
 
