@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -77,6 +78,7 @@ def run_all(
         UserError: A folder holds a run of another configuration.
     """
     running: list[subprocess.Popen[bytes]] = []
+    stopping = threading.Event()
     cores = str(max(1, usable_cores() // jobs))
     threads = {"OMP_NUM_THREADS": cores, CORES: cores}  # the network's and the loader's
     started = time.monotonic()
@@ -97,6 +99,8 @@ def run_all(
         left = work(configs[run.name]) * (1 - min(rows[-1]["epoch"] / epochs, 1) if rows else 1)
         if seconds is not None and begun - started + left * pace > seconds:
             return
+        if stopping.is_set():
+            return
         fresh = not folder.exists()
         start = [run.config, "--runs", str(runs), "--name", run.name, *run.options] if fresh else ["--resume", str(folder)]
         process = subprocess.Popen(
@@ -104,6 +108,8 @@ def run_all(
             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=os.environ | threads,
         )  # fmt: skip
         running.append(process)
+        if stopping.is_set():  # the others have been asked already
+            process.send_signal(signal.SIGINT)
         _, errors = process.communicate()
         running.remove(process)
         if process.returncode:
@@ -119,8 +125,9 @@ def run_all(
             for _ in tqdm(pool.map(train, todo), total=len(todo), unit="run", disable=None):
                 pass
         except BaseException:
+            stopping.set()
             pool.shutdown(wait=False, cancel_futures=True)
-            for process in running:
+            for process in [*running]:
                 process.send_signal(signal.SIGINT)
             raise
     if failed:

@@ -409,11 +409,13 @@ def test_runs_end_with_the_command_that_is_asked_to_stop(small_cifar, tmp_path):
     run = Run("long", "cifar10_lt", (*place, "--epochs", "10000", "--backbone", "resnet20", "--batch_size", "32"))
 
     def ask():
-        while not read_metrics(tmp_path / "runs" / "long"):
+        for _ in range(2000):
+            if read_metrics(tmp_path / "runs" / "long"):
+                os.kill(os.getpid(), signal.SIGTERM)
+                return
             time.sleep(0.1)
-        os.kill(os.getpid(), signal.SIGTERM)
 
-    threading.Thread(target=ask).start()
+    threading.Thread(target=ask, daemon=True).start()
     with pytest.raises(Interrupted):
         run_all([run], tmp_path / "runs", 1)
     assert (tmp_path / "runs" / "long" / "checkpoints" / "last.safetensors").exists()

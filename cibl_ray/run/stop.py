@@ -46,7 +46,8 @@ class Stop:
 class StopSignals(Stop):
     """Ctrl-C, SIGTERM and SIGUSR1 ask the run to stop.
 
-    While the run does not look, the first signal raises `Interrupted` at once, and so does a second Ctrl-C at any time.
+    While the run does not look, the first signal raises `Interrupted` at once, and so does a second Ctrl-C at any time. Every
+    other later signal is ignored: the run ends already.
     """
 
     def __init__(self) -> None:

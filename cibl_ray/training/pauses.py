@@ -9,6 +9,7 @@ from typing import NoReturn, TypeVar
 
 from cibl_ray.run.stop import Stop
 from cibl_ray.world import World
+from pipelines.common.errors import Interrupted
 
 _ASK_EVERY = 1.0  # seconds between two questions among the workers
 _ASK_STEPS = 100  # the most steps between two of them
@@ -16,6 +17,10 @@ _HEAR_EVERY = 5.0  # seconds between two questions whether a machine is taken aw
 _SAVE_BEFORE = 15.0  # seconds before it goes, for a second checkpoint
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+
+
+class AllStopped(Interrupted):
+    """Every worker stops here, and knows that the others do."""
 
 
 class Pauses:
@@ -80,7 +85,7 @@ class Pauses:
             What it returns.
 
         Raises:
-            KeyboardInterrupt: A worker was interrupted.
+            AllStopped: A worker was interrupted. With one worker: what interrupted it.
         """
         if self._world.size == 1:
             return work()
@@ -90,7 +95,7 @@ class Pauses:
         except KeyboardInterrupt:
             interrupted = True
         if self._told(self._world.all_gather(self._status(interrupted))):
-            raise KeyboardInterrupt
+            raise AllStopped("stopped", self.stop.status)
         return result
 
     def _status(self, asked: bool) -> int | None:
@@ -119,10 +124,10 @@ class Pauses:
         """Stop the run. Every worker calls it, rank 0 after it has saved.
 
         Raises:
-            KeyboardInterrupt: Always.
+            AllStopped: Always.
         """
         self._world.all_gather(None)  # no worker ends before rank 0 has saved
-        raise KeyboardInterrupt
+        raise AllStopped("stopped", self.stop.status)
 
     def raise_if_stopped(self) -> None:
         """Stop at once, where nothing is lost by that: in evaluation.
@@ -130,5 +135,5 @@ class Pauses:
         Raises:
             KeyboardInterrupt: The run is asked to stop.
         """
-        if self.stop.polled and self.stop.asked():
+        if self.stop.asked():
             raise KeyboardInterrupt

@@ -39,7 +39,7 @@ from cibl_ray.training.finite import FiniteLoss
 from cibl_ray.training.mix import mix, paste
 from cibl_ray.training.optimizer import make_optimizer
 from cibl_ray.training.passes import Passes, passes
-from cibl_ray.training.pauses import Pauses
+from cibl_ray.training.pauses import AllStopped, Pauses
 from cibl_ray.training.schedules import lr_factor
 from cibl_ray.training.setup import checkpoint_activations, keeps_statistics, settle, start_heads
 from cibl_ray.training.sharpness import at_the_peak, running_statistics_stay
@@ -215,11 +215,13 @@ class Trainer:
                     row = self.train_epoch(progress)
                 try:
                     self._validate(row)
-                except KeyboardInterrupt:  # the resumed run validates first
+                except KeyboardInterrupt as error:  # the resumed run validates first
                     self._write(run_log, row)
                     if run_log is not None:
                         self.save()
-                    self.pauses.end()
+                    if isinstance(error, AllStopped):
+                        self.pauses.end()
+                    raise
                 self._write(run_log, row)
                 # Asked here too: an epoch of one step has no place within it.
                 save, stop = self.pauses.ask() if self.epoch < epochs else (True, False)

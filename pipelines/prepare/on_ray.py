@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     import ray
 
 _AT_ONCE = 128  # images of a task at most: a second or so of work, for which Ray takes ten milliseconds
+_PIXELS = 32 << 20  # bytes of a task's images at most, where they come back as pixels
+_SIDE = 512  # pixels of an image's side, where the configuration sets no limit
 _TURNS = 4  # tasks for each worker at least, of a small split
 _AHEAD = 3  # tasks for each worker that are begun before their turn
 _RETRIES = 3  # of a task whose node or process is lost
@@ -106,8 +108,9 @@ class RayPacker:
         mark = _first_file(images)
         task = ray.remote(num_cpus=1, scheduling_strategy="SPREAD", max_retries=_RETRIES)(_packed)
         settings = ray.put(data)
-        size = min(_AT_ONCE, -(-len(order) // (_TURNS * self._workers)))
-        chunks = (order[begin : begin + size] for begin in range(0, len(order), max(1, size)))
+        side = data.store.max_side or _SIDE
+        size = max(1, min(_AT_ONCE, _PIXELS // (3 * side**2), -(-len(order) // (_TURNS * self._workers))))
+        chunks = (order[begin : begin + size] for begin in range(0, len(order), size))
         pending: list[tuple[np.ndarray, ray.ObjectRef[Any]]] = []
         warned: set[str] = set()
 

@@ -7,7 +7,7 @@ import pytest
 
 from cibl_ray.run.stop import AGAIN, Stop, stop_signals
 from cibl_ray.training import pauses
-from cibl_ray.training.pauses import Pauses
+from cibl_ray.training.pauses import AllStopped, Pauses
 from cibl_ray.world import World
 from pipelines.common.errors import Interrupted
 
@@ -134,8 +134,9 @@ def test_an_evaluation_is_interrupted_on_all_workers_or_on_none(monkeypatch, fir
     with stop_signals() as stop:
         stop.polled = True
         pauses = Pauses(world, None, stop)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(AllStopped) as stopped:
             pauses.together(work)
+        assert stopped.value.status == AGAIN
         assert gathered == [AGAIN if first else None]
         assert (stop.asked(), stop.status) == (True, AGAIN)
     monkeypatch.setattr(world, "all_gather", lambda mine: [mine, None])

@@ -328,7 +328,7 @@ def test_torchrun_starts_the_same_workers(tmp_path):
 
 @pytest.mark.parametrize(("number", "later"), [(signal.SIGTERM, 0), (signal.SIGUSR1, 0), (signal.SIGUSR1, 0.5)])
 def test_workers_that_are_asked_to_stop_save_within_the_epoch(tmp_path, number, later):
-    """torchrun passes SIGTERM on to both. SIGUSR1 is sent to one of them alone, in a step or in evaluation: both stop there."""
+    """torchrun passes SIGTERM on to both. SIGUSR1 is sent to one of them alone, sooner or later: both stop together."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "cibl_ray.train"]
     options = ["--epochs", "10000", "--batch_size", "62", "--loader.kind", "torch", "--checkpoint_every", "10000"]
     options += ["--name", "two"]

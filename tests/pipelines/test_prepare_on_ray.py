@@ -123,8 +123,8 @@ def fatal_images(photo_folder: Path, mark: Path, heal: bool) -> Images:
         def place(self, index: int) -> str:
             return f"image {index}"
 
-        def stamp(self) -> bytes:
-            return b""
+        def stamp(self):
+            yield b""
 
     train = FolderSource(kind="folder", path=photo_folder).open().train
     last = int(stream(0, "write", "train").permutation(len(train))[-1])

@@ -35,7 +35,9 @@ def repeated(keys: np.ndarray) -> Iterator[tuple[int, int]]:
     firsts = rows[order[starts[np.searchsorted(starts, again, side="right") - 1]]]
     found = rows[order[again]]
     by_row = np.argsort(found)
-    yield from zip(firsts[by_row].tolist(), found[by_row].tolist(), strict=True)
+    for begin in range(0, len(by_row), _AT_ONCE):
+        some = by_row[begin : begin + _AT_ONCE]
+        yield from zip(firsts[some].tolist(), found[some].tolist(), strict=True)
 
 
 def _mixed(keys: np.ndarray) -> np.ndarray:

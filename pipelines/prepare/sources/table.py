@@ -169,7 +169,7 @@ class _Table:
         """The cells of a column; not all of them are Python objects at a time."""
         with _reading(self.path):
             for batch in self.batches(name):
-                yield from batch.column(0).to_pylist()
+                yield from batch.column(name).to_pylist()
 
 
 @dataclass(frozen=True)
@@ -230,17 +230,22 @@ def _read(path: Path, header: bool | Literal["auto"]) -> _Table:
                 file = pa.parquet.ParquetFile(path)
                 of_bytes = [field.name for field in file.schema_arrow if _holds_bytes(field.type)]
                 rows, names = file.metadata.num_rows, file.schema_arrow.names
+                _refuse_twice(path, names)
                 return _Table(path, rows, names, lambda name: _batches(path, name, _AT_ONCE), of_bytes, True)
             case _:
                 raise UserError(f"table {str(path)!r}: expected .csv, .tsv, .jsonl or .parquet, not {ending or 'no ending'!r}")
-    twice = [name for name, count in Counter(content.column_names).items() if count > 1]
-    if twice:
-        raise UserError(f"table {str(path)!r} has the column {twice[0]!r} twice; rename one")
+    _refuse_twice(path, content.column_names)
 
     def batches(name: str) -> Iterable[Any]:
         return content.select([name]).to_batches(max_chunksize=_AT_ONCE)
 
     return _Table(path, len(content), content.column_names, batches, [], headed)
+
+
+def _refuse_twice(path: Path, columns: list[str]) -> None:
+    twice = [name for name, count in Counter(columns).items() if count > 1]
+    if twice:
+        raise UserError(f"table {str(path)!r} has the column {twice[0]!r} twice; rename one")
 
 
 @contextlib.contextmanager
@@ -394,8 +399,10 @@ def _public_names(addresses: Texts) -> Texts:
     if all(without_secrets(address) == address for address in addresses):
         return addresses
     names = Texts(map(without_secrets, addresses))
-    alike = {row for pair in repeated(names.digests()) for row in pair}
-    return Texts(f"{name}#{row}" if row in alike else name for row, name in enumerate(names)) if alike else names
+    alike = np.zeros(len(names), dtype=bool)
+    for pair in repeated(names.digests()):
+        alike[[*pair]] = True
+    return Texts(f"{name}#{row}" if alike[row] else name for row, name in enumerate(names)) if alike.any() else names
 
 
 def _refuse_repeats(table: _Table, paths: Texts, splits: Codes) -> None:
@@ -440,7 +447,7 @@ def _place(table: _Table, row: int) -> str:
 def _cells(path: Path, column: str) -> Iterator[bytes | None]:
     """The images of a Parquet column from first to last, a few rows in memory at a time."""
     for batch in _batches(path, column, _BLOCK):
-        for cell in batch.column(0).to_pylist():
+        for cell in batch.column(column).to_pylist():
             yield (
                 cell
                 if isinstance(cell, bytes | None)
