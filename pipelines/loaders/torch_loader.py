@@ -100,9 +100,13 @@ class TorchLoader:
         try:
             for views, labels, rows in loader:
                 yield Batch(views, labels, rows)
+            return
         except UserError as error:
             # A worker process adds its traceback in front.
-            raise UserError(str(error).strip().splitlines()[-1].removeprefix("pipelines.common.errors.UserError: ")) from None
+            message = str(error).strip().splitlines()[-1].removeprefix("pipelines.common.errors.UserError: ")
+        # Raised here, the error keeps no iterator. One that is left to the garbage collector can block it: its end writes to a
+        # queue, whose lock the interrupted thread may hold.
+        raise UserError(message)
 
     def close(self) -> None:
         """Nothing outlives an epoch."""
