@@ -101,6 +101,7 @@ def test_a_link_that_is_slow_and_cut_for_20_seconds_changes_no_number(folder, ho
 @pytest.mark.parametrize("lost", ["killed", "cut"])
 def test_an_elastic_run_goes_on_without_a_host_that_is_lost(folder, hosts, lost):
     a, b = hosts
+    b.seen_by_ray_train()
     process, log = train(a, folder, lost, "--epochs", "12", workers="1-2")
     wait_for_epoch(folder / "runs" / lost, 2, process)
     b.kill() if lost == "killed" else b.cut()
@@ -159,6 +160,7 @@ def test_a_firewall_that_drops_the_workers_ports(folder, hosts):
     reason = r"10.77.0.\d \(link0\) cannot reach rank \d at 10.77.0.\d:\d+: timed out; open the ports"
     assert re.search(rf"rank \d: {reason}", text)
     assert not (folder / "runs" / "firewall" / "checkpoints").exists()
+    hosts[1].seen_by_ray_train()
     text = end(*train(hosts[0], folder, "behind", "--epochs", "2", workers="1-2"))
     assert re.search(rf"training without rank 1: {reason}", text)
     assert "one process; from epoch 1" in text

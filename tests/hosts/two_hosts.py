@@ -65,6 +65,7 @@ class Host:
         (folder / "home").mkdir(parents=True)
         self.ray_folder = Path("/tmp") / f"r{name}"  # Ray's sockets need a short path
         self.started: list[subprocess.Popen] = []
+        self.joined = time.monotonic()
 
     def command(self, *words: object) -> list[str]:
         """The command line that runs `words` on this host."""
@@ -114,6 +115,11 @@ class Host:
         if self.head is not None:
             joined = self.head.command(sys.executable, "-c", _JOINED, HEAD, self.address)
             subprocess.run(joined, env=self.head.environment(), check=True, timeout=240, capture_output=True)
+            self.joined = time.monotonic()
+
+    def seen_by_ray_train(self) -> None:
+        """Wait until Ray Train, which looks for nodes every 20 s, has seen this one: an elastic run begins with what it knows."""
+        time.sleep(max(0, self.joined + 25 - time.monotonic()))
 
     def _forgotten(self) -> None:
         """Wait until the head node has no connection left to this host's node as it was before.
