@@ -118,7 +118,7 @@ class Host:
             self.joined = time.monotonic()
 
     def seen_by_ray_train(self) -> None:
-        """Wait until Ray Train, which looks for nodes every 20 s, has seen this one: an elastic run begins with what it knows."""
+        """Wait until Ray Train has seen this node: it looks every 20 s, and an elastic run begins with what it knows."""
         time.sleep(max(0, self.joined + 25 - time.monotonic()))
 
     def _forgotten(self) -> None:

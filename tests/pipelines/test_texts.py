@@ -1,12 +1,15 @@
 """Columns in flat buffers are what lists of Python objects would be, in a fraction of their memory."""
 
+import errno
 import pickle
 import tracemalloc
 
 import numpy as np
 import pytest
 
+from pipelines.common.errors import UserError
 from pipelines.prepare.sources import Images, repeats
+from pipelines.prepare.sources.addresses import Remote
 from pipelines.prepare.sources.texts import Codes, Texts
 
 WORDS = ["a/b.jpg", "", "grün/λ.png", "bad\udcff.png", "line\nfeed", "a/b.jpg"]
@@ -42,6 +45,52 @@ def test_many_rows_come_in_blocks(monkeypatch):
     assert texts == many
     order = np.random.default_rng(0).permutation(100)
     assert texts.take(order) == [many[row] for row in order]
+
+
+def test_rows_beyond_the_limit_lie_in_a_file(monkeypatch):
+    monkeypatch.setattr("pipelines.prepare.sources.texts._IN_MEMORY", 50)
+    monkeypatch.setattr("pipelines.prepare.sources.texts._AT_ONCE", 7)
+    many = [f"{row:x}" * (row % 5) for row in range(100)]
+    texts = Texts(many)
+    assert 0 < len(texts._buffer) <= 50 < len(texts._mapped)
+    assert texts == many
+    texts.extend(WORDS)
+    texts.append("more")
+    assert texts == [*many, *WORDS, "more"]
+    assert texts.digests().tolist() == Texts().digests().tolist() + [
+        row for each in texts for row in Texts([each]).digests().tolist()
+    ]
+    assert texts.take(np.array([105, 3, 102])) == ["a/b.jpg", "333", "grün/λ.png"]
+    again = pickle.loads(pickle.dumps(texts))
+    again.append("last")
+    assert again == [*texts, "last"]
+
+
+def test_a_file_without_room_is_one_line(monkeypatch):
+    class Full:
+        def fileno(self):
+            return -1
+
+        def close(self):
+            pass
+
+        def write(self, data):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("pipelines.prepare.sources.texts._IN_MEMORY", 50)
+    monkeypatch.setattr("tempfile.TemporaryFile", lambda **options: Full())
+    with pytest.raises(UserError, match="cannot be written to .*: No space left on device; free some room there"):
+        Texts(["a long name of an image"] * 3)
+
+
+def test_the_same_rows_are_taken_once():
+    texts = Texts(WORDS)
+    images = Images(texts, np.arange(6), content=Remote(texts, below="https://example.org/"))
+    some = images.take(np.array([4, 0]))
+    assert isinstance(some.content, Remote)
+    assert some.content._addresses is some.names
+    assert some.content.place(1) == "https://example.org/a/b.jpg"
+    assert images.take(np.array([2])).names == ["grün/λ.png"]
 
 
 def test_a_digest_does_not_depend_on_the_blocks(monkeypatch):

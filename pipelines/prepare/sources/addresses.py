@@ -62,33 +62,36 @@ class Remote:
     Args:
         addresses: One an image.
         stamps: One an image, which changes when the image is replaced; None: images are taken not to change.
+        below: What stands before each of the addresses.
     """
 
-    def __init__(self, addresses: Sequence[str], stamps: Sequence[str] | None = None) -> None:
+    def __init__(self, addresses: Sequence[str], stamps: Sequence[str] | None = None, below: str = "") -> None:
         self._addresses = addresses if isinstance(addresses, Texts) else Texts(addresses)
         self._stamps = stamps if stamps is None or isinstance(stamps, Texts) else Texts(stamps)
+        self._below = below
         self._systems: dict[str, Any] = {}
         self._lock = threading.Lock()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Remote, (self._addresses, self._stamps)  # another process connects for itself
+        return Remote, (self._addresses, self._stamps, self._below)  # another process connects for itself
 
     def read(self, index: int) -> bytes:
         """Fetch one image."""
-        address = self._addresses[index]
+        address = self._below + self._addresses[index]
         return fetch(self._system(address.partition("://")[0]), address, LARGEST)
 
     def take(self, indices: np.ndarray) -> Remote:
         """Some of the images."""
-        return Remote(self._addresses.take(indices), None if self._stamps is None else self._stamps.take(indices))
+        stamps = None if self._stamps is None else self._stamps.take(indices)
+        return Remote(self._addresses.take(indices), stamps, self._below)
 
     def place(self, index: int) -> str:
         """The address, without the user's name and password."""
-        return without_secrets(self._addresses[index])
+        return without_secrets(self._below + self._addresses[index])
 
     def stamp(self) -> Iterator[bytes]:
         """The addresses, and what the storage says of each."""
-        yield from joined(self._addresses)
+        yield from joined(self._addresses, self._below)
         if self._stamps:
             yield b"\0"
             yield from joined(self._stamps)
@@ -382,43 +385,46 @@ def patient(
     raise AssertionError
 
 
-def listed(address: str) -> dict[str, tuple[str, str]]:
-    """All files below a folder.
+def listed(address: str) -> Iterator[tuple[str, str]]:
+    """All files below a folder, sorted by the parts of their names; one folder's list at a time is in memory.
 
     Args:
         address: The folder, such as s3://bucket/folder. A web server must list its folders as pages of links.
 
-    Returns:
-        For each file's name below the folder, its address and a stamp that changes with it.
+    Yields:
+        Each file's name below the folder, and a stamp that changes with it.
 
     Raises:
         UserError: Nothing is there, or it cannot be listed.
     """
     scheme = address.partition("://")[0]
-    system = file_system(scheme)
-    system.invalidate_cache()
-    web = scheme in ("http", "https")
+    some = False
     try:
-        # Of a page that cannot be read, fsspec would leave the files out.
-        options = {"path": f"{address}/", "on_error": "raise"} if web else {"path": address}
-        found = patient(lambda: system.find(detail=True, **options), address)
+        for name, info in _walked(file_system(scheme), address):
+            some = True
+            stamp = next((str(info[key]) for key in _STAMPS if info.get(key)), "")
+            yield name.removeprefix(f"{address}/"), f"{info.get('size')} {stamp}"
     except FileNotFoundError as error:
         raise UserError(f"image folder {address!r}: {error.strerror}") from error
     except NotImplementedError as error:
         raise UserError(f"image folder {address!r}: {scheme}:// cannot be listed; list the images in a table") from error
-    assert isinstance(found, dict)
-    files = {}
-    for path, info in found.items():
-        full = system.unstrip_protocol(path)
-        name = full.removeprefix(f"{address}/")
-        if name == full:  # the address itself is a file, or a link leads elsewhere
-            continue
-        stamp = next((str(info[key]) for key in _STAMPS if info.get(key)), "")
-        files[name] = (full, f"{info.get('size')} {stamp}")
-    if not files:
+    if not some:
+        web = scheme in ("http", "https")
         pages = "; a web server must list its folders as pages of links, else list the images in a table" if web else ""
         raise UserError(f"image folder {address!r} has no files{pages}")
-    return files
+
+
+def _walked(system: Any, folder: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The address of each file below a folder, and what the storage says of it."""
+    entries: Any = patient(lambda: system.ls(f"{folder}/", detail=True), folder)
+    system.invalidate_cache()  # fsspec would keep all that it has listed
+    inside = ((system.unstrip_protocol(entry["name"]).rstrip("/"), entry["type"] == "directory", entry) for entry in entries)
+    below = sorted((each for each in inside if each[0].startswith(f"{folder}/")), key=lambda each: each[:2])
+    for address, is_folder, entry in below:
+        if is_folder:
+            yield from _walked(system, address)
+        else:
+            yield address, entry
 
 
 def there(address: str) -> bool:

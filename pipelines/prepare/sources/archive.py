@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tarfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -16,7 +16,8 @@ from pipelines.image_files import LeftOut
 from pipelines.prepare.sources.contents import Content, Slices, Spooled, ZipMembers
 from pipelines.prepare.sources.dataset import Dataset, SourceConfig
 from pipelines.prepare.sources.names import hint_for
-from pipelines.prepare.sources.tree import class_tree, image_names
+from pipelines.prepare.sources.texts import Texts
+from pipelines.prepare.sources.tree import class_tree, is_image
 
 
 class ArchiveSource(SourceConfig):
@@ -53,31 +54,34 @@ class ArchiveSource(SourceConfig):
         """Whether the archive exists."""
         return self.path.is_file()
 
-    def _zip(self, left_out: LeftOut) -> tuple[list[str], Content]:
+    def _zip(self, left_out: LeftOut) -> tuple[Texts, Content]:
         with zipfile.ZipFile(self.path) as archive:
             locked = next((info.filename for info in archive.infolist() if info.flag_bits & 1), None)
             if locked is not None:
                 raise UserError(f"archive {str(self.path)!r}: {locked!r} is encrypted; make an archive without a password")
-            names = sorted(image_names((info.filename for info in archive.infolist() if not info.is_dir()), left_out))
+            files = (info.filename for info in archive.infolist() if not info.is_dir())
+            names = Texts(sorted(name for name in files if is_image(name, left_out)))
         return names, ZipMembers(self.path, names)
 
-    def _tar(self, left_out: LeftOut) -> tuple[list[str], Content]:
+    def _tar(self, left_out: LeftOut) -> tuple[Texts, Content]:
         with tarfile.open(self.path) as archive:
+            # Of two members with one name the later counts.
             members = {member.name: member for member in archive if member.isfile()}
-        names = sorted(image_names(members, left_out))
+        in_file = [member for member in members.values() if is_image(member.name, left_out)]
+        order = np.array(sorted(range(len(in_file)), key=lambda row: in_file[row].name), dtype=np.int64)
+        names = Texts(in_file[row].name for row in order)
         if _is_plain_tar(self.path):
-            start = np.array([members[name].offset_data for name in names], dtype=np.int64)
-            size = np.array([members[name].size for name in names], dtype=np.int64)
+            start = np.array([in_file[row].offset_data for row in order], dtype=np.int64)
+            size = np.array([in_file[row].size for row in order], dtype=np.int64)
             return names, Slices([self.path], names, np.zeros(len(names), np.int32), start, size)
         stat = self.path.stat()
-        in_file = [name for name in members if name in {*names}]
-        rows = np.array([{name: row for row, name in enumerate(in_file)}[name] for name in names], dtype=np.int64)
+        unsorted = Texts(member.name for member in in_file)
         return names, Spooled(
-            len(in_file),
-            lambda: _unpacked(self.path, in_file),
-            lambda row: f"{self.path}/{in_file[row]}",
+            len(unsorted),
+            lambda: _unpacked(self.path, unsorted),
+            lambda row: f"{self.path}/{unsorted[row]}",
             f"{stat.st_size} {stat.st_mtime_ns}".encode(),
-            rows,
+            order,
         )
 
 
@@ -89,7 +93,7 @@ def _is_plain_tar(path: Path) -> bool:
         return False
 
 
-def _unpacked(path: Path, names: list[str]) -> Iterator[bytes | None]:
+def _unpacked(path: Path, names: Iterable[str]) -> Iterator[bytes | None]:
     """The named members of a compressed tar, in its order."""
     wanted = {*names}
     with tarfile.open(path, "r|*") as archive:

@@ -56,7 +56,7 @@ class ZipMembers:
     """
 
     def __init__(self, path: Path, names: Sequence[str], opened: zipfile.ZipFile | None = None) -> None:
-        self._path, self._names = path, [*names]
+        self._path, self._names = path, names if isinstance(names, Texts) else Texts(names)
         self._zip = opened or zipfile.ZipFile(path)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -80,7 +80,7 @@ class ZipMembers:
 
     def take(self, indices: np.ndarray) -> ZipMembers:
         """Some of the members."""
-        return ZipMembers(self._path, [self._names[i] for i in indices], self._zip)
+        return ZipMembers(self._path, self._names.take(indices), self._zip)
 
     def place(self, index: int) -> str:
         """The archive's path and the member's name."""

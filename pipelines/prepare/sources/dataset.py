@@ -46,15 +46,6 @@ class Below(Sequence[Path]):
         """Some of the files."""
         return Below(self._root, taken(self._names, indices))
 
-    def named(self, names: Sequence[str]) -> Below:
-        """Files with other names below the folder."""
-        return Below(self._root, names)
-
-    @property
-    def names(self) -> Sequence[str]:
-        """Paths relative to the folder."""
-        return self._names
-
 
 @dataclass(frozen=True)
 class Images:
@@ -90,11 +81,10 @@ class Images:
 
     def take(self, indices: np.ndarray) -> Images:
         """The images at `indices`, in that order."""
-        names = taken(self.names, indices)
         return Images(
-            names=names,
+            names=taken(self.names, indices),
             labels=self.labels[indices],
-            files=self._files(indices, names),
+            files=self._files(indices),
             pixels=None if self.pixels is None else self.pixels[indices],
             content=None if self.content is None else self.content.take(indices),
             groups=None if self.groups is None else self.groups[indices],
@@ -102,9 +92,9 @@ class Images:
             weights=None if self.weights is None else self.weights[indices],
         )
 
-    def _files(self, indices: np.ndarray, names: Sequence[str]) -> Sequence[Path] | None:
+    def _files(self, indices: np.ndarray) -> Sequence[Path] | None:
         if isinstance(self.files, Below):
-            return self.files.named(names) if self.files.names is self.names else self.files.take(indices)
+            return self.files.take(indices)
         return None if self.files is None else [self.files[i] for i in indices]
 
     def _missing(self, indices: np.ndarray) -> tuple[str, ...]:

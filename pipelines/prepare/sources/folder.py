@@ -15,7 +15,7 @@ from pipelines.prepare.sources.addresses import Location, Remote, listed, there
 from pipelines.prepare.sources.dataset import Below, Dataset, Images, SourceConfig
 from pipelines.prepare.sources.names import hint_for, name_key, read_text, refuse_alike
 from pipelines.prepare.sources.texts import Texts
-from pipelines.prepare.sources.tree import SPLITS, class_tree, image_names
+from pipelines.prepare.sources.tree import SPLITS, class_tree, is_image
 
 # Names of folders that are splits under another name, and no classes.
 _LIKE_SPLITS = {"train", "training", "trn", "val", "valid", "validation", "dev", "test", "testing", "tst", "eval"}
@@ -95,12 +95,15 @@ class FolderSource(SourceConfig):
 
     def _behind(self, address: str) -> Dataset:
         """The images of a folder behind an address."""
-        files, left_out = listed(address), LeftOut()
-        names = sorted(image_names(files, left_out), key=lambda name: name.split("/"))
+        names, stamps, left_out = Texts(), Texts(), LeftOut()
+        for name, stamp in listed(address):
+            if is_image(name, left_out):
+                names.append(name)
+                stamps.append(stamp)
         left_out.tell(address)
         if not names:
             raise UserError(f"image folder {address!r} has no images")
-        content = Remote([files[name][0] for name in names], [files[name][1] for name in names])
+        content = Remote(names, stamps, f"{address}/")
         named = None
         if self.classes is not None:
             named = {name_key(folder): name for folder, name in self._listed().items()}

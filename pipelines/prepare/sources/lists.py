@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import unicodedata
+from array import array
+from itertools import accumulate
 from pathlib import Path
 from typing import Literal
 
@@ -12,8 +14,10 @@ from pydantic import Field
 
 from pipelines.common.errors import UserError
 from pipelines.prepare.sources.addresses import Location, Remote, there
-from pipelines.prepare.sources.dataset import Dataset, Images, SourceConfig
-from pipelines.prepare.sources.names import hint_for, name_key, read_text, refuse_alike
+from pipelines.prepare.sources.dataset import Below, Dataset, Images, SourceConfig
+from pipelines.prepare.sources.names import hint_for, name_key, read_lines, read_text, refuse_alike
+from pipelines.prepare.sources.repeats import repeated
+from pipelines.prepare.sources.texts import Texts
 
 _MAX_CLASSES = 1_000_000  # a label beyond is a mistake, and would take gigabytes
 
@@ -84,7 +88,7 @@ class ListsSource(SourceConfig):
         return single if distinct and all(single) else [str(label) for label in range(count)]
 
 
-def read_list(path: Location) -> tuple[list[str], np.ndarray]:
+def read_list(path: Location) -> tuple[Texts, np.ndarray]:
     """Read a split list: one "path label" a line, blank lines skipped.
 
     Args:
@@ -96,10 +100,10 @@ def read_list(path: Location) -> tuple[list[str], np.ndarray]:
     Raises:
         UserError: The file cannot be read, a line is wrong, or no image is listed.
     """
-    lines = read_text(path, "split list").splitlines()
-    names: list[str] = []
-    labels: list[int] = []
-    for number, line in enumerate(lines, start=1):
+    names = Texts()
+    labels = array("q")
+    for number, line in enumerate(read_lines(path, "split list"), start=1):
+        line = line.rstrip("\r\n")
         if not line.strip():
             continue
         name, *label = line.strip().rsplit(maxsplit=1)
@@ -113,7 +117,7 @@ def read_list(path: Location) -> tuple[list[str], np.ndarray]:
         labels.append(int(label[0]))
     if not names:
         raise UserError(f"split list {str(path)!r} names no image")
-    return names, np.array(labels, dtype=np.int64)
+    return names, np.frombuffer(labels, dtype=np.int64)
 
 
 def _wrong_line(line: str, number: int) -> str:
@@ -127,17 +131,20 @@ def _wrong_line(line: str, number: int) -> str:
 
 def _refuse_repeats(splits: dict[str, Images], lists: dict[str, Location | None]) -> None:
     """Raises UserError for the first image that is listed twice: it would be trained on and then scored."""
-    seen: dict[str, str] = {}
-    for split, images in splits.items():
-        files = images.names if images.files is None else map(str, images.files)
-        for name, file in zip(images.names, files, strict=True):
-            path = os.path.normpath(file)
-            before = seen.get(path)
-            if before is not None:
-                one, other = str(lists[before]), str(lists[split])
-                place = f"listed twice in {one!r}" if before == split else f"in both lists {one!r} and {other!r}"
-                raise UserError(f"image {name!r} is {place}; leave it in one of these lines")
-            seen[path] = split
+    paths = Texts()
+    for images in splits.values():
+        paths.extend(map(os.path.normpath, images.names if images.files is None else map(str, images.files)))
+    ends = dict(zip(splits, accumulate(map(len, splits.values())), strict=True))
+
+    def split_of(row: int) -> str:
+        return next(split for split, end in ends.items() if row < end)
+
+    for first, row in repeated(paths.digests()):
+        before, split = split_of(first), split_of(row)
+        one, other = str(lists[before]), str(lists[split])
+        place = f"listed twice in {one!r}" if before == split else f"in both lists {one!r} and {other!r}"
+        name = splits[split].names[row - ends[split]]  # from the end
+        raise UserError(f"image {name!r} is {place}; leave it in one of these lines")
 
 
 def _split(root: Location, path: Location, expected: int | None) -> Images:
@@ -148,18 +155,17 @@ def _split(root: Location, path: Location, expected: int | None) -> Images:
             "or, for a list of your own, set --data.source.expect null"
         )
     if isinstance(root, str):
-        return Images(names, labels, content=Remote([f"{root}/{name}" for name in names]))
-    files = [_file(root, name) for name in names]
-    missing = tuple(name for name, file in zip(names, files, strict=True) if not file.is_file())
+        return Images(names, labels, content=Remote(names, below=f"{root}/"))
+    files = names if all(map(str.isascii, names)) else Texts(_on_disk(root, name) for name in names)
+    missing = tuple(name for name, file in zip(names, files, strict=True) if not (root / file).is_file())
     if len(missing) == len(names):
         raise UserError(f"split list {str(path)!r}: no image of it, such as {names[0]!r}, is below {str(root)!r}")
-    return Images(names, labels, files=files, missing=missing)
+    return Images(names, labels, files=Below(root, files), missing=missing)
 
 
-def _file(root: Path, name: str) -> Path:
-    """The file of a listed path, whose accents the disk may write in another way."""
-    file = root / name
-    if name.isascii() or file.is_file():
-        return file
-    others = (root / unicodedata.normalize(form, name) for form in ("NFC", "NFD"))
-    return next((other for other in others if other.is_file()), file)
+def _on_disk(root: Path, name: str) -> str:
+    """The name of a listed file on the disk, which may write accents in another way."""
+    if name.isascii() or (root / name).is_file():
+        return name
+    others = (unicodedata.normalize(form, name) for form in ("NFC", "NFD"))
+    return next((other for other in others if (root / other).is_file()), name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from pipelines.common.errors import UserError
@@ -59,6 +59,29 @@ def read_text(path: Location, what: str) -> str:
         raise UserError(f"{what} {str(path)!r} cannot be read: {error.strerror}{hint}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{what} {str(path)!r} cannot be read: {_not_text(data, error)}") from error
+
+
+def read_lines(path: Location, what: str) -> Iterator[str]:
+    """The lines of a list that the user made, as `read_text` reads it; a file on disk is not held in memory.
+
+    Args:
+        path: The file.
+        what: What it is, for the message.
+
+    Raises:
+        UserError: It cannot be read as text.
+    """
+    if isinstance(path, str):
+        yield from read_text(path, what).split("\n")
+        return
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            yield from file
+    except OSError as error:
+        raise UserError(f"{what} {str(path)!r} cannot be read: {error.strerror}{hint_for(path)}") from error
+    except UnicodeDecodeError as error:
+        with path.open("rb") as binary:
+            raise UserError(f"{what} {str(path)!r} cannot be read: {_not_text(binary.read(512), error)}") from error
 
 
 def _not_text(data: bytes, error: UnicodeDecodeError) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import takewhile
 from pathlib import PurePosixPath
 
 import numpy as np
@@ -12,24 +13,24 @@ from pipelines.formats import readable_suffixes
 from pipelines.image_files import LeftOut, is_leftover
 from pipelines.prepare.sources.contents import Content
 from pipelines.prepare.sources.dataset import Dataset, Images, classes_of
+from pipelines.prepare.sources.texts import Codes
 
 SPLITS = ("train", "val", "test")
 
 
-def image_names(names: Iterable[str], left_out: LeftOut) -> Iterator[str]:
-    """The names of images, without hidden files and leftovers, which are counted."""
-    suffixes = readable_suffixes()
-    for name in names:
-        path = PurePosixPath(name)
-        leftover = next((part for part in path.parts if is_leftover(part)), None)
-        if leftover is not None:
-            left_out.folders[leftover] += 1
-        elif any(part.startswith(".") and part not in (".", "..") for part in path.parts):
-            continue
-        elif path.name.lower().endswith(suffixes):
-            yield name
-        else:
-            left_out.endings[path.suffix.lower() or "without ending"] += 1
+def is_image(name: str, left_out: LeftOut) -> bool:
+    """Whether a file is an image by its name. Hidden files and leftovers are none; what is left out is counted."""
+    path = PurePosixPath(name)
+    leftover = next((part for part in path.parts if is_leftover(part)), None)
+    if leftover is not None:
+        left_out.folders[leftover] += 1
+    elif any(part.startswith(".") and part not in (".", "..") for part in path.parts):
+        pass
+    elif path.name.lower().endswith(readable_suffixes()):
+        return True
+    else:
+        left_out.endings[path.suffix.lower() or "without ending"] += 1
+    return False
 
 
 def class_tree(
@@ -47,32 +48,41 @@ def class_tree(
     Raises:
         UserError: An image is in no class folder, there is no training split, or a class has no training image.
     """
-    parts, top = _below_wrapper([PurePosixPath(name).parts for name in names])
-    splitted = all(each[0] in SPLITS and len(each) > 2 for each in parts)
+    top = _wrapper(names)
+    above = len(top)
+
+    def parts() -> Iterator[tuple[str, ...]]:
+        return (PurePosixPath(name).parts[above:] for name in names)
+
+    splitted = all(each[0] in SPLITS and len(each) > 2 for each in parts())
     depth = 1 if splitted else 0
-    flat = next((name for name, each in zip(names, parts, strict=True) if len(each) < depth + 2), None)
+    flat = next((name for name, each in zip(names, parts(), strict=True) if len(each) < depth + 2), None)
     if flat is not None:
         raise UserError(f"{what}: {flat!r} is in no class folder; expected CLASS/* or train/CLASS/*")
-    classes_there = [each[depth] for each in parts]
-    splits = [each[0] if splitted else "train" for each in parts]
-    if "train" not in splits:
-        raise UserError(f"{what} has a folder {splits[0]!r} and no 'train'; expected train/CLASS/*")
-    of_train = {name for name, split in zip(classes_there, splits, strict=True) if split == "train"}
-    classes, label_of = classes_of(of_train, f"{place}/{top}", listed)
-    strange = next((name for name in classes_there if name not in label_of), None)
+    folders = Codes(each[depth] for each in parts())
+    splits = Codes(each[0] if splitted else "train" for each in parts())
+    if "train" not in splits.values:
+        raise UserError(f"{what} has a folder {splits.values[0]!r} and no 'train'; expected train/CLASS/*")
+    in_split = {split: splits.codes == number for number, split in enumerate(splits.values)}
+    of_train = [folders.values[code] for code in np.unique(folders.codes[in_split["train"]])]
+    classes, label_of = classes_of(of_train, "/".join([place, *top]), listed)
+    strange = next((folder for folder in folders.values if folder not in label_of), None)
     if strange is not None and listed is None:
         raise UserError(f"{what}: the class {strange!r} is not one of the training classes")
-    labels = np.array([label_of.get(name, -1) for name in classes_there], dtype=np.int64)
-    images = Images([*names], labels, content=content)
-    of_split = {split: np.flatnonzero((np.array(splits) == split) & (labels >= 0)) for split in SPLITS}
-    chosen = {split: images.take(rows) for split, rows in of_split.items() if rows.size}
+    images = Images(names, folders.numbered(label_of), content=content)
+    of_split = {split: np.flatnonzero(there & (images.labels >= 0)) for split, there in in_split.items()}
+    chosen = {split: images.take(rows) if len(rows) < len(images) else images for split, rows in of_split.items() if rows.size}
     return Dataset(classes, chosen["train"], chosen.get("val"), chosen.get("test"))
 
 
-def _below_wrapper(parts: list[tuple[str, ...]]) -> tuple[list[tuple[str, ...]], str]:
-    """Paths without the folders that hold everything, as `photos/` in `photos/train/cat/1.jpg`, and those folders."""
-    top: list[str] = []
-    while len({each[0] for each in parts}) == 1 and parts[0][0] not in SPLITS and all(len(each) > 2 for each in parts):
-        top.append(parts[0][0])
-        parts = [each[1:] for each in parts]
-    return parts, "/".join(top)
+def _wrapper(names: Iterable[str]) -> list[str]:
+    """The folders that hold everything, as `photos` in `photos/train/cat/1.jpg`."""
+    paths = (PurePosixPath(name).parts for name in names)
+    shared = [*next(paths)]
+    shortest = len(shared)
+    for path in paths:
+        shortest = min(shortest, len(path))
+        while tuple(shared) != path[: len(shared)]:
+            shared.pop()
+    # What is below has a class folder and a file's name.
+    return [*takewhile(lambda folder: folder not in SPLITS, shared[: max(shortest - 2, 0)])]
