@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import socket
 import time
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
@@ -17,7 +18,7 @@ _LARGEST, _KEPT = 64 << 20, 5
 
 
 class AccessLog:
-    """Lines in `FOLDER/access-PID.jsonl`. A file of 64 MiB makes room for a new one; five are kept."""
+    """Lines in `FOLDER/access-HOST-PID.jsonl`. A file of 64 MiB makes room for a new one; five are kept."""
 
     def __init__(self, folder: Path | None) -> None:
         """Open the file.
@@ -33,7 +34,9 @@ class AccessLog:
             return
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._file = RotatingFileHandler(folder / f"access-{os.getpid()}.jsonl", maxBytes=_LARGEST, backupCount=_KEPT)
+            # Hosts, and containers above all, have processes of the same number, and may share the folder.
+            path = folder / f"access-{socket.gethostname()}-{os.getpid()}.jsonl"
+            self._file = RotatingFileHandler(path, maxBytes=_LARGEST, backupCount=_KEPT)
         except OSError as error:
             raise UserError(f"access_log {str(folder)!r} cannot be written: {error.strerror}; give another folder") from error
 

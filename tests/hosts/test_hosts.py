@@ -315,7 +315,8 @@ def test_a_service_on_both_hosts_answers_without_one(tmp_path, earlier, lost_by)
 
         def by_replica():
             """Requests answered by each replica, by the process of it."""
-            return {int(path.stem[7:]): path.read_text().count("\n") for path in (tmp_path / "access").glob("*.jsonl")}
+            files = (tmp_path / "access").glob("*.jsonl")
+            return {int(path.stem.rpartition("-")[2]): path.read_text().count("\n") for path in files}
 
         while len(requests()) < 100:
             assert client.poll() is None, answers.read_text()
