@@ -258,7 +258,8 @@ def test_what_only_one_host_has(tmp_path, image_folder, what, says):
     with two_hosts(tmp_path, {tmp_path / "prepared": "200m", place: "10m"}) as (a, b):
         a.start_ray(head=True)
         b.start_ray(head=False)
-        more = ["--data.source", f"{{kind: folder, path: {image_folder}}}", "--batch_size", "4"]
+        source = f"{{kind: folder, path: {image_folder}}}"
+        more = ["--data.source", source, "--data.profile", "{kind: none}", "--batch_size", "4"]
         text = end(*train(a, tmp_path, "lonely", *more), status=2)
     assert says in text.splitlines()[-1], text
     assert not (tmp_path / "runs" / "lonely" / "checkpoints").exists()
