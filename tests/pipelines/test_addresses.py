@@ -11,7 +11,7 @@ import pytest
 from pipelines.common.errors import UserError
 from pipelines.config import DataConfig
 from pipelines.prepare.build import ensure_prepared
-from pipelines.prepare.sources import FolderSource, ListsSource, addresses
+from pipelines.prepare.sources import FolderSource, ListsSource, addresses, read_list
 from tests.conftest import data_config
 from tests.serve.conftest import free_port
 from tests.sources import same, served
@@ -103,6 +103,62 @@ def test_chosen_classes_and_files_that_are_no_images(image_folder, tmp_path, cap
     assert dataset.classes == ["pair", "nought"]
     assert np.bincount(dataset.train.labels).tolist() == [5, 8]
     assert "1 .txt, not among the endings" in capsys.readouterr().err
+
+
+def test_keys_with_an_empty_part_are_listed(bucket):
+    s3 = fsspec.filesystem("s3")
+    keys = ["train/cat/1.jpg", "train/dog/1.jpg", "train//cow/2.jpg", "/train/cat/3.jpg", "train/cat//4.jpg"]
+    for key in keys:
+        s3.pipe_file(f"{bucket}/ds/{key}", b"x")
+    found = [name for name, _ in addresses.listed(f"{bucket}/ds")]
+    assert found == sorted(keys, key=lambda key: key.split("/"))
+    s3.pipe_file(f"{bucket}/ds/train/", b"")  # as consoles mark a folder
+    assert [name for name, _ in addresses.listed(f"{bucket}/ds/train/dog")] == ["1.jpg"]
+
+
+def test_what_was_listed_before_is_listed_again(image_folder, bucket):
+    address = copied(image_folder, f"{bucket}/photos")
+    fsspec.filesystem("s3").ls(address)
+    boto3 = pytest.importorskip("boto3")
+    image = (image_folder / "train" / "one" / "0.png").read_bytes()
+    boto3.client("s3").put_object(Bucket="trees", Key="photos/val/one/0.png", Body=image)
+    dataset = FolderSource(kind="folder", path=address).open()
+    assert dataset.val is not None
+    assert dataset.val.names == ["val/one/0.png"]
+
+
+def test_pages_that_link_further_than_one_folder(tmp_path, monkeypatch):
+    pages = {
+        "/ds/": ["a/", "a/x.jpg", "a-b/x.jpg", "b/x.jpg", "a/sub/", ".git/"], "/ds/a/": ["x.jpg", "sub/"],
+        "/ds/a/sub/": ["z.jpg"],
+    }  # fmt: skip
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def do_GET(self):
+            links = pages.get(self.path)
+            self.send_response(404 if links is None else 200)
+            self.send_header("Content-Type", "text/html")
+            self.end_headers()
+            self.wfile.write("".join(f'<a href="{link}">{link}</a>' for link in links or ()).encode())
+
+        def log_message(self, *_):
+            pass
+
+    monkeypatch.setattr(addresses, "_FIRST_WAIT", 0.001)
+    with served(Handler, tmp_path) as address:
+        assert [name for name, _ in addresses.listed(f"{address}/ds")] == ["a/sub/z.jpg", "a/x.jpg", "a-b/x.jpg", "b/x.jpg"]
+        pages["/ds/"].append("gone/")
+        with pytest.raises(UserError, match=r"image folder 'http://.*/ds/gone': nothing is at this address"):
+            [*addresses.listed(f"{address}/ds")]
+
+
+@pytest.mark.parametrize("ends", ["\r", "\r\n", "\n"])
+def test_a_list_behind_an_address_has_any_line_ends(tmp_path, ends):
+    (tmp_path / "list.txt").write_bytes(f"a/1.jpg 0{ends}b/2 3.jpg 1{ends}".encode())
+    for place in (tmp_path / "list.txt", f"file://{tmp_path}/list.txt"):
+        names, labels = read_list(place)
+        assert names == ["a/1.jpg", "b/2 3.jpg"]
+        assert labels.tolist() == [0, 1]
 
 
 def test_what_is_wrong_with_an_address_is_said(tmp_path, monkeypatch):

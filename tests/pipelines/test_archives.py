@@ -89,6 +89,27 @@ def test_archives_that_cannot_be_used(image_folder, tmp_path):
     assert "the class 'c' is not one of the training classes" in error(tmp_path / "strange.zip")
 
 
+@pytest.mark.parametrize("name", ["a.tar", "a.tar.gz"])
+def test_of_two_members_with_one_name_the_later_counts(image_folder, tmp_path, name):
+    before, later = ((image_folder / "train" / label / "0.png").read_bytes() for label in ("one", "two"))
+    with tarfile.open(tmp_path / name, "w:gz" if name.endswith("gz") else "w") as target:
+        for path, image in (("b/1.png", before), ("a/1.png", before), ("c/1.png", before), ("b/1.png", later)):
+            member = tarfile.TarInfo(path)
+            member.size = len(image)
+            target.addfile(member, io.BytesIO(image))
+    train = ArchiveSource(kind="archive", path=tmp_path / name).open().train
+    assert train.names == ["a/1.png", "b/1.png", "c/1.png"]
+    assert [train.read(row) for row in range(3)] == [before, later, before]
+
+
+@pytest.mark.parametrize("name", ["a.zip", "a.tar", "a.tar.gz"])
+def test_an_archive_without_images(tmp_path, name):
+    (tmp_path / "some").mkdir()
+    (tmp_path / "some" / "notes.txt").write_text("no image")
+    with pytest.raises(UserError, match="has no images"):
+        ArchiveSource(kind="archive", path=packed(tmp_path / "some", tmp_path / name)).open()
+
+
 def test_a_damaged_member_is_a_bad_image(image_folder, tmp_path):
     path = packed(image_folder, tmp_path / "damaged.zip")
     with zipfile.ZipFile(path) as source:

@@ -397,6 +397,7 @@ def test_a_class_name_twice_is_refused_wherever_classes_come_from(image_folder):
             b"PK\x03\x04\xff\xff",
             r"train\.txt' cannot be read: it is a zip archive; unpack it, or set data.source.kind: archive",
         ),
+        (b"README" + b"\0" * 251 + b"ustar" + b"\0" * 300, r"train\.txt' cannot be read: it is a tar archive; unpack it"),
         (b"\xff\xfet\0r\0", r"train\.txt' cannot be read: it is UTF-16 text; save it as UTF-8"),
         (b"train/one/0.png 99999999999999999999\n", r"train\.txt:1: the label 99999999999999999999 is too large"),
         (b"train/one/0.png 3000000000\n", r"train\.txt:1: the label 3000000000 is too large"),

@@ -398,16 +398,13 @@ def listed(address: str) -> Iterator[tuple[str, str]]:
         UserError: Nothing is there, or it cannot be listed.
     """
     scheme = address.partition("://")[0]
+    system = file_system(scheme)
+    system.invalidate_cache()
     some = False
-    try:
-        for name, info in _walked(file_system(scheme), address):
-            some = True
-            stamp = next((str(info[key]) for key in _STAMPS if info.get(key)), "")
-            yield name.removeprefix(f"{address}/"), f"{info.get('size')} {stamp}"
-    except FileNotFoundError as error:
-        raise UserError(f"image folder {address!r}: {error.strerror}") from error
-    except NotImplementedError as error:
-        raise UserError(f"image folder {address!r}: {scheme}:// cannot be listed; list the images in a table") from error
+    for name, info in _walked(system, address):
+        some = True
+        stamp = next((str(info[key]) for key in _STAMPS if info.get(key)), "")
+        yield name.removeprefix(f"{address}/"), f"{info.get('size')} {stamp}"
     if not some:
         web = scheme in ("http", "https")
         pages = "; a web server must list its folders as pages of links, else list the images in a table" if web else ""
@@ -416,15 +413,32 @@ def listed(address: str) -> Iterator[tuple[str, str]]:
 
 def _walked(system: Any, folder: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """The address of each file below a folder, and what the storage says of it."""
-    entries: Any = patient(lambda: system.ls(f"{folder}/", detail=True), folder)
-    system.invalidate_cache()  # fsspec would keep all that it has listed
-    inside = ((system.unstrip_protocol(entry["name"]).rstrip("/"), entry["type"] == "directory", entry) for entry in entries)
+    try:
+        entries: Any = patient(lambda: system.ls(f"{folder}/", detail=True), folder)
+        system.invalidate_cache()  # fsspec would keep all that it has listed
+        inside = [
+            (system.unstrip_protocol(entry["name"]).rstrip("/"), entry["type"] == "directory", entry) for entry in entries
+        ]
+        if (folder, True) in (each[:2] for each in inside):  # below it is a part without a name, which `ls` cannot list
+            found: Any = patient(lambda: system.find(f"{folder}/", detail=True), folder)
+            inside = [(system.unstrip_protocol(path), False, entry) for path, entry in found.items()]
+    except FileNotFoundError as error:
+        raise UserError(f"image folder {folder!r}: {error.strerror}") from error
+    except NotImplementedError as error:
+        scheme = folder.partition("://")[0]
+        raise UserError(f"image folder {folder!r}: {scheme}:// cannot be listed; list the images in a table") from error
+    start = len(folder) + 1
     below = sorted((each for each in inside if each[0].startswith(f"{folder}/")), key=lambda each: each[:2])
-    for address, is_folder, entry in below:
-        if is_folder:
-            yield from _walked(system, address)
-        else:
-            yield address, entry
+    files = (
+        file
+        for address, is_folder, entry in below
+        if not (is_folder and address[start:].startswith("."))
+        for file in (_walked(system, address) if is_folder else [(address, entry)])
+    )
+    if any("/" in address[start:] for address, _, _ in below):  # a page may link files of folders that it links too
+        yield from sorted(dict(files).items(), key=lambda file: file[0].split("/"))
+    else:
+        yield from files
 
 
 def there(address: str) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tarfile
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -66,19 +66,20 @@ class ArchiveSource(SourceConfig):
     def _tar(self, left_out: LeftOut) -> tuple[Texts, Content]:
         with tarfile.open(self.path) as archive:
             # Of two members with one name the later counts.
-            members = {member.name: member for member in archive if member.isfile()}
-        in_file = [member for member in members.values() if is_image(member.name, left_out)]
-        order = np.array(sorted(range(len(in_file)), key=lambda row: in_file[row].name), dtype=np.int64)
-        names = Texts(in_file[row].name for row in order)
-        if _is_plain_tar(self.path):
-            start = np.array([in_file[row].offset_data for row in order], dtype=np.int64)
-            size = np.array([in_file[row].size for row in order], dtype=np.int64)
+            last = {member.name: (number, member) for number, member in enumerate(archive) if member.isfile()}
+        in_file = sorted((each for each in last.values() if is_image(each[1].name, left_out)), key=lambda each: each[0])
+        order = np.array(sorted(range(len(in_file)), key=lambda row: in_file[row][1].name), dtype=np.int64)
+        names = Texts(in_file[row][1].name for row in order)
+        if _is_plain_tar(self.path) or not in_file:
+            start = np.array([in_file[row][1].offset_data for row in order], dtype=np.int64)
+            size = np.array([in_file[row][1].size for row in order], dtype=np.int64)
             return names, Slices([self.path], names, np.zeros(len(names), np.int32), start, size)
         stat = self.path.stat()
-        unsorted = Texts(member.name for member in in_file)
+        numbers = np.array([number for number, _ in in_file], dtype=np.int64)
+        unsorted = Texts(member.name for _, member in in_file)
         return names, Spooled(
             len(unsorted),
-            lambda: _unpacked(self.path, unsorted),
+            lambda: _unpacked(self.path, numbers),
             lambda row: f"{self.path}/{unsorted[row]}",
             f"{stat.st_size} {stat.st_mtime_ns}".encode(),
             order,
@@ -93,12 +94,11 @@ def _is_plain_tar(path: Path) -> bool:
         return False
 
 
-def _unpacked(path: Path, names: Iterable[str]) -> Iterator[bytes | None]:
-    """The named members of a compressed tar, in its order."""
-    wanted = {*names}
+def _unpacked(path: Path, numbers: np.ndarray) -> Iterator[bytes | None]:
+    """Some members of a compressed tar, by their numbers in it, in its order."""
+    wanted = {*numbers.tolist()}
     with tarfile.open(path, "r|*") as archive:
-        for member in archive:
-            if member.isfile() and member.name in wanted:
-                wanted.remove(member.name)
+        for number, member in enumerate(archive):
+            if number in wanted:
                 file = archive.extractfile(member)
                 yield file.read() if file is not None else None

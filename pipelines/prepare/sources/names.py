@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -72,16 +73,20 @@ def read_lines(path: Location, what: str) -> Iterator[str]:
         UserError: It cannot be read as text.
     """
     if isinstance(path, str):
-        yield from read_text(path, what).split("\n")
+        yield from io.StringIO(read_text(path, what), newline=None)
         return
     try:
-        with path.open(encoding="utf-8-sig") as file:
-            yield from file
+        with path.open("rb") as file, io.TextIOWrapper(file, encoding="utf-8-sig") as text:
+            start = file.peek(512)[:512]
+            kind = kind_of(start) if b"\0" in start else ""
+            if kind:
+                raise UserError(f"{what} {str(path)!r} cannot be read: it is {kind}")
+            yield from text
     except OSError as error:
         raise UserError(f"{what} {str(path)!r} cannot be read: {error.strerror}{hint_for(path)}") from error
-    except UnicodeDecodeError as error:
-        with path.open("rb") as binary:
-            raise UserError(f"{what} {str(path)!r} cannot be read: {_not_text(binary.read(512), error)}") from error
+    except UnicodeDecodeError:
+        read_text(path, what)  # it knows the place in the file
+        raise
 
 
 def _not_text(data: bytes, error: UnicodeDecodeError) -> str:

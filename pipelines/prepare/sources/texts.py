@@ -33,12 +33,15 @@ class Texts(Sequence[str]):
         self._buffer = bytearray()  # the others
         self._ends = array("q", [0])
         self._file: IO[bytes] | None = None
-        self._taken: tuple[weakref.ref[np.ndarray], weakref.ref[Texts]] | None = None
+        self._taken: tuple[bytes, weakref.ref[Texts]] | None = None  # what was taken last, by a digest of the rows
         self.extend(texts)
 
     def append(self, text: str) -> None:
         """Add a row."""
-        self._add([text])
+        self._buffer += text.encode("utf-8", "surrogateescape")
+        self._ends.append(len(self._mapped) + len(self._buffer))
+        if len(self._buffer) > _IN_MEMORY:
+            self._spill()
 
     def extend(self, texts: Iterable[str]) -> None:
         """Add rows.
@@ -68,8 +71,8 @@ class Texts(Sequence[str]):
             self._mapped = mmap.mmap(self._file.fileno(), self._ends[-1], access=mmap.ACCESS_READ)
         except OSError as error:
             raise UserError(
-                f"the names of the images cannot be written to {tempfile.gettempdir()!r}: {error.strerror}; free some room "
-                "there, or set TMPDIR to a folder elsewhere"
+                f"the names of the images cannot be written to a temporary file: {error.strerror}; set TMPDIR to a folder "
+                "with some room"
             ) from error
         self._buffer = bytearray()
 
@@ -86,15 +89,17 @@ class Texts(Sequence[str]):
         return np.frombuffer(found, dtype=np.uint64).reshape(-1, 2)
 
     def take(self, rows: np.ndarray) -> Texts:
-        """Some of the rows. The same array gives the same object as before: names and addresses are often one.
+        """Some of the rows. The same rows give the same object as before: names and addresses are often one.
 
         Args:
             rows: int64 (M,).
         """
-        if self._taken is not None and self._taken[0]() is rows and (before := self._taken[1]()) is not None:
+        key = blake2b(rows.tobytes()).digest()
+        last = self._taken
+        if last is not None and last[0] == key and (before := last[1]()) is not None:
             return before
         taken = Texts(self._each(rows))
-        self._taken = weakref.ref(rows), weakref.ref(taken)
+        self._taken = key, weakref.ref(taken)
         return taken
 
     def _each(self, rows: np.ndarray) -> Iterator[str]:
@@ -142,6 +147,8 @@ class Texts(Sequence[str]):
 def _restored(characters: bytes | bytearray, ends: array[int]) -> Texts:
     texts = Texts()
     texts._buffer, texts._ends = bytearray(characters), ends
+    if len(characters) > _IN_MEMORY:
+        texts._spill()
     return texts
 
 
