@@ -18,7 +18,7 @@ from cibl_ray.run.log import read_metrics
 from cibl_ray.tuning.folder import read_trials
 from tests.clusters import LAST, new, wait_for_epoch, wait_for_text
 from tests.conftest import REPOSITORY
-from tests.hosts.two_hosts import HEAD, object_store, two_hosts
+from tests.hosts.two_hosts import HEAD, OPENED, object_store, two_hosts
 
 pytestmark = [pytest.mark.hosts, pytest.mark.timeout(900), pytest.mark.usefixtures("root_with_namespaces")]
 _AT_MOST = float(os.environ.get("CIBL_RAY_HOSTS_PATIENCE", "400"))  # seconds for a command to end, on a busy machine
@@ -151,10 +151,9 @@ def test_a_full_disk_on_one_host(folder, hosts, full):
 
 
 def test_a_firewall_that_drops_the_workers_ports(folder, hosts):
-    opened = "6379:6385,10002:10200"
     for host in hosts:
         host.run("iptables", "-A", "INPUT", "-i", "link0", "-m", "state", "--state", "ESTABLISHED", "-j", "ACCEPT")
-        host.run("iptables", "-A", "INPUT", "-i", "link0", "-p", "tcp", "-m", "multiport", "--dports", opened, "-j", "ACCEPT")
+        host.run("iptables", "-A", "INPUT", "-i", "link0", "-p", "tcp", "-m", "multiport", "--dports", OPENED, "-j", "ACCEPT")
         host.run("iptables", "-A", "INPUT", "-i", "link0", "-p", "tcp", "-j", "DROP")
     text = end(*train(hosts[0], folder, "firewall", "--epochs", "2"), status=2)
     reason = r"10.77.0.\d \(link0\) cannot reach rank \d at 10.77.0.\d:\d+: timed out; open the ports"
