@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 import os
 import signal
+import urllib.request
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -148,6 +149,8 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     s3fs.S3FileSystem.clear_instance_cache()
     boto3.client("s3").create_bucket(Bucket="trees")
     yield "s3://trees"
+    # moto's buckets belong to the process, not to the server: the next test would find these images.
+    urllib.request.urlopen(urllib.request.Request(f"http://{host}:{port}/moto-api/reset", method="POST")).close()
     server.stop()
     s3fs.S3FileSystem.clear_instance_cache()
 
