@@ -69,15 +69,15 @@ SIZES = {"resnet50": Size(["imagenet_lt"], 64, 8, 1000), "resnet20": Size(["cifa
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.scale", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="two minutes: one round, of the small network alone")
-    parser.add_argument("--rounds", type=int, default=3, help="how often each side is timed, after one round of warm-up")
+    parser.add_argument("--quick", action="store_true", help="half a minute: one round, of the small network alone")
+    parser.add_argument("--rounds", type=int, help="how often each side is timed, after one round of warm-up (3, quick: 1)")
     parser.add_argument("--buckets", help="sizes of buckets in KiB to compare instead of the sides, separated by commas")
     parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--size", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     buckets = [int(size) for size in arguments.buckets.split(",")] if arguments.buckets else []
-    rounds = 1 if arguments.quick else arguments.rounds
+    rounds = arguments.rounds or (1 if arguments.quick else 3)
     if arguments.rank is not None:
         _work(arguments.rank, SIZES[arguments.size], arguments.folder, rounds, buckets)
         return
