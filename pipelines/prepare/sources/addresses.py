@@ -419,7 +419,8 @@ def _walked(system: Any, folder: str) -> Iterator[tuple[str, dict[str, Any]]]:
         inside = [
             (system.unstrip_protocol(entry["name"]).rstrip("/"), entry["type"] == "directory", entry) for entry in entries
         ]
-        if (folder, True) in (each[:2] for each in inside):  # below it is a part without a name, which `ls` cannot list
+        itself = (folder, True) in (each[:2] for each in inside)
+        if itself and not folder.startswith("http"):  # a part of a key has no name (a//b), which `ls` cannot list
             found: Any = patient(lambda: system.find(f"{folder}/", detail=True), folder)
             inside = [(system.unstrip_protocol(path), False, entry) for path, entry in found.items()]
     except FileNotFoundError as error:
