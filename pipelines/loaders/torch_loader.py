@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -67,6 +69,18 @@ def _crop(image: torch.Tensor, top: int, left: int, height: int, width: int) -> 
     return view
 
 
+def _begin(loader: DataLoader[Any]) -> Iterator[Any]:
+    """Its batches; the worker processes, forked here, collect no garbage of this process.
+
+    A finalizer that needs threads crashes there, where none of them runs: that of Ray's client, which `ray.shutdown` leaves.
+    """
+    gc.freeze()
+    try:
+        return iter(loader)
+    finally:
+        gc.unfreeze()
+
+
 class TorchLoader:
     """`pipelines.loaders.make.Loader` by a DataLoader. Equal to FFCV's for raw images that are not resized, else close."""
 
@@ -98,7 +112,7 @@ class TorchLoader:
             pin_memory=self._pinned,
         )
         try:
-            for views, labels, rows in loader:
+            for views, labels, rows in _begin(loader):
                 yield Batch(views, labels, rows)
             return
         except UserError as error:

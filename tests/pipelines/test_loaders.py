@@ -1,11 +1,13 @@
 """Both loaders give the same batches, that follow the seed and the epoch; errors surface."""
 
+import gc
 import os
 import shutil
 import subprocess
 import sys
 import threading
 import time
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -16,6 +18,7 @@ from torchvision.transforms.v2 import functional as tv
 
 from pipelines.common.errors import UserError
 from pipelines.config import LoaderConfig
+from pipelines.loaders import torch_loader
 from pipelines.loaders.cuts import FLIP, HEIGHT, LEFT, TOP, WIDTH, draw_cuts, epoch_order
 from pipelines.loaders.make import loader_kind, make_loader
 from pipelines.loaders.reading import Batch, ReadPlan, eval_reading, train_reading
@@ -297,6 +300,34 @@ def test_the_log_says_which_loader_runs(digits, tmp_path, caplog):
     with caplog.at_level("INFO"):
         make_loader(digits, "train", reading(tmp_path), LoaderConfig(kind="torch"))
     assert "train: 398 images, torchvision loader" in caplog.text
+
+
+class _Client:
+    """Garbage that must end in the process that made it: Ray's has threads, which no forked process has."""
+
+    def __init__(self) -> None:
+        self.itself, self.process = self, os.getpid()
+
+    def __del__(self) -> None:
+        if os.getpid() != self.process:
+            os._exit(11)
+
+
+def test_a_worker_process_collects_no_garbage_of_its_parent(digits, tmp_path, monkeypatch):
+    crop = torch_loader._crop
+    monkeypatch.setattr(torch_loader, "_crop", lambda *arguments: (gc.collect(), crop(*arguments))[1])
+    loader = make_loader(digits, "train", reading(tmp_path), LoaderConfig(kind="torch", workers=1))
+    garbage = _Client()
+    held = weakref.ref(garbage)
+    gc.disable()
+    try:
+        del garbage
+        next(loader.epoch(0))
+        assert held() is not None
+    finally:
+        gc.enable()
+    gc.collect()
+    assert held() is None
 
 
 def test_a_swapped_file_is_noticed(digits, tmp_path):
