@@ -150,6 +150,23 @@ def cibl_vs_ce(form: str = "") -> str:
     return markdown(["", *titles], rows)
 
 
+def equal_cost() -> str:
+    """Methods on CIFAR-100-LT after as many passes, the best overall first; the best of each column is bold."""
+    columns = ("overall", "many", "medium", "few")
+    rows: dict[str, list[Line]] = {}
+    for line in read("equal_cost-laptop.jsonl"):
+        if line["dataset"] == "cifar100":
+            rows.setdefault(line["value"], []).append(line["last"])
+    means = {row: [statistics.mean(scores[column] for scores in of) for column in columns] for row, of in rows.items()}
+    best = [max(column) for column in zip(*means.values(), strict=True)]
+    drawn = []
+    for row in sorted(rows, key=lambda row: -means[row][0]):
+        texts = [cell([scores[column] for scores in rows[row]]) for column in columns]
+        bold = [f"**{text}**" if mean == top else text for text, mean, top in zip(texts, means[row], best, strict=True)]
+        drawn.append([row, *bold])
+    return markdown(["", *columns], drawn)
+
+
 def measured(name: str) -> str:
     """A table of a benchmark as it was recorded in measured.jsonl."""
     (line,) = [line for line in read("measured.jsonl") if line["table"] == name]
@@ -178,6 +195,7 @@ def schema(name: str) -> str:
 MAKERS: dict[str, Callable[..., str]] = {
     "cibl_vs_ce": cibl_vs_ce,
     "effect": effect,
+    "equal_cost": equal_cost,
     "measured": measured,
     "photos": photos,
     "photos-effect": photos_effect,
@@ -227,14 +245,14 @@ def stale_pages() -> dict[Path, str]:
 def _reproduced() -> dict[Path, str]:
     """The stale ones among the tables of `benchmarks.reproduce`."""
     found = {}
-    for lines in sorted(RESULTS.glob("*-cpu.jsonl")):
-        table = lines.stem.removesuffix("-cpu")
+    for lines in sorted(RESULTS.glob("*-*.jsonl")):
+        table, _, budget = lines.stem.rpartition("-")
         if table == "photos":
             continue
         seeds = str(1 + max(line["seed"] for line in read(lines.name)))
         with tempfile.TemporaryDirectory() as folder:
             shutil.copy(lines, folder)
-            command = ["reproduce", table, "--budget", "cpu", "--seeds", seeds, "--report-only", "--docs", folder]
+            command = ["reproduce", table, "--budget", budget, "--seeds", seeds, "--report-only", "--docs", folder]
             with patch.object(sys, "argv", command), patch("benchmarks.reproduce.report._picture"), patch("builtins.print"):
                 reproduce()
             new = (Path(folder) / f"{lines.stem}.md").read_text()
