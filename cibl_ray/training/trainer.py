@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from cibl_ray.config import RunConfig
 from cibl_ray.evaluation.metrics import Scores
@@ -20,7 +19,7 @@ from cibl_ray.features.loader import FeatureLoaders
 from cibl_ray.hardware import enough_memory, one_thread
 from cibl_ray.losses.objective import Images, Objective
 from cibl_ray.networks.average import WeightAverage
-from cibl_ray.networks.network import HybridNetwork, Outputs, build_network
+from cibl_ray.networks.network import HybridNetwork, build_network
 from cibl_ray.run.checkpoint import Checkpoint, load_optimizer, load_weights, optimizer_state, save_checkpoint
 from cibl_ray.run.fingerprint import code_digest
 from cibl_ray.run.folder import BEST, CHECKPOINTS, LAST
@@ -30,31 +29,27 @@ from cibl_ray.run.start import read_start, start_from
 from cibl_ray.run.stop import Stop
 from cibl_ray.tracking.trackers import Trackers
 from cibl_ray.training.advice import FirstSteps
-from cibl_ray.training.cached import CachedPasses
-from cibl_ray.training.compiled import begin_step, compile_network, explained
+from cibl_ray.training.compiled import compile_network, explained
 from cibl_ray.training.evaluator import Evaluator
-from cibl_ray.training.exchange import GradientExchange
 from cibl_ray.training.feed import open_features, open_images
 from cibl_ray.training.finite import FiniteLoss
-from cibl_ray.training.mix import mix, paste
 from cibl_ray.training.optimizer import make_optimizer
 from cibl_ray.training.passes import Passes, passes
 from cibl_ray.training.pauses import AllStopped, Pauses
 from cibl_ray.training.schedules import lr_factor
 from cibl_ray.training.setup import checkpoint_activations, keeps_statistics, settle, start_heads
-from cibl_ray.training.sharpness import at_the_peak, running_statistics_stay
+from cibl_ray.training.step import Step
 from cibl_ray.training.synced_norm import sync_batch_norm
 from cibl_ray.training.tau import normalize_head
 from cibl_ray.world import World
 from pipelines.common.errors import UserError
-from pipelines.common.seeding import stream, torch_seed
+from pipelines.common.seeding import torch_seed
 from pipelines.loaders.reading import Batch
 from pipelines.prepare.prepared import Prepared
 
 log = logging.getLogger(__name__)
 
 _Tensors = dict[str, torch.Tensor]
-_WIRE = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Trainer:
@@ -141,7 +136,8 @@ class Trainer:
         compared = train.batch_size if of_step else train.batch_size // train.accumulate
         self.objective = Objective(config.loss, self.network, prepared.train_counts, self.device, world, compared)
         self.optimizer = make_optimizer(self.network, config.optimizer, fused=self.device.type == "cuda")
-        self.exchange = GradientExchange(self.network.parameters(), world, wire=_WIRE[train.exchange_precision])
+        batches = self.train_loaders[0].batches
+        self._step = Step(config, self.network, self.objective, self.optimizer, self.average, world, batches)
         self.epoch = self.step = 0
         self.after_save: Callable[[], None] = lambda: None
         self.trackers = Trackers([])
@@ -154,8 +150,6 @@ class Trainer:
         if train.compile is True:
             for network in self.objective.networks:
                 compile_network(network, self.device)
-        # A head alone gains nothing by bf16.
-        self.autocast = train.precision == "bf16" and train.tune != "head"
 
     def _feature_loaders(self) -> FeatureLoaders:
         self.network.to(self.device)
@@ -331,74 +325,7 @@ class Trainer:
             UserError: There is too little memory, or the network cannot be compiled.
         """
         with self._enough_memory(), explained():
-            return self._optimize(streams)
-
-    def _optimize(self, streams: list[Images]) -> dict[str, torch.Tensor]:
-        self.optimizer.zero_grad(set_to_none=True)  # first: memory of CUDA graphs is used again in every step
-        terms = self._gradients(streams)
-        sam, done = self.config.optimizer.sam, self.epoch + self.step / self.train_loaders[0].batches
-        if sam is not None and done / self.config.train.epochs >= sam.start:
-            with at_the_peak(self.network.parameters(), sam.rho), running_statistics_stay(self.network):
-                self._gradients(streams)
-        if self.config.optimizer.clip_norm is not None:
-            nn.utils.clip_grad_norm_(self.network.parameters(), self.config.optimizer.clip_norm)
-        self.optimizer.step()
-        self.network.head.project()
-        if self.average is not None:
-            self.average.update(self.network, self.epoch * self.train_loaders[0].batches + self.step + 1)
-        return terms
-
-    def _gradients(self, streams: list[Images]) -> dict[str, torch.Tensor]:
-        """Compute the gradients of a step, summed over all workers, and its terms."""
-        begin_step(self.config.train.compile is True)
-        parts = self.config.train.accumulate
-        terms: _Tensors = {}
-        progress = self.epoch / self.config.train.epochs
-        if parts > 1 and self.config.train.contrast_set == "step":
-            return self._cached_gradients(streams, progress)
-        for number, part in enumerate(zip(*(images.split(parts) for images in streams), strict=True)):
-            mixed = self._mixed([*part], number)
-            of_part = self.objective(self.network, self._run, mixed, progress)
-            # Each worker's loss is the mean over its own images; the parts add up to the mean over the batch.
-            with self.exchange.summing() if number == parts - 1 else nullcontext():
-                (of_part["loss"] * self.world.fraction(self.config.train.batch_size) / parts).backward()
-            for name, term in of_part.items():
-                mean = term.detach() / parts
-                terms[name] = terms[name] + mean if name in terms else mean
-        return terms
-
-    def _cached_gradients(self, streams: list[Images], progress: float) -> dict[str, torch.Tensor]:
-        """As `_gradients`, with the outputs of all micro-batches in one loss."""
-        rows = [len(images.labels) * images.views for images in streams]
-        if self.objective.averaged is not None:  # which embeds every view but the first
-            rows[0] = len(streams[0].labels)
-        passes = CachedPasses(self._run, self.config.train.accumulate, rows)
-        terms = self.objective(self.network, passes, self._mixed(streams, 0), progress)
-        (terms["loss"] * self.world.fraction(self.config.train.batch_size)).backward()
-        passes.backward(self.exchange.summing())
-        return {name: term.detach() for name, term in terms.items()}
-
-    def _mixed(self, streams: list[Images], part: int) -> list[Images]:
-        """A micro-batch's images, mixed with each other, or with those of the stream that CMO pastes from."""
-        train = self.config.train
-        if not (train.mixup or train.cutmix or train.cmo is not None):
-            return streams
-        rank = self.world.share.of(train.batch_size).start
-        draw = stream(self.config.seed, "mix", self.epoch, self.step, part, rank)
-        if train.cmo is None:
-            return [mix(images, train.mixup, train.cutmix, draw) for images in streams]
-        images, sources = streams
-        now = train.cmo.first_epochs <= self.epoch < train.epochs - train.cmo.last_epochs
-        return [paste(images, sources, draw) if now and draw.random() < train.cmo.chance else images]
-
-    def _enough_memory(self) -> AbstractContextManager[None]:
-        size = self.config.train.batch_size
-        return enough_memory(f"a step of {size} images", "lower train.batch_size, raise train.accumulate, or use more workers")
-
-    def _run(self, network: nn.Module, pixels: torch.Tensor) -> Outputs:
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
-            outputs: Outputs = network(pixels)
-        return outputs
+            return self._step(streams, self.epoch, self.step)
 
     @property
     def passes(self) -> Passes:
@@ -444,6 +371,10 @@ class Trainer:
             yield
         finally:
             self.spent[what] += time.perf_counter() - started
+
+    def _enough_memory(self) -> AbstractContextManager[None]:
+        size = self.config.train.batch_size
+        return enough_memory(f"a step of {size} images", "lower train.batch_size, raise train.accumulate, or use more workers")
 
     def _say_first_steps(self) -> None:
         if self._first_steps is None or self._first_steps.done:

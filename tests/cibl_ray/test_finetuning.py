@@ -11,7 +11,7 @@ from torch import nn
 
 from cibl_ray.config import OptimizerConfig, load_config
 from cibl_ray.hardware import resolve
-from cibl_ray.losses.objective import Images
+from cibl_ray.losses.objective import Images, Objective
 from cibl_ray.networks.config import LastBlocks, Needs, NetworkConfig, Norms
 from cibl_ray.networks.depth import blocks, depth_of
 from cibl_ray.networks.network import build_network
@@ -207,7 +207,7 @@ def test_the_loss_of_mixed_images_is_that_of_soft_labels(digits, tmp_path):
     flags += ["--mixup", "0.5", "--batch_size", "8"]
     run = Trainer(resolve(load_config("quickstart", [*flags, "--loss", "{kind: cross_entropy}"])), digits, tmp_path)
     images = next(run.feeds[0].steps(0, 0))
-    (mixed,) = run._mixed([images], 0)
+    (mixed,) = run._step._mixed([images], 0, 0, 0)
     others, share = mixed.mixed
     logits = run.network.classify(mixed.pixels)
     one_hot = torch.nn.functional.one_hot(images.labels, 10) * share + torch.nn.functional.one_hot(others, 10) * (1 - share)
@@ -297,13 +297,15 @@ def test_cmo_pastes_rectangles_of_the_other_stream_and_labels_by_area():
     assert 0.5 < np.mean(shares) < 0.75  # uniform, and then clipped by the border
 
 
-def test_cmo_draws_its_sources_class_balanced_and_keeps_the_first_and_last_epochs_plain(digits, tmp_path, monkeypatch):
-    flags = ["--epochs", "4", "--warmup_epochs", "0", "--loader.kind", "torch", "--batch_size", "32", "--backbone", "resnet20"]
+@pytest.mark.parametrize("more", [[], ["--train.accumulate", "2", "--train.contrast_set", "step"]])
+def test_cmo_draws_its_sources_class_balanced_and_keeps_the_first_and_last_epochs_plain(digits, tmp_path, monkeypatch, more):
+    flags = [*more, "--epochs", "4", "--warmup_epochs", "0", "--loader.kind", "torch", "--batch_size", "32"]
+    flags += ["--backbone", "resnet20"]
     flags += ["--loss", "{kind: balanced_softmax}", "--train.cmo", "{chance: 1, first_epochs: 1, last_epochs: 2}"]
     run = Trainer(resolve(load_config("quickstart", flags)), digits, tmp_path)
     seen = []
-    objective = run.objective
-    monkeypatch.setattr(run, "objective", lambda *given: seen.append(given[2]) or objective(*given))
+    call = Objective.__call__
+    monkeypatch.setattr(Objective, "__call__", lambda *given: seen.append(given[3]) or call(*given))
     sampled = torch.zeros(10)
     for epoch in range(4):
         for own, other in zip(run.feeds[0].steps(epoch, 0), run.feeds[1].steps(epoch, 0), strict=True):
