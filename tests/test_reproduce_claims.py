@@ -39,6 +39,23 @@ def test_skew_is_a_rank_correlation_and_the_best_of_means():
     assert "ratios" not in found
 
 
+def test_the_rows_of_equal_cost_that_differ_in_lambda_alone_are_a_curve(tmp_path):
+    scores = {"CIBL, λ = 0.2": (0.3, 0.3), "balanced softmax": (0.4, 0.1), "CIBL, λ = 0.01": (0.5, 0.2), "BCL": (0.6, 0.9)}
+    scores["CIBL, two views"] = (0.7, 0.0)
+    lines = [line(value, 0, *of, table="equal_cost") | {"budget": "laptop"} for value, of in scores.items()]
+    found = figures("equal_cost", lines)
+    assert found["best_lambda"] == {"cifar100": 0.01}
+    assert found["rank_correlation"]["cifar100"]["tail"] == 1.0
+    assert figures("equal_cost", lines[:2]) == {}  # two values are no curve
+    report.write(tmp_path / "t.jsonl", lines, of=9)
+    assert (
+        "![CIFAR-100-LT, imbalance factor 100, accuracy over λ](t-cifar100-if100-skew.png)" in (tmp_path / "t.md").read_text()
+    )
+    assert (tmp_path / "t-cifar100-if100-skew.png").stat().st_size > 10_000
+    report.write(tmp_path / "u.jsonl", lines[:2], of=9)
+    assert "skew.png" not in (tmp_path / "u.md").read_text()
+
+
 def test_epochs_are_compared_between_the_same_seeds():
     """The linear head's second seed has no cosine head's yet: it counts on neither side."""
 

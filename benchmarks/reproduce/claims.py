@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -21,15 +22,17 @@ def figures(table: str, lines: list[Line]) -> dict[str, Any]:
         lines: Its lines that have scores.
 
     Returns:
-        For `tail_skew`, by data set: Spearman's rank correlation of λ with the accuracy of each third of the classes, over all
-        runs (None where nothing varies), and the λ that is best overall. For `cosine_epochs`, by data set: the epochs that the
-        cosine head needs for the linear head's accuracy, over the linear head's epochs; of all seeds, and of each. For
-        other tables nothing.
+        For `tail_skew`, and `equal_cost` with three values of λ or more, by data set: Spearman's rank correlation of λ with
+        the accuracy of each third of the classes, over all runs (None where nothing varies), and the λ that is best overall.
+        For `cosine_epochs`, by data set: the epochs that the cosine head needs for the linear head's accuracy, over the linear
+        head's epochs; of all seeds, and of each. For other tables nothing.
     """
     found: dict[str, Any] = {}
     for dataset in sorted({line["dataset"] for line in lines}):
         of = [line for line in lines if line["dataset"] == dataset]
-        if table == "tail_skew":
+        if table == "equal_cost":
+            of = [line for line in of if skew(line["value"]) is not None]
+        if table == "tail_skew" or (table == "equal_cost" and len({line["value"] for line in of}) > 2):
             found.setdefault("rank_correlation", {})[dataset] = _correlations(of)
             found.setdefault("best_lambda", {})[dataset] = _best_lambda(of)
         elif table == "cosine_epochs":
@@ -62,8 +65,27 @@ def sentences(found: dict[str, Any]) -> list[str]:
     return text
 
 
+def skew(value: str) -> float | None:
+    """The λ of a row of `tail_skew` or `equal_cost`; None: it has none.
+
+    Balanced softmax is CIBL with λ = 0 and the log-prior.
+    """
+    if value == "balanced softmax":
+        return 0.0
+    match = re.fullmatch(r"(?:CIBL, )?λ ?= ?([0-9.]+)", value)
+    return float(match[1]) if match else None
+
+
+def by_skew(rows: dict[str, list[Line]]) -> dict[str, list[Line]]:
+    """The rows that differ in λ alone, as `tail_skew` names them, the smallest λ first."""
+    found = {known: of for value, of in rows.items() if (known := skew(value)) is not None}
+    return {f"λ={known:g}": found[known] for known in sorted(found)}
+
+
 def _skew(line: Line) -> float:
-    return float(line["value"].removeprefix("λ="))
+    known = skew(line["value"])
+    assert known is not None
+    return known
 
 
 def _correlations(lines: list[Line]) -> dict[str, float | None]:
@@ -76,7 +98,7 @@ def _correlations(lines: list[Line]) -> dict[str, float | None]:
 
 
 def _best_lambda(lines: list[Line]) -> float:
-    return max({_skew(line) for line in lines}, key=lambda skew: _overall(line for line in lines if _skew(line) == skew))
+    return max({_skew(line) for line in lines}, key=lambda known: _overall(line for line in lines if _skew(line) == known))
 
 
 def _overall(lines: Iterable[Line]) -> float:

@@ -35,7 +35,7 @@ _METHODS: dict[str, tuple[float, tuple[str, ...]]] = {
     "PaCo": _row(4 / 3, "{kind: paco, temperature: 0.05, alpha: 0.01, queue: 1024, momentum: 0.999}", OTHER, head=_LINEAR),
     "CIBL, two views": _row(2, _cibl(0.05), OTHER),
     "CIBL, linear head": _row(1, _cibl(0.01, ", queue: 1024"), head=_LINEAR),
-    **{f"CIBL, λ = {skew}": _row(1, _cibl(skew, ", queue: 1024")) for skew in (0.002, 0.01, 0.05)},
+    **{f"CIBL, λ = {skew}": _row(1, _cibl(skew, ", queue: 1024")) for skew in (0.002, 0.01, 0.05, 0.2)},
 }
 
 

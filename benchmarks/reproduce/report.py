@@ -124,6 +124,11 @@ def write(path: Path, known: list[Line], of: int) -> None:
         if table != "imagenet_lt":
             text += ["", f"Images of each class: {', '.join(kept[subset] for subset in subsets)} (`data.profile.subset`)."]
         text += [*_unlike(rows), "", f"![{title}]({picture.name})"]
+        by_skew = claims.by_skew(rows)
+        if table == "equal_cost" and len(by_skew) > 2:
+            picture = picture.with_name(f"{picture.stem}-skew.png")
+            _picture(picture, title, by_skew, {}, "tail_skew")
+            text += ["", f"![{title}, accuracy over λ]({picture.name})"]
     text += claims.sentences(claims.figures(table, lines))
     again = f"{table} --budget {first['budget']} --seeds {1 + max(line['seed'] for line in lines)}"
     again += (" --val SHARE" if "-val" in path.stem else "") + (" --compile" if path.stem.endswith("-compiled") else "")
