@@ -269,11 +269,6 @@ class RunConfig(Settings):
             raise ValueError("train.cutmix and train.cmo cut images, and train.tune 'head' has features; use train.mixup")
         if self.train.cmo is not None and (self.train.mixup or self.train.cutmix):
             raise ValueError("train.cmo does not go with train.mixup and train.cutmix; set them to 0, or leave cmo out")
-        if self.optimizer.sam is not None and (needs.queue or needs.momentum is not None or needs.class_means):
-            raise ValueError(
-                f"optimizer.sam computes each step twice, and loss {self.loss.kind!r} keeps what it has seen; set "
-                "loss.queue to 0 and loss.momentum to null, or leave sam out"
-            )
         if self.train.compile is True and self.train.accumulate > 1:
             raise ValueError("train.accumulate > 1 does not go with train.compile; set one of them back")
         if self.train.compile is True and self.train.batch_norm == "sync":
@@ -324,13 +319,60 @@ def config_warnings(config: RunConfig) -> list[str]:
         )
     if isinstance(config.schedule, StepSchedule):
         found += _milestone_warnings(config.schedule.milestones, warmup, epochs)
-    needs, train = config.loss.needs, config.train
-    views = train.feature_views if train.tune == "head" else len(config.data.views)
-    if needs.contrast and not needs.queue and views < 2:
-        field = "train.feature_views" if train.tune == "head" else "data.views"
+    return found + _view_warnings(config) + _balance_warnings(config) + _vain_warnings(config)
+
+
+def _view_warnings(config: RunConfig) -> list[str]:
+    """Contrast with too few views."""
+    needs, train, kind = config.loss.needs, config.train, config.loss.kind
+    if not needs.contrast or needs.queue:
+        return []
+    # A head's batch has as many views as data.views, each drawn from the features of feature_views.
+    few = "data.views has one view" if len(config.data.views) < 2 else ""
+    if not few and train.tune == "head" and train.feature_views < 2:
+        few = f"train.feature_views is {train.feature_views}, so that all views are the same"
+    if not few:
+        return []
+    return [
+        f"loss {kind!r} compares images of a class, and {few}: an image whose class comes once in a batch has no positive, so "
+        "the tail learns no contrast; use two views"
+    ]
+
+
+def _balance_warnings(config: RunConfig) -> list[str]:
+    """A prior in the loss for images whose classes are balanced already."""
+    stream = config.loss.needs.second_stream
+    sampling, field = (
+        (stream.sampling, "loss.classifier_sampling") if stream is not None else (config.data.sampling, "data.sampling")
+    )
+    if sampling in ("class_balanced", "square_root") and getattr(config.loss, "kappa", False):
+        return [
+            f"{field} {sampling!r} balances the classes, and so does the prior of loss {config.loss.kind!r}: the tail is "
+            f"raised twice; set {field} to 'instance', or loss.kappa to 0"
+        ]
+    return []
+
+
+def _vain_warnings(config: RunConfig) -> list[str]:
+    """Options that do nothing, or harm, beside the others."""
+    train, network, found = config.train, config.network, []
+    if train.tune == "head" and config.loss.needs.projection and network.neck is None:
         found.append(
-            f"loss {config.loss.kind!r} compares images of a class, and {field} has one view: an image whose class comes once "
-            f"in a batch has no positive, so the tail learns no contrast; use two views"
+            f"train.tune 'head' with loss {config.loss.kind!r} and no neck: the contrast trains the projection alone, which "
+            "classifies nothing; set network.neck: '{hidden: 512}'"
+        )
+    if train.cmo is not None and 0 < train.epochs <= train.cmo.first_epochs + train.cmo.last_epochs:
+        found.append(
+            f"train.cmo leaves the first {train.cmo.first_epochs} and the last {train.cmo.last_epochs} epochs plain, and there "
+            f"are {train.epochs}: nothing is pasted; lower first_epochs and last_epochs"
+        )
+    if (train.mixup or train.cutmix) and train.batch_size == train.accumulate:
+        found.append("train.mixup and cutmix mix the images of a micro-batch, and it has one; lower train.accumulate")
+    scratch = network.backbone.weights == "none" and train.start is None
+    if train.batch_norm == "keep" and scratch and train.tune != "head":
+        found.append(
+            "train.batch_norm 'keep' keeps the statistics of the pretrained weights, and there are none, so nothing is "
+            "normalised; set auto"
         )
     return found
 

@@ -112,6 +112,8 @@ class World:
             for buffer in (module.running_mean, module.running_var)
             if buffer is not None
         ]
+        if not buffers:
+            return
         flat = torch.cat(buffers)
         with self.timed_collective():
             dist.all_reduce(flat)

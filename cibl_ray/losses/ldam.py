@@ -48,6 +48,8 @@ class LDAMConfig(LossSettings):
                 f"loss 'ldam' with the cosine head's default scale of {head.initial_scale:g}; the paper's is 30: "
                 "set network.head.scale.start: 30"
             )
+        if not epochs:
+            return found
         last = (epochs - 1) / epochs  # t/T of the last epoch
         if not last < self.reweight_from < 1:
             return found

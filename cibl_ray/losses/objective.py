@@ -84,10 +84,17 @@ class Objective:
             assert network.projection is not None
             self.class_means = ClassMeans(len(train_counts), network.projection.size).to(device)
 
+    @torch.no_grad()
+    def begin_step(self) -> None:
+        """Move the averaged network one step: its parameters follow, its running statistics are the network's."""
+        if self.averaged is not None and self.needs.momentum is not None:
+            update_average(self.averaged, self._network, self.needs.momentum)
+            copy_buffers(self.averaged.buffers(), self._network.buffers())
+
     def __call__(
         self, network: HybridNetwork, run: Callable[[nn.Module, torch.Tensor], Outputs], streams: list[Images], progress: float
     ) -> Terms:
-        """Compute the terms of one step.
+        """Compute the terms of one step, or of a part of it. `begin_step` comes first, once a step.
 
         Args:
             network: The one that is trained.
@@ -102,7 +109,7 @@ class Objective:
         main = streams[0]
         keys = None
         if self.averaged is not None:
-            keys, main = self._keys(network, run, main)
+            keys, main = self._keys(run, main)
         pixels = [main.pixels, *(other.pixels for other in streams[1:])]
         outputs = run(network, torch.cat(pixels) if len(pixels) > 1 else main.pixels)
         rows = len(main.pixels)
@@ -127,7 +134,12 @@ class Objective:
         terms = self.config.terms(inputs, self.prior, progress)
         if main.mixed is not None:  # a classification loss, which is linear in the labels' distribution
             others, share = main.mixed
-            of_others = replace(inputs, labels=(other := others.repeat_interleave(main.views)), all_labels=other)
+            all_others = self.world.gather(others, self.batch) if self.world.size > 1 else others
+            of_others = replace(
+                inputs,
+                labels=others.repeat_interleave(main.views),
+                all_labels=all_others.repeat_interleave(main.views),
+            )
             second_terms = self.config.terms(of_others, self.prior, progress)
             terms = {name: share * term + (1 - share) * second_terms[name] for name, term in terms.items()}
         classified, truth = second if second is not None else (logits, labels)
@@ -146,6 +158,10 @@ class Objective:
         if self.class_means is not None:
             state |= {f"class_means.{name}": tensor for name, tensor in self.class_means.state_dict().items()}
         return state
+
+    def snapshot(self) -> dict[str, torch.Tensor]:
+        """A copy of `state`."""
+        return {name: tensor.clone() for name, tensor in self.state().items()}
 
     def load(self, state: dict[str, torch.Tensor]) -> None:
         """Load what `state` returned.
@@ -169,25 +185,16 @@ class Objective:
             self.class_means.load_state_dict(_part(state, "class_means."))
 
     def _keys(
-        self, network: HybridNetwork, run: Callable[[nn.Module, torch.Tensor], Outputs], images: Images
+        self, run: Callable[[nn.Module, torch.Tensor], Outputs], images: Images
     ) -> tuple[tuple[torch.Tensor, torch.Tensor], Images]:
         """Every view but the first embedded by the averaged network, (B*(V-1), d) with labels; and the first views."""
         assert self.averaged is not None
-        self._average(network)
         by_view = images.pixels.unflatten(0, (-1, images.views))
         with torch.no_grad():
             embeddings = run(self.averaged, _compact(by_view[:, 1:].flatten(0, 1))).embeddings
         assert embeddings is not None
         labels = self.world.gather(images.labels, self.batch).repeat_interleave(images.views - 1)
         return (self.world.gather(embeddings, self.batch), labels), Images(_compact(by_view[:, 0]), images.labels, 1)
-
-    @torch.no_grad()
-    def _average(self, network: HybridNetwork) -> None:
-        """Move the averaged network one step: its parameters follow, its running statistics are the network's."""
-        assert self.averaged is not None
-        assert self.needs.momentum is not None
-        update_average(self.averaged, network, self.needs.momentum)
-        copy_buffers(self.averaged.buffers(), network.buffers())
 
     def _contrast(self, z: torch.Tensor, labels: torch.Tensor, keys: tuple[torch.Tensor, torch.Tensor] | None) -> ContrastSet:
         """The batch's embeddings, the averaged network's, the queue's; the queue then takes in this step's.
@@ -209,7 +216,8 @@ class Objective:
 
 
 def _compact(pixels: torch.Tensor) -> torch.Tensor:
-    return pixels.contiguous(memory_format=torch.channels_last)
+    """Images channels-last; features, which a head is trained on, as they are."""
+    return pixels.contiguous(memory_format=torch.channels_last if pixels.ndim == 4 else torch.contiguous_format)
 
 
 def _part(state: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:

@@ -21,11 +21,12 @@ import torch
 from torch import nn
 
 from cibl_ray.config import RunConfig, TrainConfig
-from cibl_ray.hardware import describe, has_bf16
+from cibl_ray.hardware import describe, has_bf16, out_of_memory
 from cibl_ray.losses.objective import Images, Objective
 from cibl_ray.networks.network import Outputs, build_network
 from cibl_ray.training.compiled import begin_step, compile_network
 from cibl_ray.training.optimizer import make_optimizer
+from cibl_ray.training.setup import checkpoint_activations
 from cibl_ray.world import World
 from pipelines.common.errors import UserError
 from pipelines.common.files import write_atomically
@@ -48,7 +49,9 @@ class Arithmetic:
         return f"{self.precision}{', compiled' if self.compile else ''}"
 
 
-def decide(config: RunConfig, asked: TrainConfig, batches: int, classes: int, cache: Path | None = None) -> RunConfig:
+def decide(
+    config: RunConfig, asked: TrainConfig, batches: int, classes: int, workers: int = 1, cache: Path | None = None
+) -> RunConfig:
     """Decide what the run left to `auto`, where the run is long enough for it.
 
     Args:
@@ -56,6 +59,7 @@ def decide(config: RunConfig, asked: TrainConfig, batches: int, classes: int, ca
         asked: What the configuration said before: where it says 'auto', this decides.
         batches: Steps of an epoch.
         classes: C.
+        workers: Each computes its part of a batch.
         cache: File of what was measured before; None: in the user's cache folder.
 
     Returns:
@@ -67,14 +71,17 @@ def decide(config: RunConfig, asked: TrainConfig, batches: int, classes: int, ca
         return config
     file = cache or _cache_file()
     measured = _read(file)
-    key = _key(config, classes)
+    key = _key(config, classes, workers)
     rates: dict[str, float] = dict(measured.get(key, {}))
-    seconds = _Timer(config, classes)
+    seconds = _Timer(config, classes, workers)
     steps = batches * config.train.epochs
     if str(known) not in rates:
         if steps < 100 * (_WARM + _TIMED):  # within a hundredth of the run
             return config
-        rates[str(known)] = seconds(known)
+        try:
+            rates[str(known)] = seconds(known)
+        except _NoMemoryError:
+            return config  # the run itself says what to change
     left = steps * rates[str(known)]
     worth = {choice for choice in choices if left >= (_WORTH_COMPILING if choice.compile else _WORTH_PRECISION)}
     for choice in choices:
@@ -83,6 +90,8 @@ def decide(config: RunConfig, asked: TrainConfig, batches: int, classes: int, ca
                 rates[str(choice)] = seconds(choice)
             except UserError as error:
                 log.warning("train.compile auto: %s", error)
+            except _NoMemoryError:
+                log.info("train.precision and train.compile auto: too little memory for %s", choice)
     best = fastest({choice: rates[str(choice)] for choice in {known, *worth} if str(choice) in rates})
     if rates != measured.get(key):
         _write(file, measured | {key: rates})
@@ -126,11 +135,15 @@ def time_steps(config: RunConfig, classes: int, choices: Sequence[Arithmetic]) -
     return {choice: seconds(choice) for choice in choices}
 
 
-class _Timer:
-    """Seconds of a step of a run's network on random images, by arithmetic."""
+class _NoMemoryError(Exception):
+    """A step does not fit into memory."""
 
-    def __init__(self, config: RunConfig, classes: int) -> None:
-        self._config, self._classes = config, classes
+
+class _Timer:
+    """Seconds of a worker's step of a run's network on random images, by arithmetic."""
+
+    def __init__(self, config: RunConfig, classes: int, workers: int = 1) -> None:
+        self._config, self._classes, self._workers = config, classes, workers
 
     def __call__(self, choice: Arithmetic) -> float:
         try:
@@ -144,6 +157,8 @@ class _Timer:
             _wait(self._config.train.device)
             return (time.perf_counter() - begun) / _TIMED
         except Exception as error:
+            if out_of_memory(error):
+                raise _NoMemoryError from error
             if not choice.compile:
                 raise
             raise UserError(f"this network cannot be compiled here ({str(error).strip().partition(chr(10))[0]})") from error
@@ -151,10 +166,12 @@ class _Timer:
     def _step(self, choice: Arithmetic) -> Callable[[], None]:
         config, train = self._config, self._config.train
         device, needs = torch.device(train.device), config.loss.needs
-        micro = train.batch_size // train.accumulate
+        micro = max(1, train.batch_size // (train.accumulate * self._workers))
         network = build_network(config.network, self._classes, needs, config.seed).to(device)
         network.freeze(train.tune, train.partial)
         network.train()
+        if train.checkpoint_activations:
+            checkpoint_activations(network.backbone, config.network.backbone.title)
         objective = Objective(config.loss, network, np.ones(self._classes, np.int64), device, World(alone=True), micro)
         optimizer = make_optimizer(network, config.optimizer, fused=device.type == "cuda")
         if choice.compile:
@@ -172,6 +189,7 @@ class _Timer:
             optimizer.zero_grad(set_to_none=True)
             for _ in range(train.accumulate):
                 begin_step(choice.compile)
+                objective.begin_step()
                 objective(network, run, streams, 0.0)["loss"].backward()
             optimizer.step()
 
@@ -194,9 +212,9 @@ def _with(config: RunConfig, choice: Arithmetic) -> RunConfig:
     return config.model_copy(update={"train": config.train.model_copy(update=decided)})
 
 
-def _key(config: RunConfig, classes: int) -> str:
+def _key(config: RunConfig, classes: int, workers: int) -> str:
     """Names what the speed of a step depends on: machine, network, loss, batch and views."""
-    content = {
+    content: dict[str, Any] = {
         "machine": describe(config.train.device),
         "torch": torch.__version__,
         "network": config.network.model_dump(mode="json"),
@@ -204,6 +222,10 @@ def _key(config: RunConfig, classes: int) -> str:
         "tune": config.train.tune,
         "batch": [config.train.batch_size, config.train.accumulate, len(config.data.views), config.data.size, classes],
     }
+    if workers > 1:
+        content["workers"] = workers
+    if config.train.checkpoint_activations:
+        content["checkpoint_activations"] = True
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -123,7 +123,7 @@ def _fit_in(
         config = config.model_copy(update={"loader": loader})
     if not resume:  # a resumed run has what was decided when it began
         steps = prepared.splits["train"].samples // config.train.batch_size
-        config = world.broadcast_from_rank0(lambda: decide(config, asked, steps, len(prepared.classes)))
+        config = world.broadcast_from_rank0(lambda: decide(config, asked, steps, len(prepared.classes), world.size))
     trainer = Trainer(config, prepared, folder, world, start=checkpoint, stop=stop)
     if checkpoint is not None:
         trainer.restore(checkpoint)

@@ -18,6 +18,7 @@ from cibl_ray.evaluation.predict import predict
 from cibl_ray.evaluation.tail_shift import FEW, TailShift, choose_shift
 from cibl_ray.features.folds import FoldFeatures, fold_numbers, fold_rows
 from cibl_ray.training.trainer import Trainer
+from pipelines.common.errors import UserError
 from pipelines.prepare.prepared import Prepared
 
 log = logging.getLogger(__name__)
@@ -56,9 +57,18 @@ def folds_of(config: RunConfig, prepared: Prepared) -> int:
     Returns:
         The number of folds; 0 for no cross-validation. With 'auto' none where a run starts from another one (train.start),
         whose head has seen the images of every fold.
+
+    Raises:
+        UserError: The folds that are asked for cannot be made.
     """
     folds = config.train.folds
     if folds != "auto":
+        if folds and config.train.start is not None:
+            raise UserError(
+                f"train.folds {folds} with train.start: the head there has seen the images of every fold; leave one of them out"
+            )
+        if folds and max(prepared.train_counts) < 2:
+            raise UserError(f"train.folds {folds}: no class has two training images, so no image can be held out; set 0")
         return folds
     if config.train.tune != "head" or config.train.start is not None or max(prepared.train_counts) < 2:
         return 0

@@ -51,4 +51,4 @@ def passes(config: RunConfig, batches: int, epochs: float | None = None) -> Pass
     twice = 0.0 if sam is None else max(0.0, 1 - sam.start * train.epochs / (train.epochs if epochs is None else epochs or 1))
     trained = images * (views - keys + second) * (1 + twice)
     cached = trained if train.accumulate > 1 and train.contrast_set == "step" else 0.0
-    return Passes(round(trained), round(images * keys + cached))
+    return Passes(round(trained), round(images * keys * (1 + twice) + cached))

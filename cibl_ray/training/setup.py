@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -38,8 +40,10 @@ def settle(config: RunConfig, prepared: Prepared, world: World) -> RunConfig:
     train = config.train
     samples = prepared.splits["train"].samples
     if train.tune == "head" and train.batch_size > samples:
-        log.info("train.batch_size is lowered from %d to all %d training images", train.batch_size, samples)
-        train = train.model_copy(update={"batch_size": samples})
+        parts = train.accumulate * world.size if train.accumulate > 1 else 1
+        lowered = max(parts, samples - samples % parts)
+        log.info("train.batch_size is lowered from %d to %d of %d training images", train.batch_size, lowered, samples)
+        train = train.model_copy(update={"batch_size": lowered})
     if train.batch_size < world.size:
         raise UserError(
             f"train.batch_size is {train.batch_size}, fewer than one image for each of {world.size} workers; raise it"
@@ -62,6 +66,20 @@ def keeps_statistics(config: RunConfig) -> bool:
     if config.train.batch_norm == "auto":
         return config.network.backbone.weights != "none"
     return config.train.batch_norm == "keep"
+
+
+@contextmanager
+def several_values() -> Iterator[None]:
+    """Raise as a UserError that a batch norm has a single image of 1 x 1 pixels, or a single vector, to normalise by."""
+    try:
+        yield
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise UserError(
+            "a batch norm has one value a channel to normalise by; raise train.batch_size, or lower train.accumulate or the "
+            "number of workers"
+        ) from error
 
 
 def checkpoint_activations(backbone: nn.Module, title: str) -> None:

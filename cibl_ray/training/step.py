@@ -66,11 +66,17 @@ class Step:
             The terms of the loss by name, detached scalars.
         """
         sam, clip_norm = self._config.optimizer.sam, self._config.optimizer.clip_norm
+        sharp = sam is not None and (epoch + step / self._batches) / self._train.epochs >= sam.start
         self._optimizer.zero_grad(set_to_none=True)  # first: memory of CUDA graphs is used again in every step
+        self._objective.begin_step()
+        before = self._objective.snapshot() if sharp else {}
         terms = self._gradients(streams, epoch, step)
-        if sam is not None and (epoch + step / self._batches) / self._train.epochs >= sam.start:
+        if sam is not None and sharp:
+            after = self._objective.snapshot()
+            self._objective.load(before)  # the queue must not have these images already
             with at_the_peak(self._network.parameters(), sam.rho), running_statistics_stay(self._network):
                 self._gradients(streams, epoch, step)
+            self._objective.load(after)
         if clip_norm is not None:
             nn.utils.clip_grad_norm_(self._network.parameters(), clip_norm)
         self._optimizer.step()

@@ -37,7 +37,7 @@ from cibl_ray.training.optimizer import make_optimizer
 from cibl_ray.training.passes import Passes, passes
 from cibl_ray.training.pauses import AllStopped, Pauses
 from cibl_ray.training.schedules import lr_factor
-from cibl_ray.training.setup import checkpoint_activations, keeps_statistics, settle, start_heads
+from cibl_ray.training.setup import checkpoint_activations, keeps_statistics, settle, several_values, start_heads
 from cibl_ray.training.step import Step
 from cibl_ray.training.synced_norm import sync_batch_norm
 from cibl_ray.training.tau import normalize_head
@@ -129,6 +129,7 @@ class Trainer:
         self.evaluator = Evaluator(config, prepared, streams.held_out, self.normalize, world, self.pauses)
         if first is not None and train.head_start == "tau_normalized":
             tau = normalize_head(self.network, train.tau, self.evaluator, prepared, world)
+            self.network.head.set_cap()
             self.config = config = config.model_copy(update={"train": train.model_copy(update={"tau": tau})})
             train = config.train
         self.average = WeightAverage(self.network, train.average) if train.average is not None else None
@@ -167,6 +168,12 @@ class Trainer:
         splits = self.prepared.splits
         if set(checkpoint.data) != set(splits) or not all(splits[name].has(digest) for name, digest in checkpoint.data.items()):
             raise UserError("the data have changed since this run began; start a new run")
+        before, now = checkpoint.config.optimizer.kind, self.config.optimizer.kind
+        if before != now:
+            raise UserError(
+                f"the run was trained by optimizer.kind {before!r}, whose state {now!r} cannot continue; resume with "
+                f"{before!r}, or start a new run from its weights: --train.start RUN"
+            )
         load_weights(self.network, checkpoint)
         load_optimizer(self.network, self.optimizer, checkpoint.momentum)
         self.objective.load(checkpoint.objective)
@@ -264,6 +271,7 @@ class Trainer:
         finite = FiniteLoss(number, self.config.optimizer.lr)
         for images in zip(*(feed.steps(number, self.step) for feed in self.feeds), strict=True):
             self._schedule(number + self.step / batches)
+            torch.manual_seed(torch_seed(self.config.seed, "step", number, self.step))  # dropout: a resumed run draws the same
             terms = self.optimize([*images])
             for name, value in terms.items():
                 totals[name] += value
@@ -322,9 +330,9 @@ class Trainer:
             As `train_step`.
 
         Raises:
-            UserError: There is too little memory, or the network cannot be compiled.
+            UserError: There is too little memory, a batch norm has one value a channel, or the network cannot be compiled.
         """
-        with self._enough_memory(), explained():
+        with self._enough_memory(), explained(), several_values():
             return self._step(streams, self.epoch, self.step)
 
     @property

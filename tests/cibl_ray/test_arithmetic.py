@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 
 from cibl_ray.config import load_config
 from cibl_ray.hardware import resolve
@@ -21,18 +22,20 @@ def machine(monkeypatch, tmp_path):
     class Machine:
         def __init__(self):
             self.seconds = {EAGER32: 1.0, EAGER16: 0.5, COMPILED32: 0.9, COMPILED16: 0.4}
-            self.broken, self.timed = set(), []
+            self.broken, self.large, self.timed = set(), set(), []
             self.cache = tmp_path / "cache" / "arithmetic.json"
 
         def decide(self, *flags, batches=100, epochs=100):
             asked = load_config("quickstart", ["--epochs", str(epochs), "--device", "cpu", *flags])
             self.timed.clear()
-            return decide(resolve(asked), asked.train, batches, 10, self.cache).train
+            return decide(resolve(asked), asked.train, batches, 10, cache=self.cache).train
 
     found = Machine()
 
-    def timer(config, classes):
+    def timer(config, classes, workers):
         def seconds(choice):
+            if choice in found.large:
+                raise arithmetic._NoMemoryError
             if choice in found.broken:
                 raise UserError("this network cannot be compiled here (no compiler)")
             found.timed.append(choice)
@@ -117,3 +120,29 @@ def test_real_steps_are_timed(loss):
     flags = ["--loss", loss, "--backbone", "resnet20", "--batch_size", "8", "--device", "cpu"]
     found = time_steps(resolve(load_config("quickstart", flags)), 10, [EAGER32])
     assert 0 < found[EAGER32] < 60
+
+
+def test_what_does_not_fit_into_memory_is_not_chosen(machine):
+    machine.large = {COMPILED16, EAGER32}
+    chosen = machine.decide(*AUTO)
+    assert (chosen.precision, chosen.compile) == ("bf16", False)  # and not the slower compiled fp32
+    machine.large = {EAGER16}  # what the run would take: it says itself what to change
+    machine.cache.unlink()
+    chosen = machine.decide(*AUTO)
+    assert (chosen.precision, chosen.compile) == ("bf16", False)
+    assert machine.timed == []
+
+
+def test_a_step_is_timed_with_a_workers_part_of_the_batch(monkeypatch):
+    config = resolve(load_config("quickstart", ["--device", "cpu", "--batch_size", "48", "--accumulate", "2"]))
+    parts = []
+
+    def full(*given):
+        parts.append(given[-1])
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(arithmetic, "Objective", full)
+    for workers in (1, 3):
+        with pytest.raises(arithmetic._NoMemoryError):
+            arithmetic._Timer(config, 10, workers)(EAGER32)
+    assert parts == [24, 8]

@@ -16,6 +16,7 @@ from cibl_ray.run.shift import chosen_shift
 from cibl_ray.run.which import checkpoint
 from cibl_ray.training.fit import fit
 from cibl_ray.training.folds import cross_validate, few_validation_images, folds_of
+from cibl_ray.training.setup import settle
 from cibl_ray.training.trainer import Trainer
 from cibl_ray.world import World
 from pipelines.common.errors import UserError
@@ -103,6 +104,14 @@ def test_the_run_keeps_the_last_epoch_and_takes_the_shift_of_the_folds(folder, c
     assert "No validation split" not in text
 
 
+@pytest.mark.parametrize(("accumulate", "expected"), [("1", 50), ("4", 48)])
+def test_a_batch_of_too_few_images_is_lowered_to_what_its_parts_share(folder, accumulate, expected):
+    """So that a fold, which has fewer images than the run, is trained where the run was."""
+    config = configure(folder, "--batch_size", "64", "--accumulate", accumulate)
+    few = ensure_prepared(config.data, config.seed).part({"train": np.repeat(np.arange(10), 5)})
+    assert settle(config, few, World()).train.batch_size == expected
+
+
 def test_automatic_folds_where_validation_is_too_small(folder):
     auto = configure(folder, "--folds", "auto")
     prepared = ensure_prepared(auto.data, auto.seed)
@@ -116,6 +125,10 @@ def test_automatic_folds_where_validation_is_too_small(folder):
     assert folds_of(configure(folder), few) == 0
     single = prepared.part({"train": np.arange(10)})  # one image a class: nothing can be held out
     assert folds_of(auto, single) == 0
+    with pytest.raises(UserError, match="train.folds 3: no class has two training images"):
+        folds_of(configure(folder, "--folds", "3"), single)
+    with pytest.raises(UserError, match="train.folds 3 with train.start: the head there has seen the images of every fold"):
+        folds_of(configure(folder, "--folds", "3", "--train.start", str(folder)), prepared)
     with pytest.raises(UserError, match="train.folds 5 is for train.tune 'head'"):
         configure(folder, "--folds", "5", "--tune", "full")
     with pytest.raises(UserError, match="one fold leaves nothing to train on"):

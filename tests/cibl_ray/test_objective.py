@@ -88,10 +88,17 @@ class _StopsAfter(Stop):
         return self.left <= 0
 
 
-@pytest.mark.parametrize("loss", ["cibl_with_everything", "cibl_with_a_queue", "paco", "proco", "hybrid_psc", "ldam"])
-def test_an_epoch_goes_on_to_the_bit(loss, digits, tmp_path):
-    """Queue, averaged network and streams are where they were in the middle of the second epoch."""
-    config = config_of(loss, "--batch_size", "64")
+@pytest.mark.parametrize(
+    ("loss", "more"),
+    [
+        *[(loss, ()) for loss in ("cibl_with_everything", "cibl_with_a_queue", "paco", "proco", "hybrid_psc", "ldam")],
+        ("cibl", ("--network.neck", "{hidden: 32, dropout: 0.5}")),
+        ("cibl_with_a_queue", ("--optimizer.sam", "{rho: 0.1, from: 0}")),
+    ],
+)
+def test_an_epoch_goes_on_to_the_bit(loss, more, digits, tmp_path):
+    """Queue, averaged network, streams and dropout are where they were in the middle of the second epoch."""
+    config = config_of(loss, "--batch_size", "64", *more)
     whole = Trainer(config, digits, tmp_path / "whole")
     whole.train_epoch()
     whole.train_epoch()
@@ -151,6 +158,42 @@ def test_a_run_whose_epochs_have_one_step_stops(tmp_path):
     again.restore(load_checkpoint(tmp_path / "stopped" / "checkpoints" / "last.safetensors"))
     assert again.fit() == expected
     assert_same(again, whole)
+
+
+@pytest.mark.parametrize("loss", ["cibl_with_a_queue", "cibl_with_everything", "proco"])
+def test_the_second_pass_of_sam_sees_what_the_first_saw(loss, digits, tmp_path, monkeypatch):
+    """The queue has no image of the step in either pass, and takes each in once; so do the average and the class means."""
+    found = {}
+    for name, more in (("plain", ()), ("sam", ("--optimizer.sam", "{rho: 1e-9, from: 0}"))):
+        trainer = Trainer(config_of(loss, "--batch_size", "32", *more), digits, tmp_path)
+        terms, call = [], Objective.__call__
+        with monkeypatch.context() as patch:
+            patch.setattr(Objective, "__call__", lambda *given, to=terms, call=call: to.append(call(*given)) or to[-1])
+            for step, batch in enumerate(itertools.islice(trainer.train_loaders[0].epoch(0), 2)):
+                trainer.train_step([batch], step)
+        found[name] = [of["loss"].item() for of in terms], trainer.objective.snapshot()
+    once, twice = found["plain"], found["sam"]
+    assert twice[0] == pytest.approx([once[0][0], once[0][0], once[0][1], once[0][1]], rel=1e-4)
+    for name, tensor in once[1].items():
+        if "num_batches_tracked" in name:  # counts, and decides nothing
+            continue
+        assert torch.allclose(tensor.double(), twice[1][name].double(), atol=1e-4), name
+
+
+def test_a_head_is_trained_with_an_averaged_network(tmp_path, digits):
+    flags = ("--train.tune", "head", "--train.feature_views", "2", "--network.neck", "{hidden: 16}", "--batch_size", "64")
+    trainer = Trainer(config_of("paco", *flags), digits, tmp_path)
+    assert trainer.objective.averaged is not None
+    row = trainer.train_epoch()
+    assert np.isfinite(row["train"]["loss"])
+
+
+def test_a_batch_norm_with_one_value_is_told(digits, tmp_path):
+    flags = ("--network.projection.norm", "true", "--data.views", "[{}]", "--batch_size", "4", "--train.accumulate", "4")
+    config = config_of("bcl", *flags, "--data.prepared", str(tmp_path))
+    trainer = Trainer(config, ensure_prepared(config.data, 0), tmp_path)
+    with pytest.raises(UserError, match="has one value a channel to normalise by; raise train.batch_size"):
+        trainer.train_epoch()
 
 
 def test_a_tail_skew_of_0_trains_as_cross_entropy_does(digits, tmp_path):
@@ -385,7 +428,9 @@ def test_the_averaged_network_embeds_the_other_views_and_feeds_the_queue():
     with torch.no_grad():
         network.head.weight.add_(1.0)
     before = objective.averaged.head.weight.clone()
-    objective(network, run, [images], progress=0.0)
+    objective.begin_step()
+    for _ in range(2):  # the parts of a step
+        objective(network, run, [images], progress=0.0)
     expected = 0.9 * before + 0.1 * network.head.weight
     assert torch.allclose(objective.averaged.head.weight, expected, atol=1e-6)
 
@@ -474,6 +519,11 @@ def test_a_reweighting_that_never_begins_is_told(epochs, reweight_from, most):
     assert all(f"after the last of {epochs} epochs begins" in line and f"set it to {most} at most" in line for line in told)
 
 
+def test_nothing_is_told_of_a_second_stage_without_epochs(tmp_path):
+    flags = ["--loss.kind", "ldam", "--head", "{kind: cosine, scale: {start: 30}}", "--epochs", "0", "--warmup_epochs", "0"]
+    assert config_warnings(load_config("quickstart", [*flags, "--train.start", str(tmp_path)])) == []
+
+
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
@@ -491,6 +541,28 @@ def test_a_reweighting_that_never_begins_is_told(epochs, reweight_from, most):
             "0.1 of 30 epochs is within the warm-up of 5",
         ),
         (("--schedule", "{kind: steps, warmup_epochs: 5, milestones: [0.2, 0.9]}"), None),
+        (("--train.tune", "head", "--network.neck", "{hidden: 16}"), "train.feature_views is 0"),
+        (("--train.tune", "head", "--network.neck", "{hidden: 16}", "--train.feature_views", "2"), None),
+        (
+            ("--train.tune", "head", "--network.neck", "{hidden: 16}", "--train.feature_views", "4", "--data.views", "[{}]"),
+            "data.views has one view",
+        ),
+        (("--train.tune", "head", "--train.feature_views", "2"), "set network.neck"),
+        (("--loss.kind", "balanced_softmax", "--data.sampling", "class_balanced"), "data.sampling 'class_balanced' balances"),
+        (("--loss.kind", "bcl", "--data.sampling", "square_root"), "data.sampling 'square_root' balances"),
+        (("--loss.kind", "cross_entropy", "--data.sampling", "class_balanced"), None),
+        (
+            (
+                "--loss",
+                "{kind: hybrid_sc, kappa: 1}",
+            ),
+            "loss.classifier_sampling 'class_balanced' balances",
+        ),
+        (("--loss", "{kind: hybrid_sc}", "--data.sampling", "class_balanced"), None),
+        (("--loss.kind", "cross_entropy", "--train.cmo", "{}", "--epochs", "6"), "nothing is pasted"),
+        (("--loss.kind", "cross_entropy", "--train.cmo", "{}", "--epochs", "7"), None),
+        (("--loss.kind", "cross_entropy", "--train.mixup", "1", "--train.accumulate", "64"), "lower train.accumulate"),
+        (("--train.batch_norm", "keep"), "set auto"),
     ],
 )
 def test_what_is_probably_a_mistake_is_told(flags, told):

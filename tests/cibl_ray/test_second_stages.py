@@ -198,6 +198,9 @@ def test_a_given_tau_and_class_means(first, tmp_path):
     tau_normalize(twin.head, 0.6)
     assert torch.equal(run.network.head.weight, twin.head.weight)
     assert run.config.train.tau == 0.6
+    capped = trainer(second(first, *options, "--network.head.max_norm", "0.1"), tmp_path / "capped")
+    norms = twin.head.weight.norm(dim=1)
+    assert torch.allclose(capped.network.head.norm_cap, norms.min() + 0.1 * (norms.max() - norms.min()))
     means = trainer(second(first, "--train.head_start", "class_means"), tmp_path / "means")
     prepared = means.prepared
     assert torch.equal(means.network.backbone.conv.weight, twin.backbone.conv.weight)

@@ -571,6 +571,18 @@ def test_a_place_in_an_epoch_that_other_workers_had_means_nothing(tmp_path, capl
         assert ("its epoch starts again" in caplog.text) == (expected == 0)
 
 
+def test_another_optimizer_does_not_go_on(tmp_path):
+    flags = ["--prepared", str(tmp_path), "--loader.kind", "torch"]
+    sgd, adamw = (
+        resolve(load_config("quickstart", [*flags, "--optimizer", f"{{kind: {kind}, lr: 0.01}}"])) for kind in ("sgd", "adamw")
+    )
+    prepared = ensure_prepared(sgd.data, 0)
+    begun = Trainer(sgd, prepared, tmp_path / "run")
+    checkpoint = begun._checkpoint(begun.network.state_dict())
+    with pytest.raises(UserError, match="trained by optimizer.kind 'sgd', whose state 'adamw' cannot continue"):
+        Trainer(adamw, prepared, tmp_path / "run").restore(checkpoint)
+
+
 def test_what_a_configuration_hardly_means_is_logged(folders):
     flags = ["--epochs", "1", "--warmup_epochs", "0", *folders, "--name", "ldam", "--head.kind", "cosine"]
     done = run("train", "quickstart", *flags, "--loss.kind", "ldam")

@@ -39,6 +39,7 @@ LOSSES = {
     "cross_entropy": "{kind: cross_entropy}",
     "balanced_softmax": "{kind: balanced_softmax}",
     "ldam": "{kind: ldam, reweight_from: 0}",
+    "ldam_of_mixed_images": "{kind: ldam, reweight_from: 0}",
     "supcon": "{kind: supcon}",
     "psc": "{kind: psc}",
     "hybrid_sc": "{kind: hybrid_sc}",
@@ -81,7 +82,7 @@ def steps_of(loss, world, batch=BATCH, parts=1):
 
     parts: micro-batches of a step, which have one contrastive set.
     """
-    head = ["--network.head.kind", "cosine"] if loss == "ldam" else []
+    head = ["--network.head.kind", "cosine"] if "ldam" in loss else []
     options = ["--loss", LOSSES[loss], "--backbone", "resnet20", *head]
     config = build_config(read_config(find_config("quickstart")), options, "test")
     network = build_network(config.network, CLASSES, config.loss.needs, seed=0)
@@ -116,8 +117,10 @@ def steps_of(loss, world, batch=BATCH, parts=1):
         for _ in range(2 if "hybrid" in loss else 1):
             pixels = torch.randn(batch, 2, 3, 16, 16, generator=random, dtype=torch.float64)
             labels = torch.randint(CLASSES, (batch,), generator=random)
-            streams.append(Images(pixels[rows].flatten(0, 1), labels[rows], 2))
+            mixed = (labels.flip(0)[rows], 0.7) if "mixed" in loss else None
+            streams.append(Images(pixels[rows].flatten(0, 1), labels[rows], 2, mixed))
         network.zero_grad()
+        objective.begin_step()
         part = gradients(streams)
         if "sam" in loss:
             with at_the_peak(network.parameters(), 0.05):
@@ -408,6 +411,7 @@ def _steps(world, folder):
     norm.running_mean.fill_(world.rank + 1.0)
     norm.running_var.fill_(world.rank + 1.0)
     world.average_statistics([nn.Sequential(norm)])
+    world.average_statistics([nn.LayerNorm(2)])  # a network without batch norm
     if world.is_rank0:
         (folder / "gather.json").write_text(json.dumps(content))
         (folder / "statistics.json").write_text(json.dumps([norm.running_mean.tolist(), norm.running_var.tolist()]))
