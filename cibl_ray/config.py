@@ -329,8 +329,8 @@ def _view_warnings(config: RunConfig) -> list[str]:
         return []
     # A head's batch has as many views as data.views, each drawn from the features of feature_views.
     few = "data.views has one view" if len(config.data.views) < 2 else ""
-    if not few and train.tune == "head" and train.feature_views < 2:
-        few = f"train.feature_views is {train.feature_views}, so that all views are the same"
+    if not few and train.tune == "head" and not train.feature_views:
+        few = "train.feature_views is 0, so that all views are the same"
     if not few:
         return []
     return [
@@ -358,8 +358,8 @@ def _vain_warnings(config: RunConfig) -> list[str]:
     train, network, found = config.train, config.network, []
     if train.tune == "head" and config.loss.needs.projection and network.neck is None:
         found.append(
-            f"train.tune 'head' with loss {config.loss.kind!r} and no neck: the contrast trains the projection alone, which "
-            "classifies nothing; set network.neck: '{hidden: 512}'"
+            f"train.tune 'head' with loss {config.loss.kind!r} and no neck: the contrast has no features to shape, and trains "
+            "little but the projection; set network.neck: '{hidden: 512}'"
         )
     if train.cmo is not None and 0 < train.epochs <= train.cmo.first_epochs + train.cmo.last_epochs:
         found.append(
@@ -442,11 +442,20 @@ def configured(content: dict[str, Any], pairs: list[tuple[str, Any]], place: str
     Raises:
         UserError: A field is unknown, or has a value that it cannot have.
     """
-    content = _second_stage(_fine_tuning(content, pairs), pairs)
-    config = validate(RunConfig, override(content, pairs, RunConfig), place, flags)
+    recipe = _recipe(content, pairs)
+    config = validate(RunConfig, override(recipe, pairs, RunConfig), place, flags)
     if pairs:
-        _say_rate(content, config)
+        _say_rate(recipe, config)
     return absolute(_as_pretrained(config, place))
+
+
+def with_recipe(content: dict[str, Any], pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A configuration file's content with values by dotted name, and with the recipe that `train.tune` among them asks for."""
+    return override(_recipe(content, pairs), pairs, RunConfig)
+
+
+def _recipe(content: dict[str, Any], pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    return _second_stage(_fine_tuning(content, pairs), pairs)
 
 
 # What is trained by in place of a head's recipe, whose learning rates would ruin a pretrained backbone.

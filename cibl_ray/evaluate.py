@@ -37,7 +37,7 @@ def main() -> None:
         metavar="auto|NUMBER",
         help="score logits - NUMBER * log prior; auto: as is best on validation; default 0",
     )
-    parser.add_argument("--metric", choices=METRICS, default="balanced", help="by which auto chooses; default balanced")
+    parser.add_argument("--metric", choices=METRICS, help="by which --tail-shift auto chooses; default balanced")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the scores, every class's too, to FILE")
     arguments = parser.parse_args()
     if arguments.data is not None and arguments.split is not None:
@@ -46,6 +46,10 @@ def main() -> None:
         _refuse_unlabelled(arguments.data, arguments.run)
     if arguments.json is not None and not arguments.json.absolute().parent.is_dir():
         raise UserError(f"--json {arguments.json}: the folder {str(arguments.json.parent)!r} does not exist")
+    if arguments.json is not None and arguments.json.is_dir():
+        raise UserError(f"--json {arguments.json} is a folder; name a file in it: --json {arguments.json / 'scores.json'}")
+    if arguments.metric is not None and arguments.tail_shift != "auto":
+        raise UserError(f"--metric {arguments.metric} says how --tail-shift auto chooses; add that, or leave --metric out")
     from cibl_ray.evaluation.evaluate import evaluate
     from cibl_ray.evaluation.metrics import heading, table
     from cibl_ray.run.checkpoint import load_checkpoint
@@ -55,7 +59,7 @@ def main() -> None:
     scores = {}
     for path in checkpoints(arguments.run, arguments.checkpoint):
         checkpoint = load_checkpoint(path)
-        evaluation = evaluate(checkpoint, arguments.data, arguments.split, arguments.tail_shift, arguments.metric)
+        evaluation = evaluate(checkpoint, arguments.data, arguments.split, arguments.tail_shift, arguments.metric or "balanced")
         if evaluation.tail_shift is not None:
             print(f"{path.stem}: {evaluation.tail_shift.line()}")
         scores[f"{path.stem} (epoch {checkpoint.epoch})"] = evaluation.scores

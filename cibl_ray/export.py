@@ -39,9 +39,8 @@ def main() -> None:
     parser.add_argument(
         "--tail-shift",
         type=shift_or_auto,
-        default="auto",
         metavar="auto|NUMBER",
-        help="what the answers have of it by default; auto: what the run's validation images chose, else 0",
+        help="what the answers have of it by default; by default auto: what the run's validation images chose, else 0",
     )
     arguments = parser.parse_args()
     from cibl_ray.exporting.make_bundle import Options, make_bundle
@@ -58,7 +57,9 @@ def main() -> None:
         max_drop=arguments.max_drop,
         calibration=arguments.calibration,
         provider=arguments.provider,
-        tail_shift=chosen_shift(path) if arguments.tail_shift == "auto" else arguments.tail_shift,
+        tail_shift=chosen_shift(path, arguments.tail_shift == "auto")
+        if arguments.tail_shift in (None, "auto")
+        else arguments.tail_shift,
     )
     print(make_bundle(path, out.absolute(), options).table())
     print(f"bundle: {out}; serve it: python -m serve {out}")

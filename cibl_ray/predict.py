@@ -53,7 +53,11 @@ def main() -> None:
         classifier = from_bundle(arguments.run)
     else:
         path = checkpoint(arguments.run, arguments.checkpoint)
-        shift = chosen_shift(path) if arguments.tail_shift in (None, "auto") else arguments.tail_shift
+        shift = (
+            chosen_shift(path, arguments.tail_shift == "auto")
+            if arguments.tail_shift in (None, "auto")
+            else arguments.tail_shift
+        )
         from cibl_ray.run.checkpoint import load_checkpoint
 
         classifier = from_checkpoint(load_checkpoint(path), shift)
@@ -62,7 +66,8 @@ def main() -> None:
     bad = 0
     kept = io.StringIO(newline="")
     writer = csv.writer(sys.stdout if arguments.out is None else kept, lineterminator="\n")
-    numbers = ["", *(f"_{number}" for number in range(2, arguments.top + 1))]
+    top = min(arguments.top, len(classifier.classes))
+    numbers = ["", *(f"_{number}" for number in range(2, top + 1))]
     writer.writerow(["image", *(f"{name}{number}" for number in numbers for name in ("class", "probability"))])
     with collected_warnings() as warned:
         for answer in classify(classifier, files, warned.begin):
@@ -71,7 +76,7 @@ def main() -> None:
                 fix = "; --max-pixels allows it" if answer.too_large else ""
                 print(f"{answer.image}: {answer.problem}{fix}", file=sys.stderr)
                 continue
-            best = sorted(answer.probabilities.items(), key=lambda item: -item[1])[: arguments.top]
+            best = sorted(answer.probabilities.items(), key=lambda item: -item[1])[:top]
             writer.writerow([answer.image, *(part for name, value in best for part in (name, f"{value:.4f}"))])
     if text := warned.text():
         print(text, file=sys.stderr)

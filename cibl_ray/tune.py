@@ -29,7 +29,7 @@ def main() -> None:
         description=__doc__,
     )
     parser.add_argument("--name", help="of the sweep folder; by default the sweep's name and the time")
-    parser.add_argument("--sweeps", type=Path, default=Path("runs"), help="folder for sweep folders (default: runs)")
+    parser.add_argument("--sweeps", type=Path, help="folder for sweep folders (default: runs)")
     parser.add_argument("--resume", type=Path, metavar="FOLDER", help="resume the sweep in this folder")
     parser.add_argument("--address", help="of a Ray cluster, or 'auto'; by default one is started on this machine")
     name, arguments, overrides = parser.split()
@@ -39,6 +39,8 @@ def main() -> None:
         raise UserError("name a sweep first (sweeps/tail_skew, say) to start one, or --resume FOLDER to continue one")
     if arguments.resume is not None and arguments.name is not None:
         same_name(arguments.name, str(arguments.resume))
+    if arguments.resume is not None and arguments.sweeps is not None:
+        raise UserError(f"--resume continues in {arguments.resume} itself; leave --sweeps out")
     from cibl_ray.tuning.folder import need_new, read_sweep
     from cibl_ray.tuning.sweep import load_sweep
 
@@ -51,7 +53,9 @@ def main() -> None:
     else:
         assert name is not None
         sweep = load_sweep(name, overrides)
-        folder = (arguments.sweeps / (arguments.name or f"{Path(name).stem}-{time.strftime('%Y%m%d-%H%M%S')}")).absolute()
+        folder = (
+            (arguments.sweeps or Path("runs")) / (arguments.name or f"{Path(name).stem}-{time.strftime('%Y%m%d-%H%M%S')}")
+        ).absolute()
         need_new(folder)
     if arguments.print_config:
         print_config(sweep)

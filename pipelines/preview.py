@@ -68,6 +68,7 @@ def main() -> None:
     loader.close()
     picture = io.BytesIO()
     _grid(rows, out.name).save(picture, Image.registered_extensions()[out.suffix.lower()])
+    out.parent.mkdir(parents=True, exist_ok=True)  # of published data, none is here yet
     write_atomically(out, picture.getvalue())
     print(f"{count} images, {len(config.data.views)} views of {config.data.size}x{config.data.size}: {out}")
 

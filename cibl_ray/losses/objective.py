@@ -160,8 +160,15 @@ class Objective:
         return state
 
     def snapshot(self) -> dict[str, torch.Tensor]:
-        """A copy of `state`."""
-        return {name: tensor.clone() for name, tensor in self.state().items()}
+        """A copy of what a pass moves: queue and class means."""
+        return {name: tensor.clone() for name, tensor in self.state().items() if not name.startswith("averaged.")}
+
+    def put_back(self, snapshot: dict[str, torch.Tensor]) -> None:
+        """Take up a snapshot, which must not be used after it."""
+        if self.queue is not None:
+            self.queue.load(_part(snapshot, "queue."))
+        if self.class_means is not None:
+            self.class_means.load_state_dict(_part(snapshot, "class_means."))
 
     def load(self, state: dict[str, torch.Tensor]) -> None:
         """Load what `state` returned.
@@ -177,12 +184,9 @@ class Objective:
                 f"the checkpoint's queue or averaged network is not that of loss {self.config.kind!r} as configured now; "
                 "resume with the same loss.queue and loss.momentum, or start a new run"
             )
-        if self.queue is not None:
-            self.queue.load(_part(state, "queue."))
+        self.put_back(state)
         if self.averaged is not None:
             self.averaged.load_state_dict(_part(state, "averaged."))
-        if self.class_means is not None:
-            self.class_means.load_state_dict(_part(state, "class_means."))
 
     def _keys(
         self, run: Callable[[nn.Module, torch.Tensor], Outputs], images: Images

@@ -15,6 +15,7 @@ log = logging.getLogger(__name__)
 
 CONFIG = "config.yaml"
 RESULT = "result.json"
+BEST_RESULT = "best_result.json"  # of a sweep's best trial, beside its checkpoint
 METRICS = "metrics.jsonl"
 LOG = "train.log"
 LOCK = ".lock"

@@ -9,34 +9,44 @@ from pathlib import Path
 from typing import Literal
 
 from cibl_ray.bundle.card import MAX_SHIFT
-from cibl_ray.run.folder import BEST, LAST, RESULT, is_run
+from cibl_ray.run.folder import BEST, BEST_RESULT, LAST, RESULT, is_run
 from pipelines.common.errors import UserError
 
 log = logging.getLogger(__name__)
 
 
-def chosen_shift(checkpoint: Path) -> float:
-    """Read the shift that was chosen for a checkpoint of a run folder.
+def chosen_shift(checkpoint: Path, asked: bool = False) -> float:
+    """Read the shift that was chosen for a checkpoint of a run folder, or for a sweep's best one.
 
     Args:
-        checkpoint: RUN/checkpoints/best.safetensors, or last.
+        checkpoint: RUN/checkpoints/best.safetensors, or last; or SWEEP/best.safetensors.
+        asked: The user asked for the shift that was chosen.
 
     Returns:
-        The shift; 0 where none was chosen. A warning says so where the run has no result that can be read.
+        The shift; 0 where none was chosen. A warning says so where the run has no result that can be read, or where it was
+        asked for.
     """
-    folder = checkpoint.absolute().parent.parent
-    if checkpoint.name not in (LAST, BEST) or not is_run(folder):
-        return 0.0
-    path = folder / RESULT
+    place = checkpoint.absolute()
+    folder, path, kind = place.parent.parent, place.parent / BEST_RESULT, "last"  # a sweep keeps its best trial's last epoch
+    if checkpoint.name != BEST or not path.is_file():
+        path, kind = folder / RESULT, checkpoint.stem
+        if checkpoint.name not in (LAST, BEST) or not is_run(folder):
+            return _none_chosen(f"{checkpoint} is not in the folder of its run") if asked else 0.0
     try:
         result = json.loads(path.read_text())
-        chosen = result.get(checkpoint.stem, {})
-        return float(chosen["tail_shift"]["shift"]) if "tail_shift" in chosen else 0.0
+        chosen = result.get(kind, {})
+        if "tail_shift" in chosen:
+            return float(chosen["tail_shift"]["shift"])
+        return _none_chosen("the run has no validation images beside its test images to choose one") if asked else 0.0
     except FileNotFoundError:
         reason = f"the run is not finished, it has no {RESULT}"
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         reason = f"{path} is damaged; resume the run to write it again"
-    log.warning("the tail shift is 0: %s", reason)
+    return _none_chosen(reason)
+
+
+def _none_chosen(why: str) -> float:
+    log.warning("the tail shift is 0: %s", why)
     return 0.0
 
 

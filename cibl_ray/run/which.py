@@ -22,10 +22,10 @@ def checkpoints(run: Path, which: str | None = None) -> list[Path]:
         which: 'last' or 'best'.
 
     Raises:
-        UserError: `run` is neither, or has no such checkpoint.
+        UserError: `run` is neither, has no such checkpoint, or is the file of another one.
     """
     if run.is_file():
-        return [run]
+        return [_file(run, which)]
     found = _existing(run, (LAST, BEST), which)
     if which is None:
         _say_missing(run, found)
@@ -40,14 +40,20 @@ def checkpoint(run: Path, which: str | None = None) -> Path:
         which: 'last' or 'best'.
 
     Raises:
-        UserError: `run` is none of these, or has no such checkpoint.
+        UserError: `run` is none of these, has no such checkpoint, or is the file of another one.
     """
     if run.is_file():
-        return run
+        return _file(run, which)
     found = _existing(run, (BEST, LAST), which)
     if which is None:
         _say_missing(run, found[:1])
     return found[0] if found else _in_folder_itself(run, (BEST, LAST), which)
+
+
+def _file(checkpoint: Path, which: str | None) -> Path:
+    if which is not None and checkpoint.stem != which:
+        raise UserError(f"--checkpoint {which} is for a run folder, and {str(checkpoint)!r} is a file; leave one of them out")
+    return checkpoint
 
 
 def _existing(run: Path, names: tuple[str, ...], which: str | None) -> list[Path]:

@@ -166,7 +166,7 @@ class _Timer:
     def _step(self, choice: Arithmetic) -> Callable[[], None]:
         config, train = self._config, self._config.train
         device, needs = torch.device(train.device), config.loss.needs
-        micro = max(1, train.batch_size // (train.accumulate * self._workers))
+        micro = max(2, train.batch_size // (train.accumulate * self._workers))  # batch norm of a vector needs two
         network = build_network(config.network, self._classes, needs, config.seed).to(device)
         network.freeze(train.tune, train.partial)
         network.train()
@@ -187,9 +187,9 @@ class _Timer:
 
         def step() -> None:
             optimizer.zero_grad(set_to_none=True)
+            objective.begin_step()
             for _ in range(train.accumulate):
                 begin_step(choice.compile)
-                objective.begin_step()
                 objective(network, run, streams, 0.0)["loss"].backward()
             optimizer.step()
 

@@ -105,6 +105,7 @@ def _fit_in(
         world.broadcast_from_rank0(lambda: need_new(folder))
     prepared = ensure_prepared(config.data, config.seed)
     _same_data(world, prepared)
+    folds_of(config, prepared)  # refused before anything is written
     if world.is_rank0:
         copy = copy_of(folder)
         if copy is not None and after_save is None:

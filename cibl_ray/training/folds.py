@@ -18,6 +18,7 @@ from cibl_ray.evaluation.predict import predict
 from cibl_ray.evaluation.tail_shift import FEW, TailShift, choose_shift
 from cibl_ray.features.folds import FoldFeatures, fold_numbers, fold_rows
 from cibl_ray.training.trainer import Trainer
+from cibl_ray.world import World
 from pipelines.common.errors import UserError
 from pipelines.prepare.prepared import Prepared
 
@@ -102,7 +103,7 @@ def cross_validate(trainer: Trainer, count: int) -> CrossValidated:
         for rows, held_out in fold_rows(fold_numbers(labels, count, config.seed)):
             of_fold = FoldFeatures(features, labels, rows, held_out, trainer.device, weights)
             part = prepared.part({"train": labels[rows], "val": labels[held_out]})
-            fold = Trainer(config, part, Path(scratch), features=of_fold)
+            fold = Trainer(config, part, Path(scratch), World(alone=True), features=of_fold)  # on rank 0 alone
             for _ in range(config.train.epochs):
                 fold.train_epoch()
             answers, right = predict(fold.judged, fold.evaluator.loaders["val"], fold.normalize, trainer.device)

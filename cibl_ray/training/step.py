@@ -73,10 +73,11 @@ class Step:
         terms = self._gradients(streams, epoch, step)
         if sam is not None and sharp:
             after = self._objective.snapshot()
-            self._objective.load(before)  # the queue must not have these images already
-            with at_the_peak(self._network.parameters(), sam.rho), running_statistics_stay(self._network):
+            self._objective.put_back(before)  # the queue must not have these images already
+            networks = nn.ModuleList(self._objective.networks)
+            with at_the_peak(self._network.parameters(), sam.rho), running_statistics_stay(networks):
                 self._gradients(streams, epoch, step)
-            self._objective.load(after)
+            self._objective.put_back(after)
         if clip_norm is not None:
             nn.utils.clip_grad_norm_(self._network.parameters(), clip_norm)
         self._optimizer.step()
@@ -122,8 +123,11 @@ class Step:
         if train.cmo is None:
             return [mix(images, train.mixup, train.cutmix, draw) for images in streams]
         images, sources = streams
+        draw.random()
+        # One draw for all workers: they gather the labels of mixed images together.
+        chosen = stream(self._config.seed, "mix", epoch, step, part, 0).random() < train.cmo.chance
         now = train.cmo.first_epochs <= epoch < train.epochs - train.cmo.last_epochs
-        return [paste(images, sources, draw) if now and draw.random() < train.cmo.chance else images]
+        return [paste(images, sources, draw) if now and chosen else images]
 
     def _run(self, network: nn.Module, pixels: torch.Tensor) -> Outputs:
         with torch.autocast(self._device, torch.bfloat16, enabled=self._autocast):

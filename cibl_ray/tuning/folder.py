@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cibl_ray.config import build_config
-from cibl_ray.run.folder import BEST, only_files, only_folders, set_aside
+from cibl_ray.run.folder import BEST, BEST_RESULT, only_files, only_folders, set_aside
 from cibl_ray.tuning.config import SweepConfig
 from cibl_ray.tuning.sweep import Trial, objectives
 from pipelines.common.errors import UserError
@@ -116,7 +116,7 @@ def _make_room(folder: Path) -> None:
     """Set aside what is of another kind than what a sweep writes in its place."""
     runs = folder / RUNS
     only_folders([runs, folder / OF_RAY])
-    only_files(folder / name for name in (SWEEP, RECORD, JOURNAL, TABLE, BEST_CONFIG, BEST, TRADE_OFF, OVER_SKEW))
+    only_files(folder / name for name in (SWEEP, RECORD, JOURNAL, TABLE, BEST_CONFIG, BEST, BEST_RESULT, TRADE_OFF, OVER_SKEW))
     there = [*runs.iterdir()] if runs.is_dir() else []
     only_folders(path for path in there if not path.suffix)
     only_files(path for path in there if path.suffix in (".json", ".lock", ".error"))

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from cibl_ray.config import save_config
 from cibl_ray.run.checkpoint import load_checkpoint
-from cibl_ray.run.folder import BEST, CHECKPOINTS, LAST, set_aside
+from cibl_ray.run.folder import BEST, BEST_RESULT, CHECKPOINTS, LAST, RESULT, set_aside
 from cibl_ray.tuning.config import METRICS, SweepConfig
 from cibl_ray.tuning.folder import BEST_CONFIG, OVER_SKEW, RUNS, TABLE, TRADE_OFF
 from cibl_ray.tuning.sweep import Trial, axes, best, front, objectives, trial_config
@@ -82,6 +82,11 @@ def _keep_checkpoint(folder: Path, trial: Trial) -> None:
         log.warning("%s is not written: %s; %s", kept, error, again)
     else:
         write_atomically(kept, source.read_bytes())
+        result = folder / RUNS / trial.name / RESULT
+        if result.is_file():  # not of a trial that was stopped early
+            write_atomically(folder / BEST_RESULT, result.read_bytes())
+        else:
+            (folder / BEST_RESULT).unlink(missing_ok=True)
         return
     if os.path.lexists(kept):  # another trial's, perhaps
         log.warning("the earlier %s is kept as %s", kept, set_aside(kept))

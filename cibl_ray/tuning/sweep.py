@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from cibl_ray.config import RunConfig, build_config
+from cibl_ray.config import RunConfig, build_config, with_recipe
 from cibl_ray.tuning.config import Choice, Range, SweepConfig
 from pipelines.common.config_file import find_config, read_content
 from pipelines.common.errors import UserError
@@ -86,7 +86,9 @@ def base_content(sweep: SweepConfig) -> dict[str, Any]:
         UserError: It is not valid with the first values of the search, or a searched value is never valid.
     """
     path = find_config(sweep.base)
-    content = override(read_content(path, RunConfig), [*sweep.set.items()], RunConfig)
+    if "train.tune" in sweep.search:
+        raise UserError("search: train.tune decides the recipe, which is one for all trials; make a sweep for each value")
+    content = with_recipe(read_content(path, RunConfig), [*sweep.set.items()])
     first = {key: _ends(space)[0] for key, space in sweep.search.items()}
     place = f"{path} with {json.dumps({**sweep.set, **first})}"
     base = build_config(override(content, [*first.items()], RunConfig), [], place)

@@ -17,6 +17,7 @@ from pipelines.config import DataConfig
 from pipelines.doctor.examine import Examined, Look
 from pipelines.doctor.findings import Finding, counts_of, gini
 from pipelines.pixels import BadImageError
+from pipelines.prepare.build import excluded_names
 from pipelines.prepare.pictures import COLORS, GROUPS, shot_groups
 from pipelines.prepare.writer import line_of
 
@@ -59,16 +60,19 @@ def write_report(folder: Path, examined: Examined, findings: list[Finding], data
     content = _content(examined, findings)
     write_atomically(folder / CONTENT, json.dumps(content, indent=1))
     write_atomically(folder / PAGE, _page(content, examined, findings, data))
-    _write_list(folder / EXCLUDE, examined, {number for finding in findings for number in finding.exclude})
+    # What is left out already was not looked at: the new list goes on from it.
+    left = excluded_names(data.exclude) if data.exclude is not None else []
+    _write_list(folder / EXCLUDE, examined, {number for finding in findings for number in finding.exclude}, left)
     suspects = {number for finding in findings for number in finding.suspects}
     if suspects or (folder / SUSPECTS).exists():
-        _write_list(folder / SUSPECTS, examined, suspects)
+        _write_list(folder / SUSPECTS, examined, suspects, [])
     return content
 
 
-def _write_list(path: Path, examined: Examined, numbers: set[int]) -> None:
+def _write_list(path: Path, examined: Examined, numbers: set[int], before: list[str]) -> None:
     """The names of images, one a line. A list with other lines is kept: a person may have worked on it."""
-    lines = "".join(f"{line_of(examined.name[number])}\n" for number in sorted(numbers)).encode("utf-8", "surrogateescape")
+    names = [*before, *(line_of(examined.name[number]) for number in sorted(numbers))]
+    lines = "".join(f"{name}\n" for name in names).encode("utf-8", "surrogateescape")
     if path.exists() and path.read_bytes() != lines:
         path.replace(path.with_name(f"{path.stem}.{BEFORE}{path.suffix}"))
     write_atomically(path, lines)

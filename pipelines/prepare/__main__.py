@@ -36,8 +36,9 @@ def _prepare() -> None:
         usage="%(prog)s CONFIG [--count | --check | --cluster] [--field value ...]\n       %(prog)s [CONFIG] --help [PART]",
         description="Write the .beton files of CONFIG, a YAML file or the name of a shipped configuration.",
     )
-    parser.add_argument("--count", action="store_true", help="only print the class counts; write nothing")
-    parser.add_argument(
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument("--count", action="store_true", help="only print the class counts; write nothing")
+    only.add_argument(
         "--check", action="store_true", help="only list unreadable images, copies, and files in two places; write nothing"
     )
     on_ray = parser.add_argument_group("on a cluster")
@@ -48,6 +49,8 @@ def _prepare() -> None:
     if asked is None:
         return
     config, arguments = asked
+    if arguments.cluster and (arguments.count or arguments.check):
+        raise UserError("--count and --check write nothing, so there is nothing to do on a cluster; leave --cluster out")
     for option in ("workers", "address"):
         if getattr(arguments, option) is not None and not arguments.cluster:
             raise UserError(f"--{option} belongs to --cluster: add that")

@@ -76,7 +76,7 @@ def prepared_folder(data: DataConfig, seed: int, file_format: int = FORMAT) -> P
     if data.test_fraction:
         content["test_fraction"] = data.test_fraction
     if data.exclude is not None:
-        content["exclude"] = sorted(_excluded(data.exclude))
+        content["exclude"] = sorted(excluded_names(data.exclude))
     if data.split_by is not None:
         content["split_by"] = data.split_by
     if data.store.mode != "mixed":
@@ -209,7 +209,7 @@ def _carved(dataset: Dataset, data: DataConfig, seed: int) -> tuple[Images, Imag
     """
     train, val, test, classes = dataset.train, dataset.val, dataset.test, dataset.classes
     if data.exclude is not None:
-        train, val, test = _without(data.exclude, train, val, test)
+        train, val, test = _without(data.exclude, classes, train, val, test)
     if data.split_by is not None:
         train = grouped(train, data.split_by)
         val, test = (grouped(images, data.split_by) if images is not None else None for images in (val, test))
@@ -226,28 +226,41 @@ def _carved(dataset: Dataset, data: DataConfig, seed: int) -> tuple[Images, Imag
             _say(f"the source's own {name!r} split is used; data.{name}_fraction is for sources without one")
     if test_share > 0 and test is None:
         train, test = carve(train, len(classes), test_share, seed, "test split", keep=2 if val is None and val_share > 0 else 1)
+        if test is None:
+            raise UserError(f"data.test_fraction: no class has two {_unit(train)}, so none can be set aside for the test")
         _say_aside("test", test, test_share, classes)
     if val_share > 0 and val is None:
         train, val = carve(train, len(classes), val_share, seed)
         if val is None:
-            raise UserError("data.val_fraction: no class has two training images, so none can be set aside for validation")
+            raise UserError(f"data.val_fraction: no class has two {_unit(train)}, so none can be set aside for validation")
         _say_aside("val", val, val_share, classes)
     return train, val, test
 
 
-def _excluded(path: Path) -> set[str]:
-    """The names in a file of images to leave out."""
+def _unit(train: Images) -> str:
+    """What is set aside whole."""
+    return "training images" if train.groups is None else "groups of training images (data.split_by)"
+
+
+def excluded_names(path: Path) -> list[str]:
+    """The names in a file of images to leave out (`data.exclude`), each once.
+
+    Raises:
+        UserError: The file cannot be read.
+    """
     lines = read_text(path, "list of images to leave out").split("\n")
-    return {line.removesuffix("\r") for line in lines if line.strip()}
+    return list(dict.fromkeys(line.removesuffix("\r") for line in lines if line.strip()))
 
 
-def _without(path: Path, train: Images, val: Images | None, test: Images | None) -> tuple[Images, Images | None, Images | None]:
+def _without(
+    path: Path, classes: list[str], train: Images, val: Images | None, test: Images | None
+) -> tuple[Images, Images | None, Images | None]:
     """The splits without the images that a file names.
 
     Raises:
-        UserError: The source has none of them, or all of a split's are named.
+        UserError: The source has none of them, or all of a split's or of a class's training images are named.
     """
-    left = _excluded(path)
+    left = {*excluded_names(path)}
     kept: list[Images | None] = []
     dropped = 0
     for split, images in (("train", train), ("val", val), ("test", test)):
@@ -256,10 +269,13 @@ def _without(path: Path, train: Images, val: Images | None, test: Images | None)
             raise UserError(f"data.exclude: {path} names every image of the {split} split")
         dropped += len(images) - len(rows) if images is not None else 0
         kept.append(None if images is None else images.take(np.array(rows, dtype=np.int64)))
+    assert kept[0] is not None
+    gone = np.setdiff1d(train.labels, kept[0].labels)
+    if len(gone):
+        raise UserError(f"data.exclude: {path} names every training image of the class {classes[int(gone[0])]!r}")
     if left and not dropped:
         raise UserError(f"data.exclude: {path} names no image of the source; names are as in SPLIT.files.txt")
     _say(f"{dropped:,} images are left out, as {path} says (data.exclude)")
-    assert kept[0] is not None
     return kept[0], kept[1], kept[2]
 
 

@@ -155,7 +155,7 @@ def equal_cost() -> str:
     columns = ("overall", "many", "medium", "few")
     rows: dict[str, list[Line]] = {}
     for line in read("equal_cost-laptop.jsonl"):
-        if line["dataset"] == "cifar100":
+        if line["dataset"] == "cifar100" and "failed" not in line:
             rows.setdefault(line["value"], []).append(line["last"])
     means = {row: [statistics.mean(scores[column] for scores in of) for column in columns] for row, of in rows.items()}
     best = [max(column) for column in zip(*means.values(), strict=True)]

@@ -51,8 +51,9 @@ def main() -> None:
     parser.add_argument(
         "--max-pixels", type=_pixels, default=MAX_PIXELS, help="pixels of an image, at most (default: %(default)s)"
     )
-    parser.add_argument("--json", action="store_true", help="a JSON object for each image")
-    parser.add_argument("--out", type=_table, metavar="FILE", help="write the answers to FILE.csv or FILE.jsonl instead")
+    shape = parser.add_mutually_exclusive_group()
+    shape.add_argument("--json", action="store_true", help="a JSON object for each image")
+    shape.add_argument("--out", type=_table, metavar="FILE", help="write the answers to FILE.csv or FILE.jsonl instead")
     arguments = parser.parse_args()
     path = local_file(arguments.model, arguments.precision)
     if path is None:

@@ -297,6 +297,21 @@ def test_cmo_pastes_rectangles_of_the_other_stream_and_labels_by_area():
     assert 0.5 < np.mean(shares) < 0.75  # uniform, and then clipped by the border
 
 
+def test_all_workers_paste_in_the_same_steps(digits, tmp_path):
+    """They gather the labels of mixed images together; each draws rectangles of its own."""
+    flags = ["--epochs", "8", "--loader.kind", "torch", "--batch_size", "32", "--loss.kind", "balanced_softmax"]
+    run = Trainer(resolve(load_config("quickstart", [*flags, "--train.cmo", "{chance: 0.5}"])), digits, tmp_path)
+    streams = [next(feed.steps(4, 0)) for feed in run.feeds]
+    of_workers = []
+    for first_row in (0, 16):
+        run._step._first_row = first_row
+        of_workers.append([run._step._mixed(streams, 4, step, 0)[0].mixed for step in range(24)])
+    chosen, others = ([mixed is not None for mixed in each] for each in of_workers)
+    assert chosen == others
+    assert 4 < sum(chosen) < 20
+    assert [mixed[1] for mixed in of_workers[0] if mixed] != [mixed[1] for mixed in of_workers[1] if mixed]
+
+
 @pytest.mark.parametrize("more", [[], ["--train.accumulate", "2", "--train.contrast_set", "step"]])
 def test_cmo_draws_its_sources_class_balanced_and_keeps_the_first_and_last_epochs_plain(digits, tmp_path, monkeypatch, more):
     flags = [*more, "--epochs", "4", "--warmup_epochs", "0", "--loader.kind", "torch", "--batch_size", "32"]

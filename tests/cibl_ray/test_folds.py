@@ -61,12 +61,15 @@ def test_folds_hold_every_image_out_once_and_share_each_class():
     assert not np.array_equal(numbers, fold_numbers(labels, 5, seed=4))
 
 
-def test_a_fold_is_the_run_that_would_have_these_images_alone(folder):
+def test_a_fold_is_the_run_that_would_have_these_images_alone(folder, monkeypatch):
     """The head of a fold is, to the bit, the one that a run on the fold's images trains."""
     config = configure(folder)
     run = Trainer(config, ensure_prepared(config.data, config.seed), folder / "run")
     features, labels = run.features.features("train"), run.features.labels("train")
+    alone = []
+    monkeypatch.setattr("cibl_ray.training.folds.World", lambda **given: alone.append(given) or World())
     found = cross_validate(run, 3)
+    assert alone == 3 * [{"alone": True}]  # of a run with several workers, rank 0 does this by itself
     numbers = fold_numbers(labels, 3, config.seed)
     rows, held_out = next(fold_rows(numbers))
     part = run.prepared.part({"train": labels[rows], "val": labels[held_out]})
@@ -129,6 +132,9 @@ def test_automatic_folds_where_validation_is_too_small(folder):
         folds_of(configure(folder, "--folds", "3"), single)
     with pytest.raises(UserError, match="train.folds 3 with train.start: the head there has seen the images of every fold"):
         folds_of(configure(folder, "--folds", "3", "--train.start", str(folder)), prepared)
+    with pytest.raises(UserError, match="with train.start: the head there"):
+        fit(configure(folder, "--folds", "3", "--train.start", str(folder)), folder / "refused", False, World(), Silent())
+    assert not (folder / "refused").exists()
     with pytest.raises(UserError, match="train.folds 5 is for train.tune 'head'"):
         configure(folder, "--folds", "5", "--tune", "full")
     with pytest.raises(UserError, match="one fold leaves nothing to train on"):

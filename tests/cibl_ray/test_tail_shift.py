@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import shutil
 import struct
 import subprocess
 import sys
@@ -78,11 +79,17 @@ def test_chance_chooses_no_shift():
         assert choose_shift(*two_classes(40, 60), counts, metric).shift == 0.05
 
 
-def test_a_runs_result_has_it_and_evaluate_finds_it_again(run_folder):
+def test_a_runs_result_has_it_and_evaluate_finds_it_again(run_folder, tmp_path, caplog):
     result = json.loads((run_folder / "result.json").read_text())
     path = run_folder / "checkpoints" / "best.safetensors"
     assert chosen_shift(path) == result["best"]["tail_shift"]["shift"]
     assert chosen_shift(run_folder / "elsewhere.safetensors") == 0
+    assert "the tail shift is 0" not in caplog.text
+    assert chosen_shift(run_folder / "elsewhere.safetensors", asked=True) == 0
+    assert "the tail shift is 0:" in caplog.text
+    shutil.copy(path, tmp_path / "best.safetensors")  # as a sweep keeps its best trial's last epoch
+    (tmp_path / "best_result.json").write_text(json.dumps({"last": {"tail_shift": {"shift": 0.7}}}))
+    assert chosen_shift(tmp_path / "best.safetensors") == 0.7
     checkpoint = load_checkpoint(path)
     found = evaluate(checkpoint, tail_shift="auto")
     assert found.tail_shift is not None
@@ -178,6 +185,14 @@ def test_the_command_answers_what_it_can_read(run_folder, pictures, tmp_path):
     assert [row["image"] for row in rows] == [str(pictures / name) for name in ("a.jpg", "b.png", "inner/c.webp")]
     assert {*rows[0]} == {"image", "class", "probability", "class_2", "probability_2"}
     assert float(rows[0]["probability"]) >= float(rows[0]["probability_2"])
+
+
+def test_more_answers_than_classes_are_all_of_them(run_folder, pictures, tmp_path, monkeypatch):
+    out = tmp_path / "answers.csv"
+    monkeypatch.setattr("sys.argv", ["predict", str(run_folder), str(pictures / "a.jpg"), "--top", "50", "--out", str(out)])
+    predict_command.main()
+    head, row = csv.reader(out.read_text().splitlines())
+    assert len(head) == len(row) == 1 + 2 * 10
 
 
 def test_what_is_not_there_is_told(tmp_path, capsys):

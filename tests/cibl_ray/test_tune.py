@@ -368,6 +368,16 @@ def test_a_search_of_impossible_values(key, space, message):
     assert "\n" not in str(caught.value)
 
 
+def test_a_sweep_that_tunes_a_pretrained_backbone_has_the_recipe_for_it():
+    search = {"optimizer.layer_decay": {"kind": "choice", "values": [0.7, 0.8]}}
+    base = base_content(sweep(base="photos", search=search, set={"train.tune": "full", "train.epochs": 2}))
+    alone = load_config("photos", ["--tune", "full", "--train.epochs", "2"])
+    assert base["optimizer"] == {**alone.optimizer.model_dump(mode="json"), "layer_decay": 0.7}
+    assert base["train"] == alone.train.model_dump(mode="json")
+    with pytest.raises(UserError, match="train.tune decides the recipe"):
+        base_content(sweep(base="photos", search={"train.tune": {"kind": "choice", "values": ["head", "full"]}}, set={}))
+
+
 def test_a_search_whose_keys_depend_on_each_other():
     """Nine epochs of warm-up are possible in the longest trials."""
     search = {
@@ -463,7 +473,7 @@ def test_a_choice_of_numbers_that_yaml_reads_as_words(tmp_path):
     assert sweep(search=kinds).search["network.head.kind"].values == ("linear", "cosine")
 
 
-def test_report_of_two_objectives_one_of_them_to_be_small(tmp_path):
+def test_report_of_two_objectives_one_of_them_to_be_small(tmp_path, monkeypatch):
     objective = [{"metric": "few"}, {"metric": "calibration_error", "mode": "min"}]
     of = sweep(objective=objective, asha=None)
     trials = [
@@ -474,7 +484,10 @@ def test_report_of_two_objectives_one_of_them_to_be_small(tmp_path):
     for each in trials:
         (tmp_path / "trials" / each.name / "checkpoints").mkdir(parents=True)
         (tmp_path / "trials" / each.name / "checkpoints" / "last.safetensors").write_bytes(b"x")
+    (tmp_path / "trials" / "a" / "result.json").write_text("of the best")
+    monkeypatch.setattr("cibl_ray.tuning.report.load_checkpoint", lambda path: None)
     table = sweep_report.write(tmp_path, of, base_content(of), trials)
+    assert (tmp_path / "best_result.json").read_text() == "of the best"  # with the tail shift that its validation images chose
     assert [line.split()[0] for line in table.splitlines()[1:]] == ["a", "c"]
     with pytest.raises(UserError, match="no trial has a finite validation score, the first: boom"):
         sweep_report.write(tmp_path, of, base_content(of), [Trial("d", {}, "failed", 0, {}, "boom")])
@@ -485,6 +498,7 @@ def test_commands_mistakes(tmp_path):
         ([], "name a sweep first"),
         (["nowhere"], "no configuration 'nowhere'"),
         (["--resume", tmp_path], "not a sweep folder"),
+        (["--resume", tmp_path, "--sweeps", tmp_path], f"--resume continues in {tmp_path} itself; leave --sweeps out"),
     ):
         done = subprocess.run(
             [sys.executable, "-m", "cibl_ray.tune", *map(str, arguments)],

@@ -242,6 +242,8 @@ def test_a_data_set_of_hugging_face_from_disk(image_folder, tmp_path, named):
         HuggingFaceSource(kind="huggingface", path=str(folder), splits={"train": "holdout"}).open()
     with pytest.raises(UserError, match=r"has no column 'photo'; it has image, label"):
         HuggingFaceSource(kind="huggingface", path=str(folder), image="photo").open()
+    with pytest.raises(UserError, match=r"data.source.group: .* has no column 'patient'; it has image, label"):
+        HuggingFaceSource(kind="huggingface", path=str(folder), group="patient").open()
 
 
 def test_a_data_set_is_prepared_once(image_folder, tmp_path):
@@ -258,3 +260,20 @@ def test_a_data_set_is_prepared_once(image_folder, tmp_path):
     again = ensure_prepared(DataConfig.model_validate(content), 0)
     assert (again.folder / "prepared.json").stat().st_mtime_ns == written
     assert json.loads((again.folder / "prepared.json").read_text())["classes"] == ["0", "1", "2"]
+
+
+def test_shards_of_one_name_in_several_folders_have_names_of_their_own(image_folder, tmp_path):
+    """Those that no other shard shares a name with keep the file's, and so their digests."""
+    images = sorted((image_folder / "train" / "one").iterdir())
+    for number, place in enumerate(("x/b/000.tar", "y/b/000.tar", "x/a/000.tar", "x/b/001.tar")):
+        path = tmp_path / "shards" / place
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tarfile.open(path, "w") as target:
+            target.add(images[number], "1.png")
+            label = tarfile.TarInfo("1.cls")
+            label.size = 1
+            target.addfile(label, io.BytesIO(str(number % 2).encode()))
+    found = WebDatasetSource(kind="webdataset", train=tmp_path / "shards" / "*" / "*" / "*.tar").open().train
+    names = dict(zip(found.names, pixels(found), strict=True))
+    assert {*names} == {"x/b/000.tar/1.png", "y/b/000.tar/1.png", "a/000.tar/1.png", "001.tar/1.png"}
+    assert names["x/b/000.tar/1.png"] != names["y/b/000.tar/1.png"]

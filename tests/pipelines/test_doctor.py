@@ -263,6 +263,20 @@ def test_the_command_and_the_list_that_it_writes(folder, tmp_path, monkeypatch, 
     assert (out / "exclude.before.txt").read_text() == "train/ash/3.jpg\n"
     assert len((out / "exclude.txt").read_text().splitlines()) == 3
 
+    before = (out / "exclude.txt").read_text()
+    (folder / "train/ash/9.jpg").write_bytes(b"no image any more")  # after the list was made
+    again = ["--data.exclude", str(out / "exclude.txt"), "--features", "none", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", ["doctor", "folder", *source, *again])
+    command.main()
+    told = capsys.readouterr().out
+    names = (out / "exclude.txt").read_text()
+    assert names.startswith(before)  # what was left out stays left out
+    assert "9.jpg" in names
+    of_class = sorted(f"train/ash/{path.name}" for path in (folder / "train/ash").iterdir())
+    (tmp_path / "class.txt").write_text("\n".join(of_class))
+    with pytest.raises(UserError, match="class.txt names every training image of the class 'ash'"):
+        ensure_prepared(DataConfig.model_validate({**data, "exclude": str(tmp_path / "class.txt")}), 0)
+
     (tmp_path / "none.txt").write_text("train/ash/none.jpg\n")
     with pytest.raises(UserError, match="names no image of the source"):
         ensure_prepared(DataConfig.model_validate({**data, "exclude": str(tmp_path / "none.txt")}), 0)

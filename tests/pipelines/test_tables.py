@@ -199,6 +199,30 @@ def test_groups_stay_in_one_split(photos, tmp_path, capsys):
         ensure_prepared(DataConfig.model_validate({**data, "split_by": "(camera)"}), 0)
 
 
+def test_a_column_that_only_has_a_groups_name_is_none(photos, capsys):
+    """One cell is empty, or another table lacks the column; a column that is named has to be whole."""
+    folder, rows = photos
+    some = [{**row, "location": "" if number == 3 else "here"} for number, row in enumerate(rows)]
+    path = write_csv(folder / "location.csv", some, ["image", "label", "location"])
+    assert TableSource(kind="table", path=path).open().train.groups is None
+    assert "group =" not in capsys.readouterr().err
+    with pytest.raises(UserError, match="the column 'location' is empty"):
+        TableSource(kind="table", path=path, group="location").open()
+    whole = write_csv(folder / "whole.csv", [{**row, "location": "here"} for row in rows], ["image", "label", "location"])
+    without = write_csv(folder / "without.csv", rows[:3], ["image", "label"])
+    assert TableSource(kind="table", path=whole).open().train.groups is not None
+    assert TableSource(kind="table", path=whole, val=without).open().train.groups is None
+
+
+@pytest.mark.parametrize("share", ["val_fraction", "test_fraction"])
+def test_a_split_that_no_class_has_groups_for_is_refused(photos, tmp_path, share):
+    folder, rows = photos
+    path = write_csv(folder / "one.csv", [{**row, "patient": row["label"]} for row in rows], ["image", "label", "patient"])
+    content = {"source": {"kind": "table", "path": str(path)}, "split_by": "group", "prepared": tmp_path / share, share: 0.2}
+    with pytest.raises(UserError, match=rf"data.{share}: no class has two groups of training images \(data.split_by\)"):
+        ensure_prepared(DataConfig.model_validate(content), 0)
+
+
 def test_own_splits_that_share_a_group_are_refused(photos, tmp_path):
     folder, rows = photos
     path = write_csv(folder / "shared.csv", rows, ["image", "label", "split", "patient"])

@@ -50,6 +50,9 @@ class HuggingFaceSource(SourceConfig):
             raise UserError(f"data set {self.path!r}, {unlabelled}: image {row} has no label; leave that split out of splits")
         listed = {name: name for name in names if name in {*values["train"]}} if names is not None else None
         classes, label_of = classes_of(values["train"], repr(self.path), listed)
+        if self.group is not None:
+            for each in found.values():
+                self._column(each, "group", self.group, [])
         groups = numbered(str(value) for each in found.values() for value in each[self.group]) if self.group else {}
         images = {}
         for split, each in found.items():

@@ -73,7 +73,7 @@ class TableSource(SourceConfig):
         """
         tables = {split: _read(path, self.header) for split, path in self._paths().items()}
         first = tables["train"]
-        columns = self._columns(first)
+        columns = self._columns(first, [*tables.values()])
         parts = [_rows(table, columns, self.root, None if split == "train" else split) for split, table in tables.items()]
         found = {value for part in parts for value in part.labels.values}
         listed = self._listed()
@@ -129,13 +129,13 @@ class TableSource(SourceConfig):
         refuse_alike([value for _, value, _ in rows], [place for place, _, _ in rows])
         return {name_key(value): name for _, value, name in rows}
 
-    def _columns(self, table: _Table) -> _Columns:
+    def _columns(self, table: _Table, tables: list[_Table]) -> _Columns:
         image = _column(table, "image", self.image, _IMAGE)
         label = _column(table, "label", self.label, _LABEL)
         if image is None or label is None:
             image, label = _by_content(table, image, label)
         split = _column(table, "split", self.split, _SPLIT, _are_splits)
-        group = _column(table, "group", self.group, _GROUP)
+        group = _column(table, "group", self.group, _GROUP, lambda _, name: all(_is_whole(each, name) for each in tables))
         weight = _column(table, "weight", self.weight, _WEIGHT, lambda table, name: _are_weights(table, name, split))
         found = {"image": image, "label": label, "split": split, "group": group, "weight": weight}
         given = {name: getattr(self, name) for name in found}
@@ -312,6 +312,12 @@ def _column(table: _Table, what: str, given: str | None, known: tuple[str, ...],
 def _are_splits(table: _Table, name: str) -> bool:
     """Whether a column says splits. Another one may have that name, such as the numbers of folds."""
     return {str(value).strip().lower() for value in table.column(name)} <= _SPLITS.keys()
+
+
+def _is_whole(table: _Table, name: str) -> bool:
+    """Whether a table has a column without an empty cell. Another one may have a group's name, such as a location."""
+    cells = table.column(name) if name in table.names and name not in table.bytes_in else [None]
+    return all(value is not None and str(value).strip() for value in cells)
 
 
 def _are_weights(table: _Table, name: str, split: str | None) -> bool:

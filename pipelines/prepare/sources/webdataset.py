@@ -11,6 +11,7 @@ import os
 import re
 import tarfile
 from array import array
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from itertools import repeat
 from pathlib import Path
@@ -66,8 +67,8 @@ class WebDatasetSource(SourceConfig):
                 raise UserError(f"{pattern}: addresses and paths are mixed; give either addresses or paths")
             # What waits for the network is read at once, what waits for a disk in turn.
             with contextlib.closing(in_threads(self._index, shards, _READ if remote else 1)) as each:
-                for shard, index in zip(shards, each, strict=True):
-                    found[split].add(shard, index)
+                for shard, name, index in zip(shards, _distinct(shards), each, strict=True):
+                    found[split].add(shard, name, index)
         classes, label_of = classes_of(found["train"].labels.values, str(self.train))
         for split, samples in found.items():
             strange = next((label for label in samples.labels.values if label not in label_of), None)
@@ -113,11 +114,11 @@ class _Samples:
     start: array[int] = field(default_factory=lambda: array("q"))
     size: array[int] = field(default_factory=lambda: array("q"))
 
-    def add(self, shard: Path | RemoteFile, index: _Index) -> None:
-        """Add the samples of a shard."""
+    def add(self, shard: Path | RemoteFile, name: str, index: _Index) -> None:
+        """Add the samples of a shard, which the split's others do not share `name` with."""
         self.file.extend(repeat(len(self.shards), len(index.names)))
         self.shards.append(shard)
-        self.names.extend(index.names)
+        self.names.extend(f"{name}/{each.partition('/')[2]}" for each in index.names)
         self.labels.extend(index.labels)
         self.start.extend(index.starts)
         self.size.extend(index.sizes)
@@ -132,6 +133,19 @@ class _Samples:
             RemoteSlices(remote, self.names, file, start, size) if remote else Slices(local, self.names, file, start, size)
         )
         return Images(self.names, self.labels.numbered(label_of), content=content)
+
+
+def _distinct(shards: list[Path | RemoteFile]) -> list[str]:
+    """A name of each shard: of its file, with as many of the folders above as tell it from the others of that name."""
+    parts = [(shard.address if isinstance(shard, RemoteFile) else str(shard)).split("/") for shard in shards]
+    length = [1] * len(parts)
+    while len({*(names := ["/".join(of[-count:]) for of, count in zip(parts, length, strict=True)])}) < len(names):
+        counts = Counter(names)
+        longer = [count + (counts[name] > 1 and count < len(of)) for of, count, name in zip(parts, length, names, strict=True)]
+        if longer == length:  # a shard that is named twice
+            break
+        length = longer
+    return names
 
 
 def _index_of(shard: Path | RemoteFile, label_field: str | None) -> _Index:
