@@ -12,7 +12,7 @@ import argparse
 import logging
 from pathlib import Path
 
-from cibl_ray.run.shift import chosen_shift, shift_or_auto
+from cibl_ray.run.shift import asked_shift, shift_or_auto
 from cibl_ray.run.which import checkpoint
 from pipelines.common.errors import CommandParser, run_command
 
@@ -57,9 +57,7 @@ def main() -> None:
         max_drop=arguments.max_drop,
         calibration=arguments.calibration,
         provider=arguments.provider,
-        tail_shift=chosen_shift(path, arguments.tail_shift == "auto")
-        if arguments.tail_shift in (None, "auto")
-        else arguments.tail_shift,
+        tail_shift=asked_shift(path, arguments.tail_shift),
     )
     print(make_bundle(path, out.absolute(), options).table())
     print(f"bundle: {out}; serve it: python -m serve {out}")

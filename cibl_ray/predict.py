@@ -14,7 +14,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from cibl_ray.run.shift import chosen_shift, shift_or_auto
+from cibl_ray.run.shift import asked_shift, shift_or_auto
 from cibl_ray.run.which import checkpoint
 from pipelines.common.errors import CommandParser, UserError, run_command
 
@@ -53,11 +53,7 @@ def main() -> None:
         classifier = from_bundle(arguments.run)
     else:
         path = checkpoint(arguments.run, arguments.checkpoint)
-        shift = (
-            chosen_shift(path, arguments.tail_shift == "auto")
-            if arguments.tail_shift in (None, "auto")
-            else arguments.tail_shift
-        )
+        shift = asked_shift(path, arguments.tail_shift)
         from cibl_ray.run.checkpoint import load_checkpoint
 
         classifier = from_checkpoint(load_checkpoint(path), shift)

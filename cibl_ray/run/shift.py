@@ -45,6 +45,11 @@ def chosen_shift(checkpoint: Path, asked: bool = False) -> float:
     return _none_chosen(reason)
 
 
+def asked_shift(checkpoint: Path, asked: float | Literal["auto"] | None) -> float:
+    """The shift that a command uses: its number, or with 'auto' or nothing the one that was chosen for the checkpoint."""
+    return chosen_shift(checkpoint, asked == "auto") if asked in (None, "auto") else float(asked)
+
+
 def _none_chosen(why: str) -> float:
     log.warning("the tail shift is 0: %s", why)
     return 0.0

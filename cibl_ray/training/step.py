@@ -123,8 +123,8 @@ class Step:
         if train.cmo is None:
             return [mix(images, train.mixup, train.cutmix, draw) for images in streams]
         images, sources = streams
-        draw.random()
-        # One draw for all workers: they gather the labels of mixed images together.
+        # All workers paste in the same steps, for they gather the labels together: the first worker's first number decides.
+        draw.random()  # each worker's own first number, so that its rectangles do not depend on the decision
         chosen = stream(self._config.seed, "mix", epoch, step, part, 0).random() < train.cmo.chance
         now = train.cmo.first_epochs <= epoch < train.epochs - train.cmo.last_epochs
         return [paste(images, sources, draw) if now and chosen else images]

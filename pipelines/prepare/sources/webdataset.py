@@ -118,7 +118,8 @@ class _Samples:
         """Add the samples of a shard, which the split's others do not share `name` with."""
         self.file.extend(repeat(len(self.shards), len(index.names)))
         self.shards.append(shard)
-        self.names.extend(f"{name}/{each.partition('/')[2]}" for each in index.names)
+        # A shard whose file's name is its own has the names of its index already.
+        self.names.extend(index.names if "/" not in name else [f"{name}/{each.partition('/')[2]}" for each in index.names])
         self.labels.extend(index.labels)
         self.start.extend(index.starts)
         self.size.extend(index.sizes)
