@@ -24,8 +24,17 @@ def test_a_sentence_that_is_gone_is_found():
         tables.requoted("README.md", "nothing")
 
 
+def test_a_table_of_results_leaves_out_lines_of_a_recipe_that_has_changed_since(monkeypatch):
+    lines = tables.read("results/equal_cost-laptop.jsonl")
+    changed = [line | {"seed": 1, "config": line["config"] | {"optimizer": {"lr": 7.0}}} for line in lines]
+    failed = [line | {"seed": 2, "failed": "out of memory"} for line in lines]
+    before = tables.equal_cost()
+    monkeypatch.setattr(tables, "read", lambda name: lines + changed + failed)
+    assert tables.equal_cost() == before
+
+
 def test_recorded_lines_have_a_command_and_hardware():
-    lines = tables.read("measured.jsonl")
+    lines = tables.read("results/measured.jsonl")
     assert len({line["table"] for line in lines}) == len(lines)
     for line in lines:
         assert line["command"].startswith("python -m ")

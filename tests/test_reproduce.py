@@ -565,6 +565,10 @@ def test_accuracy_against_pflop_is_drawn(tmp_path, capsys):
     assert "at imbalance factor 10 has a cost" in missing.stderr
 
 
+def test_names_of_points_at_one_height_are_drawn_apart():
+    assert front._apart([32.6, 46.2, 46.8, 46.9], 0.75) == pytest.approx([32.6, 46.2, 46.95, 47.7])
+
+
 def test_lines_are_read_back_and_the_last_of_a_cell_counts(tmp_path):
     path = tmp_path / "t.jsonl"
     assert reproduce_report.read(path) == []

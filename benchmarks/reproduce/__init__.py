@@ -1,1 +1,1 @@
-"""The published tables and the papers' claims, from runs to docs/results/."""
+"""The published tables and the papers' claims, from runs to tables and pictures."""

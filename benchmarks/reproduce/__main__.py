@@ -1,4 +1,4 @@
-"""`python -m benchmarks.reproduce TABLE [--budget BUDGET] [--seeds N] [--jobs N] [--hours H]`: from runs to docs/results/.
+"""`python -m benchmarks.reproduce TABLE [--budget BUDGET] [--seeds N] [--jobs N] [--hours H]`: from runs to tables.
 
 TABLE is one of:
 
@@ -20,7 +20,7 @@ data/, or from an image folder (train/CLASS/*, test/CLASS/*): --cifar10 FOLDER, 
 
 Scores are the last epoch's, on the test set, which chooses nothing. With --val 0.1 a tenth of each class is set aside, and the
 best epoch on it is scored too. What has a result is not run again, so a stopped measurement continues. Every cell is a line of
-docs/results/TABLE-BUDGET.jsonl, with its command, configuration, code and machine, or with why it failed; Markdown and picture
+TABLE-BUDGET.jsonl, with its command, configuration, code and machine, or with why it failed; Markdown and picture
 beside it are drawn from those.
 """
 
@@ -68,11 +68,16 @@ def main() -> None:
     )
     parser.add_argument("--prepared", type=Path, default=Path("prepared"), help="folder for .beton files")
     parser.add_argument("--runs", type=Path, default=Path("runs/reproduce"))
-    parser.add_argument("--docs", type=Path, default=Path("docs/results"))
+    parser.add_argument(
+        "--docs",
+        type=Path,
+        help="folder of the table; by default docs/results (cpu, smoke: docs/lab-notes/short-runs)",
+    )
     parser.add_argument("--report-only", action="store_true", help="draw tables and pictures from the lines that are there")
     arguments = parser.parse_args()
     table, budget = arguments.table, arguments.budget
-    lines = arguments.docs / f"{table}-{budget}{'-val' if arguments.val else ''}{_suffix(arguments)}.jsonl"
+    docs = arguments.docs or Path("docs/lab-notes/short-runs" if budget in ("cpu", "smoke") else "docs/results")
+    lines = docs / f"{table}-{budget}{'-val' if arguments.val else ''}{_suffix(arguments)}.jsonl"
     if table in ON_VALIDATION:
         arguments.val = arguments.val or 0.1
     if table in ("search", "equal_cost") and budget == "cpu":

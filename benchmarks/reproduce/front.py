@@ -59,6 +59,14 @@ def ours(lines: list[Line], dataset: str, factor: int) -> dict[str, list[tuple[f
     return found
 
 
+def _apart(heights: list[float], gap: float) -> list[float]:
+    """Heights in rising order, each moved up until it is `gap` above the one before."""
+    found: list[float] = []
+    for height in heights:
+        found.append(max(height, found[-1] + gap) if found else height)
+    return found
+
+
 def draw(lines: list[Line], dataset: str, factor: int, path: Path) -> int:
     """Draw the picture. Returns how many of our runs are in it.
 
@@ -73,14 +81,22 @@ def draw(lines: list[Line], dataset: str, factor: int, path: Path) -> int:
     for name, x, y in published(dataset, factor):
         axes.plot(x, y, "D", mfc="none", color="#8a8a8a", ms=6)
         axes.annotate(name, (x, y), xytext=(5, -9), textcoords="offset points", fontsize=7, color="#8a8a8a")
-    for number, (name, of) in enumerate(points.items()):
+    names = sorted(points, key=lambda name: max(y for _, y in points[name]))
+    heights = _apart([max(y for _, y in points[name]) for name in names], 0.75)
+    for name, height in zip(names, heights, strict=True):
         color = "#c8553d" if name.startswith("CIBL") else "#2a6f97"
-        x, y = np.array(of).T
+        x, y = np.array(points[name]).T
         axes.plot(x, y, "o", color=color, ms=5)
-        place = (5, 4 + 8 * (number % 2))
-        axes.annotate(name, (x.mean(), y.max()), xytext=place, textcoords="offset points", fontsize=7, color=color)
+        axes.annotate(
+            name, (x.min(), y.max()), (x.min() * 0.93, height), fontsize=7, color=color, ha="right", va="center",
+            arrowprops={"arrowstyle": "-", "color": color, "lw": 0.4},
+        )  # fmt: skip
     axes.set_xscale("log")
-    axes.set(xlabel="PFLOP of a run", ylabel="test accuracy, %, last epoch")
+    ticks = [tick for tick in (0.1, 0.2, 0.5, 1, 2, 5, 10) if axes.get_xlim()[0] / 1.6 <= tick <= axes.get_xlim()[1]]
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
+    axes.set_xlim(left=axes.get_xlim()[0] / 1.6)  # room for the names of ours
+    axes.set(xlabel="PFLOP of a run", ylabel="test accuracy, %")
     axes.set_title(
         f"{tables.TITLES[dataset]}, imbalance factor {factor}: runs here (dots; CIBL red) and published (diamonds)", fontsize=10
     )

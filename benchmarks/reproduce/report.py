@@ -1,4 +1,4 @@
-"""`docs/results/`: lines of JSON, and the tables and pictures drawn from them."""
+"""Lines of JSON, and the tables and pictures drawn from them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _CHOICE = {
 _OF_METHODS = {
     True: "No epoch is chosen on the test set. CIBL's λ and κ = 1 come from short runs scored on validation data (recipe).",
     False: "No epoch is chosen on the test set. "
-    "CIBL's λ = .05 and κ = 1 looked best on it in docs/results/claims, after five epochs.",
+    "CIBL's λ = .05 and κ = 1 looked best on it in docs/lab-notes/short-runs/claims, after five epochs.",
 }
 _SCORED = dict.fromkeys(
     ON_VALIDATION, "a balanced validation split, a tenth of each class's images before the long tail is cut"

@@ -27,14 +27,15 @@ from benchmarks.reproduce.lines import is_of
 from cibl_ray.config import load_config
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-RESULTS = REPOSITORY / "docs" / "results"
+DOCS = REPOSITORY / "docs"
+SHORT_RUNS = "lab-notes/short-runs"
 _TABLE = re.compile(r"(<!-- table (.+?) -->\n).*?(<!-- /table -->)", re.DOTALL)
 Line = dict[str, Any]
 
 
 def read(name: str) -> list[Line]:
-    """The JSON lines of a file in docs/results."""
-    return [json.loads(line) for line in (RESULTS / name).read_text().splitlines()]
+    """The JSON lines of a file in docs/."""
+    return [json.loads(line) for line in (DOCS / name).read_text().splitlines()]
 
 
 def cell(values: Sequence[float | None], digits: int = 1) -> str:
@@ -60,7 +61,7 @@ def effect(method: str) -> str:
     columns = ("overall", "head", "middle", "tail")
     rows = []
     for table, title in (("cifar10_lt", "CIFAR-10-LT"), ("cifar100_lt", "CIFAR-100-LT")):
-        lines = _newest(table)
+        lines = _current(table, "cpu", f"{SHORT_RUNS}/{table}-cpu.jsonl")
         for name in dict.fromkeys(("CE", method)):
             of = [line["last"] for line in lines if line["value"] == name]
             rows.append([title, name, *(cell([line[column] for line in of]) for column in columns), str(len(of))])
@@ -68,11 +69,11 @@ def effect(method: str) -> str:
 
 
 @functools.cache
-def _newest(table: str) -> list[Line]:
-    """The lines of a table that say what its cells train today."""
-    every = {(one.dataset, one.imbalance, one.value, one.seed): one for one in cells(table, "cpu", 3, 0)}
+def _current(table: str, budget: str, name: str) -> list[Line]:
+    """The lines of a table whose runs ended, and that say what its cells train today."""
+    every = {(one.dataset, one.imbalance, one.value, one.seed): one for one in cells(table, budget, 3, 0)}
     found = {}
-    for line in read(f"{table}-cpu.jsonl"):
+    for line in read(name):
         key = (line["dataset"], line["imbalance"], line["value"], line["seed"])
         one = every.get(key)
         if one is not None and "failed" not in line and is_of(line, load_config(one.config, [*one.options, *_FOLDER])):
@@ -86,7 +87,7 @@ _FOLDER = ("--data.source.kind", "folder", "--data.source.path", "FOLDER")
 def photos_effect(loss: str) -> str:
     """A loss beside cross-entropy as the head of pretrained features."""
     columns = ("overall", "many", "medium", "few", "worst", "calibration_error")
-    lines, rows = read("photos-cpu.jsonl"), []
+    lines, rows = read("results/photos-cpu.jsonl"), []
     for head in ("linear", "cosine"):
         for name in dict.fromkeys(("cross-entropy", loss)):
             of = [line for line in lines if line["row"] == f"head, {name}, {head}"]
@@ -117,7 +118,7 @@ def photos() -> str:
     """Every row of the comparison on photographs."""
     from benchmarks.photos_table import markdown as table
 
-    return table(read("photos-cpu.jsonl"))
+    return table(read("results/photos-cpu.jsonl"))
 
 
 def cibl_vs_ce(form: str = "") -> str:
@@ -132,7 +133,7 @@ def cibl_vs_ce(form: str = "") -> str:
     if form == "short":
         names = ["overall", "head", "tail", "worst", "calibration_error"]
         titles = ["overall", "3 largest classes", "3 smallest", "worst class", "calibration error"]
-    lines = read("cibl_vs_ce/cpu.jsonl")
+    lines = read("results/cibl_vs_ce/cpu.jsonl")
     rows = []
     for line in lines:
         texts = [line["value"]]
@@ -150,12 +151,17 @@ def cibl_vs_ce(form: str = "") -> str:
     return markdown(["", *titles], rows)
 
 
-def equal_cost() -> str:
-    """Methods on CIFAR-100-LT after as many passes, the best overall first; the best of each column is bold."""
+def equal_cost(method: str = "") -> str:
+    """Methods on CIFAR-100-LT after as many passes, the best overall first; the best of each column is bold.
+
+    Args:
+        method: Its rows alone, beside cross-entropy's; '' has every row.
+    """
     columns = ("overall", "many", "medium", "few")
     rows: dict[str, list[Line]] = {}
-    for line in read("equal_cost-laptop.jsonl"):
-        if line["dataset"] == "cifar100" and "failed" not in line:
+    for line in _current("equal_cost", "laptop", "results/equal_cost-laptop.jsonl"):
+        wanted = not method or line["value"].split(",")[0] in ("CE", method)
+        if line["dataset"] == "cifar100" and wanted:
             rows.setdefault(line["value"], []).append(line["last"])
     means = {row: [statistics.mean(scores[column] for scores in of) for column in columns] for row, of in rows.items()}
     best = [max(column) for column in zip(*means.values(), strict=True)]
@@ -169,20 +175,20 @@ def equal_cost() -> str:
 
 def measured(name: str) -> str:
     """A table of a benchmark as it was recorded in measured.jsonl."""
-    (line,) = [line for line in read("measured.jsonl") if line["table"] == name]
+    (line,) = [line for line in read("results/measured.jsonl") if line["table"] == name]
     return markdown(line["columns"], line["rows"])
 
 
 def quote(table: str, row: str, column: str) -> str:
     """One cell of a recorded table, without its bold type."""
-    (line,) = [line for line in read("measured.jsonl") if line["table"] == table]
+    (line,) = [line for line in read("results/measured.jsonl") if line["table"] == table]
     (cells_of,) = [cells for cells in line["rows"] if cells[0].replace("*", "") == row]
     return str(cells_of[line["columns"].index(column)]).replace("*", "")
 
 
 def schema(name: str) -> str:
     """The fields of a JSON file, from its schema."""
-    content = json.loads((REPOSITORY / "docs" / "reference" / "schemas" / f"{name}.schema.json").read_text())
+    content = json.loads((DOCS / "reference" / "schemas" / f"{name}.schema.json").read_text())
     rows = []
     for field, about in content["properties"].items():
         optional = "" if field in content["required"] else ", may be absent"
@@ -234,7 +240,7 @@ def requoted(path: str, text: str) -> str:
 def stale_pages() -> dict[Path, str]:
     """The pages whose tables or numbers are not those of the recorded lines, with what they should say."""
     found = {}
-    for path in [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]:
+    for path in [REPOSITORY / "README.md", *sorted(DOCS.rglob("*.md"))]:
         text = path.read_text()
         new = requoted(str(path.relative_to(REPOSITORY)), redrawn(text))
         if new != text:
@@ -245,11 +251,11 @@ def stale_pages() -> dict[Path, str]:
 def _reproduced() -> dict[Path, str]:
     """The stale ones among the tables of `benchmarks.reproduce`."""
     found = {}
-    for lines in sorted(RESULTS.glob("*-*.jsonl")):
+    for lines in sorted([*DOCS.glob("results/*-*.jsonl"), *DOCS.glob(f"{SHORT_RUNS}/*-*.jsonl")]):
         table, _, budget = lines.stem.rpartition("-")
         if table == "photos":
             continue
-        seeds = str(1 + max(line["seed"] for line in read(lines.name)))
+        seeds = str(1 + max(line["seed"] for line in read(str(lines.relative_to(DOCS)))))
         with tempfile.TemporaryDirectory() as folder:
             shutil.copy(lines, folder)
             command = ["reproduce", table, "--budget", budget, "--seeds", seeds, "--report-only", "--docs", folder]
