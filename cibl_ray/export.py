@@ -14,7 +14,7 @@ from pathlib import Path
 
 from cibl_ray.run.shift import asked_shift, shift_or_auto
 from cibl_ray.run.which import checkpoint
-from pipelines.common.errors import CommandParser, run_command
+from pipelines.common.errors import CommandParser, UserError, run_command
 
 
 def main() -> None:
@@ -33,8 +33,8 @@ def main() -> None:
     parser.add_argument("--name", help="the model's name for its clients; by default the run's")
     parser.add_argument("--embedding", action="store_true", help="a third output, the image's unit embedding")
     parser.add_argument("--target", choices=["x86", "x86-avx2", "arm"], help="CPU that int8 is for; by default this one")
-    parser.add_argument("--max-drop", type=_points, default=1.0, help="points a shot group may lose to fp16 or int8; default 1")
-    parser.add_argument("--calibration", type=_count, default=512, help="images that calibrate int8; default 512")
+    parser.add_argument("--max-drop", type=_points, help="points a shot group may lose to fp16 or int8; default 1")
+    parser.add_argument("--calibration", type=_count, help="images that calibrate int8; default 512")
     parser.add_argument("--provider", choices=["auto", "cpu", "cuda", "tensorrt"], default="auto", help="of onnxruntime")
     parser.add_argument(
         "--tail-shift",
@@ -43,6 +43,14 @@ def main() -> None:
         help="what the answers have of it by default; by default auto: what the run's validation images chose, else 0",
     )
     arguments = parser.parse_args()
+    made = " and ".join(dict.fromkeys(["fp32", *arguments.precision]))
+    for option, value, of in (
+        ("--target", arguments.target, {"int8"}),
+        ("--calibration", arguments.calibration, {"int8"}),
+        ("--max-drop", arguments.max_drop, {"fp16", "int8"}),
+    ):
+        if value is not None and not of & {*arguments.precision}:
+            raise UserError(f"{option} {value} does nothing for {made}; add --precision {' or '.join(sorted(of))}")
     from cibl_ray.exporting.make_bundle import Options, make_bundle
 
     logging.basicConfig(format="%(message)s")
@@ -54,8 +62,8 @@ def main() -> None:
         name=arguments.name,
         embedding=arguments.embedding,
         target=arguments.target,
-        max_drop=arguments.max_drop,
-        calibration=arguments.calibration,
+        max_drop=1.0 if arguments.max_drop is None else arguments.max_drop,
+        calibration=arguments.calibration or 512,
         provider=arguments.provider,
         tail_shift=asked_shift(path, arguments.tail_shift),
     )

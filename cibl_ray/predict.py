@@ -17,6 +17,7 @@ from pathlib import Path
 from cibl_ray.run.shift import asked_shift, shift_or_auto
 from cibl_ray.run.which import checkpoint
 from pipelines.common.errors import CommandParser, UserError, run_command
+from pipelines.pixels import MAX_PIXELS
 
 
 def main() -> None:
@@ -31,7 +32,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the answers to FILE; by default they are printed")
     parser.add_argument("--top", type=int, default=1, metavar="N", help="classes of an answer; default 1")
     parser.add_argument("--checkpoint", choices=["best", "last"], help="of a run folder; by default best, else last")
-    parser.add_argument("--max-pixels", type=int, metavar="N", help="of an image, at most; by default as in training")
+    parser.add_argument(
+        "--max-pixels",
+        type=int,
+        metavar="N",
+        help=f"of an image, at most; by default as in training, else {MAX_PIXELS:,}",
+    )
     parser.add_argument(
         "--tail-shift", type=shift_or_auto, metavar="auto|NUMBER", help="of a run; by default auto: what validation chose"
     )

@@ -22,7 +22,8 @@ from benchmarks.reproduce import report as reproduce_report
 from benchmarks.reproduce.cells import BUDGETS, ON_VALIDATION, TABLES, cells
 from benchmarks.reproduce.cost import multiply_adds, pflop
 from benchmarks.reproduce.lines import failed, is_of, of_cell, record
-from cibl_ray.config import config_warnings, load_config, save_config
+from cibl_ray.config import load_config, save_config
+from cibl_ray.config_warnings import config_warnings
 from cibl_ray.run.fingerprint import code_digest
 from cibl_ray.run.log import read_metrics
 from cibl_ray.training.passes import passes

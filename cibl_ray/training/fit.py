@@ -12,7 +12,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from cibl_ray.config import RunConfig, config_warnings, save_config
+from cibl_ray.config import RunConfig, save_config
+from cibl_ray.config_warnings import config_warnings
 from cibl_ray.evaluation.confusion import save_confusion
 from cibl_ray.evaluation.metrics import Scores, heading, table
 from cibl_ray.evaluation.pictures import save_accuracy_by_class, save_learning_curves

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from cibl_ray.run.progress import Silent
 from cibl_ray.tracking.trackers import Trackers
 from cibl_ray.training.fit import fit
 from cibl_ray.training.trainer import Trainer
-from cibl_ray.tuning.config import Choice, Range, SweepConfig
+from cibl_ray.tuning.config import AshaConfig, Choice, Range, SweepConfig
 from cibl_ray.tuning.folder import RUNS, read_trials, record_trial
 from cibl_ray.tuning.journal import STUDY, open_journal
 from cibl_ray.tuning.sweep import Trial, best, objectives, trial_config, trial_name
@@ -23,6 +24,8 @@ from cibl_ray.world import World
 from pipelines.common.errors import UserError
 from pipelines.prepare.build import ensure_prepared, prepared_folder
 from pipelines.prepare.prepared import Prepared
+
+log = logging.getLogger(__name__)
 
 
 def fits_in_process(sweep: SweepConfig, base: dict[str, Any], address: str | None) -> bool:
@@ -41,6 +44,8 @@ def search_in_process(sweep: SweepConfig, base: dict[str, Any], folder: Path, le
         left: The number of trials to run.
         trackers: The sweep's.
     """
+    if sweep.concurrent is not None or sweep.cpus > 1 or sweep.asha not in (None, AshaConfig()):
+        log.warning("trials train a head on features, one after another in this process: concurrent, cpus and asha do nothing")
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     before = len(read_trials(folder))
     samplers: dict[str, Any] = {

@@ -55,7 +55,7 @@ def main() -> None:
     shape.add_argument("--json", action="store_true", help="a JSON object for each image")
     shape.add_argument("--out", type=_table, metavar="FILE", help="write the answers to FILE.csv or FILE.jsonl instead")
     arguments = parser.parse_args()
-    path = local_file(arguments.model, arguments.precision)
+    path = local_file(arguments.model, arguments.precision, arguments.name)
     if path is None:
         path = download(arguments.model, arguments.cache, arguments.name, arguments.precision, arguments.key)
     edge = Edge(path, arguments.threads, arguments.max_pixels)

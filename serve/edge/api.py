@@ -77,7 +77,7 @@ class Model:
             UserError: There is no such model, or it cannot be loaded.
         """
         key = os.environ.get("CIBL_RAY_API_KEY") if key is None else key
-        file = local_file(source, precision)
+        file = local_file(source, precision, name)
         if file is None:
             file = download(str(source), Path(cache) if cache else default_cache(), name, precision, key)
         self._edge = Edge(file, threads, max_pixels)
@@ -150,20 +150,23 @@ def _is_picture(array: np.ndarray) -> bool:
     return array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))
 
 
-def local_file(source: str | os.PathLike[str], precision: str) -> Path | None:
+def local_file(source: str | os.PathLike[str], precision: str, name: str | None = None) -> Path | None:
     """Find a model on this machine.
 
     Args:
         source: A file, the folder of a bundle, or something else.
         precision: Which of a bundle's models.
+        name: Which model of a service. A file or a bundle is one model.
 
     Returns:
         The ONNX file; None if `source` is neither a file nor a folder.
 
     Raises:
-        UserError: The folder is no bundle, or lacks the precision.
+        UserError: The folder is no bundle, or lacks the precision; or a name is given with a file or a folder.
     """
     path = Path(source)
+    if name is not None and path.exists():
+        raise UserError(f"the name {name!r} chooses a model of a service, and {str(path)!r} is on this machine; leave it out")
     if path.is_file():
         return path
     if not path.is_dir():

@@ -59,6 +59,9 @@ def download(url: str, cache: Path, name: str | None = None, precision: str = "f
     base = f"{parts.scheme}://{parts.netloc}"
     prefix = parts.path
     if found := re.fullmatch(r"(.*)/v1/models/([A-Za-z0-9._-]+)/(fp32|fp16|int8)\.onnx", parts.path):
+        if name not in (None, found[2]) or precision not in ("fp32", found[3]):
+            asked = f"{name or found[2]}, {precision}"
+            raise UserError(f"{url!r} names another file than {asked}; leave out name and precision, or give {base}")
         prefix, name, precision = found[1], found[2], found[3]
     if not _PREFIX.fullmatch(prefix) or "/v1/" in f"{prefix}/" or ".." in prefix:
         raise UserError(f"{url!r}: give the service alone, {base}, or a file {base}/v1/models/NAME/fp32.onnx")

@@ -45,7 +45,7 @@ class Page:
             "mode": "service",
             "keys": keys,
             "max_bytes": config.max_bytes,
-            "max_pixels": config.max_pixels,
+            "max_pixels": min(config.max_pixels, config.max_request_pixels),
             "formats": list(config.formats),
             "browser": "ort/ort.wasm.js" in names(),
             "webgpu": has_webgpu(),

@@ -3,6 +3,7 @@
 import importlib.metadata
 import io
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+from cibl_ray import export
 from cibl_ray.bundle import targets
 from cibl_ray.bundle.card import FILES, METADATA, file_sha256, open_bundle, read_card
 from cibl_ray.bundle.ort import onnxruntime
@@ -322,6 +324,24 @@ def test_a_provider_that_is_not_there_is_an_error(bundle):
     with pytest.raises(UserError, match=r"provider 'cuda'"):
         Runtime(bundle / "model.onnx", "cuda")
     assert Runtime(bundle / "model.onnx", "auto").provider == "CPUExecutionProvider"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--target", "arm"], "--target arm does nothing for fp32; add --precision int8"),
+        (
+            ["--calibration", "20", "--precision", "fp16"],
+            "--calibration 20 does nothing for fp32 and fp16",
+        ),
+        (["--max-drop", "0"], "--max-drop 0.0 does nothing for fp32; add --precision fp16 or int8"),
+    ],
+)
+def test_an_option_of_a_precision_that_is_not_made_is_refused(options, message, run_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["export", str(run_folder), "--out", str(tmp_path / "b"), *options])
+    with pytest.raises(UserError, match=re.escape(message)):
+        export.main()
+    assert not (tmp_path / "b").exists()
 
 
 def test_command(run_folder, tmp_path):

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cibl_ray.config import RunConfig, config_warnings, load_config, save_config
+from cibl_ray.config import RunConfig, load_config, save_config
+from cibl_ray.config_warnings import config_warnings
 from cibl_ray.hardware import resolve
 from cibl_ray.losses.bcl import BCLConfig, balanced_contrastive
 from cibl_ray.losses.inputs import ClassPrior, ContrastSet, LossInputs
@@ -564,6 +565,10 @@ def test_nothing_is_told_of_a_second_stage_without_epochs(tmp_path):
         (("--loss.kind", "cross_entropy", "--train.cmo", "{}", "--epochs", "7"), None),
         (("--loss.kind", "cross_entropy", "--train.mixup", "1", "--train.accumulate", "64"), "lower train.accumulate"),
         (("--train.batch_norm", "keep"), "set auto"),
+        (("--data.store.raw_share", "0.3"), "data.store.raw_share 0.3 is for mode 'mixed'"),
+        (("--data.store", "{mode: mixed, raw_share: 0.3}"), None),
+        (("--data.profile", "{kind: exp, imbalance: 10, subset: field}"), "not those of the published tables"),
+        (("--data.profile", "{kind: exp, imbalance: 10, subset: field}", "--data.val_fraction", "0"), None),
     ],
 )
 def test_what_is_probably_a_mistake_is_told(flags, told):

@@ -223,7 +223,7 @@ def test_a_sweep_joins_a_cluster_and_names_it(folder):
     assert not [*(folder / ".ray").glob("joined.*.mark")]
 
 
-def test_trials_on_features_run_in_this_process_and_continue(folder, monkeypatch):
+def test_trials_on_features_run_in_this_process_and_continue(folder, monkeypatch, caplog):
     content = {
         "base": "quickstart",
         "set": {
@@ -240,11 +240,13 @@ def test_trials_on_features_run_in_this_process_and_continue(folder, monkeypatch
         "asha": None,
     }
     sweep = validate(SweepConfig, content, "test")
-    of_four = validate(SweepConfig, {**content, "trials": 4}, "test")
+    of_four = validate(SweepConfig, {**content, "trials": 4, "concurrent": 2}, "test")
     monkeypatch.setattr(tuning_run, "cluster", None)  # Ray is not started
     place = folder / "on features"
     first, _ = tuning_run.run(sweep, place, None)
+    assert "do nothing" not in caplog.text
     again, table = tuning_run.run(of_four, place, None)
+    assert "concurrent, cpus and asha do nothing" in caplog.text
     assert again[:3] == first
     assert len({trial.name for trial in again}) == 4
     assert {trial.params["network.head"]["kind"] for trial in again} <= {"linear", "cosine"}

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 import cibl_ray
-from cibl_ray.config import RunConfig, build_config, config_warnings, load_config
+from cibl_ray.config import RunConfig, build_config, load_config
+from cibl_ray.config_warnings import config_warnings
 from cibl_ray.training.schedules import lr_factor
 from pipelines.common.config_file import read_config
 from pipelines.common.errors import UserError

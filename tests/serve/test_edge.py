@@ -28,6 +28,7 @@ from pipelines.pixels import BadImageError
 from serve.decode import Limits
 from serve.edge import download as downloading
 from serve.edge.__main__ import main
+from serve.edge.api import local_file
 from serve.edge.download import download
 from serve.edge.model import Edge, frames, images, listed
 from tests.conftest import REPOSITORY
@@ -270,6 +271,21 @@ def test_what_no_download_names_any_more_is_removed(tmp_path):
 def test_a_wrong_url_is_explained(url, tmp_path):
     with pytest.raises(UserError):
         download(url, tmp_path)
+
+
+@pytest.mark.parametrize(("name", "precision"), [("birds", "fp32"), ("birds", "int8"), (None, "int8"), ("digits", "int8")])
+def test_a_name_or_precision_beside_a_models_file_is_refused(name, precision, tmp_path):
+    url = "http://127.0.0.1:1/v1/models/digits/fp16.onnx"
+    with pytest.raises(
+        UserError, match=f"names another file than {name or 'digits'}, {precision}; leave out name and precision"
+    ):
+        download(url, tmp_path, name, precision)
+
+
+def test_a_name_beside_a_file_is_refused(bundle):
+    for source in (bundle, bundle / "model.onnx"):
+        with pytest.raises(UserError, match="the name 'birds' chooses a model of a service"):
+            local_file(source, "fp32", "birds")
 
 
 def test_frames_of_a_stream():

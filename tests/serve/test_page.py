@@ -64,12 +64,13 @@ def test_the_page_is_small(server):
 
 def test_the_page_opens_without_a_key(bundle, monkeypatch):
     monkeypatch.setenv("CIBL_RAY_API_KEYS", "secret")
-    with serving([bundle], formats=("JPEG", "PNG")) as server:
+    with serving([bundle], formats=("JPEG", "PNG"), max_pixels=1_000_000, max_request_pixels=500_000) as server:
         for path in ("/", "/docs", "/openapi.json", "/page/page.css"):
             assert server.ask("GET", path).status == 200, path
         facts = server.ask("GET", "/page/config.json").json()
         assert (facts["mode"], facts["keys"], facts["max_bytes"]) == ("service", True, 16 << 20)
         assert facts["formats"] == ["JPEG", "PNG"]
+        assert facts["max_pixels"] == 500_000  # one image is a request's, too
         assert server.ask("GET", "/v1/models").status == 401
         assert server.ask("POST", "/v1/predict", encoded("PNG")).status == 401
 
