@@ -42,7 +42,7 @@ def test_every_cell_is_a_configuration(table, budget):
         if cell.seed == 0:
             config = load_config(cell.config, list(cell.options))
             longer = {"twice the epochs": 400, "PaCo": 400, "ProCo": 400, "balanced softmax": 620}
-            assert config.train.epochs <= longer.get(cell.value, 200)
+            assert config.train.epochs <= longer.get(cell.value, 461 if table == "length" else 200)
             assert config.seed == 0
             told = config_warnings(config)
             assert told == [] or (cell.value == "CMO" and config.train.epochs <= 6 and len(told) == 1)  # too short for it
@@ -82,6 +82,18 @@ def test_equal_cost_is_equal(dataset, images):
         cost = passes(config, images // config.train.batch_size).equivalent
         assert cost == pytest.approx(1e6, rel=0.03)
         assert config.schedule.kind == "cosine"
+
+
+def test_a_longer_run_has_the_recipe_of_equal_cost():
+    short = {cell.value: cell for cell in cells("equal_cost", "laptop", 1, 0.0) if cell.dataset == "cifar100"}
+    every = {cell.value: cell for cell in cells("length", "laptop", 1, 0.0)}
+    assert len(every) == 6
+    for value, cell in every.items():
+        method, length = value.removesuffix(" M passes").rsplit(", ", 1)
+        of, other = (load_config(one.config, list(one.options)) for one in (cell, short[method]))
+        assert of.train.epochs * len(of.data.views) * 10_847 == pytest.approx(float(length) * 1e6, rel=0.01)
+        lengthened = other.model_copy(update={"train": other.train.model_copy(update={"epochs": of.train.epochs})})
+        assert of == lengthened
 
 
 def test_recipes_change_one_thing_and_are_scored_on_validation(tmp_path):

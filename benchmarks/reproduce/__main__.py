@@ -10,6 +10,7 @@ readings        What the paper's text leaves open: a log-prior in the logits, a 
 recipe          CIBL's recipe with one thing changed at a time, scored on a tenth of each class, set aside for validation.
 search          CIFAR-100-LT, a short recipe (one view, 35 epochs) with one thing changed at a time, scored likewise.
 equal_cost      Each method on one short recipe, a million passes through ResNet-32 for all.
+length          CIFAR-100-LT, the same recipe with 2.5 and 5 million passes: from which length on does a second view pay?
 imagenet_lt     ResNet-50, 90 epochs.
 
 gpu: ResNet-32, 200 epochs, the published recipes, three runs at a time. laptop: the same, one after another on all cores, one
@@ -80,8 +81,8 @@ def main() -> None:
     lines = docs / f"{table}-{budget}{'-val' if arguments.val else ''}{_suffix(arguments)}.jsonl"
     if table in ON_VALIDATION:
         arguments.val = arguments.val or 0.1
-    if table in ("search", "equal_cost") and budget == "cpu":
-        parser.error(f"{table} trains ResNet-32 for 18 to 105 epochs a row: it has the budgets laptop, gpu and smoke")
+    if table in ("search", "equal_cost", "length") and budget == "cpu":
+        parser.error(f"{table} trains ResNet-32 for 18 epochs or more a row: it has the budgets laptop, gpu and smoke")
     if table == "imagenet_lt" and budget == "cpu":
         parser.error("imagenet_lt is ResNet-50 at 224 pixels, 90 epochs: it has the budgets gpu and smoke")
     seeds = 1 if budget == "smoke" else arguments.seeds or (1 if budget == "laptop" else 3)

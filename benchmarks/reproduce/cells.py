@@ -20,6 +20,7 @@ TABLES = (
     "recipe",
     "search",
     "equal_cost",
+    "length",
     "imagenet_lt",
 )
 ON_VALIDATION = ("recipe", "search")  # whose runs are scored on a tenth of each class, set aside: they choose recipes
@@ -262,7 +263,7 @@ def variants(dataset: str, budget: Budget) -> dict[str, tuple[int, tuple[str, ..
 def cells(table: str, name: str, seeds: int, val: float) -> list[Cell]:
     """Every run of a table, first seeds first, so that a stopped measurement has something to say of each row.
 
-    imagenet_lt, search and equal_cost have no budget cpu.
+    imagenet_lt, search, equal_cost and length have no budget cpu.
     """
     budget = BUDGETS[name]
     common = budget.common + (("--val_fraction", str(val)) if val else ())
@@ -303,6 +304,9 @@ def cells(table: str, name: str, seeds: int, val: float) -> list[Cell]:
                 for dataset in ("cifar100", "cifar10"):
                     for value, (epochs, options) in equal_cost.rows(dataset, 100, budget.epochs).items():
                         found.append(_cell(dataset, 100, value, seed, name, f"{dataset}_lt", options, epochs, common))
+            case "length":
+                for value, (epochs, options) in equal_cost.longer("cifar100", 100, budget.epochs).items():
+                    found.append(_cell("cifar100", 100, value, seed, name, "cifar100_lt", options, epochs, common))
             case "cosine_epochs":
                 for dataset in ("cifar10", "cifar100"):
                     for head, options in (("linear", _LINEAR), ("cosine", _COSINE)):

@@ -1,4 +1,4 @@
-"""Rows of the table `equal_cost`: each method on one short recipe, as many passes through the network for all.
+"""Rows of the tables `equal_cost` and `length`: each method on one short recipe, as many passes through the network for all.
 
 Published recipes differ in length, views and schedule, so their numbers say little about the losses. Here a method with more
 views has fewer epochs. Optimiser, schedule, network and first view are the same.
@@ -39,6 +39,11 @@ _METHODS: dict[str, tuple[float, tuple[str, ...]]] = {
 }
 
 
+# Rows of `length`: does a second view pay in a longer run?
+_LONGER = ("balanced softmax", "CIBL, λ = 0.01", "CIBL, two views")
+_LENGTHS = (2.5, 5)  # times `PASSES`
+
+
 def rows(dataset: str, factor: int, epochs: int) -> dict[str, tuple[int, tuple[str, ...]]]:
     """Epochs and options of each row.
 
@@ -47,8 +52,19 @@ def rows(dataset: str, factor: int, epochs: int) -> dict[str, tuple[int, tuple[s
         factor: Imbalance factor.
         epochs: The budget's; `PASSES` are for 200.
     """
-    images = int(exp_counts(_CLASSES[dataset], _LARGEST[dataset], factor).sum())
-    passes = PASSES * epochs / 200
+    return {method: _of(method, dataset, factor, PASSES * epochs / 200) for method in _METHODS}
+
+
+def longer(dataset: str, factor: int, epochs: int) -> dict[str, tuple[int, tuple[str, ...]]]:
+    """The same of the table `length`: some methods with more passes."""
     return {
-        method: (max(1, round(passes / (cost * images))), (*RECIPE, *options)) for method, (cost, options) in _METHODS.items()
+        f"{method}, {length:g} M passes": _of(method, dataset, factor, length * PASSES * epochs / 200)
+        for length in _LENGTHS
+        for method in _LONGER
     }
+
+
+def _of(method: str, dataset: str, factor: int, passes: float) -> tuple[int, tuple[str, ...]]:
+    cost, options = _METHODS[method]
+    images = int(exp_counts(_CLASSES[dataset], _LARGEST[dataset], factor).sum())
+    return max(1, round(passes / (cost * images))), (*RECIPE, *options)

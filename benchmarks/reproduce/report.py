@@ -20,6 +20,7 @@ _CHOICE = {
     **dict.fromkeys(ON_VALIDATION, "No score here is of the test set: recipes are chosen by these."),
     "tail_skew": "No epoch is chosen on the test set. CIBL without the log-prior (κ = 0).",
     "equal_cost": "No epoch is chosen on the test set. One recipe for all; a million passes a run, forward and backward.",
+    "length": "No epoch is chosen on the test set. The recipe of equal_cost, with more passes.",
     "imagenet_lt": "No epoch is chosen on the test set. CIBL: λ = .05, κ = 1, chosen on no data of this set.",
     "readings": "No epoch is chosen on the test set. CIBL, linear head.",
     "cosine_epochs": "No epoch is chosen on the test set. CIBL: λ = .05, κ = 0.",
