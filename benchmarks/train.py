@@ -9,7 +9,7 @@ train_step  Training end to end (images are read, cut, normalised and trained on
 step        The bare step by precision, memory layout and compiler (torch.compile, not with --quick). arithmetic_share: the time
             that the network's multiply-adds would take at the best rate of a large product here, over the step's time.
             auto_over_best: the rate of what `train.precision: auto` and `train.compile: auto` choose, over that of the best
-            of the fixed choices, all channels-last.
+            of the fixed choices, all channels-last. used_over_eager_bf16: that rate over the eager step's in bf16.
 resident    Training from images in memory, from FFCV, and by a plain PyTorch script: a DataLoader with one worker a core,
             torchvision's v2 functions on uint8 tensors (the fastest way in benchmarks.cifar_loader), eager, contiguous,
             float32; once more with bf16 autocast where this machine has bf16.
@@ -190,6 +190,11 @@ def step(arguments: argparse.Namespace, flags: list[str]) -> None:
         arithmetic_share={side: round(rates[side]["median"] * work / peaks[side.partition(",")[0]], 3) for side in sides},
         auto=chosen,
         ratios={"auto_over_best": round(rates[chosen]["median"] / best, 3)}
+        | (
+            {"used_over_eager_bf16": round(rates[chosen]["median"] / rates["bf16, channels_last"]["median"], 3)}
+            if "bf16" in precisions
+            else {}
+        )
         | {
             f"used_over_{side.replace(', ', '_')}": round(rates[used]["median"] / rates[side]["median"], 2)
             for side in sides
