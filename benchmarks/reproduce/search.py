@@ -34,7 +34,8 @@ _CHANGES: dict[str, tuple[float, tuple[str, ...]]] = {
     "learning rate 0.05": (1, ("--lr", "0.05")),
     "batch of 64": (1, ("--batch_size", "64", "--lr", "0.05")),
     "averaged weights": (1, ("--train.average", "0.998")),
-    "SAM in the last fifth": (1, ("--optimizer.sam", "{rho: 0.1, from: 0.8}")),
+    "SAM in the last fifth, ρ = 0.1": (1, ("--optimizer.sam", "{rho: 0.1, from: 0.8}")),
+    "SAM in the last fifth, ρ = 0.3": (1, ("--optimizer.sam", "{rho: 0.3, from: 0.8}")),
     # Head
     "linear head": (1, ("--network.head", "{kind: linear}")),
     "scale 30": (1, ("--network.head", "{kind: cosine, scale: {start: 30}}")),
