@@ -84,7 +84,7 @@ class Cell:
     @property
     def name(self) -> str:
         value = self.value
-        for letter, word in (("λ", "lambda"), ("κ", "kappa"), ("τ", "tau"), ("ρ", "rho")):
+        for letter, word in (("λ", "lambda"), ("κ", "kappa"), ("τ", "tau"), ("ρ", "rho"), ("γ", "gamma")):
             value = value.replace(letter, word)
         return f"{self.dataset}-if{self.imbalance}-{re.sub('[^A-Za-z0-9.]+', '_', value)}-{self.seed}"
 

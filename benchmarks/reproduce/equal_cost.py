@@ -27,7 +27,8 @@ def _row(cost: float, loss: str, *others: str, head: str = "{kind: cosine}") -> 
 _METHODS: dict[str, tuple[float, tuple[str, ...]]] = {
     "CE": _row(1, "{kind: cross_entropy}", head=_LINEAR),
     "balanced softmax": _row(1, "{kind: balanced_softmax}"),
-    "VS": _row(1, "{kind: vs}"),
+    "VS": _row(1, "{kind: vs, logit_gamma: 0.05}"),
+    "VS, γ = 0.15": _row(1, "{kind: vs}"),
     "Hybrid-SC": _row(3, "{kind: hybrid_sc, temperature: 0.1}", OTHER, head=_LINEAR),
     "Hybrid-PSC": _row(3, "{kind: hybrid_psc, temperature: 0.1}", OTHER, head=_LINEAR),
     "BCL": _row(3, "{kind: bcl, classify: first, contrast_views: others}", OTHER, OTHER, head=_SCALE_30),
