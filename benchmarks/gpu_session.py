@@ -4,9 +4,9 @@ pack  Packs what the session reads of CIFAR-100, an image folder (train/CLASS/*,
       images at imbalance factor 100 and the test images, as they are prepared, about 50 MB.
 run   In --minutes (8): the tests that need a GPU, the benchmarks of losses and of the step, one whole CIBL run of 200 epochs,
       and then as many cells of the table cifar100_lt side by side as time allows. Each result is printed as it comes, and is a
-      line of OUT/results.jsonl; the cells' lines are OUT/cifar100_lt-gpu.jsonl. It needs torch and the extra `train`, and
-      neither Ray nor FFCV. A step that fails or runs past its time stops no other. --budget smoke: all of it in small, on a
-      CPU, too.
+      line of OUT/results.jsonl; the cells' lines are OUT/cifar100_lt-gpu.jsonl. It needs torch, the extra `train`, pytest,
+      pytest-timeout and psutil, and neither Ray nor FFCV. A step that fails or runs past its time stops no other.
+      --budget smoke: all of it in small, on a CPU, too.
 """
 
 from __future__ import annotations
@@ -33,7 +33,10 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 # The source that the packed data are prepared from, by name: it is on no machine, so the prepared images are used as they are.
 _SOURCE = ("--data.source.kind", "folder", "--data.source.path")
 _NOWHERE = "/cibl-ray-gpu-session/cifar100"
-_GPU_TESTS = ("tests/pipelines/test_augment.py", "tests/pipelines/test_resident.py", "tests/cibl_ray")
+GPU_TESTS = (
+    *(f"tests/pipelines/test_{name}.py" for name in ("augment", "resident")),
+    *(f"tests/cibl_ray/test_{name}.py" for name in ("feed", "losses", "objective", "train")),
+)
 LEAST = 20  # seconds that are left for a step to be worth beginning
 _STEP_DATA = ("--data.profile", "{kind: exp, imbalance: 100, subset: field}")
 
@@ -171,7 +174,7 @@ def run(archive: Path, out: Path, budget: str, minutes: float, jobs: int) -> Ses
     images, place = ("--images", _NOWHERE), ("--prepared", str(prepared))
     quick = ("--quick",) if small else ()
     share = 60 * minutes / 8
-    session.step("tests", "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *_GPU_TESTS, most=share)
+    session.step("tests", "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *GPU_TESTS, most=share)
     session.step("losses", "-m", "benchmarks.losses", "--quick", "--no-step", most=share)
     session.step("step", "-m", "benchmarks.train", "step", *images, *quick, *place, *_STEP_DATA, most=share)
     compiled = () if small else ("--compile",)

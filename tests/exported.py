@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from cibl_ray.config import build_config
-from cibl_ray.exporting.make_bundle import Options, make_bundle
 from cibl_ray.run.progress import Silent
 from cibl_ray.training.fit import fit
 from cibl_ray.world import World
@@ -32,6 +31,8 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def bundle(run_folder: Path) -> Path:
     """fp32, fp16 and int8, with an embedding."""
+    from cibl_ray.exporting.make_bundle import Options, make_bundle  # here: the GPU's tests run without onnxruntime
+
     out = run_folder / "bundle"
     options = Options(precisions=("fp32", "fp16", "int8"), embedding=True, calibration=100, max_drop=100, provider="cpu")
     make_bundle(run_folder / "checkpoints" / "best.safetensors", out, options)

@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -22,8 +24,10 @@ from benchmarks.reproduce import report as reproduce_report
 from benchmarks.reproduce.cells import BUDGETS, ON_VALIDATION, TABLES, cells
 from benchmarks.reproduce.cost import multiply_adds, pflop
 from benchmarks.reproduce.lines import failed, is_of, of_cell, record
+from benchmarks.reproduce.pace import seconds_a_pass
 from cibl_ray.config import load_config, save_config
 from cibl_ray.config_warnings import config_warnings
+from cibl_ray.hardware import resolve
 from cibl_ray.run.fingerprint import code_digest
 from cibl_ray.run.log import read_metrics
 from cibl_ray.training.passes import passes
@@ -450,6 +454,28 @@ def test_a_gpu_sessions_archive_holds_all_that_its_steps_read(small_cifar100, tm
         assert prepared.folder.parent == tmp_path / "there"
         assert len(prepared.classes) == 100
     assert "the source is not on this machine" in capsys.readouterr().err
+
+
+def test_a_gpu_sessions_tests_need_no_more_than_it_asks_for(tmp_path):
+    """Neither Ray and FFCV, nor what exporting, serving, data sources and other tests need."""
+    names = "ray ffcv optuna onnx onnxruntime starlette uvicorn pyarrow fsspec aiohttp datasets hypothesis moto torchmetrics"
+    (tmp_path / "without.py").write_text(f"import sys\nsys.modules.update(dict.fromkeys({names.split()}))\n")
+    options = ["--collect-only", "-q", "-m", "gpu", "-p", "without", "-p", "pytest_timeout", "-p", "no:cacheprovider"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *options, *gpu_session.GPU_TESTS], cwd=REPOSITORY, capture_output=True, text=True,
+        env={**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONPATH": str(tmp_path)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    mark = "pytest.mark." + "gpu"  # in two parts, so that this file is not found
+    marked = [path for path in (REPOSITORY / "tests").rglob("test_*.py") if mark in path.read_text()]
+    assert {str(path.relative_to(REPOSITORY)) for path in marked} == {*gpu_session.GPU_TESTS}
+
+
+def test_the_pace_of_a_run_that_pastes_images(small_cifar100, tmp_path):
+    place = ["--data.source.kind", "folder", "--data.source.path", str(small_cifar100), "--prepared", str(tmp_path)]
+    fewer = ["--backbone", "resnet20", "--batch_size", "16", "--loader.kind", "resident"]
+    config = load_config("cifar100_lt", [*place, "--loss.kind", "cross_entropy", "--train.cmo", "{}", *fewer])
+    assert 0 < seconds_a_pass(resolve(config)) < 10
 
 
 def test_a_gpu_sessions_steps_have_limits_and_leave_lines(tmp_path, capsys, monkeypatch):

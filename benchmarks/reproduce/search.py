@@ -40,7 +40,7 @@ _CHANGES: dict[str, tuple[float, tuple[str, ...]]] = {
     "linear head": (1, ("--network.head", "{kind: linear}")),
     "scale 30": (1, ("--network.head", "{kind: cosine, scale: {start: 30}}")),
     "scale 8 to 24": (1, ("--network.head", "{kind: cosine, scale: {start: 8, end: 24, shape: cosine}}")),
-    "head's weights start at a norm of 0.58": (1, ("--network.head", "{kind: cosine, weight_norm: 0.58}")),
+    "head's weights start at a norm of 1": (1, ("--network.head", "{kind: cosine, weight_norm: 1}")),
     # Images
     "crop and flip alone": (1, views(PLAIN)),
     "mixup": (1, ("--train.mixup", "0.2")),

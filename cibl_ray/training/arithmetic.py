@@ -72,28 +72,33 @@ def decide(
     file = cache or _cache_file()
     measured = _read(file)
     key = _key(config, classes, workers)
-    rates: dict[str, float] = dict(measured.get(key, {}))
+    before: dict[str, float] = measured.get(key, {})
     seconds = _Timer(config, classes, workers)
     steps = batches * config.train.epochs
-    if str(known) not in rates:
+
+    def worth(step: float) -> set[Arithmetic]:
+        return {choice for choice in choices if steps * step >= (_WORTH_COMPILING if choice.compile else _WORTH_PRECISION)}
+
+    rates = before
+    # What is compared is timed in one go: an earlier run may have had other work beside it.
+    if str(known) not in before or not {str(choice) for choice in worth(before[str(known)])} <= before.keys():
         if steps < 100 * (_WARM + _TIMED):  # within a hundredth of the run
             return config
         try:
-            rates[str(known)] = seconds(known)
+            rates = {str(known): seconds(known)}
         except _NoMemoryError:
             return config  # the run itself says what to change
-    left = steps * rates[str(known)]
-    worth = {choice for choice in choices if left >= (_WORTH_COMPILING if choice.compile else _WORTH_PRECISION)}
+    wanted = worth(rates[str(known)])
     for choice in choices:
-        if choice in worth and str(choice) not in rates:
+        if choice in wanted and str(choice) not in rates:
             try:
                 rates[str(choice)] = seconds(choice)
             except UserError as error:
                 log.warning("train.compile auto: %s", error)
             except _NoMemoryError:
                 log.info("train.precision and train.compile auto: too little memory for %s", choice)
-    best = fastest({choice: rates[str(choice)] for choice in {known, *worth} if str(choice) in rates})
-    if rates != measured.get(key):
+    best = fastest({choice: rates[str(choice)] for choice in {known, *wanted} if str(choice) in rates})
+    if len(rates) > 1 and rates != before:
         _write(file, measured | {key: rates})
     if len(rates) > 1:
         images = config.train.batch_size

@@ -74,6 +74,16 @@ def test_what_was_measured_is_kept_for_this_network_and_batch(machine):
     assert machine.decide(*AUTO) == first
 
 
+def test_what_is_compared_is_timed_in_one_go(machine):
+    machine.decide()  # a run that leaves the compiler out, on a machine that was busy
+    assert machine.timed == [EAGER16, EAGER32]
+    machine.seconds = {choice: value / 2 for choice, value in machine.seconds.items()}
+    assert machine.decide(*AUTO).compile is True
+    assert {*machine.timed} == {EAGER16, EAGER32, COMPILED16, COMPILED32}
+    (rates,) = json.loads(machine.cache.read_text()).values()
+    assert rates == {str(choice): value for choice, value in machine.seconds.items()}
+
+
 def test_a_short_run_is_not_timed(machine):
     chosen = machine.decide(*AUTO, batches=10, epochs=20)
     assert (chosen.precision, chosen.compile, machine.timed) == ("bf16", False, [])

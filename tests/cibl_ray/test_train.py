@@ -217,6 +217,23 @@ def test_an_empty_configuration_is_taken_from_the_checkpoint(finished, tmp_path,
         resumed(folder, [], None)
 
 
+def test_what_was_left_to_auto_is_no_other_configuration(tmp_path):
+    second_stage = ["--train.tune", "classifier", "--train.start", str(tmp_path), "--train.head_start", "tau_normalized"]
+    for number, (flags, decided) in enumerate(
+        [
+            (["--train.compile", "auto"], {"compile": False}),
+            ([*second_stage, "--network.head.kind", "linear"], {"tau": 0.75}),
+        ]
+    ):
+        begun, folder = load_config("quickstart", flags), tmp_path / str(number)
+        folder.mkdir()
+        save_config(begun.model_copy(update={"train": begun.train.model_copy(update=decided)}), folder / "config.yaml")
+        config, _ = resumed(folder, flags, "quickstart")
+        assert config.train.epochs == begun.train.epochs
+        with pytest.raises(UserError, match=r"\(train differ\)"):
+            resumed(folder, [*flags, "--train.batch_size", "99"], "quickstart")
+
+
 def test_a_configuration_is_written_whole_or_not_at_all(tmp_path):
     config, path = load_config("quickstart", []), tmp_path / "config.yaml"
     save_config(config, path)
