@@ -408,7 +408,7 @@ _SECOND_STAGE: list[tuple[str, Any]] = [
 _MISLAS: list[tuple[str, Any]] = [  # Zhong et al. 2021: label-aware smoothing, a factor of each class's logit
     ("loss", {"kind": "label_smoothing"}),
     ("network.head.class_scale", 5.0),
-    ("optimizer", {"kind": "sgd", "lr": 0.02, "nesterov": False, "weight_decay": 5e-4}),
+    ("optimizer", {"kind": "sgd", "lr": 0.02, "nesterov": False, "weight_decay": 2e-4}),
 ]
 _MAX_NORM: list[tuple[str, Any]] = [  # Alshammari et al. 2022: weight balancing
     ("loss", {"kind": "cross_entropy"}),

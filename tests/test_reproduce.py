@@ -86,6 +86,8 @@ def test_equal_cost_is_equal(dataset, images):
         cost = passes(config, images // config.train.batch_size).equivalent
         assert cost == pytest.approx(1e6, rel=0.03)
         assert config.schedule.kind == "cosine"
+    of = {cell.value: load_config(cell.config, list(cell.options)).loss for cell in every}
+    assert (of["Hybrid-PSC"].temperature, of["VS"].logit_gamma) == {"cifar10": (1.0, 0.15), "cifar100": (0.1, 0.05)}[dataset]
 
 
 def test_a_longer_run_has_the_recipe_of_equal_cost():

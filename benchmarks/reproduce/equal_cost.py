@@ -1,4 +1,4 @@
-"""Rows of the tables `equal_cost` and `length`: each method on one short recipe, as many passes through the network for all.
+"""Rows of the tables `equal_cost` and `length`: each method on one short recipe, as many passes for all.
 
 Published recipes differ in length, views and schedule, so their numbers say little about the losses. Here a method with more
 views has fewer epochs. Optimiser, schedule, network and first view are the same.
@@ -23,21 +23,33 @@ def _row(cost: float, loss: str, *others: str, head: str = "{kind: cosine}") -> 
     return cost, (*views(STRONG, *others), "--loss", loss, "--network.head", head)
 
 
-# Method: passes for each image of an epoch, and its options. Keys of an averaged network are forward alone: a third of a pass.
-_METHODS: dict[str, tuple[float, tuple[str, ...]]] = {
-    "CE": _row(1, "{kind: cross_entropy}", head=_LINEAR),
-    "balanced softmax": _row(1, "{kind: balanced_softmax}"),
-    "VS": _row(1, "{kind: vs, logit_gamma: 0.05}"),
-    "VS, γ = 0.15": _row(1, "{kind: vs}"),
-    "Hybrid-SC": _row(3, "{kind: hybrid_sc, temperature: 0.1}", OTHER, head=_LINEAR),
-    "Hybrid-PSC": _row(3, "{kind: hybrid_psc, temperature: 0.1}", OTHER, head=_LINEAR),
-    "BCL": _row(3, "{kind: bcl, classify: first, contrast_views: others}", OTHER, OTHER, head=_SCALE_30),
-    "ProCo": _row(3, "{kind: proco}", OTHER, OTHER, head=_LINEAR),
-    "PaCo": _row(4 / 3, "{kind: paco, temperature: 0.05, alpha: 0.01, queue: 1024, momentum: 0.999}", OTHER, head=_LINEAR),
-    "CIBL, two views": _row(2, _cibl(0.05), OTHER),
-    "CIBL, linear head": _row(1, _cibl(0.01, ", queue: 1024"), head=_LINEAR),
-    **{f"CIBL, λ = {skew}": _row(1, _cibl(skew, ", queue: 1024")) for skew in (0.002, 0.01, 0.05, 0.2)},
-}
+# By data set. λ: CIFAR-10-LT's largest class has nine times the share of the images that CIFAR-100-LT's has, and so of |P|.
+_SKEWS = {"cifar10": (0.0002, 0.001, 0.005, 0.02), "cifar100": (0.002, 0.01, 0.05, 0.2)}
+_VS_GAMMA = {"cifar10": 0.15, "cifar100": 0.05}  # the published ones
+_PSC_TEMPERATURE = {"cifar10": 1.0, "cifar100": 0.1}
+
+
+def _methods(dataset: str) -> dict[str, tuple[float, tuple[str, ...]]]:
+    """Method: passes for each image of an epoch, and its options.
+
+    Keys of an averaged network are forward alone: a third of a pass.
+    """
+    skews, psc = _SKEWS[dataset], _PSC_TEMPERATURE[dataset]
+    paco = "{kind: paco, temperature: 0.05, alpha: 0.01, queue: 1024, momentum: 0.999}"
+    gammas = {"VS": _VS_GAMMA[dataset], "VS, γ = 0.15": 0.15}
+    return {
+        "CE": _row(1, "{kind: cross_entropy}", head=_LINEAR),
+        "balanced softmax": _row(1, "{kind: balanced_softmax}"),
+        **{name: _row(1, f"{{kind: vs, logit_gamma: {gamma}}}") for name, gamma in gammas.items()},
+        "Hybrid-SC": _row(3, "{kind: hybrid_sc, temperature: 0.1}", OTHER, head=_LINEAR),
+        "Hybrid-PSC": _row(3, f"{{kind: hybrid_psc, temperature: {psc}}}", OTHER, head=_LINEAR),
+        "BCL": _row(3, "{kind: bcl, classify: first, contrast_views: others}", OTHER, OTHER, head=_SCALE_30),
+        "ProCo": _row(3, "{kind: proco}", OTHER, OTHER, head=_LINEAR),
+        "PaCo": _row(4 / 3, paco, OTHER, head=_LINEAR),
+        "CIBL, two views": _row(2, _cibl(skews[2]), OTHER),
+        "CIBL, linear head": _row(1, _cibl(skews[1], ", queue: 1024"), head=_LINEAR),
+        **{f"CIBL, λ = {skew}": _row(1, _cibl(skew, ", queue: 1024")) for skew in skews},
+    }
 
 
 # Rows of `length`: does a second view pay in a longer run?
@@ -53,7 +65,7 @@ def rows(dataset: str, factor: int, epochs: int) -> dict[str, tuple[int, tuple[s
         factor: Imbalance factor.
         epochs: The budget's; `PASSES` are for 200.
     """
-    return {method: _of(method, dataset, factor, PASSES * epochs / 200) for method in _METHODS}
+    return {method: _of(method, dataset, factor, PASSES * epochs / 200) for method in _methods(dataset)}
 
 
 def longer(dataset: str, factor: int, epochs: int) -> dict[str, tuple[int, tuple[str, ...]]]:
@@ -66,6 +78,6 @@ def longer(dataset: str, factor: int, epochs: int) -> dict[str, tuple[int, tuple
 
 
 def _of(method: str, dataset: str, factor: int, passes: float) -> tuple[int, tuple[str, ...]]:
-    cost, options = _METHODS[method]
+    cost, options = _methods(dataset)[method]
     images = int(exp_counts(_CLASSES[dataset], _LARGEST[dataset], factor).sum())
     return max(1, round(passes / (cost * images))), (*RECIPE, *options)

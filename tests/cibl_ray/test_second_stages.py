@@ -65,7 +65,7 @@ def test_classifier_retraining_is_that_of_the_paper(first, tmp_path):
     weight, bias = (parameter.detach().clone().requires_grad_() for parameter in (twin.head.weight, twin.head.bias))
     scale = torch.ones(10, requires_grad=True)
     groups = [{"params": [weight, bias], "lr": 0.02}, {"params": [scale], "lr": 0.1}]
-    optimizer = torch.optim.SGD(groups, momentum=0.9, weight_decay=5e-4)
+    optimizer = torch.optim.SGD(groups, momentum=0.9, weight_decay=2e-4)
     counts = start.train_counts
     share = np.sin((counts - counts.min()) / (counts.max() - counts.min()) * math.pi / 2)
     epsilon = torch.from_numpy(0.1 + 0.3 * share)
