@@ -22,7 +22,7 @@ def config_warnings(config: RunConfig) -> list[str]:
 def _view_warnings(config: RunConfig) -> list[str]:
     """Contrast with too few views."""
     needs, train, kind = config.loss.needs, config.train, config.loss.kind
-    if not needs.contrast or needs.queue:
+    if not needs.contrast or needs.queue or needs.prototypes is not None:  # a class's prototype is a positive, too
         return []
     # A head's batch has as many views as data.views, each drawn from the features of feature_views.
     few = "data.views has one view" if len(config.data.views) < 2 else ""

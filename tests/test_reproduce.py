@@ -600,7 +600,8 @@ def test_accuracy_against_pflop_is_drawn(tmp_path, capsys):
     points = {name: (round(x, 1), y) for name, x, y in front.published("cifar100", 100)}
     assert points["CE"] == (0.9, 38.3)
     assert points["Hybrid-SC"] == (2.7, 46.72)
-    assert points["PaCo"] == (2.4, 52.0)
+    assert points["PaCo †"] == (2.4, 52.0)
+    assert points["balanced softmax"] == (2.8, 50.3)  # 13,000 steps of 512 images
     missing = in_process(front.main, str(tmp_path / "t.jsonl"), "--out", str(tmp_path / "x.png"), "--factor", "10")
     assert missing.returncode == 2
     assert "at imbalance factor 10 has a cost" in missing.stderr

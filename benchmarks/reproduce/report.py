@@ -118,8 +118,8 @@ def write(path: Path, known: list[Line], of: int) -> None:
         if compared and factor in BEST_PUBLISHED[dataset]:
             if any(published.get(name) is not None for name in BEST_ON_TEST):
                 text += ["", "Published †: the best epoch on the test set, as their code keeps it. Ours is the last epoch's."]
-            number, epochs = BEST_PUBLISHED[dataset][factor]
-            text += ["", f"The best published number with this network is ProCo's: {number:.1f}, in {epochs} epochs."]
+            number, method, epochs = BEST_PUBLISHED[dataset][factor]
+            text += ["", f"The best published number with this network is {method}'s: {number:.1f}, in {epochs} epochs."]
         subsets = sorted({_subset(line) for of_row in rows.values() for line in of_row})
         kept = {"field": "those of the published tables", "seeded": "this project's draw"}
         if table != "imagenet_lt":

@@ -531,6 +531,8 @@ def test_nothing_is_told_of_a_second_stage_without_epochs(tmp_path):
         ((), None),
         (("--data.views", "[{}]"), "data.views has one view"),
         (("--data.views", "[{}]", "--loss.queue", "64"), None),
+        (("--data.views", "[{}]", "--loss.kind", "bcl"), None),
+        (("--data.views", "[{}]", "--loss.kind", "supcon"), "data.views has one view"),
         (("--data.views", "[{}]", "--loss.kind", "cross_entropy"), None),
         (("--loss", "{kind: bcl, cross_entropy_weight: 0, contrastive_weight: 0}"), "are both 0"),
         (("--loss", "{kind: bcl, cross_entropy_weight: 0}"), None),
