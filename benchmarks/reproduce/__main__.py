@@ -10,7 +10,8 @@ readings        What the paper's text leaves open: a log-prior in the logits, a 
 recipe          CIBL's recipe with one thing changed at a time, scored on a tenth of each class, set aside for validation.
 search          CIFAR-100-LT, a short recipe (one view, 35 epochs) with one thing changed at a time, scored likewise.
 equal_cost      Each method on one short recipe, a million passes through ResNet-32 for all.
-length          CIFAR-100-LT, the same recipe with 2.5 and 5 million passes: from which length on does a second view pay?
+length          CIFAR-100-LT, the same recipe with half a million to 5 million passes: from which length on does a second view
+                pay, and how long does the cosine head need for the linear one's accuracy?
 imagenet_lt     ResNet-50, 90 epochs.
 
 gpu: ResNet-32, 200 epochs, the published recipes, three runs at a time. laptop: the same, one after another on all cores, one

@@ -20,7 +20,7 @@ _CHOICE = {
     **dict.fromkeys(ON_VALIDATION, "No score here is of the test set: recipes are chosen by these."),
     "tail_skew": "No epoch is chosen on the test set. CIBL without the log-prior (κ = 0).",
     "equal_cost": "No epoch is chosen on the test set. One recipe for all; a million passes a run, forward and backward.",
-    "length": "No epoch is chosen on the test set. The recipe of equal_cost, with more passes.",
+    "length": "No epoch is chosen on the test set. The recipe of equal_cost, with fewer or more passes.",
     "imagenet_lt": "No epoch is chosen on the test set. CIBL: λ = .05, κ = 1, chosen on no data of this set.",
     "readings": "No epoch is chosen on the test set. CIBL, linear head.",
     "cosine_epochs": "No epoch is chosen on the test set. CIBL: λ = .05, κ = 0.",
@@ -248,7 +248,8 @@ def _picture(path: Path, title: str, rows: dict[str, list[Line]], published: dic
     else:
         axes.set_xticks(place, [value.removeprefix("λ=") for value in values], rotation=30 if table == "cosine_epochs" else 0)
         axes.set(ylabel=accuracy, xlabel="tail-skew weight λ" if table == "tail_skew" else "head, epochs")
-    axes.set_title(f"{title}: mean and range over the seeds", fontsize=10)
+    one = max(map(len, rows.values())) == 1
+    axes.set_title(f"{title}: {'one seed' if one else 'mean and range over the seeds'}", fontsize=10)
     figure.legend(loc="outside lower center", ncols=5, frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=120)

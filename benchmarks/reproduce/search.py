@@ -48,6 +48,7 @@ _CHANGES: dict[str, tuple[float, tuple[str, ...]]] = {
     # Loss on one view
     "cross-entropy": (1, ("--loss", "{kind: cross_entropy}")),
     "VS, γ = 0.05": (1, ("--loss", "{kind: vs, logit_gamma: 0.05}")),
+    "CIBL, λ = 0.002, queue": (1, _cibl(0.002, _QUEUE)),
     "CIBL, λ = 0.01, queue": (1, _cibl(0.01, _QUEUE)),
     "CIBL, λ = 0.05, queue": (1, _cibl(0.05, _QUEUE)),
     "CIBL, λ = 0.05, queue, by class": (1, _cibl(0.05, _QUEUE + ", normalize: class")),
