@@ -29,8 +29,11 @@ def test_a_table_of_results_leaves_out_lines_of_a_recipe_that_has_changed_since(
     changed = [line | {"seed": 1, "config": line["config"] | {"optimizer": {"lr": 7.0}}} for line in lines]
     failed = [line | {"seed": 2, "failed": "out of memory"} for line in lines]
     before = tables.equal_cost()
-    monkeypatch.setattr(tables, "read", lambda name: lines + changed + failed)
-    assert tables.equal_cost() == before
+    for read in (lines + changed + failed, lines[:1]):
+        tables._current.cache_clear()
+        monkeypatch.setattr(tables, "read", lambda name, read=read: read)
+        assert (tables.equal_cost() == before) == (len(read) > 1)
+    tables._current.cache_clear()
 
 
 def test_recorded_lines_have_a_command_and_hardware():

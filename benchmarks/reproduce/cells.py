@@ -305,7 +305,7 @@ def cells(table: str, name: str, seeds: int, val: float) -> list[Cell]:
                     for value, (epochs, options) in equal_cost.rows(dataset, 100, budget.epochs).items():
                         found.append(_cell(dataset, 100, value, seed, name, f"{dataset}_lt", options, epochs, common))
             case "length":
-                for value, (epochs, options) in equal_cost.lengths("cifar100", 100, budget.epochs).items():
+                for value, (epochs, options) in equal_cost.lengths(100, budget.epochs).items():
                     found.append(_cell("cifar100", 100, value, seed, name, "cifar100_lt", options, epochs, common))
             case "cosine_epochs":
                 for dataset in ("cifar10", "cifar100"):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -95,6 +96,7 @@ def decide(
                 rates[str(choice)] = seconds(choice)
             except UserError as error:
                 log.warning("train.compile auto: %s", error)
+                rates[str(choice)] = math.inf  # kept, so that not every run tries again
             except _NoMemoryError:
                 log.info("train.precision and train.compile auto: too little memory for %s", choice)
     best = fastest({choice: rates[str(choice)] for choice in {known, *wanted} if str(choice) in rates})
@@ -102,7 +104,7 @@ def decide(
         _write(file, measured | {key: rates})
     if len(rates) > 1:
         images = config.train.batch_size
-        listed = ", ".join(f"{name} {images / each:,.0f} img/s" for name, each in sorted(rates.items()))
+        listed = ", ".join(f"{name} {images / each:,.0f} img/s" for name, each in sorted(rates.items()) if each < math.inf)
         log.info("train.precision and train.compile auto: %s, of %s", best, listed)
     return _with(config, best)
 

@@ -34,8 +34,9 @@ def resumed(folder: Path, overrides: list[str], name: str | None) -> tuple[RunCo
         # Device, precision and loader are chosen when a run begins, and kept in its file.
         execution: Any = {"runs": True, "track": True, "loader": True, "train": {"device", "precision"}, "data": {"prepared"}}
         wanted, there = (one.model_dump(mode="json", exclude=execution) for one in (load_config(name, overrides), begun))
-        for field in [field for field, value in wanted["train"].items() if value == "auto"]:  # so is what was left open
-            del wanted["train"][field], there["train"][field]
+        for field in ("compile", "tau"):  # so are these, where they were left open
+            if wanted["train"][field] == "auto":
+                del wanted["train"][field], there["train"][field]
         changed = sorted(part for part in wanted if wanted[part] != there[part])
         if changed:
             raise UserError(

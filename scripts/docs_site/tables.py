@@ -168,7 +168,10 @@ def equal_cost(method: str = "") -> str:
     drawn = []
     for row in sorted(rows, key=lambda row: -means[row][0]):
         texts = [cell([scores[column] for scores in rows[row]]) for column in columns]
-        bold = [f"**{text}**" if mean == top else text for text, mean, top in zip(texts, means[row], best, strict=True)]
+        bold = [
+            f"**{text}**" if mean == top and len(rows) > 1 else text
+            for text, mean, top in zip(texts, means[row], best, strict=True)
+        ]
         drawn.append([row, *bold])
     return markdown(["", *columns], drawn)
 

@@ -110,6 +110,15 @@ def test_only_what_is_auto_is_decided(machine):
         load_config("quickstart", ["--train.compile", "true", "--batch_norm", "sync"])
 
 
+def test_what_cannot_be_compiled_is_tried_once(machine, caplog):
+    machine.broken = {COMPILED32, COMPILED16}
+    assert machine.decide(*AUTO).compile is False
+    assert "cannot be compiled here" in caplog.text
+    caplog.clear()
+    assert machine.decide(*AUTO).compile is False
+    assert (machine.timed, caplog.text) == ([], "")
+
+
 def test_a_network_that_cannot_be_compiled_runs_eager(machine, caplog):
     machine.broken = {COMPILED16, COMPILED32}
     chosen = machine.decide(*AUTO)

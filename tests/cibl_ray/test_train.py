@@ -232,6 +232,8 @@ def test_what_was_left_to_auto_is_no_other_configuration(tmp_path):
         assert config.train.epochs == begun.train.epochs
         with pytest.raises(UserError, match=r"\(train differ\)"):
             resumed(folder, [*flags, "--train.batch_size", "99"], "quickstart")
+        with pytest.raises(UserError, match=r"\(train differ\)"):
+            resumed(folder, [*flags, "--train.batch_norm", "keep"], "quickstart")
 
 
 def test_a_configuration_is_written_whole_or_not_at_all(tmp_path):
