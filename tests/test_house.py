@@ -27,7 +27,7 @@ FLOORS = (
     {"bundle", "networks", "world"},
     {"losses"},
     {"config"},
-    {"hardware", "run"},
+    {"config_warnings", "hardware", "run"},
     {"evaluation", "features", "tracking"},
     {"training", "exporting"},
     {"cluster", "api"},
