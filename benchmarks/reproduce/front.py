@@ -92,13 +92,14 @@ def draw(lines: list[Line], dataset: str, factor: int, path: Path) -> int:
         axes.plot(x, y, "o", color=color, ms=5)
         axes.annotate(
             name, (x.min(), y.max()), (x.min() * 0.93, height), fontsize=7, color=color, ha="right", va="center",
-            arrowprops={"arrowstyle": "-", "color": color, "lw": 0.4},
+            arrowprops={"arrowstyle": "-", "relpos": (1, 0.5), "color": color, "lw": 0.4},
         )  # fmt: skip
     axes.set_xscale("log")
     ticks = [tick for tick in (0.1, 0.2, 0.5, 1, 2, 5, 10) if axes.get_xlim()[0] / 1.6 <= tick <= axes.get_xlim()[1]]
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
-    axes.set_xlim(left=axes.get_xlim()[0] / 1.6)  # room for the names of ours
+    left, right = axes.get_xlim()
+    axes.set_xlim(left / 1.6, 1.15 * right)  # room for names
     axes.set(xlabel="PFLOP of a run", ylabel="test accuracy, %")
     axes.set_title(
         f"{tables.TITLES[dataset]}, imbalance factor {factor}: runs here (dots; CIBL red) and published (diamonds)", fontsize=10
