@@ -71,9 +71,11 @@ def effect(method: str) -> str:
 @functools.cache
 def _current(table: str, budget: str, name: str) -> list[Line]:
     """The lines of a table whose runs ended, and that say what its cells train today."""
-    every = {(one.dataset, one.imbalance, one.value, one.seed): one for one in cells(table, budget, 3, 0)}
+    lines = read(name)
+    seeds = 1 + max((line["seed"] for line in lines), default=0)
+    every = {(one.dataset, one.imbalance, one.value, one.seed): one for one in cells(table, budget, seeds, 0)}
     found = {}
-    for line in read(name):
+    for line in lines:
         key = (line["dataset"], line["imbalance"], line["value"], line["seed"])
         one = every.get(key)
         if one is not None and "failed" not in line and is_of(line, load_config(one.config, [*one.options, *_FOLDER])):
