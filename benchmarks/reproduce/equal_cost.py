@@ -1,8 +1,8 @@
 """Rows of the tables `equal_cost` and `length`: each method on one short recipe, as many passes for all.
 
 Published recipes differ in length, views and schedule, so their numbers say little about the losses. Here a method with more
-views has fewer epochs. Optimiser, schedule, backbone and first view are the same. The head is cosine, scale 16, where a row names
-no other.
+views has fewer epochs. Optimiser, schedule, backbone and first view are the same. The head is cosine, scale 16, unless a row
+names another.
 """
 
 from __future__ import annotations
