@@ -47,12 +47,12 @@ def test_the_rows_of_equal_cost_that_differ_in_lambda_alone_are_a_curve(tmp_path
     assert found["best_lambda"] == {"cifar100": 0.01}
     assert found["rank_correlation"]["cifar100"]["tail"] == 1.0
     assert figures("equal_cost", lines[:2]) == {}  # two values are no curve
-    report.write(tmp_path / "t.jsonl", lines, of=9)
+    report.write(tmp_path / "t.jsonl", lines, [])
     assert (
         "![CIFAR-100-LT, imbalance factor 100, accuracy over λ](t-cifar100-if100-skew.png)" in (tmp_path / "t.md").read_text()
     )
     assert (tmp_path / "t-cifar100-if100-skew.png").stat().st_size > 10_000
-    report.write(tmp_path / "u.jsonl", lines[:2], of=9)
+    report.write(tmp_path / "u.jsonl", lines[:2], [])
     assert "skew.png" not in (tmp_path / "u.md").read_text()
 
 
@@ -74,9 +74,8 @@ def test_epochs_are_compared_between_the_same_seeds():
 
 def test_the_table_has_the_figures(tmp_path):
     lines = [line(value, seed, *scores) for value, scores in SKEWS.items() for seed in range(2)]
-    report.write(tmp_path / "tail_skew-cpu.jsonl", lines, of=9)
+    report.write(tmp_path / "tail_skew-cpu.jsonl", lines, [])
     text = (tmp_path / "tail_skew-cpu.md").read_text()
-    assert "8 of 9 runs" in text
     assert (
         "cifar100: Spearman's rank correlation with λ: overall +0.20, head -1.00, middle –, tail +1.00. Best λ overall: 0.05."
         in text

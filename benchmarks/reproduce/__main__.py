@@ -111,7 +111,7 @@ def main() -> None:
         raise UserError(str(stopped))
     if not results:
         parser.error(f"{lines} has no results yet")
-    tables.write(lines, known, of=len(every))
+    tables.write(lines, known, every)
     if stopped is not None:
         raise UserError(f"{stopped}; the table has the others")
     found = {"ratios": {}} | figures(table, results)

@@ -49,8 +49,8 @@ def _methods(dataset: str) -> dict[str, tuple[float, tuple[str, ...]]]:
         "BCL": _row(3, "{kind: bcl, classify: first, contrast_views: others}", OTHER, OTHER, head=_SCALE_30),
         "ProCo": _row(3, "{kind: proco}", OTHER, OTHER, head=_LINEAR),
         "PaCo": _row(4 / 3, paco, OTHER, head=_LINEAR),
-        "CIBL, two views": _row(2, _cibl(skews[2]), OTHER),
-        "CIBL, linear head": _row(1, _cibl(skews[1], ", queue: 1024"), head=_LINEAR),
+        f"CIBL, λ = {skews[2]}, two views": _row(2, _cibl(skews[2]), OTHER),
+        f"CIBL, λ = {skews[1]}, linear head": _row(1, _cibl(skews[1], ", queue: 1024"), head=_LINEAR),
         **{f"CIBL, λ = {skew}": _row(1, _cibl(skew, ", queue: 1024")) for skew in skews},
     }
 
@@ -58,7 +58,7 @@ def _methods(dataset: str) -> dict[str, tuple[float, tuple[str, ...]]]:
 # Rows of `length`, times `PASSES`. How long does the cosine head need for what the linear one has after a million passes? Does
 # a second view pay in a longer run?
 _SHORTER, _LONGER = (0.5, 0.75), (2.5, 5)
-_LENGTHS = {"CIBL, λ = 0.01": (*_SHORTER, *_LONGER), "balanced softmax": _LONGER, "CIBL, two views": _LONGER}
+_LENGTHS = {"CIBL, λ = 0.01": (*_SHORTER, *_LONGER), "balanced softmax": _LONGER, "CIBL, λ = 0.05, two views": _LONGER}
 
 
 def rows(dataset: str, factor: int, epochs: int) -> dict[str, tuple[int, tuple[str, ...]]]:

@@ -89,19 +89,24 @@ def means(lines: list[Line]) -> dict[str, dict[str, float | int | None]]:
     return found
 
 
-def write(path: Path, known: list[Line], of: int) -> None:
-    """`path` with the suffix .md, and a picture for each data set and factor. known: the lines of runs that ended or failed."""
+def write(path: Path, known: list[Line], every: list[Cell]) -> None:
+    """`path` with the suffix .md, and a picture for each data set and factor.
+
+    Args:
+        path: The file of the lines.
+        known: The lines of runs that ended or failed.
+        every: All cells of the table.
+    """
     lines, failed = [line for line in known if "failed" not in line], [line for line in known if "failed" in line]
     first = lines[0]
     table, full = first["table"], first["budget"] != "smoke" and BUDGETS[first["budget"]].full
     text = [
         f"# {table}, budget `{first['budget']}`",
         "",
-        f"{len(lines)} of {of} runs. Accuracy on {_SCORED.get(table, 'the balanced test set')}, %, last epoch: mean ± "
-        "deviation over seeds (how many).",
-        "many, medium, few: classes with more than 100, 20 to 100, fewer than 20 training images; head, middle, tail: thirds",
-        "of the classes. minutes: of the epochs, evaluation apart.",
-        _CHOICE.get(table, _OF_METHODS[full]),
+        f"{len(lines)} of {len(every)} runs{_absent(known, every)}. Accuracy on "
+        f"{_SCORED.get(table, 'the balanced test set')}, %, last epoch: mean ± deviation over seeds (how many). "
+        "many, medium, few: classes with more than 100, 20 to 100, fewer than 20 training images; head, middle, tail: thirds of the classes. minutes: of the epochs, evaluation apart. "
+        + _CHOICE.get(table, _OF_METHODS[full]),
     ]
     if not full:
         text += ["", "**Short runs of a small network: they compare methods, and no published number.**"]
@@ -142,6 +147,20 @@ def write(path: Path, known: list[Line], of: int) -> None:
         f"`{' '.join(f'--{dataset} FOLDER' for dataset in sorted({line['dataset'] for line in lines}))}`.",
     ]
     path.with_suffix(".md").write_text("\n".join(text) + "\n")
+
+
+def _absent(known: list[Line], every: list[Cell]) -> str:
+    """Which rows no seed was run of: '' or ' (not run yet: ...)'."""
+    there, absent = {key(line)[:3] for line in known}, dict[tuple[str, int], dict[str, None]]()
+    for cell in every:
+        if row(cell) not in there:
+            absent.setdefault((cell.dataset, cell.imbalance), {})[cell.value] = None
+    begun = {of_row[:2] for of_row in there}
+    named = []
+    for (dataset, factor), values in absent.items():
+        which = f": {', '.join(values)}" if (dataset, factor) in begun else ""
+        named.append(TITLES[dataset] + (f" at {factor}" if factor else "") + which)
+    return f" (not run yet: {'; '.join(named)})" if named else ""
 
 
 def _table(dataset: str, rows: dict[str, list[Line]], published: dict[str, float | None]) -> list[str]:
