@@ -383,6 +383,7 @@ _FINE_TUNING: list[tuple[str, Any]] = [
     ("schedule", {"kind": "cosine", "warmup_epochs": 0.5}),
     ("train.epochs", 3),
     ("train.batch_size", 16),
+    ("train.folds", 0),
     ("train.head_start", "trained"),
     ("train.checkpoint_every", 1),
     ("train.checkpoint_minutes", 5),
@@ -396,6 +397,7 @@ def _tune(content: dict[str, Any]) -> Any:
 
 # Of every second stage. The batch size and the images are those of the first.
 _SECOND_STAGE: list[tuple[str, Any]] = [
+    ("train.folds", 0),
     ("train.head_start", "auto"),
     ("train.mixup", 0.0),
     ("train.cutmix", 0.0),
@@ -433,6 +435,10 @@ def _second_stage(content: dict[str, Any], pairs: list[tuple[str, Any]]) -> dict
     data = content.get("data")
     views = data.get("views") if isinstance(data, dict) else None
     first = [("data.views", views[:1] if isinstance(views, list) else [{}])]
+    trained = content.get("network", {}).get("head") if isinstance(content.get("network"), dict) else None
+    scale = trained.get("scale") if isinstance(trained, dict) else None
+    if isinstance(scale, dict) and scale.get("end") is not None:  # the head was trained up to it
+        first.append(("network.head.scale", {"start": scale["end"]}))
     log.warning("train.tune classifier: the recipe of %s, images class-balanced; what you set holds", name)
     return override(content, [*_SECOND_STAGE, *more, *first], RunConfig)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cibl_ray.config import RunConfig, StepSchedule, warmup_of
+from cibl_ray.config import OptimizerConfig, RunConfig, StepSchedule, TrainConfig, warmup_of
 from pipelines.config import ExpProfile, Store
 
 
@@ -75,11 +75,43 @@ def _vain_warnings(config: RunConfig) -> list[str]:
             "data.profile.subset 'field': with data.val_fraction the validation images are taken out first, so the training "
             "images are not those of the published tables"
         )
+    found += _idle_warnings(config)
     scratch = network.backbone.weights == "none" and train.start is None
     if train.batch_norm == "keep" and scratch and train.tune != "head":
         found.append(
             "train.batch_norm 'keep' keeps the statistics of the pretrained weights, and there are none, so nothing is "
             "normalised; set auto"
+        )
+    return found
+
+
+def _idle_warnings(config: RunConfig) -> list[str]:
+    """Fields that are set and do nothing, for what another field is."""
+    train, optimizer = config.train, config.optimizer
+    head_only = train.tune == "head"
+    idle = [
+        (train.tau != "auto" and train.head_start != "tau_normalized", "train.tau", "train.head_start 'tau_normalized'"),
+        (train.contrast_set == "step" and train.accumulate == 1, "train.contrast_set 'step'", "train.accumulate > 1"),
+        (train.feature_views > 0 and not head_only, f"train.feature_views {train.feature_views}", "train.tune 'head'"),
+        (train.partial != TrainConfig().partial and train.tune != "partial", "train.partial", "train.tune 'partial'"),
+        (
+            optimizer.momentum != OptimizerConfig().momentum and optimizer.kind != "sgd",
+            f"optimizer.momentum {optimizer.momentum:g}",
+            "optimizer.kind 'sgd'",
+        ),
+    ]
+    found = [
+        f"{field} is for {place} and does nothing here; leave it out, or set that" for is_idle, field, place in idle if is_idle
+    ]
+    first, *others = config.data.views
+    if head_only and train.feature_views and any(view != first for view in others):
+        found.append(
+            "train.tune 'head' draws every view as data.views[0] says; the other entries of data.views do nothing but count"
+        )
+    if config.network.head.norm_share is not None and train.start is None:
+        found.append(
+            "network.head.max_norm caps the classes' weights by their norms at the start, which are random here; it is for a "
+            "second stage: name a finished run by train.start"
         )
     return found
 

@@ -106,8 +106,7 @@ def write(path: Path, known: list[Line], every: list[Cell]) -> None:
         f"{len(lines)} of {len(every)} runs{_absent(known, every)}. Accuracy on "
         f"{_SCORED.get(table, 'the balanced test set')}, %, last epoch: mean ± deviation over seeds (how many). "
         "many, medium, few: classes with more than 100, 20 to 100, fewer than 20 training images; head, middle, tail: thirds "
-        "of the classes. minutes: of the epochs, evaluation apart. "
-        + _CHOICE.get(table, _OF_METHODS[full]),
+        "of the classes. minutes: of the epochs, evaluation apart. " + _CHOICE.get(table, _OF_METHODS[full]),
     ]
     if not full:
         text += ["", "**Short runs of a small network: they compare methods, and no published number.**"]

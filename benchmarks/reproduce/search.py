@@ -29,6 +29,7 @@ _CHANGES: dict[str, tuple[float, tuple[str, ...]]] = {
     "steps at 80 % and 90 %": (1, ("--schedule", "{kind: steps, warmup_epochs: 5, milestones: [0.8, 0.9]}")),
     # Optimiser
     "weight decay 1e-3": (1, ("--weight_decay", "1e-3")),
+    "weight decay 2e-3": (1, ("--weight_decay", "2e-3")),
     "weight decay 2e-4": (1, ("--weight_decay", "2e-4")),
     "learning rate 0.2": (1, ("--lr", "0.2")),
     "learning rate 0.05": (1, ("--lr", "0.05")),

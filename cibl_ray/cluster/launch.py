@@ -37,6 +37,7 @@ from cibl_ray.config import RunConfig
 from cibl_ray.run.folder import need_new
 from cibl_ray.run.progress import Progress, Terminal
 from cibl_ray.run.stop import Stop, stop_signals
+from cibl_ray.training.setup import require_even_parts
 from pipelines.common.errors import Interrupted, UserError
 from pipelines.prepare.build import ensure_prepared
 
@@ -64,6 +65,9 @@ def fit_on_cluster(config: RunConfig, folder: Path, resume: bool, options: Optio
         raise UserError(f"{place!r} already has a run; resume it with --resume {place}, or choose another --name")
     if not resume:
         need_new(folder)
+    least, most = options.workers
+    for workers in range(least, most + 1) if least < most and config.train.tune != "head" else ():  # a head's batch may shrink
+        require_even_parts(config.train, workers, f"--workers {least}-{most}")
     # Ray handles SIGTERM in its own way once it has started.
     with stop_signals(), cluster(options.address), stop_signals() as stop:
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]

@@ -25,7 +25,8 @@ def checked_counts(class_counts: Sequence[float] | np.ndarray | torch.Tensor) ->
     wrong = torch.nonzero(~(torch.isfinite(counts) & (counts >= 0))).flatten()
     if len(wrong):
         raise ValueError(f"class_counts[{wrong[0]}] = {counts[wrong[0]].item()}; counts are finite and 0 or more")
-    return counts
+    # As whole numbers they keep their values where a module is cast to float16.
+    return counts.long() if counts.is_floating_point() and bool((counts == counts.round()).all()) else counts
 
 
 def check_labels(name: str, labels: torch.Tensor, rows: int) -> torch.Tensor:

@@ -48,7 +48,7 @@ class HybridNetwork(nn.Module):
 
     def __init__(self, config: NetworkConfig, classes: int, needs: Needs) -> None:
         super().__init__()
-        self._still: list[nn.Module] = []
+        self._still: list[str] = []  # names: the modules may be replaced, as by `sync_batch_norm`
         self._adapted: AdaptedBackbone | None = None
         self.classes, self.detached_head = classes, needs.detached_head
         self.backbone, features = config.backbone.build()
@@ -118,11 +118,11 @@ class HybridNetwork(nn.Module):
                     self._adapted = partial.freeze(self.backbone)
             case "full":
                 self.backbone.requires_grad_(True)
-        self._still = [self.backbone.get_submodule(name) for name in frozen_modules(self.backbone, keep_statistics)]
+        self._still = [f"backbone.{name}" for name in frozen_modules(self.backbone, keep_statistics)]
         if tune == "classifier":
             if not keep_statistics:  # they are estimated again, on the images of this stage
-                self._still = [module for module in self._still if getattr(module, "running_mean", None) is None]
-            self._still += [] if self.neck is None else [self.neck]
+                self._still = [name for name in self._still if getattr(self.get_submodule(name), "running_mean", None) is None]
+            self._still += [] if self.neck is None else ["neck"]
 
     def merge_adapters(self) -> None:
         """Add adapters to the weights that they adapt, where `freeze` made some: then the network is as it was built."""
@@ -134,8 +134,8 @@ class HybridNetwork(nn.Module):
     def train(self, mode: bool = True) -> HybridNetwork:
         """Set training mode; what is frozen stays in evaluation mode."""
         super().train(mode)
-        for module in self._still:
-            module.eval()
+        for name in self._still:
+            self.get_submodule(name).eval()
         return self
 
     def classifying_parameters(self) -> Iterator[nn.Parameter]:

@@ -14,7 +14,8 @@ from pipelines.prepare.prepared import Prepared
 log = logging.getLogger(__name__)
 
 # What the other network may lack: it serves training alone, or starts as it is built.
-_OPTIONAL = ("projection.", "prototypes.", "head.log_scale", "head.class_scale", "head.norm_cap")
+_TRAINING_ALONE = ("projection.", "prototypes.", "head.norm_cap")
+_OPTIONAL = (*_TRAINING_ALONE, "head.log_scale", "head.class_scale")
 
 
 def read_start(path: Path) -> Checkpoint:
@@ -55,7 +56,7 @@ def start_from(network: HybridNetwork, start: Checkpoint, place: Path, prepared:
         given = {name: value for name, value in given.items() if not name.startswith("head.")}
     needed = [name for name in own if not name.startswith(_OPTIONAL) and (keep_head or not name.startswith("head."))]
     strange = [name for name in needed if name not in given]
-    strange += [name for name in given if name not in own and not name.startswith(("projection.", "prototypes."))]
+    strange += [name for name in given if name not in own and not name.startswith(_TRAINING_ALONE)]
     strange += [name for name in needed if name in given and given[name].shape != own[name].shape]
     if strange:
         made_by = start.config.network

@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from cibl_ray.config import RunConfig, save_config
+from cibl_ray.config import RunConfig, TrainConfig, load_config, save_config
 from cibl_ray.config_warnings import config_warnings
 from cibl_ray.evaluation.confusion import save_confusion
 from cibl_ray.evaluation.metrics import Scores, heading, table
@@ -123,7 +123,10 @@ def _fit_in(
         # Chosen when the run began: another order of images would not fit the checkpoint's epoch.
         loader = config.loader.model_copy(update={"cache": checkpoint.config.loader.cache})
         config = config.model_copy(update={"loader": loader})
-    if not resume:  # a resumed run has what was decided when it began
+    earlier = world.broadcast_from_rank0(lambda: _earlier_config(folder, checkpoint)) if resume else None
+    if earlier is not None:
+        config = _as_decided(config, asked, earlier.train)
+    else:
         steps = prepared.splits["train"].samples // config.train.batch_size
         config = world.broadcast_from_rank0(lambda: decide(config, asked, steps, len(prepared.classes), world.size))
     trainer = Trainer(config, prepared, folder, world, start=checkpoint, stop=stop)
@@ -159,6 +162,25 @@ def _fit_in(
                 f"python -m cibl_ray.train --resume {shlex.quote(str(folder))}",
                 stop.status,
             ) from None
+
+
+def _earlier_config(folder: Path, checkpoint: Checkpoint | None) -> RunConfig | None:
+    """The configuration that an interrupted run trained by; None: it did not get as far as to write it."""
+    if checkpoint is not None:
+        return checkpoint.config
+    try:
+        return load_config(str(folder / CONFIG), []) if (folder / CONFIG).is_file() else None
+    except UserError:  # damaged: nothing was trained yet that it could differ from
+        return None
+
+
+def _as_decided(config: RunConfig, asked: TrainConfig, earlier: TrainConfig) -> RunConfig:
+    """`config` with what was left to 'auto' as the run decided it when it began.
+
+    The configuration of a replaced worker or a repeated trial still says 'auto'.
+    """
+    decided = {name: getattr(earlier, name) for name in ("precision", "compile", "tau") if getattr(asked, name) == "auto"}
+    return config.model_copy(update={"train": config.train.model_copy(update=decided)})
 
 
 def _same_data(world: World, prepared: Prepared) -> None:

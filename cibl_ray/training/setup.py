@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from cibl_ray.config import RunConfig
+from cibl_ray.config import RunConfig, TrainConfig
 from cibl_ray.features.folds import FoldFeatures
 from cibl_ray.features.loader import FeatureLoaders
 from cibl_ray.features.start import start_head
@@ -48,13 +48,25 @@ def settle(config: RunConfig, prepared: Prepared, world: World) -> RunConfig:
         raise UserError(
             f"train.batch_size is {train.batch_size}, fewer than one image for each of {world.size} workers; raise it"
         )
-    if train.accumulate > 1 and train.batch_size % (train.accumulate * world.size):
-        among = f" among {world.size} workers" if world.size > 1 else ""
+    require_even_parts(train, world.size)
+    return config.model_copy(update={"train": train, "loader": _decide_cache(config.loader, prepared, world, train.device)})
+
+
+def require_even_parts(train: TrainConfig, workers: int, range_of_workers: str = "") -> None:
+    """Raise UserError where so many workers cannot split a batch evenly into the parts of `train.accumulate`.
+
+    Args:
+        train: Batch size and parts.
+        workers: How many share the batch.
+        range_of_workers: What of the command may lead to so many, for the message.
+    """
+    if train.accumulate > 1 and train.batch_size % (train.accumulate * workers):
+        among = f" among {workers} workers" if workers > 1 else ""
+        because = f", which {range_of_workers} may have" if range_of_workers else ""
         raise UserError(
             f"train.batch_size {train.batch_size} cannot be split evenly into train.accumulate = {train.accumulate} "
-            f"parts{among}; change one of them"
+            f"parts{among}{because}; change one of them"
         )
-    return config.model_copy(update={"train": train, "loader": _decide_cache(config.loader, prepared, world, train.device)})
 
 
 def keeps_statistics(config: RunConfig) -> bool:

@@ -307,8 +307,8 @@ class Trainer:
         }
 
     def _seed(self, epoch: int) -> None:
-        """Seed what a step draws by itself, such as dropout: a resumed run draws the same."""
-        seed = torch_seed(self.config.seed, "step", epoch, self.step)
+        """Seed what a step draws by itself, such as dropout: a resumed run draws the same, each worker something of its own."""
+        seed = torch_seed(self.config.seed, "step", epoch, self.step, self.world.rank)
         torch.default_generator.manual_seed(seed)  # torch.manual_seed takes 100 µs without a GPU, as long as a head's step
         if self.device.type == "cuda":
             torch.cuda.manual_seed(seed)

@@ -297,6 +297,8 @@ def refused(*arguments):
 
 def test_mistakes_are_reported_in_a_line(folder):
     assert "error: --workers 0: give a number" in refused("quickstart", "--cluster", "--workers", "0")
+    uneven = refused(*new(folder, "uneven"), "--cluster", "--workers", "2-3", "--accumulate", "2", "--batch_size", "64")
+    assert "parts among 3 workers, which --workers 2-3 may have; change one of them" in uneven
     assert "there is room for" in ended(*start(folder, *new(folder, "many"), workers="400"), 2)
     missing = refused(*new(folder, "nowhere"), "--cluster", "--workers", "2", "--address", "127.0.0.1:9")
     assert "error: --address 127.0.0.1:9: " in missing

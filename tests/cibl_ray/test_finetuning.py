@@ -2,6 +2,7 @@
 
 import contextlib
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from cibl_ray.training.cached import CachedPasses
 from cibl_ray.training.mix import mix, paste
 from cibl_ray.training.optimizer import make_optimizer
 from cibl_ray.training.passes import passes
+from cibl_ray.training.synced_norm import SyncedBatchNorm, sync_batch_norm
 from cibl_ray.training.trainer import Trainer
 from pipelines.common.errors import UserError
 
@@ -78,6 +80,20 @@ def test_pretrained_batch_norm_computes_with_the_statistics_that_it_came_with(di
         changed = {name for name, value in run.network.backbone.state_dict().items() if not torch.equal(value, before[name])}
         assert {"blocks.8.conv2.weight", "blocks.8.bn2.weight"} <= changed
         assert any("running_" in name for name in changed) == moves
+
+
+@pytest.mark.parametrize(("tune", "partial"), [("partial", LastBlocks(count=1)), ("partial", Norms(kind="norms"))])
+def test_what_is_frozen_stays_so_where_workers_share_their_statistics(tune, partial):
+    network = build_network(NetworkConfig(backbone="resnet20"), 5, Needs(), seed=0)
+    network.freeze(tune, partial)
+    still = {
+        name for name, module in network.train().named_modules() if isinstance(module, nn.BatchNorm2d) and not module.training
+    }
+    assert still
+    sync_batch_norm(network, SimpleNamespace(size=2))
+    synced = {name for name, module in network.train().named_modules() if isinstance(module, SyncedBatchNorm)}
+    assert still <= synced
+    assert still == {name for name in synced if not network.get_submodule(name).training}
 
 
 def test_adamw_spares_norms_and_biases_and_rates_fall_towards_the_input():
@@ -146,6 +162,17 @@ def test_the_contrastive_set_may_be_all_micro_batches(digits, tmp_path, loss):
     assert all(float(of_parts[name]) == pytest.approx(float(value), rel=1e-6) for name, value in terms.items())
     assert (cached - gradient).norm() <= 1e-5 * gradient.norm()
     assert queue is None or torch.allclose(queue, their_queue, atol=1e-6)
+
+
+def test_workers_draw_different_dropout(digits, tmp_path):
+    trainer = Trainer(resolve(load_config("quickstart", ["--loader.kind", "torch", "--epochs", "1"])), digits, tmp_path)
+    draws = []
+    for rank in (0, 1, 0):
+        trainer.world = SimpleNamespace(rank=rank)
+        trainer._seed(0)
+        draws.append(torch.rand(8))
+    assert torch.equal(draws[0], draws[2])
+    assert not torch.equal(draws[0], draws[1])
 
 
 def test_dropout_drops_the_same_when_micro_batches_run_again():

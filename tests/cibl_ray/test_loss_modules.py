@@ -389,6 +389,19 @@ def test_a_process_that_refuses_its_input_stops_all(two_processes):
     assert two_processes[1]["refused"].startswith("labels holds 12;")
 
 
+def test_proco_knows_the_same_classes_where_a_process_has_no_rows(two_processes):
+    first, second = (process["class means"] for process in two_processes)
+    assert first.any()
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("make", [losses.VSLoss, losses.LabelSmoothingLoss, losses.LDAMLoss])
+def test_counts_keep_their_values_in_half_precision(make):
+    logits, labels = torch.randn(4, 3, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2, 0])
+    counts = torch.tensor([100_000.0, 500.0, 3.0])
+    assert torch.allclose(make(counts).half()(logits, labels), make(counts)(logits, labels), rtol=1e-3)
+
+
 SPLITS = {"even": 4, "uneven": 6, "one empty": 10}  # rows of the first process; views of 2 stay together
 
 
@@ -399,6 +412,10 @@ def _work(folder, rank):
         for split, first in SPLITS.items():
             rows = slice(0, first) if rank == 0 else slice(first, 10)
             result[name, split] = gradients_of(name, DistributedDataParallel(Model()), rows, gather=True)
+    proco, mine = losses.ProCoLoss(COUNTS, 16, gather=True), 5 * (1 - rank)
+    random = torch.Generator().manual_seed(0)
+    proco(torch.randn(mine, CLASSES), torch.randn(mine, 16, generator=random), torch.arange(mine) % CLASSES)
+    result["class means"] = proco.class_means.means
     labels = torch.full((3,), 12 * rank)
     try:
         losses.CIBLLoss(COUNTS, gather=True)(torch.randn(3, CLASSES), torch.randn(3, WIDTH), labels)

@@ -571,6 +571,14 @@ def test_nothing_is_told_of_a_second_stage_without_epochs(tmp_path):
         (("--data.store", "{mode: mixed, raw_share: 0.3}"), None),
         (("--data.profile", "{kind: exp, imbalance: 10, subset: field}"), "not those of the published tables"),
         (("--data.profile", "{kind: exp, imbalance: 10, subset: field}", "--data.val_fraction", "0"), None),
+        (("--train.tau", "0.5"), "train.tau is for train.head_start 'tau_normalized' and does nothing here"),
+        (("--train.contrast_set", "step"), "is for train.accumulate > 1"),
+        (("--train.contrast_set", "step", "--train.accumulate", "2"), None),
+        (("--train.feature_views", "2"), "is for train.tune 'head'"),
+        (("--train.partial", "{kind: norms}"), "is for train.tune 'partial'"),
+        (("--train.partial", "{kind: norms}", "--train.tune", "partial"), None),
+        (("--optimizer", "{kind: adamw, momentum: 0.5}"), "optimizer.momentum 0.5 is for optimizer.kind 'sgd'"),
+        (("--network.head", "{kind: linear, max_norm: 0.1}"), "it is for a second stage"),
     ],
 )
 def test_what_is_probably_a_mistake_is_told(flags, told):

@@ -502,6 +502,31 @@ def test_evaluate_every_scores_each_second_epoch_and_the_last(digits, tmp_path):
     assert (tmp_path / "run" / "learning_curves.png").stat().st_size > 0
 
 
+@pytest.mark.parametrize("lost", [False, True], ids=["a checkpoint", "no checkpoint yet"])
+def test_a_run_that_begins_again_keeps_what_it_decided(digits, tmp_path, monkeypatch, lost):
+    """A replaced worker or a repeated trial is given the configuration that still says 'auto'."""
+    config = load_config(
+        "quickstart", ["--loader.kind", "torch", "--epochs", "1", "--warmup_epochs", "0", "--precision", "auto"]
+    )
+    config = config.model_copy(update={"data": digits_config(digits.folder.parent)})
+    other = {"fp32": "bf16", "bf16": "fp32"}[resolve(config).train.precision]
+
+    def decide(config, *_):
+        return config.model_copy(update={"train": config.train.model_copy(update={"precision": other})})
+
+    folder = tmp_path / "run"
+    monkeypatch.setattr("cibl_ray.training.fit.decide", decide)
+    fit(config, folder, False, World(), Silent())
+    monkeypatch.undo()
+    if lost:
+        shutil.rmtree(folder / "checkpoints")
+    longer = config.model_copy(update={"train": config.train.model_copy(update={"epochs": 2})})
+    fit(longer, folder, True, World(), Silent())
+    train = load_checkpoint(folder / "checkpoints" / "last.safetensors").config.train
+    assert (train.precision, train.epochs) == (other, 2)
+    assert load_config(str(folder / "config.yaml"), []).train.precision == other
+
+
 def test_every_worker_is_told_of_a_folder_that_is_there(tmp_path):
     """Not rank 0 alone: the others would fail with the traceback of a lost connection."""
 

@@ -88,6 +88,9 @@ class LossModule(nn.Module):
         """The mean over the rows of `inputs`. A method whose configuration adds a classifier's loss overrides it."""
         return self.config.terms(inputs, ClassPrior(self.train_counts, self.log_prior), progress)["loss"]
 
+    def _others(self, contrast: ContrastSet, progress: float) -> None:
+        """Take in the rows of the other processes, where this one has none. A method that keeps a state overrides it."""
+
     def _mean(self, batch: Batch) -> torch.Tensor:
         """Check the inputs, gather what the embeddings are contrasted with, and compute the loss."""
         rows, error = None, None
@@ -107,6 +110,8 @@ class LossModule(nn.Module):
         contrast = None if embeddings is None else self._contrast(embeddings, all_labels, rows, batch.queue)
         if not len(labels) or (second_stream is not None and not len(second_stream[1])):
             # A zero that depends on every input, so that a backward pass finds the same graph as in the other processes.
+            if contrast is not None:
+                self._others(contrast, batch.progress)
             used = [batch.logits, prototypes, None if contrast is None else contrast.embeddings]
             used += [] if second_stream is None else [second_stream[0]]
             return torch.stack([0.0 * each.sum().float() for each in used if each is not None]).sum()

@@ -13,7 +13,7 @@ from cibl_ray.losses.checks import to_unit_norm
 from cibl_ray.losses.cibl import CIBLConfig, Normalization
 from cibl_ray.losses.cross_entropy import cross_entropy
 from cibl_ray.losses.hybrid import Curve, HybridPSCConfig, HybridSCConfig
-from cibl_ray.losses.inputs import LossInputs
+from cibl_ray.losses.inputs import ContrastSet, LossInputs
 from cibl_ray.losses.memory import ClassMeans
 from cibl_ray.losses.modules.base import Batch, ClassCounts, Labelled, LossModule, learned_prototypes
 from cibl_ray.losses.paco import PaCoConfig
@@ -331,6 +331,9 @@ class ProCoLoss(LossModule):
         """
         second_stream = logits, labels if classifier_labels is None else classifier_labels
         return self._mean(Batch(labels, embeddings=embeddings, second_stream=second_stream, progress=progress))
+
+    def _others(self, contrast: ContrastSet, progress: float) -> None:
+        self.class_means.take(contrast.embeddings, contrast.labels, progress)
 
     def _loss(self, inputs: LossInputs, progress: float) -> torch.Tensor:
         assert inputs.second_stream is not None
