@@ -434,7 +434,7 @@ def _second_stage(content: dict[str, Any], pairs: list[tuple[str, Any]]) -> dict
         name, more = "MiSLAS (label-aware smoothing, a factor of each class's logit, lr 0.02, 10 epochs)", _MISLAS
     data = content.get("data")
     views = data.get("views") if isinstance(data, dict) else None
-    first = [("data.views", views[:1] if isinstance(views, list) else [{}])]
+    first: list[tuple[str, Any]] = [("data.views", views[:1] if isinstance(views, list) else [{}])]
     trained = content.get("network", {}).get("head") if isinstance(content.get("network"), dict) else None
     scale = trained.get("scale") if isinstance(trained, dict) else None
     if isinstance(scale, dict) and scale.get("end") is not None:  # the head was trained up to it
