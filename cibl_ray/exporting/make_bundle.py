@@ -194,7 +194,7 @@ class _Export:
             card = self._finish(bases, accuracy)
             provider = runtimes["fp32"].provider
         save_histogram(part / "class_counts.png", checkpoint.classes, checkpoint.train_counts)
-        save_tail_shift(part / "tail_shift.png", shifted, self.split)
+        save_tail_shift(part / "tail_shift.png", shifted, self.split, options.tail_shift)
         manifest = {
             **card,
             "provider": provider,

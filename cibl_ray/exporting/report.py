@@ -14,19 +14,20 @@ if TYPE_CHECKING:
 _THIRDS = {"head": COLORS["many"], "middle": COLORS["medium"], "tail": COLORS["few"]}
 
 
-def save_tail_shift(path: Path, shifted: dict[float, Scores], split: str) -> None:
+def save_tail_shift(path: Path, shifted: dict[float, Scores], split: str, default: float) -> None:
     """Draw the accuracy of the largest, middle and smallest third of the classes over the tail shift.
 
     Args:
         path: The picture.
-        shifted: Tail shift to scores.
+        shifted: Tail shift, counted from the trained network, to scores.
         split: Where they were measured.
+        default: The bundle's own shift: a client's is added to it.
     """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, 3.8), layout="constrained")
     axes = figure.add_subplot()
-    shifts = list(shifted)
+    shifts = [shift - default for shift in shifted]
     for third, color in _THIRDS.items():
         values = [getattr(scores, third) for scores in shifted.values()]
         if None not in values:
@@ -49,7 +50,7 @@ def write_model_card(path: Path, manifest: dict[str, Any], sizes: dict[str, int]
     """
     counts, classes = manifest["train_counts"], manifest["classes"]
     worst = manifest["accuracy"]["fp32"]["worst"]
-    source, split = manifest["source"], manifest["split"]
+    source, split, default = manifest["source"], manifest["split"], manifest["default_tail_shift"]
     groups = ", ".join(f"{manifest['groups'].count(group)} {group}-shot" for group in GROUPS if group in manifest["groups"])
     lines = [
         f"# {manifest['name']}",
@@ -76,12 +77,12 @@ def write_model_card(path: Path, manifest: dict[str, Any], sizes: dict[str, int]
         *_float_lines(source.get("int8")),
         "",
         "`tail_shift` moves the answers along the head-tail trade-off, without training again "
-        "(logits − tail_shift · log prior):",
+        f"(logits − tail_shift · log prior).{_own_shift(default)}",
         "",
         "| tail_shift | overall | head third | middle | tail third |",
         "|---|---|---|---|---|",
         *(
-            f"| {shift} | {' | '.join(_percent(row[name]) for name in ('overall', 'head', 'middle', 'tail'))} |"
+            f"| {float(shift) - default:g} | {' | '.join(_percent(row[name]) for name in ('overall', 'head', 'middle', 'tail'))} |"
             for shift, row in manifest["tail_shift"].items()
         ),
         "",
@@ -119,6 +120,15 @@ def write_model_card(path: Path, manifest: dict[str, Any], sizes: dict[str, int]
         "",
     ]
     path.write_text("\n".join(lines))
+
+
+def _own_shift(default: float) -> str:
+    """What the card says of a shift that is in the answers already."""
+    if not default:
+        return ""
+    return (
+        f" The answers have a shift of {default:g} by default, and yours is added to it: {-default:g} is the model as trained."
+    )
 
 
 def _float_lines(of_int8: dict[str, Any] | None) -> list[str]:
