@@ -50,6 +50,7 @@ def write_model_card(path: Path, manifest: dict[str, Any], sizes: dict[str, int]
     """
     counts, classes = manifest["train_counts"], manifest["classes"]
     worst = manifest["accuracy"]["fp32"]["worst"]
+    thirds = ("overall", "head", "middle", "tail")
     source, split, default = manifest["source"], manifest["split"], manifest["default_tail_shift"]
     groups = ", ".join(f"{manifest['groups'].count(group)} {group}-shot" for group in GROUPS if group in manifest["groups"])
     lines = [
@@ -82,7 +83,7 @@ def write_model_card(path: Path, manifest: dict[str, Any], sizes: dict[str, int]
         "| tail_shift | overall | head third | middle | tail third |",
         "|---|---|---|---|---|",
         *(
-            f"| {float(shift) - default:g} | {' | '.join(_percent(row[name]) for name in ('overall', 'head', 'middle', 'tail'))} |"
+            f"| {float(shift) - default:g} | {' | '.join(_percent(row[name]) for name in thirds)} |"
             for shift, row in manifest["tail_shift"].items()
         ),
         "",
@@ -126,9 +127,7 @@ def _own_shift(default: float) -> str:
     """What the card says of a shift that is in the answers already."""
     if not default:
         return ""
-    return (
-        f" The answers have a shift of {default:g} by default, and yours is added to it: {-default:g} is the model as trained."
-    )
+    return f" The answers have a shift of {default:g} already, and yours is added to it: {-default:g} is the model as trained."
 
 
 def _float_lines(of_int8: dict[str, Any] | None) -> list[str]:

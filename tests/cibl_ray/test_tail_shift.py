@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import re
 import shutil
 import struct
 import subprocess
@@ -131,7 +132,7 @@ def test_its_accuracy_is_measured_with_it(skewed, run_folder):
     assert manifest["tail_shift"]["0.0"]["balanced"] == pytest.approx(plain.balanced, abs=0.005)
     assert manifest["tail_shift"]["1.5"]["balanced"] == manifest["accuracy"]["fp32"]["balanced"]
     card = (skewed.folder / "README.md").read_text()  # in a client's terms
-    assert "The answers have a shift of 1.5 by default, and yours is added to it: -1.5 is the model as trained." in card
+    assert "The answers have a shift of 1.5 already, and yours is added to it: -1.5 is the model as trained." in card
     rows = dict(re.findall(r"^\| (-?[\d.]+) \| ([\d.]+) \|", card, re.MULTILINE))
     assert rows["0"] == f"{100 * manifest['accuracy']['fp32']['overall']:.1f}"
     assert rows["-1.5"] == f"{100 * manifest['tail_shift']['0.0']['overall']:.1f}"
