@@ -243,8 +243,8 @@ def build(args: dict[str, Any]) -> Application:
     config = check(args)
     return Service.options(  # type: ignore[attr-defined]  # the decorators make a deployment of it
         **_options(config, {}),
-        # The application counts for itself, and answers 503 in its own shape.
-        max_ongoing_requests=config.max_queue + 64,
+        # The application counts for itself, and answers 503 in its own shape. Bodies on their way count here alone.
+        max_ongoing_requests=config.max_queue + config.max_connections,
         max_queued_requests=-1,
     ).bind(_settings(config))
 

@@ -65,12 +65,12 @@ class Predict:
         self._large = ThreadPoolExecutor(1, thread_name_prefix="decode-large")
         self._large_work = 0  # pixels that wait in it, each as often as its decoder passes over it
 
-    async def read(self, request: Request, hold: Callable[[int], None]) -> tuple[list[bytes], Options]:
+    async def read(self, request: Request, body: bytes) -> tuple[list[bytes], Options]:
         """Read the image files of a request, and its options.
 
         Args:
             request: The request.
-            hold: As in `Request.body`.
+            body: Its body, decompressed.
 
         Returns:
             The files, one at least, and the options.
@@ -78,7 +78,6 @@ class Predict:
         Raises:
             ProblemError: The body is not what its content type says, or too much.
         """
-        body = await request.body(self._config.max_bytes, self._config.body_seconds, hold)
         kind = request.content_type.partition(";")[0].strip().lower()
         given: dict[str, Any] = dict(request.query)
         if kind == "multipart/form-data":

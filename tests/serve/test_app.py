@@ -303,7 +303,7 @@ def test_a_client_that_hangs_up_is_no_failure_of_the_service(bundle, tmp_path):
         async def hang_up() -> None:
             scope = {"type": "http", "method": "POST", "path": "/v1/predict", "headers": []}
             task = asyncio.create_task(server.app(scope, asyncio.Event().wait, None))
-            while not server.app.load.waiting:
+            while not server.app.load.open:
                 await asyncio.sleep(0.01)
             task.cancel()
             await task
