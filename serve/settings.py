@@ -35,7 +35,9 @@ class ReplicaConfig(BaseModel):
     max_queue: int = Field(default=256, ge=1, le=100_000, description="requests that wait in a replica; more get 503")
     max_bytes: int = Field(default=16 << 20, ge=1024, le=1 << 30, description="bytes of a request's body, also decompressed")
     max_held_bytes: int = Field(
-        default=256 << 20, ge=1024, description="bytes of all bodies and decoded images in a replica; more get 503"
+        default=256 << 20,
+        ge=1024,
+        description="bytes of all bodies, decoded images and unsent answers in a replica; more get 503",
     )
     max_images: int = Field(default=64, ge=1, le=4096, description="images of a request")
     max_pixels: int = Field(default=MAX_PIXELS, ge=1024, description="pixels of an image")
@@ -50,7 +52,8 @@ class ReplicaConfig(BaseModel):
     watch_seconds: float = Field(default=2, gt=0, description="seconds between two looks for a new version of a bundle")
     path_prefix: str = Field(default="", description="what stands before every path, such as /models")
     trusted_proxies: tuple[str, ...] = Field(
-        default=(), description="addresses or networks of proxies whose X-Forwarded-For names the client"
+        default=(),
+        description="addresses or networks of proxies whose X-Forwarded-For names the client; no limit of connections by address",
     )
 
     private_ports: bool = Field(
