@@ -7,7 +7,7 @@ import ipaddress
 import os
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -18,6 +18,7 @@ from serve.cors import ORIGIN
 KEYS = "CIBL_RAY_API_KEYS"  # in the environment, separated by commas
 Precision = Literal["fp32", "fp16", "int8"]
 Format = Literal["JPEG", "PNG", "WEBP", "GIF", "BMP"]
+Seconds = Annotated[float, Field(le=86400, allow_inf_nan=False)]  # HAProxy and asyncio cannot wait for ever
 
 
 class ReplicaConfig(BaseModel):
@@ -46,14 +47,14 @@ class ReplicaConfig(BaseModel):
         default=320_000_000, ge=1024, description="pixels of large images that wait in a replica to be decoded; more get 503"
     )
     formats: tuple[Format, ...] = Field(default=("JPEG", "PNG", "WEBP"), min_length=1, description="image formats")
-    body_seconds: float = Field(default=10, gt=0, description="seconds in which a request's body must arrive")
+    body_seconds: Seconds = Field(default=10, gt=0, description="seconds in which a request's body must arrive")
     keys_file: Path | None = Field(default=None, description="file of API keys, one a line; read again when it changes")
     access_log: Path | None = Field(default=None, description="folder for JSON lines, one file for each replica")
-    watch_seconds: float = Field(default=2, gt=0, description="seconds between two looks for a new version of a bundle")
+    watch_seconds: Seconds = Field(default=2, gt=0, description="seconds between two looks for a new version of a bundle")
     path_prefix: str = Field(default="", description="what stands before every path, such as /models")
     trusted_proxies: tuple[str, ...] = Field(
         default=(),
-        description="addresses or networks of proxies whose X-Forwarded-For names the client; no limit of connections by address",
+        description="addresses or networks of proxies: their X-Forwarded-For names the client; each may open all connections",
     )
 
     private_ports: bool = Field(
@@ -111,7 +112,7 @@ class ServiceConfig(ReplicaConfig):
     max_connections_per_address: int = Field(
         default=256, ge=0, le=100_000, description="open connections of one client address; 0: no limit"
     )
-    idle_seconds: float = Field(
+    idle_seconds: Seconds = Field(
         default=10, ge=1, description="seconds until a connection is closed that sends no request, or half of a request's head"
     )
     tls_certificate: Path | None = Field(default=None, description="PEM file with the certificate chain; the port speaks HTTPS")

@@ -17,10 +17,11 @@ from pipelines.pixels import BadImageError
 from serve.decode import Limits, UnsupportedImageError, announced, named, pixels, top
 from serve.engine import Spent
 from serve.errors import ProblemError, bad_request, overloaded
+from serve.json_body import LARGE, of_base64, parse_json
 from serve.request import Request
 from serve.settings import ReplicaConfig
 from serve.store import Model
-from serve.v2 import LARGE, of_base64, parse_json
+from serve.v2 import MAX_NUMBERS
 
 T = TypeVar("T")
 
@@ -28,7 +29,7 @@ _SMALL = 16 << 10  # bytes of a file that is decoded in less time than handing i
 _SMALL_PIXELS = 1 << 16
 _FEW = 4  # files whose heads are read in the event loop
 _LARGE_WORK = 16_000_000  # pixels, each as often as its decoder passes over it: an image of more is large
-MAX_LOGITS = 1 << 18  # numbers of one answer, some three megabytes of JSON
+_ENTRY = 8  # numbers that take up as much of an answer as one class of `top`
 _PASSES = 15  # over as many pixels as a request may have: an ordinary progressive file has 10
 
 
@@ -145,9 +146,13 @@ class Predict:
         if options.precision is not None and options.precision not in model.engines:
             raise bad_request(f"'precision': this service has {', '.join(model.engines)}")
         engine = model.engine if options.precision is None else model.engines[options.precision]
-        if options.logits and len(files) * len(model.bundle.card.classes) > MAX_LOGITS:
-            most = max(1, MAX_LOGITS // len(model.bundle.card.classes))
+        classes = len(model.bundle.card.classes)
+        if options.logits and len(files) * classes > MAX_NUMBERS:
+            most = max(1, MAX_NUMBERS // classes)
             raise ProblemError(413, "too_many", f"with logits {most} images at most; send them in parts, or leave logits out")
+        if len(files) * _ENTRY * (k := min(options.top_k, classes)) > MAX_NUMBERS:
+            most = max(1, MAX_NUMBERS // (_ENTRY * k))
+            raise ProblemError(413, "too_many", f"with top_k {k} {most} images at most; send them in parts, or lower top_k")
         images = await self.pixels(model, files, spent)
         shift = np.full(len(images), options.tail_shift, np.float32) if options.tail_shift else None
         result = await engine.submit(images, shift, spent=spent)
