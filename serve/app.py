@@ -195,7 +195,7 @@ class App:
     def _model(self, name: str | None, version: str | None = None) -> Model:
         models = self.store.models
         if not models:
-            raise overloaded("the service is starting; try again")
+            raise _starting()
         if name is None and len(models) == 1:
             return next(iter(models.values()))
         if name is None:
@@ -265,6 +265,8 @@ class App:
         return inference, await model.engine.submit(inference.images, inference.shift, inference.embedding)
 
     async def _v1_models(self, request: Request, send: Send, common: Headers) -> tuple[int, dict[str, Any]]:
+        if not self.store.models:
+            raise _starting()
         models = []
         at = f"{self.config.path_prefix}/v1/models"
         for name, model in self.store.models.items():
@@ -343,3 +345,7 @@ class App:
     async def _json(send: Send, common: Headers, content: Any, status: int = 200) -> tuple[int, dict[str, Any]]:
         await respond(send, status, [*_JSON, *common], json.dumps(content).encode())
         return status, {}
+
+
+def _starting() -> ProblemError:
+    return overloaded("the service is starting; try again")
