@@ -30,6 +30,7 @@ _SMALL_PIXELS = 1 << 16
 _FEW = 4  # files whose heads are read in the event loop
 _LARGE_WORK = 16_000_000  # pixels, each as often as its decoder passes over it: an image of more is large
 _ENTRY = 8  # numbers that take up as much of an answer as one class of `top`
+_FILENAME = "an image's part needs a filename, as in curl -F image=@photo.jpg"
 _PASSES = 15  # over as many pixels as a request may have: an ordinary progressive file has 10
 
 
@@ -84,6 +85,8 @@ class Predict:
         if kind == "multipart/form-data":
             form = _multipart(request.content_type, body, self._config.max_images)
             files, fields = await form if len(body) <= LARGE else await self.apart(body, lambda: asyncio.run(form))
+            if not files and fields.keys() - Options.model_fields.keys():
+                raise bad_request(f"no part of the form is an image: {_FILENAME}")
             known = {name: value for name, value in fields.items() if name in Options.model_fields}  # browsers send more
             return self._checked(files), _options(Options, {**given, **known})
         if kind in ("application/json", "text/json") or kind.endswith("+json"):
@@ -287,7 +290,7 @@ async def _multipart(content_type: str, body: bytes, max_files: int) -> tuple[li
     try:
         form = await parser.parse()
     except (MultiPartException, KeyError, ValueError) as error:
-        raise bad_request(f"the form cannot be read: {error}") from error
+        raise bad_request(f"the form cannot be read: {str(error).rstrip('.')}; {_FILENAME}") from error
     files: list[bytes] = []
     fields: dict[str, str] = {}
     try:
