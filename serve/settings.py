@@ -101,8 +101,8 @@ class ReplicaConfig(BaseModel):
 class ServiceConfig(ReplicaConfig):
     """The settings of one service. In Ray Serve's configuration they are the application's `args`.
 
-    The limits on connections and TLS belong to `python -m serve`. `serve deploy` refuses them, because Ray Serve's own proxy
-    would not apply them.
+    The limits on connections, TLS and `private_ports` belong to `python -m serve`. `serve deploy` refuses them, because Ray
+    Serve's own proxy would not apply them.
     """
 
     bundles: tuple[Path, ...] = Field(min_length=1, max_length=64, description="bundle folders, one for each model")
@@ -119,7 +119,7 @@ class ServiceConfig(ReplicaConfig):
     tls_key: Path | None = Field(default=None, description="PEM file with the certificate's private key")
 
 
-FRONT = ("max_connections", "max_connections_per_address", "idle_seconds", "tls_certificate", "tls_key")
+COMMAND_ONLY = ("max_connections", "max_connections_per_address", "idle_seconds", "tls_certificate", "tls_key", "private_ports")
 
 
 def check(args: dict[str, Any]) -> ServiceConfig:

@@ -466,8 +466,9 @@ def test_the_cluster_configuration_is_one_that_ray_serve_takes():
     build(content["applications"][0]["args"])
     with pytest.raises(UserError, match="max_batch"):
         build({**content["applications"][0]["args"], "max_batch": 0})
-    with pytest.raises(UserError, match="tls_key: Ray Serve's own proxy has no such limit"):
-        build({**content["applications"][0]["args"], "tls_key": "x"})
+    for name, value in (("tls_key", "x"), ("private_ports", False)):
+        with pytest.raises(UserError, match=f"{name}: serve deploy does not apply it"):
+            build({**content["applications"][0]["args"], name: value})
 
 
 @pytest.mark.slow  # a minute: Serve starts with its own command
