@@ -18,13 +18,13 @@ from serve import v2
 from serve.access import AccessLog
 from serve.cors import cors_headers, preflight
 from serve.downloads import file_of, send_file
-from serve.engine import Spent
+from serve.engine import Result, Spent
 from serve.errors import ProblemError, overloaded
 from serve.keys import Keys
-from serve.load import Load
+from serve.load import Held, Load
 from serve.metrics import CONTENT_TYPE, Metrics
 from serve.page.routes import Page
-from serve.request import GoneError, Headers, Receive, Request, Scope, Send, client_of, respond
+from serve.request import GoneError, Headers, Receive, Request, Scope, Send, after_body, client_of, respond
 from serve.settings import ReplicaConfig
 from serve.store import Model, Store
 from serve.v1 import Predict
@@ -44,7 +44,7 @@ class App:
     Attributes:
         store: The models.
         metrics: What Prometheus reads.
-        load: The requests that wait for a model.
+        load: The requests that are read, wait for a model, or are answered.
         stopping: While true, new requests get 503 and `Connection: close`. Set it before the listener closes.
     """
 
@@ -103,6 +103,8 @@ class App:
             return
         begun = time.perf_counter()
         request = Request(scope, receive)
+        if request.unread:
+            send = after_body(request, send, self.config.max_bytes, self.config.body_seconds)
         route, status, facts = "unknown", 500, {}
         common: Headers = [(b"x-content-type-options", b"nosniff")]
         if self._names_requests:
@@ -193,7 +195,7 @@ class App:
     def _model(self, name: str | None, version: str | None = None) -> Model:
         models = self.store.models
         if not models:
-            raise overloaded("the service is starting; try again")
+            raise _starting()
         if name is None and len(models) == 1:
             return next(iter(models.values()))
         if name is None:
@@ -211,50 +213,60 @@ class App:
         return 307, {}
 
     async def _v1_predict(self, request: Request, send: Send, common: Headers) -> tuple[int, dict[str, Any]]:
-        with self.load.turn() as turn:
-            files, options = await self._predict.read(request, turn.hold)
-            model = self._model(options.model)
-            turn.hold(len(files) * 3 * model.bundle.card.rule.size**2)  # a body of kilobytes may be images of megabytes
-            spent = Spent()
-            answers = await self._predict.answer(model, files, options, spent)
-        for answer in answers:
-            self.metrics.answer(model.name, answer["top"][0]["label"])
-        precision = options.precision or self.config.precision
-        content = {
-            "model": model.name,
-            "precision": precision,
-            "sha256": model.bundle.models[precision].sha256,
-            "request_id": request.id,
-            "predictions": answers,
-        }
-        headers = [*_JSON, (b"server-timing", spent.header()), *common]
-        await respond(send, 200, headers, json.dumps(content).encode())
+        with Held(self.load) as hold:
+            body = await request.body(self.config.max_bytes, self.config.body_seconds, hold)
+            with self.load.turn():
+                files, options = await self._predict.read(request, body)
+                model = self._model(options.model)
+                hold(len(files) * 3 * model.bundle.card.rule.size**2)  # a body of kilobytes may be images of megabytes
+                spent = Spent()
+                answers = await self._predict.answer(model, files, options, spent)
+            for answer in answers:
+                self.metrics.answer(model.name, answer["top"][0]["label"])
+            precision = options.precision or self.config.precision
+            content = {
+                "model": model.name,
+                "precision": precision,
+                "sha256": model.bundle.models[precision].sha256,
+                "request_id": request.id,
+                "predictions": answers,
+            }
+            headers = [*_JSON, (b"server-timing", spent.header()), *common]
+            text = json.dumps(content).encode()
+            hold(len(text))
+            await respond(send, 200, headers, text)
         return 200, {"model": model.name, "images": len(files)}
 
     async def _v2_infer(self, request: Request, send: Send, common: Headers) -> tuple[int, dict[str, Any]]:
         model = self._model(request.model, request.version)
         begun = time.perf_counter_ns()
-        try:
-            with self.load.turn() as turn:
-                body = await request.body(self.config.max_bytes, self.config.body_seconds, turn.hold)
-                header_length = request.headers.get(v2.HEADER_LENGTH)
-                most = self.config.max_images
-                inference = await self._predict.apart(body, lambda: v2.Inference(model, body, header_length, most))
-                if inference.files:
-                    turn.hold(len(inference.files) * 3 * model.bundle.card.rule.size**2)
-                    inference.images = await self._predict.pixels(model, inference.files)
-                result = await model.engine.submit(inference.images, inference.shift, inference.embedding)
-        except ProblemError:
-            model.statistics.failed(time.perf_counter_ns() - begun)
-            raise
-        model.statistics.answered(len(inference.images), time.perf_counter_ns() - begun)
-        for index in result["logits"].argmax(1).tolist():
-            self.metrics.answer(model.name, model.bundle.card.classes[index])
-        headers, answer = inference.answer(result)
-        await respond(send, 200, [*headers, *common], answer)
+        with Held(self.load) as hold:
+            try:
+                body = await request.body(self.config.max_bytes, self.config.body_seconds, hold)
+                with self.load.turn():
+                    inference, result = await self._infer(model, request, body, hold)
+                headers, answer = inference.answer(result)
+                hold(len(answer))
+            except ProblemError:
+                model.statistics.failed(time.perf_counter_ns() - begun)
+                raise
+            model.statistics.answered(len(inference.images), time.perf_counter_ns() - begun)
+            for index in result["logits"].argmax(1).tolist():
+                self.metrics.answer(model.name, model.bundle.card.classes[index])
+            await respond(send, 200, [*headers, *common], answer)
         return 200, {"model": model.name, "images": len(inference.images)}
 
+    async def _infer(self, model: Model, request: Request, body: bytes, hold: Held) -> tuple[v2.Inference, Result]:
+        header_length, most = request.headers.get(v2.HEADER_LENGTH), self.config.max_images
+        inference = await self._predict.apart(body, lambda: v2.Inference(model, body, header_length, most))
+        if inference.files:
+            hold(len(inference.files) * 3 * model.bundle.card.rule.size**2)
+            inference.images = await self._predict.pixels(model, inference.files)
+        return inference, await model.engine.submit(inference.images, inference.shift, inference.embedding)
+
     async def _v1_models(self, request: Request, send: Send, common: Headers) -> tuple[int, dict[str, Any]]:
+        if not self.store.models:
+            raise _starting()
         models = []
         at = f"{self.config.path_prefix}/v1/models"
         for name, model in self.store.models.items():
@@ -300,7 +312,7 @@ class App:
 
     async def _v2_model_config(self, request: Request, send: Send, common: Headers) -> tuple[int, dict[str, Any]]:
         model = self._model(request.model, request.version)
-        return await self._json(send, common, v2.configuration(model, self.config.max_batch))
+        return await self._json(send, common, v2.configuration(model, self.config.max_images))
 
     async def _v2_model_ready(self, request: Request, send: Send, common: Headers) -> tuple[int, dict[str, Any]]:
         model = self._model(request.model, request.version)
@@ -333,3 +345,7 @@ class App:
     async def _json(send: Send, common: Headers, content: Any, status: int = 200) -> tuple[int, dict[str, Any]]:
         await respond(send, status, [*_JSON, *common], json.dumps(content).encode())
         return status, {}
+
+
+def _starting() -> ProblemError:
+    return overloaded("the service is starting; try again")

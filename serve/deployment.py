@@ -21,7 +21,7 @@ from ray.serve.config import AutoscalingConfig, AutoscalingContext, AutoscalingP
 
 from pipelines.common.errors import UserError
 from pipelines.common.files import write_atomically
-from serve.settings import FRONT, ReplicaConfig, ServiceConfig, check
+from serve.settings import COMMAND_ONLY, ReplicaConfig, ServiceConfig, check
 
 if TYPE_CHECKING:
     from serve.server import Server
@@ -234,17 +234,15 @@ def build(args: dict[str, Any]) -> Application:
         The application.
 
     Raises:
-        UserError: A setting is wrong, or one that Ray Serve's own proxy does not keep to.
+        UserError: A setting is wrong, or one that `python -m serve` alone applies.
     """
-    if found := next((name for name in FRONT if name in args), None):
-        raise UserError(
-            f"{found}: Ray Serve's own proxy has no such limit; set it in the proxy before it, or use python -m serve"
-        )
+    if found := next((name for name in COMMAND_ONLY if name in args), None):
+        raise UserError(f"{found}: serve deploy does not apply it; set it in the proxy in front, or use python -m serve")
     config = check(args)
     return Service.options(  # type: ignore[attr-defined]  # the decorators make a deployment of it
         **_options(config, {}),
-        # The application counts for itself, and answers 503 in its own shape.
-        max_ongoing_requests=config.max_queue + 64,
+        # The application counts for itself, and answers 503 in its own shape. Bodies on their way count here alone.
+        max_ongoing_requests=config.max_queue + config.max_connections,
         max_queued_requests=-1,
     ).bind(_settings(config))
 

@@ -149,7 +149,7 @@ def socket_of(folder: Path, slot: int) -> Path:
 
 
 def configuration(folder: Path, config: ServiceConfig, host: str, port: int) -> str:
-    """Write HAProxy's configuration, and the pages that it names into the service's private folder.
+    """Write HAProxy's configuration, which names the files of `write_files`.
 
     Args:
         folder: Private to the service.
@@ -166,7 +166,7 @@ def configuration(folder: Path, config: ServiceConfig, host: str, port: int) -> 
     keys = bool(read_keys(config))
     limit = ""
     if config.max_connections_per_address:
-        trusted = f" !{{ src {' '.join(config.trusted_proxies)} }}" if config.trusted_proxies else ""
+        trusted = f" !{{ src -f {folder}/trusted }}" if config.trusted_proxies else ""
         limit = (
             "    stick-table type ipv6 size 100k expire 1m store conn_cur\n"
             "    tcp-request connection track-sc0 src\n"
@@ -177,10 +177,10 @@ def configuration(folder: Path, config: ServiceConfig, host: str, port: int) -> 
         max_connections=config.max_connections,
         max_bytes=config.max_bytes,
         idle=int(1000 * config.idle_seconds),
-        body=int(1000 * config.body_seconds),
+        body=max(1, int(1000 * config.body_seconds)),
         binds=f"    bind {authority(address, port)}{kind}{tls}",
         per_address=limit,
-        cors=_cors(config.cors),
+        cors=_cors(config.cors, folder),
         preflight=_preflight() if config.cors else "",
         prefix=config.path_prefix,
         metrics="" if keys else _METRICS.format(folder=folder, prefix=config.path_prefix),
@@ -188,13 +188,31 @@ def configuration(folder: Path, config: ServiceConfig, host: str, port: int) -> 
     )
 
 
-def _cors(origins: tuple[str, ...]) -> str:
+def write_files(folder: Path, config: ServiceConfig) -> None:
+    """Write the files that the configuration names: pages, and lists, because a line of it has 64 words at most.
+
+    Args:
+        folder: Private to the service.
+        config: The settings.
+    """
+    for status, texts in _PAGES.items():
+        (folder / f"{status}.http").write_bytes(page(status, *texts))
+    too_large = f"the body may have {config.max_bytes:,} bytes at most"
+    (folder / "413.http").write_bytes(page(413, "Content Too Large", "too_large", too_large))
+    (folder / "stopping.http").write_bytes(page(503, *_STOPPING))
+    (folder / "state").touch()
+    (folder / "counts").write_text("failed 0\n")
+    (folder / "trusted").write_text("\n".join(config.trusted_proxies))
+    (folder / "origins").write_text("\n".join(config.cors))
+
+
+def _cors(origins: tuple[str, ...], folder: Path) -> str:
     """The rules that name the origin which may read an answer of HAProxy's own."""
     if not origins:
         return ""
     asked, origin = "", "*"
     if "*" not in origins:
-        asked, origin = f"{{ var(txn.origin) -m str {' '.join(origins)} }} ", "%[var(txn.origin)]"
+        asked, origin = f"{{ var(txn.origin) -m str -f {folder}/origins }} ", "%[var(txn.origin)]"
     lines = ["    http-request set-var(txn.origin) req.hdr(origin)"]
     for name, value in _CORS:  # the last one is the mark that a replica has answered
         lines.append(
@@ -230,16 +248,10 @@ class HAProxy:
             UserError: HAProxy is not installed or does not start.
         """
         self._folder, self._slots = folder, slots(config)
-        for status, texts in _PAGES.items():
-            (folder / f"{status}.http").write_bytes(page(status, *texts))
-        too_large = f"the body may have {config.max_bytes:,} bytes at most"
-        (folder / "413.http").write_bytes(page(413, "Content Too Large", "too_large", too_large))
-        (folder / "stopping.http").write_bytes(page(503, *_STOPPING))
-        (folder / "state").touch()
-        (folder / "counts").write_text("failed 0\n")
         if config.tls_certificate and config.tls_key:
             with os.fdopen(os.open(folder / "tls.pem", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
                 file.write(config.tls_certificate.read_bytes() + b"\n" + config.tls_key.read_bytes())
+        write_files(folder, config)
         (folder / "haproxy.cfg").write_text(configuration(folder, config, host, port))
         self._binary = _binary()
         self._start()

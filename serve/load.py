@@ -1,6 +1,9 @@
-"""What the requests that wait for a model take up, and how much of it there may be."""
+"""What the requests of a replica take up, and how much of it there may be."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from serve.errors import overloaded
 from serve.metrics import Metrics
@@ -11,8 +14,9 @@ class Load:
     """The requests of one replica.
 
     Attributes:
-        waiting: Requests that wait for an answer of a model.
-        held: Bytes of their bodies, and of the images decoded from them.
+        open: Requests whose body is read, or that are answered.
+        waiting: Those whose body has arrived: they wait for an answer of a model.
+        held: Bytes of bodies, of the images decoded from them, and of answers until they are sent.
     """
 
     def __init__(self, config: ReplicaConfig, metrics: Metrics) -> None:
@@ -22,37 +26,36 @@ class Load:
             config: `max_queue` and `max_held_bytes` count.
             metrics: Told how many requests wait.
         """
-        self.waiting = self.held = 0
+        self.open = self.waiting = self.held = 0
         self.config, self._metrics = config, metrics
 
-    def turn(self) -> Turn:
-        """Give a request a place, to be used with `with`.
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """Give a request a place in the queue, until the end of the block.
 
-        Returns:
-            The place.
+        Take it when the body has arrived: a client that is slow to send its body must take no place from others.
 
         Raises:
             ProblemError: Status 503: as many requests wait as may.
         """
         if self.waiting >= self.config.max_queue:
             raise overloaded(f"{self.waiting} requests are waiting; try again")
-        return Turn(self)
+        self._count(1)
+        try:
+            yield
+        finally:
+            self._count(-1)
 
-    def count(self, change: int) -> None:
-        """Count requests that wait.
-
-        Args:
-            change: How many more.
-        """
+    def _count(self, change: int) -> None:
         self.waiting += change
         self._metrics.waiting(self.waiting)
 
 
-class Turn:
-    """A request's place, and the bytes that it holds. Both are given back however the request ends."""
+class Held:
+    """The bytes that a request holds, from its body to its answer. All are given back at the end of the `with` block."""
 
     def __init__(self, load: Load) -> None:
-        """Prepare a place; `with` takes it.
+        """Prepare; `with` begins.
 
         Args:
             load: All requests of the replica.
@@ -60,11 +63,11 @@ class Turn:
         self._load = load
         self._own = 0
 
-    def __enter__(self) -> Turn:
-        self._load.count(1)
+    def __enter__(self) -> Held:
+        self._load.open += 1
         return self
 
-    def hold(self, more: int) -> None:
+    def __call__(self, more: int) -> None:
         """Count bytes that the request holds from now on. A request that is alone is never refused.
 
         Args:
@@ -80,5 +83,5 @@ class Turn:
         self._own += more
 
     def __exit__(self, *error: object) -> None:
-        self._load.count(-1)
+        self._load.open -= 1
         self._load.held -= self._own

@@ -6,7 +6,7 @@ from typing import Any
 
 from cibl_ray.bundle.card import MAX_SHIFT
 from serve.settings import ReplicaConfig
-from serve.v1 import MAX_LOGITS
+from serve.v2 import MAX_NUMBERS
 
 _ERROR = {
     "type": "object",
@@ -134,7 +134,7 @@ def openapi(config: ReplicaConfig, keys: bool = False) -> dict[str, Any]:
         _query("top_k", top_k, "classes of each image"),
         _query("tail_shift", shift, "logits - tail_shift * log prior: more of it favours rare classes"),
         _query("precision", precision, "which of the precisions that the service has"),
-        _query("logits", {"type": "boolean", "default": False}, f"also the logits of all classes; {MAX_LOGITS:,} at most"),
+        _query("logits", {"type": "boolean", "default": False}, f"also the logits of all classes; {MAX_NUMBERS:,} at most"),
     ]
     files = {"type": "string", "format": "binary"}
     formats = {f"image/{name.lower()}": {"schema": files} for name in config.formats}

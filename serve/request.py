@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ipaddress
 import re
 import uuid
@@ -20,6 +21,8 @@ Headers = list[tuple[bytes, bytes]]
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
+_CLOSE = (b"connection", b"close")
+_PART = 256 << 10  # bytes of an answer that are sent at once
 _DECODED_HERE = 16 << 10  # bytes of a compressed body that is decompressed in the event loop
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 
@@ -35,6 +38,7 @@ class Request:
         id: What the answer and the access log call the request: the client's own, if it has a valid form.
         model: The name in the path, if there is one; likewise `version` and `file`.
         bytes_in: Bytes of the body that have arrived.
+        unread: Whether the client may still be sending its body.
     """
 
     def __init__(self, scope: Scope, receive: Receive) -> None:
@@ -53,6 +57,7 @@ class Request:
         given = self.headers.get(b"x-request-id", b"")
         self.id = given.decode() if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
         self.bytes_in = 0
+        self.unread = self.headers.get(b"content-length", b"0") != b"0" or b"transfer-encoding" in self.headers
         self.model: str | None = None
         self.version: str | None = None
         self.file: str | None = None
@@ -112,6 +117,7 @@ class Request:
                     hold(len(chunk))
                     chunks.append(chunk)
                     if not message.get("more_body", False):
+                        self.unread = False
                         break
         except TimeoutError:
             raise ProblemError(
@@ -126,6 +132,27 @@ class Request:
             body = await asyncio.to_thread(decompressed, body, encoding, limit)
         hold(len(body))
         return body
+
+    async def discard(self, limit: int, seconds: float) -> bool:
+        """Read the rest of a body that nobody needs, so that the connection can be used for the next request.
+
+        Args:
+            limit: Bytes that a body may have.
+            seconds: In which it must arrive.
+
+        Returns:
+            Whether all of it has been read. False for a client that asks first whether to send it (`Expect: 100-continue`).
+        """
+        length = self.headers.get(b"content-length", b"0")
+        if b"expect" in self.headers or not length.isdigit() or len(length) > 18 or int(length) > limit:
+            return False
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while self.unread and self.bytes_in <= limit:
+                    message = await self._receive()
+                    self.bytes_in += len(message.get("body", b""))
+                    self.unread = message.get("more_body", False)  # a client that has gone sends no more, either
+        return not self.unread
 
     def _encoding(self) -> str:
         """How the body is compressed; empty: not at all. Raises ProblemError."""
@@ -184,7 +211,7 @@ def client_of(scope: Scope, trusted: Sequence[Network]) -> str:
     hops = [hop.strip() for hop in b",".join(lines).decode("latin-1").split(",") if hop.strip()]
     peer = scope.get("client")
     client = str(peer[0]) if peer else (hops.pop() if hops else "")
-    while hops and _within(client, trusted) and _address(hops[-1]) is not None:
+    while hops and within(client, trusted) and _address(hops[-1]) is not None:
         client = hops.pop()
     return client
 
@@ -196,15 +223,52 @@ def _address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
         return None
 
 
-def _within(text: str, networks: Sequence[Network]) -> bool:
+def within(text: str, networks: Sequence[Network]) -> bool:
+    """Whether an address is in one of the networks.
+
+    Args:
+        text: The address. IPv4 addresses may be written as IPv6 ones.
+        networks: The networks.
+
+    Returns:
+        False also for a text that is no address.
+    """
     address = _address(text)
     if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped is not None:
         address = address.ipv4_mapped
     return address is not None and any(address in network for network in networks)
 
 
+def after_body(request: Request, send: Send, limit: int, seconds: float) -> Send:
+    """Let an answer begin when its request's body has arrived.
+
+    Many clients read nothing before they have sent everything, and take the rest of the connection for broken if it closes
+    meanwhile. Where the rest is too much, or too slow, the answer has `Connection: close`.
+
+    Args:
+        request: The request.
+        send: Of ASGI.
+        limit: Bytes that a body may have.
+        seconds: In which its rest must arrive.
+
+    Returns:
+        What to send the answer with.
+    """
+
+    async def begin(message: dict[str, Any]) -> None:
+        begins = message["type"] == "http.response.start" and _CLOSE not in message["headers"]
+        if begins and request.unread and not await request.discard(limit, seconds):
+            message = {**message, "headers": [*message["headers"], _CLOSE]}
+        await send(message)
+
+    return begin
+
+
 async def respond(send: Send, status: int, headers: Headers, body: bytes) -> None:
-    """Send a whole answer at once, with its Content-Length.
+    """Send an answer with its Content-Length.
+
+    A long one is sent in parts. uvicorn waits before each of them until the client has read most of those before, so this
+    returns when the answer takes up no more memory than one part.
 
     Args:
         send: Of ASGI.
@@ -214,4 +278,8 @@ async def respond(send: Send, status: int, headers: Headers, body: bytes) -> Non
     """
     headers = [*headers, (b"content-length", str(len(body)).encode())]
     await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
+    start = 0
+    while len(body) - start > _PART:
+        await send({"type": "http.response.body", "body": body[start : start + _PART], "more_body": True})
+        start += _PART
+    await send({"type": "http.response.body", "body": body[start:]})

@@ -22,10 +22,12 @@ from uvicorn.protocols.http.auto import AutoHTTPProtocol
 from pipelines.common.errors import UserError
 from serve.app import App
 from serve.errors import page
+from serve.request import within
 from serve.settings import ReplicaConfig, ServiceConfig
 
 T = TypeVar("T")
 _LARGEST_HEAD = 64 << 10  # bytes of a request before its body
+_UNREAD = 60  # seconds in which a client reads nothing of its answer, as HAProxy's `timeout client`
 _STEP = 0.05  # seconds between two looks at whether all requests are answered
 
 
@@ -99,7 +101,7 @@ class Server:
     async def _stop(self, seconds: float, announce: float) -> None:
         begun = self._loop.time()
         self.app.stopping = bool(announce)
-        while (now := self._loop.time() - begun) < announce or (self.app.load.waiting and now < seconds):
+        while (now := self._loop.time() - begun) < announce or (self.app.load.open and now < seconds):
             await asyncio.sleep(_STEP)
         self._server.should_exit = True
 
@@ -158,16 +160,16 @@ def limited_protocol(limits: ServiceConfig) -> type[asyncio.Protocol]:
     """Make a class of uvicorn's that closes connections which only take up room.
 
     Without HAProxy in front nothing else limits how many connections there are, how long they wait for the head of a request,
-    and how large that is.
+    how large that is, and how long an answer waits for its client.
 
     Args:
-        limits: `max_connections`, `max_connections_per_address` and `idle_seconds` count.
+        limits: `max_connections`, `max_connections_per_address`, `trusted_proxies` and `idle_seconds` count.
 
     Returns:
         A class for uvicorn's setting `http`.
     """
     open_: Counter[str] = Counter()
-    most = limits.max_connections_per_address or limits.max_connections
+    most, networks = limits.max_connections_per_address or limits.max_connections, limits.networks
 
     class Limited(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
         def connection_made(self, transport: asyncio.Transport) -> None:
@@ -176,8 +178,10 @@ def limited_protocol(limits: ServiceConfig) -> type[asyncio.Protocol]:
             self._address = str(peer[0]) if isinstance(peer, tuple) else ""
             open_[self._address] += 1
             self._head, self._since, self._asked = 0, self.loop.time(), False
-            self._timer = self.loop.call_later(limits.idle_seconds, self._look)
-            if open_[self._address] > most or open_.total() > limits.max_connections:
+            self._unsent, self._moved = 0, self._since
+            self._timer = self.loop.call_later(min(limits.idle_seconds, _UNREAD), self._look)
+            too_many = open_[self._address] > most and not within(self._address, networks)
+            if too_many or open_.total() > limits.max_connections:
                 self._refuse(503, "Service Unavailable", "overloaded", "too many connections; close some, or try again")
 
         def connection_lost(self, exc: Exception | None) -> None:
@@ -187,9 +191,16 @@ def limited_protocol(limits: ServiceConfig) -> type[asyncio.Protocol]:
                 del open_[self._address]
             super().connection_lost(exc)
 
+        def resume_writing(self) -> None:
+            self._moved = self.loop.time()
+            super().resume_writing()
+
         def data_received(self, data: bytes) -> None:
+            now = self.loop.time()
+            if not self.transport.get_write_buffer_size():  # answers before have been read
+                self._moved = now
             if not self._head:
-                self._since = self.loop.time()
+                self._since = now
             super().data_received(data)
             if self._answering():
                 self._head, self._asked = 0, True
@@ -202,12 +213,21 @@ def limited_protocol(limits: ServiceConfig) -> type[asyncio.Protocol]:
             return self.cycle is not None and not self.cycle.response_complete
 
         def _look(self) -> None:
-            """Close the connection if no request's head has arrived in time. After an answer, uvicorn does it."""
-            late = self.loop.time() - self._since >= limits.idle_seconds
+            """Close the connection if no request's head has arrived in time, or if the client does not read its answer.
+
+            After an answer that was read, uvicorn closes it.
+            """
+            now, unsent = self.loop.time(), self.transport.get_write_buffer_size()
+            if unsent < self._unsent or not unsent:
+                self._moved = now
+            self._unsent = unsent
+            if now - self._moved >= _UNREAD:
+                self.transport.abort()  # `close` would wait for the client
+                return
+            late = now - self._since >= limits.idle_seconds
             if late and not self._answering() and (self._head or not self._asked):
                 self.transport.close()
-            else:
-                self._timer = self.loop.call_later(limits.idle_seconds, self._look)
+            self._timer = self.loop.call_later(min(limits.idle_seconds, _UNREAD), self._look)
 
         def _refuse(self, status: int, reason: str, code: str, message: str) -> None:
             self.transport.write(page(status, reason, code, message))

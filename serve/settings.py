@@ -7,7 +7,7 @@ import ipaddress
 import os
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -18,6 +18,7 @@ from serve.cors import ORIGIN
 KEYS = "CIBL_RAY_API_KEYS"  # in the environment, separated by commas
 Precision = Literal["fp32", "fp16", "int8"]
 Format = Literal["JPEG", "PNG", "WEBP", "GIF", "BMP"]
+Seconds = Annotated[float, Field(le=86400, allow_inf_nan=False)]  # HAProxy and asyncio cannot wait for ever
 
 
 class ReplicaConfig(BaseModel):
@@ -35,7 +36,9 @@ class ReplicaConfig(BaseModel):
     max_queue: int = Field(default=256, ge=1, le=100_000, description="requests that wait in a replica; more get 503")
     max_bytes: int = Field(default=16 << 20, ge=1024, le=1 << 30, description="bytes of a request's body, also decompressed")
     max_held_bytes: int = Field(
-        default=256 << 20, ge=1024, description="bytes of all bodies and decoded images in a replica; more get 503"
+        default=256 << 20,
+        ge=1024,
+        description="bytes of all bodies, decoded images and unsent answers in a replica; more get 503",
     )
     max_images: int = Field(default=64, ge=1, le=4096, description="images of a request")
     max_pixels: int = Field(default=MAX_PIXELS, ge=1024, description="pixels of an image")
@@ -44,13 +47,14 @@ class ReplicaConfig(BaseModel):
         default=320_000_000, ge=1024, description="pixels of large images that wait in a replica to be decoded; more get 503"
     )
     formats: tuple[Format, ...] = Field(default=("JPEG", "PNG", "WEBP"), min_length=1, description="image formats")
-    body_seconds: float = Field(default=10, gt=0, description="seconds in which a request's body must arrive")
+    body_seconds: Seconds = Field(default=10, gt=0, description="seconds in which a request's body must arrive")
     keys_file: Path | None = Field(default=None, description="file of API keys, one a line; read again when it changes")
     access_log: Path | None = Field(default=None, description="folder for JSON lines, one file for each replica")
-    watch_seconds: float = Field(default=2, gt=0, description="seconds between two looks for a new version of a bundle")
+    watch_seconds: Seconds = Field(default=2, gt=0, description="seconds between two looks for a new version of a bundle")
     path_prefix: str = Field(default="", description="what stands before every path, such as /models")
     trusted_proxies: tuple[str, ...] = Field(
-        default=(), description="addresses or networks of proxies whose X-Forwarded-For names the client"
+        default=(),
+        description="addresses or networks of proxies: their X-Forwarded-For names the client; each may open all connections",
     )
 
     private_ports: bool = Field(
@@ -97,8 +101,8 @@ class ReplicaConfig(BaseModel):
 class ServiceConfig(ReplicaConfig):
     """The settings of one service. In Ray Serve's configuration they are the application's `args`.
 
-    The limits on connections and TLS belong to `python -m serve`. `serve deploy` refuses them, because Ray Serve's own proxy
-    would not apply them.
+    The limits on connections, TLS and `private_ports` belong to `python -m serve`. `serve deploy` refuses them, because Ray
+    Serve's own proxy would not apply them.
     """
 
     bundles: tuple[Path, ...] = Field(min_length=1, max_length=64, description="bundle folders, one for each model")
@@ -108,14 +112,14 @@ class ServiceConfig(ReplicaConfig):
     max_connections_per_address: int = Field(
         default=256, ge=0, le=100_000, description="open connections of one client address; 0: no limit"
     )
-    idle_seconds: float = Field(
+    idle_seconds: Seconds = Field(
         default=10, ge=1, description="seconds until a connection is closed that sends no request, or half of a request's head"
     )
     tls_certificate: Path | None = Field(default=None, description="PEM file with the certificate chain; the port speaks HTTPS")
     tls_key: Path | None = Field(default=None, description="PEM file with the certificate's private key")
 
 
-FRONT = ("max_connections", "max_connections_per_address", "idle_seconds", "tls_certificate", "tls_key")
+COMMAND_ONLY = ("max_connections", "max_connections_per_address", "idle_seconds", "tls_certificate", "tls_key", "private_ports")
 
 
 def check(args: dict[str, Any]) -> ServiceConfig:

@@ -17,10 +17,11 @@ from pipelines.pixels import BadImageError
 from serve.decode import Limits, UnsupportedImageError, announced, named, pixels, top
 from serve.engine import Spent
 from serve.errors import ProblemError, bad_request, overloaded
+from serve.json_body import LARGE, of_base64, parse_json
 from serve.request import Request
 from serve.settings import ReplicaConfig
 from serve.store import Model
-from serve.v2 import LARGE, of_base64, parse_json
+from serve.v2 import MAX_NUMBERS
 
 T = TypeVar("T")
 
@@ -28,7 +29,8 @@ _SMALL = 16 << 10  # bytes of a file that is decoded in less time than handing i
 _SMALL_PIXELS = 1 << 16
 _FEW = 4  # files whose heads are read in the event loop
 _LARGE_WORK = 16_000_000  # pixels, each as often as its decoder passes over it: an image of more is large
-MAX_LOGITS = 1 << 18  # numbers of one answer, some three megabytes of JSON
+_ENTRY = 8  # numbers that take up as much of an answer as one class of `top`
+_FILENAME = "an image's part needs a filename, as in curl -F image=@photo.jpg"
 _PASSES = 15  # over as many pixels as a request may have: an ordinary progressive file has 10
 
 
@@ -65,12 +67,12 @@ class Predict:
         self._large = ThreadPoolExecutor(1, thread_name_prefix="decode-large")
         self._large_work = 0  # pixels that wait in it, each as often as its decoder passes over it
 
-    async def read(self, request: Request, hold: Callable[[int], None]) -> tuple[list[bytes], Options]:
+    async def read(self, request: Request, body: bytes) -> tuple[list[bytes], Options]:
         """Read the image files of a request, and its options.
 
         Args:
             request: The request.
-            hold: As in `Request.body`.
+            body: Its body, decompressed.
 
         Returns:
             The files, one at least, and the options.
@@ -78,12 +80,13 @@ class Predict:
         Raises:
             ProblemError: The body is not what its content type says, or too much.
         """
-        body = await request.body(self._config.max_bytes, self._config.body_seconds, hold)
         kind = request.content_type.partition(";")[0].strip().lower()
         given: dict[str, Any] = dict(request.query)
         if kind == "multipart/form-data":
             form = _multipart(request.content_type, body, self._config.max_images)
             files, fields = await form if len(body) <= LARGE else await self.apart(body, lambda: asyncio.run(form))
+            if not files and fields.keys() - Options.model_fields.keys():
+                raise bad_request(f"no part of the form is an image: {_FILENAME}")
             known = {name: value for name, value in fields.items() if name in Options.model_fields}  # browsers send more
             return self._checked(files), _options(Options, {**given, **known})
         if kind in ("application/json", "text/json") or kind.endswith("+json"):
@@ -146,9 +149,13 @@ class Predict:
         if options.precision is not None and options.precision not in model.engines:
             raise bad_request(f"'precision': this service has {', '.join(model.engines)}")
         engine = model.engine if options.precision is None else model.engines[options.precision]
-        if options.logits and len(files) * len(model.bundle.card.classes) > MAX_LOGITS:
-            most = max(1, MAX_LOGITS // len(model.bundle.card.classes))
+        classes = len(model.bundle.card.classes)
+        if options.logits and len(files) * classes > MAX_NUMBERS:
+            most = max(1, MAX_NUMBERS // classes)
             raise ProblemError(413, "too_many", f"with logits {most} images at most; send them in parts, or leave logits out")
+        if len(files) * _ENTRY * (k := min(options.top_k, classes)) > MAX_NUMBERS:
+            most = max(1, MAX_NUMBERS // (_ENTRY * k))
+            raise ProblemError(413, "too_many", f"with top_k {k} {most} images at most; send them in parts, or lower top_k")
         images = await self.pixels(model, files, spent)
         shift = np.full(len(images), options.tail_shift, np.float32) if options.tail_shift else None
         result = await engine.submit(images, shift, spent=spent)
@@ -283,7 +290,7 @@ async def _multipart(content_type: str, body: bytes, max_files: int) -> tuple[li
     try:
         form = await parser.parse()
     except (MultiPartException, KeyError, ValueError) as error:
-        raise bad_request(f"the form cannot be read: {error}") from error
+        raise bad_request(f"the form cannot be read: {str(error).rstrip('.')}; {_FILENAME}") from error
     files: list[bytes] = []
     fields: dict[str, str] = {}
     try:

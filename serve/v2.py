@@ -6,8 +6,6 @@ and the index of model_repository. The input `images` takes pixels (UINT8), or i
 
 from __future__ import annotations
 
-import base64
-import binascii
 import json
 import math
 from typing import Any
@@ -16,13 +14,11 @@ import numpy as np
 
 from cibl_ray.bundle.card import EMBEDDING, IMAGES, LOGITS, MAX_SHIFT, PROBABILITIES, TAIL_SHIFT
 from serve.errors import ProblemError, bad_request
+from serve.json_body import of_base64, parse_json
 from serve.store import Model
 
 HEADER_LENGTH = b"inference-header-content-length"
-LARGE = 256 << 10  # bytes of a body that is read in a thread
-_BASE64 = str.maketrans({"-": "+", "_": "/", "=": None, **dict.fromkeys(" \t\r\n")})
-_MORE_VALUES = 1000  # of JSON, beside what its images need
-_DEEPEST = 10  # lists that begin one in another: a tensor of images has four
+MAX_NUMBERS = 1 << 18  # of one answer in JSON, which is then of three to five megabytes
 SERVER = {
     "name": "cibl-ray",
     "version": "2",
@@ -253,7 +249,14 @@ class Inference:
 
         Returns:
             Its headers and its body.
+
+        Raises:
+            ProblemError: It would be too large (413).
         """
+        numbers = sum(result[name].size for name, as_binary in self._outputs.items() if not as_binary)
+        if numbers > MAX_NUMBERS:
+            problem = f"an answer of {numbers:,} numbers in JSON, {MAX_NUMBERS:,} at most"
+            raise ProblemError(413, "too_many", f"{problem}; send fewer images, or ask for binary outputs")
         outputs, binary = [], []
         for name, as_binary in self._outputs.items():
             values = np.ascontiguousarray(result[name], dtype="<f4")
@@ -284,49 +287,6 @@ def _split(body: bytes, header_length: bytes | None, values: int) -> tuple[dict[
     return parse_json(body[:length], values), view[length:]
 
 
-def parse_json(text: bytes, values: int, texts: int = 0) -> dict[str, Any]:
-    """Parse a client's JSON object.
-
-    Args:
-        text: The bytes.
-        values: How many its images may need.
-        texts: How many of those are strings.
-
-    Returns:
-        The object.
-
-    Raises:
-        ProblemError: It is not valid (400), or has more values than its images need (413).
-    """
-    most = values + _MORE_VALUES
-    # Counted before it is parsed: a value of two bytes would take a hundred.
-    if (count := text.count(b",")) > most:
-        raise ProblemError(413, "too_many", f"JSON of {count:,} values, {most:,} at most")
-    # json holds Python's lock from end to end, unless it calls Python: numbers in plenty must not hold up the event loop.
-    calls: dict[str, Any] = {"parse_int": lambda digits: int(digits), "parse_float": lambda digits: float(digits)}
-    if len(text) > LARGE:
-        _check_large(text, texts)
-    try:
-        content = json.loads(text, **(calls if len(text) > LARGE else {}))
-    except (ValueError, RecursionError) as error:
-        raise bad_request("the body is not valid JSON") from error
-    if not isinstance(content, dict):
-        raise bad_request("the body must be a JSON object")
-    return content
-
-
-def _check_large(text: bytes, texts: int) -> None:
-    """Raise ProblemError where a parser would make much of values at which it calls no Python: all but numbers."""
-    if b"\0" in text:  # UTF-16 or 32, in which the counts below would find nothing
-        raise bad_request("the body is not JSON in UTF-8")
-    text = text.translate(None, b" \t\r\n")
-    other = sum(text.count(word) for word in (b"[]", b"{}", b"true", b"false", b"null")) + text.count(b'"') // 2
-    if other > texts + _MORE_VALUES:
-        raise ProblemError(413, "too_many", f"JSON of {other:,} values that are no numbers, {texts + _MORE_VALUES:,} at most")
-    if b"[" * _DEEPEST in text:
-        raise bad_request(f"the body is not valid JSON for this service: lists in lists, {_DEEPEST} deep")
-
-
 def _elements(name: str, binary: memoryview, count: int) -> list[bytes]:
     """The elements of a binary BYTES tensor: each after its length, four bytes, little-endian."""
     files: list[bytes] = []
@@ -349,31 +309,6 @@ def _texts(name: str, data: Any, count: int) -> list[bytes]:
     if len(rows) != count or not all(isinstance(row, str) and row for row in rows):
         raise bad_request(f"{name!r}: data must be {count} image files in base64")
     return [of_base64(row) for row in rows]
-
-
-def of_base64(text: str) -> bytes:
-    """Decode base64 as clients send it: also url-safe, with line breaks, without padding, or as a `data:` URL.
-
-    Args:
-        text: The text.
-
-    Returns:
-        The bytes.
-
-    Raises:
-        ProblemError: It is something else.
-    """
-    if text[:5].lower() == "data:":
-        head, comma, text = text.partition(",")
-        if not comma or not head.lower().endswith(";base64"):
-            raise bad_request("an image is a data: URL without ';base64,'; send base64")
-    plain = text.translate(_BASE64)
-    try:
-        return base64.b64decode(plain + "=" * (-len(plain) % 4), validate=True)
-    except (binascii.Error, ValueError) as error:
-        if text[:8].lower().startswith(("http://", "https://", "file:/", "s3://")):
-            raise bad_request("an image is a URL; send its bytes, in base64") from error
-        raise bad_request("an image is not valid base64") from error
 
 
 def _from_json(name: str, data: Any, dtype: np.dtype[Any], shape: list[int], count: int) -> np.ndarray:

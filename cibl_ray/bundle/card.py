@@ -26,7 +26,7 @@ MAX_SHIFT = 100.0  # of tail_shift, either way
 TAIL_SHIFT = "tail_shift"  # an input of services, and of the ONNX files of earlier versions
 LOGITS, PROBABILITIES, LOG_PRIOR, EMBEDDING = "logits", "probabilities", "log_prior", "embedding"
 FILES = {"fp32": "model.onnx", "fp16": "model.fp16.onnx", "int8": "model.int8.onnx"}
-FORMATS = ("JPEG", "PNG", "WEBP")  # Pillow's names of what service and edge take
+FORMATS = ("JPEG", "PNG", "WEBP")  # Pillow's names of what a service takes, if its settings name no others
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")  # of a model: safe in a path, a URL and a log
 
 

@@ -299,7 +299,12 @@ class _Export:
         log.info("preprocessing: %d images of the %s split give the evaluation's pixels", len(images), self.split)
         if foreign:
             found, taken = ", ".join(sorted({*foreign})), ", ".join(FORMATS)
-            log.warning("%d of them are %s; service and edge take %s: save such images as PNG", len(foreign), found, taken)
+            log.warning(
+                "%d of them are %s: the service takes %s, and what --formats adds",
+                len(foreign),
+                found,
+                taken,
+            )
 
     def _verify_logits(self, runtime: Runtime, images: np.ndarray) -> None:
         normalize = Normalize(self.config.data)

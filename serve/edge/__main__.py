@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("model", metavar="URL", help="a service, a model's file there, a bundle's folder, or an .onnx file")
     parser.add_argument("images", nargs="*", metavar="IMAGE", help="files, folders, or '-' for JPEG images on standard input")
     parser.add_argument("--name", help="which model, where the service has several")
-    parser.add_argument("--precision", choices=["fp32", "fp16", "int8"], default="fp32")
+    parser.add_argument("--precision", choices=["fp32", "fp16", "int8"], help="default: fp32, or what an .onnx file has")
     parser.add_argument("--top", type=_count, default=1, help="classes of each image (default: 1)")
     parser.add_argument("--tail-shift", type=_shift, default=0.0, help="more of it favours rare classes (default: 0)")
     parser.add_argument("--threads", type=_count, help="threads of onnxruntime (default: all cores)")
@@ -58,7 +58,7 @@ def main() -> None:
     path = local_file(arguments.model, arguments.precision, arguments.name)
     if path is None:
         path = download(arguments.model, arguments.cache, arguments.name, arguments.precision, arguments.key)
-    edge = Edge(path, arguments.threads, arguments.max_pixels)
+    edge = Edge(path, arguments.threads, arguments.max_pixels, arguments.precision)
     card = edge.card
     print(f"{card.name} ({card.precision}), {len(card.classes)} classes, {edge.runtime.provider}", file=sys.stderr)
     failed = 0

@@ -56,7 +56,7 @@ class Model:
         source: str | os.PathLike[str],
         *,
         name: str | None = None,
-        precision: str = "fp32",
+        precision: str | None = None,
         key: str | None = None,
         cache: str | os.PathLike[str] | None = None,
         threads: int | None = None,
@@ -67,20 +67,20 @@ class Model:
         Args:
             source: A service's URL, the folder of a bundle, or an .onnx file.
             name: Which model, if the service has several.
-            precision: "fp32", "fp16" or "int8".
+            precision: "fp32", "fp16" or "int8"; None: "fp32", or what an .onnx file has.
             key: API key of the service; None: CIBL_RAY_API_KEY in the environment.
             cache: Folder for downloaded models; None: `default_cache()`.
             threads: Threads of onnxruntime; None: all cores.
             max_pixels: Of an image file; larger ones are not answered.
 
         Raises:
-            UserError: There is no such model, or it cannot be loaded.
+            UserError: There is no such model, it has another precision, or it cannot be loaded.
         """
         key = os.environ.get("CIBL_RAY_API_KEY") if key is None else key
         file = local_file(source, precision, name)
         if file is None:
             file = download(str(source), Path(cache) if cache else default_cache(), name, precision, key)
-        self._edge = Edge(file, threads, max_pixels)
+        self._edge = Edge(file, threads, max_pixels, precision)
 
     @property
     def card(self) -> Card:
@@ -150,12 +150,12 @@ def _is_picture(array: np.ndarray) -> bool:
     return array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))
 
 
-def local_file(source: str | os.PathLike[str], precision: str, name: str | None = None) -> Path | None:
+def local_file(source: str | os.PathLike[str], precision: str | None = None, name: str | None = None) -> Path | None:
     """Find a model on this machine.
 
     Args:
         source: A file, the folder of a bundle, or something else.
-        precision: Which of a bundle's models.
+        precision: Which of a bundle's models; None: fp32.
         name: Which model of a service. A file or a bundle is one model.
 
     Returns:
@@ -172,6 +172,7 @@ def local_file(source: str | os.PathLike[str], precision: str, name: str | None 
     if not path.is_dir():
         return None
     bundle = open_bundle(path)
+    precision = precision or "fp32"
     if precision not in bundle.models:
         made = ", ".join(bundle.models)
         raise UserError(f"{str(path / MANIFEST)!r} lists no {precision} model; choose one that it has: {made}")

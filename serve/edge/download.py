@@ -31,7 +31,7 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 _PREFIX = re.compile(r"(/[A-Za-z0-9._~-]+)*/?")
 
 
-def download(url: str, cache: Path, name: str | None = None, precision: str = "fp32", key: str | None = None) -> Path:
+def download(url: str, cache: Path, name: str | None = None, precision: str | None = None, key: str | None = None) -> Path:
     """Download a model, or take it from the cache where it is there and current.
 
     A download that broke off is resumed. A file counts only if its SHA-256 is the one that the service names. If the service
@@ -41,7 +41,7 @@ def download(url: str, cache: Path, name: str | None = None, precision: str = "f
         url: A service, or a model's file there.
         cache: Folder for models.
         name: Which model, where the service has several.
-        precision: Which file.
+        precision: Which file; None: fp32, or the one that the URL names.
         key: API key.
 
     Returns:
@@ -59,13 +59,13 @@ def download(url: str, cache: Path, name: str | None = None, precision: str = "f
     base = f"{parts.scheme}://{parts.netloc}"
     prefix = parts.path
     if found := re.fullmatch(r"(.*)/v1/models/([A-Za-z0-9._-]+)/(fp32|fp16|int8)\.onnx", parts.path):
-        if name not in (None, found[2]) or precision not in ("fp32", found[3]):
-            asked = f"{name or found[2]}, {precision}"
+        if name not in (None, found[2]) or precision not in (None, found[3]):
+            asked = f"{name or found[2]}, {precision or found[3]}"
             raise UserError(f"{url!r} names another file than {asked}; leave out name and precision, or give {base}")
         prefix, name, precision = found[1], found[2], found[3]
     if not _PREFIX.fullmatch(prefix) or "/v1/" in f"{prefix}/" or ".." in prefix:
         raise UserError(f"{url!r}: give the service alone, {base}, or a file {base}/v1/models/NAME/fp32.onnx")
-    prefix = prefix.rstrip("/")
+    prefix, precision = prefix.rstrip("/"), precision or "fp32"
     key = _as_header(key)
     if key and parts.scheme == "http" and not _loopback(parts.hostname or ""):
         print(f"warning: the API key goes to {base} unencrypted; give an https URL", file=sys.stderr)
@@ -142,6 +142,8 @@ def _entry(base: str, prefix: str, name: str | None, precision: str, key: str | 
     with _open(f"{base}{prefix}/v1/models", key) as answer:
         content = json.loads(answer.read(64 << 20))
     models = {model["name"]: model for model in content["models"]}
+    if not models:
+        raise ValueError("it has no model yet; try again")
     if name is None and len(models) > 1:
         raise UserError(f"{base} has several models, say which: --name {' | '.join(models)}")
     name = name or next(iter(models))

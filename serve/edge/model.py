@@ -29,21 +29,26 @@ class Edge:
         card: What the file says of itself.
     """
 
-    def __init__(self, model: Path, threads: int | None = None, max_pixels: int = MAX_PIXELS) -> None:
+    def __init__(
+        self, model: Path, threads: int | None = None, max_pixels: int = MAX_PIXELS, precision: str | None = None
+    ) -> None:
         """Load the model.
 
         Args:
             model: The ONNX file.
             threads: Threads of onnxruntime; None: all cores.
             max_pixels: Of an image; larger ones are refused.
+            precision: Which the file must have; None: any.
 
         Raises:
-            UserError: It cannot be loaded.
+            UserError: It cannot be loaded, or has another precision.
         """
         from cibl_ray.bundle.runtime import Runtime  # here, so that a missing onnxruntime is one line
 
         self.runtime = Runtime(model, "auto", threads)
         self.card = self.runtime.card
+        if precision not in (None, self.card.precision):
+            raise UserError(f"{str(model)!r} is {self.card.precision}, not {precision}; give another file, or no precision")
         self._limits = Limits(max_pixels, formats=None)  # as training reads: the files are the user's own
 
     def classify(self, data: bytes, k: int = 1, tail_shift: float = 0.0) -> list[dict[str, Any]]:

@@ -232,7 +232,7 @@ def test_originals_that_the_service_does_not_take_are_told(run_folder, tmp_path,
 
     monkeypatch.setattr(module, "original_images", others)
     make_bundle(run_folder / "checkpoints" / "best.safetensors", tmp_path / "out", Options(provider="cpu"))
-    assert "2 of them are BMP, TIFF; service and edge take JPEG, PNG, WEBP: save such images as PNG" in caplog.messages
+    assert "2 of them are BMP, TIFF: the service takes JPEG, PNG, WEBP, and what --formats adds" in caplog.messages
     assert open_bundle(tmp_path / "out").models
 
 

@@ -145,6 +145,16 @@ def test_other_fields_of_a_form_are_ignored(server):
     assert labels(answer) == labels(server.ask("POST", "/v1/predict?top_k=2", data))
 
 
+@pytest.mark.parametrize("size", [None, 300])
+def test_a_part_without_a_filename_is_named(server, size):
+    """`curl -F 'image=<photo.png'`, which looks much like the right one."""
+    data = encoded("PNG", 6, size)
+    body = b'--X\r\nContent-Disposition: form-data; name="image"\r\n\r\n' + data + b"\r\n--X--\r\n"
+    answer = server.ask("POST", "/v1/predict", body, Content_Type="multipart/form-data; boundary=X")
+    assert answer.status == 400
+    assert "an image's part needs a filename, as in curl -F image=@photo.jpg" in answer.json()["error"]
+
+
 def test_a_large_form_needs_no_temporary_file(monkeypatch):
     """A container's root may be read-only, without a folder for temporary files."""
 
@@ -220,10 +230,8 @@ def test_tritons_config_index_and_statistics(server):
 
     client = triton.InferenceServerClient(f"127.0.0.1:{server.port}")
     config = client.get_model_config("digits")
-    assert (config["max_batch_size"], config["input"][0]) == (
-        32,
-        {"name": "images", "data_type": "TYPE_UINT8", "dims": [16, 16, 3]},
-    )
+    assert config["max_batch_size"] == server.app.config.max_images != server.app.config.max_batch
+    assert config["input"][0] == {"name": "images", "data_type": "TYPE_UINT8", "dims": [16, 16, 3]}
     assert config["input"][1] == {"name": "tail_shift", "data_type": "TYPE_FP32", "dims": [1], "optional": True}
     (version,) = client.get_model_metadata("digits")["versions"]
     assert client.get_model_repository_index() == [{"name": "digits", "version": version, "state": "READY"}]

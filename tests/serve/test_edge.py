@@ -273,7 +273,7 @@ def test_a_wrong_url_is_explained(url, tmp_path):
         download(url, tmp_path)
 
 
-@pytest.mark.parametrize(("name", "precision"), [("birds", "fp32"), ("birds", "int8"), (None, "int8"), ("digits", "int8")])
+@pytest.mark.parametrize(("name", "precision"), [("birds", "fp16"), ("birds", "int8"), (None, "int8"), (None, "fp32")])
 def test_a_name_or_precision_beside_a_models_file_is_refused(name, precision, tmp_path):
     url = "http://127.0.0.1:1/v1/models/digits/fp16.onnx"
     with pytest.raises(

@@ -78,6 +78,17 @@ def test_the_model_of_a_service(bundle, model, tmp_path, monkeypatch):
     assert served.predict([data])[0].top[0]["probability"] == pytest.approx(model.predict([data])[0].probability, abs=0.1)
 
 
+def test_another_precision_than_a_files_is_refused(bundle, monkeypatch, tmp_path):
+    """The file decides what runs."""
+    with pytest.raises(UserError, match=r"model.onnx' is fp32, not int8; give another file, or no precision"):
+        Model(bundle / "model.onnx", precision="int8")
+    monkeypatch.setattr(sys, "argv", ["edge", str(bundle / "model.int8.onnx"), "none.png", "--precision", "fp32"])
+    with pytest.raises(UserError, match="is int8, not fp32"):
+        main()
+    for source, asked, got in (("model.int8.onnx", "int8", "int8"), ("model.int8.onnx", None, "int8"), ("", None, "fp32")):
+        assert Model(bundle / source, precision=asked, threads=1).card.precision == got
+
+
 def test_a_folder_that_is_no_bundle(tmp_path, bundle):
     with pytest.raises(UserError, match="is not a bundle"):
         Model(tmp_path)

@@ -14,6 +14,7 @@ from contextlib import ExitStack
 import pytest
 
 from pipelines.common.errors import UserError
+from serve.edge.download import download
 from serve.haproxy import HAProxy, socket_of
 from serve.local import private_folder
 from serve.server import Server
@@ -44,6 +45,9 @@ def test_until_the_models_are_loaded_it_answers_503(bundle, way):
         assert (ready.status, ready.json(), ready.headers["retry-after"]) == (503, {"ready": False}, "1")
         assert (predict.status, predict.headers["retry-after"]) == (503, "1")
         assert set(predict.json()) == {"error", "code", "request_id"}
+        assert served.ask("GET", "/v1/models").status == 503
+        with pytest.raises(UserError, match=r"503: (the service is starting|no replica answered)"):
+            download(f"http://127.0.0.1:{port}", folder)
         # A page elsewhere asks first whether it may ask, and can then read the 503.
         first = served.ask("OPTIONS", "/v1/predict", Origin="https://example.org", Access_Control_Request_Method="POST")
         assert (first.status, first.body) == (204, b"")

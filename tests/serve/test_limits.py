@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from pipelines.common.errors import UserError
+from serve import json_body, v2
 from serve import v1 as predict
-from serve import v2
 from serve.engine import Engine, Spent
 from serve.errors import ProblemError
 from serve.settings import check
@@ -41,9 +41,9 @@ def test_a_large_body_holds_nobody_up(server, path):
     """Its JSON is read in a thread, and the loop goes on."""
     images = np.full((40, 16, 16, 3), 200)
     file = base64.b64encode(encoded("PNG", size=300)).decode()
-    content = {"inputs": [tensor("images", [40, 16, 16, 3], "UINT8", images.tolist())], "pad": " " * v2.LARGE}
+    content = {"inputs": [tensor("images", [40, 16, 16, 3], "UINT8", images.tolist())], "pad": " " * json_body.LARGE}
     if path == "/v1/predict":
-        content = {"images": [file] * (v2.LARGE // len(file) + 1)}
+        content = {"images": [file] * (json_body.LARGE // len(file) + 1)}
     seen, true = [], json.loads
 
     def loads(text, **more):
@@ -52,7 +52,7 @@ def test_a_large_body_holds_nobody_up(server, path):
 
     body = json.dumps(content)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(v2.json, "loads", loads)
+        patch.setattr(json_body.json, "loads", loads)
         answer = server.ask("POST", path, body, Content_Type="application/json")
     assert answer.status == 200, answer.body
     ((thread, length),) = seen
@@ -71,17 +71,55 @@ def test_a_large_body_holds_nobody_up(server, path):
         ("texts", b'"",' * 200_000),
         ("words", b"true," * 200_000),
         ("deep lists", (b"[" * 900 + b"0" + b"]" * 900 + b",") * 500),
+        ("lists of one number", b"[1]," * 200_000),
         ("lists in UTF-16", ("[]," * 200_000).encode("utf-16")),
     ],
 )
 def test_json_that_a_parser_would_not_let_go_of_is_refused_before(server, name, body, monkeypatch):
     """json holds Python's lock but where it calls Python: at numbers."""
     # As many values as images of the usual size need.
-    monkeypatch.setattr(v2.json, "loads", lambda *a, **k: pytest.fail("parsed"))
+    monkeypatch.setattr(json_body.json, "loads", lambda *a, **k: pytest.fail("parsed"))
     for values in (64, 10_000_000):
         with pytest.raises(ProblemError) as refused:
-            v2.parse_json(body, values)
+            json_body.parse_json(body, values)
         assert refused.value.status in (400, 413)
+
+
+@pytest.mark.parametrize("constant", ["NaN", "Infinity", "-Infinity"])
+@pytest.mark.parametrize("many", [1, 200_000])
+def test_numbers_that_json_does_not_have_are_refused(constant, many, monkeypatch):
+    """The first of them ends the parsing: at these the parser calls no Python that would let others work."""
+    body = ("[" + f"{constant}," * many + "0]").encode()
+    with pytest.raises(ProblemError, match="not valid JSON"):
+        json_body.parse_json(body, 10_000_000)
+
+
+def test_a_nested_tensor_of_images_is_parsed():
+    """With a list for each image, row and pixel."""
+    images = np.full((7, 96, 96, 3), 255).tolist()
+    body = json.dumps({"inputs": images}, separators=(",", ":")).encode()
+    assert len(body) > json_body.LARGE
+    assert json_body.parse_json(body, 7 * 96 * 96 * 3) == {"inputs": images}
+
+
+def test_an_answer_of_too_many_numbers_is_refused_unless_it_is_binary(simple, monkeypatch):
+    monkeypatch.setattr(v2, "MAX_NUMBERS", 39)  # ten classes
+    for count, binary, status in ((1, False, 200), (2, False, 413), (2, True, 200)):
+        images = tensor("images", [count, 16, 16, 3], "UINT8", [7] * 768 * count)
+        body = json.dumps({"inputs": [images], "parameters": {"binary_data_output": binary}})
+        answer = simple.ask("POST", "/v2/models/digits/infer", body)
+        assert answer.status == status, answer.body
+        if status == 413:
+            assert answer.json()["error"].startswith("an answer of 40 numbers in JSON, 39 at most; send fewer images")
+    assert simple.app.load.held == 0
+
+
+@pytest.mark.parametrize("name", ["idle_seconds", "body_seconds", "watch_seconds"])
+@pytest.mark.parametrize("seconds", [float("inf"), float("nan"), 1e9, 0])
+def test_times_have_bounds(name, seconds):
+    """HAProxy's go to 24 days."""
+    with pytest.raises(UserError, match=f"{name} = "):
+        check({"bundles": ["x"], name: seconds})
 
 
 def test_a_large_form_is_read_in_a_thread(server, monkeypatch):
@@ -95,7 +133,7 @@ def test_a_large_form_is_read_in_a_thread(server, monkeypatch):
 
     monkeypatch.setattr(starlette.formparsers.MultiPartParser, "parse", parse)
     part = b'--X\r\nContent-Disposition: form-data; name="image"; filename="i"\r\n\r\n' + encoded("PNG") + b"\r\n"
-    for body in (part + b"--X--\r\n", part + b"--X--\r\n" + bytes(v2.LARGE)):
+    for body in (part + b"--X--\r\n", part + b"--X--\r\n" + bytes(json_body.LARGE)):
         answer = server.ask("POST", "/v1/predict", body, Content_Type="multipart/form-data; boundary=X")
         assert answer.status == 200, answer.body
     small, large = seen

@@ -15,7 +15,7 @@ from pipelines.common.errors import UserError
 from serve.page import ort
 from serve.page.files import POLICY, STATIC, names
 from serve.settings import check
-from serve.v1 import MAX_LOGITS
+from serve.v2 import MAX_NUMBERS
 from tests.serve.conftest import encoded, serving
 
 OWN = sorted(name for name in names() if not name.startswith("ort/"))
@@ -93,12 +93,13 @@ def test_logits_shifted_by_the_log_prior_give_what_tail_shift_gives(server, bund
     assert server.ask("POST", "/v1/predict", text, Content_Type="application/json").status == 400
 
 
-def test_an_answer_of_too_many_logits_is_refused(server, monkeypatch):
-    monkeypatch.setattr("serve.v1.MAX_LOGITS", 9)
-    refused = server.ask("POST", "/v1/predict?logits=1", encoded("PNG"))
-    assert (refused.status, refused.json()["code"]) == (413, "too_many")
-    assert server.ask("POST", "/v1/predict", encoded("PNG")).status == 200
-    assert f"{MAX_LOGITS:,} at most" in server.ask("GET", "/openapi.json").body.decode()
+def test_an_answer_of_too_many_numbers_is_refused(server, monkeypatch):
+    monkeypatch.setattr("serve.v1.MAX_NUMBERS", 9)
+    for asked in ("logits=1", "top_k=2"):
+        refused = server.ask("POST", f"/v1/predict?{asked}", encoded("PNG"))
+        assert (refused.status, refused.json()["code"]) == (413, "too_many")
+    assert server.ask("POST", "/v1/predict?top_k=1", encoded("PNG")).status == 200
+    assert f"{MAX_NUMBERS:,} at most" in server.ask("GET", "/openapi.json").body.decode()
 
 
 def test_pages_of_other_origins(bundle, monkeypatch):

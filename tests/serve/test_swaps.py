@@ -119,7 +119,7 @@ def test_a_request_that_is_being_read_during_a_swap_is_answered(bundle, versions
         with socket.create_connection(("127.0.0.1", server.port), timeout=15) as connection:
             head = f"POST /v2/models/digits/infer HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
             connection.sendall(head.encode() + body[:100])
-            until(lambda: server.app.load.waiting == 1)
+            until(lambda: server.app.load.open == 1)
             place.rename(tmp_path / "old")
             new.rename(place)
             until(lambda: server.app.store.models["digits"].sha256 == after)
