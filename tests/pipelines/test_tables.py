@@ -18,8 +18,10 @@ import pytest
 from pipelines.common.errors import UserError
 from pipelines.config import DataConfig
 from pipelines.pixels import decode, to_rgb
+from pipelines.prepare import writer
 from pipelines.prepare.build import ensure_prepared
 from pipelines.prepare.sources import TableSource, addresses
+from tests.sources import served
 
 COUNTS = {"ash": 8, "birch": 6, "oak": 4}
 
@@ -282,6 +284,68 @@ def test_addresses_are_read_again_when_the_network_breaks(flaky_server, tmp_path
     with pytest.raises(UserError, match=r"cannot be read after 5 tries") as caught:
         ensure_prepared(again, 0)
     assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("status", [410, 403, 503])
+def test_an_address_that_a_server_refuses_is_a_bad_image(photos, tmp_path, monkeypatch, status):
+    monkeypatch.setattr(addresses, "_FIRST_WAIT", 0.001)
+    folder, rows = photos
+    seen = []
+
+    class Refusing(http.server.SimpleHTTPRequestHandler):
+        def do_GET(self) -> None:
+            if "oak-1" in self.path:
+                seen.append(self.path)
+                self.send_error(status)
+            else:
+                super().do_GET()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with served(Refusing, folder) as address:
+        some = [{**row, "image": f"{address}/{row['image']}"} for row in rows]
+        path = write_csv(tmp_path / "dead.csv", some, ["image", "label", "split"])
+        content = {"source": {"kind": "table", "path": str(path)}, "prepared": tmp_path / "p"}
+        skipping = DataConfig.model_validate({**content, "on_bad_image": "skip"})
+        if status == 503:  # it may answer later
+            with pytest.raises(
+                UserError, match=r"oak-1\.png: cannot be read .*status 503 \(data\.on_bad_image does not skip it"
+            ):
+                ensure_prepared(skipping, 0)
+            return
+        with pytest.raises(UserError, match=rf"oak-1\.png: unreadable image \(.*{status}\); .*data\.on_bad_image: skip"):
+            ensure_prepared(DataConfig.model_validate(content), 0)
+        prepared = ensure_prepared(skipping, 0)
+    assert [name.rpartition("/")[2] for name in prepared.splits["train"].skipped] == ["oak-1.png"]
+    assert len(seen) == 2  # once a command
+
+
+def test_access_that_is_refused_in_a_bucket_stops_the_command_and_keeps_what_is_written(photos, tmp_path, monkeypatch):
+    fsspec = pytest.importorskip("fsspec")
+    folder, rows = photos
+    memory = fsspec.filesystem("memory")
+    for row in rows:
+        memory.pipe_file(f"{tmp_path}/{row['image']}", (folder / row["image"]).read_bytes())
+    some = [{**row, "image": f"memory://{tmp_path}/{row['image']}"} for row in rows]
+    path = write_csv(tmp_path / "bucket.csv", some, ["image", "label", "split"])
+    original, calls = type(memory).cat_file, []
+
+    def cat_file(self, *arguments, **more):  # as s3fs says it of a token that has expired
+        calls.append(1)
+        if len(calls) == 8:
+            raise PermissionError("The provided token has expired.")
+        return original(self, *arguments, **more)
+
+    monkeypatch.setattr(type(memory), "cat_file", cat_file)
+    monkeypatch.setattr(writer, "_SMALLEST", 1 << 19)  # two images a file
+    content = {"source": {"kind": "table", "path": str(path)}, "prepared": tmp_path / "p", "on_bad_image": "skip"}
+    data = DataConfig.model_validate({**content, "store": {"shard_mb": 1}})
+    with pytest.raises(
+        UserError, match=r"access is refused; set its credentials .*; stopped: \d+ of 12 train images are in fin"
+    ):
+        ensure_prepared(data, 0)
+    assert ensure_prepared(data, 0).splits["train"].samples == 12
 
 
 def test_a_bucket_is_read_with_the_environments_credentials(photos, tmp_path, bucket):
