@@ -214,6 +214,9 @@ def _carved(dataset: Dataset, data: DataConfig, seed: int) -> tuple[Images, Imag
         train = grouped(train, data.split_by)
         val, test = (grouped(images, data.split_by) if images is not None else None for images in (val, test))
         refuse_shared_groups({"train": train, "val": val, "test": test})
+    has_groups = data.split_by is None and train.groups is not None
+    if data.split_by is None:
+        train = replace(train, groups=None)
     val_share, test_share = data.val_fraction, data.test_fraction
     if val_share == test_share == 0 and val is None and test is None:
         val_share = _SET_ASIDE
@@ -224,6 +227,8 @@ def _carved(dataset: Dataset, data: DataConfig, seed: int) -> tuple[Images, Imag
     for name, images in (("val", val), ("test", test)):
         if images is not None and getattr(data, f"{name}_fraction") > 0:
             _say(f"the source's own {name!r} split is used; data.{name}_fraction is for sources without one")
+    if has_groups and ((test_share > 0 and test is None) or (val_share > 0 and val is None)):
+        _say("each image by itself, although the source has groups; for whole groups set data.split_by: group")
     if test_share > 0 and test is None:
         train, test = carve(train, len(classes), test_share, seed, "test split", keep=2 if val is None and val_share > 0 else 1)
         if test is None:

@@ -138,7 +138,8 @@ def test_a_file_of_classes_chooses_orders_and_names(photos, capsys):
     ("change", "message"),
     [
         ({"label": ""}, "row 3: the column 'label' is empty"),
-        ({"split": "holdout"}, None),  # not splits at all: the column is not taken for one
+        ({"split": "holdout"}, "row 3: the column 'split' is 'holdout'; expected train, val or test: correct the cell"),
+        ({"split": ""}, "row 3: the column 'split' is empty; expected train, val or test"),
         ({"image": "files/ash-0.png"}, "row 3: 'files/ash-0.png' stands in row 1 already"),
         ({"image": "https://example.org/a.png"}, "row 3: addresses and paths are mixed"),
     ],
@@ -146,14 +147,25 @@ def test_a_file_of_classes_chooses_orders_and_names(photos, capsys):
 def test_mistakes_name_the_row(photos, change, message):
     folder, rows = photos
     path = write_csv(folder / "wrong.csv", [*rows[:2], {**rows[2], **change}, *rows[3:]], ["image", "label", "split"])
-    source = TableSource(kind="table", path=path)
-    if message is None:
-        assert source.open().test is None
-        with pytest.raises(UserError, match="expected train, val or test"):
-            source.model_copy(update={"split": "split"}).open()
-        return
     with pytest.raises(UserError, match=message):
-        source.open()
+        TableSource(kind="table", path=path).open()
+
+
+def test_a_column_that_only_has_a_splits_name_is_told_and_not_taken(photos, capsys):
+    folder, rows = photos
+    folds = [{**row, "fold": number % 5} for number, row in enumerate(rows)]
+    source = TableSource(kind="table", path=write_csv(folder / "folds.csv", folds, ["image", "label", "fold"]))
+    assert source.open().test is None
+    assert (
+        "label = 'label' (data.source.image and so on); not taken for the split, because no cell says train, val or test: "
+        in (told := capsys.readouterr().err)
+    )
+    assert told.endswith(": 'fold'\n")
+    with pytest.raises(UserError, match="row 1: the column 'fold' is '0'; expected train, val or test"):
+        source.model_copy(update={"split": "fold"}).open()
+    both = TableSource(kind="table", path=write_csv(folder / "both.csv", folds, ["image", "label", "fold", "split"]))
+    assert both.open().test is not None
+    assert "not taken" not in capsys.readouterr().err
 
 
 def test_a_column_that_is_not_there_or_not_known(photos):
@@ -214,6 +226,20 @@ def test_a_column_that_only_has_a_groups_name_is_none(photos, capsys):
     without = write_csv(folder / "without.csv", rows[:3], ["image", "label"])
     assert TableSource(kind="table", path=whole).open().train.groups is not None
     assert TableSource(kind="table", path=whole, val=without).open().train.groups is None
+
+
+def test_a_group_column_decides_only_where_the_configuration_says_so(photos, tmp_path, capsys):
+    folder, rows = photos
+    path = write_csv(folder / "camera.csv", [{**row, "camera": row["label"]} for row in rows], ["image", "label", "camera"])
+    content = {"source": {"kind": "table", "path": str(path)}, "val_fraction": 0.5}
+    prepared = ensure_prepared(DataConfig.model_validate({**content, "prepared": tmp_path / "a"}), 0)
+    assert "val: 9 images, 50% of each class, are set aside" in (told := capsys.readouterr().err)
+    assert "each image by itself, although the source has groups; for whole groups set data.split_by: group" in told
+    plain = write_csv(folder / "camera.csv", rows, ["image", "label"])
+    source = {"kind": "table", "path": str(plain)}
+    same = ensure_prepared(DataConfig.model_validate({**content, "source": source, "prepared": tmp_path / "b"}), 0)
+    assert names_of(prepared, "val") == names_of(same, "val")
+    assert "groups" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("share", ["val_fraction", "test_fraction"])
