@@ -347,6 +347,19 @@ def test_a_data_set_of_hugging_face_from_disk(image_folder, tmp_path, named):
         HuggingFaceSource(kind="huggingface", path=str(folder), group="patient").open()
 
 
+def test_class_labels_of_hugging_face_may_be_written_in_any_way(image_folder, tmp_path):
+    """With an outer space, or an accent that is a letter of its own."""
+    datasets = pytest.importorskip("datasets")
+    names = [" space ", "unused", "fru\u0302he"]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
+    image = {"bytes": (image_folder / "train" / "one" / "0.png").read_bytes(), "path": None}
+    rows = {"image": [image] * 3, "label": [2, 0, 2]}
+    datasets.Dataset.from_dict(rows, features=features).save_to_disk(str(tmp_path / "set"))
+    dataset = HuggingFaceSource(kind="huggingface", path=str(tmp_path / "set")).open()
+    assert dataset.classes == [names[0], names[2]]
+    assert dataset.train.labels.tolist() == [1, 0, 1]
+
+
 def test_a_data_set_is_prepared_once(image_folder, tmp_path):
     datasets = pytest.importorskip("datasets")
     plain = FolderSource(kind="folder", path=image_folder).open()
