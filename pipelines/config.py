@@ -246,7 +246,8 @@ class DataConfig(Settings):
     )
     exclude: Path | None = Field(
         default=None,
-        description="A file with the names of images to leave out, one a line, as pipelines.doctor writes it.",
+        description="A file of images to leave out, as pipelines.doctor writes it. A line is the source's split (train, val or "
+        "test), a tab and the image's name as in SPLIT.files.txt; or the name alone, where no other split has it.",
     )
     subset_seed: int | None = Field(default=None, ge=0, description="Seed of the profile's draw; null: the run's seed.")
     on_bad_image: Literal["error", "skip"] = Field(
