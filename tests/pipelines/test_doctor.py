@@ -16,6 +16,7 @@ from PIL import Image, ImageEnhance
 from pipelines.common.errors import UserError
 from pipelines.config import DataConfig
 from pipelines.doctor import __main__ as command
+from pipelines.doctor import examine as looking
 from pipelines.doctor.content import find_by_content
 from pipelines.doctor.examine import examine
 from pipelines.doctor.features import image_features, installed
@@ -23,6 +24,7 @@ from pipelines.doctor.findings import find, gini
 from pipelines.doctor.held_out import judge
 from pipelines.doctor.pairs import clusters, near
 from pipelines.doctor.report import write_report
+from pipelines.pixels import BadImageError
 from pipelines.prepare import __main__ as prepare
 from pipelines.prepare.build import choose, ensure_prepared
 from pipelines.prepare.sources import Dataset, Images
@@ -228,6 +230,24 @@ def test_a_planted_fault_is_found_and_nothing_else(folder, plant):
     if plant is conflict_across_splits:
         expected.add("duplicate_across_splits")
     assert set(findings) == expected
+
+
+def test_a_decoder_that_fails_in_its_own_way_is_a_finding(folder, monkeypatch):
+    """As Pillow's of AVIF does, by a RuntimeError."""
+    original, damaged = looking.decode, (folder / "train/ash/3.jpg").read_bytes()
+
+    def decode(data, **more):
+        if data == damaged:
+            raise RuntimeError("Failed to decode frame 0")
+        return original(data, **more)
+
+    monkeypatch.setattr(looking, "decode", decode)
+    examined, findings = found(folder)
+    (number,) = findings["unreadable"].exclude
+    assert examined.name[number] == "train/ash/3.jpg"
+    assert "RuntimeError: Failed to decode frame 0" in str(examined.look[number])
+    with pytest.raises(BadImageError, match="Failed to decode frame 0"):
+        examined.image(number, data_config())
 
 
 def test_the_command_and_the_list_that_it_writes(folder, tmp_path, monkeypatch, capsys):

@@ -98,6 +98,15 @@ def test_each_format_gives_the_same_images(photos, kind, capsys):
     assert some.digest() != dataset.train.digest() == TableSource(kind="table", path=path).open().train.digest()
 
 
+@pytest.mark.parametrize("header", [True, False])
+def test_a_csv_with_semicolons(photos, header):
+    folder, rows = photos
+    path = write_csv(folder / "excel.csv", rows, ["image", "label"], delimiter=";", header=header)
+    dataset = TableSource(kind="table", path=path).open()
+    assert dataset.classes == ["ash", "birch", "oak"]
+    assert reds(dataset.train) == [row["red"] for row in rows]
+
+
 def test_without_a_header_the_cells_tell(photos):
     folder, rows = photos
     path = write_csv(folder / "bare.csv", rows, ["label", "image"], header=False)

@@ -41,7 +41,7 @@ _BUFFER = 1 << 20  # bytes of a Parquet file that are read ahead, where it holds
 
 
 class TableSource(SourceConfig):
-    """A CSV, TSV, JSON lines or Parquet file with a row an image.
+    """A CSV, TSV, JSON lines or Parquet file with a row an image. A CSV file may have semicolons.
 
     Columns that are not given are found by their names, and printed.
     """
@@ -213,7 +213,7 @@ def _read(path: Path, header: bool | Literal["auto"]) -> _Table:
     with _reading(path):
         match ending:
             case ".csv" | ".tsv" | ".txt":
-                delimiter = "," if ending == ".csv" else "\t"
+                delimiter = _delimiter(path) if ending == ".csv" else "\t"
                 headed = _has_header(path, delimiter) if header == "auto" else header
                 names = None if headed else [str(number) for number in range(len(_first_lines(path)[0].split(delimiter)))]
                 content = pa.csv.read_csv(
@@ -275,6 +275,12 @@ def _holds_bytes(kind: Any) -> bool:
 def _first_lines(path: Path) -> list[str]:
     with path.open(encoding="utf-8-sig") as file:
         return [line.rstrip("\r\n") for line, _ in zip(file, range(2), strict=False)] or [""]
+
+
+def _delimiter(path: Path) -> str:
+    """What separates the columns of a CSV file: spreadsheets of many countries write semicolons."""
+    first = _first_lines(path)[0]
+    return ";" if ";" in first and "," not in first else ","
 
 
 def _split_line(line: str, delimiter: str) -> list[str]:
