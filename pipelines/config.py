@@ -76,7 +76,10 @@ class Store(Settings):
         default=500, ge=1, le=65535, description="Longer images are scaled down to this many pixels; null: no limit."
     )
     square: int | None = Field(
-        default=None, ge=1, le=4096, description="Resize every image to this width and height, in pixels."
+        default=None,
+        ge=1,
+        le=1672,  # pixels of validation images fill a page of the .beton file
+        description="Resize every image to this width and height, in pixels.",
     )
     quality: int = Field(default=92, ge=1, le=100, description="JPEG quality of images that are encoded again.")
 
@@ -246,7 +249,8 @@ class DataConfig(Settings):
     )
     exclude: Path | None = Field(
         default=None,
-        description="A file with the names of images to leave out, one a line, as pipelines.doctor writes it.",
+        description="A file of images to leave out, as pipelines.doctor writes it. A line is the source's split (train, val or "
+        "test), a tab and the image's name as in SPLIT.files.txt; or the name alone, where no other split has it.",
     )
     subset_seed: int | None = Field(default=None, ge=0, description="Seed of the profile's draw; null: the run's seed.")
     on_bad_image: Literal["error", "skip"] = Field(

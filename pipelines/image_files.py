@@ -19,19 +19,23 @@ class LeftOut:
     Attributes:
         endings: Files by their ending.
         folders: Folders that operating systems and archive programs leave behind, by name.
+        links: Images of an archive that are links to a file that it does not have.
     """
 
     endings: Counter[str] = field(default_factory=Counter)
     folders: Counter[str] = field(default_factory=Counter)
+    links: int = 0
 
     def lines(self, place: Path | str) -> list[str]:
-        """The report: a line for files and one for folders, each where there are any."""
+        """The report: a line for files, one for folders and one for links, each where there are any."""
         found = []
         if self.endings:
             found.append(f"left out of {str(place)!r}: {left_out_text(self.endings)}")
         if self.folders:
             kinds = ", ".join(f"{count:,} {name}" for name, count in sorted(self.folders.items()))
             found.append(f"left out of {str(place)!r}: folders that systems leave there: {kinds}")
+        if self.links:
+            found.append(f"left out of {str(place)!r}: {self.links:,} links to files that are not in it")
         return found
 
     def tell(self, place: Path | str, before: str = "data: ") -> None:

@@ -140,10 +140,12 @@ def opened(
         with _own_limit():
             image = Image.open(file, formats=formats)
         if max_pixels is not None:
+            size = f"{image.width}x{image.height} pixels"
             # A side of millions would make a resize cost gigabytes, however short the other one is.
-            if image.width * image.height > max_pixels or max(image.size) > _LONGEST:
-                size = f"{image.width}x{image.height} pixels, {max_pixels:,} at most"
-                raise BadImageError(size, f"data.max_pixels: {image.width * image.height}")
+            if max(image.size) > _LONGEST:
+                raise BadImageError(f"{size}, {_LONGEST:,} a side at most")
+            if image.width * image.height > max_pixels:
+                raise BadImageError(f"{size}, {max_pixels:,} at most", f"data.max_pixels: {image.width * image.height}")
             if max_scans is not None:
                 scans = _check_scans(image, data, max_pixels, max_scans)
         if isinstance(file, _Counted):

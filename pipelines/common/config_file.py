@@ -10,7 +10,7 @@ import yaml
 from pydantic import BaseModel
 
 from pipelines.common.errors import UserError, shown
-from pipelines.common.fields import models_in, nearest, types_in
+from pipelines.common.fields import PathIfThere, models_in, nearest, of_kind, types_in
 
 # The shipped configurations: beside the packages in a checkout, within this one in a wheel.
 _SHIPPED = (Path(__file__).resolve().parents[2] / "configs", Path(__file__).resolve().parents[1] / "configs")
@@ -104,15 +104,15 @@ def written_out(content: Mapping[str, Any], model: type[BaseModel], place: str, 
         UserError: A key is given dotted and nested.
     """
     try:
-        written: dict[str, Any] = _written_out(content, [model], place, folder, "")
+        written: dict[str, Any] = _written_out(content, [model], place, "")
+        return written if folder is None else _placed(written, [model], folder)
     except RecursionError as error:
         raise UserError(f"{place}: nested too deeply, or within itself") from error
-    return written
 
 
-def _written_out(content: Any, models: list[type[BaseModel]], place: str, folder: Path | None, prefix: str) -> Any:
+def _written_out(content: Any, models: list[type[BaseModel]], place: str, prefix: str) -> Any:
     if isinstance(content, list):
-        return [_written_out(item, models, place, folder, prefix) for item in content]
+        return [_written_out(item, models, place, prefix) for item in content]
     if not isinstance(content, Mapping) or not models:
         return content
     result: dict[str, Any] = {}
@@ -124,10 +124,26 @@ def _written_out(content: Any, models: list[type[BaseModel]], place: str, folder
             value = {rest: value}
         else:
             name = key
-        if folder is not None and isinstance(value, str) and any(Path in types_in(field.annotation) for field in fields):
-            value = _beside(value, folder)
-        value = _written_out(value, inner, place, folder, f"{prefix}{name}.")
+        value = _written_out(value, inner, place, f"{prefix}{name}.")
         result[name] = _joined(result[name], value, place, f"{prefix}{name}") if name in result else value
+    return result
+
+
+def _placed(content: Any, models: list[type[BaseModel]], folder: Path) -> Any:
+    """`content`, written out, with relative paths below a folder. Fields of one name may be paths in some kinds only."""
+    if isinstance(content, list):
+        return [_placed(item, models, folder) for item in content]
+    if not isinstance(content, Mapping) or not models:
+        return content
+    result: dict[str, Any] = {}
+    for key, value in content.items():
+        fields = [model.model_fields[key] for model in of_kind(models, content.get("kind")) if key in model.model_fields]
+        if isinstance(value, str):
+            beside = _beside(value, folder)
+            is_path = any(Path in types_in(field.annotation) for field in fields)
+            if is_path or (any(PathIfThere in field.metadata for field in fields) and Path(beside).is_dir()):
+                value = beside
+        result[key] = _placed(value, [each for field in fields for each in models_in(field.annotation)], folder)
     return result
 
 

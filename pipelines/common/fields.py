@@ -6,8 +6,9 @@ import difflib
 import re
 import typing
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from pydantic import BaseModel
@@ -19,14 +20,20 @@ class Key:
     """What is known of a dotted name.
 
     Attributes:
-        is_path: The value is a path.
+        is_path: The value is a path, in one kind of the part at least.
+        is_text: The value is text in every kind, or null.
         in_list: The list or mapping around the field (`data.views`), which is set as a whole; else None.
         description: What the field means.
     """
 
     is_path: bool
+    is_text: bool
     in_list: str | None
     description: str
+
+
+class PathIfThere:
+    """Marks a field of text (`Annotated[str, PathIfThere]`) that is a path where a folder of that name is there."""
 
 
 def known_keys(model: type[BaseModel], prefix: str = "", in_list: str | None = None) -> dict[str, Key]:
@@ -34,10 +41,14 @@ def known_keys(model: type[BaseModel], prefix: str = "", in_list: str | None = N
     keys: dict[str, Key] = {}
     for name, field in model.model_fields.items():
         key = prefix + name
-        keys[key] = Key(Path in types_in(field.annotation), in_list, field.description or "")
-        within = in_list or (key if is_collection(field.annotation) else None)
+        types, collection = {*types_in(field.annotation)}, is_collection(field.annotation)
+        is_text = not collection and types - {NoneType} == {str}
+        keys[key] = Key(Path in types, is_text, in_list, field.description or "")
+        within = in_list or (key if collection else None)
         for inner in models_in(field.annotation):
-            keys |= known_keys(inner, f"{key}.", within)
+            for other, known in known_keys(inner, f"{key}.", within).items():
+                same = keys.get(other, known)  # of another kind
+                keys[other] = replace(known, is_path=known.is_path or same.is_path, is_text=known.is_text and same.is_text)
     return keys
 
 
@@ -64,6 +75,15 @@ def kind_of(model: type[BaseModel]) -> str | None:
     field = model.model_fields.get("kind")
     names = typing.get_args(field.annotation) if field is not None else ()
     return str(names[0]) if names else None
+
+
+def of_kind(models: list[type[BaseModel]], kind: object) -> list[type[BaseModel]]:
+    """Those of a part's models that have a kind; all where none has it."""
+    return [
+        model
+        for model in models
+        if "kind" in model.model_fields and kind in typing.get_args(model.model_fields["kind"].annotation)
+    ] or models
 
 
 def fields_at(model: type[BaseModel], key: str) -> list[FieldInfo]:

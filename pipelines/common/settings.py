@@ -25,7 +25,7 @@ def parse_overrides(arguments: list[str], model: type[BaseModel]) -> list[tuple[
 
     Args:
         arguments: `--field value` or `--field=value`. A field is named by its dotted key (`--optimizer.lr`), or by its last
-            part where that is unique (`--lr`). Values are read as YAML.
+            part where that is unique (`--lr`). Values are read as YAML, paths and text as they are written.
         model: Whose fields they are.
 
     Returns:
@@ -47,28 +47,43 @@ def parse_overrides(arguments: list[str], model: type[BaseModel]) -> list[tuple[
             if not queue:
                 raise UserError(f"--{name}: a value is missing")
             text = queue.pop(0)
-        is_path = key in keys and keys[key].is_path and text != "null"
-        pairs.append((key, text if is_path else _value(name, text)))
+        known = keys.get(key)
+        if known is not None and (known.is_path or known.is_text) and text != "null":
+            value: Any = text if known.is_path else _text(name, text)
+        else:
+            value = _value(name, text)
+        pairs.append((key, value))
     return pairs
 
 
+def _text(name: str, text: str) -> Any:
+    """The value of a field of text: as it is written, or what YAML's quotes hold. A column may be called 0, or yes."""
+    quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
+    return _yaml(name, text) if quoted else text or None
+
+
 def _value(name: str, text: str) -> Any:
-    """What `text` means in YAML."""
-    try:
-        refuse_repeated_keys(Path(f"--{name}"), yaml.compose(text, Loader=yaml.SafeLoader))
-        value = yaml.safe_load(text)
-    except UserError:
-        raise
-    except RecursionError as error:
-        raise UserError(f"--{name}: nested too deeply, or within itself") from error
-    except (yaml.YAMLError, ValueError, OverflowError) as error:  # ValueError: the 45th of a month
-        raise UserError(f"--{name} {shown(text, quotes=False)}: not a valid value: {error}") from error
+    """What `text` means in YAML, and as a number where people mean one."""
+    value = _yaml(name, text)
     if isinstance(value, str):
         try:
             return float(value)  # YAML 1.1 reads 1e-3 as a word; people mean the number
         except ValueError:
             return text
     return value
+
+
+def _yaml(name: str, text: str) -> Any:
+    """What `text` means in YAML."""
+    try:
+        refuse_repeated_keys(Path(f"--{name}"), yaml.compose(text, Loader=yaml.SafeLoader))
+        return yaml.safe_load(text)
+    except UserError:
+        raise
+    except RecursionError as error:
+        raise UserError(f"--{name}: nested too deeply, or within itself") from error
+    except (yaml.YAMLError, ValueError, OverflowError) as error:  # ValueError: the 45th of a month
+        raise UserError(f"--{name} {shown(text, quotes=False)}: not a valid value: {error}") from error
 
 
 def _full_key(name: str, model: type[BaseModel], keys: dict[str, Key]) -> str:

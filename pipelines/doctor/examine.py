@@ -17,7 +17,7 @@ from pipelines.common.threads import in_threads
 from pipelines.config import DataConfig
 from pipelines.exif import orientation
 from pipelines.library_warnings import collected_warnings
-from pipelines.pixels import BadImageError, decode, to_rgb
+from pipelines.pixels import BadImageError, damage_told, decode, to_rgb
 from pipelines.prepare.sources import Images
 
 SIDE = 8  # pixels of the small copy that is compared where hashes are near
@@ -87,7 +87,8 @@ class Examined:
             BadImageError: It cannot be read.
         """
         source = self.splits[self.split[number]].read(self.index[number])
-        return to_rgb(decode(source, max_pixels=data.max_pixels, max_scans=None), data.window)
+        with damage_told(source):
+            return to_rgb(decode(source, max_pixels=data.max_pixels, max_scans=None), data.window)
 
 
 def examine(classes: list[str], splits: Mapping[str, Images], data: DataConfig) -> Examined:
@@ -133,9 +134,10 @@ def _looks(images: Images, data: DataConfig) -> Iterator[Look | BadImageError]:
             warned.begin(images.place(index, "image"))
             try:
                 source = images.read(index)
-                image = decode(source, max_pixels=data.max_pixels, max_scans=None)
-                turn, mode, (width, height) = orientation(image), image.mode, image.size
-                rgb = to_rgb(image, data.window)
+                with damage_told(source):
+                    image = decode(source, max_pixels=data.max_pixels, max_scans=None)
+                    turn, mode, (width, height) = orientation(image), image.mode, image.size
+                    rgb = to_rgb(image, data.window)
             except BadImageError as error:
                 return error
             except OSError as error:

@@ -70,9 +70,9 @@ def write_report(folder: Path, examined: Examined, findings: list[Finding], data
 
 
 def _write_list(path: Path, examined: Examined, numbers: set[int], before: list[str]) -> None:
-    """The names of images, one a line. A list with other lines is kept: a person may have worked on it."""
-    names = [*before, *(line_of(examined.name[number]) for number in sorted(numbers))]
-    lines = "".join(f"{name}\n" for name in names).encode("utf-8", "surrogateescape")
+    """The split and the name of each image. A list with other lines is kept: a person may have worked on it."""
+    images = (f"{examined.split[number]}\t{line_of(examined.name[number])}" for number in sorted(numbers))
+    lines = "".join(f"{line}\n" for line in (*before, *images)).encode("utf-8", "surrogateescape")
     if path.exists() and path.read_bytes() != lines:
         path.replace(path.with_name(f"{path.stem}.{BEFORE}{path.suffix}"))
     write_atomically(path, lines)

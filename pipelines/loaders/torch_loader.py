@@ -109,6 +109,8 @@ class TorchLoader:
             sampler=reading.positions(self.samples, start).tolist(),
             num_workers=self._workers,
             prefetch_factor=self._ahead if self._workers else None,
+            # The open files stay those of this process, even if another command prepares the folder again meanwhile.
+            multiprocessing_context="fork" if self._workers else None,
             pin_memory=self._pinned,
         )
         try:

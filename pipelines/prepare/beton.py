@@ -20,7 +20,7 @@ from typing import BinaryIO
 import numpy as np
 
 from pipelines.common.errors import UserError
-from pipelines.prepare.images import LARGEST, Packed
+from pipelines.prepare.images import LARGEST, LARGEST_SQUARE, Packed
 
 VERSION = 2
 PAGE = LARGEST  # No image crosses a page border, so that FFCV's process cache works too.
@@ -80,7 +80,7 @@ class BetonWriter:
         if max(image.width, image.height) >= 1 << 16:
             raise UserError(f"has {image.width}x{image.height} pixels, 65535 a side at most; set data.store.max_side")
         if size > PAGE:
-            raise UserError(f"takes {size:,} bytes, {PAGE:,} at most; set data.store.max_side")
+            raise UserError(f"takes {size:,} bytes, {PAGE:,} at most; {_smaller(image)}")
         if self.next % PAGE + size > PAGE:
             self.next += PAGE - self.next % PAGE
         self._file.seek(self.next)
@@ -116,6 +116,17 @@ class BetonWriter:
             self._file.close()  # on a full disk, writes the rest again and fails again
         finally:
             self._part.unlink(missing_ok=True)
+
+
+def _smaller(image: Packed) -> str:
+    """How an image that is larger than a page would fit."""
+    if image.jpeg:
+        return "lower data.store.max_side or data.store.quality"
+    short, long = sorted((image.width, image.height))
+    # The shorter side is rounded, here and where the image is scaled.
+    larger = range(long, LARGEST_SQUARE, -1)
+    side = next((side for side in larger if 3 * side * (side * (short + 0.5) / long + 0.5) <= PAGE), LARGEST_SQUARE)
+    return f"set data.store.max_side to {side} or less (with {LARGEST_SQUARE} every image fits)"
 
 
 def part_of(path: Path) -> Path:

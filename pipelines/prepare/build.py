@@ -46,6 +46,7 @@ from pipelines.prepare.publish import open_published
 from pipelines.prepare.sources import Dataset, Images, class_counts, open_folder
 from pipelines.prepare.sources.dataset import class_weights, refuse_useless_weights
 from pipelines.prepare.sources.names import read_text
+from pipelines.prepare.sources.tree import SPLITS
 from pipelines.prepare.writer import (
     Packer,
     Progress,
@@ -214,6 +215,9 @@ def _carved(dataset: Dataset, data: DataConfig, seed: int) -> tuple[Images, Imag
         train = grouped(train, data.split_by)
         val, test = (grouped(images, data.split_by) if images is not None else None for images in (val, test))
         refuse_shared_groups({"train": train, "val": val, "test": test})
+    has_groups = data.split_by is None and train.groups is not None
+    if data.split_by is None:
+        train = replace(train, groups=None)
     val_share, test_share = data.val_fraction, data.test_fraction
     if val_share == test_share == 0 and val is None and test is None:
         val_share = _SET_ASIDE
@@ -224,6 +228,8 @@ def _carved(dataset: Dataset, data: DataConfig, seed: int) -> tuple[Images, Imag
     for name, images in (("val", val), ("test", test)):
         if images is not None and getattr(data, f"{name}_fraction") > 0:
             _say(f"the source's own {name!r} split is used; data.{name}_fraction is for sources without one")
+    if has_groups and ((test_share > 0 and test is None) or (val_share > 0 and val is None)):
+        _say("each image by itself, although the source has groups; for whole groups set data.split_by: group")
     if test_share > 0 and test is None:
         train, test = carve(train, len(classes), test_share, seed, "test split", keep=2 if val is None and val_share > 0 else 1)
         if test is None:
@@ -243,40 +249,54 @@ def _unit(train: Images) -> str:
 
 
 def excluded_names(path: Path) -> list[str]:
-    """The names in a file of images to leave out (`data.exclude`), each once.
+    """The lines of a file of images to leave out (`data.exclude`), each once.
 
     Raises:
         UserError: The file cannot be read.
     """
-    lines = read_text(path, "list of images to leave out").split("\n")
+    lines = read_text(path, "list of images to leave out", errors="surrogateescape").split("\n")
     return list(dict.fromkeys(line.removesuffix("\r") for line in lines if line.strip()))
 
 
 def _without(
     path: Path, classes: list[str], train: Images, val: Images | None, test: Images | None
 ) -> tuple[Images, Images | None, Images | None]:
-    """The splits without the images that a file names.
+    """The splits without the images that a file names: by split, a tab and the name, or by the name alone.
 
     Raises:
-        UserError: The source has none of them, or all of a split's or of a class's training images are named.
+        UserError: The source has none of them, or all of a split's or of a class's training images are named, or a name alone
+            is that of images in two splits.
     """
-    left = {*excluded_names(path)}
-    kept: list[Images | None] = []
-    dropped = 0
-    for split, images in (("train", train), ("val", val), ("test", test)):
-        rows = [] if images is None else [row for row, name in enumerate(images.names) if line_of(name) not in left]
-        if images is not None and not rows:
+    own = {split: images for split, images in (("train", train), ("val", val), ("test", test)) if images is not None}
+    of_split: dict[str, set[str]] = {split: set() for split in own}
+    alone: set[str] = set()
+    for line in excluded_names(path):
+        split, tab, name = line.partition("\t")
+        if tab and split in SPLITS:  # one that the source does not have was set aside from its training images
+            of_split[split if split in own else "train"].add(name)
+        else:
+            alone.add(line)
+    kept: dict[str, Images] = {}
+    first: dict[str, str] = {}  # the split of each name that stands alone
+    for split, images in own.items():
+        rows = []
+        for row, name in enumerate(map(line_of, images.names)):
+            if name in alone and (other := first.setdefault(name, split)) != split:
+                both = " or ".join(repr(f"{each}\t{name}") for each in (other, split))
+                raise UserError(f"data.exclude: {path} names {name!r}, an image of {other} and one of {split}; write {both}")
+            if name not in alone and name not in of_split[split]:
+                rows.append(row)
+        if not rows:
             raise UserError(f"data.exclude: {path} names every image of the {split} split")
-        dropped += len(images) - len(rows) if images is not None else 0
-        kept.append(None if images is None else images.take(np.array(rows, dtype=np.int64)))
-    assert kept[0] is not None
-    gone = np.setdiff1d(train.labels, kept[0].labels)
+        kept[split] = images.take(np.array(rows, dtype=np.int64))
+    gone = np.setdiff1d(train.labels, kept["train"].labels)
     if len(gone):
         raise UserError(f"data.exclude: {path} names every training image of the class {classes[int(gone[0])]!r}")
-    if left and not dropped:
+    dropped = sum(len(images) - len(kept[split]) for split, images in own.items())
+    if not dropped and (alone or any(of_split.values())):
         raise UserError(f"data.exclude: {path} names no image of the source; names are as in SPLIT.files.txt")
     _say(f"{dropped:,} images are left out, as {path} says (data.exclude)")
-    return kept[0], kept[1], kept[2]
+    return kept["train"], kept.get("val"), kept.get("test")
 
 
 def _say(text: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +15,7 @@ from pipelines.pixels import damage_told, decode, scaled, stored_size, to_rgb
 
 RAW_SIDE = 64  # Up to 64x64, pixels are hardly larger than a JPEG and need no decoding.
 LARGEST = 1 << 23  # bytes of an image: a page of the .beton file
+LARGEST_SQUARE = math.isqrt(LARGEST // 3)  # pixels of a side: as pixels, every image of this longer side fits
 
 
 @dataclass(frozen=True)

@@ -94,14 +94,14 @@ def apply_profile(profile: Profile, images: Images, classes: int, seed: int, nam
         The kept images, in the order of `images`.
 
     Raises:
-        UserError: The profile asks for more images than a class has.
+        UserError: The profile asks for more images than a class has, or leaves a class none.
     """
     available = class_counts(images.labels, classes)
     match profile:
         case NoProfile():
             return images
         case ListProfile():
-            return _named(profile, images)
+            return _named(profile, images, classes, names)
         case CountsProfile():
             wanted = _counts_file(profile, classes, names)
         case ExpProfile():
@@ -142,7 +142,7 @@ def _shuffled_by_the_field(labels: np.ndarray, classes: int) -> list[np.ndarray]
     return orders
 
 
-def _named(profile: ListProfile, images: Images) -> Images:
+def _named(profile: ListProfile, images: Images, classes: int, class_names: Sequence[str]) -> Images:
     names, labels = read_list(profile.path)
     place = {name: i for i, name in enumerate(images.names)}
     kept: set[int] = set()
@@ -157,6 +157,10 @@ def _named(profile: ListProfile, images: Images) -> Images:
         if images.labels[index] != label:
             raise UserError(f"{profile.path} gives {name!r} the label {label}, the source {images.labels[index]}")
         kept.add(index)
+    absent = np.flatnonzero(class_counts(labels, classes) == 0)
+    if absent.size:
+        named = repr(class_names[absent[0]]) if class_names else absent[0]
+        raise UserError(f"{profile.path} names no image of class {named}; each class needs one")
     return images.take(np.array(sorted(kept), np.int64))
 
 

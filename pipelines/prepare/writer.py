@@ -1,7 +1,7 @@
 """One split into .beton files: packed in threads, in several files where one would be too large.
 
-Each finished file has a record beside it until the whole split is written. After a stop (Ctrl-C, a killed process, a full disk)
-the same command continues after the last finished file. After a user's mistake nothing half-written is left.
+Each finished file has a record beside it until the whole split is written. After a stop (Ctrl-C, a killed process, a full disk,
+a network that is away) the same command continues after the last finished file. A bad image that is not skipped leaves nothing.
 """
 
 from __future__ import annotations
@@ -33,7 +33,6 @@ from pipelines.pixels import BadImageError
 from pipelines.prepare.beton import BetonWriter, shard_name
 from pipelines.prepare.images import Packed, pack
 from pipelines.prepare.sources import Images
-from pipelines.prepare.sources.addresses import NetworkError
 
 NO_CONTENT = "0" * 64
 _SMALLEST = 1024  # bytes that an image takes at least, for the number of records set aside in one of several files
@@ -106,6 +105,10 @@ class _Record:
     reasons: list[str]
     how: dict[str, int]
     stored: int
+
+
+class _UnusableImageError(UserError):
+    """An image of the source has to be mended, removed or skipped."""
 
 
 class _Files:
@@ -321,7 +324,8 @@ def write_split(
         What was written.
 
     Raises:
-        UserError: An image is bad and is not to be skipped, or the disk has no room.
+        UserError: An image is bad and is not to be skipped: nothing is left. Or the network, a node or a disk fails: the
+            finished files are kept.
         Interrupted: Ctrl-C; the finished files are kept.
     """
     order = stream(seed, "write", split).permutation(len(images))
@@ -336,25 +340,28 @@ def write_split(
             if isinstance(result, BadImageError):
                 place = images.place(index, split)
                 if data.on_bad_image == "error":
-                    raise UserError(f"{place}: unreadable image ({result}); {_advice(result, settable)}")
+                    raise _UnusableImageError(f"{place}: unreadable image ({result}); {_advice(result, settable)}")
                 progress.skipped.append(place)
                 progress.reasons.append(with_setting(result))
             else:
                 try:
                     files.append(result[0], index, result[1])
                 except UserError as error:
-                    raise UserError(f"{images.place(index, split)} {error}") from error
+                    raise _UnusableImageError(f"{images.place(index, split)} {error}") from error
             files.step()
             if progress.done == first + _SAMPLED:
                 _check_room(folder, split, progress, len(order), settable)
         if not progress.rows:
-            raise UserError(f"the {split} split has no readable image")
+            raise _UnusableImageError(f"the {split} split has no readable image")
         files.finish()
     except KeyboardInterrupt as error:
         files.stopped()
         status = error.status if isinstance(error, Interrupted) else 130  # a scheduler's signal has its own
         raise Interrupted(_stopped(split, files.kept, len(order), data.store, settable), status) from error
-    except NetworkError as error:
+    except _UnusableImageError:
+        files.failed()
+        raise
+    except UserError as error:  # of the network, a node, a disk or a temporary folder
         files.stopped()
         raise UserError(f"{error}; {_stopped(split, files.kept, len(order), data.store, settable)}") from error
     except OSError as error:
@@ -366,7 +373,7 @@ def write_split(
             f"{_stopped(split, files.kept, len(order), data.store, settable)}"
         ) from error
     except BaseException:
-        files.failed()
+        files.stopped()
         raise
     finally:
         packed.close()

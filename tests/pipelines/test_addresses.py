@@ -105,6 +105,20 @@ def test_chosen_classes_and_files_that_are_no_images(image_folder, tmp_path, cap
     assert "1 .txt, not among the endings" in capsys.readouterr().err
 
 
+def test_splits_behind_an_address_are_those_of_a_plain_folder(image_folder, tmp_path, capsys):
+    (image_folder / "test").rename(image_folder / "valid")
+    address = copied(image_folder, f"memory://{tmp_path}/roboflow")
+    dataset = FolderSource(kind="folder", path=address).open()
+    told = capsys.readouterr().err
+    assert "'valid'; the splits are the folders train, val and test" in told
+    assert (dataset.classes, dataset.val, dataset.test) == (["nought", "one", "two"], None, None)
+    FolderSource(kind="folder", path=image_folder).open()
+    assert capsys.readouterr().err == told.replace(address, str(image_folder))
+    (image_folder / "train").rename(image_folder / "training")
+    with pytest.raises(UserError, match="/training' looks like a split; rename it"):
+        FolderSource(kind="folder", path=copied(image_folder, f"memory://{tmp_path}/other")).open()
+
+
 def test_keys_with_an_empty_part_are_listed(bucket):
     s3 = fsspec.filesystem("s3")
     keys = ["train/cat/1.jpg", "train/dog/1.jpg", "train//cow/2.jpg", "/train/cat/3.jpg", "train/cat//4.jpg"]

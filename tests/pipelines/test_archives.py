@@ -102,6 +102,107 @@ def test_of_two_members_with_one_name_the_later_counts(image_folder, tmp_path, n
     assert [train.read(row) for row in range(3)] == [before, later, before]
 
 
+def test_a_zip_with_a_name_twice_gives_the_later_image(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as target:
+        target.writestr("a/1.png", b"before")
+        target.writestr("b/1.png", b"other")
+        with pytest.warns(UserWarning, match="Duplicate name"):
+            target.writestr("a/1.png", b"later")
+    train = ArchiveSource(kind="archive", path=tmp_path / "a.zip").open().train
+    assert train.names == ["a/1.png", "b/1.png"]
+    assert [train.read(row) for row in range(2)] == [b"later", b"other"]
+
+
+def tar_of(path: Path, members: dict[str, bytes | tuple[bytes, str]]) -> Path:
+    """A tar of files, and of links: their type, and where they lead."""
+    with tarfile.open(path, "w:gz" if path.suffix == ".gz" else "w") as target:
+        for name, content in members.items():
+            member = tarfile.TarInfo(name)
+            if isinstance(content, bytes):
+                member.size = len(content)
+                target.addfile(member, io.BytesIO(content))
+            else:
+                member.type, member.linkname = content
+                target.addfile(member)
+    return path
+
+
+@pytest.mark.parametrize("name", ["a.tar", "a.tar.gz"])
+def test_links_in_a_tar_are_followed_and_broken_ones_counted(tmp_path, name, capsys):
+    path = tar_of(tmp_path / name, {
+        "./a/0.png": (tarfile.SYMTYPE, "../b/later.png"),
+        "./a/1.png": b"one",
+        "./a/2.png": (tarfile.LNKTYPE, "./a/1.png"),
+        "./a/3.png": (tarfile.SYMTYPE, "2.png"),
+        "./a/4.png": (tarfile.SYMTYPE, "/elsewhere/4.png"),
+        "./a/5.png": (tarfile.SYMTYPE, "5.png"),
+        "./b/later.png": b"two",
+    })  # fmt: skip
+    with tarfile.open(path, "a" if name == "a.tar" else "r") as target:
+        if name == "a.tar":  # as tar does with a file that it is given twice
+            member = tarfile.TarInfo("./a/1.png")
+            member.type, member.linkname = tarfile.LNKTYPE, "./a/1.png"
+            target.addfile(member)
+    train = ArchiveSource(kind="archive", path=path).open().train
+    found = {name: train.read(row) for row, name in enumerate(train.names)}
+    assert found == {
+        "./a/0.png": b"two",
+        "./a/1.png": b"one",
+        "./a/2.png": b"one",
+        "./a/3.png": b"one",
+        "./b/later.png": b"two",
+    }
+    assert "2 links to files that are not in it" in capsys.readouterr().err
+
+
+def test_links_in_a_shard_are_followed(tmp_path):
+    members = {"0.png": b"zero", "0.cls": b"0", "1.cls": b"1", "1.png": (tarfile.LNKTYPE, "0.png"), "2.cls": b"2"}
+    path = tar_of(tmp_path / "links.tar", {**members, "2.png": (tarfile.SYMTYPE, "3.png"), "3.png": b"three", "3.cls": b"0"})
+    train = WebDatasetSource(kind="webdataset", train=path).open().train
+    found = dict(zip([name.partition("/")[2] for name in train.names], train.labels.tolist(), strict=True))
+    assert found == {"0.png": 0, "1.png": 1, "2.png": 2, "3.png": 0}
+    assert sorted(train.read(row) for row in range(4)) == [b"three", b"three", b"zero", b"zero"]
+    broken = tar_of(tmp_path / "broken.tar", {**members, "2.png": (tarfile.SYMTYPE, "4.png")})
+    with pytest.raises(UserError, match=r"broken.tar: '2.png' is a link to '4.png', which is not in the shard"):
+        WebDatasetSource(kind="webdataset", train=broken).open()
+
+
+@pytest.mark.parametrize("split", ["training", "Valid", "testing"])
+def test_an_archive_whose_folders_look_like_splits_is_refused(tmp_path, split):
+    path = tar_of(tmp_path / "a.tar", {f"photos/{split}/cat/1.png": b"x", "photos/other/dog/1.png": b"x"})
+    with pytest.raises(UserError, match=rf"a.tar/photos/{split}' looks like a split; rename it"):
+        ArchiveSource(kind="archive", path=path).open()
+
+
+@pytest.mark.parametrize("top", ["", "photos/"])
+@pytest.mark.parametrize("name", ["a.tar", "a.tar.gz", "a.zip"])
+def test_what_lies_beside_the_splits_of_an_archive_is_told(tmp_path, name, top, capsys):
+    names = [f"{split}/{label}/1.png" for split in ("train", "valid", "test", "unlabeled") for label in ("cat", "dog")]
+    if name == "a.zip":
+        with zipfile.ZipFile(tmp_path / name, "w") as target:
+            for each in names:
+                target.writestr(top + each, each)
+    else:
+        tar_of(tmp_path / name, {top + each: each.encode() for each in names})
+    dataset = ArchiveSource(kind="archive", path=tmp_path / name).open()
+    assert dataset.classes == ["cat", "dog"]
+    assert dataset.val is None
+    assert [dataset.train.read(row) for row in range(2)] == [b"train/cat/1.png", b"train/dog/1.png"]
+    assert dataset.test.names == [f"{top}test/cat/1.png", f"{top}test/dog/1.png"]
+    place = str(tmp_path / name / top)
+    assert capsys.readouterr().err == (
+        f"data: not read of {place!r}: 'unlabeled', 'valid'; the splits are the folders train, val and test\n"
+    )
+
+
+def test_numbers_as_class_folders_have_the_order_of_a_plain_folder(image_folder, tmp_path):
+    for number, name in enumerate(("nought", "one", "two")):
+        for split in ("train", "test"):
+            (image_folder / split / name).rename(image_folder / split / ("10", "2", "1")[number])
+    packed_classes = ArchiveSource(kind="archive", path=packed(image_folder, tmp_path / "a.tar")).open().classes
+    assert packed_classes == FolderSource(kind="folder", path=image_folder).open().classes == ["1", "10", "2"]
+
+
 @pytest.mark.parametrize("name", ["a.zip", "a.tar", "a.tar.gz"])
 def test_an_archive_without_images(tmp_path, name):
     (tmp_path / "some").mkdir()
@@ -244,6 +345,19 @@ def test_a_data_set_of_hugging_face_from_disk(image_folder, tmp_path, named):
         HuggingFaceSource(kind="huggingface", path=str(folder), image="photo").open()
     with pytest.raises(UserError, match=r"data.source.group: .* has no column 'patient'; it has image, label"):
         HuggingFaceSource(kind="huggingface", path=str(folder), group="patient").open()
+
+
+def test_class_labels_of_hugging_face_may_be_written_in_any_way(image_folder, tmp_path):
+    """With an outer space, or an accent that is a letter of its own."""
+    datasets = pytest.importorskip("datasets")
+    names = [" space ", "unused", "fru\u0302he"]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
+    image = {"bytes": (image_folder / "train" / "one" / "0.png").read_bytes(), "path": None}
+    rows = {"image": [image] * 3, "label": [2, 0, 2]}
+    datasets.Dataset.from_dict(rows, features=features).save_to_disk(str(tmp_path / "set"))
+    dataset = HuggingFaceSource(kind="huggingface", path=str(tmp_path / "set")).open()
+    assert dataset.classes == [names[0], names[2]]
+    assert dataset.train.labels.tolist() == [1, 0, 1]
 
 
 def test_a_data_set_is_prepared_once(image_folder, tmp_path):

@@ -1,6 +1,7 @@
 """Our .beton files are FFCV's, whole or not there at all."""
 
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from pipelines.common.errors import UserError
+from pipelines.pixels import stored_size
 from pipelines.prepare.beton import ALLOCATION, PAGE, Beton, BetonWriter
 from pipelines.prepare.images import Packed
 from tests.conftest import REPOSITORY, needs_ffcv
@@ -117,9 +119,26 @@ def test_a_failed_writer_leaves_nothing(tmp_path, images):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_image_larger_than_a_page(tmp_path):
-    with BetonWriter(tmp_path / "a.beton", 1) as writer, pytest.raises(UserError, match=r"set data\.store\.max_side"):
-        writer.append(raw(np.zeros((2000, 2000, 3), np.uint8)), 0)
+@pytest.mark.parametrize("size", [(2000, 1500), (1800, 1800), (3, 60000), (60000, 47), (1673, 1672), (4001, 2500)])
+def test_an_image_larger_than_a_page_fits_with_what_is_advised(tmp_path, size):
+    with BetonWriter(tmp_path / "a.beton", 3) as writer:
+        if size[0] * size[1] * 3 > PAGE:
+            with pytest.raises(UserError, match=r"bytes, 8,388,608 at most; set data\.store\.max_side to") as caught:
+                writer.append(Packed(False, *size, bytes(size[0] * size[1] * 3)), 0)
+            side, every = map(int, re.findall(r" (\d+)\b(?! bytes| at)", str(caught.value).partition("max_side")[2]))
+            assert every == 1672 <= side
+        else:
+            side = max(size)
+        fits = stored_size(*size, None, side)
+        writer.append(Packed(False, *fits, bytes(fits[0] * fits[1] * 3)), 0)
+        above = stored_size(*size, None, side + 3)
+        assert above[0] * above[1] * 3 > PAGE or above == size or min(size) < 100  # where a row more or less matters
+        writer.append(Packed(False, 1672, 1672, bytes(1672 * 1672 * 3)), 0)
+    with (
+        BetonWriter(tmp_path / "b.beton", 1) as writer,
+        pytest.raises(UserError, match="lower .*max_side or data.store.quality"),
+    ):
+        writer.append(Packed(True, 3000, 3000, bytes(PAGE + 1)), 0)
 
 
 def test_an_image_longer_than_the_format_can_tell_is_refused(tmp_path):

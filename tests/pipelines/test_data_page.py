@@ -69,7 +69,7 @@ def test_a_command_of_the_page(everything, command, monkeypatch, capsys, request
         storage = pytest.importorskip("fsspec").filesystem("s3")
         for path in (*Path("photos").rglob("*.png"), *Path("shards").glob("*.tar")):
             storage.pipe_file(f"{bucket}/{path}", path.read_bytes())
-    monkeypatch.setattr(sys, "argv", ["prepare", *shlex.split(command)])
+    monkeypatch.setattr(sys, "argv", ["prepare", *shlex.split(command.replace("FOLDER", "photos"))])
     monkeypatch.setenv("XDG_CACHE_HOME", str(Path("cache").absolute()))
     main()
     shown = capsys.readouterr().out

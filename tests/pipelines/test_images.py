@@ -12,7 +12,7 @@ from PIL import Image
 from pipelines import jpeg
 from pipelines.config import Store
 from pipelines.pixels import BadImageError, decode, to_rgb
-from pipelines.prepare.images import pack
+from pipelines.prepare.images import LARGEST_SQUARE, pack
 
 
 def encode(image: Image.Image, kind: str, **options: object) -> bytes:
@@ -215,3 +215,17 @@ def test_metadata_of_megabytes_and_small_chunks_are_taken(photo):
     idat = data[data.index(b"IDAT") + 4 : -16]
     small = b"".join(chunk(b"IDAT", idat[n : n + 1024]) for n in range(0, len(idat), 1024))
     assert decode(data[: data.index(b"IDAT") - 4] + small + data[-12:], ("PNG",), 512 * 512).size == (200, 200)
+
+
+def test_a_side_that_is_too_long_is_no_question_of_max_pixels():
+    buffer = io.BytesIO()
+    Image.new("1", (70000, 10)).save(buffer, "PNG")
+    with pytest.raises(BadImageError, match=r"^70000x10 pixels, 65,535 a side at most$") as caught:
+        decode(buffer.getvalue(), max_pixels=60_000_000)
+    assert not caught.value.setting
+
+
+def test_the_largest_square_fits_into_a_page_as_pixels():
+    assert Store(square=LARGEST_SQUARE).square == LARGEST_SQUARE
+    with pytest.raises(ValueError, match="less than or equal to 1672"):
+        Store(square=LARGEST_SQUARE + 1)

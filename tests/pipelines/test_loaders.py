@@ -1,6 +1,7 @@
 """Both loaders give the same batches, that follow the seed and the epoch; errors surface."""
 
 import gc
+import multiprocessing
 import os
 import shutil
 import subprocess
@@ -328,6 +329,18 @@ def test_a_worker_process_collects_no_garbage_of_its_parent(digits, tmp_path, mo
         gc.enable()
     gc.collect()
     assert held() is None
+
+
+def test_worker_processes_where_they_are_not_forked_by_default(digits, tmp_path):
+    """As with Python 3.14: their open files must be those of this process."""
+    configs = LoaderConfig(kind="torch"), LoaderConfig(kind="torch", workers=1)
+    alone, workers = (make_loader(digits, "train", reading(tmp_path), config) for config in configs)
+    before = multiprocessing.get_start_method()
+    multiprocessing.set_start_method("forkserver", force=True)
+    try:
+        assert same(batches(workers, 0, start=4), batches(alone, 0, start=4))
+    finally:
+        multiprocessing.set_start_method(before, force=True)
 
 
 def test_a_swapped_file_is_noticed(digits, tmp_path):

@@ -115,6 +115,9 @@ def test_list_profile_keeps_what_it_names(tmp_path):
     path.write_text("3 1\n")
     with pytest.raises(UserError, match="label 1, the source 0"):
         apply_profile(ListProfile(kind="list", path=path), balanced(2, 100), 2, seed=0)
+    path.write_text("3 0\n5 0\n")
+    with pytest.raises(UserError, match=r"list\.txt names no image of class 'oak'; each class needs one"):
+        apply_profile(ListProfile(kind="list", path=path), balanced(2, 100), 2, 0, ["ash", "oak"])
 
 
 @pytest.mark.parametrize("content", ["[1, 2]", "nonsense", '{"0": 1, "1": "x", "2": 3}'])

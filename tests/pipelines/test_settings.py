@@ -102,6 +102,39 @@ def test_short_and_dotted_names_and_numbers():
     assert (config.train.epochs, config.optimizer.lr, config.optimizer.clip_norm) == (7, 0.01, 2.0)
 
 
+@pytest.mark.parametrize("text", ["0", "007", "1e-3", "yes", "2024-05-06", "a: b", "[0-9]+", "#1"])
+def test_a_field_of_text_takes_what_is_written(text):
+    flags = ["--data.source.kind", "table", "--data.source.path", "1.csv"]
+    for written in (text, f'"{text}"', f"'{text}'"):
+        source = load_config("photos", [*flags, "--data.source.image", written]).data.source
+        assert (source.image, source.path.name) == (text, "1.csv")
+    assert load_config("photos", [*flags, "--data.source.image", "null"]).data.source.image is None
+
+
+def test_only_the_kind_of_a_source_decides_what_is_a_path(tmp_path, monkeypatch):
+    """A name on the hub is none; a folder is, beside the file or in the working folder."""
+    (tmp_path / "conf" / "org" / "local").mkdir(parents=True)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "conf" / "c.yaml"
+    for content, path in (
+        ("data: {source: {kind: huggingface, path: org/hub}}", "org/hub"),
+        ("{data.source.path: org/hub, data.source.kind: huggingface}", "org/hub"),
+        ("data: {source: {kind: huggingface, path: org/local}}", str(tmp_path / "conf" / "org" / "local")),
+        ("data: {source: {kind: folder, path: org/hub}}", str(tmp_path / "conf" / "org" / "hub")),
+        ("{data.source.kind: folder, data.source.path: org/hub}", str(tmp_path / "conf" / "org" / "hub")),
+    ):
+        file.write_text(content)
+        assert str(load_config(str(file), []).data.source.path) == path
+    flags = ["--data.source.kind", "huggingface", "--data.source.path"]
+    assert load_config("photos", [*flags, "org/hub"]).data.source.path == "org/hub"
+    source = load_config("photos", [*flags, "here"]).data.source
+    assert source.path == str(tmp_path / "here")
+    assert source.present()
+    (tmp_path / "here").rmdir()
+    assert not source.present()
+
+
 def test_a_head_scale_that_moves_in_the_last_epoch():
     config = load_config("quickstart", ["--head", f"{{kind: cosine, scale: {MOVING}}}", "--epochs", "9"])
     assert config.network.head.scale.warmup == 8

@@ -18,8 +18,10 @@ import pytest
 from pipelines.common.errors import UserError
 from pipelines.config import DataConfig
 from pipelines.pixels import decode, to_rgb
+from pipelines.prepare import writer
 from pipelines.prepare.build import ensure_prepared
 from pipelines.prepare.sources import TableSource, addresses
+from tests.sources import served
 
 COUNTS = {"ash": 8, "birch": 6, "oak": 4}
 
@@ -96,6 +98,15 @@ def test_each_format_gives_the_same_images(photos, kind, capsys):
     assert some.digest() != dataset.train.digest() == TableSource(kind="table", path=path).open().train.digest()
 
 
+@pytest.mark.parametrize("header", [True, False])
+def test_a_csv_with_semicolons(photos, header):
+    folder, rows = photos
+    path = write_csv(folder / "excel.csv", rows, ["image", "label"], delimiter=";", header=header)
+    dataset = TableSource(kind="table", path=path).open()
+    assert dataset.classes == ["ash", "birch", "oak"]
+    assert reds(dataset.train) == [row["red"] for row in rows]
+
+
 def test_without_a_header_the_cells_tell(photos):
     folder, rows = photos
     path = write_csv(folder / "bare.csv", rows, ["label", "image"], header=False)
@@ -136,7 +147,8 @@ def test_a_file_of_classes_chooses_orders_and_names(photos, capsys):
     ("change", "message"),
     [
         ({"label": ""}, "row 3: the column 'label' is empty"),
-        ({"split": "holdout"}, None),  # not splits at all: the column is not taken for one
+        ({"split": "holdout"}, "row 3: the column 'split' is 'holdout'; expected train, val or test: correct the cell"),
+        ({"split": ""}, "row 3: the column 'split' is empty; expected train, val or test"),
         ({"image": "files/ash-0.png"}, "row 3: 'files/ash-0.png' stands in row 1 already"),
         ({"image": "https://example.org/a.png"}, "row 3: addresses and paths are mixed"),
     ],
@@ -144,14 +156,25 @@ def test_a_file_of_classes_chooses_orders_and_names(photos, capsys):
 def test_mistakes_name_the_row(photos, change, message):
     folder, rows = photos
     path = write_csv(folder / "wrong.csv", [*rows[:2], {**rows[2], **change}, *rows[3:]], ["image", "label", "split"])
-    source = TableSource(kind="table", path=path)
-    if message is None:
-        assert source.open().test is None
-        with pytest.raises(UserError, match="expected train, val or test"):
-            source.model_copy(update={"split": "split"}).open()
-        return
     with pytest.raises(UserError, match=message):
-        source.open()
+        TableSource(kind="table", path=path).open()
+
+
+def test_a_column_that_only_has_a_splits_name_is_told_and_not_taken(photos, capsys):
+    folder, rows = photos
+    folds = [{**row, "fold": number % 5} for number, row in enumerate(rows)]
+    source = TableSource(kind="table", path=write_csv(folder / "folds.csv", folds, ["image", "label", "fold"]))
+    assert source.open().test is None
+    assert (
+        "label = 'label' (data.source.image and so on); not taken for the split, because no cell says train, val or test: "
+        in (told := capsys.readouterr().err)
+    )
+    assert told.endswith(": 'fold'\n")
+    with pytest.raises(UserError, match="row 1: the column 'fold' is '0'; expected train, val or test"):
+        source.model_copy(update={"split": "fold"}).open()
+    both = TableSource(kind="table", path=write_csv(folder / "both.csv", folds, ["image", "label", "fold", "split"]))
+    assert both.open().test is not None
+    assert "not taken" not in capsys.readouterr().err
 
 
 def test_a_column_that_is_not_there_or_not_known(photos):
@@ -212,6 +235,20 @@ def test_a_column_that_only_has_a_groups_name_is_none(photos, capsys):
     without = write_csv(folder / "without.csv", rows[:3], ["image", "label"])
     assert TableSource(kind="table", path=whole).open().train.groups is not None
     assert TableSource(kind="table", path=whole, val=without).open().train.groups is None
+
+
+def test_a_group_column_decides_only_where_the_configuration_says_so(photos, tmp_path, capsys):
+    folder, rows = photos
+    path = write_csv(folder / "camera.csv", [{**row, "camera": row["label"]} for row in rows], ["image", "label", "camera"])
+    content = {"source": {"kind": "table", "path": str(path)}, "val_fraction": 0.5}
+    prepared = ensure_prepared(DataConfig.model_validate({**content, "prepared": tmp_path / "a"}), 0)
+    assert "val: 9 images, 50% of each class, are set aside" in (told := capsys.readouterr().err)
+    assert "each image by itself, although the source has groups; for whole groups set data.split_by: group" in told
+    plain = write_csv(folder / "camera.csv", rows, ["image", "label"])
+    source = {"kind": "table", "path": str(plain)}
+    same = ensure_prepared(DataConfig.model_validate({**content, "source": source, "prepared": tmp_path / "b"}), 0)
+    assert names_of(prepared, "val") == names_of(same, "val")
+    assert "groups" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("share", ["val_fraction", "test_fraction"])
@@ -282,6 +319,68 @@ def test_addresses_are_read_again_when_the_network_breaks(flaky_server, tmp_path
     with pytest.raises(UserError, match=r"cannot be read after 5 tries") as caught:
         ensure_prepared(again, 0)
     assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("status", [410, 403, 503])
+def test_an_address_that_a_server_refuses_is_a_bad_image(photos, tmp_path, monkeypatch, status):
+    monkeypatch.setattr(addresses, "_FIRST_WAIT", 0.001)
+    folder, rows = photos
+    seen = []
+
+    class Refusing(http.server.SimpleHTTPRequestHandler):
+        def do_GET(self) -> None:
+            if "oak-1" in self.path:
+                seen.append(self.path)
+                self.send_error(status)
+            else:
+                super().do_GET()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with served(Refusing, folder) as address:
+        some = [{**row, "image": f"{address}/{row['image']}"} for row in rows]
+        path = write_csv(tmp_path / "dead.csv", some, ["image", "label", "split"])
+        content = {"source": {"kind": "table", "path": str(path)}, "prepared": tmp_path / "p"}
+        skipping = DataConfig.model_validate({**content, "on_bad_image": "skip"})
+        if status == 503:  # it may answer later
+            with pytest.raises(
+                UserError, match=r"oak-1\.png: cannot be read .*status 503 \(data\.on_bad_image does not skip it"
+            ):
+                ensure_prepared(skipping, 0)
+            return
+        with pytest.raises(UserError, match=rf"oak-1\.png: unreadable image \(.*{status}\); .*data\.on_bad_image: skip"):
+            ensure_prepared(DataConfig.model_validate(content), 0)
+        prepared = ensure_prepared(skipping, 0)
+    assert [name.rpartition("/")[2] for name in prepared.splits["train"].skipped] == ["oak-1.png"]
+    assert len(seen) == 2  # once a command
+
+
+def test_access_that_is_refused_in_a_bucket_stops_the_command_and_keeps_what_is_written(photos, tmp_path, monkeypatch):
+    fsspec = pytest.importorskip("fsspec")
+    folder, rows = photos
+    memory = fsspec.filesystem("memory")
+    for row in rows:
+        memory.pipe_file(f"{tmp_path}/{row['image']}", (folder / row["image"]).read_bytes())
+    some = [{**row, "image": f"memory://{tmp_path}/{row['image']}"} for row in rows]
+    path = write_csv(tmp_path / "bucket.csv", some, ["image", "label", "split"])
+    original, calls = type(memory).cat_file, []
+
+    def cat_file(self, *arguments, **more):  # as s3fs says it of a token that has expired
+        calls.append(1)
+        if len(calls) == 8:
+            raise PermissionError("The provided token has expired.")
+        return original(self, *arguments, **more)
+
+    monkeypatch.setattr(type(memory), "cat_file", cat_file)
+    monkeypatch.setattr(writer, "_SMALLEST", 1 << 19)  # two images a file
+    content = {"source": {"kind": "table", "path": str(path)}, "prepared": tmp_path / "p", "on_bad_image": "skip"}
+    data = DataConfig.model_validate({**content, "store": {"shard_mb": 1}})
+    with pytest.raises(
+        UserError, match=r"access is refused; set its credentials .*; stopped: \d+ of 12 train images are in fin"
+    ):
+        ensure_prepared(data, 0)
+    assert ensure_prepared(data, 0).splits["train"].samples == 12
 
 
 def test_a_bucket_is_read_with_the_environments_credentials(photos, tmp_path, bucket):

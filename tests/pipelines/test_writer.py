@@ -19,6 +19,7 @@ from pipelines.prepare.beton import BetonWriter
 from pipelines.prepare.build import ensure_prepared, prepared_folder
 from pipelines.prepare.images import RAW_SIDE
 from pipelines.prepare.prepared import SIDECAR
+from pipelines.prepare.sources.addresses import NetworkError
 from tests.conftest import REPOSITORY, data_config
 
 
@@ -63,7 +64,7 @@ def test_a_kill_at_any_moment_costs_the_file_in_hand(config, monkeypatch, capsys
     undisturbed = ensure_prepared(config(mode="raw"), 0)
     expected = contents(undisturbed)
     data = config(mode="raw", shard_mb=1)
-    monkeypatch.setattr(writer._Files, "failed", lambda self: self._writer and self._writer._file.close())
+    monkeypatch.setattr(writer._Files, "stopped", lambda self: self._writer and self._writer._file.close())
     close, step, record = writer._Files._close_shard, writer._Files.step, writer.write_atomically
     shards, steps = [], []
 
@@ -269,6 +270,48 @@ def test_a_bad_image_leaves_nothing(config, monkeypatch):
     with pytest.raises(UserError, match=r"unreadable image \(planted\)"):
         ensure_prepared(data, 0)
     assert [path.name for path in prepared_folder(data, 0).iterdir()] == [".lock"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [UserError("no room in TMPDIR"), NetworkError("access is refused"), MemoryError(), ZeroDivisionError()],
+    ids=lambda error: type(error).__name__,
+)
+def test_what_is_no_fault_of_an_image_keeps_the_finished_files(config, monkeypatch, capsys, error):
+    data = config(mode="raw", shard_mb=1)
+    original, calls = writer.pack_one, []
+
+    def pack_one(*arguments):
+        calls.append(1)
+        if len(calls) == 15:
+            raise error
+        return original(*arguments)
+
+    monkeypatch.setattr(writer, "pack_one", pack_one)
+    with pytest.raises(UserError if isinstance(error, UserError) else type(error)) as caught:
+        ensure_prepared(data, 0)
+    if isinstance(error, UserError):
+        assert re.match(rf"{error}; stopped: \d+ of 24 train images are in finished files; the same command", str(caught.value))
+    monkeypatch.undo()
+    capsys.readouterr()
+    ensure_prepared(data, 0)
+    assert re.search(r"train continues after \d+ of 24 images", capsys.readouterr().err)
+
+
+def test_a_disk_that_is_still_too_small_keeps_the_finished_files(config, monkeypatch):
+    data = config(mode="raw", shard_mb=1)
+    monkeypatch.setattr(writer._Files, "step", _stop_after(12, writer._Files.step))
+    with pytest.raises(Interrupted):
+        ensure_prepared(data, 0)
+    monkeypatch.undo()
+    kept = {path.name: path.read_bytes() for path in prepared_folder(data, 0).glob("train*")}
+    assert kept
+    free = shutil.disk_usage("/")._replace(free=1000)
+    monkeypatch.setattr(writer.shutil, "disk_usage", lambda path: free)
+    monkeypatch.setattr(writer, "_SAMPLED", 2)
+    with pytest.raises(UserError, match=r"the disk of .* 0\.00 GB free, .*; stopped: \d+ of 24 train images are in finished"):
+        ensure_prepared(data, 0)
+    assert {path.name: path.read_bytes() for path in prepared_folder(data, 0).glob("train*")}.items() >= kept.items()
 
 
 def _bad_after(count, original):

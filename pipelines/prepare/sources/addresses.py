@@ -22,6 +22,7 @@ from pipelines.common.errors import UserError
 from pipelines.prepare.sources.texts import Texts, joined
 
 _TRIES, _FIRST_WAIT = 5, 0.5  # of a network read; each wait is twice the one before
+_REFUSED = {*range(400, 500)} - {408, 425, 429}  # HTTP statuses that stay: not those of a server that is slow or busy
 LARGEST = 1 << 28  # bytes that are read from one address: a larger file is no image
 _BLOCK = 1 << 22  # bytes of a file that are read at a time where its parts are looked for
 _STAMPS = ("ETag", "etag", "mtime", "LastModified", "updated", "Last-Modified")  # where storages keep what changes with a file
@@ -30,7 +31,15 @@ Result = TypeVar("Result")
 
 
 class NetworkError(UserError):
-    """The network or a node failed for good. What was written is kept, so that the same command can continue."""
+    """The network or a node failed for good, or access was refused. The same command continues with what was written."""
+
+
+class RefusedError(NetworkError):
+    """A web server refuses one address for good (HTTP 4xx), such as a page that is gone."""
+
+    def __init__(self, message: str, reason: str = "") -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 def _public(value: object) -> object:
@@ -78,7 +87,12 @@ class Remote:
     def read(self, index: int) -> bytes:
         """Fetch one image."""
         address = self._below + self._addresses[index]
-        return fetch(self._system(address.partition("://")[0]), address, LARGEST)
+        try:
+            return fetch(self._system(address.partition("://")[0]), address, LARGEST)
+        except RefusedError as error:
+            raise OSError(0, error.reason) from error
+        except NetworkError as error:
+            raise NetworkError(f"{error} (data.on_bad_image does not skip it: a later try may succeed)") from error
 
     def take(self, indices: np.ndarray) -> Remote:
         """Some of the images."""
@@ -254,8 +268,8 @@ def described(address: str) -> RemoteFile:
 
     Raises:
         FileNotFoundError: Nothing is at the address.
-        UserError: Access is refused, or the server does not say how large the file is.
-        NetworkError: The network does not answer.
+        UserError: The server does not say how large the file is.
+        NetworkError: The network does not answer, or access is refused.
     """
     scheme = address.partition("://")[0]
     system = file_system(scheme)
@@ -326,7 +340,8 @@ def fetch(system: Any, address: str, limit: int) -> bytes:
 
     Raises:
         OSError: Nothing is there, it is empty, or it is larger than the limit.
-        NetworkError: The network does not answer.
+        RefusedError: A web server refuses the address.
+        NetworkError: The network does not answer, or access is refused.
     """
 
     def read() -> bytes:
@@ -359,8 +374,7 @@ def patient(
 
     Raises:
         FileNotFoundError: Nothing is at the address.
-        UserError: Access is refused.
-        NetworkError: It has failed five times.
+        NetworkError: Access is refused, or it has failed five times.
     """
     wait = _FIRST_WAIT
     for left in reversed(range(_TRIES)):
@@ -368,14 +382,17 @@ def patient(
             return call()
         except FileNotFoundError as error:
             raise FileNotFoundError(2, "nothing is at this address") from error
-        except PermissionError as error:
+        except PermissionError as error:  # also of credentials that have expired meanwhile
             place = without_secrets(address)
-            raise UserError(f"{place}: access is refused; set its credentials in the environment") from error
+            raise NetworkError(f"{place}: access is refused; set its credentials in the environment") from error
         except Exception as error:  # each storage's library has its own
             if give_up():
                 return b""
+            status = getattr(error, "status", None)
+            if address.startswith("http") and status in _REFUSED:
+                reason = f"the server refuses it, HTTP status {status}"
+                raise RefusedError(f"{without_secrets(address)}: {reason}", reason) from error
             if not left:
-                status = getattr(error, "status", None)
                 reason = f"{type(error).__name__}{f', status {status}' if status else ''}"
                 raise NetworkError(
                     f"{without_secrets(address)}: cannot be {what} after {_TRIES} tries: {reason}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import posixpath
 import tarfile
 import zipfile
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from pydantic import Field
 
 from pipelines.common.errors import UserError
 from pipelines.image_files import LeftOut
-from pipelines.prepare.sources.contents import Content, Slices, Spooled, ZipMembers
+from pipelines.prepare.sources.contents import Content, Slices, Spooled, ZipMembers, is_file_or_link, link_target
 from pipelines.prepare.sources.dataset import Dataset, SourceConfig
 from pipelines.prepare.sources.names import hint_for
 from pipelines.prepare.sources.texts import Texts
@@ -59,30 +60,39 @@ class ArchiveSource(SourceConfig):
             locked = next((info.filename for info in archive.infolist() if info.flag_bits & 1), None)
             if locked is not None:
                 raise UserError(f"archive {str(self.path)!r}: {locked!r} is encrypted; make an archive without a password")
-            files = (info.filename for info in archive.infolist() if not info.is_dir())
+            # Of two members with one name the later counts, as in a tar.
+            files = dict.fromkeys(info.filename for info in archive.infolist() if not info.is_dir())
             names = Texts(sorted(name for name in files if is_image(name, left_out)))
         return names, ZipMembers(self.path, names)
 
     def _tar(self, left_out: LeftOut) -> tuple[Texts, Content]:
         with tarfile.open(self.path) as archive:
             # Of two members with one name the later counts.
-            last = {member.name: (number, member) for number, member in enumerate(archive) if member.isfile()}
-        in_file = sorted((each for each in last.values() if is_image(each[1].name, left_out)), key=lambda each: each[0])
-        order = np.array(sorted(range(len(in_file)), key=lambda row: in_file[row][1].name), dtype=np.int64)
-        names = Texts(in_file[row][1].name for row in order)
-        if _is_plain_tar(self.path) or not in_file:
-            start = np.array([in_file[row][1].offset_data for row in order], dtype=np.int64)
-            size = np.array([in_file[row][1].size for row in order], dtype=np.int64)
+            files = {posixpath.normpath(member.name): member for member in archive if is_file_or_link(member)}
+        images: list[tuple[str, tarfile.TarInfo]] = []  # the name, and the member that has the bytes
+        for member in files.values():
+            if is_image(member.name, left_out):
+                target = link_target(member, files)
+                if target is None:
+                    left_out.links += 1
+                else:
+                    images.append((member.name, target))
+        images.sort(key=lambda each: each[0])
+        names = Texts(name for name, _ in images)
+        if _is_plain_tar(self.path) or not images:
+            start = np.array([member.offset_data for _, member in images], dtype=np.int64)
+            size = np.array([member.size for _, member in images], dtype=np.int64)
             return names, Slices([self.path], names, np.zeros(len(names), np.int32), start, size)
         stat = self.path.stat()
-        numbers = np.array([number for number, _ in in_file], dtype=np.int64)
-        unsorted = Texts(member.name for _, member in in_file)
+        # Each member is copied once, in the archive's order, also where several names lead to it.
+        offsets, first, rows = np.unique([member.offset for _, member in images], return_index=True, return_inverse=True)
+        copied = Texts(images[row][1].name for row in first)
         return names, Spooled(
-            len(unsorted),
-            lambda: _unpacked(self.path, numbers),
-            lambda row: f"{self.path}/{unsorted[row]}",
+            len(copied),
+            lambda: _unpacked(self.path, offsets),
+            lambda row: f"{self.path}/{copied[row]}",
             f"{stat.st_size} {stat.st_mtime_ns}".encode(),
-            order,
+            rows,
         )
 
 
@@ -94,11 +104,11 @@ def _is_plain_tar(path: Path) -> bool:
         return False
 
 
-def _unpacked(path: Path, numbers: np.ndarray) -> Iterator[bytes | None]:
-    """Some members of a compressed tar, by their numbers in it, in its order."""
-    wanted = {*numbers.tolist()}
+def _unpacked(path: Path, offsets: np.ndarray) -> Iterator[bytes | None]:
+    """Some members of a compressed tar, by the places of their headers, in its order."""
+    wanted = {*offsets.tolist()}
     with tarfile.open(path, "r|*") as archive:
-        for number, member in enumerate(archive):
-            if number in wanted:
+        for member in archive:
+            if member.offset in wanted:
                 file = archive.extractfile(member)
                 yield file.read() if file is not None else None

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
+import posixpath
 import tarfile
 import tempfile
 import threading
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,6 +20,7 @@ from pipelines.common.errors import UserError
 from pipelines.prepare.sources.texts import Texts
 
 _MEMBER = 1 << 30  # bytes of an image file within an archive: a larger one is a mistake
+_LINKS = 40  # links that lead to links, as Linux follows them
 
 
 class Content(Protocol):
@@ -44,6 +46,28 @@ class Content(Protocol):
     def stamp(self) -> Iterable[bytes]:
         """Bytes that change when an image is replaced, in parts: together they may take much memory."""
         ...
+
+
+def is_file_or_link(member: tarfile.TarInfo) -> bool:
+    """Whether a member of a tar archive is a file, or a link to another member. `tar` links a file given twice to itself."""
+    itself = member.islnk() and posixpath.normpath(member.linkname) == posixpath.normpath(member.name)
+    return member.isfile() or member.issym() or (member.islnk() and not itself)
+
+
+def link_target(member: tarfile.TarInfo, files: Mapping[str, tarfile.TarInfo]) -> tarfile.TarInfo | None:
+    """The file that a link in a tar archive leads to; None where the archive does not have it.
+
+    Args:
+        member: A hard or symbolic link.
+        files: All files and links of the archive by their normal path (`posixpath.normpath`).
+    """
+    target: tarfile.TarInfo | None = member
+    for _ in range(_LINKS):
+        if target is None or target.isfile():
+            return target
+        folder = posixpath.dirname(target.name) if target.issym() else ""  # a hard link names a path from the top
+        target = files.get(posixpath.normpath(posixpath.join(folder, target.linkname)))
+    return None
 
 
 class ZipMembers:

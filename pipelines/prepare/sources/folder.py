@@ -15,10 +15,7 @@ from pipelines.prepare.sources.addresses import Location, Remote, listed, there
 from pipelines.prepare.sources.dataset import Below, Dataset, Images, SourceConfig
 from pipelines.prepare.sources.names import hint_for, name_key, read_text, refuse_alike
 from pipelines.prepare.sources.texts import Texts
-from pipelines.prepare.sources.tree import SPLITS, class_tree, is_image
-
-# Names of folders that are splits under another name, and no classes.
-_LIKE_SPLITS = {"train", "training", "trn", "val", "valid", "validation", "dev", "test", "testing", "tst", "eval"}
+from pipelines.prepare.sources.tree import class_tree, is_image, splits_among
 
 
 class FolderSource(SourceConfig):
@@ -48,18 +45,8 @@ class FolderSource(SourceConfig):
             raise UserError(f"image folder {str(root)!r} does not exist{hint}")
         left_out = LeftOut()
         inside = class_folders(root, left_out)
-        present = [name for name in SPLITS if name in inside]
+        present = splits_among(inside, f"image folder {str(root)!r}", str(root))
         top = root / "train" if present else root
-        if present:
-            if "train" not in present:
-                raise UserError(
-                    f"image folder {str(root)!r} has a folder {present[0]!r} and no 'train'; expected train/CLASS/*"
-                )
-            _tell_beside(root, [name for name in inside if name not in SPLITS])
-        else:
-            for name in inside:
-                if name.lower() in _LIKE_SPLITS:
-                    raise UserError(f"{str(root / name)!r} looks like a split; rename it: the splits are train, val and test")
         folders = class_folders(top, left_out) if present else inside
         names = self._chosen(top, folders)
         if len(names) < 2:
@@ -178,12 +165,6 @@ def open_folder(folder: Path, classes: list[str], class_names: dict[str, str] | 
     images = _labelled(folder.parent, folder.name, by_folder, left_out, every_class=False, others=True)
     left_out.tell(folder)
     return images
-
-
-def _tell_beside(root: Path, beside: list[str]) -> None:
-    if beside:
-        names = ", ".join(map(repr, beside[:5])) + (" and others" if len(beside) > 5 else "")
-        print(f"data: not read of {str(root)!r}: {names}; the splits are the folders train, val and test", file=sys.stderr)
 
 
 def _tell_loose(folder: Path) -> None:

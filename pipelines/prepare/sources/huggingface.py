@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from pipelines.common.errors import UserError
+from pipelines.common.fields import PathIfThere
 from pipelines.prepare.sources.contents import held
 from pipelines.prepare.sources.dataset import Dataset, Images, SourceConfig, classes_of, numbered
+from pipelines.prepare.sources.names import name_key
 
 _SPLITS: dict[str, tuple[str, ...]] = {
     "train": ("train", "training"),
@@ -20,11 +22,22 @@ _SPLITS: dict[str, tuple[str, ...]] = {
 }
 
 
+def _local(value: str) -> str:
+    """A folder's absolute path; another text, a name on the hub, as it is."""
+    try:
+        place = Path(value).expanduser()
+        return str(place.absolute()) if place.is_dir() else value
+    except (OSError, RuntimeError, ValueError):  # too long, no home, or with a NUL
+        return value
+
+
 class HuggingFaceSource(SourceConfig):
     """A data set of the library `datasets`. Its image and label columns are found by their features."""
 
     kind: Literal["huggingface"]
-    path: str = Field(description="a folder that save_to_disk wrote, or the name of a data set on the hub")
+    path: Annotated[str, AfterValidator(_local), PathIfThere] = Field(
+        description="a folder that save_to_disk wrote, or the name of a data set on the hub"
+    )
     name: str | None = Field(default=None, description="the data set's configuration, where it has several")
     image: str | None = Field(default=None, description="column of the images; null: the only one with the feature Image")
     label: str | None = Field(default=None, description="column of the classes; null: the only ClassLabel, or 'label'")
@@ -48,7 +61,8 @@ class HuggingFaceSource(SourceConfig):
         if unlabelled is not None:
             row = values[unlabelled].index("")
             raise UserError(f"data set {self.path!r}, {unlabelled}: image {row} has no label; leave that split out of splits")
-        listed = {name: name for name in names if name in {*values["train"]}} if names is not None else None
+        trained = {*values["train"]}
+        listed = {name_key(name): name for name in names if name in trained} if names is not None else None
         classes, label_of = classes_of(values["train"], repr(self.path), listed)
         if self.group is not None:
             for each in found.values():

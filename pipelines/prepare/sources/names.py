@@ -42,19 +42,20 @@ def refuse_alike(names: Sequence[str], places: Sequence[str]) -> None:
         raise UserError(f"{places[number]}: {problem}")
 
 
-def read_text(path: Location, what: str) -> str:
+def read_text(path: Location, what: str, errors: str = "strict") -> str:
     """Read a list that the user made: UTF-8, with or without a byte order mark.
 
     Args:
         path: The file.
         what: What it is, for the message.
+        errors: As in `bytes.decode`; 'surrogateescape' for names of files, which may be in another encoding.
 
     Raises:
         UserError: It cannot be read as text. The message says what it is instead.
     """
     try:
         data = fetch(file_system(path.partition("://")[0]), path, LARGEST) if isinstance(path, str) else path.read_bytes()
-        return data.decode("utf-8-sig")
+        return data.decode("utf-8-sig", errors)
     except OSError as error:
         hint = "" if isinstance(path, str) else hint_for(path)
         raise UserError(f"{what} {str(path)!r} cannot be read: {error.strerror}{hint}") from error

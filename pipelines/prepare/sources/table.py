@@ -41,7 +41,7 @@ _BUFFER = 1 << 20  # bytes of a Parquet file that are read ahead, where it holds
 
 
 class TableSource(SourceConfig):
-    """A CSV, TSV, JSON lines or Parquet file with a row an image.
+    """A CSV, TSV, JSON lines or Parquet file with a row an image. A CSV file may have semicolons.
 
     Columns that are not given are found by their names, and printed.
     """
@@ -134,14 +134,17 @@ class TableSource(SourceConfig):
         label = _column(table, "label", self.label, _LABEL)
         if image is None or label is None:
             image, label = _by_content(table, image, label)
-        split = _column(table, "split", self.split, _SPLIT, _are_splits)
+        split = _column(table, "split", self.split, _SPLIT, _say_splits)
         group = _column(table, "group", self.group, _GROUP, lambda _, name: all(_is_whole(each, name) for each in tables))
         weight = _column(table, "weight", self.weight, _WEIGHT, lambda table, name: _are_weights(table, name, split))
         found = {"image": image, "label": label, "split": split, "group": group, "weight": weight}
         given = {name: getattr(self, name) for name in found}
         guessed = ", ".join(f"{name} = {column!r}" for name, column in found.items() if column and not given[name])
-        if guessed:
-            print(f"data: {table.path}: columns found by name: {guessed} (data.source.image and so on)", file=sys.stderr)
+        others = [] if split else [repr(name) for name in table.names if _plain(name) in _SPLIT and name not in found.values()]
+        told = [f"columns found by name: {guessed} (data.source.image and so on)"] if guessed else []
+        told += [f"not taken for the split, because no cell says train, val or test: {', '.join(others)}"] if others else []
+        if told:
+            print(f"data: {table.path}: {'; '.join(told)}", file=sys.stderr)
         return _Columns(image, label, split, group, weight)
 
 
@@ -210,7 +213,7 @@ def _read(path: Path, header: bool | Literal["auto"]) -> _Table:
     with _reading(path):
         match ending:
             case ".csv" | ".tsv" | ".txt":
-                delimiter = "," if ending == ".csv" else "\t"
+                delimiter = _delimiter(path) if ending == ".csv" else "\t"
                 headed = _has_header(path, delimiter) if header == "auto" else header
                 names = None if headed else [str(number) for number in range(len(_first_lines(path)[0].split(delimiter)))]
                 content = pa.csv.read_csv(
@@ -274,6 +277,12 @@ def _first_lines(path: Path) -> list[str]:
         return [line.rstrip("\r\n") for line, _ in zip(file, range(2), strict=False)] or [""]
 
 
+def _delimiter(path: Path) -> str:
+    """What separates the columns of a CSV file: spreadsheets of many countries write semicolons."""
+    first = _first_lines(path)[0]
+    return ";" if ";" in first and "," not in first else ","
+
+
 def _split_line(line: str, delimiter: str) -> list[str]:
     import csv
 
@@ -309,9 +318,12 @@ def _column(table: _Table, what: str, given: str | None, known: tuple[str, ...],
     return next((name for name in found if fits is None or fits(table, name)), None)
 
 
-def _are_splits(table: _Table, name: str) -> bool:
-    """Whether a column says splits. Another one may have that name, such as the numbers of folds."""
-    return {str(value).strip().lower() for value in table.column(name)} <= _SPLITS.keys()
+def _say_splits(table: _Table, name: str) -> bool:
+    """Whether some cell of a column says a split. Another one may have that name, such as the numbers of folds.
+
+    A cell that says none is then a mistake (`_split_of`): without the column, test rows would be trained on.
+    """
+    return name not in table.bytes_in and any(str(value).strip().lower() in _SPLITS for value in table.column(name))
 
 
 def _is_whole(table: _Table, name: str) -> bool:
@@ -434,7 +446,11 @@ def _text(table: _Table, column: str, row: int, value: object) -> str:
 def _split_of(table: _Table, column: str, row: int, value: object) -> str:
     split = _SPLITS.get(str(value).strip().lower())
     if split is None:
-        raise UserError(f"{_place(table, row)}: the column {column!r} is {value!r}; expected train, val or test")
+        what = "is empty" if value is None or not str(value).strip() else f"is {value!r}"
+        raise UserError(
+            f"{_place(table, row)}: the column {column!r} {what}; expected train, val or test: correct the cell, remove the "
+            "row, or rename the column if it does not say splits"
+        )
     return split
 
 

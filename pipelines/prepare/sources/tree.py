@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import takewhile
 from pathlib import PurePosixPath
@@ -13,9 +14,12 @@ from pipelines.formats import readable_suffixes
 from pipelines.image_files import LeftOut, is_leftover
 from pipelines.prepare.sources.contents import Content
 from pipelines.prepare.sources.dataset import Dataset, Images, classes_of
-from pipelines.prepare.sources.texts import Codes
+from pipelines.prepare.sources.names import name_key
+from pipelines.prepare.sources.texts import Codes, taken
 
 SPLITS = ("train", "val", "test")
+# Names of folders that are splits under another name, and no classes.
+_LIKE_SPLITS = {"train", "training", "trn", "val", "valid", "validation", "dev", "test", "testing", "tst", "eval"}
 
 
 def is_image(name: str, left_out: LeftOut) -> bool:
@@ -33,10 +37,41 @@ def is_image(name: str, left_out: LeftOut) -> bool:
     return False
 
 
+def splits_among(inside: Sequence[str], what: str, place: str) -> list[str]:
+    """Which of the folders at the top of a data set are splits. What lies beside them is told.
+
+    Args:
+        inside: The folders, and other names that are not read where there are splits.
+        what: The data set, for messages.
+        place: Where it is.
+
+    Returns:
+        Some of `SPLITS`; none where the folders are classes.
+
+    Raises:
+        UserError: There is no training split, or a folder looks like a split of another name.
+    """
+    present = [name for name in SPLITS if name in inside]
+    if present and "train" not in present:
+        raise UserError(f"{what} has a folder {present[0]!r} and no 'train'; expected train/CLASS/*")
+    if not present:
+        alike = next((name for name in inside if name.lower() in _LIKE_SPLITS), None)
+        if alike is not None:
+            raise UserError(f"{f'{place}/{alike}'!r} looks like a split; rename it: the splits are train, val and test")
+        return []
+    beside = [name for name in inside if name not in SPLITS]
+    if beside:
+        names = ", ".join(map(repr, beside[:5])) + (" and others" if len(beside) > 5 else "")
+        print(f"data: not read of {place!r}: {names}; the splits are the folders train, val and test", file=sys.stderr)
+    return present
+
+
 def class_tree(
     names: Sequence[str], content: Content, what: str, place: str, listed: Mapping[str, str] | None = None
 ) -> Dataset:
     """The data set of files named `train/CLASS/*`, `val/CLASS/*` and `test/CLASS/*`, or `CLASS/*`, below any folder.
+
+    Classes are in alphabetical order, as those of a folder on a disk.
 
     Args:
         names: Of the images.
@@ -50,22 +85,26 @@ def class_tree(
     """
     top = _wrapper(names)
     above = len(top)
+    root = "/".join([place, *top])
+    inside = Codes(PurePosixPath(name).parts[above] for name in names)
+    splitted = splits_among(sorted(inside.values), what, root)
+    if splitted and len(inside.values) > len(splitted):
+        rows = np.flatnonzero(inside.numbered(dict.fromkeys(splitted, 1), 0))
+        names, content = taken(names, rows), content.take(rows)
 
     def parts() -> Iterator[tuple[str, ...]]:
         return (PurePosixPath(name).parts[above:] for name in names)
 
-    splitted = all(each[0] in SPLITS and len(each) > 2 for each in parts())
     depth = 1 if splitted else 0
     flat = next((name for name, each in zip(names, parts(), strict=True) if len(each) < depth + 2), None)
     if flat is not None:
         raise UserError(f"{what}: {flat!r} is in no class folder; expected CLASS/* or train/CLASS/*")
     folders = Codes(each[depth] for each in parts())
     splits = Codes(each[0] if splitted else "train" for each in parts())
-    if "train" not in splits.values:
-        raise UserError(f"{what} has a folder {splits.values[0]!r} and no 'train'; expected train/CLASS/*")
     in_split = {split: splits.codes == number for number, split in enumerate(splits.values)}
-    of_train = [folders.values[code] for code in np.unique(folders.codes[in_split["train"]])]
-    classes, label_of = classes_of(of_train, "/".join([place, *top]), listed)
+    of_train = sorted(folders.values[code] for code in np.unique(folders.codes[in_split["train"]]))
+    ordered = {name_key(folder): folder for folder in of_train} if listed is None else listed
+    classes, label_of = classes_of(of_train, root, ordered)
     strange = next((folder for folder in folders.values if folder not in label_of), None)
     if strange is not None and listed is None:
         raise UserError(f"{what}: the class {strange!r} is not one of the training classes")

@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import os
+import posixpath
 import re
 import tarfile
 from array import array
@@ -25,7 +26,7 @@ from pipelines.common.files import write_atomically
 from pipelines.common.threads import in_threads
 from pipelines.formats import readable_suffixes
 from pipelines.prepare.sources.addresses import Location, RemoteFile, RemoteSlices, Stream, described, matching, there
-from pipelines.prepare.sources.contents import Slices
+from pipelines.prepare.sources.contents import Slices, is_file_or_link, link_target
 from pipelines.prepare.sources.dataset import Dataset, Images, SourceConfig, classes_of
 from pipelines.prepare.sources.texts import Codes, Texts
 
@@ -36,7 +37,7 @@ _ASKED, _READ = (
     16,
     4,
 )  # shards behind addresses that are asked about at once, and read; tarfile keeps a shard's headers in memory
-_INDEX_FORMAT = 1  # of the kept index of a shard
+_INDEX_FORMAT = 2  # of the kept index of a shard; 2: links are followed
 
 
 class WebDatasetSource(SourceConfig):
@@ -190,25 +191,39 @@ def _read_index(path: Path | None, stream: IO[bytes] | None, name: str, place: s
         label_field: Of the .json files; None: .cls, or a usual one.
     """
     suffixes = readable_suffixes()
-    images: dict[str, tarfile.TarInfo] = {}
+    images: dict[str, tuple[str, tarfile.TarInfo]] = {}  # the name, and the member that has the bytes
     labels: dict[str, str] = {}
+
+    def add(archive: tarfile.TarFile, member: tarfile.TarInfo, target: tarfile.TarInfo | None) -> None:
+        folder, _, base = member.name.rpartition("/")
+        stem, _, ending = base.partition(".")
+        key = f"{folder}/{stem}" if folder else stem
+        ending = ending.lower()
+        is_image = f".{ending}".endswith(suffixes)
+        is_label = (ending in _LABEL_ENDINGS and label_field is None) or (ending == "json" and key not in labels)
+        if (is_image or is_label) and target is None:
+            raise UserError(f"{place}: {member.name!r} is a link to {member.linkname!r}, which is not in the shard")
+        if is_image and target is not None:
+            if key in images:
+                raise UserError(f"{place}: the sample {key!r} has two images; which one is meant is not known")
+            images[key] = member.name, target
+        elif is_label and target is not None:
+            label = _label(archive, target, ending, place, label_field)
+            if label is not None:
+                labels[key] = label
+
     try:
         with tarfile.open(path, "r:", stream) as archive:
+            links: list[tarfile.TarInfo] = []
             for member in archive:
-                if not member.isfile():
-                    continue
-                folder, _, base = member.name.rpartition("/")
-                stem, _, ending = base.partition(".")
-                key = f"{folder}/{stem}" if folder else stem
-                ending = ending.lower()
-                if f".{ending}".endswith(suffixes):
-                    if key in images:
-                        raise UserError(f"{place}: the sample {key!r} has two images; which one is meant is not known")
-                    images[key] = member
-                elif (ending in _LABEL_ENDINGS and label_field is None) or (ending == "json" and key not in labels):
-                    label = _label(archive, member, ending, place, label_field)
-                    if label is not None:
-                        labels[key] = label
+                if member.isfile():
+                    add(archive, member, member)
+                elif is_file_or_link(member):
+                    links.append(member)
+            if links:  # what a link leads to may come after it
+                files = {posixpath.normpath(member.name): member for member in archive if is_file_or_link(member)}
+                for member in links:
+                    add(archive, member, link_target(member, files))
     except tarfile.ReadError as error:
         compressed = "; unpack it first: gunzip" if name.endswith((".gz", ".tgz")) else ""
         raise UserError(f"shard {place!r} cannot be read: {error}{compressed}") from error
@@ -221,10 +236,10 @@ def _read_index(path: Path | None, stream: IO[bytes] | None, name: str, place: s
     if not images:
         raise UserError(f"shard {place!r} has no images")
     return _Index(
-        [f"{name}/{member.name}" for member in images.values()],
+        [f"{name}/{own}" for own, _ in images.values()],
         [labels[key] for key in images],
-        [member.offset_data for member in images.values()],
-        [member.size for member in images.values()],
+        [member.offset_data for _, member in images.values()],
+        [member.size for _, member in images.values()],
     )
 
 
