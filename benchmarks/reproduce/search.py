@@ -20,6 +20,8 @@ def _cibl(skew: float, more: str = "") -> tuple[str, str]:
 
 _QUEUE = ", queue: 1024"
 _TWO = views(STRONG, OTHER)
+_DECAY = ("--weight_decay", "1e-3")
+_SCALE_30 = ("--network.head", "{kind: cosine, scale: {start: 30}}")
 # Epochs, as a multiple of the base's, and options. Two views have half the epochs, so that the passes are as many.
 _CHANGES: dict[str, tuple[float, tuple[str, ...]]] = {
     "base": (1, ()),
@@ -28,7 +30,7 @@ _CHANGES: dict[str, tuple[float, tuple[str, ...]]] = {
     "three times the epochs": (3, ()),
     "steps at 80 % and 90 %": (1, ("--schedule", "{kind: steps, warmup_epochs: 5, milestones: [0.8, 0.9]}")),
     # Optimiser
-    "weight decay 1e-3": (1, ("--weight_decay", "1e-3")),
+    "weight decay 1e-3": (1, _DECAY),
     "weight decay 2e-3": (1, ("--weight_decay", "2e-3")),
     "weight decay 2e-4": (1, ("--weight_decay", "2e-4")),
     "learning rate 0.2": (1, ("--lr", "0.2")),
@@ -39,7 +41,7 @@ _CHANGES: dict[str, tuple[float, tuple[str, ...]]] = {
     "SAM in the last fifth, ρ = 0.3": (1, ("--optimizer.sam", "{rho: 0.3, from: 0.8}")),
     # Head
     "linear head": (1, ("--network.head", "{kind: linear}")),
-    "scale 30": (1, ("--network.head", "{kind: cosine, scale: {start: 30}}")),
+    "scale 30": (1, _SCALE_30),
     "scale 8 to 24": (1, ("--network.head", "{kind: cosine, scale: {start: 8, end: 24, shape: cosine}}")),
     "head's weights start at a norm of 1": (1, ("--network.head", "{kind: cosine, weight_norm: 1}")),
     # Images
@@ -58,6 +60,10 @@ _CHANGES: dict[str, tuple[float, tuple[str, ...]]] = {
     "CIBL, λ = 0.05, two views, CE on the first": (0.5, (*_TWO, *_cibl(0.05, ", classify: first"))),
     "ProCo, two views": (0.5, (*_TWO, "--loss", "{kind: proco}")),
     "balanced softmax, two views": (0.5, _TWO),
+    # What helped, together
+    "weight decay 1e-3, scale 30": (1, (*_DECAY, *_SCALE_30)),
+    "weight decay 2e-3, scale 30": (1, ("--weight_decay", "2e-3", *_SCALE_30)),
+    "CIBL, λ = 0.002, queue, weight decay 1e-3, scale 30": (1, (*_cibl(0.002, _QUEUE), *_DECAY, *_SCALE_30)),
 }
 
 
