@@ -512,7 +512,9 @@ def test_ours_stands_beside_the_published_number(tmp_path):
     every = [cell for cell in cells("cifar100_lt", "gpu", 3, 0.0) if cell.imbalance != 10]
     reproduce_report.write(tmp_path / "t.jsonl", lines, every)
     text = (tmp_path / "t.md").read_text()
-    absent = ", ".join(dict.fromkeys(cell.value for cell in every if cell.value not in ("Hybrid-SC", "CIBL, cosine head")))
+    absent = ", ".join(
+        dict.fromkeys(f"`{cell.value}`" for cell in every if cell.value not in ("Hybrid-SC", "CIBL, cosine head"))
+    )
     assert f"4 of {len(every)} runs (not run yet: CIFAR-100-LT at 100: {absent}; CIFAR-100-LT at 50). Accuracy" in text
     assert "| Hybrid-SC | 47.0 ± 1.0 (3) |" in text
     row = next(row for row in text.splitlines() if row.startswith("| Hybrid-SC"))
@@ -526,6 +528,15 @@ def test_ours_stands_beside_the_published_number(tmp_path):
     assert "| 53.9 † | -3.9 |" in (tmp_path / "b.md").read_text()
     assert "made alike" not in text
     assert reproduce_report.means(lines)["cifar100 IF 100 Hybrid-SC"] == {"mean": 47.0, "spread": 1.0, "seeds": 3}
+
+
+def test_what_one_change_of_the_base_moves_stands_in_the_table(tmp_path):
+    lines = [line("base", 0, 0.4), line("CMO", 0, 0.37), line("SAM", 0, 0.45)]
+    lines[2] |= {"passes": 400_000, "forward_passes": 30_000}
+    reproduce_report.write(tmp_path / "s.jsonl", lines, [])
+    rows = [row for row in (tmp_path / "s.md").read_text().splitlines() if row.startswith("| ")][1:]
+    assert [row.split(" | ")[0] for row in rows] == ["| SAM", "| base", "| CMO"]  # by accuracy
+    assert [row.split(" | ")[-3:-1] for row in rows] == [["+5.0", "0.41"], ["+0.0", "–"], ["-3.0", "–"]]
 
 
 def test_runs_of_other_images_precision_or_machines_are_named(tmp_path):

@@ -33,6 +33,7 @@ _OF_METHODS = {
 _SCORED = dict.fromkeys(
     ON_VALIDATION, "a balanced validation split, a tenth of each class's images before the long tail is cut"
 )
+_LISTED = 10  # rows that are named one by one, where they are not run yet
 _lock = Lock()
 
 
@@ -158,16 +159,23 @@ def _absent(known: list[Line], every: list[Cell]) -> str:
     begun = {of_row[:2] for of_row in there}
     named = []
     for (dataset, factor), values in absent.items():
-        which = f": {', '.join(values)}" if (dataset, factor) in begun else ""
+        listed = ", ".join(f"`{value}`" for value in values) if len(values) <= _LISTED else f"{len(values)} rows"
+        which = f": {listed}" if (dataset, factor) in begun else ""
         named.append(TITLES[dataset] + (f" at {factor}" if factor else "") + which)
     return f" (not run yet: {'; '.join(named)})" if named else ""
 
 
 def _table(dataset: str, rows: dict[str, list[Line]], published: dict[str, float | None]) -> list[str]:
-    """Markdown: a row's scores, beside what its authors published."""
+    """Markdown: a row's scores, beside what its authors published, or where the table has a row `base`, beside that.
+
+    Rows that change one thing of the base are in the order of their accuracy.
+    """
+    base = rows.get("base")
+    if base is not None:
+        rows = dict(sorted(rows.items(), key=lambda item: -_overall(item[1])))
     with_best = any("best" in line for of_row in rows.values() for line in of_row)
     head = ["", *COLUMNS, *(["best on validation"] if with_best else [])]
-    head += [*(["published", "difference"] if published else []), "minutes"]
+    head += [*(["published", "difference"] if published else []), *(["against base", "M passes"] if base else []), "minutes"]
     text = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for value, of_row in rows.items():
         cells = [value, *(_cell([line["last"][name] for line in of_row]) for name in COLUMNS)]
@@ -175,13 +183,22 @@ def _table(dataset: str, rows: dict[str, list[Line]], published: dict[str, float
             cells.append(_cell([line["best"]["overall"] for line in of_row if "best" in line]))
         if published:
             number, epochs = published.get(value), PUBLISHED_EPOCHS.get((dataset, value))
-            ours = 100 * np.mean([line["last"]["overall"] for line in of_row])
+            ours = _overall(of_row)
             mark = " †" if value in BEST_ON_TEST else ""
             cells.append("–" if number is None else f"{number:.1f}{mark}" + (f" ({epochs} epochs)" if epochs else ""))
             cells.append("–" if number is None else f"{ours - number:+.1f}")
+        if base is not None:
+            cells.append(f"{_overall(of_row) - _overall(base):+.1f}")
+            passes = [line["passes"] + line["forward_passes"] / 3 for line in of_row if "passes" in line]
+            cells.append(f"{np.mean(passes) / 1e6:.2f}" if passes else "–")  # lines of earlier versions do not say
         cells.append(f"{np.mean([line['seconds'] for line in of_row]) / 60:.1f}")
         text.append("| " + " | ".join(cells) + " |")
     return text
+
+
+def _overall(lines: list[Line]) -> float:
+    """The mean overall accuracy, %."""
+    return 100 * float(np.mean([line["last"]["overall"] for line in lines]))
 
 
 def _unlike(rows: dict[str, list[Line]]) -> list[str]:
