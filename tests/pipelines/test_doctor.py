@@ -481,4 +481,4 @@ def test_wrong_labels_among_photographs_are_found(tmp_path):
     assert planted.items() <= doubted.items()
     assert len(doubted) <= len(planted) + 1
     write_report(tmp_path / "report", examined, [*findings.values()], config)
-    assert {*(tmp_path / "report/suspects.txt").read_text().splitlines()} == {*doubted}
+    assert {*(tmp_path / "report/suspects.txt").read_text().splitlines()} == {f"train\t{name}" for name in doubted}
