@@ -108,7 +108,7 @@ def _idle_warnings(config: RunConfig) -> list[str]:
         found.append(
             "train.tune 'head' draws every view as data.views[0] says; the other entries of data.views do nothing but count"
         )
-    if config.network.head.norm_share is not None and train.start is None:
+    if config.network.head.norm_share is not None and train.start is None and train.head_start in ("auto", "random"):
         found.append(
             "network.head.max_norm caps the classes' weights by their norms at the start, which are random here; it is for a "
             "second stage: name a finished run by train.start"

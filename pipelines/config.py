@@ -76,10 +76,7 @@ class Store(Settings):
         default=500, ge=1, le=65535, description="Longer images are scaled down to this many pixels; null: no limit."
     )
     square: int | None = Field(
-        default=None,
-        ge=1,
-        le=1672,  # pixels of validation images fill a page of the .beton file
-        description="Resize every image to this width and height, in pixels.",
+        default=None, ge=1, le=4096, description="Resize every image to this width and height, in pixels."
     )
     quality: int = Field(default=92, ge=1, le=100, description="JPEG quality of images that are encoded again.")
 

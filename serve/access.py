@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
@@ -16,14 +15,10 @@ from pipelines.common.errors import UserError
 from serve.request import Request
 
 _LARGEST, _KEPT = 64 << 20, 5
-_ENDED = 30  # files of processes that have ended
 
 
 class AccessLog:
-    """Lines in `FOLDER/access-HOST-PID.jsonl`. A file of 64 MiB makes room for a new one; five are kept.
-
-    Of processes of this host that have ended, the thirty latest files are kept.
-    """
+    """Lines in `FOLDER/access-HOST-PID.jsonl`. A file of 64 MiB makes room for a new one; five are kept."""
 
     def __init__(self, folder: Path | None) -> None:
         """Open the file.
@@ -41,7 +36,6 @@ class AccessLog:
             folder.mkdir(parents=True, exist_ok=True)
             # Hosts, and containers above all, have processes of the same number, and may share the folder.
             path = folder / f"access-{socket.gethostname()}-{os.getpid()}.jsonl"
-            _remove_old(folder)
             self._file = RotatingFileHandler(path, maxBytes=_LARGEST, backupCount=_KEPT)
         except OSError as error:
             raise UserError(f"access_log {str(folder)!r} cannot be written: {error.strerror}; give another folder") from error
@@ -81,18 +75,3 @@ class AccessLog:
         """Close the file."""
         if self._file is not None:
             self._file.close()
-
-
-def _remove_old(folder: Path) -> None:
-    """Remove the oldest logs of processes that have ended: each restart of a replica makes a new one."""
-    if not Path("/proc/self").exists():  # a system that does not tell which have ended
-        return
-    start = f"access-{socket.gethostname()}-"
-    ended: list[tuple[float, Path]] = []
-    for path in folder.glob("access-*.jsonl*"):
-        process = path.name.removeprefix(start).partition(".")[0]
-        if path.name.startswith(start) and process.isdecimal() and not Path(f"/proc/{process}").exists():
-            with contextlib.suppress(FileNotFoundError):  # another replica that starts has removed it
-                ended.append((path.stat().st_mtime, path))
-    for _, path in sorted(ended)[:-_ENDED]:
-        path.unlink(missing_ok=True)

@@ -290,7 +290,8 @@ async def _multipart(content_type: str, body: bytes, max_files: int) -> tuple[li
     try:
         form = await parser.parse()
     except (MultiPartException, KeyError, ValueError) as error:
-        raise bad_request(f"the form cannot be read: {str(error).rstrip('.')}; {_FILENAME}") from error
+        hint = f"; {_FILENAME}" if "maximum size" in str(error) else ""
+        raise bad_request(f"the form cannot be read: {str(error).rstrip('.')}{hint}") from error
     files: list[bytes] = []
     fields: dict[str, str] = {}
     try:

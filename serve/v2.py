@@ -165,6 +165,8 @@ class Inference:
                 raise bad_request(f"{TAIL_SHIFT!r} must be numbers from {-MAX_SHIFT:g} to {MAX_SHIFT:g}")
             self.shift = np.ascontiguousarray(np.broadcast_to(shift, count), dtype=np.float32)
         self._outputs = self._wanted(content)
+        classes = len(model.bundle.card.classes)  # before the images are decoded; an embedding's width is not known here
+        self._limit(sum(count * classes for name, as_binary in self._outputs.items() if not as_binary and name != EMBEDDING))
 
     @property
     def embedding(self) -> bool:
@@ -241,6 +243,13 @@ class Inference:
             wanted[name] = bool(of_part.get("binary_data", default)) if isinstance(of_part, dict) else default
         return wanted
 
+    @staticmethod
+    def _limit(numbers: int) -> None:
+        """Refuse an answer of so many numbers in JSON, if they are too many."""
+        if numbers > MAX_NUMBERS:
+            problem = f"an answer of {numbers:,} numbers in JSON, {MAX_NUMBERS:,} at most"
+            raise ProblemError(413, "too_many", f"{problem}; send fewer images, or ask for binary outputs")
+
     def answer(self, result: dict[str, np.ndarray]) -> tuple[list[tuple[bytes, bytes]], bytes]:
         """Make the answer.
 
@@ -253,10 +262,7 @@ class Inference:
         Raises:
             ProblemError: It would be too large (413).
         """
-        numbers = sum(result[name].size for name, as_binary in self._outputs.items() if not as_binary)
-        if numbers > MAX_NUMBERS:
-            problem = f"an answer of {numbers:,} numbers in JSON, {MAX_NUMBERS:,} at most"
-            raise ProblemError(413, "too_many", f"{problem}; send fewer images, or ask for binary outputs")
+        self._limit(sum(result[name].size for name, as_binary in self._outputs.items() if not as_binary))
         outputs, binary = [], []
         for name, as_binary in self._outputs.items():
             values = np.ascontiguousarray(result[name], dtype="<f4")

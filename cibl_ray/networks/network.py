@@ -118,7 +118,8 @@ class HybridNetwork(nn.Module):
                     self._adapted = partial.freeze(self.backbone)
             case "full":
                 self.backbone.requires_grad_(True)
-        self._still = [f"backbone.{name}" for name in frozen_modules(self.backbone, keep_statistics)]
+        # A ViT's tokens are parameters of the backbone itself, whose name among its own modules is ''.
+        self._still = [f"backbone.{name}".rstrip(".") for name in frozen_modules(self.backbone, keep_statistics)]
         if tune == "classifier":
             if not keep_statistics:  # they are estimated again, on the images of this stage
                 self._still = [name for name in self._still if getattr(self.get_submodule(name), "running_mean", None) is None]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,20 +33,20 @@ def find_config(name: str) -> Path:
         UserError: There is neither.
     """
     path = Path(name)
-    if _is_file(path):
+    if _is_there(path.is_file):
         return path
     for top in _SHIPPED:
-        if _is_file(top / f"{name}.yaml"):
-            return top / f"{name}.yaml"
+        if _is_there((file := top / f"{name}.yaml").is_file):
+            return file
     known = [*shipped_configs(), *shipped_configs("sweeps")]
     close = nearest(name, known)
     hint = f"did you mean {close}?" if close else "name a YAML file, or a shipped one, such as quickstart or folder"
     raise UserError(f"no configuration {shown(name)}; {hint}")
 
 
-def _is_file(path: Path) -> bool:
+def _is_there(look: Callable[[], bool]) -> bool:
     try:
-        return path.is_file()
+        return look()
     except (OSError, ValueError):  # a name too long, or with a NUL
         return False
 
@@ -141,7 +141,7 @@ def _placed(content: Any, models: list[type[BaseModel]], folder: Path) -> Any:
         if isinstance(value, str):
             beside = _beside(value, folder)
             is_path = any(Path in types_in(field.annotation) for field in fields)
-            if is_path or (any(PathIfThere in field.metadata for field in fields) and Path(beside).is_dir()):
+            if is_path or (any(PathIfThere in field.metadata for field in fields) and _is_there(Path(beside).is_dir)):
                 value = beside
         result[key] = _placed(value, [each for field in fields for each in models_in(field.annotation)], folder)
     return result

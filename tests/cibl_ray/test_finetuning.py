@@ -82,6 +82,15 @@ def test_pretrained_batch_norm_computes_with_the_statistics_that_it_came_with(di
         assert any("running_" in name for name in changed) == moves
 
 
+@pytest.mark.parametrize("tune", ["head", "classifier", "partial"])
+def test_a_frozen_backbone_may_have_parameters_of_its_own(tune):
+    """Such as a ViT's class token."""
+    network = build_network(NetworkConfig(backbone={"kind": "timm", "name": "vit_tiny_patch16_224"}), 5, Needs(), seed=0)
+    network.freeze(tune, LastBlocks(count=1))
+    assert not network.train().backbone.training
+    assert network.head.training
+
+
 @pytest.mark.parametrize(("tune", "partial"), [("partial", LastBlocks(count=1)), ("partial", Norms(kind="norms"))])
 def test_what_is_frozen_stays_so_where_workers_share_their_statistics(tune, partial):
     network = build_network(NetworkConfig(backbone="resnet20"), 5, Needs(), seed=0)

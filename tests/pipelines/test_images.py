@@ -12,7 +12,7 @@ from PIL import Image
 from pipelines import jpeg
 from pipelines.config import Store
 from pipelines.pixels import BadImageError, decode, to_rgb
-from pipelines.prepare.images import LARGEST_SQUARE, pack
+from pipelines.prepare.images import pack
 
 
 def encode(image: Image.Image, kind: str, **options: object) -> bytes:
@@ -223,9 +223,3 @@ def test_a_side_that_is_too_long_is_no_question_of_max_pixels():
     with pytest.raises(BadImageError, match=r"^70000x10 pixels, 65,535 a side at most$") as caught:
         decode(buffer.getvalue(), max_pixels=60_000_000)
     assert not caught.value.setting
-
-
-def test_the_largest_square_fits_into_a_page_as_pixels():
-    assert Store(square=LARGEST_SQUARE).square == LARGEST_SQUARE
-    with pytest.raises(ValueError, match="less than or equal to 1672"):
-        Store(square=LARGEST_SQUARE + 1)

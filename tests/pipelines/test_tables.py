@@ -321,8 +321,8 @@ def test_addresses_are_read_again_when_the_network_breaks(flaky_server, tmp_path
     assert "secret" not in str(caught.value)
 
 
-@pytest.mark.parametrize("status", [410, 403, 503])
-def test_an_address_that_a_server_refuses_is_a_bad_image(photos, tmp_path, monkeypatch, status):
+@pytest.mark.parametrize("status", [410, 401, 403, 503])
+def test_an_address_that_is_gone_is_a_bad_image_and_one_without_access_is_not(photos, tmp_path, monkeypatch, status):
     monkeypatch.setattr(addresses, "_FIRST_WAIT", 0.001)
     folder, rows = photos
     seen = []
@@ -343,10 +343,11 @@ def test_an_address_that_a_server_refuses_is_a_bad_image(photos, tmp_path, monke
         path = write_csv(tmp_path / "dead.csv", some, ["image", "label", "split"])
         content = {"source": {"kind": "table", "path": str(path)}, "prepared": tmp_path / "p"}
         skipping = DataConfig.model_validate({**content, "on_bad_image": "skip"})
-        if status == 503:  # it may answer later
-            with pytest.raises(
-                UserError, match=r"oak-1\.png: cannot be read .*status 503 \(data\.on_bad_image does not skip it"
-            ):
+        if status != 410:  # it may answer later, or with other credentials
+            said = {503: "cannot be read .*"}.get(
+                status, "access is refused, HTTP "
+            ) + rf"status {status}.* \(data\.on_bad_image"
+            with pytest.raises(UserError, match=rf"oak-1\.png: {said} does not skip it"):
                 ensure_prepared(skipping, 0)
             return
         with pytest.raises(UserError, match=rf"oak-1\.png: unreadable image \(.*{status}\); .*data\.on_bad_image: skip"):

@@ -5,9 +5,7 @@ import base64
 import concurrent.futures
 import hashlib
 import json
-import os
 import re
-import socket
 
 import numpy as np
 import pytest
@@ -18,7 +16,6 @@ from pipelines.common.errors import UserError
 from pipelines.pixels import decode
 from serve import metrics
 from serve import v1 as predict
-from serve.access import AccessLog
 from tests.serve.conftest import encoded, png, serving, tensor, until
 
 
@@ -331,17 +328,3 @@ def test_nothing_of_a_request_forges_a_log_line(bundle, tmp_path):
     assert lines[0]["request_id"] == "mine-1"
     assert "evil" not in lines[1]["request_id"]
     assert (lines[2]["route"], lines[2]["images"], lines[2]["model"]) == ("predict", 1, "digits")
-
-
-def test_logs_of_processes_that_have_ended_are_removed(tmp_path, monkeypatch):
-    """Each restart of a replica makes a new one. Those of other hosts, and of processes that run, stay."""
-    monkeypatch.setattr("serve.access._ENDED", 2)
-    ended = [tmp_path / f"access-{socket.gethostname()}-99999999{n}.jsonl" for n in range(3)]
-    ended.append(ended[0].with_suffix(".jsonl.1"))
-    others = [tmp_path / "access-other-999999990.jsonl", tmp_path / f"access-{socket.gethostname()}-{os.getppid()}.jsonl"]
-    for age, path in enumerate([*ended, *others]):
-        path.touch()
-        os.utime(path, (age, age))
-    AccessLog(tmp_path).close()
-    mine = tmp_path / f"access-{socket.gethostname()}-{os.getpid()}.jsonl"
-    assert {*tmp_path.iterdir()} == {*ended[2:], *others, mine}

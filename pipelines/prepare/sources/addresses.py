@@ -22,7 +22,8 @@ from pipelines.common.errors import UserError
 from pipelines.prepare.sources.texts import Texts, joined
 
 _TRIES, _FIRST_WAIT = 5, 0.5  # of a network read; each wait is twice the one before
-_REFUSED = {*range(400, 500)} - {408, 425, 429}  # HTTP statuses that stay: not those of a server that is slow or busy
+_NO_ACCESS = {401, 403, 407}  # HTTP statuses, also of a signature that has expired meanwhile
+_REFUSED = {*range(400, 500)} - _NO_ACCESS - {408, 425, 429}  # that stay: not those of a server that is slow or busy
 LARGEST = 1 << 28  # bytes that are read from one address: a larger file is no image
 _BLOCK = 1 << 22  # bytes of a file that are read at a time where its parts are looked for
 _STAMPS = ("ETag", "etag", "mtime", "LastModified", "updated", "Last-Modified")  # where storages keep what changes with a file
@@ -389,6 +390,11 @@ def patient(
             if give_up():
                 return b""
             status = getattr(error, "status", None)
+            if address.startswith("http") and status in _NO_ACCESS:
+                raise NetworkError(
+                    f"{without_secrets(address)}: access is refused, HTTP status {status}; renew its signature or credentials, "
+                    "or take the address out"
+                ) from error
             if address.startswith("http") and status in _REFUSED:
                 reason = f"the server refuses it, HTTP status {status}"
                 raise RefusedError(f"{without_secrets(address)}: {reason}", reason) from error

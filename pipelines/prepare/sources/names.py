@@ -55,6 +55,8 @@ def read_text(path: Location, what: str, errors: str = "strict") -> str:
     """
     try:
         data = fetch(file_system(path.partition("://")[0]), path, LARGEST) if isinstance(path, str) else path.read_bytes()
+        if errors != "strict" and (kind_of(data) or b"\0" in data):  # no text of any encoding that has names of files
+            raise UserError(f"{what} {str(path)!r} cannot be read: {_not_text(data, 'it is no text')}")
         return data.decode("utf-8-sig", errors)
     except OSError as error:
         hint = "" if isinstance(path, str) else hint_for(path)
@@ -90,7 +92,7 @@ def read_lines(path: Location, what: str) -> Iterator[str]:
         raise
 
 
-def _not_text(data: bytes, error: UnicodeDecodeError) -> str:
+def _not_text(data: bytes, error: object) -> str:
     kind = kind_of(data)
     return f"it is {kind}" if kind else f"{error}; save it as UTF-8"
 
