@@ -12,7 +12,7 @@ import logging
 from dataclasses import asdict
 from pathlib import Path
 
-from cibl_ray.run.shift import shift_or_auto
+from cibl_ray.run.shift import recorded_shift, shift_or_auto
 from cibl_ray.run.which import checkpoints
 from pipelines.common.errors import CommandParser, UserError, run_command
 
@@ -35,7 +35,8 @@ def main() -> None:
         type=shift_or_auto,
         default=0.0,
         metavar="auto|NUMBER",
-        help="score logits - NUMBER * log prior; auto: as is best on validation; default 0",
+        help="score logits - NUMBER * log prior; auto: what the run chose on held-out images, else, and with --metric, as is "
+        "best on validation; default 0",
     )
     parser.add_argument("--metric", choices=METRICS, help="by which --tail-shift auto chooses; default balanced")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the scores, every class's too, to FILE")
@@ -52,16 +53,19 @@ def main() -> None:
         raise UserError(f"--metric {arguments.metric} says how --tail-shift auto chooses; add that, or leave --metric out")
     from cibl_ray.evaluation.evaluate import evaluate
     from cibl_ray.evaluation.metrics import heading, table
+    from cibl_ray.evaluation.tail_shift import TailShift
     from cibl_ray.run.checkpoint import load_checkpoint
 
     logging.basicConfig(format="%(message)s")
 
     scores = {}
     for path in checkpoints(arguments.run, arguments.checkpoint):
-        checkpoint = load_checkpoint(path)
-        evaluation = evaluate(checkpoint, arguments.data, arguments.split, arguments.tail_shift, arguments.metric or "balanced")
-        if evaluation.tail_shift is not None:
-            print(f"{path.stem}: {evaluation.tail_shift.line()}")
+        checkpoint, shift, chosen = load_checkpoint(path), arguments.tail_shift, None
+        if shift == "auto" and arguments.metric is None and (recorded := recorded_shift(path)) is not None:
+            chosen, shift = TailShift.load(recorded), recorded["shift"]  # as `predict` and `export` use it
+        evaluation = evaluate(checkpoint, arguments.data, arguments.split, shift, arguments.metric or "balanced")
+        if (chosen := chosen or evaluation.tail_shift) is not None:
+            print(f"{path.stem}: {chosen.line()}")
         scores[f"{path.stem} (epoch {checkpoint.epoch})"] = evaluation.scores
     where = f"the {evaluation.split} split" if arguments.data is None else repr(str(arguments.data))
     print(heading(where) + "\n")

@@ -11,12 +11,15 @@ from __future__ import annotations
 import csv
 import io
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+from cibl_ray.run.folder import is_run
 from cibl_ray.run.shift import asked_shift, shift_or_auto
 from cibl_ray.run.which import checkpoint
-from pipelines.common.errors import CommandParser, UserError, run_command
+from pipelines.common.errors import CommandParser, Interrupted, UserError, run_command
 from pipelines.pixels import MAX_PIXELS
 
 
@@ -48,12 +51,14 @@ def main() -> None:
         raise UserError(f"--max-pixels {arguments.max_pixels}: at least 1")
     if arguments.out is not None and not arguments.out.absolute().parent.is_dir():
         raise UserError(f"--out {arguments.out}: the folder {str(arguments.out.parent)!r} does not exist")
+    if arguments.out is not None and arguments.out.is_dir():
+        raise UserError(f"--out {arguments.out} is a folder; name a file in it: --out {arguments.out / 'answers.csv'}")
     from cibl_ray.bundle.card import MANIFEST
     from cibl_ray.evaluation.classify import Unreadable, classify, from_bundle, from_checkpoint, image_files
     from pipelines.library_warnings import collected_warnings
 
     files = image_files(arguments.images)
-    if (arguments.run / MANIFEST).is_file():
+    if (arguments.run / MANIFEST).is_file() and not is_run(arguments.run):  # a run's copy in a store has one, too
         if arguments.tail_shift is not None or arguments.checkpoint is not None:
             raise UserError("--tail-shift and --checkpoint are of a run; a bundle has its own")
         classifier = from_bundle(arguments.run)
@@ -71,7 +76,7 @@ def main() -> None:
     top = min(arguments.top, len(classifier.classes))
     numbers = ["", *(f"_{number}" for number in range(2, top + 1))]
     writer.writerow(["image", *(f"{name}{number}" for number in numbers for name in ("class", "probability"))])
-    with collected_warnings() as warned:
+    with collected_warnings() as warned, _kept_on_stop(arguments.out, kept):
         for answer in classify(classifier, files, warned.begin):
             if isinstance(answer, Unreadable):
                 bad += 1
@@ -88,11 +93,23 @@ def main() -> None:
         raise UserError(f"{bad} of {len(files)} files could not be classified; the lines above say why")
 
 
+@contextmanager
+def _kept_on_stop(out: Path | None, kept: io.StringIO) -> Iterator[None]:
+    """After Ctrl-C, write the answers so far."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        if out is None:
+            raise
+        _save(out, kept.getvalue())
+        raise Interrupted(f"stopped; {out} has the answers so far") from error
+
+
 def _save(path: Path, text: str) -> None:
     from pipelines.common.files import write_atomically
 
     try:
-        write_atomically(path, text)
+        write_atomically(path, text.encode("utf-8", "surrogateescape"))  # a name of a file may be in another encoding
     except OSError as error:
         raise UserError(f"--out {path}: cannot be written ({error.strerror})") from error
 

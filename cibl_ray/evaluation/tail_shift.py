@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
 import torch
 
 from cibl_ray.evaluation.metrics import Scores, members_of, score
+from pipelines.common.errors import UserError
 
 SHIFTS = tuple(round(step / 20 - 1, 2) for step in range(61))  # -1 to 2
 METRICS = ("overall", "balanced", "many", "medium", "few", "head", "middle", "tail", "worst", "harmonic")
@@ -49,6 +50,11 @@ class TailShift:
     def dump(self) -> dict[str, Any]:
         """The fields as JSON, for result.json."""
         return asdict(self)
+
+    @classmethod
+    def load(cls, content: dict[str, Any]) -> TailShift | None:
+        """What `dump` wrote; None: it is something else."""
+        return cls(**content) if content.keys() == {field.name for field in fields(cls)} else None
 
 
 def shifted(logits: torch.Tensor, train_counts: np.ndarray, shift: float) -> torch.Tensor:
@@ -103,25 +109,43 @@ def choose(
 
     Returns:
         The value, the score with 0, and the score with the value.
+
+    Raises:
+        UserError: The metric is of a group of classes that has no images.
     """
     scored = {value: score(logits_with(value), labels, train_counts) for value in values}
-    found = {value: _value(scores, metric) for value, scores in scored.items()}
+    found = {value: getattr(scores, metric) for value, scores in scored.items()}
+    if found[0.0] is None:
+        there = ", ".join(name for name in METRICS if getattr(scored[0.0], name) is not None)
+        raise UserError(f"no image that chooses is of a class of {metric!r}; there are scores of: {there}")
     top = max(found.values())
     best = min((value for value, reached in found.items() if reached == top), key=lambda value: (abs(value), value))
-    changed = (logits_with(0.0).argmax(1) == labels) != (logits_with(best).argmax(1) == labels)
-    error = np.linalg.norm(_shares(scored[best], metric, labels, train_counts)[changed.numpy()])
-    if top - found[0.0] <= 2 * error:
+    changed = ((logits_with(0.0).argmax(1) == labels) != (logits_with(best).argmax(1) == labels)).numpy()
+    # Which class is the worst, and how the harmonic mean moves, differs before and after: the larger error counts.
+    errors = [np.linalg.norm(_shares(scored[value], metric, labels, train_counts)[changed]) for value in (0.0, best)]
+    if top - found[0.0] <= 2 * max(errors):
         best = 0.0
     return best, found[0.0], found[best]
 
 
-def _value(scores: Scores, metric: str) -> float:
-    value = getattr(scores, metric)
-    return -1.0 if value is None else float(value)
+def _harmonic_moves(accuracy: np.ndarray, samples: np.ndarray) -> np.ndarray:
+    """How far one right answer more or fewer moves the harmonic mean, by its class, (C,). At 0 it has no slope to go by."""
+
+    def mean(of_classes: np.ndarray) -> float:
+        there = of_classes[samples > 0]
+        return float(1 / (1 / there).mean()) if there.all() else 0.0
+
+    moves = np.zeros(len(accuracy))
+    for label in np.flatnonzero(samples):
+        for step in (1, -1):
+            moved = accuracy.copy()
+            moved[label] = np.clip(moved[label] + step / samples[label], 0, 1).round(12)
+            moves[label] = max(moves[label], abs(mean(moved) - mean(accuracy)))
+    return moves
 
 
 def _shares(scores: Scores, metric: str, labels: torch.Tensor, train_counts: np.ndarray) -> np.ndarray:
-    """By how much one more right answer raises a metric, for each image (N,): to first order for the harmonic mean."""
+    """By how much one right answer more, or fewer, moves a metric, for each image, (N,)."""
     accuracy = np.array([np.nan if value is None else value for value in scores.per_class])
     samples = np.bincount(labels.numpy(), minlength=len(accuracy))
     present = samples > 0
@@ -130,7 +154,7 @@ def _shares(scores: Scores, metric: str, labels: torch.Tensor, train_counts: np.
     elif metric == "worst":
         of_class = (np.arange(len(accuracy)) == np.nanargmin(accuracy)).astype(float)
     elif metric == "harmonic":
-        of_class = (scores.harmonic / np.maximum(accuracy, 1e-9)) ** 2 / present.sum()
+        of_class = _harmonic_moves(accuracy, samples) * samples
     else:
         members = present & members_of(metric, train_counts)
         of_class = members / max(1, members.sum())

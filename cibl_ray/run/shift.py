@@ -6,7 +6,7 @@ import argparse
 import json
 import logging
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from cibl_ray.bundle.card import MAX_SHIFT
 from cibl_ray.run.folder import BEST, BEST_RESULT, LAST, RESULT, is_run
@@ -26,18 +26,24 @@ def chosen_shift(checkpoint: Path, asked: bool = False) -> float:
         The shift; 0 where none was chosen. A warning says so where the run has no result that can be read, or where it was
         asked for.
     """
+    chosen = recorded_shift(checkpoint, asked)
+    return 0.0 if chosen is None else chosen["shift"]
+
+
+def recorded_shift(checkpoint: Path, asked: bool = False) -> dict[str, Any] | None:
+    """Read what was chosen for a checkpoint, as `TailShift.dump` wrote it; arguments and warnings as of `chosen_shift`."""
     place = checkpoint.absolute()
     folder, path, kind = place.parent.parent, place.parent / BEST_RESULT, "last"  # a sweep keeps its best trial's last epoch
     if checkpoint.name != BEST or not path.is_file():
         path, kind = folder / RESULT, checkpoint.stem
         if checkpoint.name not in (LAST, BEST) or not is_run(folder):
-            return _none_chosen(f"{checkpoint} is not in the folder of its run") if asked else 0.0
+            return _none_chosen(f"{checkpoint} is not in the folder of its run") if asked else None
     try:
         result = json.loads(path.read_text())
         chosen = result.get(kind, {})
         if "tail_shift" in chosen:
-            return float(chosen["tail_shift"]["shift"])
-        return _none_chosen("the run has no validation images beside its test images to choose one") if asked else 0.0
+            return {**chosen["tail_shift"], "shift": float(chosen["tail_shift"]["shift"])}
+        return _none_chosen("the run has no validation images beside its test images to choose one") if asked else None
     except FileNotFoundError:
         reason = f"the run is not finished, it has no {RESULT}"
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -50,9 +56,8 @@ def asked_shift(checkpoint: Path, asked: float | Literal["auto"] | None) -> floa
     return chosen_shift(checkpoint, asked == "auto") if asked in (None, "auto") else float(asked)
 
 
-def _none_chosen(why: str) -> float:
+def _none_chosen(why: str) -> None:
     log.warning("the tail shift is 0: %s", why)
-    return 0.0
 
 
 def shift_or_auto(text: str) -> float | Literal["auto"]:

@@ -214,6 +214,11 @@ def _fit(trainer: Trainer, progress: Progress) -> dict[str, Any]:
     """Train, and write all files of the run folder."""
     config, folder, prepared = trainer.config, trainer.folder, trainer.prepared
     save_config(config, folder / CONFIG)
+    before = (folder / RESULT).with_suffix(".json.old")
+    if trainer.epoch < config.train.epochs and (folder / RESULT).is_file():
+        (folder / RESULT).replace(
+            before
+        )  # of a shorter run: its scores and tail shift are not those of the checkpoints to come
     save_histogram(folder / HISTOGRAM, prepared.classes, prepared.train_counts)
     if trainer.epoch + trainer.step > 0 and trainer.epoch < config.train.epochs:
         steps = trainer.train_loaders[0].batches
@@ -257,6 +262,7 @@ def _fit(trainer: Trainer, progress: Progress) -> dict[str, Any]:
         "hardware": describe(config.train.device),
     }
     write_atomically(folder / RESULT, json.dumps(result, indent=1))
+    before.unlink(missing_ok=True)
     if rows:
         save_learning_curves(folder / CURVES, rows)
     save_accuracy_by_class(folder / BY_CLASS, prepared.classes, prepared.train_counts, _panels(result, scores))

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import os
 import re
 import shutil
 import struct
@@ -27,6 +28,7 @@ from cibl_ray.exporting.make_bundle import Options, make_bundle
 from cibl_ray.run.checkpoint import load_checkpoint
 from cibl_ray.run.shift import chosen_shift, shift_or_auto
 from pipelines.common.errors import UserError
+from tests.commands import in_process
 from tests.conftest import REPOSITORY
 
 
@@ -74,10 +76,36 @@ def test_chance_chooses_no_shift():
         found = choose_shift(*two_classes(5, 100), counts, metric)
         assert found.shift == 0.05
         assert found.after == 1
-    for metric in ("many", "tail"):  # no gain; no class
-        assert choose_shift(*two_classes(5, 100), counts, metric).shift == 0
+    assert choose_shift(*two_classes(5, 100), counts, "many").shift == 0  # no gain
+    with pytest.raises(UserError, match="of a class of 'tail'; there are scores of: overall, balanced, many, few, "):
+        choose_shift(*two_classes(5, 100), counts, "tail")
     for metric in ("worst", "harmonic"):
         assert choose_shift(*two_classes(40, 60), counts, metric).shift == 0.05
+
+
+@pytest.mark.parametrize("metric", ["worst", "harmonic", "balanced", "few"])
+def test_one_image_is_chance_for_every_metric(metric):
+    logits = torch.tensor([[5.0, 0, 0]] * 40 + [[0, 5.0, 0]] * 40 + [[0.1, -5, 0.0]] + [[5.0, 0, 0]])
+    labels, counts = torch.tensor([0] * 40 + [1] * 40 + [2, 2]), np.array([400, 40, 4])
+    found = choose_shift(logits, labels, counts, metric)
+    assert (found.shift, found.after) == (0.0, found.before)
+
+
+def test_evaluate_takes_the_shift_that_the_run_chose(run_folder, tmp_path):
+    """Not one of its own: a cross-validated run chose on other images, and may have no validation split."""
+    run = tmp_path / "run"
+    shutil.copytree(run_folder, run)
+    result = json.loads((run / "result.json").read_text())
+    result["best"]["tail_shift"] = {"shift": 0.35, "metric": "balanced", "before": 0.5, "after": 0.6, "images": 777}
+    (run / "result.json").write_text(json.dumps(result))
+    auto = in_process(evaluate_command.main, run, "--checkpoint", "best", "--tail-shift", "auto")
+    given = in_process(evaluate_command.main, run, "--checkpoint", "best", "--tail-shift", "0.35")
+    line, _, table = auto.stdout.partition("\n")
+    assert line == "best: tail shift 0.35: balanced 50.0 -> 60.0 % on 777 held-out images"
+    assert table == given.stdout
+    by_few = in_process(evaluate_command.main, run, "--checkpoint", "best", "--tail-shift", "auto", "--metric", "few")
+    assert "few" in by_few.stdout.partition("\n")[0]
+    assert "777" not in by_few.stdout
 
 
 def test_a_runs_result_has_it_and_evaluate_finds_it_again(run_folder, tmp_path, caplog):
@@ -191,6 +219,30 @@ def test_the_command_answers_what_it_can_read(run_folder, pictures, tmp_path):
     assert [row["image"] for row in rows] == [str(pictures / name) for name in ("a.jpg", "b.png", "inner/c.webp")]
     assert {*rows[0]} == {"image", "class", "probability", "class_2", "probability_2"}
     assert float(rows[0]["probability"]) >= float(rows[0]["probability_2"])
+
+
+def test_answers_are_kept(run_folder, pictures, tmp_path, monkeypatch):
+    """Of names in any encoding, and those before Ctrl-C; what cannot be written is told first."""
+    other = tmp_path / os.fsdecode(b"caf\xe9.png")
+    shutil.copy(pictures / "b.png", other)
+    out = tmp_path / "answers.csv"
+    done = in_process(predict_command.main, run_folder, other, "--out", out)
+    assert done.returncode == 0, done.stderr
+    assert b"caf\xe9.png" in out.read_bytes()
+    done = in_process(predict_command.main, run_folder, other, "--out", tmp_path)
+    assert done.returncode == 2
+    assert f"error: --out {tmp_path} is a folder; name a file in it" in done.stderr
+
+    def stopped(*arguments):
+        answers = classify(*arguments)
+        yield next(answers)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("cibl_ray.evaluation.classify.classify", stopped)
+    done = in_process(predict_command.main, run_folder, pictures / "a.jpg", pictures / "b.png", "--out", out)
+    assert done.returncode == 130
+    assert f"stopped; {out} has the answers so far" in done.stderr
+    assert [row["image"] for row in csv.DictReader(out.read_text().splitlines())] == [str(pictures / "a.jpg")]
 
 
 def test_more_answers_than_classes_are_all_of_them(run_folder, pictures, tmp_path, monkeypatch):

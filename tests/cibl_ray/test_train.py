@@ -22,6 +22,7 @@ from cibl_ray.run.checkpoint import load_checkpoint, save_checkpoint
 from cibl_ray.run.folder import need_new
 from cibl_ray.run.log import read_metrics
 from cibl_ray.run.progress import Silent
+from cibl_ray.run.shift import chosen_shift
 from cibl_ray.training.fit import _same_data, fit
 from cibl_ray.training.resume import resumed
 from cibl_ray.training.trainer import Trainer
@@ -525,6 +526,27 @@ def test_a_run_that_begins_again_keeps_what_it_decided(digits, tmp_path, monkeyp
     train = load_checkpoint(folder / "checkpoints" / "last.safetensors").config.train
     assert (train.precision, train.epochs) == (other, 2)
     assert load_config(str(folder / "config.yaml"), []).train.precision == other
+
+
+def test_a_run_that_trains_longer_has_no_result_until_its_end(digits, tmp_path, monkeypatch, caplog):
+    config = load_config("quickstart", ["--loader.kind", "torch", "--epochs", "1", "--warmup_epochs", "0"])
+    config = config.model_copy(update={"data": digits_config(digits.folder.parent)})
+    folder = tmp_path / "run"
+    fit(config, folder, False, World(), Silent())
+    before = (folder / "result.json").read_text()
+    longer = config.model_copy(update={"train": config.train.model_copy(update={"epochs": 2})})
+
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Trainer, "fit", stopped)
+        fit(longer, folder, True, World(), Silent())
+    assert chosen_shift(folder / "checkpoints" / "last.safetensors") == 0
+    assert "the run is not finished" in caplog.text
+    assert (folder / "result.json.old").read_text() == before
+    assert fit(longer, folder, True, World(), Silent())["last"]["epoch"] == 2
+    assert not (folder / "result.json.old").exists()
 
 
 def test_every_worker_is_told_of_a_folder_that_is_there(tmp_path):
