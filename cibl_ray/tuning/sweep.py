@@ -56,7 +56,11 @@ def load_sweep(name: str, pairs: list[str]) -> SweepConfig:
     path = find_config(name)
     content = read_content(path, SweepConfig)
     pairs, of_trials = _split_overrides(pairs)
-    content["set"] = {**content.get("set", {}), **dict(parse_overrides(of_trials, RunConfig))}
+    given = content.get("set")
+    if given is None:  # `set:` with all its lines commented out
+        given = content["set"] = {}
+    if isinstance(given, dict):  # `build` refuses anything else
+        content["set"] = {**given, **dict(parse_overrides(of_trials, RunConfig))}
     beside = path.absolute().parent / str(content.get("base", ""))
     if beside.is_file():  # like every path in a configuration file
         content["base"] = str(beside)

@@ -454,6 +454,17 @@ def test_a_sweep_goes_on_with_the_base_that_it_began_with(tmp_path, monkeypatch)
     assert json.loads((folder / "sweep.json").read_text())["base_content"]["optimizer"]["lr"] == 0.5
 
 
+@pytest.mark.parametrize("more", [[], ["--set.train.epochs", "3"]])
+def test_a_sweep_file_with_an_empty_set(tmp_path, more):
+    file = tmp_path / "mine.yaml"
+    file.write_text("base: quickstart\nset:\n#  train.batch_size: 64\n")
+    assert load_sweep(str(file), more).set == ({"train.epochs": 3} if more else {})
+    for other in ("[]", "[train.epochs]", "3"):
+        file.write_text(f"base: quickstart\nset: {other}\n")
+        with pytest.raises(UserError, match="mine.yaml: set = .*: expected a mapping"):
+            load_sweep(str(file), more)
+
+
 def test_the_longest_trial_counts():
     content = base_content(sweep())
     assert most_epochs(sweep(), content) == 4
