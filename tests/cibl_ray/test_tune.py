@@ -465,6 +465,39 @@ def test_a_sweep_file_with_an_empty_set(tmp_path, more):
             load_sweep(str(file), more)
 
 
+def test_paths_in_a_sweep_file_are_relative_to_it(tmp_path, monkeypatch):
+    """Those of the command line are relative to the working folder."""
+    home, work = tmp_path / "home", tmp_path / "work"
+    home.mkdir()
+    work.mkdir()
+    monkeypatch.chdir(work)
+    (home / "base.yaml").write_text("data: {source: {kind: table, path: base.csv, label: y}}")
+    content = {
+        "base": "base.yaml",
+        "set": {"data.source.path": "set.csv", "data.source.label": "z", "data.exclude": "/elsewhere/x.txt"},
+        "search": {"data.source.classes": {"kind": "choice", "values": ["a.txt", None]}},
+    }
+    (home / "s.yaml").write_text(yaml.safe_dump(content))
+    own = load_sweep(str(home / "s.yaml"), [])
+    assert own.set == {
+        "data.source.path": str(home / "set.csv"), "data.source.label": "z", "data.exclude": "/elsewhere/x.txt",
+    }  # fmt: skip
+    assert own.search["data.source.classes"].values == (str(home / "a.txt"), None)
+    choice = "{data.source.classes: {kind: choice, values: [b.txt]}}"
+    given = load_sweep(str(home / "s.yaml"), ["--set.data.source.path", "given.csv", "--search", choice])
+    assert given.set["data.source.path"] == str(work / "given.csv")
+    assert given.search["data.source.classes"].values == (str(work / "b.txt"),)
+    shipped = load_sweep("sweeps/photos", ["--set.data.source.path", "photos"])
+    assert shipped.set["data.source.path"] == str(work / "photos")
+    # A part as a whole; and the name of a data set, which is a path in the other kinds.
+    whole = {**content, "set": {"data.source": {"kind": "table", "path": "set.csv", "label": "z"}}}
+    (home / "s.yaml").write_text(yaml.safe_dump(whole))
+    assert load_sweep(str(home / "s.yaml"), []).set["data.source"]["path"] == str(home / "set.csv")
+    (home / "base.yaml").write_text("data: {source: {kind: huggingface, path: user/first}}")
+    (home / "s.yaml").write_text(yaml.safe_dump({"base": "base.yaml", "set": {"data.source.path": "user/second"}}))
+    assert load_sweep(str(home / "s.yaml"), []).set == {"data.source.path": "user/second"}
+
+
 def test_the_longest_trial_counts():
     content = base_content(sweep())
     assert most_epochs(sweep(), content) == 4
