@@ -11,6 +11,7 @@ import time
 from dataclasses import asdict
 
 import numpy as np
+import optuna
 import psutil
 import pytest
 import yaml
@@ -27,6 +28,7 @@ from cibl_ray.tuning.config import METRICS, SweepConfig
 from cibl_ray.tuning.data import prepare_data
 from cibl_ray.tuning.folder import read_trials
 from cibl_ray.tuning.in_process import fits_in_process
+from cibl_ray.tuning.journal import STUDY, check_choices, open_journal
 from cibl_ray.tuning.sweep import (
     Trial,
     axes,
@@ -259,6 +261,27 @@ def test_trials_on_features_run_in_this_process_and_continue(folder, monkeypatch
     assert (place / "trade_off.png").exists()
     assert not fits_in_process(sweep, {"train": {"tune": "full"}}, None)
     assert not fits_in_process(sweep, {"train": {"tune": "head"}}, "auto")
+
+
+@pytest.mark.filterwarnings("ignore:Choices for a categorical")  # Optuna keeps mappings all the same
+@pytest.mark.parametrize("values", [["instance", "square_root"], [{"kind": "linear"}, {"kind": "cosine"}]])
+def test_a_search_of_choices_continues_as_it_began(tmp_path, monkeypatch, values):
+    """In this process or with Ray: the journal has the choices by number, or by value."""
+    key = "data.sampling" if isinstance(values[0], str) else "network.head"
+    given = {"train.tune": "head", "data.prepared": str(tmp_path / "prepared")}
+    of = sweep(set=given, search={key: {"kind": "choice", "values": values}}, asha=None)
+    monkeypatch.setattr(tuning_run, "prepare_data", lambda base: ({"many", "few"}, True))
+    for name, choices in (("own", range(2)), ("ray", values)):
+        (tmp_path / name).mkdir()
+        check_choices(tmp_path / name, of, in_process=True)  # a new one
+        study = optuna.create_study(storage=open_journal(tmp_path / name), study_name=STUDY)
+        study.ask().suggest_categorical(key, choices)
+    check_choices(tmp_path / "own", of, in_process=True)
+    check_choices(tmp_path / "ray", of, in_process=False)
+    with pytest.raises(UserError, match="ray: this sweep began with Ray, .*; add --address$"):
+        tuning_run.run(of, tmp_path / "ray", None)
+    with pytest.raises(UserError, match="own: this sweep began in the command's process, .*; leave --address out$"):
+        tuning_run.run(of, tmp_path / "own", "auto")
 
 
 def test_front():
