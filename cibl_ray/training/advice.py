@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from cibl_ray.config import RunConfig
 from cibl_ray.evaluation.metrics import Scores
+from cibl_ray.run.folder import CONFIG
 from pipelines.common.cores import usable_cores
 from pipelines.common.progress import duration
 
@@ -20,6 +23,7 @@ _STEPS, _SECONDS = 10, 10.0  # the least that is measured
 _OTHERS = 0.25  # of the cores, which other programs may use before it is said
 _NAMED = 5  # classes in a line
 _PHOTOGRAPHS = 64  # pixels of a side, from which on a network pretrained on photographs is of use
+_WHICH_IMAGES = ("profile", "split_by", "exclude", "subset_seed", "on_bad_image", "max_pixels", "window")  # of `data`
 
 
 class FirstSteps:
@@ -142,23 +146,26 @@ def uses(run: Path) -> str:
     )
 
 
-def next_steps(config: RunConfig) -> str:
+def next_steps(config: RunConfig, run: Path) -> str:
     """Say what may do better than a head on the features of a pretrained network; nothing after another run.
+
+    The commands start from the run's own file: its data, its backbone and what else was set stay.
 
     Args:
         config: The run's configuration.
+        run: The run folder.
     """
     pretrained = getattr(config.network.backbone, "weights", "none") != "none"
     if config.train.tune != "head" or not pretrained:
         return ""
-    train, path = _photos(config), getattr(config.data.source, "path", None)
-    sweep = "python -m cibl_ray.tune sweeps/photos"
-    if path is not None:
-        sweep += f" --set.data.source.path {shlex.quote(str(path))}"
+    own = shlex.quote(str(run / CONFIG))
+    # The file has this run's device and precision.
+    gpu = "overnight; on a GPU: --device auto --precision auto" if config.train.device == "cpu" else "much longer"
     return (
-        f"To try next: {sweep}  (a hundred heads on these features, some minutes)\n"
-        f"             {train} --tune partial  (the last blocks, too: ten times as long as the features took)\n"
-        f"             {train} --tune full  (everything: overnight, or on a GPU)"
+        f"To try next: python -m cibl_ray.tune sweeps/photos --base {own}  (a hundred heads on these features, some minutes)\n"
+        f"             python -m cibl_ray.train {own} --tune partial  "
+        "(the last blocks, too: ten times as long as the features took)\n"
+        f"             python -m cibl_ray.train {own} --tune full  (everything: {gpu})"
     )
 
 
@@ -167,8 +174,21 @@ def _resume(run: Path) -> str:
 
 
 def _photos(config: RunConfig) -> str:
-    path = getattr(config.data.source, "path", None)
-    return f"python -m cibl_ray.train photos --data.source.path {shlex.quote(str(path)) if path is not None else 'FOLDER'}"
+    """The command that trains `photos` on the images of a run."""
+    data = config.data.model_dump(mode="json", exclude_defaults=True)
+    source = data["source"]
+    if source.keys() == {"kind", "path"} and source["kind"] == "folder":  # the kind of `photos`
+        flags = ["--data.source.path", source["path"]]
+    else:
+        flags = ["--data.source", _flag(source)]
+    for name in _WHICH_IMAGES:
+        if name in data:
+            flags += [f"--data.{name}", _flag(data[name])]
+    return shlex.join(["python", "-m", "cibl_ray.train", "photos", *flags])
+
+
+def _flag(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 class _Cores:

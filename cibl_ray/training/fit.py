@@ -292,7 +292,7 @@ def _fit(trainer: Trainer, progress: Progress) -> dict[str, Any]:
     progress.line(f"Run folder: {folder}\nPictures:   {CURVES}, {BY_CLASS}, {HISTOGRAM}\n{uses(folder)}")
     if report:
         progress.line(f"Confusion:  {CONFUSION[0]}: pairs of classes, worst classes, images that the network disagrees with")
-        if following := next_steps(config):
+        if following := next_steps(config, folder):
             progress.line(f"\n{following}")
     return result
 

@@ -18,6 +18,7 @@ from cibl_ray.tuning.config import SweepConfig
 from cibl_ray.tuning.data import prepare_data
 from cibl_ray.tuning.folder import SWEEP, mend, read_trials, sweep_text
 from cibl_ray.tuning.in_process import fits_in_process, keep_best, search_in_process
+from cibl_ray.tuning.journal import check_choices
 from cibl_ray.tuning.search import search
 from cibl_ray.tuning.sweep import Trial, base_content, check_metrics
 from cibl_ray.tuning.track import sweep_outcome, sweep_trackers
@@ -46,11 +47,13 @@ def run(sweep: SweepConfig, folder: Path, address: str | None, base: dict[str, A
         check_metrics(sweep, *prepare_data(base))  # once: all trials share it
     folder.mkdir(parents=True, exist_ok=True)
     with lock_folder(folder, "sweeping", patience=0):
+        in_process = fits_in_process(sweep, base, address)
+        if len(read_trials(folder)) < sweep.trials:
+            check_choices(folder, sweep, in_process)
         mend(folder)
         write_atomically(folder / SWEEP, sweep_text(sweep, base))
         with sweep_trackers(sweep, base, folder) as trackers:
             left = sweep.trials - len(read_trials(folder))
-            in_process = fits_in_process(sweep, base, address)
             if in_process:
                 try:
                     search_in_process(sweep, base, folder, left, trackers)

@@ -14,7 +14,7 @@ import numpy as np
 
 from cibl_ray.config import RunConfig, build_config, with_recipe
 from cibl_ray.tuning.config import Choice, Range, SweepConfig
-from pipelines.common.config_file import find_config, read_content
+from pipelines.common.config_file import find_config, folder_of_paths, read_content, written_out
 from pipelines.common.errors import UserError
 from pipelines.common.settings import build, override, parse_overrides
 from pipelines.prepare.pictures import GROUPS, THIRDS
@@ -56,14 +56,66 @@ def load_sweep(name: str, pairs: list[str]) -> SweepConfig:
     path = find_config(name)
     content = read_content(path, SweepConfig)
     pairs, of_trials = _split_overrides(pairs)
-    content["set"] = {**content.get("set", {}), **dict(parse_overrides(of_trials, RunConfig))}
+    flags = dict(parse_overrides(of_trials, RunConfig))
+    given = content.get("set")
+    if given is None:  # `set:` with all its lines commented out
+        given = content["set"] = {}
+    if isinstance(given, dict):  # `build` refuses anything else
+        content["set"] = {**given, **flags}
     beside = path.absolute().parent / str(content.get("base", ""))
     if beside.is_file():  # like every path in a configuration file
         content["base"] = str(beside)
     sweep = build(SweepConfig, content, pairs, str(path))
     base = Path(sweep.base)
-    # A sweep can be resumed from any folder.
-    return sweep.model_copy(update={"base": str(base.absolute())}) if base.is_file() else sweep
+    if base.is_file():
+        sweep = sweep.model_copy(update={"base": str(base.absolute())})
+    replaced = {key for key, _ in parse_overrides(pairs, SweepConfig)}
+    return _with_absolute_paths(sweep, path, {*sweep.set} if "set" in replaced else {*flags}, "search" in replaced)
+
+
+def _with_absolute_paths(sweep: SweepConfig, path: Path, set_keys: set[str], search_given: bool) -> SweepConfig:
+    """`sweep` with absolute paths in `set` and `search`, so that it can be resumed from any folder.
+
+    Paths in the sweep file are relative to that file, those of the command line to the working folder.
+
+    Args:
+        sweep: The sweep.
+        path: The sweep file.
+        set_keys: The keys of `set` that the command line gave.
+        search_given: Whether the command line gave `search`.
+    """
+    working = Path.cwd()
+    beside = folder_of_paths(path) or working
+    # Whether a field is a path depends on the kind of its part, and the base may name that.
+    trial = override(read_content(find_config(sweep.base), RunConfig), [*sweep.set.items()], RunConfig)
+    fixed = {
+        key: _absolute(key, value, trial, str(path), working if key in set_keys else beside) for key, value in sweep.set.items()
+    }
+    search: dict[str, Range | Choice] = {}
+    for key, space in sweep.search.items():
+        if isinstance(space, Choice):
+            folder = working if search_given else beside
+            values = tuple(_absolute(key, value, trial, str(path), folder) for value in space.values)
+            search[key] = space.model_copy(update={"values": values})
+        else:
+            search[key] = space
+    return sweep.model_copy(update={"set": fixed, "search": search})
+
+
+def _absolute(key: str, value: Any, trial: dict[str, Any], place: str, folder: Path) -> Any:
+    """A field's value with relative paths below `folder`. trial: a configuration, for the kinds of the parts around it."""
+    names = key.split(".")
+    parts: list[Any] = [trial]
+    for name in names[:-1]:
+        parts.append(parts[-1].get(name) if isinstance(parts[-1], dict) else None)
+    content = value
+    for name, part in zip(reversed(names), reversed(parts), strict=True):
+        kind = {"kind": part["kind"]} if isinstance(part, dict) and "kind" in part else {}
+        content = {**kind, name: content}
+    content = written_out(content, RunConfig, place, folder)
+    for name in names:
+        content = content[name]
+    return content
 
 
 def _split_overrides(arguments: list[str]) -> tuple[list[str], list[str]]:

@@ -87,8 +87,12 @@ def read_content(path: Path, model: type[BaseModel]) -> dict[str, Any]:
     Raises:
         UserError: As `read_config`; also a key that is given dotted and nested.
     """
-    shipped = any(path.resolve().is_relative_to(top) for top in _SHIPPED)
-    return written_out(read_config(path), model, str(path), None if shipped else path.absolute().parent)
+    return written_out(read_config(path), model, str(path), folder_of_paths(path))
+
+
+def folder_of_paths(path: Path) -> Path | None:
+    """The folder that relative paths in a configuration file are relative to; None for a shipped one: they stay."""
+    return None if any(path.resolve().is_relative_to(top) for top in _SHIPPED) else path.absolute().parent
 
 
 def written_out(content: Mapping[str, Any], model: type[BaseModel], place: str, folder: Path | None = None) -> dict[str, Any]:

@@ -88,32 +88,35 @@ def make_loader(
             f"the {split} split has {len(beton)} images{own}, fewer than one batch of {reading.batch_size}; "
             "lower train.batch_size"
         )
-    loader: Loader
     device = device or torch.device("cpu")
-    held = reading.rule is None and _resident(beton, reading.views, config, device)
-    kind = "resident" if held else loader_kind(config)
-    if reading.rule is None:
-        records = beton.records["f0"]
-        # An image that is too small for its cut is reported now.
-        draw_cuts(reading.views, reading.size, records["height"], records["width"], reading.seed, 0)
-    if reading.rule is not None:
-        from pipelines.loaders.eval_loader import EvalLoader
-
-        loader = EvalLoader(beton, reading, config)
-    elif kind == "resident":
-        from pipelines.loaders.resident_loader import ResidentLoader
-
-        loader = ResidentLoader(beton, reading, device)
-    elif kind == "ffcv":
-        from pipelines.loaders.ffcv_loader import FFCVLoader
-
-        loader = FFCVLoader(beton, reading, config)
-    else:
-        from pipelines.loaders.torch_loader import TorchLoader
-
-        loader = TorchLoader(beton, reading, config, device)
+    loader = _eval_loader(beton, reading, config) if reading.rule is not None else _train_loader(beton, reading, config, device)
     log.info("%s: %s images, %s", split, f"{loader.samples:,}", loader.name)
     return loader
+
+
+def _eval_loader(beton: Beton, reading: ReadPlan, config: LoaderConfig) -> Loader:
+    """The loader of evaluation. Whichever loader trains, it is this one: a machine that evaluates needs no FFCV."""
+    from pipelines.loaders.eval_loader import EvalLoader
+
+    return EvalLoader(beton, reading, config)
+
+
+def _train_loader(beton: Beton, reading: ReadPlan, config: LoaderConfig, device: torch.device) -> Loader:
+    kind = "resident" if _resident(beton, reading.views, config, device) else loader_kind(config)
+    records = beton.records["f0"]
+    # An image that is too small for its cut is reported now.
+    draw_cuts(reading.views, reading.size, records["height"], records["width"], reading.seed, 0)
+    if kind == "resident":
+        from pipelines.loaders.resident_loader import ResidentLoader
+
+        return ResidentLoader(beton, reading, device)
+    if kind == "ffcv":
+        from pipelines.loaders.ffcv_loader import FFCVLoader
+
+        return FFCVLoader(beton, reading, config)
+    from pipelines.loaders.torch_loader import TorchLoader
+
+    return TorchLoader(beton, reading, config, device)
 
 
 def decide_cache(prepared: Prepared, split: str, config: LoaderConfig) -> LoaderConfig:

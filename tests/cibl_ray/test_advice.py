@@ -1,6 +1,7 @@
 """What a run says of its length, of busy cores, and of classes that it never answers."""
 
 import json
+import shlex
 import subprocess
 import sys
 from itertools import count
@@ -10,10 +11,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from cibl_ray.config import load_config
+from cibl_ray.config import load_config, save_config
+from cibl_ray.hardware import resolve
 from cibl_ray.run.progress import Terminal
 from cibl_ray.training import advice
 from cibl_ray.training.advice import FirstSteps, busy_cores, classes_at_zero, long_run, next_steps
+from cibl_ray.tuning.sweep import base_content, load_sweep
 from pipelines.common.progress import counted
 from tests.conftest import REPOSITORY
 
@@ -142,14 +145,43 @@ def test_without_a_terminal_a_line_a_minute_has_rate_and_time_left(monkeypatch, 
     ]
 
 
-def test_a_head_is_followed_by_what_may_do_better():
-    photos = FOLDER
-    text = next_steps(load_config("photos", photos))
-    assert "python -m cibl_ray.tune sweeps/photos --set.data.source.path '/photos/my birds'" in text
-    assert "--tune partial" in text
-    assert "--tune full" in text
-    assert next_steps(load_config("photos", [*photos, "--tune", "full"])) == ""
-    assert next_steps(load_config("quickstart", [])) == ""
+TABLE = ["--data.source", "{kind: table, path: /photos/my birds.csv, label: species}"]
+CHOSEN = [*TABLE, "--data.exclude", "/photos/bad.txt", "--data.split_by", "(bird[0-9]+)"]
+
+
+def test_a_head_is_followed_by_what_may_do_better(tmp_path):
+    """The printed commands have the run's own data and backbone, and the recipe of fine-tuning."""
+    run = tmp_path / "my run"
+    run.mkdir()
+    config = load_config("photos", [*CHOSEN, "--network.backbone.name", "resnet18"])
+    save_config(resolve(config), run / "config.yaml")
+    lines = next_steps(resolve(config), run).removeprefix("To try next: ").splitlines()
+    sweep, partial, full = (shlex.split(line.partition("  (")[0].strip()) for line in map(str.strip, lines))
+    assert sweep == ["python", "-m", "cibl_ray.tune", "sweeps/photos", "--base", str(run / "config.yaml")]
+    trials = base_content(load_sweep(sweep[3], sweep[4:]))
+    assert trials["data"] == {**config.data.model_dump(mode="json"), "sampling": "instance"}
+    assert trials["network"]["backbone"] == config.network.backbone.model_dump(mode="json")
+    assert (trials["train"]["tune"], trials["train"]["epochs"], trials["loss"]["kind"]) == ("head", 12, "cibl")
+    for command, tune in ((partial, "partial"), (full, "full")):
+        assert command[:3] == ["python", "-m", "cibl_ray.train"]
+        deeper = load_config(command[3], command[4:])
+        wanted = load_config("photos", [*CHOSEN, "--network.backbone.name", "resnet18", "--tune", tune])
+        assert deeper == resolve(wanted)
+    assert next_steps(load_config("photos", [*FOLDER, "--tune", "full"]), run) == ""
+    assert next_steps(load_config("quickstart", []), run) == ""
+
+
+def test_photos_are_named_with_the_images_of_the_run():
+    """A long run from scratch on a table; what it prints trains on the same images."""
+    config = load_config("folder", CHOSEN)
+    command = long_run(config, 2.0, 108_000).partition("cheaper: ")[2].partition(" (a pretrained")[0]
+    words = shlex.split(command)
+    assert words[:4] == ["python", "-m", "cibl_ray.train", "photos"]
+    again = load_config(words[3], words[4:]).data
+    assert (again.source, again.exclude, again.split_by) == (config.data.source, config.data.exclude, config.data.split_by)
+    lists = load_config("imagenet_lt", [])
+    words = shlex.split(advice._photos(lists))
+    assert load_config(words[3], words[4:]).data.source == lists.data.source
 
 
 @pytest.mark.parametrize("tune", ["partial", "full"])

@@ -11,6 +11,7 @@ import time
 from dataclasses import asdict
 
 import numpy as np
+import optuna
 import psutil
 import pytest
 import yaml
@@ -27,6 +28,7 @@ from cibl_ray.tuning.config import METRICS, SweepConfig
 from cibl_ray.tuning.data import prepare_data
 from cibl_ray.tuning.folder import read_trials
 from cibl_ray.tuning.in_process import fits_in_process
+from cibl_ray.tuning.journal import STUDY, check_choices, open_journal
 from cibl_ray.tuning.sweep import (
     Trial,
     axes,
@@ -261,6 +263,27 @@ def test_trials_on_features_run_in_this_process_and_continue(folder, monkeypatch
     assert not fits_in_process(sweep, {"train": {"tune": "head"}}, "auto")
 
 
+@pytest.mark.filterwarnings("ignore:Choices for a categorical")  # Optuna keeps mappings all the same
+@pytest.mark.parametrize("values", [["instance", "square_root"], [{"kind": "linear"}, {"kind": "cosine"}]])
+def test_a_search_of_choices_continues_as_it_began(tmp_path, monkeypatch, values):
+    """In this process or with Ray: the journal has the choices by number, or by value."""
+    key = "data.sampling" if isinstance(values[0], str) else "network.head"
+    given = {"train.tune": "head", "data.prepared": str(tmp_path / "prepared")}
+    of = sweep(set=given, search={key: {"kind": "choice", "values": values}}, asha=None)
+    monkeypatch.setattr(tuning_run, "prepare_data", lambda base: ({"many", "few"}, True))
+    for name, choices in (("own", range(2)), ("ray", values)):
+        (tmp_path / name).mkdir()
+        check_choices(tmp_path / name, of, in_process=True)  # a new one
+        study = optuna.create_study(storage=open_journal(tmp_path / name), study_name=STUDY)
+        study.ask().suggest_categorical(key, choices)
+    check_choices(tmp_path / "own", of, in_process=True)
+    check_choices(tmp_path / "ray", of, in_process=False)
+    with pytest.raises(UserError, match="ray: this sweep began with Ray, .*; add --address$"):
+        tuning_run.run(of, tmp_path / "ray", None)
+    with pytest.raises(UserError, match="own: this sweep began in the command's process, .*; leave --address out$"):
+        tuning_run.run(of, tmp_path / "own", "auto")
+
+
 def test_front():
     points = np.array([[3.0, 1], [1, 3], [2, 2], [2, 1], [0, 0], [2, 2]])
     assert front(points).tolist() == [True, True, True, False, False, True]
@@ -452,6 +475,50 @@ def test_a_sweep_goes_on_with_the_base_that_it_began_with(tmp_path, monkeypatch)
     )
     tune.main()
     assert json.loads((folder / "sweep.json").read_text())["base_content"]["optimizer"]["lr"] == 0.5
+
+
+@pytest.mark.parametrize("more", [[], ["--set.train.epochs", "3"]])
+def test_a_sweep_file_with_an_empty_set(tmp_path, more):
+    file = tmp_path / "mine.yaml"
+    file.write_text("base: quickstart\nset:\n#  train.batch_size: 64\n")
+    assert load_sweep(str(file), more).set == ({"train.epochs": 3} if more else {})
+    for other in ("[]", "[train.epochs]", "3"):
+        file.write_text(f"base: quickstart\nset: {other}\n")
+        with pytest.raises(UserError, match="mine.yaml: set = .*: expected a mapping"):
+            load_sweep(str(file), more)
+
+
+def test_paths_in_a_sweep_file_are_relative_to_it(tmp_path, monkeypatch):
+    """Those of the command line are relative to the working folder."""
+    home, work = tmp_path / "home", tmp_path / "work"
+    home.mkdir()
+    work.mkdir()
+    monkeypatch.chdir(work)
+    (home / "base.yaml").write_text("data: {source: {kind: table, path: base.csv, label: y}}")
+    content = {
+        "base": "base.yaml",
+        "set": {"data.source.path": "set.csv", "data.source.label": "z", "data.exclude": "/elsewhere/x.txt"},
+        "search": {"data.source.classes": {"kind": "choice", "values": ["a.txt", None]}},
+    }
+    (home / "s.yaml").write_text(yaml.safe_dump(content))
+    own = load_sweep(str(home / "s.yaml"), [])
+    assert own.set == {
+        "data.source.path": str(home / "set.csv"), "data.source.label": "z", "data.exclude": "/elsewhere/x.txt",
+    }  # fmt: skip
+    assert own.search["data.source.classes"].values == (str(home / "a.txt"), None)
+    choice = "{data.source.classes: {kind: choice, values: [b.txt]}}"
+    given = load_sweep(str(home / "s.yaml"), ["--set.data.source.path", "given.csv", "--search", choice])
+    assert given.set["data.source.path"] == str(work / "given.csv")
+    assert given.search["data.source.classes"].values == (str(work / "b.txt"),)
+    shipped = load_sweep("sweeps/photos", ["--set.data.source.path", "photos"])
+    assert shipped.set["data.source.path"] == str(work / "photos")
+    # A part as a whole; and the name of a data set, which is a path in the other kinds.
+    whole = {**content, "set": {"data.source": {"kind": "table", "path": "set.csv", "label": "z"}}}
+    (home / "s.yaml").write_text(yaml.safe_dump(whole))
+    assert load_sweep(str(home / "s.yaml"), []).set["data.source"]["path"] == str(home / "set.csv")
+    (home / "base.yaml").write_text("data: {source: {kind: huggingface, path: user/first}}")
+    (home / "s.yaml").write_text(yaml.safe_dump({"base": "base.yaml", "set": {"data.source.path": "user/second"}}))
+    assert load_sweep(str(home / "s.yaml"), []).set == {"data.source.path": "user/second"}
 
 
 def test_the_longest_trial_counts():

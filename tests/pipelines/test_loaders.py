@@ -1,6 +1,7 @@
 """Both loaders give the same batches, that follow the seed and the epoch; errors surface."""
 
 import gc
+import importlib.util
 import multiprocessing
 import os
 import shutil
@@ -295,6 +296,17 @@ def test_auto_takes_ffcv_where_it_is_and_torch_elsewhere(monkeypatch):
     assert loader_kind(LoaderConfig()) == "torch"
     with pytest.raises(UserError, match="FFCV is not installed"):
         loader_kind(LoaderConfig(kind="ffcv"))
+
+
+def test_evaluation_needs_no_ffcv(digits, tmp_path, monkeypatch):
+    """A run that was trained with it is evaluated and exported where it is not installed."""
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *more: None if name == "ffcv" else find_spec(name, *more))
+    config = LoaderConfig(kind="ffcv")
+    loader = make_loader(digits, "test", eval_reading(digits_config(tmp_path), 100), config)
+    assert sum(len(batch.labels) for batch in loader.epoch(0)) == loader.samples
+    with pytest.raises(UserError, match="FFCV is not installed"):
+        make_loader(digits, "train", reading(tmp_path), config)
 
 
 def test_the_log_says_which_loader_runs(digits, tmp_path, caplog):
