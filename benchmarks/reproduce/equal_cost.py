@@ -59,6 +59,9 @@ def _methods(dataset: str) -> dict[str, tuple[float, tuple[str, ...]]]:
 # a second view pay in a longer run?
 _SHORTER, _LONGER = (0.5, 0.75), (2.5, 5)
 _LENGTHS = {"CIBL, λ = 0.01": (*_SHORTER, *_LONGER), "balanced softmax": _LONGER, "CIBL, λ = 0.05, two views": _LONGER}
+# What `search` found to help a short run on validation images. The longer a run, the less decay it should need.
+_FOUND, _FOUND_OPTIONS = "weight decay 1e-3", ("--weight_decay", "1e-3")
+_FOUND_LENGTHS = {"CIBL, λ = 0.002": (1, 2.5), "balanced softmax": (1, 2.5)}
 
 
 def rows(dataset: str, factor: int, epochs: int) -> dict[str, tuple[int, tuple[str, ...]]]:
@@ -74,11 +77,13 @@ def rows(dataset: str, factor: int, epochs: int) -> dict[str, tuple[int, tuple[s
 
 def lengths(factor: int, epochs: int) -> dict[str, tuple[int, tuple[str, ...]]]:
     """The same of the table `length`: some methods on CIFAR-100-LT with fewer or more passes."""
-    return {
-        f"{method}, {length:g} M passes": _of(method, "cifar100", factor, length * PASSES * epochs / 200)
-        for method, several in _LENGTHS.items()
-        for length in several
-    }
+    found = {}
+    for lengths_of, name, options in ((_LENGTHS, "", ()), (_FOUND_LENGTHS, f", {_FOUND}", _FOUND_OPTIONS)):
+        for method, several in lengths_of.items():
+            for length in several:
+                longer, own = _of(method, "cifar100", factor, length * PASSES * epochs / 200)
+                found[f"{method}{name}, {length:g} M passes"] = longer, (*own, *options)
+    return found
 
 
 def _of(method: str, dataset: str, factor: int, passes: float) -> tuple[int, tuple[str, ...]]:
