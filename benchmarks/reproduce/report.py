@@ -112,6 +112,8 @@ def write(path: Path, known: list[Line], every: list[Cell]) -> None:
     if not full:
         text += ["", "**Short runs of a small network: they compare methods, and no published number.**"]
     for (dataset, factor), rows in groups(lines).items():
+        if "base" in rows:  # the others change one thing of it
+            rows = dict(sorted(rows.items(), key=lambda item: -_overall(item[1])))
         compared = full and table in ("cifar10_lt", "cifar100_lt", "imagenet_lt")
         published = {name: by_factor.get(factor) for name, by_factor in PUBLISHED[dataset].items()} if compared else {}
         title = TITLES[dataset] + (f", imbalance factor {factor}" if factor else "")
@@ -166,13 +168,8 @@ def _absent(known: list[Line], every: list[Cell]) -> str:
 
 
 def _table(dataset: str, rows: dict[str, list[Line]], published: dict[str, float | None]) -> list[str]:
-    """Markdown: a row's scores, beside what its authors published, or where the table has a row `base`, beside that.
-
-    Rows that change one thing of the base are in the order of their accuracy.
-    """
+    """Markdown: a row's scores, beside what its authors published, or where the table has a row `base`, beside that."""
     base = rows.get("base")
-    if base is not None:
-        rows = dict(sorted(rows.items(), key=lambda item: -_overall(item[1])))
     with_best = any("best" in line for of_row in rows.values() for line in of_row)
     head = ["", *COLUMNS, *(["best on validation"] if with_best else [])]
     head += [*(["published", "difference"] if published else []), *(["against base", "M passes"] if base else []), "minutes"]

@@ -178,6 +178,24 @@ def equal_cost(method: str = "") -> str:
     return markdown(["", *columns], drawn)
 
 
+def search() -> str:
+    """What each change of the short recipe moves on validation images, in points, the best first."""
+    columns = ("overall", "many", "medium", "few")
+    rows: dict[str, list[dict[str, float]]] = {}
+    passes = {}
+    for line in _current("search", "laptop", "results/search-laptop.jsonl"):
+        rows.setdefault(line["value"], []).append(line["last"])
+        passes[line["value"]] = f"{(line['passes'] + line['forward_passes'] / 3) / 1e6:.2f}"
+    means = {
+        row: {column: 100 * statistics.mean(scores[column] for scores in of) for column in columns} for row, of in rows.items()
+    }
+    base = means.pop("base")
+    drawn = [["base, %", *(f"{base[column]:.1f}" for column in columns), passes["base"]]]
+    for row in sorted(means, key=lambda row: -means[row]["overall"]):
+        drawn.append([row, *(f"{means[row][column] - base[column]:+.1f}" for column in columns), passes[row]])
+    return markdown(["change", *columns, "M passes"], drawn)
+
+
 def measured(name: str) -> str:
     """A table of a benchmark as it was recorded in measured.jsonl."""
     (line,) = [line for line in read("results/measured.jsonl") if line["table"] == name]
@@ -212,6 +230,7 @@ MAKERS: dict[str, Callable[..., str]] = {
     "photos-effect": photos_effect,
     "recipe": recipe,
     "schema": schema,
+    "search": search,
 }
 # Numbers in sentences: the file, the sentence with {} for the number, and where the number is recorded.
 QUOTES: list[tuple[str, str, tuple[str, str, str]]] = [
