@@ -22,7 +22,7 @@ from typing import Any
 from unittest.mock import patch
 
 from benchmarks.reproduce.__main__ import main as reproduce
-from benchmarks.reproduce.cells import BUDGETS, cells
+from benchmarks.reproduce.cells import BUDGETS, ON_VALIDATION, cells
 from benchmarks.reproduce.lines import is_of
 from cibl_ray.config import load_config
 
@@ -73,7 +73,8 @@ def _current(table: str, budget: str, name: str) -> list[Line]:
     """The lines of a table whose runs ended, and that say what its cells train today."""
     lines = read(name)
     seeds = 1 + max((line["seed"] for line in lines), default=0)
-    every = {(one.dataset, one.imbalance, one.value, one.seed): one for one in cells(table, budget, seeds, 0)}
+    share = 0.1 if table in ON_VALIDATION else 0.0
+    every = {(one.dataset, one.imbalance, one.value, one.seed): one for one in cells(table, budget, seeds, share)}
     found = {}
     for line in lines:
         key = (line["dataset"], line["imbalance"], line["value"], line["seed"])
@@ -191,8 +192,10 @@ def search() -> str:
     }
     base = means.pop("base")
     drawn = [["base, %", *(f"{base[column]:.1f}" for column in columns), passes["base"]]]
-    for row in sorted(means, key=lambda row: -means[row]["overall"]):
-        drawn.append([row, *(f"{means[row][column] - base[column]:+.1f}" for column in columns), passes[row]])
+    drawn += [
+        [row, *(f"{means[row][column] - base[column]:+.1f}" for column in columns), passes[row]]
+        for row in sorted(means, key=lambda row: -means[row]["overall"])
+    ]
     return markdown(["change", *columns, "M passes"], drawn)
 
 
