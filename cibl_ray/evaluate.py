@@ -9,12 +9,17 @@ from __future__ import annotations
 
 import json
 import logging
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cibl_ray.run.shift import recorded_shift, shift_or_auto
 from cibl_ray.run.which import checkpoints
 from pipelines.common.errors import CommandParser, UserError, run_command
+
+if TYPE_CHECKING:
+    from cibl_ray.evaluation.tail_shift import TailShift
 
 METRICS = ("overall", "balanced", "many", "medium", "few", "tail", "worst", "harmonic")
 
@@ -53,18 +58,17 @@ def main() -> None:
         raise UserError(f"--metric {arguments.metric} says how --tail-shift auto chooses; add that, or leave --metric out")
     from cibl_ray.evaluation.evaluate import evaluate
     from cibl_ray.evaluation.metrics import heading, table
-    from cibl_ray.evaluation.tail_shift import TailShift
     from cibl_ray.run.checkpoint import load_checkpoint
 
     logging.basicConfig(format="%(message)s")
 
     scores = {}
     for path in checkpoints(arguments.run, arguments.checkpoint):
-        checkpoint, shift, chosen = load_checkpoint(path), arguments.tail_shift, None
-        if shift == "auto" and arguments.metric is None and (recorded := recorded_shift(path)) is not None:
-            chosen, shift = TailShift.load(recorded), recorded["shift"]  # as `predict` and `export` use it
+        checkpoint = load_checkpoint(path)
+        recorded = _recorded(path) if arguments.tail_shift == "auto" and arguments.metric is None else None
+        shift = arguments.tail_shift if recorded is None else recorded.shift
         evaluation = evaluate(checkpoint, arguments.data, arguments.split, shift, arguments.metric or "balanced")
-        if (chosen := chosen or evaluation.tail_shift) is not None:
+        if (chosen := recorded or evaluation.tail_shift) is not None:
             print(f"{path.stem}: {chosen.line()}")
         scores[f"{path.stem} (epoch {checkpoint.epoch})"] = evaluation.scores
     where = f"the {evaluation.split} split" if arguments.data is None else repr(str(arguments.data))
@@ -73,6 +77,16 @@ def main() -> None:
     if arguments.json is not None:
         content = {"classes": checkpoint.classes} | {name: asdict(row) for name, row in scores.items()}
         arguments.json.write_text(json.dumps(content, indent=1))
+
+
+def _recorded(checkpoint: Path) -> TailShift | None:
+    """The shift that the run chose, which `predict` and `export` use; None: it chose none, or has no result."""
+    from cibl_ray.evaluation.tail_shift import TailShift
+
+    with suppress(LookupError):
+        content = recorded_shift(checkpoint)
+        return None if content is None else TailShift.load(content)
+    return None
 
 
 def _refuse_unlabelled(folder: Path, run: Path) -> None:

@@ -26,38 +26,49 @@ def chosen_shift(checkpoint: Path, asked: bool = False) -> float:
         The shift; 0 where none was chosen. A warning says so where the run has no result that can be read, or where it was
         asked for.
     """
-    chosen = recorded_shift(checkpoint, asked)
-    return 0.0 if chosen is None else chosen["shift"]
+    try:
+        found = recorded_shift(checkpoint)
+        why = "the checkpoint is not in its run's folder, or the run has no validation images beside its test images"
+        tell = asked
+    except LookupError as error:
+        found, why, tell = None, str(error), True
+    if found is None and tell:
+        log.warning("the tail shift is 0: %s", why)
+    return 0.0 if found is None else float(found["shift"])
 
 
-def recorded_shift(checkpoint: Path, asked: bool = False) -> dict[str, Any] | None:
-    """Read what was chosen for a checkpoint, as `TailShift.dump` wrote it; arguments and warnings as of `chosen_shift`."""
+def recorded_shift(checkpoint: Path) -> dict[str, Any] | None:
+    """Read what was chosen for a checkpoint, as `TailShift.dump` wrote it.
+
+    Args:
+        checkpoint: As of `chosen_shift`.
+
+    Returns:
+        The record; None where none was chosen.
+
+    Raises:
+        LookupError: The run has no result that can be read.
+    """
     place = checkpoint.absolute()
     folder, path, kind = place.parent.parent, place.parent / BEST_RESULT, "last"  # a sweep keeps its best trial's last epoch
     if checkpoint.name != BEST or not path.is_file():
         path, kind = folder / RESULT, checkpoint.stem
         if checkpoint.name not in (LAST, BEST) or not is_run(folder):
-            return _none_chosen(f"{checkpoint} is not in the folder of its run") if asked else None
+            return None
     try:
-        result = json.loads(path.read_text())
-        chosen = result.get(kind, {})
-        if "tail_shift" in chosen:
-            return {**chosen["tail_shift"], "shift": float(chosen["tail_shift"]["shift"])}
-        return _none_chosen("the run has no validation images beside its test images to choose one") if asked else None
+        chosen = json.loads(path.read_text()).get(kind, {})
+        if "tail_shift" not in chosen:
+            return None
+        return {**chosen["tail_shift"], "shift": float(chosen["tail_shift"]["shift"])}
     except FileNotFoundError:
-        reason = f"the run is not finished, it has no {RESULT}"
+        raise LookupError(f"the run is not finished, it has no {RESULT}") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        reason = f"{path} is damaged; resume the run to write it again"
-    return _none_chosen(reason)
+        raise LookupError(f"{path} is damaged; resume the run to write it again") from None
 
 
 def asked_shift(checkpoint: Path, asked: float | Literal["auto"] | None) -> float:
     """The shift that a command uses: its number, or with 'auto' or nothing the one that was chosen for the checkpoint."""
     return chosen_shift(checkpoint, asked == "auto") if asked in (None, "auto") else float(asked)
-
-
-def _none_chosen(why: str) -> None:
-    log.warning("the tail shift is 0: %s", why)
 
 
 def shift_or_auto(text: str) -> float | Literal["auto"]:
