@@ -15,6 +15,7 @@ log = logging.getLogger(__name__)
 
 CONFIG = "config.yaml"
 RESULT = "result.json"
+RESULT_BEFORE = "result.before.json"  # while a finished run trains longer
 BEST_RESULT = "best_result.json"  # of a sweep's best trial, beside its checkpoint
 METRICS = "metrics.jsonl"
 LOG = "train.log"
@@ -105,7 +106,20 @@ def make_room(folder: Path) -> None:
 
     Each is one line of the log. Otherwise the run would fail as it writes there, as late as its end.
     """
-    files = [CONFIG, RESULT, METRICS, METRICS_TABLE, SCORES_TABLE, TRACKERS, LOG, HISTOGRAM, CURVES, BY_CLASS, *CONFUSION]
+    files = [
+        CONFIG,
+        RESULT,
+        RESULT_BEFORE,
+        METRICS,
+        METRICS_TABLE,
+        SCORES_TABLE,
+        TRACKERS,
+        LOG,
+        HISTOGRAM,
+        CURVES,
+        BY_CLASS,
+        *CONFUSION,
+    ]
     files += [f"{CHECKPOINTS}/{name}" for name in (LAST, PREVIOUS, BEST)]
     only_folders(folder / name for name in (CHECKPOINTS, TENSORBOARD))
     only_files(folder / name for name in files)

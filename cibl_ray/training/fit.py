@@ -28,6 +28,7 @@ from cibl_ray.run.folder import (
     HISTOGRAM,
     LOG,
     RESULT,
+    RESULT_BEFORE,
     copy_of,
     lock_folder,
     make_room,
@@ -214,7 +215,7 @@ def _fit(trainer: Trainer, progress: Progress) -> dict[str, Any]:
     """Train, and write all files of the run folder."""
     config, folder, prepared = trainer.config, trainer.folder, trainer.prepared
     save_config(config, folder / CONFIG)
-    before = (folder / RESULT).with_suffix(".json.old")
+    before = folder / RESULT_BEFORE
     if trainer.epoch < config.train.epochs and (folder / RESULT).is_file():
         (folder / RESULT).replace(
             before

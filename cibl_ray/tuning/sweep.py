@@ -87,7 +87,11 @@ def _with_absolute_paths(sweep: SweepConfig, path: Path, set_keys: set[str], sea
     working = Path.cwd()
     beside = folder_of_paths(path) or working
     # Whether a field is a path depends on the kind of its part, and the base may name that.
-    trial = override(read_content(find_config(sweep.base), RunConfig), [*sweep.set.items()], RunConfig)
+    try:
+        base = find_config(sweep.base)
+    except UserError as error:
+        raise UserError(f"{path}: base: {error}") from error
+    trial = override(read_content(base, RunConfig), [*sweep.set.items()], RunConfig)
     fixed = {
         key: _absolute(key, value, trial, str(path), working if key in set_keys else beside) for key, value in sweep.set.items()
     }

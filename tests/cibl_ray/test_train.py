@@ -544,9 +544,9 @@ def test_a_run_that_trains_longer_has_no_result_until_its_end(digits, tmp_path, 
         fit(longer, folder, True, World(), Silent())
     assert chosen_shift(folder / "checkpoints" / "last.safetensors") == 0
     assert "the run is not finished" in caplog.text
-    assert (folder / "result.json.old").read_text() == before
+    assert (folder / "result.before.json").read_text() == before
     assert fit(longer, folder, True, World(), Silent())["last"]["epoch"] == 2
-    assert not (folder / "result.json.old").exists()
+    assert not (folder / "result.before.json").exists()
 
 
 def test_every_worker_is_told_of_a_folder_that_is_there(tmp_path):
