@@ -105,9 +105,7 @@ def _idle_warnings(config: RunConfig) -> list[str]:
     ]
     first, *others = config.data.views
     if head_only and train.feature_views and any(view != first for view in others):
-        found.append(
-            "train.tune 'head' draws every view as data.views[0] says; the other entries of data.views do nothing but count"
-        )
+        found.append("train.tune 'head' draws every view as data.views[0] says; of the other entries only their number counts")
     if config.network.head.norm_share is not None and train.start is None and train.head_start in ("auto", "random"):
         found.append(
             "network.head.max_norm caps the classes' weights by their norms at the start, which are random here; it is for a "

@@ -135,12 +135,12 @@ def _harmonic_moves(accuracy: np.ndarray, samples: np.ndarray) -> np.ndarray:
         there = of_classes[samples > 0]
         return float(1 / (1 / there).mean()) if there.all() else 0.0
 
-    moves = np.zeros(len(accuracy))
+    moves, now = np.zeros(len(accuracy)), mean(accuracy)
     for label in np.flatnonzero(samples):
         for step in (1, -1):
             moved = accuracy.copy()
             moved[label] = np.clip(moved[label] + step / samples[label], 0, 1).round(12)
-            moves[label] = max(moves[label], abs(mean(moved) - mean(accuracy)))
+            moves[label] = max(moves[label], abs(mean(moved) - now))
     return moves
 
 

@@ -180,7 +180,9 @@ def _as_decided(config: RunConfig, asked: TrainConfig, earlier: TrainConfig) -> 
 
     The configuration of a replaced worker or a repeated trial still says 'auto'.
     """
-    decided = {name: getattr(earlier, name) for name in ("precision", "compile", "tau") if getattr(asked, name) == "auto"}
+    left = [name for name in ("precision", "compile", "tau") if getattr(asked, name) == "auto"]
+    # A run of an earlier version may not say it: then it is by rule, as it was there.
+    decided = {name: value for name in left if (value := getattr(earlier, name)) != "auto"}
     return config.model_copy(update={"train": config.train.model_copy(update=decided)})
 
 
@@ -217,9 +219,8 @@ def _fit(trainer: Trainer, progress: Progress) -> dict[str, Any]:
     save_config(config, folder / CONFIG)
     before = folder / RESULT_BEFORE
     if trainer.epoch < config.train.epochs and (folder / RESULT).is_file():
-        (folder / RESULT).replace(
-            before
-        )  # of a shorter run: its scores and tail shift are not those of the checkpoints to come
+        # It is of a shorter run: its scores and tail shift are not those of the checkpoints to come.
+        (folder / RESULT).replace(before)
     save_histogram(folder / HISTOGRAM, prepared.classes, prepared.train_counts)
     if trainer.epoch + trainer.step > 0 and trainer.epoch < config.train.epochs:
         steps = trainer.train_loaders[0].batches

@@ -23,7 +23,7 @@ from cibl_ray.run.folder import need_new
 from cibl_ray.run.log import read_metrics
 from cibl_ray.run.progress import Silent
 from cibl_ray.run.shift import chosen_shift
-from cibl_ray.training.fit import _same_data, fit
+from cibl_ray.training.fit import _as_decided, _same_data, fit
 from cibl_ray.training.resume import resumed
 from cibl_ray.training.trainer import Trainer
 from cibl_ray.world import World, require_own_gpu
@@ -526,6 +526,14 @@ def test_a_run_that_begins_again_keeps_what_it_decided(digits, tmp_path, monkeyp
     train = load_checkpoint(folder / "checkpoints" / "last.safetensors").config.train
     assert (train.precision, train.epochs) == (other, 2)
     assert load_config(str(folder / "config.yaml"), []).train.precision == other
+
+
+def test_what_an_earlier_version_left_undecided_is_by_rule():
+    asked = load_config("quickstart", ["--train.compile", "auto", "--precision", "auto"])
+    by_rule = resolve(asked)
+    earlier = asked.train.model_copy(update={"precision": "fp32"})
+    found = _as_decided(by_rule, asked.train, earlier).train
+    assert (found.precision, found.compile) == ("fp32", False)
 
 
 def test_a_run_that_trains_longer_has_no_result_until_its_end(digits, tmp_path, monkeypatch, caplog):
