@@ -176,6 +176,7 @@ class Run:
         *,
         split: Literal["train", "val", "test"] | None = None,
         checkpoint: Which | None = None,
+        tail_shift: float | None = 0.0,
     ) -> dict[str, float]:
         """Evaluate the run.
 
@@ -183,6 +184,8 @@ class Run:
             folder: An image folder, FOLDER/CLASS/*, with the class names of the run. None takes the run's own data.
             split: The split of the run's own data. None takes test, or val where there is no test split.
             checkpoint: The checkpoint.
+            tail_shift: This times log π is subtracted from the logits, as in `predict`. None takes what the validation images
+                chose; 0 scores the logits as they are.
 
         Returns:
             Scores by name, as in `scores`.
@@ -193,8 +196,10 @@ class Run:
         if folder is not None and split is not None:
             raise UserError("split names a split of the run's own data; leave it out where a folder is given")
         images = Path(folder).expanduser() if folder is not None else None
+        path = self._path(checkpoint)
+        shift = chosen_shift(path) if tail_shift is None else tail_shift
         with _same_process():
-            return evaluate(self._load(checkpoint), images, split).scores.numbers()
+            return evaluate(load_checkpoint(path), images, split, shift).scores.numbers()
 
     def predict(
         self, images: Iterable[str | Path], *, checkpoint: Which | None = None, tail_shift: float | None = None

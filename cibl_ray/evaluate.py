@@ -9,17 +9,12 @@ from __future__ import annotations
 
 import json
 import logging
-from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from cibl_ray.run.shift import recorded_shift, shift_or_auto
+from cibl_ray.run.shift import shift_or_auto
 from cibl_ray.run.which import checkpoints
 from pipelines.common.errors import CommandParser, UserError, run_command
-
-if TYPE_CHECKING:
-    from cibl_ray.evaluation.tail_shift import TailShift
 
 METRICS = ("overall", "balanced", "many", "medium", "few", "tail", "worst", "harmonic")
 
@@ -58,6 +53,7 @@ def main() -> None:
         raise UserError(f"--metric {arguments.metric} says how --tail-shift auto chooses; add that, or leave --metric out")
     from cibl_ray.evaluation.evaluate import evaluate
     from cibl_ray.evaluation.metrics import heading, table
+    from cibl_ray.evaluation.tail_shift import recorded_choice
     from cibl_ray.run.checkpoint import load_checkpoint
 
     logging.basicConfig(format="%(message)s")
@@ -65,7 +61,7 @@ def main() -> None:
     scores = {}
     for path in checkpoints(arguments.run, arguments.checkpoint):
         checkpoint = load_checkpoint(path)
-        recorded = _recorded(path) if arguments.tail_shift == "auto" and arguments.metric is None else None
+        recorded = recorded_choice(path) if arguments.tail_shift == "auto" and arguments.metric is None else None
         shift = arguments.tail_shift if recorded is None else recorded.shift
         evaluation = evaluate(checkpoint, arguments.data, arguments.split, shift, arguments.metric or "balanced")
         if (chosen := recorded or evaluation.tail_shift) is not None:
@@ -77,16 +73,6 @@ def main() -> None:
     if arguments.json is not None:
         content = {"classes": checkpoint.classes} | {name: asdict(row) for name, row in scores.items()}
         arguments.json.write_text(json.dumps(content, indent=1))
-
-
-def _recorded(checkpoint: Path) -> TailShift | None:
-    """The shift that the run chose, which `predict` and `export` use; None: it chose none, or has no result."""
-    from cibl_ray.evaluation.tail_shift import TailShift
-
-    with suppress(LookupError):
-        content = recorded_shift(checkpoint)
-        return None if content is None else TailShift.load(content)
-    return None
 
 
 def _refuse_unlabelled(folder: Path, run: Path) -> None:

@@ -14,6 +14,7 @@ from cibl_ray.evaluation.predict import predict
 from cibl_ray.evaluation.tail_shift import TailShift, choose_shift, shifted
 from cibl_ray.hardware import resolve
 from cibl_ray.run.checkpoint import Checkpoint
+from cibl_ray.run.shift import checked_shift
 from pipelines.augment.recipe import Normalize
 from pipelines.common.errors import UserError
 from pipelines.loaders.make import make_loader
@@ -58,8 +59,10 @@ def evaluate(
         metric: The score by which "auto" chooses.
 
     Raises:
-        UserError: The data have no such split, or their classes are not those of the checkpoint.
+        UserError: The data have no such split, their classes are not those of the checkpoint, or `tail_shift` is out of range.
     """
+    if tail_shift != "auto":
+        checked_shift(tail_shift)
     network = checkpoint.network()
     train = checkpoint.config.train.model_copy(update={"device": "auto"})  # not the machine that trained
     config = resolve(checkpoint.config.model_copy(update={"train": train}))

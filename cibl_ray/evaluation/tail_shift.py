@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from cibl_ray.evaluation.metrics import Scores, members_of, score
+from cibl_ray.run.shift import recorded_shift
 from pipelines.common.errors import UserError
 
 SHIFTS = tuple(round(step / 20 - 1, 2) for step in range(61))  # -1 to 2
@@ -55,6 +58,21 @@ class TailShift:
     def load(cls, content: dict[str, Any]) -> TailShift | None:
         """What `dump` wrote; None: it is something else."""
         return cls(**content) if content.keys() == {field.name for field in fields(cls)} else None
+
+
+def recorded_choice(checkpoint: Path) -> TailShift | None:
+    """Read the shift that a run chose for a checkpoint, which `predict` and `export` use.
+
+    Args:
+        checkpoint: A file in a run folder, or a sweep's best one.
+
+    Returns:
+        The choice; None: the run chose none, or has no result.
+    """
+    with suppress(LookupError):
+        content = recorded_shift(checkpoint)
+        return None if content is None else TailShift.load(content)
+    return None
 
 
 def shifted(logits: torch.Tensor, train_counts: np.ndarray, shift: float) -> torch.Tensor:

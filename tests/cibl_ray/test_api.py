@@ -112,6 +112,15 @@ def test_predict_agrees_with_the_evaluation(run, images):
     predictions = run.predict(map(str, files), tail_shift=0)
     right = [prediction.label == prediction.image.parent.name for prediction in predictions]
     assert np.mean(right) == pytest.approx(run.evaluate(images)["overall"])
+    assert {one.label for one in run.predict(files, tail_shift=100)} == {"9"}  # the rarest class
+    assert run.evaluate(images, tail_shift=100)["tail"] == pytest.approx(1 / 3)
+    assert run.evaluate(images)["tail"] != pytest.approx(1 / 3)
+    chosen = run.predict(files)
+    assert np.mean([one.label == one.image.parent.name for one in chosen]) == pytest.approx(
+        run.evaluate(images, tail_shift=None)["overall"]
+    )
+    with pytest.raises(cibl_ray.UserError, match="tail_shift = nan: a number from"):
+        run.evaluate(tail_shift=float("nan"))
     assert [prediction.image for prediction in predictions] == files
     for prediction in predictions:
         assert sum(prediction.probabilities.values()) == pytest.approx(1, abs=1e-5)
