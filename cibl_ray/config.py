@@ -34,6 +34,8 @@ class SAMConfig(Settings):
     @classmethod
     def _from(cls, value: Any) -> Any:
         """`from` is `start`: Python has no field of that name."""
+        if isinstance(value, dict) and {"from", "start"} <= value.keys():
+            raise ValueError("from and start are two names of one field; leave one of them out")
         return {("start" if key == "from" else key): each for key, each in value.items()} if isinstance(value, dict) else value
 
 
@@ -105,7 +107,7 @@ class CMOConfig(Settings):
     """CMO (Park et al. 2022): CutMix that pastes images of rare classes into images of common ones."""
 
     chance: float = Field(default=0.5, ge=0, le=1, description="Share of the steps whose images are mixed.")
-    first_epochs: int = Field(default=3, ge=0, description="Epochs at the start without it.")
+    first_epochs: int = Field(default=4, ge=0, description="Epochs at the start without it.")
     last_epochs: int = Field(default=3, ge=0, description="Epochs at the end without it.")
 
 

@@ -13,12 +13,13 @@ from dataclasses import replace
 import numpy as np
 import psutil
 import pytest
+import yaml
 from PIL import Image
 
 from benchmarks import gpu_session
 from benchmarks.many_runs import Run, RunsFailedError, computed, run_all
 from benchmarks.reproduce import __main__ as reproduce
-from benchmarks.reproduce import front
+from benchmarks.reproduce import equal_cost, front
 from benchmarks.reproduce import lines as reproduce_lines
 from benchmarks.reproduce import report as reproduce_report
 from benchmarks.reproduce.cells import BUDGETS, ON_VALIDATION, TABLES, cells
@@ -31,6 +32,7 @@ from cibl_ray.hardware import resolve
 from cibl_ray.run.fingerprint import code_digest
 from cibl_ray.run.log import read_metrics
 from cibl_ray.training.passes import passes
+from pipelines.common.config_file import find_config
 from pipelines.common.errors import Interrupted
 from pipelines.prepare.build import ensure_prepared
 from tests.commands import in_process
@@ -159,7 +161,7 @@ def test_the_published_tables_are_whole():
     assert {"CIBL, cosine head", "CIBL, cosine head, λ = 0.005", "CIBL, cosine head, λ = 0.1", "VS", "ProCo"} < values
 
 
-def figures_of(config):
+def figures_of(content):
     """What a recipe says, by dotted name."""
     found = {}
 
@@ -170,96 +172,160 @@ def figures_of(config):
         else:
             found[name] = value
 
-    walk("", config.model_dump(mode="json"))
+    walk("", content)
     return found
 
 
 PLAIN = {"optimizer.kind": "sgd", "optimizer.momentum": 0.9, "optimizer.nesterov": False}
-OF_LDAM = {
-    **PLAIN, "optimizer.lr": 0.1, "optimizer.weight_decay": 2e-4, "train.epochs": 200, "train.batch_size": 128,
+RESNET32 = PLAIN | {"network.backbone": "resnet32"}
+LINEAR = {"network.head.kind": "linear"}
+COSINE_30 = {"network.head.kind": "cosine", "network.head.scale.start": 30, "network.head.weight_norm": 1}
+CROSS_ENTROPY = {"loss.kind": "cross_entropy"}
+OF_LDAM = RESNET32 | {
+    "optimizer.lr": 0.1, "optimizer.weight_decay": 2e-4, "train.epochs": 200, "train.batch_size": 128, "schedule.kind": "steps",
     "schedule.milestones": [0.8, 0.9], "schedule.gamma": 0.01, "schedule.warmup_epochs": 5, "schedule.warmup_by": "epoch",
 }  # fmt: skip
-NORMED = {"network.projection.norm": True, "loss.contrast_views": "others", "loss.classify": "first"}
-OF_PROCO = {
-    **PLAIN, "optimizer.lr": 0.3, "optimizer.weight_decay": 2e-4, "train.batch_size": 256, "network.head.kind": "linear",
-    "network.projection.hidden": 512, "network.projection.size": 128, "network.projection.norm": True,
-    "loss.temperature": 0.1, "loss.contrastive_weight": 1, "schedule.gamma": 0.1, "schedule.warmup_by": "epoch",
+OF_BCL = {"loss.kind": "bcl", "network.projection.norm": True, "loss.contrast_views": "others", "loss.classify": "first"}
+OF_PROCO = RESNET32 | LINEAR | {
+    "optimizer.lr": 0.3, "optimizer.weight_decay": 2e-4, "train.batch_size": 256, "network.projection.hidden": 512,
+    "network.projection.size": 128, "network.projection.norm": True, "loss.kind": "proco", "loss.temperature": 0.1,
+    "loss.contrastive_weight": 1, "schedule.kind": "steps", "schedule.gamma": 0.1, "schedule.warmup_by": "epoch",
 }  # fmt: skip
-OF_IMAGENET = {
-    **PLAIN, "optimizer.lr": 0.1, "optimizer.weight_decay": 5e-4, "train.epochs": 90, "train.batch_size": 256,
-    "schedule.kind": "cosine", "schedule.warmup_epochs": 0, "network.projection.hidden": 2048, "network.projection.size": 1024,
-    "network.projection.norm": True, "network.head.scale.start": 30, "loss.temperature": 0.07,
+OF_PACO = {"loss.kind": "paco", "loss.beta": 1, "loss.momentum": 0.999, "network.projection.norm": True} | LINEAR
+OF_IMAGENET = PLAIN | COSINE_30 | {
+    "network.backbone": "resnet50", "optimizer.lr": 0.1, "optimizer.weight_decay": 5e-4, "train.epochs": 90,
+    "train.batch_size": 256, "schedule.kind": "cosine", "schedule.warmup_epochs": 0, "network.projection.hidden": 2048,
+    "network.projection.size": 1024, "network.projection.norm": True, "loss.temperature": 0.07,
+}  # fmt: skip
+# What papers' ingredients are put together from, by this project.
+OF_INGREDIENTS = RESNET32 | LINEAR | {
+    "optimizer.lr": 0.1, "train.epochs": 400, "train.batch_size": 128, "schedule.kind": "cosine", "schedule.warmup_epochs": 5,
 }  # fmt: skip
 # Figures of the papers' code; docs/reference/recipes.md says what else there is.
 FIGURES = {
-    "ce_cifar100_lt": OF_LDAM | {"network.head.kind": "linear", "loss.kind": "cross_entropy"},
-    "ldam_cifar100_lt": OF_LDAM | {"network.head.scale.start": 30, "loss.max_margin": 0.5, "loss.reweight_from": 0.8},
-    "vs_cifar100_lt": OF_LDAM | {"optimizer.weight_decay": 5e-4, "loss.logit_gamma": 0.05, "loss.kappa": 1},
-    "balanced_softmax_cifar100_lt": {**PLAIN, "optimizer.lr": 0.1, "train.batch_size": 512, "schedule.kind": "cosine"},
-    "hybrid_cifar100_lt": {
-        **PLAIN, "optimizer.lr": 0.5, "optimizer.weight_decay": 1e-4, "train.batch_size": 512,
-        "schedule.milestones": [0.6, 0.8], "loss.temperature": 0.1, "train.epochs": 200,
+    "ce_cifar100_lt": OF_LDAM | LINEAR | CROSS_ENTROPY,
+    "ldam_cifar100_lt": OF_LDAM | COSINE_30 | {"loss.kind": "ldam", "loss.max_margin": 0.5, "loss.reweight_from": 0.8},
+    "vs_cifar100_lt": OF_LDAM | LINEAR | {
+        "optimizer.weight_decay": 5e-4, "loss.kind": "vs", "loss.logit_gamma": 0.05, "loss.kappa": 1,
     },
-    "bcl_cifar100_lt": {
-        **PLAIN, **NORMED, "optimizer.lr": 0.15, "optimizer.weight_decay": 5e-4, "train.batch_size": 256, "train.epochs": 200,
-        "loss.cross_entropy_weight": 2, "loss.contrastive_weight": 0.6, "loss.temperature": 0.1,
+    "balanced_softmax_cifar100_lt": RESNET32 | LINEAR | {
+        "loss.kind": "balanced_softmax", "optimizer.lr": 0.1, "optimizer.weight_decay": 5e-4, "train.batch_size": 512,
+        "train.epochs": 620, "schedule.kind": "cosine", "schedule.warmup_epochs": 39,
     },
-    "paco_cifar100_lt": {
-        **PLAIN, "optimizer.lr": 0.05, "optimizer.weight_decay": 5e-4, "train.batch_size": 128, "train.epochs": 400,
-        "loss.alpha": 0.01, "loss.beta": 1, "loss.temperature": 0.05, "loss.queue": 1024, "loss.momentum": 0.999,
-        "network.projection.hidden": 64, "network.projection.size": 32, "schedule.warmup_epochs": 10,
+    "hybrid_cifar100_lt": RESNET32 | LINEAR | {
+        "loss.kind": "hybrid_sc", "optimizer.lr": 0.5, "optimizer.weight_decay": 1e-4, "train.batch_size": 512,
+        "schedule.kind": "steps", "schedule.milestones": [0.6, 0.8], "schedule.warmup_epochs": 5, "loss.temperature": 0.1,
+        "train.epochs": 200,
+    },
+    "bcl_cifar100_lt": RESNET32 | COSINE_30 | OF_BCL | {
+        "optimizer.lr": 0.15, "optimizer.weight_decay": 5e-4, "train.batch_size": 256, "train.epochs": 200,
+        "loss.cross_entropy_weight": 2, "loss.contrastive_weight": 0.6, "loss.temperature": 0.1, "schedule.kind": "steps",
+        "schedule.milestones": [0.8, 0.9], "schedule.warmup_epochs": 5, "schedule.warmup_by": "epoch",
+        "network.projection.hidden": 512, "network.projection.size": 128,
+    },
+    "paco_cifar100_lt": RESNET32 | OF_PACO | {
+        "optimizer.lr": 0.05, "optimizer.weight_decay": 5e-4, "train.batch_size": 128, "train.epochs": 400,
+        "loss.alpha": 0.01, "loss.temperature": 0.05, "loss.queue": 1024, "network.projection.hidden": 64,
+        "network.projection.size": 32, "schedule.kind": "steps", "schedule.warmup_epochs": 10, "schedule.warmup_by": "epoch",
         "schedule.milestones": [0.8, 0.9],
     },
     "proco_cifar100_lt": OF_PROCO | {"train.epochs": 200, "schedule.warmup_epochs": 5, "schedule.milestones": [0.8, 0.9]},
     "proco_cifar100_lt_400": OF_PROCO | {"train.epochs": 400, "schedule.warmup_epochs": 10, "schedule.milestones": [0.9, 0.95]},
-    "mixup_cifar100_lt": {**PLAIN, "train.mixup": 1, "optimizer.lr": 0.1, "optimizer.weight_decay": 2e-4},
-    "bcl_imagenet_lt": OF_IMAGENET | NORMED | {"loss.cross_entropy_weight": 1, "loss.contrastive_weight": 0.35},
-    "proco_imagenet_lt": OF_IMAGENET | {"loss.contrastive_weight": 1},
-    "paco_imagenet_lt": {
-        **PLAIN, "optimizer.lr": 0.02, "train.epochs": 400, "train.batch_size": 128, "loss.temperature": 0.2,
-        "loss.queue": 8192, "loss.alpha": 0.05, "network.projection.size": 128,
+    "mixup_cifar100_lt": OF_LDAM | LINEAR | CROSS_ENTROPY | {"train.mixup": 1, "schedule.gamma": 0.1},
+    "vs_sam_cifar100_lt": OF_INGREDIENTS | {
+        "loss.kind": "vs", "loss.logit_gamma": 0.05, "loss.kappa": 1, "optimizer.weight_decay": 2e-4,
+        "optimizer.sam.rho": 0.3, "optimizer.sam.start": 0,
+    },
+    "cmo_cifar100_lt": OF_INGREDIENTS | {
+        "loss.kind": "balanced_softmax", "optimizer.weight_decay": 5e-4, "train.cmo.chance": 0.5, "train.cmo.first_epochs": 4,
+        "train.cmo.last_epochs": 3,
+    },
+    "bcl_imagenet_lt": OF_IMAGENET | OF_BCL | {"loss.cross_entropy_weight": 1, "loss.contrastive_weight": 0.35},
+    "proco_imagenet_lt": OF_IMAGENET | {"loss.kind": "proco", "loss.contrastive_weight": 1},
+    "paco_imagenet_lt": PLAIN | OF_PACO | {
+        "network.backbone": "resnet50", "optimizer.lr": 0.02, "optimizer.weight_decay": 5e-4, "train.epochs": 400,
+        "train.batch_size": 128, "loss.temperature": 0.2, "loss.queue": 8192, "loss.alpha": 0.05,
+        "network.projection.hidden": 2048, "network.projection.size": 128, "schedule.kind": "cosine",
+        "schedule.warmup_epochs": 10, "schedule.warmup_by": "epoch",
     },
 }  # fmt: skip
-STRONG = [{"kind": "auto_augment", "policy": "cifar10", "style": "authors"}, {"kind": "cutout", "size": 16}]
-RAND = {"kind": "rand_augment", "count": 2, "magnitude": 10, "style": "timm", "noise": 0.5, "probability": 0.5}
+# Their views: a cut, and operations.
+CROP, FLIP, GRAY, BLUR = ("crop", 4), ("flip", 0.5), ("grayscale", 0.2), ("blur", 0.5)
+JITTER, PLAIN_JITTER = (("color_jitter", 0.4, 0.4, 0.4, hue, chance) for hue, chance in ((0.1, 0.8), (0, 1)))
+AUTO, CUTOUT = ("auto_augment", "cifar10", "authors"), ("cutout", 16)
+RAND = ("rand_augment", 2, 10, "timm", 0.5, 0.5)
+SIMPLE, STRONG = [CROP, FLIP], [CROP, FLIP, AUTO, CUTOUT]
+SECOND, WIDE = ([("resized", low, 1), FLIP, JITTER, GRAY] for low in (0.2, 0.08))
+VIEWS = {
+    **{key: [SIMPLE] for key in ("ce_cifar100_lt", "ldam_cifar100_lt", "vs_cifar100_lt", "mixup_cifar100_lt")},
+    **{key: [STRONG] for key in ("balanced_softmax_cifar100_lt", "vs_sam_cifar100_lt", "cmo_cifar100_lt")},
+    "hybrid_cifar100_lt": [[CROP, FLIP, GRAY]] * 2,
+    "bcl_cifar100_lt": [STRONG, SECOND, SECOND],
+    "paco_cifar100_lt": [STRONG, [*SECOND, BLUR]],
+    **{key: [STRONG, WIDE, WIDE] for key in ("proco_cifar100_lt", "proco_cifar100_lt_400")},
+    **{key: [[("resized", 0.08, 1), FLIP, PLAIN_JITTER, RAND], WIDE, WIDE] for key in ("bcl_imagenet_lt", "proco_imagenet_lt")},
+    "paco_imagenet_lt": [
+        [("resized", 0.08, 1), FLIP, PLAIN_JITTER, RAND], [("resized", 0.08, 1), FLIP, PLAIN_JITTER, GRAY, BLUR],
+    ],
+}  # fmt: skip
+NO_FIGURES = ("seed", "data.")  # of the recipe: the data set's
+
+
+def view_of(view):
+    """A view's cut, flip and operations, with what the papers say of each."""
+    cut = view["cut"]
+    parts = [("crop", cut["padding"]) if cut["kind"] == "crop" else ("resized", *cut["scale"]), ("flip", view["flip"])]
+    said = {
+        "auto_augment": ("policy", "style"),
+        "blur": ("probability",),
+        "color_jitter": ("brightness", "contrast", "saturation", "hue", "probability"),
+        "cutout": ("size",),
+        "grayscale": ("probability",),
+        "rand_augment": ("count", "magnitude", "style", "noise", "probability"),
+    }
+    return [*parts, *((part["kind"], *(part[field] for field in said[part["kind"]])) for part in view["augment"])]
 
 
 @pytest.mark.parametrize("name", FIGURES)
 def test_a_papers_recipe_has_its_figures(name):
     config = load_config(f"recipes/{name}", [])
-    found, wanted = figures_of(config), FIGURES[name]
+    found, wanted = figures_of(config.model_dump(mode="json")), FIGURES[name]
     assert {field: found.get(field) for field in wanted} == wanted
+    assert [view_of(view) for view in found["data.views"]] == VIEWS[name]
     assert config_warnings(config) == []
-    views = config.model_dump(mode="json")["data"]["views"]
-    method, dataset = name.partition("_cifar")[0].partition("_imagenet")[0], "imagenet" if "imagenet" in name else "cifar"
-    assert len(views) == {"bcl": 3, "proco": 3, "paco": 2, "hybrid": 2}.get(method, 1)
-    if dataset == "imagenet":
-        jitter = views[0]["augment"][0]
-        assert (jitter["brightness"], jitter["contrast"], jitter["saturation"], jitter["hue"]) == (0.4, 0.4, 0.4, 0)
-        assert views[0]["augment"][1] == RAND
-        blurs = [part["kind"] for view in views[1:] for part in view["augment"]].count("blur")
-        assert blurs == (1 if method == "paco" else 0)
+    # Nothing that the file says is left unheld.
+    written = figures_of(yaml.safe_load(find_config(f"recipes/{name}").read_text()))
+    assert {field.replace("sam.from", "sam.start") for field in written if not field.startswith(NO_FIGURES)} <= {*wanted}
+    if "imagenet" in name:
         return
     assert found["data.profile.subset"] == "field"
-    if method in ("balanced_softmax", "bcl", "paco", "proco"):
-        assert views[0]["augment"] == STRONG
-    low = {"proco": 0.08, "bcl": 0.2, "paco": 0.2}.get(method)
-    assert [view["cut"]["scale"] for view in views[1:] if low] == [[low, 1.0]] * (len(views) - 1) * (low is not None)
+    if name in ("vs_sam_cifar100_lt", "cmo_cifar100_lt"):  # of this data set alone
+        return
     # CIFAR-10's is the same, but for what the papers set by data set.
-    other = figures_of(load_config(f"recipes/{name.replace('100', '10')}", []))
-    by_data = {"data.source.kind", "data.mean", "data.std", "loss.logit_gamma", "train.epochs", "schedule.warmup_epochs"}
-    different = {field for field in found if found[field] != other[field]}
-    assert different <= by_data
-    assert "train.epochs" not in different or method == "balanced_softmax"
+    other = figures_of(load_config(f"recipes/{name.replace('100', '10')}", []).model_dump(mode="json"))
+    by_data = {
+        "balanced_softmax_cifar100_lt": {"train.epochs": 542, "schedule.warmup_epochs": 34},
+        "vs_cifar100_lt": {"loss.logit_gamma": 0.15},
+    }
+    different = {field: other[field] for field in found if found[field] != other[field] and not field.startswith(NO_FIGURES)}
+    assert different == by_data.get(name, {})
+    assert found["data.views"] == other["data.views"]
+
+
+def test_the_best_short_recipe_is_the_measured_one():
+    epochs, options = equal_cost.lengths(100, 200)["CIBL, λ = 0.002, weight decay 1e-3, 1 M passes"]
+    measured = load_config("cifar100_lt", [*options, "--epochs", str(epochs)])
+    assert load_config("recipes/cibl_cifar100_lt", []) == measured
 
 
 def test_no_recipe_claims_to_be_a_papers_that_it_is_not():
     """Nesterov momentum is the projects' own choice; files named after a method have plain momentum."""
     for path in (REPOSITORY / "configs" / "recipes").glob("*.yaml"):
-        own = path.stem.startswith(("cifar", "imagenet", "inaturalist"))
+        own = path.stem.startswith(("cibl", "cifar", "imagenet", "inaturalist"))
         assert load_config(f"recipes/{path.stem}", []).optimizer.nesterov == own
         if own and path.stem.startswith("cifar"):
             assert "a recipe of this project" in path.read_text()
+        assert own or path.stem.replace("cifar10_", "cifar100_") in FIGURES
 
 
 @pytest.fixture(scope="module")

@@ -46,10 +46,12 @@ _CHANGES: dict[str, tuple[float, tuple[str, ...]]] = {
     "head's weights start at a norm of 1": (1, ("--network.head", "{kind: cosine, weight_norm: 1}")),
     # Images
     "crop and flip alone": (1, views(PLAIN)),
-    "mixup": (1, ("--train.mixup", "0.2")),
-    "CMO": (1, ("--train.cmo", "{}")),
+    "mixup, α = 0.2": (1, ("--train.mixup", "0.2")),
+    "mixup, α = 1": (1, ("--train.mixup", "1")),
+    "CMO": (1, ("--train.cmo", "{first_epochs: 3}")),
     # Loss on one view
     "cross-entropy": (1, ("--loss", "{kind: cross_entropy}")),
+    "cross-entropy, label smoothing": (1, ("--loss", "{kind: label_smoothing}")),
     "VS, γ = 0.05": (1, ("--loss", "{kind: vs, logit_gamma: 0.05}")),
     "CIBL, λ = 0.002, queue": (1, _cibl(0.002, _QUEUE)),
     "CIBL, λ = 0.01, queue": (1, _cibl(0.01, _QUEUE)),
