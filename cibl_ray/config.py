@@ -159,6 +159,13 @@ class TrainConfig(Settings):
     batch_size: int = Field(
         default=128, ge=2, description="Images in a step, over all workers; each gives as many views as data.views has."
     )
+    views_from: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="Share of the epochs from which a step has every view; before it the first alone, which costs less. "
+        "0: always every view.",
+    )
     mixup: float = Field(
         default=0.0, ge=0, le=100, description="α of mixup: images and labels are mixed, λ ~ Beta(α, α). 0: none."
     )
@@ -288,7 +295,20 @@ class RunConfig(Settings):
             )
         self.network.check(self.data.size, self.train.epochs)
         self.loss.check(self.network.head, len(self.data.views))
+        if self.train.views_from > 0:
+            self._check_one_view()
         return self
+
+    def _check_one_view(self) -> None:
+        if self.train.tune == "head":
+            raise ValueError("train.views_from is for images, and train.tune 'head' has features; leave it out")
+        try:
+            self.loss.check(self.network.head, 1)
+        except ValueError as error:
+            raise ValueError(
+                f"train.views_from = {self.train.views_from:g} begins with one view, and loss {self.loss.kind!r} as configured "
+                "needs more; set it to 0"
+            ) from error
 
     def _check_second_stage(self) -> None:
         train, needs = self.train, self.loss.needs
@@ -401,6 +421,7 @@ def _tune(content: dict[str, Any]) -> Any:
 _SECOND_STAGE: list[tuple[str, Any]] = [
     ("train.folds", 0),
     ("train.head_start", "auto"),
+    ("train.views_from", 0.0),
     ("train.mixup", 0.0),
     ("train.cutmix", 0.0),
     ("train.cmo", None),

@@ -91,6 +91,11 @@ def _idle_warnings(config: RunConfig) -> list[str]:
     head_only = train.tune == "head"
     idle = [
         (train.tau != "auto" and train.head_start != "tau_normalized", "train.tau", "train.head_start 'tau_normalized'"),
+        (
+            train.views_from > 0 and len(config.data.views) < 2,
+            f"train.views_from {train.views_from:g}",
+            "two data.views or more",
+        ),
         (train.contrast_set == "step" and train.accumulate == 1, "train.contrast_set 'step'", "train.accumulate > 1"),
         (train.feature_views > 0 and not head_only, f"train.feature_views {train.feature_views}", "train.tune 'head'"),
         (train.partial != TrainConfig().partial and train.tune != "partial", "train.partial", "train.tune 'partial'"),

@@ -60,6 +60,12 @@ _CHANGES: dict[str, tuple[float, tuple[str, ...]]] = {
     # Loss on two views, at the same cost
     "CIBL, λ = 0.05, two views": (0.5, (*_TWO, *_cibl(0.05))),
     "CIBL, λ = 0.05, two views, CE on the first": (0.5, (*_TWO, *_cibl(0.05, ", classify: first"))),
+    # 1.5 views on average, and keys that cost a third of a pass.
+    "CIBL, λ = 0.05, queue, second view in the second half": (
+        2 / 3,
+        (*_TWO, *_cibl(0.05, _QUEUE), "--train.views_from", "0.5"),
+    ),
+    "CIBL, λ = 0.05, queue, averaged keys": (0.75, (*_TWO, *_cibl(0.05, _QUEUE + ", momentum: 0.99"))),
     "ProCo, two views": (0.5, (*_TWO, "--loss", "{kind: proco}")),
     "balanced softmax, two views": (0.5, _TWO),
     # What helped, together

@@ -15,6 +15,7 @@ from cibl_ray.features.folds import FoldFeatures
 from cibl_ray.features.loader import AsTheyAre, FeatureLoaders
 from cibl_ray.losses.base import LossSettings
 from cibl_ray.losses.objective import Images
+from cibl_ray.training.passes import one_view_epochs
 from cibl_ray.world import World
 from pipelines.augment.recipe import Augment, Normalize
 from pipelines.common.seeding import stream
@@ -51,10 +52,13 @@ def open_images(config: RunConfig, prepared: Prepared, device: torch.device, wor
         world: The workers.
     """
     batch, normalize = config.train.batch_size, Normalize(config.data).to(device)
-    feeds = [
-        Feed(make_loader(prepared, "train", plan, config.loader, device), plan, normalize, device, world.share.of(batch), batch)
-        for plan in _plans(config, world.share)
-    ]
+    rows, two_streams = world.share.of(batch), config.loss.needs.second_stream is not None
+    feeds = []
+    for number, plan in enumerate(_plans(config, world.share)):
+        loader = make_loader(prepared, "train", plan, config.loader, device)
+        # A second stream of the loss has views of its own; the images that CMO pastes have those of the others.
+        alone = 0 if number and two_streams else one_view_epochs(config.train)
+        feeds.append(Feed(loader, plan, normalize, device, rows, batch, alone))
     # Opened now, so that a damaged test set is not found out after the last epoch.
     held_out = eval_reading(config.data, config.train.eval_batch_size, world.share)
     loaders = {split: make_loader(prepared, split, held_out, config.loader) for split in _held_out(prepared)}
@@ -142,16 +146,25 @@ class Feed:
         device: Where the network is.
         rows: This worker's rows of each step's samples.
         batch: Samples of a step, over all workers.
+        one_view_epochs: Epochs at the start that have the first view alone.
 
     Attributes:
         waited: Seconds spent waiting for the loader, so far.
     """
 
     def __init__(
-        self, loader: Loader, reading: ReadPlan, normalize: Normalize, device: torch.device, rows: slice, batch: int
+        self,
+        loader: Loader,
+        reading: ReadPlan,
+        normalize: Normalize,
+        device: torch.device,
+        rows: slice,
+        batch: int,
+        one_view_epochs: int = 0,
     ) -> None:
         self.loader, self.normalize, self.device, self.rows, self.batch = loader, normalize, device, rows, batch
         self.augment = Augment(reading.views, reading.size, reading.seed)
+        self._first, self._one_view_epochs = Augment(reading.views[:1], reading.size, reading.seed), one_view_epochs
         self.waited = 0.0
         # Small images on a GPU: augmentation is limited by kernel launches, and their number does not grow with the steps.
         small = reading.size <= _SMALL and any(self.augment.recipes)
@@ -173,9 +186,11 @@ class Feed:
     def ready(self, batches: list[Batch], epoch: int, step: int) -> list[Images]:
         """The images of one step for each batch, the first of them number `step` of the epoch."""
         each = len(batches[0].labels)
-        parts = [self._on_device(batch.views) for batch in batches]
+        alone = epoch < self._one_view_epochs
+        parts = [self._on_device(batch.views[:, :1] if alone else batch.views) for batch in batches]
         views = torch.cat(parts) if len(parts) > 1 else parts[0]
-        pixels = self.normalize(self.augment(views, epoch, step, self.rows, self.batch, len(batches)))
+        augment = self._first if alone else self.augment
+        pixels = self.normalize(augment(views, epoch, step, self.rows, self.batch, len(batches)))
         labels = [batch.labels.to(self.device, non_blocking=True) for batch in batches]
         return [Images(*pair, views.shape[1]) for pair in zip(pixels.split(each * views.shape[1]), labels, strict=True)]
 

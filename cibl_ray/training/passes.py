@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
-from cibl_ray.config import RunConfig
+from cibl_ray.config import RunConfig, TrainConfig
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,11 @@ class Passes:
         return self.trained + self.forward / 3
 
 
+def one_view_epochs(train: TrainConfig) -> int:
+    """Epochs at the start of a run that have the first view alone (`train.views_from`)."""
+    return math.ceil(round(train.views_from * train.epochs, 6))
+
+
 def passes(config: RunConfig, batches: int, epochs: float | None = None) -> Passes:
     """Count a run's passes.
 
@@ -40,15 +46,18 @@ def passes(config: RunConfig, batches: int, epochs: float | None = None) -> Pass
     train, needs = config.train, config.loss.needs
     if train.tune == "head":
         return Passes(0, 0)
-    images = batches * train.batch_size * (train.epochs if epochs is None else epochs)
-    views = len(config.data.views)
+    done = train.epochs if epochs is None else epochs
+    images, count, alone = batches * train.batch_size, len(config.data.views), one_view_epochs(train)
+
+    def views(until: float) -> float:
+        return min(until, alone) + max(0.0, until - alone) * count
+
     if train.tune == "classifier":
-        return Passes(0, round(images * views))
-    keys = views - 1 if needs.momentum is not None else 0
+        return Passes(0, round(images * views(done)))
+    keys = count - 1 if needs.momentum is not None else 0
     second = len(needs.second_stream.views) if needs.second_stream is not None else 0
     sam = config.optimizer.sam
-    # Of the whole run: its last steps with SAM count twice.
-    twice = 0.0 if sam is None else max(0.0, 1 - sam.start * train.epochs / (train.epochs if epochs is None else epochs or 1))
-    trained = images * (views - keys + second) * (1 + twice)
+    once = done if sam is None else min(done, sam.start * train.epochs)  # from there on a step is two
+    trained = sum(images * (views(done) - views(since) + (second - keys) * (done - since)) for since in (0, once))
     cached = trained if train.accumulate > 1 and train.contrast_set == "step" else 0.0
-    return Passes(round(trained), round(images * keys * (1 + twice) + cached))
+    return Passes(round(trained), round(images * keys * (2 * done - once) + cached))

@@ -377,6 +377,42 @@ def test_cmo_draws_its_sources_class_balanced_and_keeps_the_first_and_last_epoch
         load_config("quickstart", ["--loss", "{kind: cross_entropy}", "--train.cmo", "{}", "--train.mixup", "1"])
 
 
+@pytest.mark.parametrize("loader", ["torch", "resident"])
+def test_views_from_begins_as_one_view_and_goes_on_with_all(digits, tmp_path, loader):
+    """Its first epochs are those of a run of the first view alone, the others those of a run of every view."""
+    flags = ["--epochs", "3", "--warmup_epochs", "0", "--loader.kind", loader, "--batch_size", "32", "--backbone", "resnet20"]
+    flags += ["--precision", "fp32", "--loss", "{kind: cibl, queue: 64}"]
+    config = resolve(load_config("quickstart", [*flags, "--train.views_from", "0.6"]))
+    every = config.model_copy(update={"train": config.train.model_copy(update={"views_from": 0.0})})
+    one = every.model_copy(update={"data": config.data.model_copy(update={"views": config.data.views[:1]})})
+    mixed, plain, single = (Trainer(each, digits, tmp_path) for each in (config, every, one))
+    for epoch, twin in ((0, single), (1, single), (2, plain)):
+        steps = [next(run.feeds[0].steps(epoch, 0)) for run in (mixed, twin)]
+        assert [images.views for images in steps] == [1 if twin is single else 2] * 2
+        assert torch.equal(steps[0].pixels, steps[1].pixels)
+        assert torch.equal(steps[0].labels, steps[1].labels)
+    assert mixed.train_epoch()["train"] == single.train_epoch()["train"]
+    assert all(map(torch.equal, mixed.network.state_dict().values(), single.network.state_dict().values()))
+    mixed.train_epoch()
+    mixed.train_epoch()
+    assert mixed.passes.trained == (1 + 1 + 2) * 32 * mixed.feeds[0].loader.batches
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--loss.kind", "proco"), "begins with one view, and loss 'proco' as configured needs more"),
+        (("--loss", "{kind: cibl, momentum: 0.9}"), "loss 'cibl' as configured needs more; set it to 0"),
+        (("--loss", "{kind: bcl, contrast_views: others}"), "loss 'bcl' as configured needs more"),
+        (("--loss", "{kind: hybrid_sc, classifier_views: [1]}"), "loss 'hybrid_sc' as configured needs more"),
+        (("--train.tune", "head"), "train.views_from is for images"),
+    ],
+)
+def test_views_from_is_refused_where_one_view_is_too_few(more, message):
+    with pytest.raises(UserError, match=message):
+        load_config("quickstart", [*more, "--train.views_from", "0.5"])
+
+
 def test_a_step_with_sam_is_the_gradient_at_the_peak(digits, tmp_path):
     """Against the definition: w - lr·∇L(w + ρ·g/|g|), running statistics those of the first pass alone."""
     flags = ["--epochs", "2", "--warmup_epochs", "0", "--loader.kind", "torch", "--batch_size", "32", "--backbone", "resnet20"]
