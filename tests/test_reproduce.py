@@ -544,6 +544,36 @@ def test_a_gpu_sessions_tests_need_no_more_than_it_asks_for(tmp_path):
     assert {str(path.relative_to(REPOSITORY)) for path in marked} == {*gpu_session.GPU_TESTS}
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(2400)
+def test_a_whole_gpu_session_in_small(small_cifar100, tmp_path):
+    """The script, from the archive to a table's lines, on a machine without a GPU: its tests are skipped, the rest runs."""
+    archive, out = tmp_path / "data.tar.xz", tmp_path / "out"
+    gpu_session.pack(small_cifar100, archive, "smoke", tmp_path / "here", 0)
+    command = [
+        "sh",
+        "scripts/gpu_session.sh",
+        "run",
+        archive,
+        "--budget",
+        "smoke",
+        "--minutes",
+        "40",
+        "--jobs",
+        "2",
+        "--out",
+        out,
+    ]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, env={**os.environ, "PYTHON": sys.executable})
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    assert [result["step"] for result in results] == ["tests", "losses", "step", "whole_run", "table"]
+    assert {result["exit"] for result in results} == {0}, results
+    assert results[-1]["result"]["runs"] == 2
+    lines = reproduce_report.read(out / "cifar100_lt-smoke.jsonl")
+    assert {line["value"] for line in lines} == {"CE", "VS"}
+
+
 def test_the_pace_of_a_run_that_pastes_images(small_cifar100, tmp_path):
     place = ["--data.source.kind", "folder", "--data.source.path", str(small_cifar100), "--prepared", str(tmp_path)]
     fewer = ["--backbone", "resnet20", "--batch_size", "16", "--loader.kind", "resident"]
