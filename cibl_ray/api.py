@@ -24,7 +24,7 @@ from cibl_ray.run.progress import Silent, Terminal
 from cibl_ray.run.shift import chosen_shift
 from cibl_ray.run.which import checkpoint
 from cibl_ray.training import fit as training
-from cibl_ray.training.resume import resumed
+from cibl_ray.training.resume import need_same_images, resumed
 from cibl_ray.world import World
 from pipelines.common.config_file import find_config, read_content
 from pipelines.common.errors import UserError
@@ -288,10 +288,12 @@ class Run:
             This run.
 
         Raises:
-            UserError: A setting cannot be changed, the data have changed, or another process trains in the folder.
+            UserError: A setting asks for other images, another network or fewer epochs than are done, the data have changed, or
+                another process trains in the folder. Another loss or learning rate is taken, with a warning.
         """
         config, folder = resumed(self.folder, [], None)
-        config = _with(config.model_dump(mode="json"), settings, str(folder / CONFIG))
+        begun, config = config, _with(config.model_dump(mode="json"), settings, str(folder / CONFIG))
+        need_same_images(begun, config, folder)
         return _fit(config, folder, resume=True, progress=progress)
 
     def _path(self, which: Which | None) -> Path:

@@ -43,6 +43,7 @@ from cibl_ray.tracking.trackers import track_run
 from cibl_ray.training.advice import classes_at_zero, next_steps, uses
 from cibl_ray.training.arithmetic import decide
 from cibl_ray.training.folds import cross_validate, few_validation_images, folds_of
+from cibl_ray.training.resume import changes
 from cibl_ray.training.trainer import Trainer
 from cibl_ray.world import PeerLostError, World, require_own_gpu
 from pipelines.common.errors import Interrupted, UserError
@@ -153,6 +154,10 @@ def _fit_in(
             with messages_to(logging.FileHandler(folder / LOG)):
                 if resume:
                     mend(folder, checkpoint is not None, damaged)
+                if checkpoint is not None and (changed := changes(checkpoint.config, config)):
+                    log.warning(
+                        "from epoch %d on the run has %s: it can be compared with neither", checkpoint.epoch + 1, changed
+                    )
                 result = _fit_tracked(trainer, progress)
             if after_save is not None:
                 after_save()

@@ -163,11 +163,15 @@ class Trainer:
             checkpoint: The checkpoint.
 
         Raises:
-            UserError: It is of another network or of other data.
+            UserError: It is of another network or of other data, or of more epochs than the run is to have.
         """
         splits = self.prepared.splits
         if set(checkpoint.data) != set(splits) or not all(splits[name].has(digest) for name, digest in checkpoint.data.items()):
             raise UserError("the data have changed since this run began; start a new run")
+        if self.config.train.epochs < checkpoint.epoch:
+            raise UserError(
+                f"train.epochs is {self.config.train.epochs}, and {checkpoint.epoch} epochs are done; give as many or more"
+            )
         before, now = checkpoint.config.optimizer.kind, self.config.optimizer.kind
         if before != now:
             raise UserError(

@@ -228,6 +228,20 @@ def test_a_run_in_a_thread_and_resumed(config, run, capfd):
     assert "epoch 1/1" in capfd.readouterr().out
     assert found[0].resume({"train.epochs": 2}, progress=False).scores.keys() == run.scores.keys()
     assert len(found[0].history) == 2
+    words = (found[0].folder / "train.log").read_text()
+    assert "compared with neither" not in words
+    # Another rate is taken, and told; other images are not.
+    found[0].resume({"train.epochs": 3, "optimizer.lr": 0.01}, progress=False)
+    told = (found[0].folder / "train.log").read_text().removeprefix(words)
+    assert "from epoch 3 on the run has optimizer.lr 0.01 (it was 0.1): it can be compared with neither" in told
+    for settings, message in (
+        ({"data.val_fraction": 0.2}, "data.val_fraction is 0.2, and the run began with 0.1; its images cannot change"),
+        ({"train.epochs": 1}, "train.epochs is 1, and 3 epochs are done"),
+    ):
+        with pytest.raises(cibl_ray.UserError, match=message):
+            found[0].resume(settings, progress=False)
+    assert len(found[0].history) == 3
+    assert found[0].config.train.epochs == 3
 
 
 def shown_by(cell) -> str:

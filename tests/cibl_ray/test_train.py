@@ -168,6 +168,16 @@ def test_train_mistakes(finished, folders):
             "of another configuration than quickstart (loss",
         ),
         (["--resume", finished[0], "--backbone", "resnet32"], "another architecture"),
+        (["--resume", finished[0], "--epochs", "3"], "train.epochs is 3, and 4 epochs are done; give as many or more"),
+        (
+            ["--resume", finished[0], "--seed", "3"],
+            "seed is 3, and the run began with 0; its images cannot change: leave seed out",
+        ),
+        (
+            ["--resume", finished[0], "--data.profile.imbalance", "7"],
+            "data.profile.imbalance is 7.0, and the run began with",
+        ),
+        (["--resume", finished[0], "--data.profile", "{kind: none}"], "data.profile.kind is none, and the run began with exp"),
         (["quickstart", "--lr", "1e9", "--name", "diverged", *TINY, *folders], "the loss is not finite in epoch"),
     ):
         one_line_error(in_process(train.main, *arguments), message)
