@@ -99,12 +99,18 @@ def decide(
                 rates[str(choice)] = math.inf  # kept, so that not every run tries again
             except _NoMemoryError:
                 log.info("train.precision and train.compile auto: too little memory for %s", choice)
-    best = fastest({choice: rates[str(choice)] for choice in {known, *wanted} if str(choice) in rates})
+    # What an earlier, longer run measured serves a short one, too; but compiling costs each start half a minute.
+    compared = {
+        choice: rates[str(choice)]
+        for choice in choices
+        if str(choice) in rates and (choice in {known, *wanted} or not choice.compile)
+    }
+    best = fastest(compared)
     if len(rates) > 1 and rates != before:
         _write(file, measured | {key: rates})
-    if len(rates) > 1:
-        images = config.train.batch_size
-        listed = ", ".join(f"{name} {images / each:,.0f} img/s" for name, each in sorted(rates.items()) if each < math.inf)
+    if len(compared) > 1:
+        images, named = config.train.batch_size, sorted((str(choice), each) for choice, each in compared.items())
+        listed = ", ".join(f"{name} {images / each:,.0f} img/s" for name, each in named if each < math.inf)
         log.info("train.precision and train.compile auto: %s, of %s", best, listed)
     return _with(config, best)
 

@@ -92,6 +92,17 @@ def test_a_short_run_is_not_timed(machine):
     assert machine.timed == [EAGER16]
 
 
+def test_a_short_run_takes_the_faster_of_what_an_earlier_one_measured(machine, caplog):
+    machine.seconds = {EAGER32: 0.5, EAGER16: 1.0, COMPILED32: 0.1, COMPILED16: 0.9}
+    assert machine.decide(*AUTO).compile is True
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        chosen = machine.decide(*AUTO, batches=10, epochs=20)
+    assert (chosen.precision, chosen.compile, machine.timed) == ("fp32", False, [])
+    (told,) = [record.message for record in caplog.records if "auto" in record.message]
+    assert "fp32, of bf16 64 img/s, fp32 128 img/s" in told  # what was compared, and no more
+
+
 def test_compiling_is_for_half_an_hour_and_more(machine):
     machine.seconds = {choice: value / 5 for choice, value in machine.seconds.items()}
     assert machine.decide(*AUTO).compile is False  # 17 minutes
