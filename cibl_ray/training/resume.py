@@ -27,7 +27,7 @@ def resumed(folder: Path, overrides: list[str], name: str | None) -> tuple[RunCo
     """
     if not is_run(folder) and not (folder / CONFIG).exists():
         left = "; no run began in it: remove it, and start a new run" if never_begun(folder) else ""
-        raise UserError(f"--resume {folder}: not a run folder, it has no {CONFIG}{left}")
+        raise UserError(f"{str(folder)!r} is not a run folder: it has no {CONFIG}{left}")
     content = own_config(folder)
     if name is not None:
         begun = build_config(content, [], str(folder / CONFIG))
