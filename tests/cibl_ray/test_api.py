@@ -272,4 +272,28 @@ def test_the_notebook_runs_and_shows_what_it_shows(tmp_path):
     run = nbformat.v4.new_notebook(cells=[setup, *cells])
     NotebookClient(run, timeout=280, resources={"metadata": {"path": str(tmp_path)}}).execute()
     assert [shown_by(cell) for cell in run.cells[1:]] == shown
-    assert (tmp_path / "runs" / "first" / "bundle" / "manifest.json").is_file()
+    made = tmp_path / "runs" / "digits-python"
+    assert (made / "bundle" / "manifest.json").is_file()
+    # What the text says beside the outputs.
+    text = " ".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    counts = load_checkpoint(made / "checkpoints" / "last.safetensors").train_counts
+    assert f"{counts[0]} images of the zero, {counts[9]} of the nine" in text
+    best = re.search(r"^best \(epoch \d+\) +(\d+)", (REPOSITORY / "docs" / "tutorials" / "digits.md").read_text(), re.MULTILINE)
+    assert content["train"]["epochs"] == 40
+    assert f"the forty of `quickstart` reach {best[1]} % overall" in text
+
+
+def test_the_tutorials_share_no_run_folder():
+    """All can be run in one folder, and a notebook says what to do before it is run again."""
+    names = []
+    for path in sorted((REPOSITORY / "docs" / "tutorials").iterdir()):
+        if path.suffix == ".ipynb":
+            cells = nbformat.read(path, 4).cells
+            found = re.findall(r'\bname="(.+?)"', "\n".join(cell.source for cell in cells if cell.cell_type == "code"))
+            text = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+            assert all("before you run this page again, remove" in text and f"`runs/{name}`" in text for name in found)
+            names += found
+        elif path.suffix == ".md":
+            names += re.findall(r"--name ([\w-]+)", path.read_text())
+    assert len(names) > 5
+    assert len({*names}) == len(names)
