@@ -49,7 +49,7 @@ def load_config(name: str | Path, settings: Mapping[str, Any] | None = None) -> 
         The configuration, with absolute paths. It cannot be changed; load it again with other settings.
 
     Raises:
-        UserError: There is no such configuration, or a field is unknown or has a value that it cannot have.
+        UserError: There is no such configuration, `settings` is no dict, or a field is unknown or has a wrong value.
     """
     path = find_config(str(name))
     return _with(read_content(path, RunConfig), settings, str(path))
@@ -89,6 +89,8 @@ def open_run(folder: str | Path) -> Run:
     Raises:
         UserError: It is not a run folder.
     """
+    if not isinstance(folder, str | Path):
+        raise UserError(f"open_run takes a folder, and got {shown(folder)}")
     path = Path(folder).expanduser().absolute()
     if not is_run(path):
         raise UserError(f"{str(folder)!r} is not a run folder: it has no {CONFIG}")
@@ -322,6 +324,8 @@ def _shift(path: Path, asked: float | None) -> float:
 
 def _with(content: dict[str, Any], settings: Mapping[str, Any] | None, place: str) -> RunConfig:
     """A configuration with values by dotted name."""
+    if not isinstance(settings, Mapping | None):
+        raise UserError(f'settings is {shown(settings)}; give values by dotted name, {{"train.epochs": 20}}')
     pairs = [(str(key), _plain(value)) for key, value in (settings or {}).items()]
     where = f"{place} with {dict(pairs)}" if pairs else place
     return configured(content, pairs, where)

@@ -198,6 +198,12 @@ def test_errors_make_sense_without_a_command_line(run, config, tmp_path):
             cibl_ray.fit(name)
     with pytest.raises(cibl_ray.UserError, match=r"fit takes a configuration, and got \{\}; give it what load_config returns"):
         cibl_ray.fit({})
+    with pytest.raises(cibl_ray.UserError, match="open_run takes a folder, and got None"):
+        cibl_ray.open_run(None)
+    with pytest.raises(cibl_ray.UserError, match=r"settings is \['train.epochs'\]; give values by dotted name"):
+        cibl_ray.load_config("quickstart", ["train.epochs"])
+    with pytest.raises(cibl_ray.UserError, match=r"settings is \['train.epochs'\]; give values by dotted name"):
+        run.resume(["train.epochs"])
     with pytest.raises(cibl_ray.UserError, match=r"is not a run folder: it has no config.yaml"):
         cibl_ray.open_run(tmp_path)
 
