@@ -21,13 +21,13 @@ from cibl_ray.run.folder import CONFIG, RESULT, is_run
 from cibl_ray.run.log import read_metrics
 from cibl_ray.run.own_config import own_config
 from cibl_ray.run.progress import Silent, Terminal
-from cibl_ray.run.shift import chosen_shift
+from cibl_ray.run.shift import checked_shift, chosen_shift
 from cibl_ray.run.which import checkpoint
 from cibl_ray.training import fit as training
 from cibl_ray.training.resume import need_same_images, resumed
 from cibl_ray.world import World
 from pipelines.common.config_file import find_config, read_content
-from pipelines.common.errors import UserError
+from pipelines.common.errors import UserError, shown
 from pipelines.common.validation import validate
 from pipelines.library_warnings import collected_warnings
 
@@ -49,7 +49,7 @@ def load_config(name: str | Path, settings: Mapping[str, Any] | None = None) -> 
         The configuration, with absolute paths. It cannot be changed; load it again with other settings.
 
     Raises:
-        UserError: There is no such configuration, or a field is unknown or has a value that it cannot have.
+        UserError: There is no such configuration, `settings` is no dict, or a field is unknown or has a wrong value.
     """
     path = find_config(str(name))
     return _with(read_content(path, RunConfig), settings, str(path))
@@ -71,8 +71,12 @@ def fit(config: RunConfig, name: str | None = None, *, progress: bool = True) ->
         The finished run.
 
     Raises:
-        UserError: The run folder exists, the data are missing, the loss is not finite, or the machine lacks memory.
+        UserError: `config` is none, the run folder exists, the data are missing, the loss is not finite, or the machine lacks
+            memory.
     """
+    if not isinstance(config, RunConfig):
+        fix = f"load_config({shown(str(config))})" if isinstance(config, str | Path) else "what load_config returns"
+        raise UserError(f"fit takes a configuration, and got {shown(config)}; give it {fix}")
     return _fit(config, config.runs / (name or f"run-{time.strftime('%Y%m%d-%H%M%S')}"), resume=False, progress=progress)
 
 
@@ -85,6 +89,8 @@ def open_run(folder: str | Path) -> Run:
     Raises:
         UserError: It is not a run folder.
     """
+    if not isinstance(folder, str | Path):
+        raise UserError(f"open_run takes a folder, and got {shown(folder)}")
     path = Path(folder).expanduser().absolute()
     if not is_run(path):
         raise UserError(f"{str(folder)!r} is not a run folder: it has no {CONFIG}")
@@ -94,8 +100,8 @@ def open_run(folder: str | Path) -> Run:
 class Run:
     """A run folder.
 
-    Where a method takes a `checkpoint`, None stands for the best epoch on the validation split, or the last epoch where the
-    data have no validation split.
+    Where a method takes a `checkpoint`, None stands for the best epoch on the validation split, or for the last epoch where
+    none was chosen: without a validation split, and where heads are cross-validated (`train.folds`).
 
     Attributes:
         folder: The folder's absolute path.
@@ -153,14 +159,17 @@ class Run:
 
     @property
     def history(self) -> list[dict[str, Any]]:
-        """One dict for each epoch: `epoch`, `train` and `val` (numbers by name), `rate`, `seconds`."""
+        """One dict for each epoch: `epoch`, `train` and `val` (numbers by name), `rate`, `seconds`.
+
+        Only epochs that were evaluated on a validation split have `val` (`train.evaluate_every`).
+        """
         return read_metrics(self.folder)
 
     def network(self, checkpoint: Which | None = None) -> HybridNetwork:
         """The trained network on the CPU, in evaluation mode.
 
-        It maps normalised images, float32 (N, 3, S, S), to an object with `logits` (N, C) and `embeddings`.
-        `network.classify(images)` returns the logits alone.
+        It maps normalised images, float32 (N, 3, S, S), to an object with `logits` (N, C) and `embeddings` (N, d), which are
+        None where the loss needs no projection. `network.classify(images)` returns the logits alone.
 
         Args:
             checkpoint: The checkpoint.
@@ -191,13 +200,14 @@ class Run:
             Scores by name, as in `scores`.
 
         Raises:
-            UserError: The images, the split or the checkpoint are missing, or the class names differ.
+            UserError: The images, the split or the checkpoint are missing, the class names differ, or `tail_shift` has a
+                wrong value.
         """
         if folder is not None and split is not None:
             raise UserError("split names a split of the run's own data; leave it out where a folder is given")
         images = Path(folder).expanduser() if folder is not None else None
         path = self._path(checkpoint)
-        shift = chosen_shift(path) if tail_shift is None else tail_shift
+        shift = _shift(path, tail_shift)
         with _same_process():
             return evaluate(load_checkpoint(path), images, split, shift).scores.numbers()
 
@@ -216,12 +226,12 @@ class Run:
             A prediction for each image, in the same order.
 
         Raises:
-            UserError: A file is missing or is not an image.
+            UserError: A file is missing or is not an image, or `tail_shift` has a wrong value.
         """
         if isinstance(images, str | Path):
             raise UserError(f"predict takes a list of image files; write predict([{str(images)!r}])")
         path = self._path(checkpoint)
-        shift = chosen_shift(path) if tail_shift is None else tail_shift
+        shift = _shift(path, tail_shift)
         predictions = []
         with _same_process(), collected_warnings() as warned:
             classifier = from_checkpoint(load_checkpoint(path), shift)
@@ -272,7 +282,7 @@ class Run:
             raise UserError(f"export has no precision {strange[0]!r}; there are: fp32, fp16, int8")
         folder = Path(out).expanduser().absolute() if out is not None else self.folder / "bundle"
         path = self._path(checkpoint)
-        shift = chosen_shift(path) if tail_shift is None else tail_shift
+        shift = _shift(path, tail_shift)
         with _same_process():
             make_bundle(path, folder, Options(precisions=wanted, tail_shift=shift, **options), overwrite)
         return folder
@@ -309,8 +319,15 @@ def _fit(config: RunConfig, folder: Path, resume: bool, progress: bool) -> Run:
     return Run(folder.absolute())
 
 
+def _shift(path: Path, asked: float | None) -> float:
+    """The tail shift: a number, or with None the one that was chosen for the checkpoint."""
+    return chosen_shift(path) if asked is None else checked_shift(asked)
+
+
 def _with(content: dict[str, Any], settings: Mapping[str, Any] | None, place: str) -> RunConfig:
     """A configuration with values by dotted name."""
+    if not isinstance(settings, Mapping | None):
+        raise UserError(f'settings is {shown(settings)}; give values by dotted name, {{"train.epochs": 20}}')
     pairs = [(str(key), _plain(value)) for key, value in (settings or {}).items()]
     where = f"{place} with {dict(pairs)}" if pairs else place
     return configured(content, pairs, where)

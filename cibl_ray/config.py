@@ -129,10 +129,10 @@ class TrainConfig(Settings):
     )
     batch_norm: Literal["auto", "keep", "update", "sync"] = Field(
         default="auto",
-        description="Batch norm of what is trained. keep: with the running statistics that the weights came with, in training, "
-        "too, for small batches of few classes have others; update: with those of each batch, or of a worker's part of it; "
-        "sync: with those of the whole batch of all workers. auto: keep where the backbone starts from pretrained weights, "
-        "else update.",
+        description="Which statistics batch norm takes in the layers that are trained. keep: the running ones that the weights "
+        "came with, in training, too. Small batches of few classes have other statistics. update: those of each batch, or of a "
+        "worker's part of it. sync: those of the whole batch of all workers. auto: keep where the backbone starts from "
+        "pretrained weights, else update.",
     )
     feature_views: int = Field(
         default=0, ge=0, le=64, description="Augmented views of each training image that tune 'head' computes features of."

@@ -117,5 +117,7 @@ def test_messages_of_troubleshooting_are_in_the_code():
 def test_messages_name_the_fix():
     found = reference.messages()
     assert all(len(texts) > 5 for texts in found.values())
-    assert "run folder … already exists; …choose another name (--name)" in found["Training, runs and evaluation"]
+    assert (
+        "run folder … already exists; …choose another name (--name, in Python name=)" in found["Training, runs and evaluation"]
+    )
     assert reference.messages_page().count("\n| ") > 200

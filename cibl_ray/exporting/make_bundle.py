@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from cibl_ray.bundle.card import FILES, FORMATS, LOGITS, MANIFEST, MAX_SHIFT, NAME, Card, file_sha256
+from cibl_ray.bundle.card import FILES, FORMATS, LOGITS, MANIFEST, NAME, Card, file_sha256
 from cibl_ray.bundle.ort import onnxruntime
 from cibl_ray.bundle.runtime import Provider, Runtime
 from cibl_ray.bundle.targets import Target, this_machine
@@ -30,6 +30,7 @@ from cibl_ray.hardware import resolve
 from cibl_ray.networks.network import HybridNetwork
 from cibl_ray.run.checkpoint import Checkpoint, load_checkpoint
 from cibl_ray.run.folder import CHECKPOINTS
+from cibl_ray.run.shift import checked_shift
 from cibl_ray.tracking.trackers import track_bundle
 from pipelines.augment.recipe import Normalize
 from pipelines.common.errors import UserError
@@ -82,10 +83,11 @@ class Options:
         for name, allowed in choices.items():
             if (value := getattr(self, name)) not in allowed:
                 raise UserError(f"{name} = {value!r}: one of {', '.join(map(repr, allowed))}")
-        for name, low, high in (("max_drop", 0, 100), ("calibration", 1, 100_000), ("tail_shift", -MAX_SHIFT, MAX_SHIFT)):
+        for name, low, high in (("max_drop", 0, 100), ("calibration", 1, 100_000)):
             value = getattr(self, name)
             if not (isinstance(value, int | float) and low <= value <= high):
                 raise UserError(f"{name} = {value!r}: a number from {low:g} to {high:g}")
+        checked_shift(self.tail_shift)
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,8 @@ def make_bundle(checkpoint_file: Path, out: Path, options: Options, overwrite: b
         UserError: `out` exists, the checkpoint cannot be exported, or a precision loses too much accuracy. Nothing changes.
     """
     if out.exists() and not (overwrite and (out / MANIFEST).is_file()):
-        raise UserError(f"{str(out)!r} exists; remove it, or choose another folder (--out)")
+        way = "; in Python overwrite=True replaces it" if (out / MANIFEST).is_file() else ""
+        raise UserError(f"{str(out)!r} exists; remove it, or choose another folder (--out, in Python out=){way}")
     checkpoint = load_checkpoint(checkpoint_file)
     source = _source(checkpoint_file, checkpoint)
     if (origin := checkpoint.config.network.backbone.origin()) is not None:
@@ -349,8 +352,10 @@ class _Export:
         for precision in scores:
             if loss := self._loss(scores, precision):
                 raise UserError(
-                    f"{precision} refused: {loss}, more than {self.options.max_drop:g} points (--max-drop); "
-                    f"leave {precision} out, or calibrate on more images (--calibration); no bundle was written"
+                    f"{precision} refused: {loss}, more than {self.options.max_drop:g} points "
+                    "(--max-drop, in Python max_drop=); "
+                    f"leave {precision} out, or calibrate on more images (--calibration, in Python calibration=); "
+                    "no bundle was written"
                 )
 
     def _loss(self, scores: dict[str, Scores], precision: str) -> str:
@@ -392,6 +397,7 @@ def _run_name(checkpoint: Path) -> str:
 def _model_name(name: str) -> str:
     if not NAME.fullmatch(name):
         raise UserError(
-            f"the model's name {name!r} must be of letters, digits, '.', '_' and '-', at most 128; choose another (--name)"
+            f"the model's name {name!r} must be of letters, digits, '.', '_' and '-', at most 128; choose another "
+            "(--name, in Python name=)"
         )
     return name

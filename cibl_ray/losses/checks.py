@@ -3,12 +3,100 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
+from cibl_ray.losses.base import LossSettings
+from pipelines.common.errors import shown
+from pipelines.common.validation import validate
+
+Config = TypeVar("Config", bound=LossSettings)
+
 # Unit norm as bf16 keeps it: its numbers have 8 bits.
 NORM_TOLERANCE = 0.02
+
+
+def checked_settings(config: type[Config], **settings: Any) -> Config:
+    """A method's configuration, from what its module was given.
+
+    Args:
+        config: The configuration's class, `XConfig` of the module `XLoss`.
+        **settings: Its fields.
+
+    Raises:
+        ValueError: One line names the field that has a value that it cannot have.
+    """
+    return validate(config, settings, f"{config.__name__.removesuffix('Config')}Loss")
+
+
+def check_whole(name: str, value: int, least: int) -> None:
+    """Check a whole number.
+
+    Args:
+        name: What the caller calls it, for the message.
+        value: The number.
+        least: The smallest that it may be.
+
+    Raises:
+        ValueError: It is smaller, or no whole number.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
+        raise ValueError(f"{name} is {shown(value)}; give a whole number of {least} or more")
+
+
+def check_positive(name: str, value: float) -> None:
+    """Check a number.
+
+    Args:
+        name: What the caller calls it, for the message.
+        value: The number.
+
+    Raises:
+        ValueError: It is no finite number above 0.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float | np.number) or not 0 < value < float("inf"):
+        raise ValueError(f"{name} is {shown(value)}; give a finite number above 0")
+
+
+def check_progress(progress: float) -> None:
+    """Check the share of the run that is done.
+
+    Raises:
+        ValueError: It is no number from 0 to 1.
+    """
+    number = progress.numel() == 1 if isinstance(progress, torch.Tensor) else isinstance(progress, int | float | np.number)
+    if not number or not 0 <= progress <= 1:
+        raise ValueError(f"progress is {shown(progress)}; give the share of the run that is done, 0 to 1")
+
+
+def check_queue(queue: Any) -> None:
+    """Check that a queue is a pair; its parts are checked as embeddings and labels.
+
+    Raises:
+        ValueError: It is none.
+    """
+    if not isinstance(queue, tuple | list) or len(queue) != 2:
+        raise ValueError(f"queue is {_kind(queue)}; give a pair, (embeddings, labels)")
+
+
+def check_tensor(name: str, x: Any) -> None:
+    """Check that an input is a tensor.
+
+    Args:
+        name: What the caller calls it, for the message.
+        x: The input.
+
+    Raises:
+        ValueError: It is none.
+    """
+    if not isinstance(x, torch.Tensor):
+        raise ValueError(f"{name} is {_kind(x)}; give a torch.Tensor, as by torch.as_tensor")
+
+
+def _kind(x: Any) -> str:
+    return "None" if x is None else f"of type {type(x).__name__}"
 
 
 def checked_counts(class_counts: Sequence[float] | np.ndarray | torch.Tensor) -> torch.Tensor:
@@ -17,7 +105,10 @@ def checked_counts(class_counts: Sequence[float] | np.ndarray | torch.Tensor) ->
     Raises:
         ValueError: They are not C finite numbers of 0 or more.
     """
-    counts = torch.as_tensor(class_counts).detach().cpu()
+    try:
+        counts = torch.as_tensor(class_counts).detach().cpu()
+    except (TypeError, ValueError, RuntimeError):  # torch's choice of error differs from input to input
+        raise ValueError(f"class_counts is {shown(class_counts)}; give one number for each class, (C,)") from None
     if counts.ndim != 1 or len(counts) == 0:
         raise ValueError(f"class_counts has shape {tuple(counts.shape)}; give one number for each class, (C,)")
     if counts.is_complex() or counts.dtype == torch.bool:
@@ -38,8 +129,9 @@ def check_labels(name: str, labels: torch.Tensor, rows: int) -> torch.Tensor:
         rows: M.
 
     Raises:
-        ValueError: They have another shape, or are no integers.
+        ValueError: They are no tensor, have another shape, or are no integers.
     """
+    check_tensor(name, labels)
     if labels.shape != (rows,):
         raise ValueError(f"{name} has shape {tuple(labels.shape)}; expected one label for each row, ({rows},)")
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
@@ -57,8 +149,9 @@ def check_matrix(name: str, x: torch.Tensor, rows: int | None = None, columns: i
         columns: How many columns it must have; None: any number.
 
     Raises:
-        ValueError: It has another shape, or holds no real floats.
+        ValueError: It is no tensor, has another shape, or holds no real floats.
     """
+    check_tensor(name, x)
     fits = x.ndim == 2 and rows in (None, x.shape[0]) and columns in (None, x.shape[1])
     if not fits:
         expected = f"({'M' if rows is None else rows}, {'d' if columns is None else columns})"

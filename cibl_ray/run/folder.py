@@ -51,10 +51,10 @@ def need_new(folder: Path) -> None:
         return
     way = ""
     if is_run(folder):
-        way = f"resume it (--resume {folder}), or "
+        way = f"resume it (--resume {folder}, in Python open_run({str(folder)!r}).resume()), or "
     elif never_begun(folder):
         way = "it holds no run: remove it, or "
-    raise UserError(f"run folder {str(folder)!r} already exists; {way}choose another name (--name)")
+    raise UserError(f"run folder {str(folder)!r} already exists; {way}choose another name (--name, in Python name=)")
 
 
 def same_name(name: str, resumed: str) -> None:

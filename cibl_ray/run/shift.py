@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+from numbers import Real
 from pathlib import Path
 from typing import Any, Literal
 
 from cibl_ray.bundle.card import MAX_SHIFT
 from cibl_ray.run.folder import BEST, BEST_RESULT, LAST, RESULT, is_run
-from pipelines.common.errors import UserError
+from pipelines.common.errors import UserError, shown
 
 log = logging.getLogger(__name__)
 
@@ -93,6 +94,8 @@ def checked_shift(shift: float) -> float:
     Raises:
         UserError: It is out of range, or no number.
     """
-    if not abs(shift) <= MAX_SHIFT:  # false for NaN, too
-        raise UserError(f"tail_shift = {shift}: a number from {-MAX_SHIFT:g} to {MAX_SHIFT:g}")
-    return shift
+    number = isinstance(shift, Real) and not isinstance(shift, bool)
+    if not number or not abs(shift) <= MAX_SHIFT:  # false for NaN, too
+        limits = f"a number from {-MAX_SHIFT:g} to {MAX_SHIFT:g}"
+        raise UserError(f"tail_shift = {shown(shift)}: {limits}; in Python None takes the shift that the run chose")
+    return float(shift)

@@ -83,5 +83,8 @@ def _in_folder_itself(run: Path, names: tuple[str, ...], which: str | None) -> P
         if (head := read_head(folder / name)) is not None:
             raise UserError(f"{str(folder)!r} has no {wanted} checkpoint; take {folder / name}, of epoch {head['epoch']}")
     if read_metrics(run):
-        raise UserError(f"{str(folder)!r} has no checkpoint left; --resume {run} trains again from epoch 1")
+        raise UserError(
+            f"{str(folder)!r} has no checkpoint left; resuming it (--resume {run}, in Python Run.resume) "
+            "trains again from epoch 1"
+        )
     raise UserError(f"{str(folder)!r} has no {wanted} checkpoint; the run has not finished its first epoch")

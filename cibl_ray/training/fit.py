@@ -145,7 +145,9 @@ def _fit_in(
     try:
         folder.mkdir(parents=True, exist_ok=resume)
     except FileExistsError as error:
-        raise UserError(f"run folder {str(folder)!r} was just made by another process; choose another name (--name)") from error
+        raise UserError(
+            f"run folder {str(folder)!r} was just made by another process; choose another name (--name, in Python name=)"
+        ) from error
     with lock_folder(folder, "training", max(patience, 30 if world.size > 1 else 0)):
         try:
             if after_save is not None:

@@ -60,7 +60,7 @@ def resumed(folder: Path, overrides: list[str], name: str | None) -> tuple[RunCo
     """
     if not is_run(folder) and not (folder / CONFIG).exists():
         left = "; no run began in it: remove it, and start a new run" if never_begun(folder) else ""
-        raise UserError(f"--resume {folder}: not a run folder, it has no {CONFIG}{left}")
+        raise UserError(f"{str(folder)!r} is not a run folder: it has no {CONFIG}{left}")
     content = own_config(folder)
     begun = build_config(content, [], str(folder / CONFIG))
     if name is not None:

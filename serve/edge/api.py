@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from cibl_ray.bundle.card import MANIFEST, MAX_SHIFT, PROBABILITIES, Card, open_bundle
-from pipelines.common.errors import UserError
+from pipelines.common.errors import UserError, shown
 from pipelines.pixels import MAX_PIXELS, BadImageError
 from serve.decode import top
 from serve.edge.download import download
@@ -100,12 +101,12 @@ class Model:
             An answer for each image, in order. A bad image has a `problem`, and the others are answered.
 
         Raises:
-            UserError: k, tail_shift or batch is out of range, or `images` is one image.
+            UserError: k, tail_shift or batch is out of range or no number, or `images` is one image.
         """
-        if k < 1 or batch < 1:
-            raise UserError(f"k={k}, batch={batch}: both must be 1 or more")
-        if not abs(tail_shift) <= MAX_SHIFT:  # false for NaN, too
-            raise UserError(f"tail_shift={tail_shift} is not a number from {-MAX_SHIFT:g} to {MAX_SHIFT:g}")
+        if not (_is_number(k, Integral) and _is_number(batch, Integral)) or k < 1 or batch < 1:
+            raise UserError(f"k={shown(k)}, batch={shown(batch)}: both must be whole numbers of 1 or more")
+        if not _is_number(tail_shift, Real) or not abs(tail_shift) <= MAX_SHIFT:  # false for NaN, too
+            raise UserError(f"tail_shift={shown(tail_shift)} is not a number from {-MAX_SHIFT:g} to {MAX_SHIFT:g}")
         if isinstance(images, (str, bytes, os.PathLike, Image.Image)) or (
             isinstance(images, np.ndarray) and _is_picture(images)
         ):
@@ -143,6 +144,10 @@ class Model:
         for (place, _), row in zip(waiting, probabilities, strict=True):
             answers[place] = Answer(top(self.card, row, k))
         waiting.clear()
+
+
+def _is_number(value: Any, kind: type) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 def _is_picture(array: np.ndarray) -> bool:

@@ -91,10 +91,12 @@ def test_a_run_has_scores_history_and_a_network(run):
     assert all(isinstance(value, float) for value in run.scores.values())
     assert [row["epoch"] for row in run.history] == [1, 2]
     assert run.history[0]["train"]["loss"] > 0
+    assert all("val" in row for row in run.history)
     network = run.network()
     assert isinstance(network, torch.nn.Module)
     assert not network.training
     assert network(torch.zeros(2, 3, 16, 16)).logits.shape == (2, 10)
+    assert network(torch.zeros(2, 3, 16, 16)).embeddings is None  # cross-entropy needs no projection
     assert run.classes == [str(digit) for digit in range(10)]
     assert run.config.train.epochs == 2
 
@@ -155,8 +157,10 @@ def test_export_makes_a_bundle(run, tmp_path, monkeypatch):
     bundle = run.export(out=tmp_path / "bundle", provider="cpu")
     made = json.loads((bundle / "manifest.json").read_text())
     assert made["default_tail_shift"] == 0.7  # as the command does
-    with pytest.raises(cibl_ray.UserError, match="exists; remove it, or choose another folder"):
+    with pytest.raises(cibl_ray.UserError, match=r"exists; remove it, .* in Python overwrite=True replaces it"):
         run.export(out=bundle)
+    with pytest.raises(cibl_ray.UserError, match=r"exists; remove it, or choose another folder \(--out, in Python out=\)$"):
+        run.export(out=tmp_path)
     for wrong, message in (
         ({"precisions": ["int4"]}, "no precision 'int4'; there are: fp32, fp16, int8"),
         ({"names": "x"}, "no option 'names'; there are: calibration, embedding"),
@@ -176,9 +180,30 @@ def test_export_makes_a_bundle(run, tmp_path, monkeypatch):
     assert [*tmp_path.iterdir()] == [bundle]
 
 
+@pytest.mark.parametrize("method", ["evaluate", "predict", "export"])
+@pytest.mark.parametrize("shift", ["auto", "0.5", True, [1], float("nan"), 101])
+def test_a_tail_shift_is_a_number_or_none(run, images, method, shift):
+    arguments = {"evaluate": [], "predict": [[next(images.glob("*/*.png"))]], "export": []}[method]
+    with pytest.raises(cibl_ray.UserError, match=r"tail_shift = .*: a number from -100 to 100; in Python None takes the shift"):
+        getattr(run, method)(*arguments, tail_shift=shift)
+    assert not (run.folder / "bundle").exists()
+
+
 def test_errors_make_sense_without_a_command_line(run, config, tmp_path):
-    with pytest.raises(cibl_ray.UserError, match=r"run folder '.*first' already exists; resume it .* or choose another name"):
+    again = r"run folder '.*first' already exists; resume it .*open_run\('.*first'\).resume\(\)\), or .* in Python name="
+    with pytest.raises(cibl_ray.UserError, match=again):
         cibl_ray.fit(config, name="first")
+    for name in ("quickstart", Path("quickstart")):
+        with pytest.raises(cibl_ray.UserError, match=r"fit takes a configuration, .*; give it load_config\('quickstart'\)$"):
+            cibl_ray.fit(name)
+    with pytest.raises(cibl_ray.UserError, match=r"fit takes a configuration, and got \{\}; give it what load_config returns"):
+        cibl_ray.fit({})
+    with pytest.raises(cibl_ray.UserError, match="open_run takes a folder, and got None"):
+        cibl_ray.open_run(None)
+    with pytest.raises(cibl_ray.UserError, match=r"settings is \['train.epochs'\]; give values by dotted name"):
+        cibl_ray.load_config("quickstart", ["train.epochs"])
+    with pytest.raises(cibl_ray.UserError, match=r"settings is \['train.epochs'\]; give values by dotted name"):
+        run.resume(["train.epochs"])
     with pytest.raises(cibl_ray.UserError, match=r"is not a run folder: it has no config.yaml"):
         cibl_ray.open_run(tmp_path)
 
@@ -267,4 +292,28 @@ def test_the_notebook_runs_and_shows_what_it_shows(tmp_path):
     run = nbformat.v4.new_notebook(cells=[setup, *cells])
     NotebookClient(run, timeout=280, resources={"metadata": {"path": str(tmp_path)}}).execute()
     assert [shown_by(cell) for cell in run.cells[1:]] == shown
-    assert (tmp_path / "runs" / "first" / "bundle" / "manifest.json").is_file()
+    made = tmp_path / "runs" / "digits-python"
+    assert (made / "bundle" / "manifest.json").is_file()
+    # What the text says beside the outputs.
+    text = " ".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    counts = load_checkpoint(made / "checkpoints" / "last.safetensors").train_counts
+    assert f"{counts[0]} images of the zero, {counts[9]} of the nine" in text
+    best = re.search(r"^best \(epoch \d+\) +(\d+)", (REPOSITORY / "docs" / "tutorials" / "digits.md").read_text(), re.MULTILINE)
+    assert content["train"]["epochs"] == 40
+    assert f"the forty of `quickstart` reach {best[1]} % overall" in text
+
+
+def test_the_tutorials_share_no_run_folder():
+    """All can be run in one folder, and a notebook says what to do before it is run again."""
+    names = []
+    for path in sorted((REPOSITORY / "docs" / "tutorials").iterdir()):
+        if path.suffix == ".ipynb":
+            cells = nbformat.read(path, 4).cells
+            found = re.findall(r'\bname="(.+?)"', "\n".join(cell.source for cell in cells if cell.cell_type == "code"))
+            text = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+            assert all("before you run this page again, remove" in text and f"`runs/{name}`" in text for name in found)
+            names += found
+        elif path.suffix == ".md":
+            names += re.findall(r"--name ([\w-]+)", path.read_text())
+    assert len(names) > 5
+    assert len({*names}) == len(names)

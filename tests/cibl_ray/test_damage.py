@@ -242,7 +242,7 @@ def test_a_best_checkpoint_that_is_gone_is_not_replaced_by_the_last_in_silence(w
     with pytest.raises(cibl_ray.UserError, match=r"has no best checkpoint; take .*last.safetensors, of epoch 3"):
         checkpoint(folder, "best")
     shutil.rmtree(folder / "checkpoints")
-    with pytest.raises(cibl_ray.UserError, match="has no checkpoint left; --resume .* trains again from epoch 1"):
+    with pytest.raises(cibl_ray.UserError, match="has no checkpoint left; resuming it .--resume .* trains again from epoch 1"):
         checkpoint(folder)
 
 

@@ -221,6 +221,47 @@ def test_what_does_not_fit_is_refused(change, message):
         losses.CIBLLoss(COUNTS)(logits, z, labels)
 
 
+@pytest.mark.parametrize("name", losses.__all__)
+def test_what_is_no_tensor_is_refused_in_one_line_that_names_it(name):
+    make = getattr(losses, name)
+    wide = ({"size": 16} if "size" in inspect.signature(make).parameters else {}) | {"validate": False}
+    loss = make([5, 1, 2], **wide)
+    inputs = {"logits": torch.randn(4, 3), "embeddings": torch.randn(4, 16), "labels": torch.tensor([0, 1, 2, 0])}
+    inputs |= {"prototypes": torch.randn(3, 16), "queue": (torch.randn(2, 16), torch.tensor([0, 1])), "progress": 0.5}
+    inputs["classifier_labels"] = inputs["labels"].clone()
+    taken = {each: inputs[each] for each in inspect.signature(loss.forward).parameters}
+    assert loss(**taken).isfinite()
+    for argument, value in taken.items():
+        wrong = ["text", [1, 2, 3]]
+        if isinstance(value, torch.Tensor):
+            wrong += [value.tolist(), value.numpy(), 1] + ([] if argument == "classifier_labels" else [None])
+        elif argument == "queue":
+            wrong += [value[:1], value[0], tuple(each.numpy() for each in value)]
+        else:
+            wrong += [None, 1.5, float("nan"), torch.tensor([0.1, 0.2])]
+        for each in wrong:
+            with pytest.raises(ValueError, match=argument if argument != "classifier_labels" else "labels") as refused:
+                loss(**taken | {argument: each})
+            assert len(str(refused.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("make", [losses.PSCLoss, losses.HybridPSCLoss, losses.ProCoLoss])
+def test_a_size_that_does_not_fit_is_refused(make):
+    inputs = {"logits": torch.randn(4, 3), "embeddings": torch.randn(4, 16), "labels": torch.tensor([0, 1, 2, 0])}
+    loss = make([5, 1, 2], 32)
+    with pytest.raises(ValueError, match=r"embeddings has shape \(4, 16\), and size is 32; give size=16"):
+        loss(**{each: inputs[each] for each in inspect.signature(loss.forward).parameters if each in inputs})
+    for size in (0, -1, 2.5, "16", True, None):
+        with pytest.raises(ValueError, match=f"size is {size!r}; give a whole number of 1 or more"):
+            make([5, 1, 2], size)
+
+
+def test_logits_that_are_of_other_images_need_labels_of_their_own():
+    e = Example("mixed", torch.float32, queued=False)
+    with pytest.raises(ValueError, match=r"^logits has shape \(9, 12\); expected \(10, 12\)"):
+        losses.HybridSCLoss(COUNTS)(e.logits[:9], e.z, e.labels)
+
+
 @pytest.mark.parametrize("name", CONTRASTIVE)
 def test_a_queue_that_does_not_fit_is_refused(name):
     make, call, _ = CASES[name]
@@ -240,6 +281,10 @@ def test_a_queue_that_does_not_fit_is_refused(name):
         ([3.0, float("nan")], r"class_counts\[1\] = nan"),
         ([], r"class_counts has shape \(0,\)"),
         ([[3, 1]], r"class_counts has shape \(1, 2\)"),
+        ("many", "class_counts is 'many'; give one number for each class"),
+        (None, "class_counts is None"),
+        ({0: 3}, "class_counts is {0: 3}"),
+        ([3, "1"], r"class_counts is \[3, '1'\]"),
     ],
 )
 def test_counts_that_are_none_are_refused(counts, message):
@@ -247,10 +292,24 @@ def test_counts_that_are_none_are_refused(counts, message):
         losses.CIBLLoss(counts)
 
 
-@pytest.mark.parametrize("arguments", [{"tail_skew": -1}, {"temperature": 0}, {"normalize": "sum"}, {"kappa": float("nan")}])
-def test_settings_out_of_range_are_refused(arguments):
-    with pytest.raises(ValueError, match=next(iter(arguments))):
-        losses.CIBLLoss(COUNTS, **arguments)
+@pytest.mark.parametrize("name", losses.__all__)
+def test_settings_out_of_range_are_refused_in_one_line(name):
+    make = getattr(losses, name)
+    of_tensors = {"class_counts", "size", "normalized", "gather", "validate"}
+    wide = {"size": 16} if "size" in inspect.signature(make).parameters else {}
+    for setting in inspect.signature(make).parameters.keys() - of_tensors:
+        for value in (-1, float("nan"), "text", None):
+            if (setting, value) == ("positive_in_denominator", "text"):
+                continue
+            with pytest.raises(ValueError, match=rf"^({name}: )?{setting} (=|is) ") as refused:
+                make(COUNTS, **wide, **{setting: value})
+            assert len(str(refused.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("views", [0, -2, 1.5, True])
+def test_views_are_one_or_more(views):
+    with pytest.raises(ValueError, match=f"views is {views}; give a whole number of 1 or more"):
+        losses.CIBLLoss(COUNTS, views=views)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -385,8 +444,10 @@ def test_two_processes_have_the_gradients_of_one(name, split, two_processes):
 
 
 def test_a_process_that_refuses_its_input_stops_all(two_processes):
-    assert two_processes[0]["refused"] == "rank 1 refused its input of this step; its own error says why"
-    assert two_processes[1]["refused"].startswith("labels holds 12;")
+    assert two_processes[0]["refused"] == ["rank 1 refused its input of this step; its own error says why"] * 2
+    value, kind = two_processes[1]["refused"]
+    assert value.startswith("labels holds 12;")
+    assert kind.startswith("labels is of type list;")
 
 
 def test_proco_knows_the_same_classes_where_a_process_has_no_rows(two_processes):
@@ -417,10 +478,12 @@ def _work(folder, rank):
     proco(torch.randn(mine, CLASSES), torch.randn(mine, 16, generator=random), torch.arange(mine) % CLASSES)
     result["class means"] = proco.class_means.means
     labels = torch.full((3,), 12 * rank)
-    try:
-        losses.CIBLLoss(COUNTS, gather=True)(torch.randn(3, CLASSES), torch.randn(3, WIDTH), labels)
-    except ValueError as error:
-        result["refused"] = str(error)
+    result["refused"] = []
+    for each in (labels, labels.tolist() if rank else labels):
+        try:
+            losses.CIBLLoss(COUNTS, gather=True)(torch.randn(3, CLASSES), torch.randn(3, WIDTH), each)
+        except ValueError as error:
+            result["refused"].append(str(error))
     torch.save(result, folder / f"{rank}.pt")
     dist.destroy_process_group()
 

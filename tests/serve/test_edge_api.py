@@ -50,9 +50,10 @@ def test_bad_images_are_told_and_the_others_answered(model, tmp_path):
     assert "No such file" in str(answers[2].problem)
     assert answers[3].problem == "an array of float32 (4, 4); give uint8 (H, W, 3) or (H, W)"
     assert model.predict([]) == []
-    for wrong in ({"k": 0}, {"batch": 0}, {"tail_shift": float("nan")}, {"tail_shift": 101}):
-        with pytest.raises(UserError):
-            model.predict([encoded("PNG")], **wrong)
+    for name, values in {"k": (0, "2", 1.5, None), "batch": (0, "2"), "tail_shift": (float("nan"), 101, "auto", None)}.items():
+        for value in values:
+            with pytest.raises(UserError, match=f"{name}={value!r}"):
+                model.predict([encoded("PNG")], **{name: value})
 
 
 def test_the_limit_of_pixels_can_be_set(bundle):

@@ -11,7 +11,17 @@ import torch.nn.functional as F
 from torch import nn
 
 from cibl_ray.losses.base import LossSettings
-from cibl_ray.losses.checks import check_labels, check_matrix, check_values, checked_counts, to_unit_norm
+from cibl_ray.losses.checks import (
+    check_labels,
+    check_matrix,
+    check_progress,
+    check_queue,
+    check_tensor,
+    check_values,
+    check_whole,
+    checked_counts,
+    to_unit_norm,
+)
 from cibl_ray.losses.gather import Rows, agree_on_rows, gather
 from cibl_ray.losses.inputs import ClassPrior, ContrastSet, LossInputs
 
@@ -55,8 +65,12 @@ class LossModule(nn.Module):
         normalized: The embeddings have unit norm already.
         gather: Contrast with the embeddings of all processes.
         validate: Check the values of the inputs.
+
+    Attributes:
+        size: d, where the module keeps tensors of that width; None: embeddings may have any.
     """
 
+    size: int | None = None
     train_counts: torch.Tensor
     log_prior: torch.Tensor
 
@@ -100,7 +114,9 @@ class LossModule(nn.Module):
             error = refused
         if self.gather:
             # Before this process raises: the others would wait for it.
-            rows = agree_on_rows(len(batch.labels) if batch.labels.ndim else 0, error, batch.labels.device)
+            given = [each for each in (batch.labels, batch.logits, batch.embeddings) if isinstance(each, torch.Tensor)]
+            device = given[0].device if given else self.train_counts.device
+            rows = agree_on_rows(0 if error is not None else len(batch.labels), error, device)
         elif error is not None:
             raise error
         labels, second_stream = batch.labels, batch.second_stream
@@ -145,6 +161,15 @@ class LossModule(nn.Module):
 
     def _checked(self, batch: Batch) -> Batch:
         """The batch with all labels as int64; ValueError for what does not fit."""
+        needs, queue, second_stream = self.config.needs, batch.queue, batch.second_stream
+        for name, given, used in (
+            ("labels", batch.labels, True),
+            ("embeddings", batch.embeddings, needs.projection),
+            ("logits", batch.logits, second_stream is None and not needs.detached_head),
+            ("prototypes", batch.prototypes, needs.prototypes is not None),
+        ):
+            if used or given is not None:
+                check_tensor(name, given)
         rows = len(batch.labels) if batch.labels.ndim else 0
         for first in (batch.embeddings, batch.logits):
             rows = len(first) if first is not None and first.ndim else rows
@@ -157,26 +182,28 @@ class LossModule(nn.Module):
             check_matrix("embeddings", batch.embeddings, rows)
             floats["embeddings"] = units["embeddings"] = batch.embeddings
             width = batch.embeddings.shape[1]
+            if self.size not in (None, width):
+                raise ValueError(f"embeddings has shape {(rows, width)}, and size is {self.size}; give size={width}")
         labels["labels"] = check_labels("labels", batch.labels, rows)
         if batch.prototypes is not None:
             check_matrix("prototypes", batch.prototypes, self.classes, width)
             floats["prototypes"] = units["prototypes"] = batch.prototypes
-        queue, second_stream = batch.queue, batch.second_stream
         if queue is not None:
+            check_queue(queue)
             check_matrix("queue[0]", queue[0], None, width)
             labels["queue[1]"] = check_labels("queue[1]", queue[1], len(queue[0]))
             floats["queue[0]"] = units["queue[0]"] = queue[0]
             queue = queue[0], labels["queue[1]"]
         if second_stream is not None:
-            check_matrix("logits", second_stream[0], None, self.classes)
+            # Without labels of their own the logits are of the embeddings' images.
+            check_matrix("logits", second_stream[0], rows if second_stream[1] is batch.labels else None, self.classes)
             labels["classifier_labels"] = check_labels("classifier_labels", second_stream[1], len(second_stream[0]))
             floats["logits"] = second_stream[0]
             second_stream = second_stream[0], labels["classifier_labels"]
         if rows % batch.views:
             hint = "put the views of an image next to each other"
             raise ValueError(f"{rows} rows are not divisible by views = {batch.views}; {hint}")
-        if not 0 <= batch.progress <= 1:
-            raise ValueError(f"progress is {batch.progress}; give the share of the run that is done, 0 to 1")
+        check_progress(batch.progress)
         if self.validate:
             check_values(labels, floats, units if self.normalized else {}, self.classes)
         return Batch(
@@ -193,5 +220,6 @@ class LossModule(nn.Module):
 
 
 def learned_prototypes(classes: int, size: int) -> nn.Parameter:
-    """Random prototypes of unit norm, (classes, size), to be learned."""
+    """Random prototypes of unit norm, (classes, size), to be learned. ValueError for a size that is none."""
+    check_whole("size", size, 1)
     return nn.Parameter(F.normalize(torch.randn(classes, size), dim=1))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from cibl_ray.losses.balanced_softmax import BalancedSoftmaxConfig
+from cibl_ray.losses.checks import check_positive, checked_settings
 from cibl_ray.losses.cross_entropy import CrossEntropyConfig
 from cibl_ray.losses.label_smoothing import LabelSmoothingConfig, Shape
 from cibl_ray.losses.ldam import LDAMConfig
@@ -35,7 +36,7 @@ class CrossEntropyLoss(_OfLogits):
     """
 
     def __init__(self, class_counts: ClassCounts, *, validate: bool = True) -> None:
-        super().__init__(CrossEntropyConfig(kind="cross_entropy"), class_counts, validate=validate)
+        super().__init__(checked_settings(CrossEntropyConfig, kind="cross_entropy"), class_counts, validate=validate)
 
 
 class BalancedSoftmaxLoss(_OfLogits):
@@ -48,7 +49,8 @@ class BalancedSoftmaxLoss(_OfLogits):
     """
 
     def __init__(self, class_counts: ClassCounts, kappa: float = 1.0, *, validate: bool = True) -> None:
-        super().__init__(BalancedSoftmaxConfig(kind="balanced_softmax", kappa=kappa), class_counts, validate=validate)
+        config = checked_settings(BalancedSoftmaxConfig, kind="balanced_softmax", kappa=kappa)
+        super().__init__(config, class_counts, validate=validate)
 
 
 class LDAMLoss(LossModule):
@@ -73,8 +75,9 @@ class LDAMLoss(LossModule):
         *,
         validate: bool = True,
     ) -> None:
-        config = LDAMConfig(kind="ldam", max_margin=max_margin, reweight_from=reweight_from, beta=beta)
+        config = checked_settings(LDAMConfig, kind="ldam", max_margin=max_margin, reweight_from=reweight_from, beta=beta)
         super().__init__(config, class_counts, validate=validate)
+        check_positive("scale", scale)
         self.scale = scale
 
     def forward(self, logits: torch.Tensor, labels: torch.Tensor, progress: float = 0.0) -> torch.Tensor:
@@ -104,7 +107,8 @@ class VSLoss(_OfLogits):
     def __init__(
         self, class_counts: ClassCounts, logit_gamma: float = 0.15, kappa: float = 1.0, *, validate: bool = True
     ) -> None:
-        super().__init__(VSConfig(kind="vs", logit_gamma=logit_gamma, kappa=kappa), class_counts, validate=validate)
+        config = checked_settings(VSConfig, kind="vs", logit_gamma=logit_gamma, kappa=kappa)
+        super().__init__(config, class_counts, validate=validate)
 
 
 class LabelSmoothingLoss(_OfLogits):
@@ -129,7 +133,8 @@ class LabelSmoothingLoss(_OfLogits):
         *,
         validate: bool = True,
     ) -> None:
-        config = LabelSmoothingConfig(
+        config = checked_settings(
+            LabelSmoothingConfig,
             kind="label_smoothing",
             head_smoothing=head_smoothing,
             tail_smoothing=tail_smoothing,

@@ -9,7 +9,7 @@ from torch import nn
 
 from cibl_ray.losses.balanced_softmax import adjust_logits
 from cibl_ray.losses.bcl import BCLConfig
-from cibl_ray.losses.checks import to_unit_norm
+from cibl_ray.losses.checks import check_whole, checked_settings, to_unit_norm
 from cibl_ray.losses.cibl import CIBLConfig, Normalization
 from cibl_ray.losses.cross_entropy import cross_entropy
 from cibl_ray.losses.hybrid import Curve, HybridPSCConfig, HybridSCConfig
@@ -101,8 +101,11 @@ class CIBLLoss(_OfBoth):
         gather: bool = False,
         validate: bool = True,
     ) -> None:
+        check_whole("views", views, 1)
         classify: Literal["all", "first"] = "first" if views > 1 else "all"
-        config = CIBLConfig(tail_skew=tail_skew, temperature=temperature, kappa=kappa, normalize=normalize, classify=classify)
+        config = checked_settings(
+            CIBLConfig, tail_skew=tail_skew, temperature=temperature, kappa=kappa, normalize=normalize, classify=classify
+        )
         super().__init__(config, class_counts, normalized, gather, validate)
         self.views = views
 
@@ -133,7 +136,8 @@ class BCLLoss(LossModule):
         gather: bool = False,
         validate: bool = True,
     ) -> None:
-        config = BCLConfig(
+        config = checked_settings(
+            BCLConfig,
             kind="bcl",
             temperature=temperature,
             kappa=kappa,
@@ -193,7 +197,9 @@ class PaCoLoss(_OfBoth):
         validate: bool = True,
     ) -> None:
         # Queue and averaged network are the caller's: `forward` takes the queue's content.
-        config = PaCoConfig(kind="paco", temperature=temperature, kappa=kappa, alpha=alpha, beta=beta, queue=0, momentum=None)
+        config = checked_settings(
+            PaCoConfig, kind="paco", temperature=temperature, kappa=kappa, alpha=alpha, beta=beta, queue=0, momentum=None
+        )
         super().__init__(config, class_counts, normalized, gather, validate)
 
 
@@ -226,7 +232,9 @@ class HybridSCLoss(_Hybrid):
         gather: bool = False,
         validate: bool = True,
     ) -> None:
-        config = HybridSCConfig(kind="hybrid_sc", temperature=temperature, curve=curve, share=share, kappa=kappa)
+        config = checked_settings(
+            HybridSCConfig, kind="hybrid_sc", temperature=temperature, curve=curve, share=share, kappa=kappa
+        )
         super().__init__(config, class_counts, normalized, gather, validate)
         self.register_parameter("prototypes", None)
 
@@ -262,7 +270,8 @@ class HybridPSCLoss(_Hybrid):
         normalized: bool = False,
         validate: bool = True,
     ) -> None:
-        config = HybridPSCConfig(
+        config = checked_settings(
+            HybridPSCConfig,
             kind="hybrid_psc",
             temperature=temperature,
             curve=curve,
@@ -271,7 +280,7 @@ class HybridPSCLoss(_Hybrid):
             positive_in_denominator=positive_in_denominator,
         )
         super().__init__(config, class_counts, normalized, False, validate)
-        self.prototypes = learned_prototypes(self.classes, size)
+        self.prototypes, self.size = learned_prototypes(self.classes, size), size
 
 
 class ProCoLoss(LossModule):
@@ -302,11 +311,14 @@ class ProCoLoss(LossModule):
         gather: bool = False,
         validate: bool = True,
     ) -> None:
-        config = ProCoConfig(kind="proco", temperature=temperature, kappa=kappa, contrastive_weight=contrastive_weight)
+        config = checked_settings(
+            ProCoConfig, kind="proco", temperature=temperature, kappa=kappa, contrastive_weight=contrastive_weight
+        )
         super().__init__(config, class_counts, normalized, gather, validate)
+        check_whole("size", size, 1)
         if size < 16:
             raise ValueError(f"size is {size}; ProCo's distributions are computed for embeddings of 16 dimensions and more")
-        self.class_means = ClassMeans(self.classes, size)
+        self.class_means, self.size = ClassMeans(self.classes, size), size
         self._settings = config
 
     def forward(

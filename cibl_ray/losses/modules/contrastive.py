@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from cibl_ray.losses.checks import to_unit_norm
+from cibl_ray.losses.checks import checked_settings, to_unit_norm
 from cibl_ray.losses.inputs import LossInputs
 from cibl_ray.losses.modules.base import Batch, ClassCounts, Labelled, LossModule, learned_prototypes
 from cibl_ray.losses.psc import PSCConfig, psc
@@ -31,7 +31,8 @@ class SupConLoss(LossModule):
         gather: bool = False,
         validate: bool = True,
     ) -> None:
-        super().__init__(SupConConfig(kind="supcon", temperature=temperature), class_counts, normalized, gather, validate)
+        config = checked_settings(SupConConfig, kind="supcon", temperature=temperature)
+        super().__init__(config, class_counts, normalized, gather, validate)
         self._temperature = temperature
 
     def forward(self, embeddings: torch.Tensor, labels: torch.Tensor, queue: Labelled | None = None) -> torch.Tensor:
@@ -77,10 +78,12 @@ class PSCLoss(LossModule):
         normalized: bool = False,
         validate: bool = True,
     ) -> None:
-        config = PSCConfig(kind="psc", temperature=temperature, positive_in_denominator=positive_in_denominator)
+        config = checked_settings(
+            PSCConfig, kind="psc", temperature=temperature, positive_in_denominator=positive_in_denominator
+        )
         super().__init__(config, class_counts, normalized, False, validate)
         self._temperature, self._positive = temperature, positive_in_denominator
-        self.prototypes = learned_prototypes(self.classes, size)
+        self.prototypes, self.size = learned_prototypes(self.classes, size), size
 
     def forward(self, embeddings: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Compute the loss, a scalar.
