@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw
 from pipelines.augment.recipe import Augment
 from pipelines.common.command_line import ConfigParser
 from pipelines.common.errors import UserError, run_command
-from pipelines.common.files import write_atomically
+from pipelines.common.files import need_writable, write_atomically
 from pipelines.common.fonts import Pen
 from pipelines.config import LoaderConfig
 from pipelines.loaders.make import make_loader
@@ -50,6 +50,7 @@ def main() -> None:
         _check(arguments.out)
     prepared = ensure_prepared(config.data, config.seed)
     out = arguments.out or prepared.folder / "views.png"
+    need_writable(out.parent, str(out), "name another file: --out FILE.png")
     count = min(arguments.images, prepared.splits["train"].samples)
     reading = train_reading(config.data, count, config.seed)
     loader = make_loader(prepared, "train", reading, LoaderConfig())
@@ -80,6 +81,7 @@ def _check(out: Path) -> None:
         raise UserError(f"--out {str(out)!r}: name a file such as views.png in a folder that exists")
     if out.exists():
         raise UserError(f"{str(out)!r} is there already; name another file with --out")
+    need_writable(out.parent, f"--out {out}", "name a file in another folder")
 
 
 def _images(views: torch.Tensor) -> list[Image.Image]:

@@ -33,6 +33,7 @@ from cibl_ray.run.folder import CHECKPOINTS
 from cibl_ray.tracking.trackers import track_bundle
 from pipelines.augment.recipe import Normalize
 from pipelines.common.errors import UserError
+from pipelines.common.files import need_writable
 from pipelines.common.progress import NO_BAR
 from pipelines.loaders.eval_loader import eval_image
 from pipelines.loaders.make import make_loader
@@ -128,8 +129,10 @@ def make_bundle(checkpoint_file: Path, out: Path, options: Options, overwrite: b
         The bundle, and how good it is.
 
     Raises:
-        UserError: `out` exists, the checkpoint cannot be exported, or a precision loses too much accuracy. Nothing changes.
+        UserError: `out` exists or cannot be written, the checkpoint cannot be exported, or a precision loses too much accuracy.
+            Nothing changes.
     """
+    need_writable(out.parent, f"bundle {str(out)!r}", "name another folder (--out)")
     if out.exists() and not (overwrite and (out / MANIFEST).is_file()):
         raise UserError(f"{str(out)!r} exists; remove it, or choose another folder (--out)")
     checkpoint = load_checkpoint(checkpoint_file)

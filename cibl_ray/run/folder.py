@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 from pipelines.common.errors import UserError
-from pipelines.common.files import locked
+from pipelines.common.files import locked, need_writable
 
 log = logging.getLogger(__name__)
 
@@ -42,12 +42,13 @@ def never_begun(folder: Path) -> bool:
 
 
 def need_new(folder: Path) -> None:
-    """Check that no run folder is there yet.
+    """Check that no run folder is there yet, and that one can be made.
 
     Raises:
-        UserError: `folder` exists.
+        UserError: `folder` exists, or its place cannot be written.
     """
-    if not folder.exists():
+    if not os.path.lexists(folder):
+        need_writable(folder, f"run folder {str(folder)!r}", "name another place: --runs FOLDER")
         return
     way = ""
     if is_run(folder):
@@ -55,6 +56,15 @@ def need_new(folder: Path) -> None:
     elif never_begun(folder):
         way = "it holds no run: remove it, or "
     raise UserError(f"run folder {str(folder)!r} already exists; {way}choose another name (--name)")
+
+
+def need_old(folder: Path) -> None:
+    """Check that a run can be resumed in its folder.
+
+    Raises:
+        UserError: `folder` cannot be written.
+    """
+    need_writable(folder, f"run folder {str(folder)!r}", "make it writable, or resume a copy of it")
 
 
 def same_name(name: str, resumed: str) -> None:

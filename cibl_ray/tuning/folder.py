@@ -14,7 +14,7 @@ from cibl_ray.run.folder import BEST, BEST_RESULT, only_files, only_folders, set
 from cibl_ray.tuning.config import SweepConfig
 from cibl_ray.tuning.sweep import Trial, objectives
 from pipelines.common.errors import UserError
-from pipelines.common.files import write_atomically
+from pipelines.common.files import need_writable, write_atomically
 from pipelines.common.validation import validate
 
 log = logging.getLogger(__name__)
@@ -60,12 +60,14 @@ def read_sweep(folder: Path) -> tuple[SweepConfig, dict[str, Any] | None]:
 
 
 def need_new(folder: Path) -> None:
-    """Check that no sweep folder is there yet.
+    """Check that no sweep folder is there yet, and that one can be made.
 
     Raises:
-        UserError: `folder` exists.
+        UserError: `folder` exists, or its place cannot be written.
     """
-    if folder.exists():
+    if not os.path.lexists(folder):
+        need_writable(folder, f"sweep folder {str(folder)!r}", "name another place: --sweeps FOLDER")
+    else:
         way = f"continue it with --resume {folder}" if (folder / SWEEP).is_file() else "it holds no sweep: remove it"
         raise UserError(f"sweep folder {str(folder)!r} already exists; {way}, or choose another --name")
 

@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 from pipelines.common.command_line import ConfigParser
-from pipelines.common.errors import UserError, run_command
+from pipelines.common.errors import run_command
+from pipelines.common.files import need_writable
 from pipelines.doctor.content import find_by_content
 from pipelines.doctor.examine import examine
 from pipelines.doctor.features import image_features, installed
@@ -40,8 +41,7 @@ def main() -> None:
     if asked is None:
         return
     config, arguments = asked
-    if arguments.out.exists() and not arguments.out.is_dir():
-        raise UserError(f"--out {arguments.out}: is a file; name a folder")
+    need_writable(arguments.out, f"--out {arguments.out}", "name another folder")
     # A listed file that is missing is a finding, as an image that cannot be read is.
     data = config.data.model_copy(update={"on_bad_image": "skip"})
     classes, splits = choose(data.source.open(), data, subset_seed(data, config.seed))

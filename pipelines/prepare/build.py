@@ -23,7 +23,7 @@ from pipelines.common.command_line import ConfigParser, print_config
 from pipelines.common.config_file import find_config, read_content
 from pipelines.common.errors import UserError
 from pipelines.common.fields import nearest
-from pipelines.common.files import locked, write_atomically
+from pipelines.common.files import locked, need_writable, write_atomically
 from pipelines.common.settings import Settings, build
 from pipelines.config import DataConfig
 from pipelines.prepare.doubles import find_copies, refuse_shared_files
@@ -116,6 +116,8 @@ def ensure_prepared(data: DataConfig, seed: int, settable: bool = True, packer: 
         if found is not None:
             print(f"data: the source is not on this machine; using {found.folder} as it was prepared", file=sys.stderr)
             return found
+    if not (folder / SIDECAR).is_file():
+        _need_room(folder, data, settable)  # before a source is listed, which may take long
     draw = subset_seed(data, seed)
     return _up_to_date(folder, choose(data.source.open(), data, draw, settable), data, draw, settable, packer)
 
@@ -152,12 +154,19 @@ def _up_to_date(
     found = read_sidecar(folder)
     if found is not None and _matches(found, chosen) and _same_weights(found, chosen):
         return found
+    _need_room(folder, data, settable)
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder / ".lock", waiting=f"data: another command prepares {folder}; waiting for it"):
         found = read_sidecar(folder)  # another process may have written it while this one waited
         if found is not None and _matches(found, chosen):
             return found if _same_weights(found, chosen) else _weigh_again(found, chosen)
         return _write(folder, chosen, data, seed, settable, packer)
+
+
+def _need_room(folder: Path, data: DataConfig, settable: bool) -> None:
+    """Raise UserError where a prepared folder cannot be written."""
+    fix = "name another folder: --data.prepared FOLDER" if settable else "make it writable"
+    need_writable(folder, f"data.prepared {str(data.prepared)!r}", fix)
 
 
 def _key(content: Mapping[str, object], file_format: int = FORMAT) -> str:
