@@ -155,6 +155,18 @@ def test_the_models_data_configuration_decides_what_is_not_set(tmp_path):
     assert load_config(str(tmp_path / "config.yaml"), []) == own
 
 
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "resnext50"])
+def test_torchvisions_weights_decide_the_size_that_is_not_set(name):
+    content = {"network": {"backbone": {"kind": name, "weights": "default"}}, "data": DIGITS}
+    assert build_config(content, [], "here").data.size == 224
+    with pytest.raises(
+        UserError, match=f"'{name}' takes images of 33 pixels and more, data.size is 32; set it .--data.size 224"
+    ):
+        build_config(content, ["--data.size", "32"], "here")
+    with pytest.raises(UserError, match="33 pixels and more, data.size is 32"):
+        build_config(content, ["--network.backbone.weights", "none"], "here")
+
+
 def test_a_size_that_the_model_cannot_take_is_refused():
     vit = {"network": {"backbone": {"kind": "timm", "name": "vit_small_patch16_224"}}, "data": DIGITS | {"size": 200}}
     with pytest.raises(UserError, match="takes images of 224 pixels only, data.size is 200"):
