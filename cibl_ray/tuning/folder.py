@@ -68,8 +68,8 @@ def need_new(folder: Path) -> None:
     if not os.path.lexists(folder):
         need_writable(folder, f"sweep folder {str(folder)!r}", "name another place: --sweeps FOLDER")
     else:
-        way = f"continue it with --resume {folder}" if (folder / SWEEP).is_file() else "it holds no sweep: remove it"
-        raise UserError(f"sweep folder {str(folder)!r} already exists; {way}, or choose another --name")
+        way = f"continue it with --resume {folder}, or " if (folder / SWEEP).is_file() else "it holds no sweep: "
+        raise UserError(f"sweep folder {str(folder)!r} already exists; {way}choose another --name")
 
 
 def read_trials(folder: Path) -> list[Trial]:

@@ -48,6 +48,7 @@ class CommandParser(argparse.ArgumentParser):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+        self.register("type", Path, _path)
 
     def complete(self) -> None:
         """Answer a shell that asks how the line goes on, and exit; in other runs nothing."""
@@ -121,6 +122,13 @@ def _present(package: str) -> bool:
         return importlib.util.find_spec(package) is not None
     except (ImportError, ValueError):
         return False
+
+
+def _path(text: str) -> Path:
+    """The value of an option with `type=Path`: not an empty one, which would be the working folder."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError(f"{text!r} names no file or folder; is a shell variable unset?")
+    return Path(text)
 
 
 def _cut(text: str) -> str:

@@ -45,7 +45,7 @@ def test_folder_mistakes(image_folder, tmp_path):
     (image_folder / "test" / "three").rmdir()
     (image_folder / "train" / "empty").mkdir()
     (image_folder / "train" / "empty" / "notes.txt").write_text("not an image")
-    assert "has no images" in error()
+    assert "has no images (.jpg, .png, .tif and the like); move it out, or name the others in a file: data.so" in error()
     assert "empty" in error()
 
 

@@ -204,10 +204,11 @@ def _labelled(root: Path, split: str, names: dict[str, str], left_out: LeftOut, 
         found = [] if name is None else image_files(root / split / name, left_out)
         if not found and every_class:
             place = root / split / (name or [*names][label])
-            raise UserError(f"class folder {str(place)!r} has no images (.jpg, .png, .tif and the like); remove it")
+            way = "take it out of the file data.source.classes" if others else "name the others in a file: data.source.classes"
+            raise UserError(f"class folder {str(place)!r} has no images (.jpg, .png, .tif and the like); move it out, or {way}")
         place = Path(split) / (name or "")  # split is empty where root is "."
         found_names.extend(f"{place.as_posix()}/{path}" for path in found)
         labels.append(np.full(len(found), label, dtype=np.int64))
     if not found_names:
-        raise UserError(f"{str(root / split)!r} has no images; remove the folder or fill it")
+        raise UserError(f"{str(root / split)!r} has no images; put some into it, or move it out")
     return Images(found_names, np.concatenate(labels), files=Below(root, found_names))
