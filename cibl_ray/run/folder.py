@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -39,6 +40,22 @@ def is_run(folder: Path) -> bool:
 def never_begun(folder: Path) -> bool:
     """Whether `folder` is as a kill leaves it before the configuration is written."""
     return folder.is_dir() and {path.name for path in folder.iterdir()} <= {LOCK, COPY, LOG, f"{CONFIG}.part"}
+
+
+def no_run(folder: Path) -> str:
+    """Why `folder` is no run folder, and what to name in its place, as a message goes on behind its name."""
+    from cibl_ray.tuning.folder import RUNS, SWEEP  # which imports this module
+
+    if not os.path.lexists(folder):
+        return "does not exist; name a run folder"
+    if not folder.is_dir():
+        run = next((place for place in folder.absolute().parents[:2] if is_run(place)), None)
+        return f"is a file; name {'a run folder' if run is None else f'the run folder: {run}'}"
+    if (folder / SWEEP).is_file():
+        again = f"python -m cibl_ray.tune --resume {shlex.quote(str(folder))}"
+        return f"is a sweep; its runs are in {folder / RUNS}, and this resumes it: {again}"
+    left = "; no run began in it: remove it, and start a new run" if never_begun(folder) else ""
+    return f"is not a run folder: it has no {CONFIG}{left}"
 
 
 def need_new(folder: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from cibl_ray.config import RunConfig, build_config, load_config
-from cibl_ray.run.folder import CONFIG, is_run, never_begun
+from cibl_ray.run.folder import CONFIG, is_run, no_run
 from cibl_ray.run.own_config import own_config
 from pipelines.common.errors import UserError
 
@@ -26,8 +26,7 @@ def resumed(folder: Path, overrides: list[str], name: str | None) -> tuple[RunCo
         UserError: No run began in the folder, its configuration is lost, or it is another one than `name`.
     """
     if not is_run(folder) and not (folder / CONFIG).exists():
-        left = "; no run began in it: remove it, and start a new run" if never_begun(folder) else ""
-        raise UserError(f"--resume {folder}: not a run folder, it has no {CONFIG}{left}")
+        raise UserError(f"--resume {folder} {no_run(folder)}")
     content = own_config(folder)
     if name is not None:
         begun = build_config(content, [], str(folder / CONFIG))

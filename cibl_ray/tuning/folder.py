@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from cibl_ray.config import build_config
-from cibl_ray.run.folder import BEST, BEST_RESULT, only_files, only_folders, set_aside
+from cibl_ray.run.folder import BEST, BEST_RESULT, is_run, only_files, only_folders, set_aside
 from cibl_ray.tuning.config import SweepConfig
 from cibl_ray.tuning.sweep import Trial, objectives
 from pipelines.common.errors import UserError
@@ -43,7 +44,7 @@ def read_sweep(folder: Path) -> tuple[SweepConfig, dict[str, Any] | None]:
     """
     path = folder / SWEEP
     if not path.is_file():
-        raise UserError(f"--resume {folder}: not a sweep folder, it has no {SWEEP}")
+        raise UserError(f"--resume {folder} {_no_sweep(folder)}")
     try:
         content = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
@@ -57,6 +58,17 @@ def read_sweep(folder: Path) -> tuple[SweepConfig, dict[str, Any] | None]:
             raise UserError(f"{path} is damaged: {_BASE!r} is not a mapping; {_FIX}")
         base = build_config(base, [], f"{path}, {_BASE}").model_dump(mode="json")
     return validate(SweepConfig, content, str(path)), base
+
+
+def _no_sweep(folder: Path) -> str:
+    """Why `folder` is no sweep folder, and what to name in its place."""
+    if not os.path.lexists(folder):
+        return "does not exist; name a sweep folder"
+    if not folder.is_dir():
+        return f"is a file; name {f'the sweep folder: {folder.parent}' if folder.name == SWEEP else 'a sweep folder'}"
+    if is_run(folder):
+        return f"is a run; this resumes it: python -m cibl_ray.train --resume {shlex.quote(str(folder))}"
+    return f"is not a sweep folder: it has no {SWEEP}"
 
 
 def need_new(folder: Path) -> None:

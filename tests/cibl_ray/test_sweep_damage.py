@@ -71,8 +71,8 @@ def stopped(sweep, whole, tmp_path_factory) -> Path:
 
 # The file, how it is damaged, how many trials are left of the two, and what the log says, or how the resume is refused.
 CASES = [
-    ("sweep.json", missing, 0, "error: not a sweep folder, it has no sweep.json"),
-    ("sweep.json", in_place_of_a_file, 0, "error: not a sweep folder, it has no sweep.json"),
+    ("sweep.json", missing, 0, "error: is not a sweep folder: it has no sweep.json"),
+    ("sweep.json", in_place_of_a_file, 0, "error: is not a sweep folder: it has no sweep.json"),
     ("sweep.json", foreign, 0, "error: sweep.json is damaged"),
     *(
         ("sweep.json", damage, 0, "error: sweep.json is damaged, not valid JSON")

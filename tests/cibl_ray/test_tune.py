@@ -566,7 +566,7 @@ def test_commands_mistakes(tmp_path):
     for arguments, message in (
         ([], "name a sweep first"),
         (["nowhere"], "no configuration 'nowhere'"),
-        (["--resume", tmp_path], "not a sweep folder"),
+        (["--resume", tmp_path], "is not a sweep folder"),
         (["--resume", tmp_path, "--sweeps", tmp_path], f"--resume continues in {tmp_path} itself; leave --sweeps out"),
     ):
         done = subprocess.run(
