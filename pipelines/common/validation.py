@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 from typing import Any, TypeVar
 
@@ -46,11 +47,14 @@ def validate(model: type[Model], content: Any, place: str, flags: Collection[str
         problems = sorted(error.errors(include_url=False), key=lambda problem: problem["type"] != "extra_forbidden")
         within = (problems[0]["ctx"]["field"],) if problems[0]["type"] == "empty_path" else ()
         key = _dotted((*problems[0]["loc"], *within), content)
-        if key and any(f"{key}.".startswith(f"{flag}.") or f"{flag}.".startswith(f"{key}.") for flag in flags):
+        explained = _explained(problems[0], key, model, content)
+        # What concerns several parts has no key: its text names the fields.
+        named = [flag for flag in flags if re.search(rf"\b{re.escape(flag)}\b", explained)] if not key else []
+        if named or (key and any(f"{key}.".startswith(f"{flag}.") or f"{flag}.".startswith(f"{key}.") for flag in flags)):
             place = "command line"
         others = sum(not _follows(problem, problems) for problem in problems) - 1
         more = f" (and {others} more)" if others else ""
-        raise UserError(f"{place}: {_explained(problems[0], key, model, content)}{more}") from error
+        raise UserError(f"{place}: {explained}{more}") from error
 
 
 def with_kinds(content: Any, default: Any) -> Any:

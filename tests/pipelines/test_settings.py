@@ -25,6 +25,13 @@ def test_unknown_key_names_the_nearest():
         build_config({"optimizer": {"lrr": 0.1}}, [], "x.yaml")
 
 
+def test_an_error_of_several_parts_names_the_place_of_the_field_that_it_is_about():
+    with pytest.raises(UserError, match="^command line: train.epochs is 0"):
+        load_config("quickstart", ["--epochs", "0"])
+    with pytest.raises(UserError, match="^mine.yaml: train.epochs is 0"):
+        build_config({"data": {"source": {"kind": "digits"}}, "train": {"epochs": 0}}, ["--seed", "1"], "mine.yaml")
+
+
 def _models(model: type[BaseModel]) -> set[type[BaseModel]]:
     inner = {each for field in model.model_fields.values() for each in models_in(field.annotation)}
     return {model}.union(*map(_models, inner))
