@@ -16,6 +16,7 @@ from cibl_ray.run.shift import shift_or_auto
 from cibl_ray.run.which import checkpoints
 from pipelines.common.errors import CommandParser, UserError, run_command
 from pipelines.common.files import need_writable_file, write_output
+from pipelines.common.words import plural
 
 METRICS = ("overall", "balanced", "many", "medium", "few", "tail", "worst", "harmonic")
 
@@ -80,7 +81,7 @@ def _refuse_unlabelled(folder: Path, run: Path) -> None:
 
     if folder.is_dir() and not class_folders(folder, LeftOut()) and (count := loose_images(folder)):
         raise UserError(
-            f"--data {folder}: {count:,} images are directly in it, without classes; to evaluate, put them into "
+            f"--data {folder}: {plural(count, 'image', 'are')} directly in it, without classes; to evaluate, put them into "
             f"{folder / 'CLASS'}/*; to classify images without labels: python -m cibl_ray.predict {run} {folder}"
         )
 

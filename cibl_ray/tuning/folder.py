@@ -17,6 +17,7 @@ from cibl_ray.tuning.sweep import Trial, objectives
 from pipelines.common.errors import UserError
 from pipelines.common.files import need_writable, write_atomically
 from pipelines.common.validation import validate
+from pipelines.common.words import plural
 
 log = logging.getLogger(__name__)
 
@@ -120,7 +121,9 @@ def mend(folder: Path) -> None:
     begun = (folder / SWEEP).exists()
     trials, damaged = _read(path)
     if damaged:
-        log.warning("%s is damaged: %d trials of it can be read; it is kept as %s", path, len(trials), set_aside(path))
+        log.warning(
+            "%s is damaged: %s of it can be read; it is kept as %s", path, plural(len(trials), "trial"), set_aside(path)
+        )
     elif begun and not path.exists():
         log.warning("%s is missing: the trials of this sweep run again, from their checkpoints where these are left", path)
     write_atomically(path, "".join(map(_line, trials)))  # without a last line that a kill cut short

@@ -21,6 +21,7 @@ from typing import IO, Any
 from pipelines.common.errors import UserError
 from pipelines.common.files import locked, need_writable, write_atomically
 from pipelines.common.progress import counted
+from pipelines.common.words import plural
 from pipelines.prepare.sources.addresses import fetch_part, file_system, patient
 from pipelines.prepare.writer import Shard
 
@@ -90,7 +91,7 @@ class Published:
             return
         size = sum(shards[number].bytes for number in missing)
         self._make_room(size)
-        print(f"data: fetching {len(missing):,} files, {size / 1e6:,.1f} MB, from {self.address}", file=sys.stderr)
+        print(f"data: fetching {plural(len(missing), 'file')}, {size / 1e6:,.1f} MB, from {self.address}", file=sys.stderr)
         paths[missing[0]].parent.mkdir(exist_ok=True)
         system = file_system(self.address.partition("://")[0])
         system.invalidate_cache()

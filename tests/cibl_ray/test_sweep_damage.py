@@ -82,7 +82,7 @@ CASES = [
     ("trials.jsonl", empty, 0, ""),
     ("trials.jsonl", cut, 1, ""),
     ("trials.jsonl", cut_at_a_line, 1, ""),
-    ("trials.jsonl", torn, 1, "trials.jsonl is damaged: 1 trials of it can be read"),
+    ("trials.jsonl", torn, 1, "trials.jsonl is damaged: 1 trial of it can be read"),
     ("trials.jsonl", binary, 0, "trials.jsonl is damaged: 0 trials of it can be read"),
     ("trials.jsonl", foreign, 0, "trials.jsonl is damaged: 0 trials of it can be read"),
     ("trials.jsonl", in_place_of_a_file, 0, "trials.jsonl is not a file"),

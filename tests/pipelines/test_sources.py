@@ -82,7 +82,7 @@ def test_images_outside_the_classes_of_a_split_are_told(image_folder, capsys):
     FolderSource(kind="folder", path=image_folder).open()
     assert capsys.readouterr().err.splitlines() == [
         f"data: not read of {str(image_folder)!r}: 'valid'; the splits are the folders train, val and test",
-        f"data: 1 images of {str(image_folder / 'train')!r} are in no class folder, and not read",
+        f"data: 1 image of {str(image_folder / 'train')!r} is in no class folder, and not read",
     ]
 
 
