@@ -58,7 +58,7 @@ class Options:
     Attributes:
         precisions: 'fp32', 'fp16' and 'int8'; fp32 must be among them.
         name: The model's name for its clients. None takes the run's.
-        embedding: Whether the model has a third output, the image's unit embedding.
+        embedding: Whether the model has a further output: the image's unit embedding.
         target: The CPU that int8 is for. None takes this machine's.
         max_drop: Points of accuracy that a shot group may lose to fp16 or int8.
         calibration: Number of training images that calibrate int8, as many of each class.
