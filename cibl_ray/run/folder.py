@@ -28,6 +28,7 @@ METRICS_TABLE, SCORES_TABLE = "metrics.csv", "scores.csv"
 TRACKERS = "trackers.json"  # what trackers remember of the run
 HISTOGRAM, CURVES, BY_CLASS = "class_counts.png", "learning_curves.png", "accuracy_by_class.png"
 CONFUSION = ("confusion.html", "confusion.json")
+SWEEP, SWEEP_RUNS = "sweep.json", "trials"  # in a sweep's folder
 COPY = ".storage"  # where the run's copy in an object store is
 
 
@@ -44,8 +45,6 @@ def never_begun(folder: Path) -> bool:
 
 def no_run(folder: Path) -> str:
     """Why `folder` is no run folder, and what to name in its place, as a message goes on behind its name."""
-    from cibl_ray.tuning.folder import RUNS, SWEEP  # which imports this module
-
     if not os.path.lexists(folder):
         return "does not exist; name a run folder"
     if not folder.is_dir():
@@ -53,7 +52,7 @@ def no_run(folder: Path) -> str:
         return f"is a file; name {'a run folder' if run is None else f'the run folder: {run}'}"
     if (folder / SWEEP).is_file():
         again = f"python -m cibl_ray.tune --resume {shlex.quote(str(folder))}"
-        return f"is a sweep; its runs are in {folder / RUNS}, and this resumes it: {again}"
+        return f"is a sweep; its runs are in {folder / SWEEP_RUNS}, and this resumes it: {again}"
     left = "; no run began in it: remove it, and start a new run" if never_begun(folder) else ""
     return f"is not a run folder: it has no {CONFIG}{left}"
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cibl_ray.config import build_config
-from cibl_ray.run.folder import BEST, BEST_RESULT, is_run, only_files, only_folders, set_aside
+from cibl_ray.run.folder import BEST, BEST_RESULT, SWEEP, SWEEP_RUNS, is_run, only_files, only_folders, set_aside
 from cibl_ray.tuning.config import SweepConfig
 from cibl_ray.tuning.sweep import Trial, objectives
 from pipelines.common.errors import UserError
@@ -21,8 +21,8 @@ from pipelines.common.words import plural
 
 log = logging.getLogger(__name__)
 
-SWEEP, RECORD, JOURNAL = "sweep.json", "trials.jsonl", "search.journal"
-RUNS, OF_RAY = "trials", ".ray"
+RECORD, JOURNAL = "trials.jsonl", "search.journal"
+RUNS, OF_RAY = SWEEP_RUNS, ".ray"
 TABLE, BEST_CONFIG, TRADE_OFF, OVER_SKEW = "trials.csv", "best.yaml", "trade_off.png", "tail_skew.png"
 _BASE = "base_content"
 _STATES = ("completed", "stopped", "failed")
