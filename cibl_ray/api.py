@@ -17,7 +17,7 @@ from cibl_ray.evaluation.classify import Prediction, Unreadable, classify, from_
 from cibl_ray.evaluation.evaluate import evaluate
 from cibl_ray.networks.network import HybridNetwork
 from cibl_ray.run.checkpoint import Checkpoint, load_checkpoint
-from cibl_ray.run.folder import CONFIG, RESULT, is_run
+from cibl_ray.run.folder import CONFIG, RESULT, is_run, no_run
 from cibl_ray.run.log import read_metrics
 from cibl_ray.run.own_config import own_config
 from cibl_ray.run.progress import Silent, Terminal
@@ -93,7 +93,7 @@ def open_run(folder: str | Path) -> Run:
         raise UserError(f"open_run takes a folder, and got {shown(folder)}")
     path = Path(folder).expanduser().absolute()
     if not is_run(path):
-        raise UserError(f"{str(folder)!r} is not a run folder: it has no {CONFIG}")
+        raise UserError(f"{str(folder)!r} {no_run(path)}")
     return Run(path)
 
 

@@ -293,7 +293,7 @@ class RunConfig(Settings):
             raise ValueError(
                 f"network.projection.size is {self.network.projection.size}; loss {self.loss.kind!r} needs 16 or more"
             )
-        self.network.check(self.data.size, self.train.epochs)
+        self.network.check(self.data.size, "size" in self.data.model_fields_set, self.train.epochs)
         self.loss.check(self.network.head, len(self.data.views))
         if self.train.views_from > 0:
             self._check_one_view()

@@ -15,6 +15,8 @@ from pathlib import Path
 from cibl_ray.run.shift import shift_or_auto
 from cibl_ray.run.which import checkpoints
 from pipelines.common.errors import CommandParser, UserError, run_command
+from pipelines.common.files import need_writable_file, write_output
+from pipelines.common.words import plural
 
 METRICS = ("overall", "balanced", "many", "medium", "few", "tail", "worst", "harmonic")
 
@@ -45,10 +47,8 @@ def main() -> None:
         raise UserError("--split is of the run's own data; it says nothing of --data")
     if arguments.data is not None:
         _refuse_unlabelled(arguments.data, arguments.run)
-    if arguments.json is not None and not arguments.json.absolute().parent.is_dir():
-        raise UserError(f"--json {arguments.json}: the folder {str(arguments.json.parent)!r} does not exist")
-    if arguments.json is not None and arguments.json.is_dir():
-        raise UserError(f"--json {arguments.json} is a folder; name a file in it: --json {arguments.json / 'scores.json'}")
+    if arguments.json is not None:
+        need_writable_file(arguments.json, "--json", "scores.json")
     if arguments.metric is not None and arguments.tail_shift != "auto":
         raise UserError(f"--metric {arguments.metric} says how --tail-shift auto chooses; add that, or leave --metric out")
     from cibl_ray.evaluation.evaluate import evaluate
@@ -72,7 +72,7 @@ def main() -> None:
     print(table(scores))
     if arguments.json is not None:
         content = {"classes": checkpoint.classes} | {name: asdict(row) for name, row in scores.items()}
-        arguments.json.write_text(json.dumps(content, indent=1))
+        write_output(arguments.json, json.dumps(content, indent=1).encode(), "--json")
 
 
 def _refuse_unlabelled(folder: Path, run: Path) -> None:
@@ -81,7 +81,7 @@ def _refuse_unlabelled(folder: Path, run: Path) -> None:
 
     if folder.is_dir() and not class_folders(folder, LeftOut()) and (count := loose_images(folder)):
         raise UserError(
-            f"--data {folder}: {count:,} images are directly in it, without classes; to evaluate, put them into "
+            f"--data {folder}: {plural(count, 'image', 'are')} directly in it, without classes; to evaluate, put them into "
             f"{folder / 'CLASS'}/*; to classify images without labels: python -m cibl_ray.predict {run} {folder}"
         )
 

@@ -31,7 +31,7 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, help="the bundle's folder; by default `bundle` in the run folder")
     parser.add_argument("--name", help="the model's name for its clients; by default the run's")
-    parser.add_argument("--embedding", action="store_true", help="a third output, the image's unit embedding")
+    parser.add_argument("--embedding", action="store_true", help="a further output: the image's unit embedding")
     parser.add_argument("--target", choices=["x86", "x86-avx2", "arm"], help="CPU that int8 is for; by default this one")
     parser.add_argument("--max-drop", type=_points, help="points a shot group may lose to fp16 or int8; default 1")
     parser.add_argument("--calibration", type=_count, help="images that calibrate int8; default 512")

@@ -20,6 +20,7 @@ from cibl_ray.run.folder import is_run
 from cibl_ray.run.shift import asked_shift, shift_or_auto
 from cibl_ray.run.which import checkpoint
 from pipelines.common.errors import CommandParser, Interrupted, UserError, run_command
+from pipelines.common.files import need_writable_file, write_output
 from pipelines.pixels import MAX_PIXELS
 
 
@@ -49,10 +50,8 @@ def main() -> None:
         raise UserError(f"--top {arguments.top}: at least 1")
     if arguments.max_pixels is not None and arguments.max_pixels < 1:
         raise UserError(f"--max-pixels {arguments.max_pixels}: at least 1")
-    if arguments.out is not None and not arguments.out.absolute().parent.is_dir():
-        raise UserError(f"--out {arguments.out}: the folder {str(arguments.out.parent)!r} does not exist")
-    if arguments.out is not None and arguments.out.is_dir():
-        raise UserError(f"--out {arguments.out} is a folder; name a file in it: --out {arguments.out / 'answers.csv'}")
+    if arguments.out is not None:
+        need_writable_file(arguments.out, "--out", "answers.csv")
     from cibl_ray.bundle.card import MANIFEST
     from cibl_ray.evaluation.classify import Unreadable, classify, from_bundle, from_checkpoint, image_files
     from pipelines.library_warnings import collected_warnings
@@ -106,12 +105,7 @@ def _kept_on_stop(out: Path | None, kept: io.StringIO) -> Iterator[None]:
 
 
 def _save(path: Path, text: str) -> None:
-    from pipelines.common.files import write_atomically
-
-    try:
-        write_atomically(path, text.encode("utf-8", "surrogateescape"))  # a name of a file may be in another encoding
-    except OSError as error:
-        raise UserError(f"--out {path}: cannot be written ({error.strerror})") from error
+    write_output(path, text.encode("utf-8", "surrogateescape"), "--out")  # a name of a file may be in another encoding
 
 
 if __name__ == "__main__":

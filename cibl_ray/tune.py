@@ -15,6 +15,7 @@ from cibl_ray.cluster.environment import configure_ray_env
 from cibl_ray.run.folder import same_name
 from pipelines.common.command_line import ConfigParser, print_config
 from pipelines.common.errors import UserError, run_command
+from pipelines.common.words import plural
 
 
 def main() -> None:
@@ -65,7 +66,7 @@ def main() -> None:
 
     trials, front = run(sweep, folder, arguments.address, base)
     states = {state: sum(trial.state == state for trial in trials) for state in ("completed", "stopped", "failed")}
-    print(f"\n{len(trials)} trials: " + ", ".join(f"{count} {state}" for state, count in states.items()))
+    print(f"\n{plural(len(trials), 'trial')}: " + ", ".join(f"{count} {state}" for state, count in states.items()))
     print(f"\nThe front, validation, in %:\n\n{front}\n")
     pictures = [name for name in ("trade_off.png", "tail_skew.png") if (folder / name).exists()]
     print(f"Sweep folder: {folder}\n              trials.csv, best.yaml, best.safetensors, {', '.join(pictures)}")

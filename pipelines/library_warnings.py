@@ -11,6 +11,8 @@ from typing import Any
 
 import PIL
 
+from pipelines.common.words import plural
+
 _PILLOW = str(Path(PIL.__file__).parent)
 
 
@@ -36,7 +38,7 @@ class Warned:
         if not self._first:
             return ""
         image, message = next(iter(self._first.items()))
-        return f"{len(self._first):,} images were read with a warning of the decoder, such as {image}: {message}"
+        return f"{plural(len(self._first), 'image', 'were')} read with a warning of the decoder, such as {image}: {message}"
 
 
 @contextmanager

@@ -17,8 +17,9 @@ from PIL import Image, ImageDraw
 from pipelines.augment.recipe import Augment
 from pipelines.common.command_line import ConfigParser
 from pipelines.common.errors import UserError, run_command
-from pipelines.common.files import write_atomically
+from pipelines.common.files import need_writable, write_atomically
 from pipelines.common.fonts import Pen
+from pipelines.common.words import plural
 from pipelines.config import LoaderConfig
 from pipelines.loaders.make import make_loader
 from pipelines.loaders.reading import train_reading
@@ -50,6 +51,7 @@ def main() -> None:
         _check(arguments.out)
     prepared = ensure_prepared(config.data, config.seed)
     out = arguments.out or prepared.folder / "views.png"
+    need_writable(out.parent, str(out), "name another file: --out FILE.png")
     count = min(arguments.images, prepared.splits["train"].samples)
     reading = train_reading(config.data, count, config.seed)
     loader = make_loader(prepared, "train", reading, LoaderConfig())
@@ -63,14 +65,15 @@ def main() -> None:
         stored = beton.image(row)
         raw = beton.records["f0"]["mode"][row] == RAW
         image = Image.fromarray(stored) if raw else Image.open(io.BytesIO(stored.tobytes())).convert("RGB")
-        text = f"{prepared.classes[label]}: {counts[label]:,} images ({groups[label]}), stored {image.width}x{image.height}"
+        of_class = f"{prepared.classes[label]}: {plural(int(counts[label]), 'image')} ({groups[label]})"
+        text = f"{of_class}, stored {image.width}x{image.height}"
         rows.append((text, [image, *_images(views[number])]))
     loader.close()
     picture = io.BytesIO()
     _grid(rows, out.name).save(picture, Image.registered_extensions()[out.suffix.lower()])
     out.parent.mkdir(parents=True, exist_ok=True)  # of published data, none is here yet
     write_atomically(out, picture.getvalue())
-    print(f"{count} images, {len(config.data.views)} views of {config.data.size}x{config.data.size}: {out}")
+    print(f"{plural(count, 'image')}, {plural(len(config.data.views), 'view')} of {config.data.size}x{config.data.size}: {out}")
 
 
 def _check(out: Path) -> None:
@@ -80,6 +83,7 @@ def _check(out: Path) -> None:
         raise UserError(f"--out {str(out)!r}: name a file such as views.png in a folder that exists")
     if out.exists():
         raise UserError(f"{str(out)!r} is there already; name another file with --out")
+    need_writable(out.parent, f"--out {out}", "name a file in another folder")
 
 
 def _images(views: torch.Tensor) -> list[Image.Image]:

@@ -173,9 +173,12 @@ def read_keys(config: ReplicaConfig) -> list[bytes]:
         try:
             lines = [line.strip() for line in config.keys_file.read_text("utf-8-sig").splitlines()]
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"keys_file {str(config.keys_file)!r} cannot be read: {error}") from error
+            reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+            raise UserError(
+                f"keys_file {str(config.keys_file)!r} cannot be read: {reason}; give a file of keys, one a line: --keys FILE"
+            ) from error
         found = [line for line in lines if line and not line.startswith("#")]
         if not found:
-            raise UserError(f"keys_file {str(config.keys_file)!r} holds no key; write one a line")
+            raise UserError(f"keys_file {str(config.keys_file)!r} holds no key; write one a line into it (--keys FILE)")
         keys += found
     return [hashlib.sha256(key.encode()).digest() for key in keys]

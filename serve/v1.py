@@ -268,7 +268,9 @@ def _options(kind: type[Options], content: dict[str, Any]) -> Options:
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         place = ".".join(map(str, first["loc"]))[:64]
-        raise bad_request(f"{place!r}: {first['msg']}") from error
+        value = content.get(str(first["loc"][0]))
+        given = f" = {(value[:64] if isinstance(value, str) else value)!r}" if isinstance(value, str | int | float) else ""
+        raise bad_request(f"{place}{given}: {first['msg']}") from error
     assert math.isfinite(options.tail_shift)
     return options
 

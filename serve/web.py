@@ -16,6 +16,7 @@ from typing import Any
 
 from cibl_ray.bundle.card import FORMATS, MANIFEST, Bundle, file_sha256, open_bundle
 from pipelines.common.errors import CommandParser, UserError, run_command
+from pipelines.common.files import need_writable
 from pipelines.pixels import MAX_PIXELS
 from serve.page.files import INDEX, STATIC, names
 from serve.page.ort import VERSION, WEBGPU, has_webgpu, installed, pinned
@@ -59,6 +60,7 @@ def write(bundles: list[Path], out: Path, webgpu: bool = True) -> str:
     """
     if out.exists():
         raise UserError(f"{str(out)!r} exists; remove it, or name another folder")
+    need_writable(out, f"OUT {out}", "name another folder")
     opened = [open_bundle(path) for path in bundles]
     listed = [bundle.card.name for bundle in opened]
     if twice := next((name for name in listed if listed.count(name) > 1), None):

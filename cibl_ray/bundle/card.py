@@ -167,8 +167,13 @@ def open_bundle(folder: Path) -> Bundle:
         raise UserError(
             f"{str(folder)!r} is not a bundle: it has no {MANIFEST}; make one: python -m cibl_ray.export RUN"
         ) from error
+    except NotADirectoryError as error:
+        raise UserError(
+            f"{str(folder)!r} is a file, not the folder of a bundle; make one: python -m cibl_ray.export RUN"
+        ) from error
     except (OSError, ValueError) as error:
-        raise UserError(f"{str(path)!r} cannot be read: {error}") from error
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"{str(path)!r} cannot be read: {reason}; export the run again") from error
     card = read_card(manifest, str(path))
     if not NAME.fullmatch(card.name):
         raise UserError(f"{str(path)!r}: the name {card.name!r} is not a model's; letters, digits, '.', '_', '-'")
@@ -185,7 +190,7 @@ def open_bundle(folder: Path) -> Bundle:
     except (KeyError, AttributeError, TypeError) as error:
         raise UserError(f"{str(path)!r} is damaged ({error!r}); export the run again") from error
     except OSError as error:
-        raise UserError(f"{str(folder)!r} is not whole: {error}; export the run again") from error
+        raise UserError(f"{str(folder)!r} is not whole: {error.filename}: {error.strerror}; export the run again") from error
     if not models:
         raise UserError(f"{str(path)!r} lists no model")
     return Bundle(folder, card, models, manifest)

@@ -17,6 +17,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cibl_ray.run.progress import Lines, Progress
 from cibl_ray.run.stop import Stop
+from pipelines.common.words import agreed, plural
 
 _LONGEST_TEXT = 1 << 16  # characters of a line, or of a traceback, whose end says most
 _PATIENCE = 10.0  # seconds to wait for a relay that does not answer
@@ -241,8 +242,10 @@ def _show(watch: Watch, progress: Progress, reason_to_wait: Callable[[], str | N
             match kind:
                 case "begin":
                     progress.close()
-                    if images > content[1]:
-                        progress.line(f"lost: {images - content[1]:,} images that were trained after that checkpoint")
+                    if (lost := images - content[1]) > 0:
+                        progress.line(
+                            f"lost: {plural(lost, 'image')} that {agreed(lost, 'were')} trained after that checkpoint"
+                        )
                     images = content[1]
                     progress.begin(*content)
                 case "advance":

@@ -34,6 +34,7 @@ from cibl_ray.run.shift import checked_shift
 from cibl_ray.tracking.trackers import track_bundle
 from pipelines.augment.recipe import Normalize
 from pipelines.common.errors import UserError
+from pipelines.common.files import need_writable
 from pipelines.common.progress import NO_BAR
 from pipelines.loaders.eval_loader import eval_image
 from pipelines.loaders.make import make_loader
@@ -58,7 +59,7 @@ class Options:
     Attributes:
         precisions: 'fp32', 'fp16' and 'int8'; fp32 must be among them.
         name: The model's name for its clients. None takes the run's.
-        embedding: Whether the model has a third output, the image's unit embedding.
+        embedding: Whether the model has a further output: the image's unit embedding.
         target: The CPU that int8 is for. None takes this machine's.
         max_drop: Points of accuracy that a shot group may lose to fp16 or int8.
         calibration: Number of training images that calibrate int8, as many of each class.
@@ -130,8 +131,10 @@ def make_bundle(checkpoint_file: Path, out: Path, options: Options, overwrite: b
         The bundle, and how good it is.
 
     Raises:
-        UserError: `out` exists, the checkpoint cannot be exported, or a precision loses too much accuracy. Nothing changes.
+        UserError: `out` exists or cannot be written, the checkpoint cannot be exported, or a precision loses too much accuracy.
+            Nothing changes.
     """
+    need_writable(out.parent, f"bundle {str(out)!r}", "name another folder (--out)")
     if out.exists() and not (overwrite and (out / MANIFEST).is_file()):
         way = "; in Python overwrite=True replaces it" if (out / MANIFEST).is_file() else ""
         raise UserError(f"{str(out)!r} exists; remove it, or choose another folder (--out, in Python out=){way}")

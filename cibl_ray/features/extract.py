@@ -19,6 +19,7 @@ from cibl_ray.networks.precision import at_least_float32
 from pipelines.augment.recipe import Augment, Normalize
 from pipelines.common.cores import usable_cores
 from pipelines.common.seeding import stream
+from pipelines.common.words import plural
 from pipelines.config import DataConfig, LoaderConfig
 from pipelines.loaders.eval_loader import eval_image
 from pipelines.loaders.make import make_loader
@@ -106,10 +107,10 @@ class Extractor:
         missing = np.flatnonzero(~there)
         if not len(missing):
             assert known is not None
-            self.tell(f"features of {split}: {len(digests):,} images, all known")
+            self.tell(f"features of {split}: {plural(len(digests), 'image')}, all known")
             return known
         again = f", {len(digests) - len(missing):,} known" if len(missing) < len(digests) else ""
-        self.tell(f"features of {split}: {self.name} on {len(missing):,} images{again}")
+        self.tell(f"features of {split}: {self.name} on {plural(len(missing), 'image')}{again}")
 
         def pixels(rows: np.ndarray) -> torch.Tensor:
             return torch.from_numpy(np.stack([eval_image(beton, int(row), rule) for row in rows]))[:, None]

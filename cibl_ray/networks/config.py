@@ -51,17 +51,22 @@ class NetworkConfig(Settings):
     def _short(self, backbone: BackboneConfig) -> Any:
         return dump(backbone)
 
-    def check(self, image_size: int, epochs: int) -> None:
+    def check(self, image_size: int, chosen: bool, epochs: int) -> None:
         """Refuse what does not fit the images or the length of the run.
+
+        Args:
+            image_size: `data.size`.
+            chosen: Whether the configuration says it. If not, it will be that of pretrained weights, where there are any.
+            epochs: Of the run.
 
         Raises:
             ValueError: One line that names the field, its value and the fix.
         """
         smallest = self.backbone.min_size
-        if image_size < smallest:
+        if image_size < smallest and (chosen or self.backbone.input_rule() is None):
             raise ValueError(
                 f"network.backbone {self.backbone.title!r} takes images of {smallest} pixels and more, data.size is "
-                f"{image_size}; use resnet20 or resnet32 for small images"
+                f"{image_size}; set it (--data.size 224 for photographs), or use resnet20 or resnet32 for small images"
             )
         if epochs:
             self.head.check(epochs)

@@ -201,7 +201,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
             header = (file.metadata() or {}).get(HEADER)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
     except (SafetensorError, OSError) as error:
-        raise UserError(f"checkpoint {str(path)!r} is cut short or damaged, or none at all: {error}{_beside(path)}") from error
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"checkpoint {str(path)!r} is cut short or damaged, or none at all: {reason}{_beside(path)}") from error
     try:
         content: dict[str, Any] = json.loads(header or "")
         if content["format"] not in _READ:

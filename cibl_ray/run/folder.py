@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
 
 from pipelines.common.errors import UserError
-from pipelines.common.files import locked
+from pipelines.common.files import locked, need_writable
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +28,7 @@ METRICS_TABLE, SCORES_TABLE = "metrics.csv", "scores.csv"
 TRACKERS = "trackers.json"  # what trackers remember of the run
 HISTOGRAM, CURVES, BY_CLASS = "class_counts.png", "learning_curves.png", "accuracy_by_class.png"
 CONFUSION = ("confusion.html", "confusion.json")
+SWEEP, SWEEP_RUNS = "sweep.json", "trials"  # in a sweep's folder
 COPY = ".storage"  # where the run's copy in an object store is
 
 
@@ -41,13 +43,28 @@ def never_begun(folder: Path) -> bool:
     return folder.is_dir() and {path.name for path in folder.iterdir()} <= {LOCK, COPY, LOG, f"{CONFIG}.part"}
 
 
+def no_run(folder: Path) -> str:
+    """Why `folder` is no run folder, and what to name in its place, as a message goes on behind its name."""
+    if not os.path.lexists(folder):
+        return "does not exist; name a run folder"
+    if not folder.is_dir():
+        run = next((place for place in folder.absolute().parents[:2] if is_run(place)), None)
+        return f"is a file; name {'a run folder' if run is None else f'the run folder: {run}'}"
+    if (folder / SWEEP).is_file():
+        again = f"python -m cibl_ray.tune --resume {shlex.quote(str(folder))}"
+        return f"is a sweep; its runs are in {folder / SWEEP_RUNS}, and this resumes it: {again}"
+    left = "; no run began in it: remove it, and start a new run" if never_begun(folder) else ""
+    return f"is not a run folder: it has no {CONFIG}{left}"
+
+
 def need_new(folder: Path) -> None:
-    """Check that no run folder is there yet.
+    """Check that no run folder is there yet, and that one can be made.
 
     Raises:
-        UserError: `folder` exists.
+        UserError: `folder` exists, or its place cannot be written.
     """
-    if not folder.exists():
+    if not os.path.lexists(folder):
+        need_writable(folder, f"run folder {str(folder)!r}", "name another place: --runs FOLDER")
         return
     way = ""
     if is_run(folder):
@@ -55,6 +72,15 @@ def need_new(folder: Path) -> None:
     elif never_begun(folder):
         way = "it holds no run: remove it, or "
     raise UserError(f"run folder {str(folder)!r} already exists; {way}choose another name (--name, in Python name=)")
+
+
+def need_old(folder: Path) -> None:
+    """Check that a run can be resumed in its folder.
+
+    Raises:
+        UserError: `folder` cannot be written.
+    """
+    need_writable(folder, f"run folder {str(folder)!r}", "make it writable, or resume a copy of it")
 
 
 def same_name(name: str, resumed: str) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 from cibl_ray.run.folder import CHECKPOINTS, METRICS, set_aside
 from cibl_ray.run.head import newest_head
 from pipelines.common.files import write_atomically
+from pipelines.common.words import plural
 
 log = logging.getLogger(__name__)
 
@@ -131,11 +132,14 @@ def _mend(path: Path, epoch: int, saved: list[Row] | None) -> list[Row]:
     whole = there.strange == 0 and _text(kept) == _text(rows) and (saved is not None or not epoch or _last(kept) == epoch)
     if whole and not (beyond and epoch == 0):
         if beyond:
-            log.info("the log has %d epochs beyond the last checkpoint; they are trained again", beyond)
+            again = "it is" if beyond == 1 else "they are"
+            log.info("the log has %s beyond the last checkpoint; %s trained again", plural(beyond, "epoch"), again)
         return rows
     if whole:
         log.warning(
-            "no checkpoint is left: training begins at epoch 1; the log of %d epochs is kept as %s", beyond, set_aside(path)
+            "no checkpoint is left: training begins at epoch 1; the log of %s is kept as %s",
+            plural(beyond, "epoch"),
+            set_aside(path),
         )
     else:
         log.warning("%s is damaged: %s; it is kept as %s", path, _written(rows, saved), set_aside(path))
@@ -144,7 +148,7 @@ def _mend(path: Path, epoch: int, saved: list[Row] | None) -> list[Row]:
 
 def _written(rows: list[Row], saved: list[Row] | None) -> str:
     source = "the lines of it that can be read" if saved is None else "the last checkpoint"
-    return f"{len(rows)} epochs are written again from {source}"
+    return f"{plural(len(rows), 'epoch', 'are')} written again from {source}"
 
 
 def _last(rows: list[Row]) -> int:

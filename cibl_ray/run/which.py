@@ -77,6 +77,8 @@ def _in_folder_itself(run: Path, names: tuple[str, ...], which: str | None) -> P
         if which in (None, Path(name).stem) and (run / name).is_file():
             return run / name
     if not is_run(run):
+        if not os.path.lexists(run):
+            raise UserError(f"{str(run)!r} does not exist; name a run folder or a checkpoint file")
         raise UserError(f"{str(run)!r} is neither a run folder nor a checkpoint file")
     wanted, folder = which or "last", run / CHECKPOINTS
     for name in (LAST, BEST, PREVIOUS):

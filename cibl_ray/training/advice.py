@@ -17,6 +17,7 @@ from cibl_ray.evaluation.metrics import Scores
 from cibl_ray.run.folder import CONFIG
 from pipelines.common.cores import usable_cores
 from pipelines.common.progress import duration
+from pipelines.common.words import plural
 
 _LONG = 4 * 3600  # seconds of a run, from which on cheaper ways are named
 _STEPS, _SECONDS = 10, 10.0  # the least that is measured
@@ -116,7 +117,7 @@ def classes_at_zero(config: RunConfig, classes: list[str], counts: np.ndarray, s
     if not zero:
         return ""
     zero.sort(key=lambda label: -counts[label])
-    names = ", ".join(f"{classes[label]} ({counts[label]:,} images)" for label in zero[:_NAMED])
+    names = ", ".join(f"{classes[label]} ({plural(int(counts[label]), 'image')})" for label in zero[:_NAMED])
     more = f" and {len(zero) - _NAMED} more" if len(zero) > _NAMED else ""
     ways = []
     if shifted:

@@ -33,6 +33,7 @@ from cibl_ray.run.folder import (
     lock_folder,
     make_room,
     need_new,
+    need_old,
 )
 from cibl_ray.run.log import read_metrics
 from cibl_ray.run.mend import mend
@@ -104,8 +105,7 @@ def _fit_in(
     asked = config.train
     config = world.broadcast_from_rank0(lambda: resolve(config))
     require_own_gpu(config.train.device)
-    if not resume:
-        world.broadcast_from_rank0(lambda: need_new(folder))
+    world.broadcast_from_rank0(lambda: need_old(folder) if resume else need_new(folder))
     prepared = ensure_prepared(config.data, config.seed)
     _same_data(world, prepared)
     folds_of(config, prepared)  # refused before anything is written

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from cibl_ray.config import RunConfig, build_config, load_config
-from cibl_ray.run.folder import CONFIG, is_run, never_begun
+from cibl_ray.run.folder import CONFIG, is_run, no_run
 from cibl_ray.run.own_config import own_config
 from pipelines.common.errors import UserError
 
@@ -59,8 +59,7 @@ def resumed(folder: Path, overrides: list[str], name: str | None) -> tuple[RunCo
             other images.
     """
     if not is_run(folder) and not (folder / CONFIG).exists():
-        left = "; no run began in it: remove it, and start a new run" if never_begun(folder) else ""
-        raise UserError(f"{str(folder)!r} is not a run folder: it has no {CONFIG}{left}")
+        raise UserError(f"{str(folder)!r} {no_run(folder)}")
     content = own_config(folder)
     begun = build_config(content, [], str(folder / CONFIG))
     if name is not None:

@@ -5,22 +5,24 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from cibl_ray.config import build_config
-from cibl_ray.run.folder import BEST, BEST_RESULT, only_files, only_folders, set_aside
+from cibl_ray.run.folder import BEST, BEST_RESULT, SWEEP, SWEEP_RUNS, is_run, only_files, only_folders, set_aside
 from cibl_ray.tuning.config import SweepConfig
 from cibl_ray.tuning.sweep import Trial, objectives
 from pipelines.common.errors import UserError
-from pipelines.common.files import write_atomically
+from pipelines.common.files import need_writable, write_atomically
 from pipelines.common.validation import validate
+from pipelines.common.words import plural
 
 log = logging.getLogger(__name__)
 
-SWEEP, RECORD, JOURNAL = "sweep.json", "trials.jsonl", "search.journal"
-RUNS, OF_RAY = "trials", ".ray"
+RECORD, JOURNAL = "trials.jsonl", "search.journal"
+RUNS, OF_RAY = SWEEP_RUNS, ".ray"
 TABLE, BEST_CONFIG, TRADE_OFF, OVER_SKEW = "trials.csv", "best.yaml", "trade_off.png", "tail_skew.png"
 _BASE = "base_content"
 _STATES = ("completed", "stopped", "failed")
@@ -43,7 +45,7 @@ def read_sweep(folder: Path) -> tuple[SweepConfig, dict[str, Any] | None]:
     """
     path = folder / SWEEP
     if not path.is_file():
-        raise UserError(f"--resume {folder}: not a sweep folder, it has no {SWEEP}")
+        raise UserError(f"--resume {folder} {_no_sweep(folder)}")
     try:
         content = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
@@ -59,15 +61,28 @@ def read_sweep(folder: Path) -> tuple[SweepConfig, dict[str, Any] | None]:
     return validate(SweepConfig, content, str(path)), base
 
 
+def _no_sweep(folder: Path) -> str:
+    """Why `folder` is no sweep folder, and what to name in its place."""
+    if not os.path.lexists(folder):
+        return "does not exist; name a sweep folder"
+    if not folder.is_dir():
+        return f"is a file; name {f'the sweep folder: {folder.parent}' if folder.name == SWEEP else 'a sweep folder'}"
+    if is_run(folder):
+        return f"is a run; this resumes it: python -m cibl_ray.train --resume {shlex.quote(str(folder))}"
+    return f"is not a sweep folder: it has no {SWEEP}"
+
+
 def need_new(folder: Path) -> None:
-    """Check that no sweep folder is there yet.
+    """Check that no sweep folder is there yet, and that one can be made.
 
     Raises:
-        UserError: `folder` exists.
+        UserError: `folder` exists, or its place cannot be written.
     """
-    if folder.exists():
-        way = f"continue it with --resume {folder}" if (folder / SWEEP).is_file() else "it holds no sweep: remove it"
-        raise UserError(f"sweep folder {str(folder)!r} already exists; {way}, or choose another --name")
+    if not os.path.lexists(folder):
+        need_writable(folder, f"sweep folder {str(folder)!r}", "name another place: --sweeps FOLDER")
+    else:
+        way = f"continue it with --resume {folder}, or " if (folder / SWEEP).is_file() else "it holds no sweep: "
+        raise UserError(f"sweep folder {str(folder)!r} already exists; {way}choose another --name")
 
 
 def read_trials(folder: Path) -> list[Trial]:
@@ -106,7 +121,9 @@ def mend(folder: Path) -> None:
     begun = (folder / SWEEP).exists()
     trials, damaged = _read(path)
     if damaged:
-        log.warning("%s is damaged: %d trials of it can be read; it is kept as %s", path, len(trials), set_aside(path))
+        log.warning(
+            "%s is damaged: %s of it can be read; it is kept as %s", path, plural(len(trials), "trial"), set_aside(path)
+        )
     elif begun and not path.exists():
         log.warning("%s is missing: the trials of this sweep run again, from their checkpoints where these are left", path)
     write_atomically(path, "".join(map(_line, trials)))  # without a last line that a kill cut short

@@ -23,7 +23,7 @@ from cibl_ray.tuning.search import search
 from cibl_ray.tuning.sweep import Trial, base_content, check_metrics
 from cibl_ray.tuning.track import sweep_outcome, sweep_trackers
 from pipelines.common.errors import Interrupted, UserError
-from pipelines.common.files import write_atomically
+from pipelines.common.files import need_writable, write_atomically
 
 
 def run(sweep: SweepConfig, folder: Path, address: str | None, base: dict[str, Any] | None = None) -> tuple[list[Trial], str]:
@@ -43,6 +43,7 @@ def run(sweep: SweepConfig, folder: Path, address: str | None, base: dict[str, A
         Interrupted: Ctrl-C ended the search before all trials were done.
     """
     base = base or base_content(sweep)  # finds mistakes before anything is started or written
+    need_writable(folder, f"sweep folder {str(folder)!r}", "make it writable, or resume a copy of it")
     if address is None:
         check_metrics(sweep, *prepare_data(base))  # once: all trials share it
     folder.mkdir(parents=True, exist_ok=True)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import BaseModel
 
 from cibl_ray.config import RunConfig, build_config, with_recipe
 from cibl_ray.tuning.config import Choice, Range, SweepConfig
@@ -56,6 +57,7 @@ def load_sweep(name: str, pairs: list[str]) -> SweepConfig:
     path = find_config(name)
     content = read_content(path, SweepConfig)
     pairs, of_trials = _split_overrides(pairs)
+    _refuse_fields_of_trials(pairs)
     flags = dict(parse_overrides(of_trials, RunConfig))
     given = content.get("set")
     if given is None:  # `set:` with all its lines commented out
@@ -133,6 +135,22 @@ def _split_overrides(arguments: list[str]) -> tuple[list[str], list[str]]:
         if argument.startswith("--") and "=" not in argument:
             chosen += [*islice(queue, 1)]
     return own, of_trials
+
+
+def _refuse_fields_of_trials(arguments: list[str]) -> None:
+    """Raise UserError, with the option that is meant, for `--FIELD VALUE` of a field that trials have and the sweep has not."""
+    flags = [argument.partition("=")[0] for argument in arguments if argument.startswith("--")]
+    for flag in flags:
+        if _key(flag, SweepConfig) is None and (key := _key(flag, RunConfig)) is not None:
+            raise UserError(f"{flag}: unknown field of a sweep; did you mean --set.{key}?")
+
+
+def _key(flag: str, model: type[BaseModel]) -> str | None:
+    """The dotted name of the field that `flag` sets; None where the model has none of that name."""
+    try:
+        return parse_overrides([flag, "null"], model)[0][0]
+    except UserError:
+        return None
 
 
 def base_content(sweep: SweepConfig) -> dict[str, Any]:

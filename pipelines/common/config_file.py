@@ -162,7 +162,7 @@ def _joined(one: Any, other: Any, place: str, key: str) -> Any:
 
 
 def _beside(text: str, folder: Path) -> str:
-    if "://" in text:
+    if "://" in text or not text.strip():  # an empty path is refused later
         return text
     try:
         path = Path(text).expanduser()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import importlib.util
 import os
 import re
@@ -15,6 +16,13 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 _VALUE = 200  # characters of a value that an error repeats
+_FIXES = {
+    errno.ENOENT: "check the name",
+    errno.EACCES: "change its permissions, or name another place",
+    errno.EPERM: "change its permissions, or name another place",
+    errno.ENOSPC: "free some of the disk, or name another place",
+    errno.EDQUOT: "free some of the disk, or name another place",
+}  # of errors of the disk
 _LONG = 500  # characters shown of an unexpected error's message, or of arguments that argparse refuses
 
 
@@ -40,6 +48,7 @@ class CommandParser(argparse.ArgumentParser):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+        self.register("type", Path, _path)
 
     def complete(self) -> None:
         """Answer a shell that asks how the line goes on, and exit; in other runs nothing."""
@@ -89,7 +98,9 @@ def run_command(main: Callable[[], None], needs: str = "") -> NoReturn:
         with contextlib.suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except (OSError, MemoryError) as error:
+    except OSError as error:
+        sys.exit(_tell(f"error: {_of_file(error)}", 2))
+    except MemoryError as error:
         sys.exit(_tell(f"error: {type(error).__name__}: {error}", 2))
     except KeyboardInterrupt as error:
         sys.exit(_tell(str(error) or "interrupted", getattr(error, "status", 130)))
@@ -98,11 +109,26 @@ def run_command(main: Callable[[], None], needs: str = "") -> NoReturn:
     sys.exit(0)
 
 
+def _of_file(error: OSError) -> str:
+    """What an error of the disk means to the user: the file, what is wrong, and what to do."""
+    if not isinstance(error.filename, str):
+        return f"{type(error).__name__}: {error}"
+    name = error.filename.removesuffix(".part")  # what a file is called until it is whole
+    return f"{shown(name)} cannot be used: {error.strerror}; {_FIXES.get(error.errno or 0, 'name another place')}"
+
+
 def _present(package: str) -> bool:
     try:
         return importlib.util.find_spec(package) is not None
     except (ImportError, ValueError):
         return False
+
+
+def _path(text: str) -> Path:
+    """The value of an option with `type=Path`: not an empty one, which would be the working folder."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError(f"{text!r} names no file or folder; is a shell variable unset?")
+    return Path(text)
 
 
 def _cut(text: str) -> str:

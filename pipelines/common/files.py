@@ -43,8 +43,82 @@ def write_atomically(path: Path, content: str | bytes | Callable[[IO[bytes]], ob
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)
+    except OSError as error:
+        if error.errno and error.filename in (None, str(part)):
+            error.filename = str(path)  # the name that the user knows; a full disk names none
+        raise
     finally:
         part.unlink(missing_ok=True)
+
+
+def need_writable(folder: Path, what: str, fix: str) -> None:
+    """Check that a folder can be written, or made where it is missing. Called before the work whose result goes there.
+
+    Args:
+        folder: The folder.
+        what: The value and its place, as the message begins ("--out report").
+        fix: What to do, as the message ends.
+
+    Raises:
+        UserError: It cannot, or a file stands in its way.
+    """
+    there = folder.absolute()
+    while True:
+        try:
+            os.lstat(there)
+            break
+        except (FileNotFoundError, NotADirectoryError, PermissionError):
+            there = there.parent
+        except (OSError, ValueError) as error:  # a name too long, or with a NUL
+            raise UserError(f"{what}: {getattr(error, 'strerror', error)}; {fix}") from error
+    if not there.is_dir():
+        raise UserError(f"{what}: {str(there)!r} is not a folder; {fix}")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"{what}: {str(there)!r} cannot be written; {fix}")
+
+
+def need_writable_file(path: Path, option: str, example: str) -> None:
+    """Check that a file can be written that an option names. Called before the work whose result goes there.
+
+    Args:
+        path: The file.
+        option: The option (`--out`).
+        example: A fitting name, for the message.
+
+    Raises:
+        UserError: It is a folder, its folder is missing, or it cannot be written.
+    """
+    if not path.absolute().parent.is_dir():
+        raise UserError(f"{option} {path}: the folder {str(path.parent)!r} does not exist")
+    if path.is_dir():
+        raise UserError(f"{option} {path} is a folder; name a file in it: {option} {path / example}")
+    if not _is_device(path):
+        need_writable(path.parent, f"{option} {path}", "name a file in another folder")
+
+
+def write_output(path: Path, content: bytes, option: str) -> None:
+    """Write a file that an option names.
+
+    Args:
+        path: The file. A device or a pipe is written to; any other file appears when it is whole.
+        content: Of the file.
+        option: The option, for the message.
+
+    Raises:
+        UserError: It cannot be written.
+    """
+    try:
+        if _is_device(path):
+            path.write_bytes(content)
+        else:
+            write_atomically(path, content)
+    except OSError as error:
+        raise UserError(f"{option} {path}: cannot be written ({error.strerror}); name another file") from error
+
+
+def _is_device(path: Path) -> bool:
+    """Whether `path` is there and is no plain file: /dev/stdout must not be replaced."""
+    return path.exists() and not path.is_file()
 
 
 def _to_stderr(text: str) -> None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic_core import PydanticCustomError
 
 from pipelines.common.config_file import refuse_repeated_keys
 from pipelines.common.errors import UserError, shown
-from pipelines.common.fields import Key, defaults_of, kinds_at, known_keys, nearest_key
+from pipelines.common.fields import Key, defaults_of, kinds_at, known_keys, nearest_key, types_in
 from pipelines.common.validation import Model, validate, with_kinds
 
 
@@ -18,6 +20,16 @@ class Settings(BaseModel):
     """Base of every configuration part: unknown keys and infinite numbers are refused; a configuration never changes."""
 
     model_config = ConfigDict(extra="forbid", validate_default=True, frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")  # of the whole part: a field that decides the kind can have no validator before
+    @classmethod
+    def _no_empty_path(cls, content: Any) -> Any:
+        """Refuse an empty path, which would be the working folder."""
+        for name, field in cls.model_fields.items() if isinstance(content, Mapping) else ():
+            value = content.get(name)
+            if isinstance(value, str) and not value.strip() and Path in types_in(field.annotation):
+                raise PydanticCustomError("empty_path", "names no file or folder; is a shell variable unset?", {"field": name})
+        return content
 
 
 def parse_overrides(arguments: list[str], model: type[BaseModel]) -> list[tuple[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 from typing import Any, TypeVar
 
@@ -44,12 +45,16 @@ def validate(model: type[Model], content: Any, place: str, flags: Collection[str
     except ValidationError as error:
         # A misspelt key first: what is missing may only be misspelt.
         problems = sorted(error.errors(include_url=False), key=lambda problem: problem["type"] != "extra_forbidden")
-        key = _dotted(problems[0]["loc"], content)
-        if key and any(f"{key}.".startswith(f"{flag}.") or f"{flag}.".startswith(f"{key}.") for flag in flags):
+        within = (problems[0]["ctx"]["field"],) if problems[0]["type"] == "empty_path" else ()
+        key = _dotted((*problems[0]["loc"], *within), content)
+        explained = _explained(problems[0], key, model, content)
+        # What concerns several parts has no key: its text names the fields.
+        named = [flag for flag in flags if re.search(rf"\b{re.escape(flag)}\b", explained)] if not key else []
+        if named or (key and any(f"{key}.".startswith(f"{flag}.") or f"{flag}.".startswith(f"{key}.") for flag in flags)):
             place = "command line"
         others = sum(not _follows(problem, problems) for problem in problems) - 1
         more = f" (and {others} more)" if others else ""
-        raise UserError(f"{place}: {_explained(problems[0], key, model, content)}{more}") from error
+        raise UserError(f"{place}: {explained}{more}") from error
 
 
 def with_kinds(content: Any, default: Any) -> Any:
@@ -122,6 +127,8 @@ def _explained(problem: ErrorDetails, key: str, model: type[BaseModel], content:
             return f"{key}.kind is missing: one of {', '.join(kinds)}"
         case "union_tag_invalid":
             return f"{key}.kind = {shown(value['kind'])}: expected one of {', '.join(kinds)}"
+        case "empty_path":
+            return f"{key} = {shown(value[leaf])}: {problem['msg']}"
         case "tuple_type":
             return f"{key} = {shown(value)}: expected a list, [...]"
         case "model_attributes_type" | "model_type" | "dict_type":

@@ -7,7 +7,9 @@ import sys
 from pathlib import Path
 
 from pipelines.common.command_line import ConfigParser
-from pipelines.common.errors import UserError, run_command
+from pipelines.common.errors import run_command
+from pipelines.common.files import need_writable
+from pipelines.common.words import plural
 from pipelines.doctor.content import find_by_content
 from pipelines.doctor.examine import examine
 from pipelines.doctor.features import image_features, installed
@@ -40,8 +42,7 @@ def main() -> None:
     if asked is None:
         return
     config, arguments = asked
-    if arguments.out.exists() and not arguments.out.is_dir():
-        raise UserError(f"--out {arguments.out}: is a file; name a folder")
+    need_writable(arguments.out, f"--out {arguments.out}", "name another folder")
     # A listed file that is missing is a finding, as an image that cannot be read is.
     data = config.data.model_copy(update={"on_bad_image": "skip"})
     classes, splits = choose(data.source.open(), data, subset_seed(data, config.seed))
@@ -62,10 +63,10 @@ def main() -> None:
     excluded = len({number for finding in findings for number in finding.exclude})
     print(f"page: {arguments.out / PAGE}")
     if excluded:
-        print(f"{excluded:,} images to leave out: --data.exclude {arguments.out / EXCLUDE}")
+        print(f"{plural(excluded, 'image')} to leave out: --data.exclude {arguments.out / EXCLUDE}")
     suspects = sum(len(finding.suspects) for finding in findings)
     if suspects:
-        print(f"{suspects:,} labels to look at: {arguments.out / SUSPECTS}")
+        print(f"{plural(suspects, 'label')} to look at: {arguments.out / SUSPECTS}")
 
 
 if __name__ == "__main__":

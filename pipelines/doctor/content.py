@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from pipelines.common.seeding import stream
+from pipelines.common.words import agreed, plural
 from pipelines.doctor.examine import Examined
 from pipelines.doctor.findings import Finding, some_of
 from pipelines.doctor.held_out import HeldOut, judge
@@ -43,7 +44,7 @@ def _wrong_labels(examined: Examined, features: np.ndarray, held_out: HeldOut) -
     numbers = numbers[np.argsort(held_out.own[numbers], kind="stable")]
     groups = [[number, _nearest(features, number, examined.label == held_out.best[number])] for number in numbers.tolist()]
     yield Finding(
-        "wrong_label", "look", f"{len(groups):,} images look like another class than theirs",
+        "wrong_label", "look", f"{plural(len(groups), 'image', 'look')} like another class than the label's",
         "Each stands beside the most similar image of the class that it looks like, the clearest first. "
         "Correct the labels that are wrong. suspects.txt lists the images.",
         groups, suspects=[group[0] for group in groups],
@@ -72,8 +73,9 @@ def _alike(examined: Examined, features: np.ndarray, held_out: HeldOut) -> Itera
             for _, _, _, numbers in found
             for number in (min(numbers, key=lambda number: float(held_out.own[number])),)
         ]
+        title = f"{plural(len(found), 'pair')} of classes {agreed(len(found), 'look')} alike: {some_of(named)}"
         yield Finding(
-            "classes_alike", "note", f"{len(found):,} pairs of classes look alike: {some_of(named)}",
+            "classes_alike", "note", title,
             "In brackets: how often a classifier takes one for the other. Merge them, or expect most errors there.", groups,
         )  # fmt: skip
 

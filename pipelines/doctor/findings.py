@@ -9,6 +9,7 @@ from typing import Literal
 
 import numpy as np
 
+from pipelines.common.words import agreed, plural
 from pipelines.doctor.examine import Examined, Look
 from pipelines.doctor.pairs import clusters, near, same_bytes
 from pipelines.pixels import BadImageError
@@ -87,7 +88,7 @@ def _unreadable(examined: Examined) -> Iterator[Finding]:
     bad = [number for number, look in enumerate(examined.look) if isinstance(look, BadImageError)]
     if bad:
         yield Finding(
-            "unreadable", "fault", f"{len(bad):,} images cannot be read",
+            "unreadable", "fault", f"{plural(len(bad), 'image')} cannot be read",
             "Mend or remove them, or set data.on_bad_image: skip.", [[number] for number in bad], bad,
         )  # fmt: skip
 
@@ -126,22 +127,25 @@ def _duplicates_by_place(examined: Examined, pairs: list[tuple[int, int]], how: 
     if across or both:
         of_train = [_in_train(examined, pair) for pair in (*across, *both)]
         groups = clusters([*across, *both])
+        title = f"{plural(len(of_train), 'pair')} across two splits {agreed(len(of_train), 'have')} {how}"
         yield Finding(
-            f"{kind}_across_splits", severity, f"{len(across) + len(both):,} pairs across two splits have {how}",
+            f"{kind}_across_splits", severity, title,
             "A held-out image that is also a training image is remembered, not recognised. Leave the training image out.",
             groups, sorted({number for number in of_train if number is not None}),
         )  # fmt: skip
     if conflict:
+        title = f"{plural(len(conflict), 'pair')} with {how} {agreed(len(conflict), 'have')} two labels"
         yield Finding(
-            f"{kind}_label_conflict", severity, f"{len(conflict):,} pairs with {how} have two labels",
+            f"{kind}_label_conflict", severity, title,
             "One of the labels is wrong, or the classes overlap. Correct it, or leave both out.",
             clusters(conflict), sorted({number for pair in conflict for number in pair}) if kind == "duplicate" else [],
         )  # fmt: skip
     if within:
         groups = clusters(within)
         repeats = sum(len(group) - 1 for group in groups)
+        title = f"{plural(repeats, 'image')} of a class and split {agreed(repeats, 'have')} {how} as another"
         yield Finding(
-            f"{kind}_within_class", "look", f"{repeats:,} images of a class and split have {how} as another",
+            f"{kind}_within_class", "look", title,
             "They count as several images of a class that may have few. Keep one of each.",
             groups, sorted(number for group in groups for number in group[1:]) if kind == "duplicate" else [],
         )  # fmt: skip
@@ -162,21 +166,21 @@ def of_classes(classes: list[str], counts: Mapping[str, np.ndarray]) -> Iterator
     single = [name for name, count in zip(classes, train, strict=True) if count == 1]
     if single:
         yield Finding(
-            "single_image_class", "look", f"{len(single):,} classes have one training image: {some_of(single)}",
+            "single_image_class", "look", f"{plural(len(single), 'class', 'have')} one training image: {some_of(single)}",
             "Nothing can be held out of them, and one image decides. Add images, or merge the class with another.",
         )  # fmt: skip
     for split, of_split in counts.items():
         absent = [name for name, count in zip(classes, of_split, strict=True) if not count]
         if split != "train" and absent:
             yield Finding(
-                "class_not_tested", "look", f"{split}: {len(absent):,} classes have no image: {some_of(absent)}",
+                "class_not_tested", "look", f"{split}: {plural(len(absent), 'class', 'have')} no image: {some_of(absent)}",
                 "Their accuracy is not measured. Add images, or set a share aside with data.test_fraction.",
             )  # fmt: skip
     few = [(name, FEW - int(count)) for name, count in zip(classes, train, strict=True) if count < FEW]
     if few:
         lacking = some_of([f"{name} {lack}" for name, lack in sorted(few, key=lambda item: item[1])])
         yield Finding(
-            "few_shot_classes", "note", f"{len(few):,} classes have fewer than {FEW} training images (few-shot)",
+            "few_shot_classes", "note", f"{plural(len(few), 'class', 'have')} fewer than {FEW} training images (few-shot)",
             f"Images that each lacks to be medium-shot, the nearest first: {lacking}.",
         )  # fmt: skip
 
@@ -203,14 +207,16 @@ def _single_images(examined: Examined) -> Iterator[Finding]:
         numbers = those(rule)
         # Data sets of small pictures are small throughout.
         if numbers and not (kind == "tiny" and len(numbers) > len(examined.look) // 2):
-            yield Finding(kind, severity, f"{len(numbers):,} images {title}", advice, [[number] for number in numbers])
+            verb, _, what = title.partition(" ")
+            title = f"{plural(len(numbers), 'image', verb)} {what}"
+            yield Finding(kind, severity, title, advice, [[number] for number in numbers])
     modes = Counter(look.mode for look in examined.look if isinstance(look, Look))
     usual = modes.most_common(1)[0][0] if modes else ""
     for mode, count in modes.items():
         if mode != usual and count < _RARE_MODE * len(examined.look):
             numbers = those(lambda look, mode=mode: look.mode == mode)  # type: ignore[misc]
             yield Finding(
-                "odd_mode", "note", f"{count:,} images are {mode}, most are {usual}",
+                "odd_mode", "note", f"{plural(count, 'image', 'are')} {mode}, most are {usual}",
                 "They are converted to RGB. Look whether a class can be told by that alone.", [[number] for number in numbers],
             )  # fmt: skip
     sizes = np.array([look.width * look.height if isinstance(look, Look) else 0 for look in examined.look])
@@ -218,7 +224,7 @@ def _single_images(examined: Examined) -> Iterator[Finding]:
     huge = np.flatnonzero(sizes > max(16 * usual_size, 1 << 24)).tolist()
     if huge:
         yield Finding(
-            "huge", "note", f"{len(huge):,} images have more than 16 times the usual pixels",
+            "huge", "note", f"{plural(len(huge), 'image', 'have')} more than 16 times the usual pixels",
             "They slow preparing down. Look whether they are photographs of the same kind.", [[number] for number in huge],
         )  # fmt: skip
 

@@ -14,6 +14,7 @@ import torch
 
 from pipelines.common.errors import UserError
 from pipelines.common.seeding import stream
+from pipelines.common.words import plural
 from pipelines.config import LoaderConfig, View
 from pipelines.loaders.cache import available_memory, fits_into_memory, local_workers
 from pipelines.loaders.cuts import draw_cuts, worker_weights
@@ -85,7 +86,7 @@ def make_loader(
     if reading.drop_last and reading.batches(len(beton)) == 0:
         own = "" if files is None else f" in the files of worker {reading.share.worker} of {reading.share.workers}"
         raise UserError(
-            f"the {split} split has {len(beton)} images{own}, fewer than one batch of {reading.batch_size}; "
+            f"the {split} split has {plural(len(beton), 'image')}{own}, fewer than one batch of {reading.batch_size}; "
             "lower train.batch_size"
         )
     device = device or torch.device("cpu")
@@ -164,7 +165,7 @@ def _own_files(prepared: Prepared, split: str, reading: ReadPlan) -> tuple[list[
     shards, share = prepared.splits[split].shards, reading.share
     if len(shards) < share.workers:
         raise UserError(
-            f"loader.part is 'shards', but the {split} split has {len(shards)} files for {share.workers} workers; "
+            f"loader.part is 'shards', but the {split} split has {plural(len(shards), 'file')} for {share.workers} workers; "
             "set data.store.shard_mb lower, or loader.part: all"
         )
     images = range(reading.batch_size)

@@ -11,6 +11,7 @@ import numpy as np
 
 from pipelines.common.command_line import ConfigParser
 from pipelines.common.errors import Interrupted, UserError, run_command
+from pipelines.common.words import plural
 from pipelines.config import DataConfig
 from pipelines.doctor.findings import gini, of_classes
 from pipelines.prepare.build import (
@@ -69,7 +70,8 @@ def _prepare() -> None:
         counts = {name: np.array(split.counts) for name, split in prepared.splits.items()}
     print(histogram_text(classes, counts["train"]))
     for name, of_class in counts.items():
-        print(f"{name}: {of_class.sum():,} images, {len(classes)} classes, {of_class.min()} to {of_class.max()} a class")
+        images = plural(int(of_class.sum()), "image")
+        print(f"{name}: {images}, {len(classes)} classes, {of_class.min()} to {of_class.max()} a class")
     if not arguments.count:
         print(f"prepared: {prepared.folder}, picture: {prepared.folder / 'class_counts.png'}")
         if config.data.published is not None:

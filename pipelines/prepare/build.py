@@ -23,8 +23,9 @@ from pipelines.common.command_line import ConfigParser, print_config
 from pipelines.common.config_file import find_config, read_content
 from pipelines.common.errors import UserError
 from pipelines.common.fields import nearest
-from pipelines.common.files import locked, write_atomically
+from pipelines.common.files import locked, need_writable, write_atomically
 from pipelines.common.settings import Settings, build
+from pipelines.common.words import agreed, plural
 from pipelines.config import DataConfig
 from pipelines.prepare.doubles import find_copies, refuse_shared_files
 from pipelines.prepare.groups import grouped, refuse_shared_groups
@@ -116,6 +117,8 @@ def ensure_prepared(data: DataConfig, seed: int, settable: bool = True, packer: 
         if found is not None:
             print(f"data: the source is not on this machine; using {found.folder} as it was prepared", file=sys.stderr)
             return found
+    if not (folder / SIDECAR).is_file():
+        _need_room(folder, data, settable)  # before a source is listed, which may take long
     draw = subset_seed(data, seed)
     return _up_to_date(folder, choose(data.source.open(), data, draw, settable), data, draw, settable, packer)
 
@@ -152,12 +155,19 @@ def _up_to_date(
     found = read_sidecar(folder)
     if found is not None and _matches(found, chosen) and _same_weights(found, chosen):
         return found
+    _need_room(folder, data, settable)
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder / ".lock", waiting=f"data: another command prepares {folder}; waiting for it"):
         found = read_sidecar(folder)  # another process may have written it while this one waited
         if found is not None and _matches(found, chosen):
             return found if _same_weights(found, chosen) else _weigh_again(found, chosen)
         return _write(folder, chosen, data, seed, settable, packer)
+
+
+def _need_room(folder: Path, data: DataConfig, settable: bool) -> None:
+    """Raise UserError where a prepared folder cannot be written."""
+    fix = "name another folder: --data.prepared FOLDER" if settable else "make it writable"
+    need_writable(folder, f"data.prepared {str(data.prepared)!r}", fix)
 
 
 def _key(content: Mapping[str, object], file_format: int = FORMAT) -> str:
@@ -190,7 +200,7 @@ def choose(dataset: Dataset, data: DataConfig, seed: int, settable: bool = True)
         if images is not None and images.missing and data.on_bad_image == "error":
             some = ", ".join(map(repr, images.missing[:3])) + (" and others" if len(images.missing) > 3 else "")
             raise UserError(
-                f"{len(images.missing):,} listed images are missing, such as {some}; "
+                f"{plural(len(images.missing), 'listed image', 'are')} missing, such as {some}; "
                 + ("correct the list or data.source.root, or set data.on_bad_image: skip" if settable else "bring them back")
             )
     if data.sampling == "weighted":
@@ -295,7 +305,7 @@ def _without(
     dropped = sum(len(images) - len(kept[split]) for split, images in own.items())
     if not dropped and (alone or any(of_split.values())):
         raise UserError(f"data.exclude: {path} names no image of the source; names are as in SPLIT.files.txt")
-    _say(f"{dropped:,} images are left out, as {path} says (data.exclude)")
+    _say(f"{plural(dropped, 'image', 'are')} left out, as {path} says (data.exclude)")
     return kept["train"], kept.get("val"), kept.get("test")
 
 
@@ -306,8 +316,10 @@ def _say(text: str) -> None:
 def _say_aside(split: str, images: Images | None, share: float, classes: list[str]) -> None:
     """Say what was set aside, and which classes are too small for it."""
     counts = class_counts(images.labels, len(classes)) if images is not None else np.zeros(len(classes), np.int64)
-    of = f", of {len(np.unique(images.groups)):,} groups" if images is not None and images.groups is not None else ""
-    _say(f"{split}: {counts.sum():,} images{of}, {share:.0%} of each class, are set aside (data.{split}_fraction)")
+    of = f", of {plural(len(np.unique(images.groups)), 'group')}" if images is not None and images.groups is not None else ""
+    total = int(counts.sum())
+    aside = f"{share:.0%} of each class, {agreed(total, 'are')} set aside (data.{split}_fraction)"
+    _say(f"{split}: {plural(total, 'image')}{of}, {aside}")
     without = [name for name, count in zip(classes, counts, strict=True) if count == 0]
     if without:
         some = ", ".join(map(repr, without[:5])) + (" and others" if len(without) > 5 else "")
@@ -374,7 +386,7 @@ def _write(folder: Path, chosen: Chosen, data: DataConfig, seed: int, settable: 
     forget_records(folder)
     for name, split in written.items():
         if split.skipped:
-            count = f"{len(split.skipped):,} unreadable images"
+            count = plural(len(split.skipped), "unreadable image")
             print(f"data: {count} left out of {name}, listed with their reasons in {folder / SIDECAR}:", file=sys.stderr)
             for path, reason in [*zip(split.skipped, split.reasons, strict=True)][:10]:
                 print(f"  {path}: {reason}", file=sys.stderr)

@@ -10,6 +10,7 @@ import numpy as np
 
 from pipelines.common.errors import UserError
 from pipelines.common.progress import counted
+from pipelines.common.words import plural
 from pipelines.config import DataConfig
 from pipelines.pixels import BadImageError
 from pipelines.prepare.doubles import find_copies, refuse_shared_files
@@ -45,7 +46,8 @@ class Findings:
         """The counts in one line."""
         kinds = f" ({self.kinds})" if self.kinds else ""
         shared = ", and files that are in two places" if self.shared else ""
-        return f"{self.images:,} images: {len(self.bad):,} unreadable, {len(self.copies):,} copies{kinds}{shared}"
+        copies = plural(len(self.copies), "copy")
+        return f"{plural(self.images, 'image')}: {len(self.bad):,} unreadable, {copies}{kinds}{shared}"
 
 
 def check(splits: Mapping[str, Images], data: DataConfig, seed: int) -> Findings:

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from pipelines.common.errors import UserError
+from pipelines.common.words import plural
 from pipelines.prepare.sources import Images
 from pipelines.prepare.sources.repeats import repeated
 
@@ -53,7 +54,7 @@ def refuse_shared_files(splits: Mapping[str, Images]) -> None:
         first.setdefault((other, split), (before.names[number], images.names[index]))
     for (other, split), count in counts.items():
         one, two = first[other, split]
-        what = f"{count:,} {split} images are " + ("in two classes" if other == split else f"also {other} images")
+        what = f"{plural(count, f'{split} image', 'are')} {'in two classes' if other == split else f'also in {other}'}"
         raise UserError(f"{what}: the same files, such as {one!r} and {two!r}; remove the links, or one of the two lines")
 
 
@@ -72,16 +73,17 @@ class Copies:
     """Images with the same bytes.
 
     Attributes:
-        counts: Copies by kind, in words.
+        counts: Copies by split and kind, in words.
         lines: One for each copy: split and name, a tab, split and name of the image that it is a copy of.
     """
 
-    counts: Counter[str] = field(default_factory=Counter)
+    counts: Counter[tuple[str, str]] = field(default_factory=Counter)
     lines: list[str] = field(default_factory=list)
 
     def text(self) -> str:
         """The counts in words; empty where there is no copy."""
-        return ", ".join(f"{count:,} {kind}" for kind, count in sorted(self.counts.items()))
+        counts = sorted(self.counts.items())
+        return ", ".join(f"{plural(count, f'{split} image', 'are')} {kind}" for (split, kind), count in counts)
 
     def write(self, path: Path) -> None:
         """Write the lines to a file."""
@@ -111,11 +113,11 @@ def find_copies(splits: Mapping[str, Images], read: Mapping[str, tuple[Sequence[
         images, before = splits[split], splits[other]
         row, known = read[split][0][index], read[other][0][number]
         if other != split:
-            kind = f"{split} images are also {other} images"
+            kind = f"also in {other}"
         elif before.labels[known] == images.labels[row]:
-            kind = f"{split} images are twice in a class"
+            kind = "twice in a class"
         else:
-            kind = f"{split} images are also in another class"
-        copies.counts[kind] += 1
+            kind = "also in another class"
+        copies.counts[split, kind] += 1
         copies.lines.append(f"{split} {images.names[row]}\t{other} {before.names[known]}".replace("\n", "\\n"))
     return copies

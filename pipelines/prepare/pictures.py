@@ -50,7 +50,7 @@ def histogram_text(classes: list[str], counts: np.ndarray, rows: int = 20, width
         for name, i in zip(names, shown, strict=True)
     ]
     if len(shown) < len(order):
-        lines.append(f"({len(order)} classes, every {len(order) / rows:.0f}th shown)")
+        lines.append(f"({len(shown)} of {len(order)} classes shown)")
     return "\n".join(lines)
 
 

@@ -240,7 +240,7 @@ def read_sidecar(folder: Path) -> Prepared | None:
     """
     try:
         return parse_sidecar((folder / SIDECAR).read_bytes(), folder, str(folder / SIDECAR))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
 
 

@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from pipelines.common.errors import UserError
-from pipelines.common.files import locked, write_atomically
+from pipelines.common.files import locked, need_writable, write_atomically
 from pipelines.common.progress import counted
+from pipelines.common.words import plural
 from pipelines.prepare.sources.addresses import fetch_part, file_system, patient
 from pipelines.prepare.writer import Shard
 
@@ -64,6 +65,8 @@ class Published:
         opened = [_in_use(path, shard.bytes) for path, shard in zip(paths, shards, strict=True)]
         try:
             if None in opened:
+                name = f"data.prepared {str(self.cache.parent)!r}"
+                need_writable(self.cache, name, "name another folder: --data.prepared FOLDER")
                 self.cache.mkdir(parents=True, exist_ok=True)
                 with locked(self.cache / ".lock", waiting=f"data: another command fetches into {self.cache}; waiting for it"):
                     self._complete(shards, paths, opened)
@@ -88,7 +91,7 @@ class Published:
             return
         size = sum(shards[number].bytes for number in missing)
         self._make_room(size)
-        print(f"data: fetching {len(missing):,} files, {size / 1e6:,.1f} MB, from {self.address}", file=sys.stderr)
+        print(f"data: fetching {plural(len(missing), 'file')}, {size / 1e6:,.1f} MB, from {self.address}", file=sys.stderr)
         paths[missing[0]].parent.mkdir(exist_ok=True)
         system = file_system(self.address.partition("://")[0])
         system.invalidate_cache()

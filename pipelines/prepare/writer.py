@@ -27,6 +27,7 @@ from pipelines.common.files import write_atomically
 from pipelines.common.progress import counted
 from pipelines.common.seeding import stream
 from pipelines.common.threads import in_threads
+from pipelines.common.words import plural
 from pipelines.config import DataConfig, Store
 from pipelines.library_warnings import Warned, collected_warnings
 from pipelines.pixels import BadImageError
@@ -430,7 +431,7 @@ def _report(split: str, progress: Progress, images: int, seconds: float) -> None
     files = f" in {len(progress.shards)} files" if len(progress.shards) > 1 else ""
     each = progress.stored / count / 1e3
     print(
-        f"data: {split}: {count:,} images ({kinds}), {size / 1e6:,.1f} MB{files}, {each:,.1f} kB an image, "
+        f"data: {split}: {plural(count, 'image')} ({kinds}), {size / 1e6:,.1f} MB{files}, {each:,.1f} kB an image, "
         f"{seconds:,.1f} s ({images / max(seconds, 1e-9):,.0f} images/s)",
         file=sys.stderr,
     )

@@ -20,6 +20,8 @@ from PIL import Image
 import cibl_ray
 from cibl_ray import hardware
 from cibl_ray.run.checkpoint import load_checkpoint
+from cibl_ray.training.resume import resumed
+from cibl_ray.tuning.folder import read_sweep
 from tests.conftest import REPOSITORY
 
 FAST_DATA = {
@@ -206,6 +208,39 @@ def test_errors_make_sense_without_a_command_line(run, config, tmp_path):
         run.resume(["train.epochs"])
     with pytest.raises(cibl_ray.UserError, match=r"is not a run folder: it has no config.yaml"):
         cibl_ray.open_run(tmp_path)
+
+
+def test_what_is_no_run_is_told_apart(tmp_path):
+    """By `open_run` and by --resume, of a run and of a sweep: what was named, and what to name in its place."""
+    run, sweep, file = tmp_path / "run", tmp_path / "sweep", tmp_path / "answers.csv"
+    (run / "checkpoints").mkdir(parents=True)
+    sweep.mkdir()
+    for path in (run / "config.yaml", run / "checkpoints" / "last.safetensors", sweep / "sweep.json", file):
+        path.write_text("")
+    for path, reason in (
+        (tmp_path / "gone", "does not exist; name a run folder"),
+        (file, "is a file; name a run folder"),
+        (run / "config.yaml", f"is a file; name the run folder: {run}"),
+        (run / "checkpoints" / "last.safetensors", f"is a file; name the run folder: {run}"),
+        (sweep, f"is a sweep; its runs are in {sweep}/trials, and this resumes it: python -m cibl_ray.tune --resume {sweep}"),
+        (tmp_path, "is not a run folder: it has no config.yaml"),
+    ):
+        with pytest.raises(cibl_ray.UserError) as told:
+            cibl_ray.open_run(path)
+        assert str(told.value) == f"{str(path)!r} {reason}"
+        with pytest.raises(cibl_ray.UserError) as told:
+            resumed(path, [], None)
+        assert str(told.value) == f"--resume {path} {reason}"
+    for path, reason in (
+        (tmp_path / "gone", "does not exist; name a sweep folder"),
+        (file, "is a file; name a sweep folder"),
+        (sweep / "sweep.json", f"is a file; name the sweep folder: {sweep}"),
+        (run, f"is a run; this resumes it: python -m cibl_ray.train --resume {run}"),
+        (tmp_path, "is not a sweep folder: it has no sweep.json"),
+    ):
+        with pytest.raises(cibl_ray.UserError) as told:
+            read_sweep(path)
+        assert str(told.value) == f"--resume {path} {reason}"
 
 
 def test_the_process_is_left_alone(config, monkeypatch, run):

@@ -116,8 +116,15 @@ def test_files_that_run_code_or_are_none_are_refused(tmp_path):
     bad = tmp_path / "bad.pth"
     torch.save({"weight": Harmful()}, bad)
     (tmp_path / "cut.safetensors").write_bytes(b"12345678")
-    for name, message in (("bad.pth", "would run code"), ("cut.safetensors", "cannot be read"), ("none.pth", "does not exist")):
-        with pytest.raises(UserError, match=message):
+    (tmp_path / "answers.csv").write_text("image,class\n")
+    for name, message in (
+        ("bad.pth", "would run code"),
+        ("answers.csv", "would run code"),
+        ("cut.safetensors", "cannot be read"),
+        ("none.pth", "does not exist"),
+    ):
+        # Torch's own advice, to load the file unsafely, is not repeated.
+        with pytest.raises(UserError, match=rf"^network.backbone.weights ((?!weights_only|torch\.load).)*{message}[^_]*$"):
             build_network(tiny(weights=str(tmp_path / name)), 5, Needs(), seed=0, pretrained=True)
     assert not (tmp_path / "ran").exists()
 
@@ -153,6 +160,18 @@ def test_the_models_data_configuration_decides_what_is_not_set(tmp_path):
     # A saved configuration opens as it was.
     save_config(own, tmp_path / "config.yaml")
     assert load_config(str(tmp_path / "config.yaml"), []) == own
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "resnext50"])
+def test_torchvisions_weights_decide_the_size_that_is_not_set(name):
+    content = {"network": {"backbone": {"kind": name, "weights": "default"}}, "data": DIGITS}
+    assert build_config(content, [], "here").data.size == 224
+    with pytest.raises(
+        UserError, match=f"'{name}' takes images of 33 pixels and more, data.size is 32; set it .--data.size 224"
+    ):
+        build_config(content, ["--data.size", "32"], "here")
+    with pytest.raises(UserError, match="33 pixels and more, data.size is 32"):
+        build_config(content, ["--network.backbone.weights", "none"], "here")
 
 
 def test_a_size_that_the_model_cannot_take_is_refused():

@@ -230,7 +230,7 @@ def test_a_checkpoint_of_an_earlier_version_has_no_rows(whole, stopped, tmp_path
     assert numbers(resumed.history) == numbers(whole.history)[1:]
     assert resumed.result["last"] == whole.result["last"]
     assert (folder / "metrics.jsonl.old").read_bytes() == before
-    assert "1 epochs are written again from the lines of it that can be read; it is kept as" in caplog.text
+    assert "1 epoch is written again from the lines of it that can be read; it is kept as" in caplog.text
 
 
 def test_a_best_checkpoint_that_is_gone_is_not_replaced_by_the_last_in_silence(whole, tmp_path, caplog):

@@ -326,7 +326,7 @@ def test_a_run_that_cannot_be_the_start(first, tmp_path, digits, caplog):
         config = second(first, *options)
         return Trainer(config, data or ensure_prepared(config.data, config.seed), tmp_path)
 
-    with pytest.raises(UserError, match="train.start: .*nowhere.* is neither a run folder nor a checkpoint file"):
+    with pytest.raises(UserError, match="train.start: .*nowhere.* does not exist; name a run folder or a checkpoint file"):
         made("--train.start", str(tmp_path / "nowhere"))
     with pytest.raises(UserError, match="is of another network, resnet20 with a linear head: .* begin with the configuration"):
         made("--backbone", "resnet32")

@@ -71,8 +71,8 @@ def stopped(sweep, whole, tmp_path_factory) -> Path:
 
 # The file, how it is damaged, how many trials are left of the two, and what the log says, or how the resume is refused.
 CASES = [
-    ("sweep.json", missing, 0, "error: not a sweep folder, it has no sweep.json"),
-    ("sweep.json", in_place_of_a_file, 0, "error: not a sweep folder, it has no sweep.json"),
+    ("sweep.json", missing, 0, "error: is not a sweep folder: it has no sweep.json"),
+    ("sweep.json", in_place_of_a_file, 0, "error: is not a sweep folder: it has no sweep.json"),
     ("sweep.json", foreign, 0, "error: sweep.json is damaged"),
     *(
         ("sweep.json", damage, 0, "error: sweep.json is damaged, not valid JSON")
@@ -82,7 +82,7 @@ CASES = [
     ("trials.jsonl", empty, 0, ""),
     ("trials.jsonl", cut, 1, ""),
     ("trials.jsonl", cut_at_a_line, 1, ""),
-    ("trials.jsonl", torn, 1, "trials.jsonl is damaged: 1 trials of it can be read"),
+    ("trials.jsonl", torn, 1, "trials.jsonl is damaged: 1 trial of it can be read"),
     ("trials.jsonl", binary, 0, "trials.jsonl is damaged: 0 trials of it can be read"),
     ("trials.jsonl", foreign, 0, "trials.jsonl is damaged: 0 trials of it can be read"),
     ("trials.jsonl", in_place_of_a_file, 0, "trials.jsonl is not a file"),
@@ -180,7 +180,7 @@ def test_a_kill_before_the_first_file(tmp_path, monkeypatch):
     (tmp_path / "begun").mkdir()
     (tmp_path / "begun" / ".lock").write_text("")
     monkeypatch.setattr(sys, "argv", ["tune", "sweeps/tail_skew", "--sweeps", str(tmp_path), "--name", "begun"])
-    with pytest.raises(UserError, match="already exists; it holds no sweep: remove it, or choose another --name"):
+    with pytest.raises(UserError, match="already exists; it holds no sweep: choose another --name"):
         tune.main()
 
 

@@ -212,7 +212,7 @@ def test_the_command_answers_what_it_can_read(run_folder, pictures, tmp_path):
     assert "d.jpg: is not an image" in done.stderr
     assert "e.png: is too large: 60x60 pixels, 2,000 at most; --max-pixels allows it" in done.stderr
     assert "2 of 5 files could not be classified" in done.stderr
-    assert f"1 images were read with a warning of the decoder, such as {pictures / 'a.jpg'}: " in done.stderr
+    assert f"1 image was read with a warning of the decoder, such as {pictures / 'a.jpg'}: " in done.stderr
     assert "site-packages" not in done.stderr
     assert "Traceback" not in done.stderr
     rows = [*csv.DictReader((tmp_path / "answers.csv").read_text().splitlines())]

@@ -139,7 +139,7 @@ def test_evaluate_on_a_folder(finished, image_folder, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nowhere"], "neither a run folder nor a checkpoint file"),
+        (["nowhere"], "'nowhere' does not exist; name a run folder or a checkpoint file"),
         ([REPOSITORY], "neither a run folder nor a checkpoint file"),
         ([REPOSITORY / "README.md"], "cut short or damaged"),
     ],
@@ -161,7 +161,7 @@ def test_train_mistakes(finished, folders):
         (["quickstrat"], "no configuration 'quickstrat'"),
         (["quickstart", "--epoch", "3"], "did you mean --train.epochs?"),
         (["quickstart", "--name", "whole", *folders], "already exists; resume it (--resume"),
-        (["--resume", "nowhere"], "not a run folder"),
+        (["--resume", "nowhere"], "'nowhere' does not exist; name a run folder"),
         (["--resume", finished[0], "--name", "other"], f"--resume continues in {finished[0]} itself; leave --name out"),
         (
             ["quickstart", *TINY, *folders, "--tail_skew", "3", "--resume", finished[0]],

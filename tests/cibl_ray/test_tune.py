@@ -562,11 +562,20 @@ def test_report_of_two_objectives_one_of_them_to_be_small(tmp_path, monkeypatch)
         sweep_report.write(tmp_path, of, base_content(of), [Trial("d", {}, "failed", 0, {}, "boom")])
 
 
+@pytest.mark.parametrize(
+    ("flag", "key"),
+    [("--data.source.path", "data.source.path"), ("--source.path", "data.source.path"), ("--epochs=3", "train.epochs")],
+)
+def test_a_field_of_the_trials_names_its_option(flag, key):
+    with pytest.raises(UserError, match=rf"^{flag.partition('=')[0]}: unknown field of a sweep; did you mean --set.{key}\?$"):
+        load_sweep("sweeps/photos", [flag] if "=" in flag else [flag, "FOLDER"])
+
+
 def test_commands_mistakes(tmp_path):
     for arguments, message in (
         ([], "name a sweep first"),
         (["nowhere"], "no configuration 'nowhere'"),
-        (["--resume", tmp_path], "not a sweep folder"),
+        (["--resume", tmp_path], "is not a sweep folder"),
         (["--resume", tmp_path, "--sweeps", tmp_path], f"--resume continues in {tmp_path} itself; leave --sweeps out"),
     ):
         done = subprocess.run(

@@ -28,9 +28,9 @@ def test_everything_that_is_wrong_is_listed(image_folder, tmp_path):
         "test test/one/copy.png\ttrain train/one/0.png",
         "test test/two/link.png\ttrain train/two/1.png",
     ]
-    assert found.shared.startswith("1 test images are also train images: the same files, such as 'train/two/1.png'")
+    assert found.shared.startswith("1 test image is also in train: the same files, such as 'train/two/1.png'")
     assert found.summary() == (
-        "30 images: 2 unreadable, 2 copies (2 test images are also train images), and files that are in two places"
+        "30 images: 2 unreadable, 2 copies (2 test images are also in train), and files that are in two places"
     )
     assert len(found.lines()) == 5
 

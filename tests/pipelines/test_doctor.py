@@ -259,7 +259,7 @@ def test_the_command_and_the_list_that_it_writes(folder, tmp_path, monkeypatch, 
     monkeypatch.setattr(sys, "argv", ["doctor", "folder", *source, "--features", "none", "--out", str(out)])
     command.main()
     told = capsys.readouterr().out
-    assert "fault: 1 images cannot be read" in told
+    assert "fault: 1 image cannot be read" in told
     assert f"3 images to leave out: --data.exclude {out / 'exclude.txt'}" in told
     *lines, last = (out / "exclude.txt").read_text().splitlines()
     assert lines == ["train\ttrain/ash/3.jpg", "train\ttrain/ash/7.jpg"]
@@ -353,8 +353,8 @@ def test_preparing_ends_with_what_the_doctor_sees_at_once(folder, tmp_path, caps
     copies = next((tmp_path / "with space").glob("*/copies.txt"))
     assert told == [
         "3.364 to 1, Gini 0.25",
-        "test: 1 classes have no image: oak",
-        "1 classes have fewer than 20 training images (few-shot)",
+        "test: 1 class has no image: oak",
+        "1 class has fewer than 20 training images (few-shot)",
         f"images with the same bytes are listed in {copies}",
         "a page of near copies, wrong labels and odd images: "
         f"python -m pipelines.doctor folder --data.source.path {folder} --data.prepared '{tmp_path / 'with space'}'",
@@ -444,7 +444,7 @@ def test_classes_that_look_alike_are_named():
     features, labels = blobs([120, 60, 60])
     labels = np.where(np.arange(240) < 120, np.arange(240) % 2, labels + 1)  # the first class is two, which nothing tells apart
     found = {each.kind: each for each in find_by_content(_seen(labels, ["train"] * 240, 4), features)}
-    assert found["classes_alike"].title.startswith("1 pairs of classes look alike: c0 and c1 (")
+    assert found["classes_alike"].title.startswith("1 pair of classes looks alike: c0 and c1 (")
     assert {int(labels[number]) for number in found["classes_alike"].groups[0]} == {0, 1}
     assert "wrong_label" not in found
 

@@ -13,7 +13,7 @@ from tests.pipelines.test_prepare import folder_config
 def test_a_test_folder_that_is_a_link_to_the_training_images(image_folder, tmp_path):
     shutil.rmtree(image_folder / "test")
     (image_folder / "test").symlink_to(image_folder / "train")
-    with pytest.raises(UserError, match=r"19 test images are also train images: the same files, such as 'train/.*' and 'test/"):
+    with pytest.raises(UserError, match=r"19 test images are also in train: the same files, such as 'train/.*' and 'test/"):
         ensure_prepared(folder_config(image_folder, tmp_path), 0)
 
 
@@ -21,7 +21,7 @@ def test_a_test_folder_that_is_a_link_to_the_training_images(image_folder, tmp_p
 def test_links_to_single_images(image_folder, tmp_path, link):
     link(image_folder / "train" / "one" / "0.png", image_folder / "test" / "one" / "another.png")
     link(image_folder / "train" / "one" / "1.png", image_folder / "test" / "two" / "another.png")
-    with pytest.raises(UserError, match=r"2 test images are also train images: the same files, such as 'train/one/"):
+    with pytest.raises(UserError, match=r"2 test images are also in train: the same files, such as 'train/one/"):
         ensure_prepared(folder_config(image_folder, tmp_path), 0)
 
 
@@ -49,9 +49,7 @@ def test_copies_are_counted_and_listed(image_folder, tmp_path, capsys):
     shutil.copy(two / "0.png", two / "again.png")
     os.link(two / "1.png", two / "link.png")  # in one class, no more than a copy
     prepared = ensure_prepared(folder_config(image_folder, tmp_path), 0)
-    counts = (
-        "3 test images are also train images, 1 train images are also in another class, 2 train images are twice in a class"
-    )
+    counts = "3 test images are also in train, 1 train image is also in another class, 2 train images are twice in a class"
     assert f"data: copies of the same image: {counts}; listed in {prepared.folder / COPIES}\n" in capsys.readouterr().err
     lines = (prepared.folder / COPIES).read_text().splitlines()
     assert len(lines) == 6

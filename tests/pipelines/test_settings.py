@@ -3,13 +3,17 @@
 from pathlib import Path
 
 import pytest
+from pydantic import BaseModel, ValidationError
 
 import cibl_ray
 from cibl_ray.config import RunConfig, build_config, load_config
 from cibl_ray.config_warnings import config_warnings
 from cibl_ray.training.schedules import lr_factor
+from cibl_ray.tuning.config import SweepConfig
+from cibl_ray.tuning.sweep import base_content, load_sweep
 from pipelines.common.config_file import read_config
-from pipelines.common.errors import UserError
+from pipelines.common.errors import CommandParser, UserError
+from pipelines.common.fields import models_in, types_in
 from pipelines.common.settings import override, parse_overrides
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -19,6 +23,50 @@ MOVING = "{start: 8, end: 24, shape: cosine, warmup: 8}"  # a cosine head's scal
 def test_unknown_key_names_the_nearest():
     with pytest.raises(UserError, match=r"x.yaml: unknown key 'optimizer.lrr'; did you mean 'optimizer.lr'\?"):
         build_config({"optimizer": {"lrr": 0.1}}, [], "x.yaml")
+
+
+def test_an_error_of_several_parts_names_the_place_of_the_field_that_it_is_about():
+    with pytest.raises(UserError, match="^command line: train.epochs is 0"):
+        load_config("quickstart", ["--epochs", "0"])
+    with pytest.raises(UserError, match="^mine.yaml: train.epochs is 0"):
+        build_config({"data": {"source": {"kind": "digits"}}, "train": {"epochs": 0}}, ["--seed", "1"], "mine.yaml")
+
+
+def _models(model: type[BaseModel]) -> set[type[BaseModel]]:
+    inner = {each for field in model.model_fields.values() for each in models_in(field.annotation)}
+    return {model}.union(*map(_models, inner))
+
+
+def test_an_empty_path_is_refused_in_every_field(tmp_path):
+    """It would be the working folder, and comes of a shell variable that is not set."""
+    fields = [
+        (model, name)
+        for model in _models(RunConfig) | _models(SweepConfig)
+        for name, field in model.model_fields.items()
+        if Path in types_in(field.annotation)
+    ]
+    assert len(fields) > 20
+    for model, name in fields:
+        for empty in ("", " "):
+            with pytest.raises(ValidationError) as refused:
+                model.model_validate({name: empty})
+            (error,) = refused.value.errors()
+            assert (error["type"], error["ctx"]) == ("empty_path", {"field": name})
+    message = r"data.source.path = '': names no file or folder; is a shell variable unset\?"
+    with pytest.raises(UserError, match=f"command line: {message}"):
+        load_config("photos", ["--data.source.path", ""])
+    (tmp_path / "mine.yaml").write_text("data: {source: {kind: folder, path: ''}}\n")
+    with pytest.raises(UserError, match=f"mine.yaml: {message}"):
+        load_config(str(tmp_path / "mine.yaml"), [])
+    with pytest.raises(UserError, match=message):
+        base_content(load_sweep("sweeps/photos", ["--set.data.source.path", ""]))
+
+
+def test_an_option_with_an_empty_path_is_refused():
+    parser = CommandParser(prog="command")
+    parser.add_argument("--out", type=Path)
+    with pytest.raises(UserError, match=r"argument --out: '' names no file or folder; is a shell variable unset\?"):
+        parser.parse_args(["--out", ""])
 
 
 def test_unknown_key_inside_a_union_is_named_as_written():
@@ -235,8 +283,9 @@ def test_a_configuration_that_is_not_there_names_the_nearest():
 def test_shipped_configurations_are_valid(path):
     config = load_config(str(path.relative_to(REPOSITORY / "configs").with_suffix("")), [])
     assert config.data.prepared.is_absolute()
-    # One to classify, two to contrast; BCL and ProCo classify one and contrast two more.
-    expected = 3 if config.loss.kind in ("bcl", "proco") else 2 if config.loss.needs.projection else 1
+    # One to classify, two to contrast, unless a queue alone gives the pairs; BCL and ProCo classify one and contrast two more.
+    of_queue = config.loss.needs.queue and config.loss.needs.momentum is None
+    expected = 3 if config.loss.kind in ("bcl", "proco") else 2 if config.loss.needs.projection and not of_queue else 1
     assert len(config.data.views) == expected
 
 

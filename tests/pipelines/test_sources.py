@@ -45,7 +45,7 @@ def test_folder_mistakes(image_folder, tmp_path):
     (image_folder / "test" / "three").rmdir()
     (image_folder / "train" / "empty").mkdir()
     (image_folder / "train" / "empty" / "notes.txt").write_text("not an image")
-    assert "has no images" in error()
+    assert "has no images (.jpg, .png, .tif and the like); move it out, or name the others in a file: data.so" in error()
     assert "empty" in error()
 
 
@@ -82,7 +82,7 @@ def test_images_outside_the_classes_of_a_split_are_told(image_folder, capsys):
     FolderSource(kind="folder", path=image_folder).open()
     assert capsys.readouterr().err.splitlines() == [
         f"data: not read of {str(image_folder)!r}: 'valid'; the splits are the folders train, val and test",
-        f"data: 1 images of {str(image_folder / 'train')!r} are in no class folder, and not read",
+        f"data: 1 image of {str(image_folder / 'train')!r} is in no class folder, and not read",
     ]
 
 

@@ -194,7 +194,7 @@ def test_a_missing_file_is_a_bad_row(photos, tmp_path):
     gone = [{**rows[0], "image": "files/gone.png"}, *rows[1:]]
     path = write_csv(folder / "gone.csv", gone, ["image", "label"])
     source = {"kind": "table", "path": str(path)}
-    with pytest.raises(UserError, match="1 listed images are missing, such as 'files/gone.png'"):
+    with pytest.raises(UserError, match="1 listed image is missing, such as 'files/gone.png'"):
         ensure_prepared(DataConfig.model_validate({"source": source, "prepared": tmp_path / "strict"}), 0)
     data = DataConfig.model_validate({"source": source, "prepared": tmp_path / "lax", "on_bad_image": "skip"})
     prepared = ensure_prepared(data, 0)
@@ -209,7 +209,7 @@ def test_groups_stay_in_one_split(photos, tmp_path, capsys):
     data = {"source": source, "split_by": "group", "val_fraction": 0.25, "prepared": tmp_path / "groups"}
     prepared = ensure_prepared(DataConfig.model_validate(data), 0)
     assert "group = 'patient'" in (told := capsys.readouterr().err)
-    assert "val: 4 images, of 1 groups, 25% of each class" in told or "val: 5 images, of 1 groups, 25% of each class" in told
+    assert "val: 4 images, of 1 group, 25% of each class" in told or "val: 5 images, of 1 group, 25% of each class" in told
     patient = {row["image"]: row["patient"] for row in rows}
     of = {split: {patient[name] for name in names_of(prepared, split)} for split in ("train", "val")}
     assert of["val"]

@@ -127,6 +127,14 @@ def test_errors_have_one_shape(server, path, body, headers, status, code):
     assert answer.headers["x-request-id"] == answer.json()["request_id"]
 
 
+def test_a_wrong_option_is_named_with_its_value(server):
+    for query, told in (("top_k=zero", "top_k = 'zero': "), ("tail_shift=1e9", "tail_shift = '1e9': ")):
+        assert server.ask("POST", f"/v1/predict?{query}", b"x").json()["error"].startswith(told)
+    given = json.dumps({"image": "aGk=", "top_k": 2000})
+    told = server.ask("POST", "/v1/predict", given, Content_Type="application/json").json()["error"]
+    assert told.startswith("top_k = 2000: ")
+
+
 @pytest.mark.parametrize(
     "inputs",
     [

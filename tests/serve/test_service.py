@@ -300,7 +300,11 @@ def test_two_services_keep_apart_and_leave_nothing_however_they_end(versions):
         (["BUNDLE", "--replicas", "2-1"], "--replicas 2-1"),
         (["BUNDLE", "--port", "PORT"], "Address already in use"),
         (["BUNDLE", "--port", "0"], "--port 0: give one from 1 to 65535"),
-        (["BUNDLE", "--keys", "nowhere"], "cannot be read"),
+        (
+            ["BUNDLE", "--keys", "nowhere"],
+            "nowhere' cannot be read: No such file or directory; give a file of keys, one a line: --keys FILE",
+        ),
+        (["FILE", "--simple"], "is a file, not the folder of a bundle; make one: python -m cibl_ray.export RUN"),
         (["BUNDLE", "--max-batch", "0"], "max_batch"),
         (["BUNDLE", "--provider", "cuda"], "--provider cuda: this machine or this onnxruntime has none"),
         (["BUNDLE", "--access-log", "/proc/nowhere"], "--access-log '/proc/nowhere': "),
@@ -314,7 +318,7 @@ def test_mistakes_are_one_line(bundle, arguments, message, monkeypatch):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        replaced = {"BUNDLE": str(bundle), "PORT": str(taken.getsockname()[1])}
+        replaced = {"BUNDLE": str(bundle), "FILE": __file__, "PORT": str(taken.getsockname()[1])}
         monkeypatch.setattr(sys, "argv", ["serve", *(replaced.get(word, word) for word in arguments)])
         with pytest.raises(UserError) as caught:
             main()

@@ -60,10 +60,11 @@ def read_file(path: Path) -> Tensors:
         else:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, OSError, RuntimeError, EOFError, pickle.UnpicklingError, ValueError) as error:
-        reason = " ".join(str(error).partition("\n")[0].split()) or type(error).__name__
+        # Not what torch says: it advises to load the file unsafely.
+        reason = f" ({str(error)[:200]})" if isinstance(error, SafetensorError | OSError) else ""
         raise UserError(
-            f"network.backbone.weights {str(path)!r} cannot be read as safetensors or as a state dict of torch "
-            f"({reason[:200]}); files that would run code are refused: save the state dict alone, best as safetensors"
+            f"network.backbone.weights {str(path)!r} cannot be read as safetensors or as a state dict of torch{reason}; "
+            "files that would run code are refused: save the state dict alone, best as safetensors"
         ) from error
     while isinstance(content, Mapping) and (inner := next((key for key in _WRAPPERS if key in content), None)) is not None:
         content = content[inner]

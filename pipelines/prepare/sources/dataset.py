@@ -12,6 +12,7 @@ import numpy as np
 
 from pipelines.common.errors import UserError
 from pipelines.common.settings import Settings
+from pipelines.common.words import plural
 from pipelines.prepare.sources.contents import Content
 from pipelines.prepare.sources.names import name_key, refuse_alike
 from pipelines.prepare.sources.texts import Texts, joined, taken
@@ -259,5 +260,5 @@ def classes_of(found: Iterable[str], place: str, listed: Mapping[str, str] | Non
         keys = sorted(by_key, key=int) if numbers else sorted(by_key)
         classes = [by_key[key][0] for key in keys]
     if len(classes) < 2:
-        raise UserError(f"{place}: {len(classes)} classes are there; at least 2 are needed")
+        raise UserError(f"{place}: {plural(len(classes), 'class', 'are')} there; at least 2 are needed")
     return classes, {value: label for label, key in enumerate(keys) for value in by_key[key]}

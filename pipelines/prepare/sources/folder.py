@@ -10,6 +10,7 @@ import numpy as np
 from pydantic import Field
 
 from pipelines.common.errors import UserError
+from pipelines.common.words import agreed, plural
 from pipelines.image_files import LeftOut, class_folders, image_files, loose_images
 from pipelines.prepare.sources.addresses import Location, Remote, listed, there
 from pipelines.prepare.sources.dataset import Below, Dataset, Images, SourceConfig
@@ -51,8 +52,12 @@ class FolderSource(SourceConfig):
         names = self._chosen(top, folders)
         if len(names) < 2:
             loose = loose_images(top)
-            hint = f"; {loose:,} images are directly in it: put those of each class into a folder of its own" if loose else ""
-            raise UserError(f"{str(top)!r} has {len(names)} class folders; at least 2 are needed{hint}")
+            hint = (
+                f"; {plural(loose, 'image', 'are')} directly in it: put those of each class into a folder of its own"
+                if loose
+                else ""
+            )
+            raise UserError(f"{str(top)!r} has {plural(len(names), 'class folder')}; at least 2 are needed{hint}")
         for name in names.values():
             if not _is_text(name):
                 raise UserError(f"class folder {str(top / name)!r} has a name that is not UTF-8; rename it")
@@ -152,7 +157,8 @@ def open_folder(folder: Path, classes: list[str], class_names: dict[str, str] | 
     there = class_folders(folder, left_out)
     if not there and (loose := loose_images(folder)):
         raise UserError(
-            f"{str(folder)!r} has {loose:,} images directly in it, without classes; expected {str(folder / 'CLASS')!r}/*"
+            f"{str(folder)!r} has {plural(loose, 'image')} directly in it, without classes; expected "
+            f"{str(folder / 'CLASS')!r}/*"
         )
     refuse_alike(there, [repr(str(folder / name)) for name in there])
     named = {name_key(other): name for other, name in (class_names or {}).items()} | {name_key(name): name for name in classes}
@@ -169,7 +175,10 @@ def open_folder(folder: Path, classes: list[str], class_names: dict[str, str] | 
 
 def _tell_loose(folder: Path) -> None:
     if loose := loose_images(folder):
-        print(f"data: {loose:,} images of {str(folder)!r} are in no class folder, and not read", file=sys.stderr)
+        print(
+            f"data: {plural(loose, 'image')} of {str(folder)!r} {agreed(loose, 'are')} in no class folder, and not read",
+            file=sys.stderr,
+        )
 
 
 def _is_text(name: str) -> bool:
@@ -204,10 +213,11 @@ def _labelled(root: Path, split: str, names: dict[str, str], left_out: LeftOut, 
         found = [] if name is None else image_files(root / split / name, left_out)
         if not found and every_class:
             place = root / split / (name or [*names][label])
-            raise UserError(f"class folder {str(place)!r} has no images (.jpg, .png, .tif and the like); remove it")
+            way = "take it out of the file data.source.classes" if others else "name the others in a file: data.source.classes"
+            raise UserError(f"class folder {str(place)!r} has no images (.jpg, .png, .tif and the like); move it out, or {way}")
         place = Path(split) / (name or "")  # split is empty where root is "."
         found_names.extend(f"{place.as_posix()}/{path}" for path in found)
         labels.append(np.full(len(found), label, dtype=np.int64))
     if not found_names:
-        raise UserError(f"{str(root / split)!r} has no images; remove the folder or fill it")
+        raise UserError(f"{str(root / split)!r} has no images; put some into it, or move it out")
     return Images(found_names, np.concatenate(labels), files=Below(root, found_names))

@@ -16,6 +16,7 @@ import numpy as np
 from pydantic import Field
 
 from pipelines.common.errors import UserError
+from pipelines.common.words import plural
 from pipelines.formats import readable_suffixes
 from pipelines.prepare.sources.addresses import Remote, without_secrets
 from pipelines.prepare.sources.contents import Spooled
@@ -94,7 +95,9 @@ class TableSource(SourceConfig):
                     f"{self.path}: the column {columns.split!r} has rows of the split {split!r}, which has a table too"
                 )
         if left_out:
-            print(f"data: {left_out:,} rows are of classes that {str(self.classes)!r} does not name", file=sys.stderr)
+            print(
+                f"data: {plural(left_out, 'row', 'are')} of classes that {str(self.classes)!r} does not name", file=sys.stderr
+            )
         if "train" not in splits:
             raise UserError(f"{self.path}: no row has the split 'train'; the column {columns.split!r} says {[*splits][:3]}")
         (train,) = splits["train"]
