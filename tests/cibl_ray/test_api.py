@@ -230,7 +230,7 @@ def test_what_is_no_run_is_told_apart(tmp_path):
         assert str(told.value) == f"{str(path)!r} {reason}"
         with pytest.raises(cibl_ray.UserError) as told:
             resumed(path, [], None)
-        assert str(told.value) == f"--resume {path} {reason}"
+        assert str(told.value) == f"{str(path)!r} {reason}"
     for path, reason in (
         (tmp_path / "gone", "does not exist; name a sweep folder"),
         (file, "is a file; name a sweep folder"),
@@ -240,7 +240,7 @@ def test_what_is_no_run_is_told_apart(tmp_path):
     ):
         with pytest.raises(cibl_ray.UserError) as told:
             read_sweep(path)
-        assert str(told.value) == f"--resume {path} {reason}"
+        assert str(told.value) == f"{str(path)!r} {reason}"
 
 
 def test_the_process_is_left_alone(config, monkeypatch, run):
