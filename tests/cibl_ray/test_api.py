@@ -240,7 +240,7 @@ def test_what_is_no_run_is_told_apart(tmp_path):
     ):
         with pytest.raises(cibl_ray.UserError) as told:
             read_sweep(path)
-        assert str(told.value) == f"{str(path)!r} {reason}"
+        assert str(told.value) == f"--resume {path} {reason}"
 
 
 def test_the_process_is_left_alone(config, monkeypatch, run):
