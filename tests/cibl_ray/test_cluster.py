@@ -205,7 +205,7 @@ def test_a_read_only_folder_is_told(folder, tmp_path):
     finally:
         subprocess.run(["umount", place], check=True)
     (error,) = [line for line in text.splitlines() if line.startswith("error: ")]
-    assert "Read-only file system" in error
+    assert "cannot be written; name another place: --runs FOLDER" in error
     assert str(place) in error
     assert "Traceback" not in text
 
