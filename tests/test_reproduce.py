@@ -95,7 +95,7 @@ def test_equal_cost_is_equal(dataset, images):
 def test_a_run_of_another_length_has_the_recipe_of_equal_cost():
     short = {cell.value: cell for cell in cells("equal_cost", "laptop", 1, 0.0) if cell.dataset == "cifar100"}
     every = {cell.value: cell for cell in cells("length", "laptop", 1, 0.0)}
-    assert len(every) == 12
+    assert len(every) == 14
     for value, cell in every.items():
         method, length = value.removesuffix(" M passes").rsplit(", ", 1)
         method, found, _ = method.partition(", weight decay 1e-3")

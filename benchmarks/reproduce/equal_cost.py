@@ -61,7 +61,7 @@ _SHORTER, _LONGER = (0.5, 0.75), (2.5, 5)
 _LENGTHS = {"CIBL, λ = 0.01": (*_SHORTER, *_LONGER), "balanced softmax": _LONGER, "CIBL, λ = 0.05, two views": _LONGER}
 # What `search` found to help a short run on validation images. The longer a run, the less decay it should need.
 _FOUND, _FOUND_OPTIONS = "weight decay 1e-3", ("--weight_decay", "1e-3")
-_FOUND_LENGTHS = {"CIBL, λ = 0.002": (1, 2.5), "balanced softmax": (1, 2.5)}
+_FOUND_LENGTHS = {"CIBL, λ = 0.002": (1, *_LONGER), "balanced softmax": (1, *_LONGER)}
 
 
 def rows(dataset: str, factor: int, epochs: int) -> dict[str, tuple[int, tuple[str, ...]]]:
