@@ -41,6 +41,9 @@ def main() -> None:
     name, arguments, overrides = parser.split()
     if parser.helped(name, DEFAULT, arguments, overrides):
         return
+    for option in ("name", "resume", "address", "storage"):
+        if (value := getattr(arguments, option)) is not None and not value.strip():
+            raise UserError(f"--{option} {value!r} is empty; is a shell variable unset?")
     for option in ("workers", "address", "storage", "cpus_per_worker", "max_failures"):
         if getattr(arguments, option) is not None and not arguments.cluster:
             hint = "; the loader's threads are --loader.workers" if option == "workers" else ""

@@ -167,6 +167,8 @@ def test_train_mistakes(finished, folders):
             ["quickstart", *TINY, *folders, "--tail_skew", "3", "--resume", finished[0]],
             "of another configuration than quickstart (loss",
         ),
+        (["--resume", ""], "--resume '' is empty; is a shell variable unset?"),
+        (["quickstart", "--name", " "], "--name ' ' is empty; is a shell variable unset?"),
         (["--resume", finished[0], "--backbone", "resnet32"], "another architecture"),
         (["--resume", finished[0], "--epochs", "3"], "train.epochs is 3, and 4 epochs are done; give as many or more"),
         (
