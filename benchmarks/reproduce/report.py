@@ -183,9 +183,9 @@ def _table(dataset: str, rows: dict[str, list[Line]], published: dict[str, float
             ours = _overall(of_row)
             mark = " †" if value in BEST_ON_TEST else ""
             cells.append("–" if number is None else f"{number:.1f}{mark}" + (f" ({epochs} epochs)" if epochs else ""))
-            cells.append("–" if number is None else f"{ours - number:+.1f}")
+            cells.append("–" if number is None else f"{ours - number:+z.1f}")
         if base is not None:
-            cells.append(f"{_overall(of_row) - _overall(base):+.1f}")
+            cells.append(f"{_overall(of_row) - _overall(base):+z.1f}")
             passes = [line["passes"] + line["forward_passes"] / 3 for line in of_row if "passes" in line]
             cells.append(f"{np.mean(passes) / 1e6:.2f}" if passes else "–")  # lines of earlier versions do not say
         cells.append(f"{np.mean([line['seconds'] for line in of_row]) / 60:.1f}")

@@ -193,7 +193,7 @@ def search() -> str:
     base = means.pop("base")
     drawn = [["base, %", *(f"{base[column]:.1f}" for column in columns), passes["base"]]]
     drawn += [
-        [row, *(f"{means[row][column] - base[column]:+.1f}" for column in columns), passes[row]]
+        [row, *(f"{means[row][column] - base[column]:+z.1f}" for column in columns), passes[row]]
         for row in sorted(means, key=lambda row: -means[row]["overall"])
     ]
     return markdown(["change", *columns, "M passes"], drawn)
