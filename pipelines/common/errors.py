@@ -62,6 +62,13 @@ class CommandParser(argparse.ArgumentParser):
         self.complete()
         return super().parse_args(*arguments, **options)
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse what is known. `--name=--` is refused: Python 3.11's argparse makes an empty list of it."""
+        for argument in args if args is not None else sys.argv[1:]:
+            if argument.startswith("--") and argument.endswith("=--"):
+                self.error(f"{argument}: '--' is no value; give another, or leave the option out")
+        return super().parse_known_args(args, namespace)
+
     def error(self, message: str) -> NoReturn:
         """Raise a UserError where argparse would print the usage and exit."""
         raise UserError(f"{_cut(message)}; see {self.prog} --help")

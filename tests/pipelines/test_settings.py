@@ -69,6 +69,16 @@ def test_an_option_with_an_empty_path_is_refused():
         parser.parse_args(["--out", ""])
 
 
+@pytest.mark.parametrize("kind", [str, int, Path])
+def test_two_dashes_are_no_value(kind):
+    parser = CommandParser(prog="command")
+    parser.add_argument("--out", type=kind)
+    with pytest.raises(UserError, match="--out=--: '--' is no value"):
+        parser.parse_args(["--out=--"])
+    with pytest.raises(UserError, match="--out: expected one argument"):
+        parser.parse_args(["--out", "--"])
+
+
 def test_unknown_key_inside_a_union_is_named_as_written():
     with pytest.raises(UserError, match=r"unknown key 'loss.tail_skw'; did you mean 'loss.tail_skew'\?"):
         build_config({"loss": {"kind": "cibl", "tail_skw": 1}}, [], "x.yaml")
