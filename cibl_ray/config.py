@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -336,6 +337,11 @@ def warmup_of(schedule: StepSchedule | CosineSchedule, epochs: int) -> float:
     return schedule.warmup_epochs if schedule.warmup_epochs <= epochs else epochs / 4
 
 
+def one_view_epochs(train: TrainConfig) -> int:
+    """Epochs at the start of a run that have the first view alone (`train.views_from`)."""
+    return math.ceil(round(train.views_from * train.epochs, 6))
+
+
 def load_config(name: str, arguments: list[str]) -> RunConfig:
     """Load a configuration.
 
@@ -443,11 +449,15 @@ _TAU: list[tuple[str, Any]] = [("loss", {"kind": "cross_entropy"}), ("train.epoc
 
 
 def _second_stage(content: dict[str, Any], pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """`content` with the recipe of a second stage, where `pairs` ask for one and `content` is none."""
-    asked = override(content, pairs, RunConfig)
-    if _tune(asked) != "classifier" or _tune(content) == "classifier":
+    """`content` with the recipe of a second stage, where `pairs` ask for one."""
+    asked, given = override(content, pairs, RunConfig), dict(pairs)
+    if _tune(asked) != "classifier":
         return content
-    given = dict(pairs)
+    if _tune(content) == "classifier":  # the file of a second stage has its settings already
+        if not {"train.start", "train.tune"} <= given.keys():
+            return content
+        content = _without_cap(content)  # one that starts from it has a cap of its own
+        asked = override(content, pairs, RunConfig)
     head = asked.get("network", {}).get("head") if isinstance(asked.get("network"), dict) else None
     if given.get("train.head_start") == "tau_normalized":
         name, more = "τ-normalisation (nothing is trained)", _TAU
@@ -464,6 +474,13 @@ def _second_stage(content: dict[str, Any], pairs: list[tuple[str, Any]]) -> dict
         first.append(("network.head.scale", {"start": scale["end"]}))
     log.warning("train.tune classifier: the recipe of %s, images class-balanced; what you set holds", name)
     return override(content, [*_SECOND_STAGE, *more, *first], RunConfig)
+
+
+def _without_cap(content: dict[str, Any]) -> dict[str, Any]:
+    network = content.get("network")
+    head = network.get("head") if isinstance(network, dict) else None
+    capped = isinstance(head, dict) and "max_norm" in head
+    return override(content, [("network.head.max_norm", None)], RunConfig) if capped else content
 
 
 def _fine_tuning(content: dict[str, Any], pairs: list[tuple[str, Any]]) -> dict[str, Any]:

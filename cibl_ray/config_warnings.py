@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from cibl_ray.config import OptimizerConfig, RunConfig, StepSchedule, TrainConfig, warmup_of
+from cibl_ray.config import OptimizerConfig, RunConfig, StepSchedule, TrainConfig, one_view_epochs, warmup_of
+from pipelines.common.words import plural
 from pipelines.config import ExpProfile, Store
 
 
@@ -63,6 +64,11 @@ def _vain_warnings(config: RunConfig) -> list[str]:
             f"train.cmo leaves the first {train.cmo.first_epochs} and the last {train.cmo.last_epochs} epochs plain, and there "
             f"are {train.epochs}: nothing is pasted; lower first_epochs and last_epochs"
         )
+    if train.views_from > 0 and len(config.data.views) > 1 and one_view_epochs(train) >= train.epochs > 0:
+        found.append(
+            f"train.views_from {train.views_from:g} of {plural(train.epochs, 'epoch')} leaves every epoch with the first view "
+            "alone; lower it, or train more epochs"
+        )
     if (train.mixup or train.cutmix) and train.batch_size == train.accumulate:
         found.append("train.mixup and cutmix mix the images of a micro-batch, and it has one; lower train.accumulate")
     if config.data.store.mode != "mixed" and config.data.store.raw_share != Store().raw_share:
@@ -97,6 +103,11 @@ def _idle_warnings(config: RunConfig) -> list[str]:
             "two data.views or more",
         ),
         (train.contrast_set == "step" and train.accumulate == 1, "train.contrast_set 'step'", "train.accumulate > 1"),
+        (
+            train.contrast_set == "step" and train.accumulate > 1 and not config.loss.needs.contrast,
+            "train.contrast_set 'step'",
+            "a loss with a contrast",
+        ),
         (train.feature_views > 0 and not head_only, f"train.feature_views {train.feature_views}", "train.tune 'head'"),
         (train.partial != TrainConfig().partial and train.tune != "partial", "train.partial", "train.tune 'partial'"),
         (
@@ -104,6 +115,18 @@ def _idle_warnings(config: RunConfig) -> list[str]:
             f"optimizer.momentum {optimizer.momentum:g}",
             "optimizer.kind 'sgd'",
         ),
+        (
+            optimizer.betas != OptimizerConfig().betas and optimizer.kind != "adamw",
+            f"optimizer.betas {list(optimizer.betas)}",
+            "optimizer.kind 'adamw'",
+        ),
+        (
+            optimizer.layer_decay != 1 and train.tune in ("head", "classifier"),
+            f"optimizer.layer_decay {optimizer.layer_decay:g}",
+            "train.tune 'partial' or 'full'",
+        ),
+        (train.batch_norm != "auto" and head_only, f"train.batch_norm {train.batch_norm!r}", "a train.tune other than 'head'"),
+        (train.checkpoint_activations and head_only, "train.checkpoint_activations", "a train.tune other than 'head'"),
     ]
     found = [
         f"{field} is for {place} and does nothing here; leave it out, or set that" for is_idle, field, place in idle if is_idle

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import time
 from collections.abc import Callable, Iterator
@@ -142,8 +143,11 @@ class Extractor:
     ) -> torch.Tensor:
         """Of augmented view `number` of each image, (N, d): cut and changed by the first of `data.views`."""
         view, size = self.data.views[0], self.data.size
-        store = self._store(bf16, view=view.model_dump(mode="json"), size=size, number=number, seed=seed)
-        there, known = store.read(digests)
+        # What is drawn for an image follows from its place among the others. A copy of it elsewhere has draws of its own.
+        order = hashlib.sha256(digests.tobytes()).hexdigest()
+        store = self._store(bf16, view=view.model_dump(mode="json"), size=size, number=number, seed=seed, images=order)
+        places = np.arange(len(digests), dtype=np.uint64)
+        there, known = store.read(places)
         if known is not None and there.all():
             return known
         self.tell(f"features of {split}: augmented view {number + 1}")
@@ -159,7 +163,7 @@ class Extractor:
         finally:
             loader.close()
         features = torch.cat(parts)
-        store.add(digests, features)
+        store.add(places, features)
         return features
 
     def _each(self, rows: np.ndarray, pixels: Callable[[np.ndarray], torch.Tensor], bf16: bool) -> Iterator[torch.Tensor]:

@@ -2,8 +2,9 @@
 
     PREPARED/features/KEY/000000.safetensors  000001.safetensors ...
 
-An image that is added to a data set, or moves from training to validation, costs only its own features. A file appears under
-its name only when it is whole.
+An image that is added to a data set, or moves from training to validation, costs only its own features. Augmented views depend
+on all images of a split and their order: they lie by place, and other images cost all of them. A file appears under its name
+only when it is whole.
 """
 
 from __future__ import annotations

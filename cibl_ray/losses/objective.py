@@ -170,6 +170,11 @@ class Objective:
         if self.class_means is not None:
             self.class_means.load_state_dict(_part(snapshot, "class_means."))
 
+    def continue_epoch(self, progress: float) -> None:
+        """Take the loaded state for one within the epoch at `progress`, which a run of another length calls otherwise."""
+        if self.class_means is not None:
+            self.class_means.progress.fill_(progress)
+
     def load(self, state: dict[str, torch.Tensor]) -> None:
         """Load what `state` returned.
 

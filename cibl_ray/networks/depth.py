@@ -66,9 +66,11 @@ def is_norm(module: nn.Module) -> bool:
 
 
 def frozen_modules(backbone: nn.Module, keep_statistics: bool = False) -> list[str]:
-    """The modules to keep in evaluation mode: those whose parameters are all frozen, and norms with frozen neighbours.
+    """The modules to keep in evaluation mode, each by itself: a module within one of them may be trained.
 
-    A norm whose own parameters are trained while the layers around it are frozen keeps its statistics, too.
+    These are modules whose own parameters are frozen, all that lies in a frozen part (dropout and stochastic depth have no
+    parameters), and norms with frozen neighbours: a norm whose own parameters are trained while the layers around it are frozen
+    keeps its statistics, too.
 
     Args:
         backbone: With what is frozen.
@@ -76,10 +78,13 @@ def frozen_modules(backbone: nn.Module, keep_statistics: bool = False) -> list[s
     """
     trained = {name.rpartition(".")[0] for name, parameter in backbone.named_parameters() if parameter.requires_grad}
     only_norms = bool(trained) and all(is_norm(backbone.get_submodule(name)) for name in trained)
-    still = []
+    still = dict[str, None]()
     for name, module in backbone.named_modules():
         own = [*module.parameters(recurse=False)]
         frozen = bool(own) and (name not in trained or (only_norms and is_norm(module)))
         if frozen or (keep_statistics and getattr(module, "running_mean", None) is not None):
-            still.append(name)
-    return still
+            still[name] = None
+        parameters = [*module.parameters()]
+        if parameters and not any(parameter.requires_grad for parameter in parameters):
+            still |= dict.fromkeys(f"{name}.{inner}".strip(".") for inner, _ in module.named_modules())
+    return list(still)

@@ -123,7 +123,7 @@ class HybridNetwork(nn.Module):
         if tune == "classifier":
             if not keep_statistics:  # they are estimated again, on the images of this stage
                 self._still = [name for name in self._still if getattr(self.get_submodule(name), "running_mean", None) is None]
-            self._still += [] if self.neck is None else ["neck"]
+            self._still += [] if self.neck is None else [f"neck.{name}".rstrip(".") for name, _ in self.neck.named_modules()]
 
     def merge_adapters(self) -> None:
         """Add adapters to the weights that they adapt, where `freeze` made some: then the network is as it was built."""
@@ -136,7 +136,7 @@ class HybridNetwork(nn.Module):
         """Set training mode; what is frozen stays in evaluation mode."""
         super().train(mode)
         for name in self._still:
-            self.get_submodule(name).eval()
+            self.get_submodule(name).training = False
         return self
 
     def classifying_parameters(self) -> Iterator[nn.Parameter]:

@@ -46,7 +46,8 @@ class Checkpoint:
     weights: the network's state by name. momentum: SGD's buffers by parameter name; objective: what the loss carries from step
     to step (a queue, an averaged network); average: the weights' average, where the run keeps one, by which the network is
     judged; all three empty in a best checkpoint, whose weights are those that were judged. rows: the log up to here, as
-    `metrics.jsonl` has it; None in older files and in a best checkpoint.
+    `metrics.jsonl` has it; None in older files and in a best checkpoint. so_far: the sums of the epoch that was begun, its
+    `terms` over the steps and workers and its `seconds`; empty between epochs and in older files.
     """
 
     config: RunConfig
@@ -62,6 +63,7 @@ class Checkpoint:
     objective: dict[str, torch.Tensor] = field(default_factory=dict)
     average: dict[str, torch.Tensor] = field(default_factory=dict)
     rows: list[dict[str, Any]] | None = None
+    so_far: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def network(self) -> HybridNetwork:
         """The network that this checkpoint describes, with the weights to judge and to use it by. Adapters are merged."""
@@ -152,6 +154,7 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint, keep_previous: bool = Fa
         "workers": checkpoint.workers,
         "best": checkpoint.best,
         "rows": checkpoint.rows,
+        "so_far": checkpoint.so_far,
     }
     tensors = {
         f"{part}.{name}": tensor.detach().cpu().contiguous()
@@ -220,6 +223,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
             workers=content.get("workers"),
             best=content["best"],
             rows=None if rows is None else [row for row in rows if is_row(row)],
+            so_far={group: _numbers(sums) for group, sums in content.get("so_far", {}).items()},
             **{part: _part(tensors, f"{part}.") for part in _PARTS},
         )
     except UserError:
@@ -238,6 +242,10 @@ def _count(value: Any) -> int:
     if not isinstance(value, int) or value < 0:
         raise TypeError("a count")
     return value
+
+
+def _numbers(value: dict[str, Any]) -> dict[str, float]:
+    return {name: float(number) for name, number in value.items()}
 
 
 def _beside(path: Path) -> str:

@@ -35,10 +35,11 @@ class FirstSteps:
         run: The run folder.
         left: Steps until the run's end.
         alone: Whether the run has one worker. The others' work is not that of strangers.
+        resumed: Whether some of the run is done.
     """
 
-    def __init__(self, config: RunConfig, run: Path, left: int, alone: bool = True) -> None:
-        self._config, self._run, self._left, self._alone = config, run, left, alone
+    def __init__(self, config: RunConfig, run: Path, left: int, alone: bool = True, resumed: bool = False) -> None:
+        self._config, self._run, self._left, self._alone, self._resumed = config, run, left, alone, resumed
         self._steps = 0
         self._since, self._busy = 0.0, _Cores()
         self.done = False
@@ -53,19 +54,20 @@ class FirstSteps:
         if steps < _STEPS or seconds < _SECONDS:
             return []
         self.done = True
-        found = [long_run(self._config, steps / seconds, self._left - self._steps)]
+        found = [long_run(self._config, steps / seconds, self._left - self._steps, self._resumed)]
         if self._config.train.device == "cpu" and self._alone:
             found.append(busy_cores(torch.get_num_threads(), usable_cores(), self._busy.others(), self._run))
         return [text for text in found if text]
 
 
-def long_run(config: RunConfig, steps_per_s: float, left: int) -> str:
+def long_run(config: RunConfig, steps_per_s: float, left: int, resumed: bool = False) -> str:
     """Say how long a run will take and what is cheaper, where that is hours.
 
     Args:
         config: The run's configuration.
         steps_per_s: Steps a second, as measured.
         left: Steps until the run's end.
+        resumed: Whether some of the run is done: it cannot be made shorter than that.
     """
     seconds = left / steps_per_s
     if seconds < _LONG:
@@ -76,12 +78,13 @@ def long_run(config: RunConfig, steps_per_s: float, left: int) -> str:
         ways.append("--train.tune head (features once, then minutes)")
     elif train.tune != "head" and config.data.size >= _PHOTOGRAPHS:
         ways.append(f"{_photos(config)} (a pretrained network: minutes)")
-    if (epochs := int(train.epochs * 3600 / seconds)) >= 1:
+    if not resumed and (epochs := int(train.epochs * 3600 / seconds)) >= 1:
         ways.append(f"--train.epochs {epochs} (an hour)")
     if config.data.size > _PHOTOGRAPHS and not pretrained:
         ways.append(f"--data.size {_PHOTOGRAPHS} with --network.backbone resnet32")
     rate = steps_per_s * train.batch_size
-    return f"at {rate:,.0f} img/s this run takes about {duration(seconds)} on this machine; cheaper: {'; '.join(ways)}"
+    text = f"at {rate:,.0f} img/s {'the rest of ' if resumed else ''}this run takes about {duration(seconds)} on this machine"
+    return text + (f"; cheaper: {'; '.join(ways)}" if ways else "")
 
 
 def busy_cores(threads: int, cores: int, others: float, run: Path) -> str:
@@ -128,7 +131,7 @@ def classes_at_zero(config: RunConfig, classes: list[str], counts: np.ndarray, s
     if loss == "cross_entropy":
         ways.append("--loss.kind balanced_softmax")
     elif loss == "cibl":
-        ways.append("a larger --loss.tail_skew, or --loss.kappa 1")
+        ways.append("a larger --loss.tail_skew" + ("" if getattr(config.loss, "kappa", 0) else ", or --loss.kappa 1"))
     if config.train.epochs:
         ways.append(f"more epochs: {_resume(run)} --train.epochs {2 * config.train.epochs}")
     return f"{len(zero)} of {len(classes)} classes are at 0 %: {names}{more}. To try: {'; '.join(ways)}"

@@ -235,6 +235,8 @@ def _key(config: RunConfig, classes: int, workers: int) -> str:
         "tune": config.train.tune,
         "batch": [config.train.batch_size, config.train.accumulate, len(config.data.views), config.data.size, classes],
     }
+    if config.train.tune == "partial":
+        content["partial"] = config.train.partial.model_dump(mode="json")
     if workers > 1:
         content["workers"] = workers
     if config.train.checkpoint_activations:

@@ -10,12 +10,11 @@ from itertools import islice
 import torch
 from torch import nn
 
-from cibl_ray.config import RunConfig
+from cibl_ray.config import RunConfig, one_view_epochs
 from cibl_ray.features.folds import FoldFeatures
 from cibl_ray.features.loader import AsTheyAre, FeatureLoaders
 from cibl_ray.losses.base import LossSettings
 from cibl_ray.losses.objective import Images
-from cibl_ray.training.passes import one_view_epochs
 from cibl_ray.world import World
 from pipelines.augment.recipe import Augment, Normalize
 from pipelines.common.seeding import stream

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
-from cibl_ray.config import RunConfig, TrainConfig
+from cibl_ray.config import RunConfig, one_view_epochs
 
 
 @dataclass(frozen=True)
@@ -24,11 +23,6 @@ class Passes:
     def equivalent(self) -> float:
         """In passes forward and backward: the backward pass costs two forward ones."""
         return self.trained + self.forward / 3
-
-
-def one_view_epochs(train: TrainConfig) -> int:
-    """Epochs at the start of a run that have the first view alone (`train.views_from`)."""
-    return math.ceil(round(train.views_from * train.epochs, 6))
 
 
 def passes(config: RunConfig, batches: int, epochs: float | None = None) -> Passes:
@@ -52,12 +46,12 @@ def passes(config: RunConfig, batches: int, epochs: float | None = None) -> Pass
     def views(until: float) -> float:
         return min(until, alone) + max(0.0, until - alone) * count
 
-    if train.tune == "classifier":
-        return Passes(0, round(images * views(done)))
-    keys = count - 1 if needs.momentum is not None else 0
-    second = len(needs.second_stream.views) if needs.second_stream is not None else 0
     sam = config.optimizer.sam
     once = done if sam is None else min(done, sam.start * train.epochs)  # from there on a step is two
+    if train.tune == "classifier":
+        return Passes(0, round(sum(images * (views(done) - views(since)) for since in (0, once))))
+    keys = count - 1 if needs.momentum is not None else 0
+    second = len(needs.second_stream.views) if needs.second_stream is not None else 0
     trained = sum(images * (views(done) - views(since) + (second - keys) * (done - since)) for since in (0, once))
     cached = trained if train.accumulate > 1 and train.contrast_set == "step" else 0.0
     return Passes(round(trained), round(images * keys * (2 * done - once) + cached))

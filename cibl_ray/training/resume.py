@@ -25,12 +25,12 @@ _IMAGES = tuple(
         "window",
     )
 )
-# What may change without a word: length, places, speed. The checkpoint refuses another network.
+# What may change without a word: length, places, speed. Tensors of another network the checkpoint refuses.
 _FREE = (
     "runs",
     "track",
     "loader",
-    "network",
+    "network.backbone.weights",
     "data.source",
     "data.prepared",
     "data.published",

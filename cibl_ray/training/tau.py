@@ -42,6 +42,7 @@ def normalize_head(
     Raises:
         UserError: τ is to be chosen, and there is no validation split.
     """
+    _fold_class_scale(network.head)
     if tau != "auto":
         tau_normalize(network.head, tau)
         return tau
@@ -83,17 +84,26 @@ def tau_normalize(head: Head, tau: float) -> None:
     """
     if tau == 0:
         return
+    _fold_class_scale(head)
     head.weight.mul_((_factors(head) ** tau)[:, None])
     if head.bias is not None:
         head.bias.zero_()
 
 
 @torch.no_grad()
+def _fold_class_scale(head: Head) -> None:
+    """Multiply the factors of the classes' logits into weights and bias: what h is multiplied by has these norms."""
+    if head.class_scale is None:
+        return
+    head.weight.mul_(head.class_scale[:, None])
+    if head.bias is not None:
+        head.bias.mul_(head.class_scale)
+    head.class_scale.fill_(1)
+
+
 def _of_bias(head: Head) -> torch.Tensor:
-    """What the bias adds to the logits."""
-    if head.bias is None:
-        return torch.zeros(())
-    return head.bias.detach() if head.class_scale is None else head.bias * head.class_scale
+    """What the bias adds to the logits, where the classes' factors are folded in."""
+    return torch.zeros(()) if head.bias is None else head.bias.detach()
 
 
 @torch.no_grad()

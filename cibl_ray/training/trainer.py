@@ -146,6 +146,7 @@ class Trainer:
         self.best: dict[str, float] | None = None
         self.keep_best = True
         self._rows: list[dict[str, Any]] | None = None  # of the checkpoint's log
+        self._so_far: dict[str, dict[str, float]] = {}  # sums of the epoch that a checkpoint is within
         self._log: RunLog | None = None
         self._first_steps: FirstSteps | None = None
         if train.compile is True:
@@ -185,11 +186,14 @@ class Trainer:
             load_weights(self.average.network, checkpoint, averaged=True)
         self.epoch, self.step, self.best = checkpoint.epoch, checkpoint.step, checkpoint.best
         self._rows = checkpoint.rows
+        self._so_far = checkpoint.so_far if checkpoint.config.loss == self.config.loss else {}  # else they are of other terms
         workers = checkpoint.workers or self.world.size
         same = _batches(checkpoint.config, workers) == _batches(self.config, self.world.size)
         if self.step and (not same or self.step >= self.train_loaders[0].batches):
             log.warning("batches are no longer those of the checkpoint, taken at step %d: its epoch starts again", self.step)
-            self.step = 0
+            self.step, self._so_far = 0, {}
+        if self.step:
+            self.objective.continue_epoch(self.epoch / self.config.train.epochs)
 
     def fit(self, progress: Progress | None = None) -> dict[str, Any]:
         """Train to the last epoch. Every worker calls it.
@@ -208,7 +212,8 @@ class Trainer:
             self.trackers.begin(self.epoch, run_log.rows)
         images = batches * self.config.train.batch_size
         left = (epochs - self.epoch) * batches - self.step
-        self._first_steps = FirstSteps(self.config, self.folder, left, self.world.size == 1) if self.world.is_rank0 else None
+        alone, resumed = self.world.size == 1, self.epoch + self.step > 0
+        self._first_steps = FirstSteps(self.config, self.folder, left, alone, resumed) if self.world.is_rank0 else None
         progress.begin(epochs * images, self.epoch * images + self.step * self.config.train.batch_size)
         self.pauses.stop.polled = True
         try:
@@ -268,10 +273,27 @@ class Trainer:
         torch.manual_seed(torch_seed(self.config.seed, "epoch", number))
         self.network.train()
         totals: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros((), device=self.device))
+        earlier, fraction = self._so_far, self.world.fraction(batch_size)
+        for name, total in earlier.get("terms", {}).items():
+            totals[name] += total / fraction if self.world.is_rank0 else 0.0
+        first = 0 if earlier else self.step  # a checkpoint of an older version has no sums
         started = time.perf_counter()
         self.world.communication_seconds, waited = 0.0, sum(feed.waited for feed in self.feeds)
         saving = self.spent["checkpoint"]
-        first = self.step
+
+        def so_far() -> dict[str, dict[str, float]]:
+            sums = self.world.sum(torch.stack([total.float() for total in totals.values()]) * fraction).tolist()
+            seconds = {
+                "epoch": time.perf_counter() - started - (self.spent["checkpoint"] - saving),
+                "data_wait": sum(feed.waited for feed in self.feeds) - waited,
+                "communication": self.world.communication_seconds,
+            }
+            before = earlier.get("seconds", {})
+            return {
+                "terms": dict(zip(totals, sums, strict=True)),
+                "seconds": {name: value + before.get(name, 0.0) for name, value in seconds.items()},
+            }
+
         finite = FiniteLoss(number, self.config.optimizer.lr)
         for images in zip(*(feed.steps(number, self.step) for feed in self.feeds), strict=True):
             self._schedule(number + self.step / batches)
@@ -289,25 +311,19 @@ class Trainer:
             self.pauses.step()
             self._say_first_steps()
             if self.step < batches:
-                self._save_or_stop(lambda: finite.check(totals["loss"], self.step))
-        self.epoch, self.step = number + 1, 0
+                self._save_or_stop(lambda: finite.check(totals["loss"], self.step), so_far)
+        self.epoch, self.step, self._so_far = number + 1, 0, {}
         self._average_statistics()
-        own = torch.stack([total.float() for total in totals.values()]) * self.world.fraction(batch_size)
-        means = (self.world.sum(own) / (batches - first)).tolist()
-        seconds = time.perf_counter() - started - (self.spent["checkpoint"] - saving)
+        sums = so_far()
         return {
             "epoch": self.epoch,
             "code": self.code,
-            "train": dict(zip(totals, means, strict=True)),
+            "train": {name: total / (batches - first) for name, total in sums["terms"].items()},
             "rate": {
-                "lr": max(group["lr"] for group in self.optimizer.param_groups),
-                "images_per_s": (batches - first) * batch_size / seconds,
+                "lr": self._rate(number + (batches - 1) / batches),
+                "images_per_s": (batches - first) * batch_size / sums["seconds"]["epoch"],
             },
-            "seconds": {
-                "epoch": seconds,
-                "data_wait": sum(feed.waited for feed in self.feeds) - waited,
-                "communication": self.world.communication_seconds,
-            },
+            "seconds": sums["seconds"],
         }
 
     def _seed(self, epoch: int) -> None:
@@ -374,6 +390,7 @@ class Trainer:
             whole = self._checkpoint(
                 self.network.state_dict(),
                 rows=self._log.rows if self._log is not None else self._rows,
+                so_far=self._so_far,
                 momentum=optimizer_state(self.network, self.optimizer),
                 objective=self.objective.state(),
                 average=self.average.network.state_dict() if self.average is not None else {},
@@ -401,13 +418,14 @@ class Trainer:
         for text in self._first_steps.step():
             log.warning(text)
 
-    def _save_or_stop(self, check: Callable[[], None]) -> None:
+    def _save_or_stop(self, check: Callable[[], None], so_far: Callable[[], dict[str, dict[str, float]]]) -> None:
         """Within an epoch: save where a checkpoint is due, save and raise KeyboardInterrupt where the run is asked to stop."""
         save, stop = self.pauses.ask()
         if not (save or stop):
             return
         check()  # no checkpoint of a loss that is not finite
         self._average_statistics()
+        self._so_far = so_far()
         if self.world.is_rank0:
             self.save()
         if stop:
@@ -424,9 +442,13 @@ class Trainer:
     def _schedule(self, epoch: float) -> None:
         """Set what follows a schedule, for a step at `epoch` (fractional)."""
         self.network.schedule(epoch, self.config.train.epochs)
-        factor = lr_factor(self.config.schedule, epoch, self.config.train.epochs)
+        rate = self._rate(epoch)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.config.optimizer.lr * factor * group["scale"]
+            group["lr"] = rate * group["scale"]
+
+    def _rate(self, epoch: float) -> float:
+        """The learning rate of a step at `epoch` (fractional), before the factors of the parameter groups."""
+        return self.config.optimizer.lr * lr_factor(self.config.schedule, epoch, self.config.train.epochs)
 
     def _write(self, run_log: RunLog | None, row: dict[str, Any]) -> None:
         """An epoch's row; before its checkpoint: a resumed run drops rows beyond that, and misses none."""
@@ -469,7 +491,13 @@ class Trainer:
             with self._timed("checkpoint"):
                 save_checkpoint(self._checkpoints / BEST, self._checkpoint(self.judged.state_dict()))
 
-    def _checkpoint(self, weights: _Tensors, rows: list[dict[str, Any]] | None = None, **more: _Tensors) -> Checkpoint:
+    def _checkpoint(
+        self,
+        weights: _Tensors,
+        rows: list[dict[str, Any]] | None = None,
+        so_far: dict[str, dict[str, float]] | None = None,
+        **more: _Tensors,
+    ) -> Checkpoint:
         return Checkpoint(
             config=self.config,
             classes=self.prepared.classes,
@@ -480,6 +508,7 @@ class Trainer:
             workers=self.world.size,
             best=self.best,
             rows=rows,
+            so_far=so_far or {},
             weights=weights,
             **more,
         )

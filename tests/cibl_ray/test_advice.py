@@ -39,6 +39,9 @@ def test_a_run_of_many_hours_says_so_and_what_is_cheaper():
     digits = load_config("quickstart", [])
     assert "photos" not in long_run(digits, 0.1, 10_000)  # no photographs, and no fewer than an epoch an hour
     assert "--train.epochs 1 (an hour)" in long_run(digits, 0.1, 10_000)
+    # What is done of a resumed run cannot be made shorter.
+    assert long_run(digits, 0.1, 10_000, resumed=True).endswith("the rest of this run takes about 27.8 h on this machine")
+    assert long_run(config, 2.0, 108_000, resumed=True).endswith("(a pretrained network: minutes)")
 
 
 def test_the_first_steps_are_measured_once(monkeypatch):

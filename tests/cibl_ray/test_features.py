@@ -153,6 +153,10 @@ def test_views_are_drawn_among_those_that_are_kept(tmp_path):
     again, _, said = extractor(tmp_path)
     assert torch.equal(again.split(prepared, "train", views=2), features)
     assert not any("augmented" in line for line in said)
+    # Draws follow an image's place: of other images, and of copies, no earlier view is taken.
+    grown, moved, said = extractor(tmp_path, "--seed", "1")
+    assert not torch.equal(grown.split(moved, "train", views=1)[:, 1], features[:, 1])
+    assert any("augmented" in line for line in said)
     labels = np.arange(40) % 4
     kept = torch.arange(40 * 3).view(40, 3, 1).float()
     plan = ReadPlan((View(), View()), 8, 10, 0, "instance", drop_last=True)

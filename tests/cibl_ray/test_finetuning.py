@@ -91,6 +91,25 @@ def test_a_frozen_backbone_may_have_parameters_of_its_own(tune):
     assert network.head.training
 
 
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "resnet18"])
+@pytest.mark.parametrize(("tune", "trained"), [("full", {True}), ("partial", {False, True}), ("classifier", {False})])
+def test_stochastic_depth_is_of_trained_blocks_alone(name, tune, trained):
+    """It has no parameters of its own. A ViT's frozen class token lies in the module around all blocks."""
+    backbone = {"kind": "timm", "name": name, "drop_path": 0.5}
+    network = build_network(NetworkConfig(backbone=backbone), 5, Needs(), seed=0)
+    network.freeze(tune, LastBlocks(count=2))
+    network.train()
+    found = set()
+    for name, module in network.backbone.named_modules():
+        if type(module).__name__ == "DropPath":
+            block = network.backbone.get_submodule(name.rpartition(".")[0])
+            found.add(any(parameter.requires_grad for parameter in block.parameters()))
+            assert module.training == any(parameter.requires_grad for parameter in block.parameters()), name
+    assert found == trained
+    network.eval()
+    assert not any(module.training for module in network.modules())
+
+
 @pytest.mark.parametrize(("tune", "partial"), [("partial", LastBlocks(count=1)), ("partial", Norms(kind="norms"))])
 def test_what_is_frozen_stays_so_where_workers_share_their_statistics(tune, partial):
     network = build_network(NetworkConfig(backbone="resnet20"), 5, Needs(), seed=0)

@@ -525,6 +525,9 @@ def test_nothing_is_told_of_a_second_stage_without_epochs(tmp_path):
     assert config_warnings(load_config("quickstart", [*flags, "--train.start", str(tmp_path)])) == []
 
 
+_HEAD = ("--train.tune", "head", "--loss.kind", "cross_entropy")
+
+
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
@@ -578,6 +581,17 @@ def test_nothing_is_told_of_a_second_stage_without_epochs(tmp_path):
         (("--train.partial", "{kind: norms}"), "is for train.tune 'partial'"),
         (("--train.partial", "{kind: norms}", "--train.tune", "partial"), None),
         (("--optimizer", "{kind: adamw, momentum: 0.5}"), "optimizer.momentum 0.5 is for optimizer.kind 'sgd'"),
+        (("--optimizer.betas", "[0.8, 0.9]"), "optimizer.betas [0.8, 0.9] is for optimizer.kind 'adamw'"),
+        (("--optimizer", "{kind: adamw, betas: [0.8, 0.9]}"), None),
+        ((*_HEAD, "--optimizer.layer_decay", "0.75"), "is for train.tune 'partial' or 'full'"),
+        ((*_HEAD, "--train.batch_norm", "update"), "is for a train.tune other than 'head'"),
+        ((*_HEAD, "--train.checkpoint_activations", "true"), "is for a train.tune other than 'head'"),
+        (
+            ("--loss.kind", "cross_entropy", "--train.contrast_set", "step", "--train.accumulate", "2"),
+            "train.contrast_set 'step' is for a loss with a contrast",
+        ),
+        (("--train.views_from", "0.97"), "leaves every epoch with the first view alone"),
+        (("--train.views_from", "0.96"), None),
         (("--network.head", "{kind: linear, max_norm: 0.1}"), "it is for a second stage"),
     ],
 )

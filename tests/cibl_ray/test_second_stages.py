@@ -17,7 +17,7 @@ import cibl_ray.evaluate
 import cibl_ray.train
 from cibl_ray.bundle.card import open_bundle
 from cibl_ray.bundle.runtime import Runtime
-from cibl_ray.config import load_config, save_config
+from cibl_ray.config import SAMConfig, load_config, save_config
 from cibl_ray.evaluation.evaluate import evaluate
 from cibl_ray.exporting.make_bundle import Options, make_bundle
 from cibl_ray.features.start import start_head
@@ -25,7 +25,7 @@ from cibl_ray.hardware import resolve
 from cibl_ray.networks.config import Needs, NetworkConfig
 from cibl_ray.networks.network import build_network
 from cibl_ray.run.checkpoint import load_checkpoint, save_checkpoint
-from cibl_ray.training.passes import Passes
+from cibl_ray.training.passes import Passes, passes
 from cibl_ray.training.tau import TAUS, tau_normalize
 from cibl_ray.training.trainer import Trainer
 from pipelines.common.errors import UserError
@@ -100,6 +100,8 @@ def test_classifier_retraining_is_that_of_the_paper(first, tmp_path):
             assert torch.equal(value, before[f"backbone.{name}"]), name
     run.epoch, run.step = 1, 0
     assert run.passes == Passes(0, run.train_loaders[0].batches * 64)
+    sam = config.model_copy(update={"optimizer": config.optimizer.model_copy(update={"sam": SAMConfig(start=0.5)})})
+    assert passes(sam, batches=7) == Passes(0, 7 * 64 * 15)  # ten epochs, five of them twice
 
 
 def test_statistics_may_stay_as_they_are(first, tmp_path):
@@ -200,6 +202,43 @@ def test_tau_is_chosen_on_validation_images_and_the_run_is_one_like_any_other(fi
     resumed = in_process(cibl_ray.train.main, "--resume", run)
     assert resumed.returncode == 0, resumed.stderr
     assert json.loads((run / "result.json").read_text())["last"]["scores"] == result["last"]["scores"]
+
+
+def test_tau_normalisation_sees_the_factors_of_the_classes():
+    """They multiply the logits, so the norms are those of their products with the weights."""
+    network = build_network(NetworkConfig(backbone="resnet20", head={"kind": "linear", "class_scale": 5.0}), 5, Needs(), seed=3)
+    h = torch.randn(50, 64, generator=torch.Generator().manual_seed(0))
+    scale = torch.tensor([1.0, 2.0, 3.0, 4.0, 0.5])
+    network.head.class_scale.data.copy_(scale)
+    before, weight = network.head(h).detach(), network.head.weight.detach().clone() * scale[:, None]
+    tau_normalize(network.head, 0)
+    assert torch.equal(network.head(h), before)
+    tau_normalize(network.head, 1)
+    factors = network.head(h).detach() / (h @ F.normalize(weight).T)
+    assert torch.allclose(factors, factors[0, 0].expand_as(factors), rtol=1e-3)
+
+
+def test_a_second_stage_may_start_from_a_second_stage(first, tmp_path):
+    save_config(second(first, "--epochs", "3", "--head.max_norm", "0.1"), tmp_path / "config.yaml")
+    own = load_config(str(tmp_path / "config.yaml"), [])
+    assert (own.train.epochs, own.optimizer.weight_decay, own.network.head.max_norm) == (3, 0.1, 0.1)
+    longer = load_config(str(tmp_path / "config.yaml"), ["--epochs", "4"])  # its settings stay
+    assert (longer.train.epochs, longer.optimizer.weight_decay) == (4, 0.1)
+    mislas = second(tmp_path)
+    assert (mislas.train.epochs, mislas.loss.kind, mislas.optimizer.lr) == (10, "label_smoothing", 0.02)
+    assert mislas.network.head.max_norm is None
+    tau = second(tmp_path, "--train.head_start", "tau_normalized")
+    assert (tau.train.epochs, tau.loss.kind) == (0, "cross_entropy")
+    capped = second(tmp_path, "--head.max_norm", "0.2", "--epochs", "2")
+    assert (capped.train.epochs, capped.network.head.max_norm, capped.optimizer.lr) == (2, 0.2, 0.01)
+
+
+def test_the_rate_of_the_log_is_that_of_the_configuration(first, tmp_path):
+    """Not that of the classes' factors, which is five times as high."""
+    run = trainer(second(first, "--epochs", "1"), tmp_path)
+    batches = run.train_loaders[0].batches
+    expected = 0.02 * 0.5 * (1 + math.cos(math.pi * (batches - 1) / batches))
+    assert run.train_epoch()["rate"]["lr"] == pytest.approx(expected)
 
 
 def test_a_given_tau_and_class_means(first, tmp_path):

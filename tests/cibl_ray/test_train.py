@@ -24,7 +24,7 @@ from cibl_ray.run.log import read_metrics
 from cibl_ray.run.progress import Silent
 from cibl_ray.run.shift import chosen_shift
 from cibl_ray.training.fit import _as_decided, _same_data, fit
-from cibl_ray.training.resume import resumed
+from cibl_ray.training.resume import changes, resumed
 from cibl_ray.training.trainer import Trainer
 from cibl_ray.world import World, require_own_gpu
 from pipelines.common.errors import UserError
@@ -249,6 +249,21 @@ def test_what_was_left_to_auto_is_no_other_configuration(tmp_path):
             resumed(folder, [*flags, "--train.batch_norm", "keep"], "quickstart")
 
 
+def test_what_changes_a_network_without_changing_its_tensors_is_said():
+    begun = load_config("quickstart", ["--network.head.kind", "cosine", "--network.neck", "{hidden: 16}"])
+    flags = [
+        "--network.head.kind",
+        "cosine",
+        "--network.neck",
+        "{hidden: 16, dropout: 0.5}",
+        "--network.head.scale.start",
+        "24",
+    ]
+    said = changes(begun, load_config("quickstart", [*flags, "--train.epochs", "90", "--loader.workers", "1"]))
+    assert said == "network.neck.dropout 0.5 (it was 0.0), network.head.scale.start 24.0 (it was 16.0)"
+    assert changes(begun, begun) == ""
+
+
 def test_a_configuration_is_written_whole_or_not_at_all(tmp_path):
     config, path = load_config("quickstart", []), tmp_path / "config.yaml"
     save_config(config, path)
@@ -467,15 +482,33 @@ def test_a_checkpoint_within_an_epoch_goes_on_to_the_bit(digits, tmp_path):
     flags = ["--loader.kind", "torch", "--epochs", "1", "--warmup_epochs", "0", "--checkpoint_minutes", "1e-9"]
     config = resolve(load_config("quickstart", flags))
     whole = Trainer(config, digits, tmp_path)
-    whole.train_epoch()
+    expected = whole.train_epoch()
     within = load_checkpoint(tmp_path / "checkpoints" / "previous.safetensors")
     assert (within.epoch, within.step) == (0, whole.train_loaders[0].batches - 2)
     resumed = Trainer(config, digits, tmp_path / "resumed")
     resumed.restore(within)
     row = resumed.train_epoch()
     assert (row["epoch"], resumed.step) == (1, 0)
+    assert row["train"] == expected["train"]  # means over the whole epoch
+    assert row["seconds"]["epoch"] > within.so_far["seconds"]["epoch"] > 0
+    assert row["rate"]["lr"] == expected["rate"]["lr"]
     theirs = resumed.network.state_dict()
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in whole.network.state_dict().items())
+
+
+def test_class_means_of_a_longer_run_are_still_those_of_the_epoch(digits, tmp_path):
+    """ProCo's means begin a new epoch with another share of the run; the same epoch of a longer run is none."""
+    flags = ["--loader.kind", "torch", "--warmup_epochs", "0", "--checkpoint_minutes", "1e-9", "--loss", "{kind: proco}"]
+    config = resolve(load_config("quickstart", [*flags, "--epochs", "2"]))
+    whole = Trainer(config, digits, tmp_path)
+    whole.epoch = 1
+    whole.train_epoch()
+    within = load_checkpoint(tmp_path / "checkpoints" / "previous.safetensors")
+    assert (within.epoch, within.step) == (1, whole.train_loaders[0].batches - 2)
+    longer = Trainer(resolve(load_config("quickstart", [*flags, "--epochs", "8"])), digits, tmp_path / "longer")
+    longer.restore(within)
+    longer.train_epoch()
+    assert torch.equal(longer.objective.class_means.counts, whole.objective.class_means.counts)
 
 
 def test_a_checkpoint_within_an_epoch_and_other_batches(digits, tmp_path, caplog):
