@@ -12,8 +12,10 @@ run   In --minutes (8): the tests that need a GPU, the benchmarks of losses and 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import lzma
+import os
 import signal
 import subprocess
 import sys
@@ -38,6 +40,7 @@ GPU_TESTS = (
     *(f"tests/cibl_ray/test_{name}.py" for name in ("feed", "losses", "objective", "train")),
 )
 LEAST = 20  # seconds that are left for a step to be worth beginning
+_GRACE = 15.0  # seconds for a step that is interrupted
 _STEP_DATA = ("--data.profile", "{kind: exp, imbalance: 100, subset: field}")
 
 
@@ -106,17 +109,15 @@ class Session:
         print(f"== {name}: at most {limit:.0f} s", flush=True)
         begun = time.monotonic()
         with (self.out / f"{name}.log").open("w+") as log:
-            process = subprocess.Popen([sys.executable, *command], cwd=REPOSITORY, stdout=log, stderr=subprocess.STDOUT)
-            try:
-                code = process.wait(limit)
-            except subprocess.TimeoutExpired:
-                process.send_signal(signal.SIGINT)  # what trains keeps a checkpoint
+            process = subprocess.Popen(
+                [sys.executable, *command], cwd=REPOSITORY, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            )
+            code = None
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 try:
-                    process.wait(15)
-                except subprocess.TimeoutExpired:
-                    process.kill()
-                    process.wait()
-                code = None
+                    code = process.wait(limit)
+                finally:
+                    _end(process)
             log.seek(0)
             last = (log.read().strip().splitlines() or [""])[-1]
         content: dict[str, Any] = {"step": name, "seconds": round(time.monotonic() - begun, 1), "exit": code}
@@ -133,6 +134,18 @@ class Session:
             file.write(line + "\n")
         self.results.append(content)
         return content
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Interrupt a step that still runs, as by Ctrl-C: what trains keeps a checkpoint. Then all its processes are killed."""
+    if process.poll() is not None:
+        return
+    process.send_signal(signal.SIGINT)
+    try:
+        process.wait(_GRACE)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def unpack(archive: Path, folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from tqdm import tqdm
 
 from cibl_ray.config import RunConfig, load_config
 from cibl_ray.hardware import resolve
-from cibl_ray.run.folder import CONFIG
+from cibl_ray.run.folder import CONFIG, never_begun
 from cibl_ray.run.log import read_metrics
 from cibl_ray.run.stop import stop_signals
 from pipelines.common.config_file import read_config
@@ -58,7 +59,7 @@ def run_all(
     seconds: float | None = None,
     work: Callable[[RunConfig], float] = lambda config: 1.0,
     pace: float = 0.0,
-) -> None:
+) -> list[str]:
     """Train what has no result yet, `jobs` at a time, the cores shared out.
 
     Those that fail are reported when the others are done. Ctrl-C and SIGTERM stop all in order: each keeps a checkpoint to
@@ -70,8 +71,11 @@ def run_all(
         jobs: Runs at a time.
         done: Called after each, in a thread, with the seconds that it took as a whole (None: it had been begun before).
         seconds: No run is begun that would end later than so many seconds from now; None: no limit.
-        work: How much a run has to do, in any unit. Runs take as long for it as the slowest yet.
-        pace: Seconds that a unit of work takes, as far as known before.
+        work: How much a run has to do, in any unit. Runs take as long for it as the slowest that this call has finished.
+        pace: Seconds that a unit of work takes, as far as known before the first is finished.
+
+    Returns:
+        The names of those that were not begun, because they would end too late.
 
     Raises:
         RunsFailedError: Some runs failed.
@@ -83,6 +87,8 @@ def run_all(
     threads = {"OMP_NUM_THREADS": cores, CORES: cores}  # the network's and the loader's
     started = time.monotonic()
     failed: dict[str, str] = {}
+    late: list[str] = []
+    paces: list[float] = []
     configs = {run.name: run.configuration(runs) for run in every}
     for run in every:
         refuse_another(runs / run.name, configs[run.name])
@@ -92,15 +98,17 @@ def run_all(
         ensure_prepared(config.data, config.seed)
 
     def train(run: Run) -> None:
-        nonlocal pace
         begun, folder = time.monotonic(), runs / run.name
         epochs = configs[run.name].train.epochs
         rows = read_metrics(folder) if folder.exists() else []
         left = work(configs[run.name]) * (1 - min(rows[-1]["epoch"] / epochs, 1) if rows else 1)
-        if seconds is not None and begun - started + left * pace > seconds:
+        if seconds is not None and begun - started + left * max(paces, default=pace) > seconds:
+            late.append(run.name)
             return
         if stopping.is_set():
             return
+        if never_begun(folder):  # killed before its configuration was written
+            shutil.rmtree(folder)
         fresh = not folder.exists()
         start = [run.config, "--runs", str(runs), "--name", run.name, *run.options] if fresh else ["--resume", str(folder)]
         process = subprocess.Popen(
@@ -116,7 +124,8 @@ def run_all(
             failed[run.name] = (errors.decode(errors="replace").strip().splitlines() or ["it was killed"])[-1]
             return
         took = time.monotonic() - begun
-        pace = max(pace, took / left) if left else pace
+        if left:
+            paces.append(took / left)
         done(run, took if fresh else None)
 
     runs.mkdir(parents=True, exist_ok=True)
@@ -132,6 +141,7 @@ def run_all(
             raise
     if failed:
         raise RunsFailedError(failed, len(todo))
+    return late
 
 
 def computed(config: RunConfig) -> dict[str, Any]:

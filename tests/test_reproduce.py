@@ -481,17 +481,22 @@ def test_a_run_that_fails_is_told_and_the_others_go_on(small_cifar, tmp_path, ca
         replace(every[1], name=name, options=(*every[1].options, "--seed", seed)) for name, seed in (("b", "1"), ("s", "2"))
     )
     begun = []
-    run_all(
+    kept = run_all(
         [late, small], tmp_path / "runs", 1, lambda run, seconds: begun.append(run.name), 1000,
         lambda config: {1: 100.0, 2: 1.0}[config.seed], pace=11.0,
     )  # fmt: skip
-    assert begun == ["s"]
+    assert (begun, kept) == (["s"], ["b"])
     assert not (tmp_path / "runs" / "b").exists()
     # No time left: nothing is begun; and what has a result is not run again.
     run_all(every[1:], tmp_path / "runs", 1, lambda run, seconds: took.clear())
-    run_all([replace(every[1], name="late")], tmp_path / "runs", 1, seconds=-1)
+    assert run_all([replace(every[1], name="late")], tmp_path / "runs", 1, seconds=-1) == ["late"]
     assert list(took) == ["good"]
     assert not (tmp_path / "runs" / "late").exists()
+    # What was killed before its configuration was written begins again.
+    (tmp_path / "runs" / "s2").mkdir()
+    (tmp_path / "runs" / "s2" / ".lock").touch()
+    assert run_all([replace(small, name="s2")], tmp_path / "runs", 1) == []
+    assert (tmp_path / "runs" / "s2" / "result.json").exists()
 
 
 def test_runs_end_with_the_command_that_is_asked_to_stop(small_cifar, tmp_path):
@@ -527,6 +532,23 @@ def test_a_gpu_sessions_archive_holds_all_that_its_steps_read(small_cifar100, tm
         assert prepared.folder.parent == tmp_path / "there"
         assert len(prepared.classes) == 100
     assert "the source is not on this machine" in capsys.readouterr().err
+
+
+def test_a_step_that_does_not_end_takes_its_own_processes_along(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu_session, "LEAST", 0.0)
+    monkeypatch.setattr(gpu_session, "_GRACE", 0.1)
+    code = (
+        "import signal, subprocess, sys, time; signal.signal(signal.SIGINT, signal.SIG_IGN); "
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']); "
+        f"open({str(tmp_path / 'child')!r}, 'w').write(str(child.pid)); time.sleep(60)"
+    )
+    session = gpu_session.Session(tmp_path, 60.0)
+    found = session.step("stuck", "-c", code, most=3.0)
+    assert (found["exit"], found["step"]) == (None, "stuck")
+    child, until = int((tmp_path / "child").read_text()), time.monotonic() + 30
+    while psutil.pid_exists(child) and psutil.Process(child).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < until
+        time.sleep(0.1)
 
 
 def test_a_gpu_sessions_tests_need_no_more_than_it_asks_for(tmp_path):

@@ -29,6 +29,7 @@ beside it are drawn from those.
 from __future__ import annotations
 
 import argparse
+import statistics
 from pathlib import Path
 
 import torch
@@ -42,6 +43,7 @@ from benchmarks.reproduce.lines import Line, failed, is_of, record, source, sour
 from benchmarks.reproduce.pace import planned, seconds_a_pass
 from pipelines.common.cores import usable_cores
 from pipelines.common.errors import UserError, run_command
+from pipelines.common.words import plural
 
 
 def main() -> None:
@@ -88,6 +90,8 @@ def main() -> None:
         parser.error("imagenet_lt is ResNet-50 at 224 pixels, 90 epochs: it has the budgets gpu and smoke")
     seeds = 1 if budget == "smoke" else arguments.seeds or (1 if budget == "laptop" else 3)
     known_seeds = [1 + line["seed"] for line in tables.read(lines)]
+    if arguments.report_only and known_seeds and not arguments.seeds:
+        seeds = max(known_seeds)
     every = cells(table, budget, max([seeds, *known_seeds]), arguments.val)
     wanted = [cell for cell in every if cell.seed < seeds]
     for option, name in (("methods", "value"), ("datasets", "dataset"), ("factors", "imbalance")):
@@ -96,6 +100,8 @@ def main() -> None:
             if strange := sorted({*chosen} - there):
                 parser.error(f"--{option}: no row {strange[0]!r}; there are: {', '.join(map(str, sorted(there)))}")
             wanted = [cell for cell in wanted if getattr(cell, name) in chosen]
+    if not wanted:
+        parser.error("no row has all of --methods, --datasets and --factors; leave one of them out")
     stopped = None if arguments.report_only else _train(wanted, arguments, lines)
     # The table is always the whole one: of every line that still says what its cell would train.
     rows = {tables.row(cell): number for number, cell in reversed([*enumerate(every)])}
@@ -163,7 +169,10 @@ def _train(every: list[Cell], arguments: argparse.Namespace, lines: Path) -> Run
             run_all(todo, runs, jobs, done)
         else:
             pace = _pace([*known.values()], todo, runs, jobs)
-            run_all(todo, runs, jobs, done, 3600 * arguments.hours, planned, pace)
+            late = run_all(todo, runs, jobs, done, 3600 * arguments.hours, planned, pace)
+            if late:
+                when = f"would end after {arguments.hours:g} hours (--hours)"
+                print(f"{plural(len(late), 'run', 'were')} not begun, since each {when}: {', '.join(late)}", flush=True)
     except RunsFailedError as error:
         for run in todo:
             if run.name in error.reasons:
@@ -174,16 +183,20 @@ def _train(every: list[Cell], arguments: argparse.Namespace, lines: Path) -> Run
 
 
 def _pace(known: list[Line], todo: list[Run], runs: Path, jobs: int) -> float:
-    """Seconds that a pass takes here: as the slowest line of this machine had it, or as a few steps measure it."""
+    """Seconds that a pass takes here: the median of this machine's lines, or as a few steps measure it."""
     taken = [
         line["wall_seconds"] / (line["passes"] + line["forward_passes"] / 3)
         for line in known
         if line.get("passes") and line.get("wall_seconds") and line["machine"] == machine() and line["jobs"] == jobs
     ]
     if taken:
-        return float(max(taken))
+        return statistics.median(taken)
     unfinished = [run for run in todo if not (runs / run.name / "result.json").exists()]
-    return jobs * seconds_a_pass(unfinished[0].configuration(runs)) if unfinished else 0.0
+    if not unfinished:
+        return 0.0
+    config = unfinished[0].configuration(runs)
+    # Runs share the cores. A GPU waits for the host most of the time with networks as small as these.
+    return seconds_a_pass(config) * (jobs if config.train.device == "cpu" else 1)
 
 
 if __name__ == "__main__":
