@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import io
 import json
+import os
 import pickle
 import tarfile
 import zipfile
@@ -250,6 +252,13 @@ def test_a_compressed_tar_that_is_cut_or_has_no_room(image_folder, tmp_path, mon
     with pytest.raises(UserError, match=r"No space left on device; free some room there, or set TMPDIR"):
         whole.read(0)
 
+    def nowhere():
+        raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found")
+
+    monkeypatch.setattr(contents.tempfile, "TemporaryFile", nowhere)
+    with pytest.raises(UserError, match=r"No usable temporary directory found; set TMPDIR to a folder with some room"):
+        whole.read(0)
+
 
 def test_photographs_from_the_archive_itself(tmp_path):
     path = archive("imagewoof-sample.zip")
@@ -391,3 +400,36 @@ def test_shards_of_one_name_in_several_folders_have_names_of_their_own(image_fol
     names = dict(zip(found.names, pixels(found), strict=True))
     assert {*names} == {"x/b/000.tar/1.png", "y/b/000.tar/1.png", "a/000.tar/1.png", "001.tar/1.png"}
     assert names["x/b/000.tar/1.png"] != names["y/b/000.tar/1.png"]
+
+
+def test_there_may_be_more_shards_than_files_that_a_process_may_open(image_folder, tmp_path):
+    images = sorted((image_folder / "train").rglob("*.png"))
+    for number, image in enumerate(images):
+        with tarfile.open(tmp_path / f"{number:03d}.tar", "w") as target:
+            target.add(image, "1.png")
+            label = tarfile.TarInfo("1.cls")
+            label.size = 1
+            target.addfile(label, io.BytesIO(str(number % 2).encode()))
+    found = WebDatasetSource(kind="webdataset", train=tmp_path / "*.tar").open().train
+    before = len([*Path("/dev/fd").iterdir()])
+    assert [found.read(row) for row in range(len(found))] == [image.read_bytes() for image in images]
+    assert len([*Path("/dev/fd").iterdir()]) == before
+
+
+def test_the_place_of_an_image_in_a_shard_names_the_shard_once():
+    for file in ("/data/x/b/000.tar", "s3://bucket/x/b/000.tar"):
+        for name in ("000.tar/a/1.png", "b/000.tar/a/1.png", "x/b/000.tar/a/1.png", "a/1.png"):
+            assert contents.place_in(file, name) == f"{file}/a/1.png"
+
+
+@pytest.mark.parametrize("code", [errno.EMFILE, errno.EIO])
+def test_an_image_on_its_way_to_another_process_is_not_lost_by_the_machines_fault(code):
+    class Failing:
+        def read(self, index):
+            raise OSError(code, os.strerror(code))
+
+        def place(self, index):
+            return "trees, row 7"
+
+    with pytest.raises(UserError, match=rf"trees, row 7: cannot be read: {os.strerror(code)}; "):
+        contents.held(Failing(), 1)

@@ -19,6 +19,7 @@ import numpy as np
 from pydantic import BeforeValidator, StringConstraints
 
 from pipelines.common.errors import UserError
+from pipelines.prepare.sources.contents import place_in
 from pipelines.prepare.sources.texts import Texts, joined
 
 _TRIES, _FIRST_WAIT = 5, 0.5  # of a network read; each wait is twice the one before
@@ -163,7 +164,7 @@ class RemoteSlices:
 
     def place(self, index: int) -> str:
         """The shard's address and the name within it."""
-        return f"{self._files[int(self._file[index])].address}/{self._names[index].partition('/')[2]}"
+        return place_in(self._files[int(self._file[index])].address, self._names[index])
 
     def stamp(self) -> Iterator[bytes]:
         """The places, and what the storage says of each file."""
