@@ -169,6 +169,25 @@ def test_links_in_a_shard_are_followed(tmp_path):
         WebDatasetSource(kind="webdataset", train=broken).open()
 
 
+def _archive_of(names, path):
+    with zipfile.ZipFile(path, "w") as target:
+        for name in names:
+            target.writestr(name, name)
+    return ArchiveSource(kind="archive", path=path)
+
+
+def test_accents_in_an_archive_are_compared_by_what_they_look_like(tmp_path):
+    composed, apart = "caf\u00e9", "cafe\u0301"
+    names = [f"train/{composed}/1.png", "train/tea/1.png", f"test/{apart}/1.png", "test/tea/2.png"]
+    dataset = _archive_of(names, tmp_path / "a.zip").open()
+    assert dataset.classes == [composed, "tea"]
+    assert [*zip(dataset.test.names, dataset.test.labels.tolist(), strict=True)] == [(names[2], 0), (names[3], 1)]
+    with pytest.raises(
+        UserError, match=r"b\.zip/test/café': two classes differ only in .*'cafe\\u0301' and 'caf\\xe9'; rename"
+    ):
+        _archive_of([*names, f"test/{composed}/3.png"], tmp_path / "b.zip").open()
+
+
 @pytest.mark.parametrize("split", ["training", "Valid", "testing"])
 def test_an_archive_whose_folders_look_like_splits_is_refused(tmp_path, split):
     path = tar_of(tmp_path / "a.tar", {f"photos/{split}/cat/1.png": b"x", "photos/other/dog/1.png": b"x"})
