@@ -12,7 +12,7 @@ from pydantic import Field
 from pipelines.common.errors import UserError
 from pipelines.common.words import agreed, plural
 from pipelines.image_files import LeftOut, class_folders, image_files, loose_images
-from pipelines.prepare.sources.addresses import Location, Remote, listed, there
+from pipelines.prepare.sources.addresses import Location, Remote, listed, plain_name, there
 from pipelines.prepare.sources.dataset import Below, Dataset, Images, SourceConfig
 from pipelines.prepare.sources.names import hint_for, name_key, read_text, refuse_alike
 from pipelines.prepare.sources.texts import Texts
@@ -88,17 +88,22 @@ class FolderSource(SourceConfig):
         """The images of a folder behind an address."""
         names, stamps, left_out = Texts(), Texts(), LeftOut()
         for name, stamp in listed(address):
-            if is_image(name, left_out):
+            if is_image(plain_name(name, address), left_out):
                 names.append(name)
                 stamps.append(stamp)
         left_out.tell(address)
         if not names:
             raise UserError(f"image folder {address!r} has no images")
         content = Remote(names, stamps, f"{address}/")
+        plain = Texts(plain_name(name, address) for name in names) if address.startswith("http") else names
         named = None
         if self.classes is not None:
             named = {name_key(folder): name for folder, name in self._listed().items()}
-        return class_tree(names, content, f"image folder {address!r}", address, named)
+        dataset = class_tree(plain, content, f"image folder {address!r}", address, named)
+        strange = next((name for name in dataset.classes if not _is_text(name)), None)
+        if strange is not None:
+            raise UserError(f"class folder {strange!r} of {address!r} has a name that is not UTF-8; rename it")
+        return dataset
 
     def class_names(self) -> dict[str, str]:
         """The class of each folder, as the file `classes` says; empty without that file."""
