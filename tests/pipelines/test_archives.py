@@ -8,6 +8,7 @@ import io
 import json
 import os
 import pickle
+import sys
 import tarfile
 import zipfile
 from pathlib import Path
@@ -19,6 +20,7 @@ from pipelines.common.errors import UserError
 from pipelines.config import DataConfig
 from pipelines.pixels import decode, to_rgb
 from pipelines.prepare.build import ensure_prepared
+from pipelines.prepare.originals import original_images
 from pipelines.prepare.sources import ArchiveSource, FolderSource, HuggingFaceSource, WebDatasetSource, contents
 from tests.conftest import archive
 
@@ -402,6 +404,37 @@ def test_a_data_set_is_prepared_once(image_folder, tmp_path):
     again = ensure_prepared(DataConfig.model_validate(content), 0)
     assert (again.folder / "prepared.json").stat().st_mtime_ns == written
     assert json.loads((again.folder / "prepared.json").read_text())["classes"] == ["0", "1", "2"]
+
+
+def test_what_was_prepared_of_the_hub_is_used_without_it(image_folder, tmp_path, monkeypatch, capsys):
+    datasets = pytest.importorskip("datasets")
+    plain = FolderSource(kind="folder", path=image_folder).open()
+    cells = [{"bytes": plain.train.read(index), "path": None} for index in range(len(plain.train))]
+    table = datasets.Dataset.from_dict({"photo": cells, "label": plain.train.labels.tolist()}).cast_column(
+        "photo", datasets.Image()
+    )
+    content = {"source": {"kind": "huggingface", "path": "someone/trees"}, "prepared": str(tmp_path / "prepared")}
+    data = DataConfig.model_validate(content)
+
+    def away(path, name):
+        raise ConnectionError("Couldn't reach the Hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", away)
+    with pytest.raises(UserError, match="'someone/trees' cannot be opened: Couldn't reach the Hub; give a folder"):
+        ensure_prepared(data, 0)
+    monkeypatch.setattr(datasets, "load_dataset", lambda path, name: table)
+    prepared = ensure_prepared(data, 0)
+    assert "not on this machine" not in capsys.readouterr().err
+    monkeypatch.setattr(datasets, "load_dataset", away)
+    assert ensure_prepared(data, 0) == prepared
+    assert f"the source is not on this machine; using {prepared.folder} as it was prepared" in capsys.readouterr().err
+    assert len([*original_images(prepared, "train", data, 0, 3)]) == 3
+    monkeypatch.setitem(sys.modules, "datasets", None)  # not installed
+    assert ensure_prepared(data, 0) == prepared
+    monkeypatch.undo()
+    monkeypatch.setattr(datasets, "load_dataset", lambda path, name: table.rename_column("label", "other"))
+    with pytest.raises(UserError, match="which column is the label"):  # it is there, and has changed
+        ensure_prepared(data, 0)
 
 
 def test_shards_of_one_name_in_several_folders_have_names_of_their_own(image_folder, tmp_path):

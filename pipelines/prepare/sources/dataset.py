@@ -180,6 +180,10 @@ class Dataset:
         refuse_alike(self.classes, [f"class {number}" for number in range(len(self.classes))])
 
 
+class AbsentError(UserError):
+    """The source is not on this machine, and not within its reach. What was prepared of it can be used."""
+
+
 class SourceConfig(Settings):
     """Base of a source's configuration. A source is one file with a subclass, and one line in the union `Source`."""
 
@@ -188,6 +192,8 @@ class SourceConfig(Settings):
 
         Raises:
             UserError: Something that the source promises is missing.
+            AbsentError: All of it is missing.
+            NetworkError: The network does not answer.
         """
         raise NotImplementedError
 
