@@ -23,6 +23,10 @@ _FIXES = {
     errno.ENOSPC: "free some of the disk, or name another place",
     errno.EDQUOT: "free some of the disk, or name another place",
 }  # of errors of the disk
+# Of one file: it is not there, may not be read, or is no file that can be.
+_IN_THE_FILE = {
+    errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO, errno.EACCES, errno.EPERM
+}  # fmt: skip
 _LONG = 500  # characters shown of an unexpected error's message, or of arguments that argparse refuses
 
 
@@ -114,6 +118,14 @@ def run_command(main: Callable[[], None], needs: str = "") -> NoReturn:
     except Exception as error:
         sys.exit(_unexpected(error))
     sys.exit(0)
+
+
+def in_the_file(error: OSError) -> bool:
+    """Whether an error is of one file, and others can be read. One without a number is a library's word on the file's content.
+
+    All else is of the machine: its open files, its memory, a disk, or a server of files. A later try may succeed.
+    """
+    return not error.errno or error.errno in _IN_THE_FILE
 
 
 def _of_file(error: OSError) -> str:

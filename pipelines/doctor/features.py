@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
+from pipelines.common.errors import UserError
 from pipelines.common.progress import counted
 from pipelines.common.threads import in_threads
 from pipelines.config import DataConfig
@@ -51,7 +52,7 @@ def image_features(examined: Examined, data: DataConfig, network: Network | None
             pixels, readable = [], []
             for number in chunk:
                 # An image may go, or the network fail, between two looks at it.
-                with contextlib.suppress(BadImageError, OSError):
+                with contextlib.suppress(BadImageError, UserError, OSError):
                     pixels.append(rule(examined.image(number, data)))
                     readable.append(number)
             features = run(np.stack(pixels)) if pixels else np.zeros((0, 1), np.float32)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from pipelines.common.errors import UserError
 from pipelines.common.files import write_atomically
 from pipelines.config import DataConfig
 from pipelines.doctor.examine import Examined, Look
@@ -162,7 +163,7 @@ def _figure(examined: Examined, number: int, data: DataConfig) -> str:
         return f"<figure><figcaption>{place}<br>{html.escape(str(look))}</figcaption></figure>"
     try:
         picture = examined.image(number, data)
-    except (BadImageError, OSError):  # it has gone meanwhile
+    except (BadImageError, UserError, OSError):  # it has gone meanwhile
         return f"<figure><figcaption>{place}</figcaption></figure>"
     picture.thumbnail((_THUMBNAIL, _THUMBNAIL), Image.Resampling.BILINEAR)
     buffer = io.BytesIO()

@@ -45,7 +45,8 @@ from pipelines.prepare.prepared import (
 )
 from pipelines.prepare.publish import open_published
 from pipelines.prepare.sources import Dataset, Images, class_counts, open_folder
-from pipelines.prepare.sources.dataset import class_weights, refuse_useless_weights
+from pipelines.prepare.sources.addresses import NetworkError
+from pipelines.prepare.sources.dataset import AbsentError, class_weights, refuse_useless_weights
 from pipelines.prepare.sources.names import read_text
 from pipelines.prepare.sources.tree import SPLITS
 from pipelines.prepare.writer import (
@@ -112,15 +113,28 @@ def ensure_prepared(data: DataConfig, seed: int, settable: bool = True, packer: 
     folder = prepared_folder(data, seed)
     if data.published is not None:
         return open_published(data.published, folder, data.cache_gb)
-    if not data.source.present():
-        found = read_sidecar(folder) or read_sidecar(prepared_folder(data, seed, EARLIER_FORMAT))
-        if found is not None:
-            print(f"data: the source is not on this machine; using {found.folder} as it was prepared", file=sys.stderr)
-            return found
+    found = None if data.source.present() else _as_prepared(data, seed)
+    if found is not None:
+        return found
     if not (folder / SIDECAR).is_file():
         _need_room(folder, data, settable)  # before a source is listed, which may take long
+    try:
+        dataset = data.source.open()
+    except (AbsentError, NetworkError):  # which is known of some sources only now
+        found = _as_prepared(data, seed)
+        if found is None:
+            raise
+        return found
     draw = subset_seed(data, seed)
-    return _up_to_date(folder, choose(data.source.open(), data, draw, settable), data, draw, settable, packer)
+    return _up_to_date(folder, choose(dataset, data, draw, settable), data, draw, settable, packer)
+
+
+def _as_prepared(data: DataConfig, seed: int) -> Prepared | None:
+    """What was prepared of a source that is gone, which is said; None where nothing was."""
+    found = read_sidecar(prepared_folder(data, seed)) or read_sidecar(prepared_folder(data, seed, EARLIER_FORMAT))
+    if found is not None:
+        print(f"data: the source is not on this machine; using {found.folder} as it was prepared", file=sys.stderr)
+    return found
 
 
 def prepare_folder(images: Path, classes: list[str], data: DataConfig) -> Prepared:

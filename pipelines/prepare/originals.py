@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import logging
 from collections.abc import Iterator
@@ -11,6 +12,8 @@ from PIL import Image
 from pipelines.config import DataConfig
 from pipelines.prepare.beton import RAW
 from pipelines.prepare.build import Prepared, choose, subset_seed
+from pipelines.prepare.sources.addresses import NetworkError
+from pipelines.prepare.sources.dataset import AbsentError
 from pipelines.prepare.writer import line_of
 
 log = logging.getLogger(__name__)
@@ -35,9 +38,10 @@ def original_images(prepared: Prepared, split: str, data: DataConfig, seed: int,
     names = prepared.names(split)
     images = None
     if data.source.present() and len(names) == len(beton):  # an earlier version wrote ends of lines in names as they are
-        _, splits = choose(data.source.open(), data, subset_seed(data, seed))
-        if split in splits and splits[split].digest() == prepared.splits[split].source_digest:
-            images = splits[split]
+        with contextlib.suppress(AbsentError, NetworkError):
+            _, splits = choose(data.source.open(), data, subset_seed(data, seed))
+            if split in splits and splits[split].digest() == prepared.splits[split].source_digest:
+                images = splits[split]
     if images is None:
         log.warning("the original images of the %s split are gone or have changed; the stored ones replace them", split)
     rows = {line_of(name): row for row, name in enumerate(images.names)} if images is not None else {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.server
+import os
 from pathlib import Path
 
 import numpy as np
@@ -65,6 +66,28 @@ def test_a_folder_gives_the_same_wherever_it_is(image_folder, tmp_path, kind, re
     assert source.path == address
     assert source.present()
     same(source.open(), FolderSource(kind="folder", path=image_folder).open())
+
+
+def test_names_on_a_web_server_are_those_of_the_disk(image_folder, web):
+    """A page of links encodes them: `great%20tit`."""
+    pytest.importorskip("aiohttp")
+    for split in ("train", "test"):
+        (image_folder / split / "one").rename(image_folder / split / "great tit")
+        (image_folder / split / "two").rename(image_folder / split / "caf\u00e9")
+    (image_folder / "train" / "great tit" / "0.png").rename(image_folder / "train" / "great tit" / "50% & #1.png")
+    (image_folder / "train" / "great tit" / "1.png").rename(image_folder / "train" / "great tit" / "50-1.png")
+    (image_folder / "train" / "@eaDir").mkdir()  # no class
+    (image_folder / "train" / "@eaDir" / "1.png").write_bytes(b"thumbnail")
+    dataset = FolderSource(kind="folder", path=web).open()
+    assert dataset.classes == ["caf\u00e9", "great tit", "nought"]
+    same(dataset, FolderSource(kind="folder", path=image_folder).open())
+    (image_folder / "names.txt").write_text("great tit\tParus major\nnought\n")
+    chosen = FolderSource(kind="folder", path=web, classes=image_folder / "names.txt").open()
+    assert chosen.classes == ["Parus major", "nought"]
+    for split in ("train", "test"):
+        (image_folder / split / "nought").rename(os.fsdecode(bytes(image_folder / split) + b"/caf\xe9"))
+    with pytest.raises(UserError, match=r"class folder 'caf\\udc.*' of 'http://.*' has a name that is not UTF-8; rename it"):
+        FolderSource(kind="folder", path=web).open()
 
 
 def test_a_change_behind_an_address_is_noticed(image_folder, bucket, tmp_path):

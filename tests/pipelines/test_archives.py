@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import io
 import json
+import os
 import pickle
+import sys
 import tarfile
 import zipfile
 from pathlib import Path
@@ -17,6 +20,7 @@ from pipelines.common.errors import UserError
 from pipelines.config import DataConfig
 from pipelines.pixels import decode, to_rgb
 from pipelines.prepare.build import ensure_prepared
+from pipelines.prepare.originals import original_images
 from pipelines.prepare.sources import ArchiveSource, FolderSource, HuggingFaceSource, WebDatasetSource, contents
 from tests.conftest import archive
 
@@ -167,6 +171,25 @@ def test_links_in_a_shard_are_followed(tmp_path):
         WebDatasetSource(kind="webdataset", train=broken).open()
 
 
+def _archive_of(names, path):
+    with zipfile.ZipFile(path, "w") as target:
+        for name in names:
+            target.writestr(name, name)
+    return ArchiveSource(kind="archive", path=path)
+
+
+def test_accents_in_an_archive_are_compared_by_what_they_look_like(tmp_path):
+    composed, apart = "caf\u00e9", "cafe\u0301"
+    names = [f"train/{composed}/1.png", "train/tea/1.png", f"test/{apart}/1.png", "test/tea/2.png"]
+    dataset = _archive_of(names, tmp_path / "a.zip").open()
+    assert dataset.classes == [composed, "tea"]
+    assert [*zip(dataset.test.names, dataset.test.labels.tolist(), strict=True)] == [(names[2], 0), (names[3], 1)]
+    with pytest.raises(
+        UserError, match=r"b\.zip/test/café': two classes differ only in .*'cafe\\u0301' and 'caf\\xe9'; rename"
+    ):
+        _archive_of([*names, f"test/{composed}/3.png"], tmp_path / "b.zip").open()
+
+
 @pytest.mark.parametrize("split", ["training", "Valid", "testing"])
 def test_an_archive_whose_folders_look_like_splits_is_refused(tmp_path, split):
     path = tar_of(tmp_path / "a.tar", {f"photos/{split}/cat/1.png": b"x", "photos/other/dog/1.png": b"x"})
@@ -248,6 +271,13 @@ def test_a_compressed_tar_that_is_cut_or_has_no_room(image_folder, tmp_path, mon
     whole = ArchiveSource(kind="archive", path=packed(image_folder, tmp_path / "b.tar.gz")).open().train
     monkeypatch.setattr(contents.tempfile, "TemporaryFile", Full)
     with pytest.raises(UserError, match=r"No space left on device; free some room there, or set TMPDIR"):
+        whole.read(0)
+
+    def nowhere():
+        raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found")
+
+    monkeypatch.setattr(contents.tempfile, "TemporaryFile", nowhere)
+    with pytest.raises(UserError, match=r"No usable temporary directory found; set TMPDIR to a folder with some room"):
         whole.read(0)
 
 
@@ -376,6 +406,37 @@ def test_a_data_set_is_prepared_once(image_folder, tmp_path):
     assert json.loads((again.folder / "prepared.json").read_text())["classes"] == ["0", "1", "2"]
 
 
+def test_what_was_prepared_of_the_hub_is_used_without_it(image_folder, tmp_path, monkeypatch, capsys):
+    datasets = pytest.importorskip("datasets")
+    plain = FolderSource(kind="folder", path=image_folder).open()
+    cells = [{"bytes": plain.train.read(index), "path": None} for index in range(len(plain.train))]
+    table = datasets.Dataset.from_dict({"photo": cells, "label": plain.train.labels.tolist()}).cast_column(
+        "photo", datasets.Image()
+    )
+    content = {"source": {"kind": "huggingface", "path": "someone/trees"}, "prepared": str(tmp_path / "prepared")}
+    data = DataConfig.model_validate(content)
+
+    def away(path, name):
+        raise ConnectionError("Couldn't reach the Hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", away)
+    with pytest.raises(UserError, match="'someone/trees' cannot be opened: Couldn't reach the Hub; give a folder"):
+        ensure_prepared(data, 0)
+    monkeypatch.setattr(datasets, "load_dataset", lambda path, name: table)
+    prepared = ensure_prepared(data, 0)
+    assert "not on this machine" not in capsys.readouterr().err
+    monkeypatch.setattr(datasets, "load_dataset", away)
+    assert ensure_prepared(data, 0) == prepared
+    assert f"the source is not on this machine; using {prepared.folder} as it was prepared" in capsys.readouterr().err
+    assert len([*original_images(prepared, "train", data, 0, 3)]) == 3
+    monkeypatch.setitem(sys.modules, "datasets", None)  # not installed
+    assert ensure_prepared(data, 0) == prepared
+    monkeypatch.undo()
+    monkeypatch.setattr(datasets, "load_dataset", lambda path, name: table.rename_column("label", "other"))
+    with pytest.raises(UserError, match="which column is the label"):  # it is there, and has changed
+        ensure_prepared(data, 0)
+
+
 def test_shards_of_one_name_in_several_folders_have_names_of_their_own(image_folder, tmp_path):
     """Those that no other shard shares a name with keep the file's, and so their digests."""
     images = sorted((image_folder / "train" / "one").iterdir())
@@ -391,3 +452,36 @@ def test_shards_of_one_name_in_several_folders_have_names_of_their_own(image_fol
     names = dict(zip(found.names, pixels(found), strict=True))
     assert {*names} == {"x/b/000.tar/1.png", "y/b/000.tar/1.png", "a/000.tar/1.png", "001.tar/1.png"}
     assert names["x/b/000.tar/1.png"] != names["y/b/000.tar/1.png"]
+
+
+def test_there_may_be_more_shards_than_files_that_a_process_may_open(image_folder, tmp_path):
+    images = sorted((image_folder / "train").rglob("*.png"))
+    for number, image in enumerate(images):
+        with tarfile.open(tmp_path / f"{number:03d}.tar", "w") as target:
+            target.add(image, "1.png")
+            label = tarfile.TarInfo("1.cls")
+            label.size = 1
+            target.addfile(label, io.BytesIO(str(number % 2).encode()))
+    found = WebDatasetSource(kind="webdataset", train=tmp_path / "*.tar").open().train
+    before = len([*Path("/dev/fd").iterdir()])
+    assert [found.read(row) for row in range(len(found))] == [image.read_bytes() for image in images]
+    assert len([*Path("/dev/fd").iterdir()]) == before
+
+
+def test_the_place_of_an_image_in_a_shard_names_the_shard_once():
+    for file in ("/data/x/b/000.tar", "s3://bucket/x/b/000.tar"):
+        for name in ("000.tar/a/1.png", "b/000.tar/a/1.png", "x/b/000.tar/a/1.png", "a/1.png"):
+            assert contents.place_in(file, name) == f"{file}/a/1.png"
+
+
+@pytest.mark.parametrize("code", [errno.EMFILE, errno.EIO])
+def test_an_image_on_its_way_to_another_process_is_not_lost_by_the_machines_fault(code):
+    class Failing:
+        def read(self, index):
+            raise OSError(code, os.strerror(code))
+
+        def place(self, index):
+            return "trees, row 7"
+
+    with pytest.raises(UserError, match=rf"trees, row 7: cannot be read: {os.strerror(code)}; "):
+        contents.held(Failing(), 1)

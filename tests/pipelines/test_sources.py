@@ -475,3 +475,58 @@ def test_paths_of_a_folder_are_made_when_they_are_needed(image_folder):
     some = train.take(np.array([5, 2]))
     assert some.files[:2] == [image_folder / train.names[5], image_folder / train.names[2]]
     assert some.read(0) == (image_folder / train.names[5]).read_bytes()
+
+
+def test_two_folders_of_a_split_that_are_spelled_alike_are_refused(image_folder, tmp_path):
+    """Else the images of one of them would be left out without a word."""
+    (image_folder / "train" / "two").rename(image_folder / "train" / CAFE[0])
+    (image_folder / "test" / "two").rename(image_folder / "test" / CAFE[0])
+    (image_folder / "test" / "one").rename(image_folder / "test" / CAFE[1])
+    with pytest.raises(
+        UserError, match=r"/test/café'.*: two classes differ only in .*'cafe\\u0301' and 'caf\\xe9'; rename one"
+    ):
+        folder_source(image_folder).open()
+    (image_folder / "test" / CAFE[1]).rename(tmp_path / "away")
+    (image_folder / "train" / "one").rename(image_folder / "train" / CAFE[1])
+    path = tmp_path / "classes.txt"
+    path.write_text(f"{CAFE[0]}\nnought\n")
+    with pytest.raises(UserError, match=r"/train/café'.*: two classes differ only in"):
+        folder_source(image_folder, classes=path).open()
+    path.write_text("nought\none\n")
+    (image_folder / "train" / "extra").mkdir()
+    (image_folder / "train" / CAFE[1]).rename(image_folder / "train" / "one")
+    (image_folder / "train" / "extra").rename(image_folder / "train" / CAFE[1])
+    assert folder_source(image_folder, classes=path).open().classes == ["nought", "one"]  # both are left out
+
+
+def test_two_folders_of_one_class_are_refused_in_evaluation(image_folder):
+    test = image_folder / "test"
+    (test / "two").rename(test / "n01")
+    names = {"n01": "one", "n02": "nought", "n03": "two"}
+    with pytest.raises(
+        UserError, match=r"test/one': the class 'one' has two folders, 'n01' and 'one'; put .* into one of them"
+    ):
+        open_folder(test, ["one", "nought", "two"], names)
+    (test / "one").rename(test / "two")
+    images = open_folder(test, ["one", "nought", "two"], names)  # each folder by the one or the other name
+    assert class_counts(images.labels, 3).tolist() == [3, 3, 3]
+
+
+def test_folders_with_the_names_of_other_classes_are_those_of_training(image_folder):
+    """Folders 1, 2 and 3 may hold the classes 0, 1 and 2."""
+    test = image_folder / "test"
+    for number, name in enumerate(("nought", "one", "two"), start=1):
+        (test / name).rename(test / str(number))
+    images = open_folder(test, ["0", "1", "2"], {"1": "0", "2": "1", "3": "2"})
+    assert {(name.split("/")[1], int(label)) for name, label in zip(images.names, images.labels, strict=True)} == {
+        ("1", 0),
+        ("2", 1),
+        ("3", 2),
+    }
+    (test / "3").rename(test / "0")
+    images = open_folder(test, ["0", "1", "2"], {"1": "0", "2": "1", "3": "2"})  # by the classes' own names
+    assert {(name.split("/")[1], int(label)) for name, label in zip(images.names, images.labels, strict=True)} == {
+        ("0", 0),
+        ("1", 1),
+        ("2", 2),
+    }

@@ -399,3 +399,27 @@ def test_a_bucket_is_read_with_the_environments_credentials(photos, tmp_path, bu
     storage.rm_file(f"{bucket}/{rows[0]['image']}")
     with pytest.raises(FileNotFoundError, match="nothing is at this address"):
         TableSource(kind="table", path=path).open().train.read(0)
+
+
+@pytest.mark.parametrize("delimiter", [",", ";"])
+def test_a_cell_in_quotes_may_hold_what_separates_columns(photos, delimiter):
+    folder, rows = photos
+    named = [{**row, "label": f"{row['label']}{delimiter} wild"} for row in rows]
+    path = write_csv(folder / "quoted.csv", named, ["image", "label"], delimiter=delimiter, header=False)
+    dataset = TableSource(kind="table", path=path).open()
+    assert dataset.classes == [f"{name}{delimiter} wild" for name in COUNTS]
+    assert reds(dataset.train) == [row["red"] for row in rows]
+
+
+@pytest.mark.parametrize("header", [True, False])
+def test_a_comma_in_quotes_does_not_hide_the_semicolons(photos, header):
+    folder, rows = photos
+    named = [{**row, "label, of the tree": f"{row['label']}, wild"} for row in rows]
+    columns = ["image", "label, of the tree"]
+    path = folder / "semicolons.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file, delimiter=";", quoting=csv.QUOTE_ALL)
+        writer.writerows([columns] if header else [])
+        writer.writerows([row[column] for column in columns] for row in named)
+    dataset = TableSource(kind="table", path=path, label=columns[1] if header else None).open()
+    assert dataset.classes == [f"{name}, wild" for name in COUNTS]

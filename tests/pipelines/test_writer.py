@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -185,6 +186,38 @@ def test_a_full_disk_says_place_and_need(config, monkeypatch):
         UserError, match=r"the disk of .* GB free, .* data\.prepared .*; stopped: \d+ of 24 train images are in"
     ):
         ensure_prepared(config(mode="raw", shard_mb=1), 0)
+
+
+@pytest.mark.parametrize(
+    ("code", "fix"),
+    [
+        (errno.EMFILE, r"raise the limit of open files \(ulimit -n\)"),
+        (errno.EIO, "check its disk, or take the image out"),
+        (errno.ESTALE, "check its disk"),
+        (errno.ENOMEM, "check its disk"),
+    ],
+)
+def test_what_is_no_fault_of_the_image_stops_the_command_and_keeps_finished_files(config, monkeypatch, capsys, code, fix):
+    expected = ensure_prepared(config(mode="raw"), 0)
+    failing = expected.names("train")[20]
+    data = config(mode="raw", shard_mb=1).model_copy(update={"on_bad_image": "skip"})
+    original = Path.read_bytes
+
+    def read_bytes(self):
+        if str(self).endswith(failing):
+            raise OSError(code, os.strerror(code), str(self))
+        return original(self)
+
+    monkeypatch.setattr(Path, "read_bytes", read_bytes)
+    stopped = rf"{failing}: cannot be read: {os.strerror(code)}; {fix}.*; stopped: \d+ of 24 train images are in finished files"
+    with pytest.raises(UserError, match=stopped):
+        ensure_prepared(data, 0)
+    monkeypatch.undo()
+    capsys.readouterr()
+    prepared = ensure_prepared(data, 0)
+    assert "train continues after" in capsys.readouterr().err
+    assert prepared.splits["train"].skipped == []
+    assert contents(prepared) == contents(expected)
 
 
 @pytest.mark.parametrize(("mode", "kinds"), [("raw", {0}), ("jpeg", {1}), ("auto", {1}), ("mixed", {0, 1})])

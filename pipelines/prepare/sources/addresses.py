@@ -13,12 +13,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 import numpy as np
 from pydantic import BeforeValidator, StringConstraints
 
 from pipelines.common.errors import UserError
+from pipelines.prepare.sources.contents import place_in
 from pipelines.prepare.sources.texts import Texts, joined
 
 _TRIES, _FIRST_WAIT = 5, 0.5  # of a network read; each wait is twice the one before
@@ -163,7 +164,7 @@ class RemoteSlices:
 
     def place(self, index: int) -> str:
         """The shard's address and the name within it."""
-        return f"{self._files[int(self._file[index])].address}/{self._names[index].partition('/')[2]}"
+        return place_in(self._files[int(self._file[index])].address, self._names[index])
 
     def stamp(self) -> Iterator[bytes]:
         """The places, and what the storage says of each file."""
@@ -409,13 +410,13 @@ def patient(
 
 
 def listed(address: str) -> Iterator[tuple[str, str]]:
-    """All files below a folder, sorted by the parts of their names; one folder's list at a time is in memory.
+    """All files below a folder, sorted by the parts of their plain names; one folder's list at a time is in memory.
 
     Args:
         address: The folder, such as s3://bucket/folder. A web server must list its folders as pages of links.
 
     Yields:
-        Each file's name below the folder, and a stamp that changes with it.
+        Each file's name below the folder, as its address has it, and a stamp that changes with it.
 
     Raises:
         UserError: Nothing is there, or it cannot be listed.
@@ -432,6 +433,16 @@ def listed(address: str) -> Iterator[tuple[str, str]]:
         web = scheme in ("http", "https")
         pages = "; a web server must list its folders as pages of links, else list the images in a table" if web else ""
         raise UserError(f"image folder {address!r} has no files{pages}")
+
+
+def plain_name(name: str, address: str) -> str:
+    """A file's name as people write it: in the addresses of a web server, `great tit` is `great%20tit`.
+
+    Args:
+        name: As `listed` gives it.
+        address: The folder.
+    """
+    return unquote(name, errors="surrogateescape") if address.startswith(("http://", "https://")) else name
 
 
 def _walked(system: Any, folder: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -452,15 +463,17 @@ def _walked(system: Any, folder: str) -> Iterator[tuple[str, dict[str, Any]]]:
         scheme = folder.partition("://")[0]
         raise UserError(f"image folder {folder!r}: {scheme}:// cannot be listed; list the images in a table") from error
     start = len(folder) + 1
-    below = sorted((each for each in inside if each[0].startswith(f"{folder}/")), key=lambda each: each[:2])
+    below = sorted(
+        (each for each in inside if each[0].startswith(f"{folder}/")), key=lambda each: (plain_name(each[0], folder), each[1])
+    )
     files = (
         file
         for address, is_folder, entry in below
-        if not (is_folder and address[start:].startswith("."))
+        if not (is_folder and plain_name(address[start:], folder).startswith("."))
         for file in (_walked(system, address) if is_folder else [(address, entry)])
     )
     if any("/" in address[start:] for address, _, _ in below):  # a page may link files of folders that it links too
-        yield from sorted(dict(files).items(), key=lambda file: file[0].split("/"))
+        yield from sorted(dict(files).items(), key=lambda file: plain_name(file[0], folder).split("/"))
     else:
         yield from files
 

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from pipelines.common.errors import UserError
+from pipelines.common.errors import UserError, in_the_file
 from pipelines.prepare.sources.texts import Texts
 
 _MEMBER = 1 << 30  # bytes of an image file within an archive: a larger one is a mistake
@@ -30,7 +30,7 @@ class Content(Protocol):
         """The file of one image. Several threads call it.
 
         Raises:
-            OSError: The image cannot be read; others may.
+            OSError: The image cannot be read; others may, where it is `in_the_file`.
             NetworkError: The network does not answer.
         """
         ...
@@ -68,6 +68,32 @@ def link_target(member: tarfile.TarInfo, files: Mapping[str, tarfile.TarInfo]) -
         folder = posixpath.dirname(target.name) if target.issym() else ""  # a hard link names a path from the top
         target = files.get(posixpath.normpath(posixpath.join(folder, target.linkname)))
     return None
+
+
+def place_in(file: str, name: str) -> str:
+    """Where a piece of a file is, for messages.
+
+    Args:
+        file: The file's path or address.
+        name: The piece's name, which may begin with that of the file, and of folders above it.
+    """
+    parts = file.split("/")
+    ends = ("/".join(parts[begin:]) + "/" for begin in reversed(range(len(parts))))
+    return f"{file}/{name.removeprefix(next((end for end in ends if name.startswith(end)), ''))}"
+
+
+def cannot_read(place: str, error: OSError) -> UserError:
+    """What an error means that is not `in_the_file`, so that a sound image is not taken for a bad one.
+
+    Args:
+        place: Where the image is.
+        error: What its reading raised.
+    """
+    many = error.errno in (errno.EMFILE, errno.ENFILE)
+    fix = "raise the limit of open files (ulimit -n)" if many else "check its disk, or take the image out"
+    return UserError(
+        f"{place}: cannot be read: {error.strerror}; {fix} (data.on_bad_image does not skip it: a later try may succeed)"
+    )
 
 
 class ZipMembers:
@@ -121,7 +147,7 @@ class Slices:
 
     Args:
         paths: F files.
-        names: N names for messages.
+        names: N names for messages; some begin with the name of their file, and of folders above it.
         file: The number of each image's file, int32 (N,).
         start: Its first byte, int64 (N,).
         size: Its bytes, int64 (N,).
@@ -132,11 +158,6 @@ class Slices:
     ) -> None:
         self._paths, self._names = [*paths], names if isinstance(names, Texts) else Texts(names)
         self._file, self._start, self._size = file, start, size
-        self._open: dict[int, int] = {}
-        self._lock = threading.Lock()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Slices, (self._paths, self._names, self._file, self._start, self._size)
 
     @property
     def files(self) -> list[Path]:
@@ -148,7 +169,9 @@ class Slices:
         size = int(self._size[index])
         if size > _MEMBER:
             raise OSError(0, f"{size:,} bytes, too large for an image")
-        data = os.pread(self._descriptor(int(self._file[index])), size, int(self._start[index]))
+        # Opened for each read, which costs little beside the decoding: there may be more files than a process may have open.
+        with self._paths[int(self._file[index])].open("rb", buffering=0) as file:
+            data = os.pread(file.fileno(), size, int(self._start[index]))
         if len(data) < size:
             raise OSError(0, f"cut short: {len(data):,} of {size:,} bytes are there")
         return data
@@ -159,23 +182,13 @@ class Slices:
 
     def place(self, index: int) -> str:
         """The file's path and the piece's name."""
-        return f"{self._paths[int(self._file[index])]}/{self._names[index]}"
+        return place_in(str(self._paths[int(self._file[index])]), self._names[index])
 
     def stamp(self) -> Iterator[bytes]:
         """The places, and size and time of change of the files."""
         stats = [path.stat() for path in self._paths]
         files = np.array([(stat.st_size, stat.st_mtime_ns) for stat in stats], dtype=np.int64)
         yield from (part.tobytes() for part in (files, self._file, self._start, self._size))
-
-    def _descriptor(self, number: int) -> int:
-        with self._lock:
-            if number not in self._open:
-                self._open[number] = os.open(self._paths[number], os.O_RDONLY | os.O_CLOEXEC)
-            return self._open[number]
-
-    def __del__(self) -> None:
-        for descriptor in getattr(self, "_open", {}).values():
-            os.close(descriptor)
 
 
 class Spooled:
@@ -267,7 +280,9 @@ def held(content: Content, count: int) -> tuple[type[Held], tuple[list[bytes | N
     for index in range(count):
         try:
             images.append(content.read(index))
-        except OSError:
+        except OSError as error:
+            if not in_the_file(error):
+                raise cannot_read(content.place(index), error) from error
             images.append(None)
     return Held, (images, [content.place(index) for index in range(count)])
 
@@ -289,7 +304,12 @@ class _Spool:
         return os.pread(self._file.fileno(), end - start, start)
 
     def _copy(self) -> None:
-        file = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as the images are read
+        try:
+            file = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as the images are read
+        except OSError as error:
+            raise UserError(
+                f"the images cannot be copied to a temporary file: {error.strerror}; set TMPDIR to a folder with some room"
+            ) from error
         sizes = np.zeros(self._count, dtype=np.int64)
         row = -1
         try:
@@ -306,6 +326,8 @@ class _Spool:
                     f"the images cannot be copied to {tempfile.gettempdir()!r}: {error.strerror}; free some room there, "
                     "or set TMPDIR to a folder elsewhere"
                 ) from error
+            if isinstance(error, OSError) and not in_the_file(error):
+                raise
             raise UserError(f"{self._place}: damaged: {' '.join(str(error).split())}; fetch it again") from error
         self._ends, self._file = np.cumsum(sizes), file
 

@@ -10,10 +10,10 @@ from typing import Any, overload
 
 import numpy as np
 
-from pipelines.common.errors import UserError
+from pipelines.common.errors import UserError, in_the_file
 from pipelines.common.settings import Settings
 from pipelines.common.words import plural
-from pipelines.prepare.sources.contents import Content
+from pipelines.prepare.sources.contents import Content, cannot_read
 from pipelines.prepare.sources.names import name_key, refuse_alike
 from pipelines.prepare.sources.texts import Texts, joined, taken
 
@@ -111,11 +111,21 @@ class Images:
         return self.content.place(index) if self.content is not None else f"{split} image {self.names[index]}"
 
     def read(self, index: int) -> bytes | np.ndarray:
-        """The encoded file, or the pixels, of one image."""
-        if self.files is not None:
-            return self.files[index].read_bytes()
-        if self.content is not None:
-            return self.content.read(index)
+        """The encoded file, or the pixels, of one image.
+
+        Raises:
+            OSError: The image cannot be read; others may.
+            UserError: Reading fails by no fault of the image: of the machine, a disk or the network.
+        """
+        try:
+            if self.files is not None:
+                return self.files[index].read_bytes()
+            if self.content is not None:
+                return self.content.read(index)
+        except OSError as error:
+            if in_the_file(error):
+                raise
+            raise cannot_read(self.place(index, "image"), error) from error
         assert self.pixels is not None
         return self.pixels[index]
 
@@ -131,7 +141,9 @@ class Images:
             try:
                 stat = file.stat()
                 line = f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}\n"
-            except OSError:  # a bad image, which the writer will name or skip
+            except OSError as error:  # a bad image, which the writer will name or skip
+                if not in_the_file(error):
+                    raise cannot_read(str(file), error) from error
                 line = f"{name}\0unreadable\n"
             state.update(line.encode("utf-8", "surrogateescape"))
         return state.hexdigest()
@@ -168,6 +180,10 @@ class Dataset:
         refuse_alike(self.classes, [f"class {number}" for number in range(len(self.classes))])
 
 
+class AbsentError(UserError):
+    """The source is not on this machine, and not within its reach. What was prepared of it can be used."""
+
+
 class SourceConfig(Settings):
     """Base of a source's configuration. A source is one file with a subclass, and one line in the union `Source`."""
 
@@ -176,6 +192,8 @@ class SourceConfig(Settings):
 
         Raises:
             UserError: Something that the source promises is missing.
+            AbsentError: All of it is missing.
+            NetworkError: The network does not answer.
         """
         raise NotImplementedError
 

@@ -12,7 +12,7 @@ from pydantic import Field
 from pipelines.common.errors import UserError
 from pipelines.common.words import agreed, plural
 from pipelines.image_files import LeftOut, class_folders, image_files, loose_images
-from pipelines.prepare.sources.addresses import Location, Remote, listed, there
+from pipelines.prepare.sources.addresses import Location, Remote, listed, plain_name, there
 from pipelines.prepare.sources.dataset import Below, Dataset, Images, SourceConfig
 from pipelines.prepare.sources.names import hint_for, name_key, read_text, refuse_alike
 from pipelines.prepare.sources.texts import Texts
@@ -62,17 +62,16 @@ class FolderSource(SourceConfig):
             if not _is_text(name):
                 raise UserError(f"class folder {str(top / name)!r} has a name that is not UTF-8; rename it")
         classes = [*names.values()]
-        refuse_alike([*names], [repr(str(top / name)) for name in names])
         others = self.classes is not None
         if not present:
             _tell_loose(root)
-            images = _labelled(root, "", names, left_out, every_class=True, others=others)
+            images = _labelled(root, "", [*names], left_out, every_class=True, others=others)
             left_out.tell(root)
             return Dataset(classes, images)
         for split in present:
             _tell_loose(root / split)
         splits = {
-            split: _labelled(root, split, names, left_out, every_class=split == "train", others=others) for split in present
+            split: _labelled(root, split, [*names], left_out, every_class=split == "train", others=others) for split in present
         }
         left_out.tell(root)
         return Dataset(classes, splits["train"], splits.get("val"), splits.get("test"))
@@ -89,17 +88,22 @@ class FolderSource(SourceConfig):
         """The images of a folder behind an address."""
         names, stamps, left_out = Texts(), Texts(), LeftOut()
         for name, stamp in listed(address):
-            if is_image(name, left_out):
+            if is_image(plain_name(name, address), left_out):
                 names.append(name)
                 stamps.append(stamp)
         left_out.tell(address)
         if not names:
             raise UserError(f"image folder {address!r} has no images")
         content = Remote(names, stamps, f"{address}/")
+        plain = Texts(plain_name(name, address) for name in names) if address.startswith("http") else names
         named = None
         if self.classes is not None:
             named = {name_key(folder): name for folder, name in self._listed().items()}
-        return class_tree(names, content, f"image folder {address!r}", address, named)
+        dataset = class_tree(plain, content, f"image folder {address!r}", address, named)
+        strange = next((name for name in dataset.classes if not _is_text(name)), None)
+        if strange is not None:
+            raise UserError(f"class folder {strange!r} of {address!r} has a name that is not UTF-8; rename it")
+        return dataset
 
     def class_names(self) -> dict[str, str]:
         """The class of each folder, as the file `classes` says; empty without that file."""
@@ -145,7 +149,7 @@ def open_folder(folder: Path, classes: list[str], class_names: dict[str, str] | 
         The images; a class without a folder has none.
 
     Raises:
-        UserError: The folder has a class that is not among them, or no images in class folders.
+        UserError: The folder has a class that is not among them, two folders of one class, or no images in class folders.
     """
     if not folder.is_dir():
         raise UserError(f"image folder {str(folder)!r} does not exist{hint_for(folder)}")
@@ -161,14 +165,25 @@ def open_folder(folder: Path, classes: list[str], class_names: dict[str, str] | 
             f"{str(folder / 'CLASS')!r}/*"
         )
     refuse_alike(there, [repr(str(folder / name)) for name in there])
-    named = {name_key(other): name for other, name in (class_names or {}).items()} | {name_key(name): name for name in classes}
+    by_folder = {name_key(other): name for other, name in (class_names or {}).items()}
+    by_class = {name_key(name): name for name in classes}
+    # As training has the folders, if it has all of these: the folders 1, 2 and 3 may be of the classes 0, 1 and 2.
+    as_trained = all(name_key(name) in by_folder for name in there)
+    named = by_class | by_folder if as_trained else by_folder | by_class
     labels = {name: named.get(name_key(name), name) for name in there}
     strangers = [name for name in there if labels[name] not in classes]
     if strangers:
         raise UserError(f"{str(folder / strangers[0])!r}: the class {strangers[0]!r} is not one of the training classes")
-    folders = {name: other for other, name in labels.items()}
-    by_folder = {folders.get(name, name): name for name in classes}
-    images = _labelled(folder.parent, folder.name, by_folder, left_out, every_class=False, others=True)
+    folders: dict[str, str] = {}
+    for name, label in labels.items():
+        first = folders.setdefault(label, name)
+        if first != name:
+            raise UserError(
+                f"{str(folder / name)!r}: the class {label!r} has two folders, {first!r} and {name!r}; put the images of both "
+                "into one of them"
+            )
+    of_classes = [folders.get(name, "") for name in classes]
+    images = _labelled(folder.parent, folder.name, of_classes, left_out, every_class=False, others=True)
     left_out.tell(folder)
     return images
 
@@ -190,20 +205,26 @@ def _is_text(name: str) -> bool:
     return True
 
 
-def _labelled(root: Path, split: str, names: dict[str, str], left_out: LeftOut, every_class: bool, others: bool) -> Images:
+def _labelled(root: Path, split: str, folders: list[str], left_out: LeftOut, every_class: bool, others: bool) -> Images:
     """The images of the class folders of one split.
 
     Args:
         root: What the images' names are relative to.
         split: The folder below `root` that holds the class folders; empty for `root` itself.
-        names: The class by folder name, in label order.
+        folders: The class folders in label order; empty where a class has none. They may be spelled in another way there.
         left_out: Counts what is not read.
         every_class: Whether each class must have an image.
         others: Whether further class folders are left out, rather than refused.
+
+    Raises:
+        UserError: A class has no images or two folders, a folder is refused, or there are no images.
     """
-    there = {name_key(name): name for name in class_folders(root / split, LeftOut())}
-    keys = [name_key(folder) for folder in names]
-    strangers = sorted(there[key] for key in there.keys() - {*keys})
+    keys = [name_key(folder) for folder in folders]
+    inside, known = class_folders(root / split, LeftOut()), {*keys}
+    read = [name for name in inside if name_key(name) in known]
+    refuse_alike(read, [repr(str(root / split / name)) for name in read])
+    there = {name_key(name): name for name in inside}
+    strangers = sorted(there[key] for key in there.keys() - known)
     if strangers and not others:
         raise UserError(f"{str(root / split / strangers[0])!r}: the class {strangers[0]!r} is not one of the training classes")
     found_names = Texts()
@@ -212,7 +233,7 @@ def _labelled(root: Path, split: str, names: dict[str, str], left_out: LeftOut, 
         name = there.get(key)
         found = [] if name is None else image_files(root / split / name, left_out)
         if not found and every_class:
-            place = root / split / (name or [*names][label])
+            place = root / split / (name or folders[label])
             way = "take it out of the file data.source.classes" if others else "name the others in a file: data.source.classes"
             raise UserError(f"class folder {str(place)!r} has no images (.jpg, .png, .tif and the like); move it out, or {way}")
         place = Path(split) / (name or "")  # split is empty where root is "."

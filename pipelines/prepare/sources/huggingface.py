@@ -12,7 +12,7 @@ from pydantic import AfterValidator, Field
 from pipelines.common.errors import UserError
 from pipelines.common.fields import PathIfThere
 from pipelines.prepare.sources.contents import held
-from pipelines.prepare.sources.dataset import Dataset, Images, SourceConfig, classes_of, numbered
+from pipelines.prepare.sources.dataset import AbsentError, Dataset, Images, SourceConfig, classes_of, numbered
 from pipelines.prepare.sources.names import name_key
 
 _SPLITS: dict[str, tuple[str, ...]] = {
@@ -51,6 +51,7 @@ class HuggingFaceSource(SourceConfig):
 
         Raises:
             UserError: The library is not installed, or a data set, split or column is missing.
+            AbsentError: The same of the library, or of the data set, where that is on the hub.
         """
         found = self._load()
         train = found["train"]
@@ -82,22 +83,23 @@ class HuggingFaceSource(SourceConfig):
         return Dataset(classes, images["train"], images.get("val"), images.get("test"))
 
     def present(self) -> bool:
-        """Whether the folder exists; a data set of the hub is taken to be there."""
+        """Whether the folder exists; a data set of the hub is taken to be there, until `open`."""
         return not Path(self.path).expanduser().is_absolute() or Path(self.path).expanduser().is_dir()
 
     def _load(self) -> dict[str, Any]:
         """The data set of each split."""
+        place = Path(self.path).expanduser()
+        cannot = UserError if place.is_dir() else AbsentError
         try:
             import datasets
         except ImportError as error:
-            raise UserError(
+            raise cannot(
                 "data.source.kind: huggingface needs the package datasets: pip install 'cibl-ray[huggingface]'"
             ) from error
-        place = Path(self.path).expanduser()
         try:
             loaded = datasets.load_from_disk(str(place)) if place.is_dir() else datasets.load_dataset(self.path, self.name)
         except Exception as error:  # the library has dozens: of the hub, of files, of formats
-            raise UserError(
+            raise cannot(
                 f"data set {self.path!r} cannot be opened: {' '.join(str(error).split())[:300]}; give a folder that "
                 "save_to_disk wrote, or a name on the hub"
             ) from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -218,14 +219,15 @@ def _read(path: Path, header: bool | Literal["auto"]) -> _Table:
             case ".csv" | ".tsv" | ".txt":
                 delimiter = _delimiter(path) if ending == ".csv" else "\t"
                 headed = _has_header(path, delimiter) if header == "auto" else header
-                names = None if headed else [str(number) for number in range(len(_first_lines(path)[0].split(delimiter)))]
+                first = _split_line(_first_lines(path)[0], delimiter)
+                names = None if headed else [str(number) for number in range(len(first))]
                 content = pa.csv.read_csv(
                     path,
                     read_options=pa.csv.ReadOptions(column_names=names),
                     parse_options=pa.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
                     # All as text: a label 007 or 1e5 is what stands there, and no column is text in one block only.
                     convert_options=pa.csv.ConvertOptions(
-                        column_types=dict.fromkeys(names or _split_line(_first_lines(path)[0], delimiter), pa.string()),
+                        column_types=dict.fromkeys(names or first, pa.string()),
                         strings_can_be_null=True,
                         null_values=[""],
                     ),
@@ -282,7 +284,7 @@ def _first_lines(path: Path) -> list[str]:
 
 def _delimiter(path: Path) -> str:
     """What separates the columns of a CSV file: spreadsheets of many countries write semicolons."""
-    first = _first_lines(path)[0]
+    first = re.sub(r'"[^"]*"', "", _first_lines(path)[0])  # without what is quoted
     return ";" if ";" in first and "," not in first else ","
 
 

@@ -14,7 +14,7 @@ from pipelines.formats import readable_suffixes
 from pipelines.image_files import LeftOut, is_leftover
 from pipelines.prepare.sources.contents import Content
 from pipelines.prepare.sources.dataset import Dataset, Images, classes_of
-from pipelines.prepare.sources.names import name_key
+from pipelines.prepare.sources.names import name_key, refuse_alike
 from pipelines.prepare.sources.texts import Codes, taken
 
 SPLITS = ("train", "val", "test")
@@ -81,7 +81,8 @@ def class_tree(
         listed: As in `classes_of`; images of other classes are left out.
 
     Raises:
-        UserError: An image is in no class folder, there is no training split, or a class has no training image.
+        UserError: An image is in no class folder, there is no training split, a class has no training image, or two folders
+            of a split are spelled alike.
     """
     top = _wrapper(names)
     above = len(top)
@@ -102,15 +103,23 @@ def class_tree(
     folders = Codes(each[depth] for each in parts())
     splits = Codes(each[0] if splitted else "train" for each in parts())
     in_split = {split: splits.codes == number for number, split in enumerate(splits.values)}
-    of_train = sorted(folders.values[code] for code in np.unique(folders.codes[in_split["train"]]))
+    of_split = {
+        split: sorted(folders.values[code] for code in np.unique(folders.codes[own])) for split, own in in_split.items()
+    }
+    of_train = of_split["train"]
     ordered = {name_key(folder): folder for folder in of_train} if listed is None else listed
     classes, label_of = classes_of(of_train, root, ordered)
+    by_key = {name_key(folder): label for folder, label in label_of.items()}
+    label_of = {folder: by_key[key] for folder in folders.values if (key := name_key(folder)) in by_key}
+    for split, own in of_split.items():
+        read = [folder for folder in own if folder in label_of]
+        refuse_alike(read, [repr(f"{root}/{split}/{folder}") for folder in read])  # those of `train` are told already
     strange = next((folder for folder in folders.values if folder not in label_of), None)
     if strange is not None and listed is None:
         raise UserError(f"{what}: the class {strange!r} is not one of the training classes")
     images = Images(names, folders.numbered(label_of), content=content)
-    of_split = {split: np.flatnonzero(there & (images.labels >= 0)) for split, there in in_split.items()}
-    chosen = {split: images.take(rows) if len(rows) < len(images) else images for split, rows in of_split.items() if rows.size}
+    rows_of = {split: np.flatnonzero(there & (images.labels >= 0)) for split, there in in_split.items()}
+    chosen = {split: images.take(rows) if len(rows) < len(images) else images for split, rows in rows_of.items() if rows.size}
     return Dataset(classes, chosen["train"], chosen.get("val"), chosen.get("test"))
 
 
