@@ -83,6 +83,11 @@ def _vain_warnings(config: RunConfig) -> list[str]:
         )
     found += _idle_warnings(config)
     scratch = network.backbone.weights == "none" and train.start is None
+    if scratch and train.tune == "head":
+        found.append(
+            "train.tune 'head' keeps the backbone as it is, and with network.backbone.weights 'none' that is random; take "
+            "pretrained weights: --network.backbone '{kind: resnet18, weights: default}', or set train.tune to 'full'"
+        )
     if train.batch_norm == "keep" and scratch and train.tune != "head":
         found.append(
             "train.batch_norm 'keep' keeps the statistics of the pretrained weights, and there are none, so nothing is "

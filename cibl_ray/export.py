@@ -15,6 +15,7 @@ from pathlib import Path
 from cibl_ray.run.shift import asked_shift, shift_or_auto
 from cibl_ray.run.which import checkpoint
 from pipelines.common.errors import CommandParser, UserError, run_command
+from pipelines.common.words import plural
 
 
 def main() -> None:
@@ -51,6 +52,7 @@ def main() -> None:
     ):
         if value is not None and not of & {*arguments.precision}:
             raise UserError(f"{option} {value} does nothing for {made}; add --precision {' or '.join(sorted(of))}")
+    from cibl_ray.evaluation.tail_shift import recorded_choice
     from cibl_ray.exporting.make_bundle import Options, make_bundle
 
     logging.basicConfig(format="%(message)s")
@@ -68,6 +70,10 @@ def main() -> None:
         tail_shift=asked_shift(path, arguments.tail_shift),
     )
     print(make_bundle(path, out.absolute(), options).table())
+    if options.tail_shift:
+        chosen = recorded_choice(path) if arguments.tail_shift in (None, "auto") else None
+        by = "" if chosen is None else f" (chosen on {plural(chosen.images, 'held-out image')})"
+        print(f"answers have tail shift {options.tail_shift:g}{by}; --tail-shift 0: as trained")
     print(f"bundle: {out}; serve it: python -m serve {out}")
 
 

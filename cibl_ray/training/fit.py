@@ -156,7 +156,8 @@ def _fit_in(
             with messages_to(logging.FileHandler(folder / LOG)):
                 if resume:
                     mend(folder, checkpoint is not None, damaged)
-                if checkpoint is not None and (changed := changes(checkpoint.config, config)):
+                trains = trainer.epoch < config.train.epochs
+                if checkpoint is not None and trains and (changed := changes(checkpoint.config, config)):
                     log.warning(
                         "from epoch %d on the run has %s: it can be compared with neither", checkpoint.epoch + 1, changed
                     )
@@ -223,7 +224,9 @@ def _fit_tracked(trainer: Trainer, progress: Progress) -> dict[str, Any]:
 def _fit(trainer: Trainer, progress: Progress) -> dict[str, Any]:
     """Train, and write all files of the run folder."""
     config, folder, prepared = trainer.config, trainer.folder, trainer.prepared
-    save_config(config, folder / CONFIG)
+    trains = trainer.epoch < config.train.epochs or config.train.epochs == 0
+    if trains or not (folder / CONFIG).is_file():  # else the file says what the run was trained by
+        save_config(config, folder / CONFIG)
     before = folder / RESULT_BEFORE
     if trainer.epoch < config.train.epochs and (folder / RESULT).is_file():
         # It is of a shorter run: its scores and tail shift are not those of the checkpoints to come.

@@ -23,6 +23,7 @@ from cibl_ray.run.checkpoint import load_checkpoint
 from cibl_ray.training.resume import resumed
 from cibl_ray.tuning.folder import read_sweep
 from tests.conftest import REPOSITORY
+from tests.exported import small_run
 
 FAST_DATA = {
     "source": {"kind": "digits"},
@@ -352,3 +353,16 @@ def test_the_tutorials_share_no_run_folder():
             names += re.findall(r"--name ([\w-]+)", path.read_text())
     assert len(names) > 5
     assert len({*names}) == len(names)
+
+
+def test_a_resume_that_trains_nothing_keeps_the_configuration(tmp_path):
+    """config.yaml and train.log say what the run was trained by."""
+    run = cibl_ray.open_run(small_run(tmp_path, "--epochs", "1", "--warmup_epochs", "0"))
+    before = (run.folder / "config.yaml").read_bytes()
+    run.resume({"optimizer.lr": 3.0}, progress=False)
+    assert (run.folder / "config.yaml").read_bytes() == before
+    told = (run.folder / "train.log").read_text()
+    assert "all 1 epochs are done" in told
+    assert "it can be compared with neither" not in told
+    run.resume({"optimizer.lr": 0.01, "train.epochs": 2}, progress=False)
+    assert (run.config.optimizer.lr, run.config.train.epochs) == (0.01, 2)

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -354,3 +355,28 @@ def test_command(run_folder, tmp_path):
     refused = subprocess.run([*command[:-1], "../x"], cwd=REPOSITORY, capture_output=True, text=True)
     assert refused.returncode == 2
     assert len(refused.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        ([], "answers have tail shift -0.65 (chosen on 100 held-out images); --tail-shift 0: as trained"),
+        (["--tail-shift", "0.5"], "answers have tail shift 0.5; --tail-shift 0: as trained"),
+        (["--tail-shift", "0"], None),
+    ],
+)
+def test_the_command_says_that_answers_are_shifted(flags, line, tmp_path, monkeypatch, capsys):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "config.yaml").write_text("seed: 0\n")
+    (tmp_path / "checkpoints" / "best.safetensors").touch()
+    chosen = {"shift": -0.65, "metric": "balanced", "before": 0.6, "after": 0.8, "images": 100}
+    (tmp_path / "result.json").write_text(json.dumps({"best": {"tail_shift": chosen}}))
+    made = []
+    monkeypatch.setattr(
+        "cibl_ray.exporting.make_bundle.make_bundle",
+        lambda path, out, options: made.append(options) or SimpleNamespace(table=lambda: ""),
+    )
+    monkeypatch.setattr(sys, "argv", ["export", str(tmp_path), *flags])
+    export.main()
+    assert len(made) == 1
+    assert [text for text in capsys.readouterr().out.splitlines() if "tail shift" in text] == [line] * (line is not None)

@@ -525,7 +525,8 @@ def test_nothing_is_told_of_a_second_stage_without_epochs(tmp_path):
     assert config_warnings(load_config("quickstart", [*flags, "--train.start", str(tmp_path)])) == []
 
 
-_HEAD = ("--train.tune", "head", "--loss.kind", "cross_entropy")
+_FROZEN = ("--train.tune", "head", "--train.start", "runs/first")  # features that are trained
+_HEAD = (*_FROZEN, "--loss.kind", "cross_entropy")
 
 
 @pytest.mark.parametrize(
@@ -547,13 +548,13 @@ _HEAD = ("--train.tune", "head", "--loss.kind", "cross_entropy")
             "0.1 of 30 epochs is within the warm-up of 5",
         ),
         (("--schedule", "{kind: steps, warmup_epochs: 5, milestones: [0.2, 0.9]}"), None),
-        (("--train.tune", "head", "--network.neck", "{hidden: 16}"), "train.feature_views is 0"),
-        (("--train.tune", "head", "--network.neck", "{hidden: 16}", "--train.feature_views", "2"), None),
+        ((*_FROZEN, "--network.neck", "{hidden: 16}"), "train.feature_views is 0"),
+        ((*_FROZEN, "--network.neck", "{hidden: 16}", "--train.feature_views", "2"), None),
         (
-            ("--train.tune", "head", "--network.neck", "{hidden: 16}", "--train.feature_views", "4", "--data.views", "[{}]"),
+            (*_FROZEN, "--network.neck", "{hidden: 16}", "--train.feature_views", "4", "--data.views", "[{}]"),
             "data.views has one view",
         ),
-        (("--train.tune", "head", "--train.feature_views", "2"), "set network.neck"),
+        ((*_FROZEN, "--train.feature_views", "2"), "set network.neck"),
         (("--loss.kind", "balanced_softmax", "--data.sampling", "class_balanced"), "data.sampling 'class_balanced' balances"),
         (("--loss.kind", "bcl", "--data.sampling", "class_balanced"), "data.sampling 'class_balanced' balances"),
         (("--loss.kind", "bcl", "--data.sampling", "square_root"), None),  # half of it
@@ -593,6 +594,14 @@ _HEAD = ("--train.tune", "head", "--loss.kind", "cross_entropy")
         (("--train.views_from", "0.97"), "leaves every epoch with the first view alone"),
         (("--train.views_from", "0.96"), None),
         (("--network.head", "{kind: linear, max_norm: 0.1}"), "it is for a second stage"),
+        (("--train.tune", "head", "--loss.kind", "cross_entropy"), "--network.backbone '{kind: resnet18, weights: default}'"),
+        (
+            (
+                *("--train.tune", "head", "--loss.kind", "cross_entropy", "--data.size", "224"),
+                *("--network.backbone", "{kind: resnet18, weights: default}"),
+            ),
+            None,
+        ),
     ],
 )
 def test_what_is_probably_a_mistake_is_told(flags, told):

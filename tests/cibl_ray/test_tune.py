@@ -1,6 +1,7 @@
 """Sweeps: more trials than slots, failures, interruption, several workers a trial; and how trials are compared."""
 
 import csv
+import itertools
 import json
 import math
 import os
@@ -20,6 +21,7 @@ from PIL import Image
 from cibl_ray import tune
 from cibl_ray.cluster.environment import configure_ray_env
 from cibl_ray.config import RunConfig, load_config
+from cibl_ray.config_warnings import config_warnings
 from cibl_ray.run.checkpoint import load_checkpoint
 from cibl_ray.run.log import read_metrics
 from cibl_ray.tuning import report as sweep_report
@@ -602,5 +604,16 @@ def test_the_shipped_sweep_of_photographs_runs_in_this_process():
     with pytest.raises(UserError, match="--epoks: unknown field"):
         load_sweep("sweeps/photos", ["--set.epoks", "3"])
     assert fits_in_process(shipped, base, None)
-    config = trial_config(base, {"network.head": shipped.search["network.head"].values[1], "data.sampling": "class_balanced"})
-    assert (config.network.head.kind, config.loss.kind, config.data.sampling) == ("cosine", "cibl", "class_balanced")
+    config = trial_config(base, {"network.head": shipped.search["network.head"].values[1], "data.sampling": "square_root"})
+    assert (config.network.head.kind, config.loss.kind, config.data.sampling) == ("cosine", "cibl", "square_root")
+
+
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "configs" / "sweeps").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_shipped_sweeps_never_raise_the_tail_twice(path):
+    """By sampling and by the loss, whatever a trial draws."""
+    shipped = load_sweep(f"sweeps/{path.stem}", ["--set.data.source.path", "photos"] if path.stem == "photos" else [])
+    base = base_content(shipped)
+    ends = [axis.values if axis.kind == "choice" else (axis.low, axis.high) for axis in shipped.search.values()]
+    for values in itertools.product(*ends):
+        told = config_warnings(trial_config(base, dict(zip(shipped.search, values, strict=True))))
+        assert not [line for line in told if "raised twice" in line]
