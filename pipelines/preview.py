@@ -82,7 +82,7 @@ def _check(out: Path) -> None:
     if kind not in Image.SAVE or not out.parent.is_dir():  # Pillow reads more formats than it writes
         raise UserError(f"--out {str(out)!r}: name a file such as views.png in a folder that exists")
     if out.exists():
-        raise UserError(f"{str(out)!r} is there already; name another file with --out")
+        raise UserError(f"{str(out)!r} exists; remove it, or name another file (--out)")
     need_writable(out.parent, f"--out {out}", "name a file in another folder")
 
 

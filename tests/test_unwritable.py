@@ -71,6 +71,16 @@ def test_a_file_in_the_place_of_a_folder(name, tmp_path, monkeypatch):
     assert file.read_text() == "kept"
 
 
+@pytest.mark.parametrize("name", ["evaluate --json", "predict --out", "preview --out"])
+def test_a_file_that_is_there_is_kept(name, tmp_path, monkeypatch):
+    _, *words = COMMANDS[name]
+    file = Path(words[-1].format(place=tmp_path))
+    file.write_text("kept")
+    line = told(name, tmp_path, tmp_path, monkeypatch)
+    assert line == f"error: {str(file)!r} exists; remove it, or name another file ({name.split(maxsplit=1)[1]})"
+    assert file.read_text() == "kept"
+
+
 def test_a_run_that_may_not_be_written_is_not_resumed(locked_folder, tmp_path):
     save_config(load_config("quickstart", []), locked_folder / "config.yaml")
     done = in_process(train.main, "--resume", locked_folder, cwd=tmp_path)

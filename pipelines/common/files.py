@@ -78,7 +78,7 @@ def need_writable(folder: Path, what: str, fix: str) -> None:
 
 
 def need_writable_file(path: Path, option: str, example: str) -> None:
-    """Check that a file can be written that an option names. Called before the work whose result goes there.
+    """Check that a new file can be written that an option names. Called before the work whose result goes there.
 
     Args:
         path: The file.
@@ -86,12 +86,14 @@ def need_writable_file(path: Path, option: str, example: str) -> None:
         example: A fitting name, for the message.
 
     Raises:
-        UserError: It is a folder, its folder is missing, or it cannot be written.
+        UserError: It exists, its folder is missing, or it cannot be written. A device or a pipe may exist.
     """
     if not path.absolute().parent.is_dir():
         raise UserError(f"{option} {path}: the folder {str(path.parent)!r} does not exist")
     if path.is_dir():
         raise UserError(f"{option} {path} is a folder; name a file in it: {option} {path / example}")
+    if path.is_file():
+        raise UserError(f"{str(path)!r} exists; remove it, or name another file ({option})")
     if not _is_device(path):
         need_writable(path.parent, f"{option} {path}", "name a file in another folder")
 

@@ -17,14 +17,16 @@ class Results:
     """A file that grows with each answer. Use it in a `with` statement."""
 
     def __init__(self, path: Path) -> None:
-        """Open the file, and replace one that is there.
+        """Open a new file.
 
         Args:
             path: Its ending says how it is written: .csv has a row for each class of each image, .jsonl a line for each image.
 
         Raises:
-            UserError: It cannot be written.
+            UserError: It exists, or cannot be written.
         """
+        if path.is_file():
+            raise UserError(f"{str(path)!r} exists; remove it, or name another file (--out)")
         try:
             self._file = path.open("w", encoding="utf-8", newline="")
         except OSError as error:

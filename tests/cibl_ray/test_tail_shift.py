@@ -229,6 +229,7 @@ def test_answers_are_kept(run_folder, pictures, tmp_path, monkeypatch):
     done = in_process(predict_command.main, run_folder, other, "--out", out)
     assert done.returncode == 0, done.stderr
     assert b"caf\xe9.png" in out.read_bytes()
+    out.unlink()
     done = in_process(predict_command.main, run_folder, other, "--out", tmp_path)
     assert done.returncode == 2
     assert f"error: --out {tmp_path} is a folder; name a file in it" in done.stderr

@@ -30,7 +30,7 @@ def test_a_picture_of_the_views(photo_folder, tmp_path):
     assert all(tile.std() > 5 for tile in tiles)  # a photograph in each
     again = preview("recipes/imagenet_lt_90", *data, "--out", str(out))
     assert again.returncode == 2
-    assert again.stderr == f"error: {str(out)!r} is there already; name another file with --out\n"
+    assert again.stderr == f"error: {str(out)!r} exists; remove it, or name another file (--out)\n"
 
 
 def test_the_picture_lies_beside_the_prepared_data(tmp_path):

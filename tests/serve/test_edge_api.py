@@ -126,6 +126,8 @@ def test_the_command_on_a_bundle_writes_a_table(bundle, tmp_path, monkeypatch, c
     assert "problem" in lines[3]
     by_row = [(row["label"], float(row["probability"])) for row in rows if row["rank"]]
     assert by_row == [(entry["label"], entry["probability"]) for line in lines[:3] for entry in line["top"]]
+    with pytest.raises(UserError, match=r"answers.csv' exists; remove it, or name another file \(--out\)"):
+        run("--out", str(tmp_path / "answers.csv"))
     with pytest.raises(UserError, match="cannot be written"):
         run("--out", str(tmp_path / "no" / "answers.csv"))
     with pytest.raises((SystemExit, UserError)):
