@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from cibl_ray.cluster.environment import configure_ray_env
-from cibl_ray.run.folder import same_name
+from cibl_ray.run.folder import CONFIG, same_name
 from pipelines.common.command_line import ConfigParser, print_config
 from pipelines.common.errors import UserError, run_command
 
@@ -79,7 +79,9 @@ def main() -> None:
                 file=sys.stderr,
             )
             name = DEFAULT
-        folder = config.runs / (arguments.name or f"{Path(name).stem}-{time.strftime('%Y%m%d-%H%M%S')}")
+        # The configuration of a run is called after the run: its file has the same name in each.
+        stem = Path(name).absolute().parent.name if Path(name).name == CONFIG else Path(name).stem
+        folder = config.runs / (arguments.name or f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}")
     if arguments.print_config:
         print_config(config)
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,9 @@ def parse_overrides(arguments: list[str], model: type[BaseModel]) -> list[tuple[
     while queue:
         flag = queue.pop(0)
         if not flag.startswith("--"):
-            raise UserError(f"{shown(flag)}: expected --field value")
+            is_folder = os.path.isdir(flag)  # noqa: PTH112  # Path.is_dir raises where a name is too long
+            hint = f"; for the folder of your images: --data.source.path {flag}" if is_folder else ""
+            raise UserError(f"{shown(flag)}: expected --field value{hint}")
         name, equals, text = flag[2:].partition("=")
         key = _full_key(name, model, keys)
         if not equals:

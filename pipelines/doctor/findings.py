@@ -174,7 +174,7 @@ def of_classes(classes: list[str], counts: Mapping[str, np.ndarray]) -> Iterator
         if split != "train" and absent:
             yield Finding(
                 "class_not_tested", "look", f"{split}: {plural(len(absent), 'class', 'have')} no image: {some_of(absent)}",
-                "Their accuracy is not measured. Add images, or set a share aside with data.test_fraction.",
+                f"Their accuracy is not measured. Add images, or set a share aside with data.{split}_fraction.",
             )  # fmt: skip
     few = [(name, FEW - int(count)) for name, count in zip(classes, train, strict=True) if count < FEW]
     if few:

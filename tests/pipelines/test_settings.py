@@ -69,6 +69,11 @@ def test_an_option_with_an_empty_path_is_refused():
         parser.parse_args(["--out", ""])
 
 
+def test_a_folder_in_the_place_of_a_field_is_told_where_it_belongs(tmp_path):
+    with pytest.raises(UserError, match=r"expected --field value; for the folder of your images: --data\.source\.path /"):
+        load_config("photos", [str(tmp_path)])
+
+
 @pytest.mark.parametrize("kind", [str, int, Path])
 def test_two_dashes_are_no_value(kind):
     parser = CommandParser(prog="command")

@@ -420,15 +420,24 @@ def test_what_a_list_is_instead(lists, content, message):
         ),
         ("file:///photos", "write the path without file://"),
         ("photos.zip", "it is a zip archive; unpack it, or set data.source.kind: archive"),
-        ("list.txt", r"it is a file; for a list of images set data\.source\.kind: lists"),
+        ("list.txt", r"it is a file; set data\.source\.kind: lists"),
+        ("photos.CSV", r"it is a table; set data\.source\.kind: table"),
     ],
 )
 def test_what_a_folder_is_instead(tmp_path, monkeypatch, place, message):
     monkeypatch.chdir(tmp_path)
     Path("photos.zip").write_bytes(b"PK\x03\x04")
     Path("list.txt").write_text("a/0.jpg 0\n")
+    Path("photos.CSV").write_text("a/0.jpg,0\n")
     with pytest.raises(UserError, match=message):
         folder_source(Path(place).absolute()).open()
+
+
+def test_the_folder_below_is_named_where_it_has_the_classes(image_folder, tmp_path):
+    (tmp_path / "outer").mkdir()
+    shutil.copytree(image_folder / "train", tmp_path / "outer" / "photos")
+    with pytest.raises(UserError, match=r"has 1 class folder; at least 2 are needed; '.*/outer/photos' has several: name that"):
+        folder_source(tmp_path / "outer").open()
 
 
 def test_missing_files_of_a_list_are_counted(lists):

@@ -57,6 +57,9 @@ class FolderSource(SourceConfig):
                 if loose
                 else ""
             )
+            below = next((top / name for name in names.values() if len(class_folders(top / name, left_out)) > 1), None)
+            if below is not None and not loose:
+                hint = f"; {str(below)!r} has several: name that folder"
             raise UserError(f"{str(top)!r} has {plural(len(names), 'class folder')}; at least 2 are needed{hint}")
         for name in names.values():
             if not _is_text(name):

@@ -117,6 +117,7 @@ def kind_of(start: bytes) -> str:
     return found[0] if found else ""
 
 
+_TABLES = (".csv", ".tsv", ".jsonl", ".parquet")
 _ADDRESSES = ("s3:/", "gs:/", "http:/", "https:/", "hdfs:/", "abfs:/", "abfss:/", "ftp:/", "file:/", "dbfs:/", "hf:/")
 
 
@@ -134,5 +135,8 @@ def hint_for(path: Path) -> str:
                 kind = kind_of(file.read(512))
         except OSError:
             kind = ""
-        return f"; it is {kind}" if kind else "; it is a file; for a list of images set data.source.kind: lists"
+        if kind:
+            return f"; it is {kind}"
+        of_table = path.suffix.lower() in _TABLES
+        return f"; it is a {'table' if of_table else 'file'}; set data.source.kind: {'table' if of_table else 'lists'}"
     return ""
