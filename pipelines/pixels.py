@@ -16,6 +16,7 @@ from PIL import Image, UnidentifiedImageError
 
 from pipelines import jpeg, png
 from pipelines.exif import orientation, turned
+from pipelines.formats import readable_formats
 
 MAX_PIXELS = 60_000_000  # of an image, by default: training, evaluation, service and edge read the same images
 _JPEG, _PNG = b"\xff\xd8", b"\x89PNG"
@@ -72,7 +73,7 @@ def decode(
 
     Args:
         data: An encoded file, or uint8 pixels (H, W, 3).
-        formats: Pillow's names of the formats to try; None: all that it knows.
+        formats: Pillow's names of the formats to try; None: those of `pipelines.formats`, and HEIC.
         max_pixels: What the header may announce; checked before anything is decoded. None: nothing is limited.
         max_scans: Of a JPEG, fewer where it is large; the number of a file's other parts is limited, too. None: only the
             pixels are, as for one's own files. Their metadata are stepped over where Pillow refuses the size of these.
@@ -135,8 +136,11 @@ def opened(
     try:
         if strict and data.startswith(_PNG) and data.count(b"iCCP") > _PROFILES:
             raise BadImageError(f"{len(data)} bytes with more than {_PROFILES} colour profiles; save it again without them")
-        if formats is None and data[4:8] == b"ftyp" and data[8:12] in _HEIF:
-            _register_heif()
+        if formats is None:
+            formats = readable_formats()
+            if data[4:8] == b"ftyp" and data[8:12] in _HEIF:
+                _register_heif()
+                formats += ("HEIF",)
         with _own_limit():
             image = Image.open(file, formats=formats)
         if max_pixels is not None:
@@ -152,8 +156,7 @@ def opened(
             file.left = _HEADER_READS + len(data) // _BYTES_A_READ
         _note_depth(image, data)
     except UnidentifiedImageError as error:
-        known = "any image format" if formats is None else ", ".join(formats)
-        raise BadImageError(f"{len(data)} bytes, not of {known}") from error
+        raise BadImageError(f"{len(data)} bytes, not of {', '.join(formats or ())}") from error
     except BadImageError:
         raise
     except _BROKEN as error:
@@ -239,7 +242,7 @@ def _first(value: object) -> int:
 
 def _without_key_colour(image: Image.Image, data: bytes) -> Image.Image:
     """A PNG of 16 bits a colour, one of which is transparent: only the pixels whose 16 bits are all equal to it are."""
-    low = Image.open(io.BytesIO(data))
+    low = Image.open(io.BytesIO(data), formats=("PNG",))
     low.tile = [part._replace(args="RGB;16L") for part in low.tile]  # the lower bytes
     low.load()
     key = np.array(image.info.pop("transparency"))

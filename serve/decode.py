@@ -32,7 +32,7 @@ class Limits:
 
     Attributes:
         max_pixels: Of its header.
-        formats: Pillow's names; None: all that Pillow reads.
+        formats: Pillow's names; None: those that training reads.
         max_scans: Of a JPEG.
     """
 

@@ -13,6 +13,7 @@ from PIL import Image
 
 from cibl_ray.bundle.runtime import Runtime
 from pipelines.common.errors import UserError
+from pipelines.formats import readable_formats
 from pipelines.pixels import decode
 from serve.edge import Model
 from serve.edge.__main__ import main
@@ -152,7 +153,7 @@ def test_a_terminal_shows_how_far_a_folder_is(bundle, tmp_path, monkeypatch, cap
     text = terminal.getvalue()
     assert "| 0/4 [" in text
     assert [line for line in text.replace("\r", "\n").splitlines() if "bad.png" in line] == [
-        f"{images / 'bad.png'}: 3 bytes, not of any image format"
+        f"{images / 'bad.png'}: 3 bytes, not of {', '.join(readable_formats())}"
     ]
     assert len(answers.read_text().splitlines()) == 1 + 4
     terminal.truncate(0)
