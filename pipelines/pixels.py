@@ -205,7 +205,9 @@ class _Counted(io.BytesIO):
     def read(self, size: int | None = -1) -> bytes:
         self.left -= 1
         if self.left < 0:
-            raise BadImageError(f"{self.getbuffer().nbytes} bytes in too many parts; save it again without its metadata")
+            raise BadImageError(
+                f"{self.getbuffer().nbytes} bytes in too many parts (metadata, strips); save it again with fewer"
+            )
         return super().read(size)
 
 

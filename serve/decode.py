@@ -33,12 +33,12 @@ class Limits:
     Attributes:
         max_pixels: Of its header.
         formats: Pillow's names; None: those that training reads.
-        max_scans: Of a JPEG.
+        max_scans: Of a JPEG. None: only the pixels are limited, as for one's own files.
     """
 
     max_pixels: int = MAX_PIXELS
     formats: tuple[str, ...] | None = FORMATS
-    max_scans: int = 100
+    max_scans: int | None = 100
 
 
 class UnsupportedImageError(BadImageError):

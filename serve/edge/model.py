@@ -49,7 +49,7 @@ class Edge:
         self.card = self.runtime.card
         if precision not in (None, self.card.precision):
             raise UserError(f"{str(model)!r} is {self.card.precision}, not {precision}; give another file, or no precision")
-        self._limits = Limits(max_pixels, formats=None)  # as training reads: the files are the user's own
+        self._limits = Limits(max_pixels, formats=None, max_scans=None)  # as training reads: the files are the user's own
 
     def classify(self, data: bytes, k: int = 1, tail_shift: float = 0.0) -> list[dict[str, Any]]:
         """Classify an image file.

@@ -9,7 +9,7 @@ import sys
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from cibl_ray.bundle.runtime import Runtime
 from pipelines.common.errors import UserError
@@ -17,6 +17,7 @@ from pipelines.formats import readable_formats
 from pipelines.pixels import decode
 from serve.edge import Model
 from serve.edge.__main__ import main
+from serve.edge.model import Edge
 from tests.serve.conftest import encoded, serving
 
 
@@ -55,6 +56,37 @@ def test_bad_images_are_told_and_the_others_answered(model, tmp_path):
         for value in values:
             with pytest.raises(UserError, match=f"{name}={value!r}"):
                 model.predict([encoded("PNG")], **{name: value})
+
+
+def in_parts() -> dict[str, bytes]:
+    """Image files with much metadata, or in many parts, by name."""
+    digit = Image.open(io.BytesIO(encoded("PNG")))
+    text = PngImagePlugin.PngInfo()
+    text.add_text("parameters", "x" * (5 << 20), zip=True)
+    damaged = PngImagePlugin.PngInfo()
+    damaged.add_text("parameters", "steps")
+    files = {"png_of_much_text": saved(digit, "PNG", pnginfo=text)}
+    files["png_of_damaged_text"] = saved(digit, "PNG", pnginfo=damaged).replace(b"steps", b"stops")
+    plain = encoded("JPEG")
+    files["jpeg_of_comments"] = plain[:2] + b"\xff\xfe\0\4ab" * 3000 + plain[2:]
+    files["tiff_of_strips"] = saved(digit.resize((4, 9000)), "TIFF", tiffinfo={278: 1})
+    return files
+
+
+def saved(image: Image.Image, kind: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("name", ["png_of_much_text", "png_of_damaged_text", "jpeg_of_comments", "tiff_of_strips"])
+def test_files_that_training_reads_are_read(model, bundle, name):
+    """One's own files are limited by their pixels alone."""
+    data = in_parts()[name]
+    expected = model.card.rule(decode(data, max_pixels=60_000_000, max_scans=None))
+    assert np.array_equal(Edge(bundle / "model.onnx", threads=1).pixels(data), expected)
+    (answer,) = model.predict([data])
+    assert answer.problem is None
 
 
 def test_the_limit_of_pixels_can_be_set(bundle):
