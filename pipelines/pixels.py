@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError
 
 from pipelines import jpeg, png
 from pipelines.exif import orientation, turned
@@ -20,6 +20,7 @@ from pipelines.formats import readable_formats
 
 MAX_PIXELS = 60_000_000  # of an image, by default: training, evaluation, service and edge read the same images
 _JPEG, _PNG = b"\xff\xd8", b"\x89PNG"
+_CODESTREAM = b"\xff\x4f\xff\x51"  # of JPEG 2000; the 43rd byte has the bits of a value
 _HEIF = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")
 _LONGEST = 65535  # pixels of a side, as JPEG has
 _PASSES = 25  # over as many pixels as are allowed; progressive files have some 10 to 20
@@ -225,7 +226,7 @@ def _check_scans(image: Image.Image, data: bytes, max_pixels: int, max_scans: in
     return max(1, scans)
 
 
-def _note_depth(image: Image.Image, data: bytes) -> None:
+def _note_depth(image: ImageFile.ImageFile, data: bytes) -> None:
     """Keep in `image.info` what the file says of its values: Pillow's mode has only 8, 16 or 32 bits."""
     if data.startswith(_PNG):
         image.info[_BITS], image.info[_SIGNIFICANT] = png.depth(data)
@@ -234,6 +235,11 @@ def _note_depth(image: Image.Image, data: bytes) -> None:
         image.info[_BITS] = _first(tags.get(258, 1))
         image.info[_WHITE] = _first(tags.get(281, 0))
         image.info[_INVERTED] = _first(tags.get(262, 1)) == 0 and image.info[_BITS] > 8  # Pillow inverts fewer bits
+    elif image.format == "PPM" and image.mode == "I":
+        args = image.tile[0].args
+        image.info[_WHITE] = args[1] if isinstance(args, tuple) else 65535  # the header's maximum
+    elif image.format == "JPEG2000" and image.mode == "I;16":
+        image.info[_BITS] = (data[data.find(_CODESTREAM) + 42] & 127) + 1
 
 
 def _first(value: object) -> int:
@@ -258,7 +264,7 @@ def to_rgb(image: Image.Image, window: tuple[float, float] | None = None) -> Ima
 
     Args:
         image: A loaded image of any mode.
-        window: Of grey with more than 8 bits, the values that become black and white. None: as the file says.
+        window: Of grey with more than 8 bits, the file's values that become black and white. None: as the file says.
 
     Returns:
         The image in mode RGB.
@@ -282,6 +288,7 @@ def _grey8(image: Image.Image, window: tuple[float, float] | None) -> Image.Imag
     values = np.asarray(image)
     if window is not None:
         low, high = window
+        values = _as_in_file(image, values)
         if values.dtype.kind == "f":
             scaled_values = np.nan_to_num((values - low) * (255 / (high - low))).round()
         else:
@@ -293,6 +300,15 @@ def _grey8(image: Image.Image, window: tuple[float, float] | None) -> Image.Imag
         grey = 255 - grey
     clear = image.info.get("transparency")  # a value, of a PNG
     return Image.fromarray(grey if clear is None else np.where(values == clear, 255, grey).astype(np.uint8))
+
+
+def _as_in_file(image: Image.Image, values: np.ndarray) -> np.ndarray:
+    """The values before Pillow scaled them to 16 bits, which it does for PGM and JPEG 2000 alone."""
+    if image.format == "PPM" and _WHITE in image.info:
+        return np.rint(values.astype(np.float64) * image.info[_WHITE] / 65535).astype(np.int32)
+    if image.format == "JPEG2000" and _BITS in image.info:
+        return values >> max(0, 16 - image.info[_BITS])
+    return values
 
 
 def _grey_bits(image: Image.Image, values: np.ndarray) -> int:
