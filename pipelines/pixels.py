@@ -263,7 +263,7 @@ def to_rgb(image: Image.Image, window: tuple[float, float] | None = None) -> Ima
     """An image as a viewer shows it: turned by its EXIF orientation, on white, grey of any depth as 8 bits, CMYK converted.
 
     Args:
-        image: A loaded image of any mode.
+        image: An image of any mode.
         window: Of grey with more than 8 bits, the file's values that become black and white. None: as the file says.
 
     Returns:
@@ -272,11 +272,14 @@ def to_rgb(image: Image.Image, window: tuple[float, float] | None = None) -> Ima
     Raises:
         BadImageError: Grey values of a depth that neither the file nor `window` tells.
     """
+    image.load()  # a PNG's EXIF data may stand after its pixels
     turn = orientation(image)
     _refuse_dark_colours(image)
     if image.mode.startswith("I") or image.mode == "F":
         image = _grey8(image, window)
     if image.has_transparency_data:
+        if image.mode == "La":  # from which Pillow converts to nothing else
+            image = image.convert("LA")
         image = image.convert("RGBA")
         canvas = Image.new("RGBA", image.size, (255, 255, 255, 255))
         image = Image.alpha_composite(canvas, image)

@@ -55,6 +55,16 @@ def test_alpha_lies_over_white():
     assert rgb(encode(image, "PNG")).tolist() == [[[200, 0, 0], [255, 255, 255]]]
 
 
+def test_premultiplied_grey_lies_over_white():
+    """Pillow converts such grey to nothing but grey with alpha."""
+    image = Image.new("LA", (2, 1))
+    image.putpixel((1, 0), (100, 128))
+    tag = b"\x52\1\3\0\1\0\0\0"  # ExtraSamples, a short
+    data = encode(image, "TIFF").replace(tag + b"\2", tag + b"\1")
+    assert decode(data).mode == "La"
+    assert rgb(data).tolist() == [[[255] * 3, [100 + 127] * 3]]
+
+
 def test_palette_with_transparency():
     image = Image.new("P", (2, 1), 0)
     image.putpalette([10, 20, 30, 40, 50, 60])

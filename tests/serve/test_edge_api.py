@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import sys
+import zlib
 
 import numpy as np
 import pytest
@@ -56,6 +57,40 @@ def test_bad_images_are_told_and_the_others_answered(model, tmp_path):
         for value in values:
             with pytest.raises(UserError, match=f"{name}={value!r}"):
                 model.predict([encoded("PNG")], **{name: value})
+
+
+def test_a_pillow_image_is_answered_as_its_bytes_are(model):
+    """A PNG may have its EXIF data after its pixels, where Pillow finds them when it loads these."""
+    data = encoded("PNG", 7)
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    content = b"eXIf" + exif.tobytes().removeprefix(b"Exif\0\0")
+    part = (len(content) - 4).to_bytes(4, "big") + content + zlib.crc32(content).to_bytes(4, "big")
+    turned = saved(Image.open(io.BytesIO(data)).rotate(180), "PNG")
+    for file in (data[:33] + part + data[33:], data[:-12] + part + data[-12:]):
+        (of_bytes, of_image, expected) = model.predict([file, Image.open(io.BytesIO(file)), turned])
+        assert of_image == of_bytes == expected
+    assert model.predict([data]) != [expected]
+
+
+def test_a_pillow_image_that_cannot_be_read_costs_no_other_its_answer(model):
+    class Damaged(Image.Image):
+        def load(self):
+            raise RuntimeError("no frames")  # as Pillow's AVIF decoder does
+
+    damaged = Damaged()
+    damaged._mode, damaged._size = "RGB", (4, 3)
+    digit = Image.open(io.BytesIO(encoded("PNG")))
+    grey = digit.convert("LA")
+    answers = model.predict([digit, damaged, "a\0b", grey.convert("La"), Image.new("HSV", (8, 8))])
+    assert [answer.problem for answer in answers] == [
+        None,
+        "a Pillow image of mode RGB, 4x3 pixels: no frames; give it in RGB",
+        r"'a\x00b': embedded null byte; give the path of a file",
+        None,
+        None,
+    ]
+    assert answers[3] == answers[0]
 
 
 def in_parts() -> dict[str, bytes]:
