@@ -295,6 +295,8 @@ async def _multipart(content_type: str, body: bytes, max_files: int) -> tuple[li
     try:
         form = await parser.parse()
     except (MultiPartException, KeyError, ValueError) as error:
+        if "Too many files" in str(error):
+            raise ProblemError(413, "too_many", f"more than {max_files} images; send them in parts") from error
         hint = f"; {_FILENAME}" if "maximum size" in str(error) else ""
         raise bad_request(f"the form cannot be read: {str(error).rstrip('.')}{hint}") from error
     files: list[bytes] = []
