@@ -256,8 +256,8 @@ class DataConfig(Settings):
     max_pixels: int = Field(default=MAX_PIXELS, ge=1, description="largest image that is read, in pixels; a larger one is bad")
     window: tuple[float, float] | None = Field(
         default=None,
-        description="values of black and white in grey images of more than 8 bits, whose files do not tell their depth: "
-        "[0, 4095] for 12 bits",
+        description="values of black and white in all grey images of more than 8 bits, as they are in the file; needed where "
+        "it does not tell their depth: [0, 4095] for 12 bits",
     )
     store: Store = Store()
     prepared: Path = Field(default=Path("prepared"), description="Folder of the .beton files.")

@@ -27,6 +27,14 @@ def readable_suffixes() -> tuple[str, ...]:
     return tuple(suffix for suffix in SUFFIXES if known.get(suffix) in Image.OPEN and built.get(suffix, True)) + heif
 
 
+@functools.cache
+def readable_formats() -> tuple[str, ...]:
+    """Pillow's names of the formats behind these endings. It knows more: for one of them, EPS, it starts Ghostscript."""
+    known = Image.registered_extensions()
+    found = {known[suffix] for suffix in readable_suffixes() if suffix not in HEIF_SUFFIXES}
+    return tuple(sorted(found, key=lambda name: (name == "TGA", name)))  # TGA last: it has no signature
+
+
 def left_out_text(endings: Mapping[str, int]) -> str:
     """Files that were left out, by their ending ('without ending' is one), and what would read them."""
     kinds = ", ".join(f"{count:,} {ending}" for ending, count in sorted(endings.items()))

@@ -12,13 +12,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError
 
 from pipelines import jpeg, png
 from pipelines.exif import orientation, turned
+from pipelines.formats import readable_formats
 
 MAX_PIXELS = 60_000_000  # of an image, by default: training, evaluation, service and edge read the same images
 _JPEG, _PNG = b"\xff\xd8", b"\x89PNG"
+_CODESTREAM = b"\xff\x4f\xff\x51"  # of JPEG 2000; the 43rd byte has the bits of a value
 _HEIF = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")
 _LONGEST = 65535  # pixels of a side, as JPEG has
 _PASSES = 25  # over as many pixels as are allowed; progressive files have some 10 to 20
@@ -72,7 +74,7 @@ def decode(
 
     Args:
         data: An encoded file, or uint8 pixels (H, W, 3).
-        formats: Pillow's names of the formats to try; None: all that it knows.
+        formats: Pillow's names of the formats to try; None: those of `pipelines.formats`, and HEIC.
         max_pixels: What the header may announce; checked before anything is decoded. None: nothing is limited.
         max_scans: Of a JPEG, fewer where it is large; the number of a file's other parts is limited, too. None: only the
             pixels are, as for one's own files. Their metadata are stepped over where Pillow refuses the size of these.
@@ -135,8 +137,11 @@ def opened(
     try:
         if strict and data.startswith(_PNG) and data.count(b"iCCP") > _PROFILES:
             raise BadImageError(f"{len(data)} bytes with more than {_PROFILES} colour profiles; save it again without them")
-        if formats is None and data[4:8] == b"ftyp" and data[8:12] in _HEIF:
-            _register_heif()
+        if formats is None:
+            formats = readable_formats()
+            if data[4:8] == b"ftyp" and data[8:12] in _HEIF:
+                _register_heif()
+                formats += ("HEIF",)
         with _own_limit():
             image = Image.open(file, formats=formats)
         if max_pixels is not None:
@@ -152,8 +157,7 @@ def opened(
             file.left = _HEADER_READS + len(data) // _BYTES_A_READ
         _note_depth(image, data)
     except UnidentifiedImageError as error:
-        known = "any image format" if formats is None else ", ".join(formats)
-        raise BadImageError(f"{len(data)} bytes, not of {known}") from error
+        raise BadImageError(f"{len(data)} bytes, not of {', '.join(formats or ())}") from error
     except BadImageError:
         raise
     except _BROKEN as error:
@@ -202,7 +206,9 @@ class _Counted(io.BytesIO):
     def read(self, size: int | None = -1) -> bytes:
         self.left -= 1
         if self.left < 0:
-            raise BadImageError(f"{self.getbuffer().nbytes} bytes in too many parts; save it again without its metadata")
+            raise BadImageError(
+                f"{self.getbuffer().nbytes} bytes in too many parts (metadata, strips); save it again with fewer"
+            )
         return super().read(size)
 
 
@@ -220,7 +226,7 @@ def _check_scans(image: Image.Image, data: bytes, max_pixels: int, max_scans: in
     return max(1, scans)
 
 
-def _note_depth(image: Image.Image, data: bytes) -> None:
+def _note_depth(image: ImageFile.ImageFile, data: bytes) -> None:
     """Keep in `image.info` what the file says of its values: Pillow's mode has only 8, 16 or 32 bits."""
     if data.startswith(_PNG):
         image.info[_BITS], image.info[_SIGNIFICANT] = png.depth(data)
@@ -229,6 +235,11 @@ def _note_depth(image: Image.Image, data: bytes) -> None:
         image.info[_BITS] = _first(tags.get(258, 1))
         image.info[_WHITE] = _first(tags.get(281, 0))
         image.info[_INVERTED] = _first(tags.get(262, 1)) == 0 and image.info[_BITS] > 8  # Pillow inverts fewer bits
+    elif image.format == "PPM" and image.mode == "I":
+        args = image.tile[0].args
+        image.info[_WHITE] = args[1] if isinstance(args, tuple) else 65535  # the header's maximum
+    elif image.format == "JPEG2000" and image.mode == "I;16":
+        image.info[_BITS] = (data[data.find(_CODESTREAM) + 42] & 127) + 1
 
 
 def _first(value: object) -> int:
@@ -239,7 +250,7 @@ def _first(value: object) -> int:
 
 def _without_key_colour(image: Image.Image, data: bytes) -> Image.Image:
     """A PNG of 16 bits a colour, one of which is transparent: only the pixels whose 16 bits are all equal to it are."""
-    low = Image.open(io.BytesIO(data))
+    low = Image.open(io.BytesIO(data), formats=("PNG",))
     low.tile = [part._replace(args="RGB;16L") for part in low.tile]  # the lower bytes
     low.load()
     key = np.array(image.info.pop("transparency"))
@@ -252,8 +263,8 @@ def to_rgb(image: Image.Image, window: tuple[float, float] | None = None) -> Ima
     """An image as a viewer shows it: turned by its EXIF orientation, on white, grey of any depth as 8 bits, CMYK converted.
 
     Args:
-        image: A loaded image of any mode.
-        window: Of grey with more than 8 bits, the values that become black and white. None: as the file says.
+        image: An image of any mode.
+        window: Of grey with more than 8 bits, the file's values that become black and white. None: as the file says.
 
     Returns:
         The image in mode RGB.
@@ -261,11 +272,14 @@ def to_rgb(image: Image.Image, window: tuple[float, float] | None = None) -> Ima
     Raises:
         BadImageError: Grey values of a depth that neither the file nor `window` tells.
     """
+    image.load()  # a PNG's EXIF data may stand after its pixels
     turn = orientation(image)
     _refuse_dark_colours(image)
     if image.mode.startswith("I") or image.mode == "F":
         image = _grey8(image, window)
     if image.has_transparency_data:
+        if image.mode == "La":  # from which Pillow converts to nothing else
+            image = image.convert("LA")
         image = image.convert("RGBA")
         canvas = Image.new("RGBA", image.size, (255, 255, 255, 255))
         image = Image.alpha_composite(canvas, image)
@@ -277,6 +291,7 @@ def _grey8(image: Image.Image, window: tuple[float, float] | None) -> Image.Imag
     values = np.asarray(image)
     if window is not None:
         low, high = window
+        values = _as_in_file(image, values)
         if values.dtype.kind == "f":
             scaled_values = np.nan_to_num((values - low) * (255 / (high - low))).round()
         else:
@@ -288,6 +303,15 @@ def _grey8(image: Image.Image, window: tuple[float, float] | None) -> Image.Imag
         grey = 255 - grey
     clear = image.info.get("transparency")  # a value, of a PNG
     return Image.fromarray(grey if clear is None else np.where(values == clear, 255, grey).astype(np.uint8))
+
+
+def _as_in_file(image: Image.Image, values: np.ndarray) -> np.ndarray:
+    """The values before Pillow scaled them to 16 bits, which it does for PGM and JPEG 2000 alone."""
+    if image.format == "PPM" and _WHITE in image.info:
+        return np.rint(values.astype(np.float64) * image.info[_WHITE] / 65535).astype(np.int32)
+    if image.format == "JPEG2000" and _BITS in image.info:
+        return values >> max(0, 16 - image.info[_BITS])
+    return values
 
 
 def _grey_bits(image: Image.Image, values: np.ndarray) -> int:

@@ -220,7 +220,7 @@ class App:
                 model = self._model(options.model)
                 hold(len(files) * 3 * model.bundle.card.rule.size**2)  # a body of kilobytes may be images of megabytes
                 spent = Spent()
-                answers = await self._predict.answer(model, files, options, spent)
+                answers = await self._predict.answer(request, model, files, options, spent)
             for answer in answers:
                 self.metrics.answer(model.name, answer["top"][0]["label"])
             precision = options.precision or self.config.precision
@@ -261,7 +261,7 @@ class App:
         inference = await self._predict.apart(body, lambda: v2.Inference(model, body, header_length, most))
         if inference.files:
             hold(len(inference.files) * 3 * model.bundle.card.rule.size**2)
-            inference.images = await self._predict.pixels(model, inference.files)
+            inference.images = await self._predict.pixels(request, model, inference.files)
         return inference, await model.engine.submit(inference.images, inference.shift, inference.embedding)
 
     async def _v1_models(self, request: Request, send: Send, common: Headers) -> tuple[int, dict[str, Any]]:

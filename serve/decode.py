@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,13 +16,14 @@ Image.MAX_IMAGE_PIXELS = None  # Pillow's own check warns in one range and raise
 PngImagePlugin.MAX_TEXT_MEMORY = 4 << 20  # of a file's texts, which may be inflated a thousand times
 
 _SIGNATURES = {
-    "JPEG": b"\xff\xd8\xff",
-    "PNG": b"\x89PNG\r\n\x1a\n",
-    "WEBP": b"RIFF",
-    "GIF": b"GIF8",
-    "BMP": b"BM",
-    "TIFF": b"II*\0",
-    "TIFF ": b"MM\0*",
+    "JPEG": (b"\xff\xd8\xff",),
+    "PNG": (b"\x89PNG\r\n\x1a\n",),
+    "WEBP": (b"RIFF",),
+    "GIF": (b"GIF8",),
+    "BMP": (b"BM",),
+    "TIFF": (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"),
+    "JPEG2000": (b"\0\0\0\x0cjP  ", b"\xff\x4f\xff\x51"),
+    "PPM": tuple(b"P%c%c" % pair for pair in itertools.product(b"123456f", b" \t\r\n")),
 }
 _HEIF = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")
 
@@ -32,13 +34,13 @@ class Limits:
 
     Attributes:
         max_pixels: Of its header.
-        formats: Pillow's names; None: all that Pillow reads.
-        max_scans: Of a JPEG.
+        formats: Pillow's names; None: those that training reads.
+        max_scans: Of a JPEG. None: only the pixels are limited, as for one's own files.
     """
 
     max_pixels: int = MAX_PIXELS
     formats: tuple[str, ...] | None = FORMATS
-    max_scans: int = 100
+    max_scans: int | None = 100
 
 
 class UnsupportedImageError(BadImageError):
@@ -102,11 +104,11 @@ def named(data: bytes) -> str | None:
         data: The file, or its first 12 bytes.
 
     Returns:
-        The format in Pillow's words; None for anything that is no image.
+        The format in Pillow's words; None for TGA, which has no signature, and for anything that is no image.
     """
-    for name, signature in _SIGNATURES.items():
-        if data.startswith(signature) and (name != "WEBP" or data[8:12] == b"WEBP"):
-            return name.strip()
+    for name, signatures in _SIGNATURES.items():
+        if data.startswith(signatures) and (name != "WEBP" or data[8:12] == b"WEBP"):
+            return name
     if data[4:8] == b"ftyp":
         return "AVIF" if data[8:11] == b"avi" else "HEIF" if data[8:12] in _HEIF else None
     return None

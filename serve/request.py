@@ -9,7 +9,7 @@ import re
 import uuid
 import zlib
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import parse_qsl
 
 from serve.errors import ProblemError, bad_request
@@ -19,6 +19,7 @@ Receive = Callable[[], Awaitable[dict[str, Any]]]
 Send = Callable[[dict[str, Any]], Awaitable[None]]
 Headers = list[tuple[bytes, bytes]]
 
+T = TypeVar("T")
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 _CLOSE = (b"connection", b"close")
@@ -132,6 +133,38 @@ class Request:
             body = await asyncio.to_thread(decompressed, body, encoding, limit)
         hold(len(body))
         return body
+
+    async def unless_gone(self, work: Sequence[asyncio.Future[T]]) -> list[T]:
+        """Await what the client waits for, as long as it does. The body must have been read.
+
+        Args:
+            work: Cancelled when the client goes.
+
+        Returns:
+            Their results.
+
+        Raises:
+            GoneError: The client has closed the connection.
+        """
+
+        def cancel(_: object) -> None:
+            for future in work:
+                future.cancel()
+
+        gone = asyncio.ensure_future(self._gone())
+        gone.add_done_callback(cancel)
+        try:
+            return await asyncio.gather(*work)
+        except asyncio.CancelledError:
+            if gone.done():
+                raise GoneError from None
+            raise
+        finally:
+            gone.cancel()
+
+    async def _gone(self) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
 
     async def discard(self, limit: int, seconds: float) -> bool:
         """Read the rest of a body that nobody needs, so that the connection can be used for the next request.

@@ -44,7 +44,9 @@ class ReplicaConfig(BaseModel):
     max_pixels: int = Field(default=MAX_PIXELS, ge=1024, description="pixels of an image")
     max_request_pixels: int = Field(default=160_000_000, ge=1024, description="pixels of all images of a request")
     max_waiting_pixels: int = Field(
-        default=320_000_000, ge=1024, description="pixels of large images that wait in a replica to be decoded; more get 503"
+        default=800_000_000,  # 64 photographs of 12 million
+        ge=1024,
+        description="pixels of images that wait in a replica to be decoded, large ones counted apart; more get 503",
     )
     formats: tuple[Format, ...] = Field(default=("JPEG", "PNG", "WEBP"), min_length=1, description="image formats")
     body_seconds: Seconds = Field(default=10, gt=0, description="seconds in which a request's body must arrive")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import math
 import time
 from collections.abc import AsyncGenerator, Callable
@@ -15,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from cibl_ray.bundle.card import LOGITS, MAX_SHIFT, PROBABILITIES
 from pipelines.pixels import BadImageError
 from serve.decode import Limits, UnsupportedImageError, announced, named, pixels, top
+from serve.decoders import Decoders
 from serve.engine import Spent
 from serve.errors import ProblemError, bad_request, overloaded
 from serve.json_body import LARGE, of_base64, parse_json
@@ -63,9 +65,8 @@ class Predict:
         self._config = config
         self._limits = Limits(min(config.max_pixels, config.max_request_pixels), config.formats)
         self._small = Limits(_SMALL_PIXELS, config.formats, max_scans=1)
-        self._threads = ThreadPoolExecutor(2, thread_name_prefix="decode")
-        self._large = ThreadPoolExecutor(1, thread_name_prefix="decode-large")
-        self._large_work = 0  # pixels that wait in it, each as often as its decoder passes over it
+        self._threads = ThreadPoolExecutor(2, thread_name_prefix="parse")
+        self._usual, self._large = Decoders(2, "decode"), Decoders(1, "decode-large")
 
     async def read(self, request: Request, body: bytes) -> tuple[list[bytes], Options]:
         """Read the image files of a request, and its options.
@@ -129,10 +130,13 @@ class Predict:
             raise ProblemError(413, "too_many", f"{len(files)} images, {self._config.max_images} at most")
         return files
 
-    async def answer(self, model: Model, files: list[bytes], options: Options, spent: Spent) -> list[dict[str, Any]]:
+    async def answer(
+        self, request: Request, model: Model, files: list[bytes], options: Options, spent: Spent
+    ) -> list[dict[str, Any]]:
         """Classify image files.
 
         Args:
+            request: Who asks.
             model: The model.
             files: The files.
             options: What the client asks for.
@@ -144,7 +148,8 @@ class Predict:
 
         Raises:
             ProblemError: The precision is not loaded (400); a file is no image (415), damaged (422), too large (413 or 422), or
-                too many large ones wait (503); or the answer would be too large (413).
+                too many wait (503); or the answer would be too large (413).
+            GoneError: The client has closed the connection.
         """
         if options.precision is not None and options.precision not in model.engines:
             raise bad_request(f"'precision': this service has {', '.join(model.engines)}")
@@ -156,7 +161,7 @@ class Predict:
         if len(files) * _ENTRY * (k := min(options.top_k, classes)) > MAX_NUMBERS:
             most = max(1, MAX_NUMBERS // (_ENTRY * k))
             raise ProblemError(413, "too_many", f"with top_k {k} {most} images at most; send them in parts, or lower top_k")
-        images = await self.pixels(model, files, spent)
+        images = await self.pixels(request, model, files, spent)
         shift = np.full(len(images), options.tail_shift, np.float32) if options.tail_shift else None
         result = await engine.submit(images, shift, spent=spent)
         answers: list[dict[str, Any]] = [{"top": top(model.bundle.card, row, options.top_k)} for row in result[PROBABILITIES]]
@@ -165,10 +170,11 @@ class Predict:
                 answer["logits"] = [round(value, 6) for value in row]
         return answers
 
-    async def pixels(self, model: Model, files: list[bytes], spent: Spent | None = None) -> np.ndarray:
+    async def pixels(self, request: Request, model: Model, files: list[bytes], spent: Spent | None = None) -> np.ndarray:
         """Decode image files as evaluation did.
 
         Args:
+            request: Who asks.
             model: Whose rule and size to follow.
             files: n of them.
             spent: Gets the time of decoding.
@@ -178,6 +184,7 @@ class Predict:
 
         Raises:
             ProblemError: As in `answer`.
+            GoneError: As in `answer`.
         """
         rule = model.engine.runtime.card.rule
         spent = spent or Spent()
@@ -194,25 +201,21 @@ class Predict:
                 return timed(files[0], self._small)[None]
             except BadImageError:  # perhaps of more pixels or scans than are decoded here
                 pass
-        loop = asyncio.get_running_loop()
         work: list[asyncio.Future[Any]] = []
-        large = 0
         try:
             # What decoding costs is known from the files' heads. A large image waits for large ones alone, one at a time.
             if sum(map(len, files)) <= LARGE and len(files) <= _FEW:
                 costs = self._costs(files)
             else:
-                costs = await loop.run_in_executor(self._threads, self._costs, files)
-            large = sum(cost for cost in costs if cost > _LARGE_WORK)
-            if large and self._large_work and self._large_work + large > self._config.max_waiting_pixels:
-                large = 0
-                raise overloaded(f"images of {self._large_work:,} pixels wait to be decoded; try again")
-            self._large_work += large
-            work += [
-                loop.run_in_executor(self._large if cost > _LARGE_WORK else self._threads, timed, file, self._limits)
-                for file, cost in zip(files, costs, strict=True)
-            ]
-            return np.stack(await asyncio.gather(*work))
+                costs = await asyncio.get_running_loop().run_in_executor(self._threads, self._costs, files)
+            queues = [self._large if cost > _LARGE_WORK else self._usual for cost in costs]
+            for own in {*queues}:
+                more = sum(cost for cost, other in zip(costs, queues, strict=True) if other is own)
+                if own.waiting and own.waiting + more > self._config.max_waiting_pixels:
+                    raise overloaded(f"images of {own.waiting:,} pixels wait to be decoded; try again")
+            calls = [functools.partial(timed, file, self._limits) for file in files]
+            work += [own.submit(cost, call) for own, cost, call in zip(queues, costs, calls, strict=True)]
+            return np.stack(await request.unless_gone(work))
         except UnsupportedImageError as error:
             raise ProblemError(415, "unsupported_image", str(error)) from error
         except BadImageError as error:
@@ -220,7 +223,6 @@ class Predict:
         finally:
             for future in work:
                 future.cancel()
-            self._large_work -= large
 
     def _costs(self, files: list[bytes]) -> list[int]:
         """Pixels that a decoder goes over for each file. Raises ProblemError if it is too much; BadImageError."""
@@ -240,7 +242,8 @@ class Predict:
     def close(self) -> None:
         """End the threads."""
         self._threads.shutdown(wait=False, cancel_futures=True)
-        self._large.shutdown(wait=False, cancel_futures=True)
+        self._usual.close()
+        self._large.close()
 
 
 def _check_type(kind: str, body: bytes) -> None:
@@ -292,6 +295,8 @@ async def _multipart(content_type: str, body: bytes, max_files: int) -> tuple[li
     try:
         form = await parser.parse()
     except (MultiPartException, KeyError, ValueError) as error:
+        if "Too many files" in str(error):
+            raise ProblemError(413, "too_many", f"more than {max_files} images; send them in parts") from error
         hint = f"; {_FILENAME}" if "maximum size" in str(error) else ""
         raise bad_request(f"the form cannot be read: {str(error).rstrip('.')}{hint}") from error
     files: list[bytes] = []

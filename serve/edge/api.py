@@ -134,8 +134,19 @@ class Model:
                 raise BadImageError(f"an array of {image.dtype} {image.shape}; give uint8 (H, W, 3) or (H, W)")
             image = Image.fromarray(image)
         if isinstance(image, Image.Image):
-            return self.card.rule(image)
-        return self._edge.pixels(Path(image).read_bytes())
+            try:
+                return self.card.rule(image)
+            except (BadImageError, OSError, MemoryError):
+                raise
+            except Exception as error:  # as from a file: it may not be loaded yet
+                size = f"{image.width}x{image.height}"
+                raise BadImageError(f"a Pillow image of mode {image.mode}, {size} pixels: {error}; give it in RGB") from error
+        try:
+            return self._edge.pixels(Path(image).read_bytes())
+        except BadImageError:
+            raise
+        except ValueError as error:  # no path can have a null character
+            raise BadImageError(f"{str(image)!r}: {error}; give the path of a file") from error
 
     def _answer(self, waiting: list[tuple[int, np.ndarray]], answers: list[Answer], k: int, tail_shift: float) -> None:
         """Fill in the answers of the images that wait."""

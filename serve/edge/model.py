@@ -17,6 +17,7 @@ from pipelines.pixels import MAX_PIXELS
 from serve.decode import Limits, named, pixels, top
 
 _CHUNK = 1 << 20
+_HEAD = 18  # bytes of a file by which its format is known
 _FRAME = 16 << 20  # bytes of a picture in a stream
 _WHOLE = 1 << 30  # bytes of a file on standard input that is no JPEG
 
@@ -49,7 +50,7 @@ class Edge:
         self.card = self.runtime.card
         if precision not in (None, self.card.precision):
             raise UserError(f"{str(model)!r} is {self.card.precision}, not {precision}; give another file, or no precision")
-        self._limits = Limits(max_pixels, formats=None)  # as training reads: the files are the user's own
+        self._limits = Limits(max_pixels, formats=None, max_scans=None)  # as training reads: the files are the user's own
 
     def classify(self, data: bytes, k: int = 1, tail_shift: float = 0.0) -> list[dict[str, Any]]:
         """Classify an image file.
@@ -156,26 +157,28 @@ def frames(stream: BinaryIO) -> Iterator[bytes]:
     Yields:
         Each image file.
     """
+    read = getattr(stream, "read1", stream.read)
     buffer = bytearray()
-    first = True
-    while chunk := stream.read1(_CHUNK) if hasattr(stream, "read1") else stream.read(_CHUNK):
+    while len(buffer) < _HEAD and (chunk := read(_CHUNK)):
         buffer += chunk
-        if first and len(buffer) >= 12:
-            first = False
-            if named(bytes(buffer[:12])) not in (None, "JPEG"):
-                yield bytes(buffer) + stream.read(_WHOLE)
-                return
-        while True:
-            start = buffer.find(b"\xff\xd8\xff")
-            if start < 0:
-                del buffer[:-2]
-                break
-            del buffer[:start]
-            end = jpeg.end(buffer)
-            if end is None:
-                if len(buffer) > _FRAME:
-                    del buffer[:2]  # not a picture after all
-                    continue
-                break
+    if named(bytes(buffer[:_HEAD])) not in (None, "JPEG") or _is_tga(buffer):
+        yield bytes(buffer) + stream.read(_WHOLE)
+        return
+    while True:
+        start = buffer.find(b"\xff\xd8\xff")
+        del buffer[: start if start >= 0 else -2]
+        end = jpeg.end(buffer) if start >= 0 else None
+        if end is not None:
             yield bytes(buffer[:end])
             del buffer[:end]
+        elif start >= 0 and len(buffer) > _FRAME:
+            del buffer[:2]  # not a picture after all
+        elif chunk := read(_CHUNK):
+            buffer += chunk
+        else:
+            return
+
+
+def _is_tga(data: bytes | bytearray) -> bool:
+    """Whether a file begins as a TGA does, which has no signature: with the kinds of its colours and of its pixels."""
+    return len(data) >= _HEAD and data[1] < 2 and data[2] in (1, 2, 3, 9, 10, 11) and data[16] in (1, 8, 16, 24, 32)

@@ -86,6 +86,48 @@ def test_a_window_takes_floats_and_what_lies_outside():
     assert grey(tiff_file(np.array([[0, 1000, 1500, 1999, 65535]]), 16), (1000, 1999)) == [0, 0, 128, 255, 255]
 
 
+def pgm_file(values: np.ndarray, highest: int, plain: bool = False) -> bytes:
+    height, width = values.shape
+    pixels = " ".join(map(str, values.ravel())).encode() if plain else values.astype(">u2").tobytes()
+    return f"{'P2' if plain else 'P5'} {width} {height} {highest}\n".encode() + pixels
+
+
+def jpeg2000_file(values: np.ndarray, bare: bool) -> bytes:
+    """12 bits: Pillow writes 16, so the header is changed, and the values by what that moves the middle grey."""
+    buffer = io.BytesIO()
+    image = Image.fromarray((values + (1 << 15) - (1 << 11)).astype(np.uint16))
+    image.save(buffer, "JPEG2000", irreversible=False, num_resolutions=1, no_jp2=bare)
+    data = bytearray(buffer.getvalue())
+    data[data.find(b"\xff\x4f\xff\x51") + 42] = 11
+    if not bare:
+        data[data.find(b"ihdr") + 14] = 11
+    return bytes(data)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda values: pgm_file(values, 4095),
+        lambda values: pgm_file(values, 4095, plain=True),
+        lambda values: pgm_file(values, 65535),
+        lambda values: jpeg2000_file(values, bare=False),
+        lambda values: jpeg2000_file(values, bare=True),
+        lambda values: tiff_file(values, 12),
+        lambda values: tiff_file(values, 16),
+        png_file,
+    ],
+    ids=["pgm", "plain_pgm", "pgm_of_16_bits", "jp2", "j2k", "tiff", "tiff_of_16_bits", "png"],
+)
+def test_a_windows_values_are_those_in_the_file(make):
+    """Pillow scales those of some formats to 16 bits."""
+    values = np.array([[0, 15, 16, 999, 1000, 2048, 4094, 4095]])
+    data = make(values)
+    assert grey(data, (0, 4095)) == [value >> 4 for value in values.ravel().tolist()]
+    assert grey(data, (1000, 1255)) == [0, 0, 0, 0, 0, 255, 255, 255]
+    every = np.arange(4096)[None]
+    assert grey(make(every), (0, 4095)) == [value >> 4 for value in range(4096)]
+
+
 def test_black_images_are_black():
     assert grey(png_file(np.zeros((1, 3), int))) == [0, 0, 0]
 

@@ -1,6 +1,7 @@
 """Every kind of image file is read as a viewer shows it, and a JPEG that fits keeps its bytes."""
 
 import io
+import os
 import struct
 import time
 import zlib
@@ -11,6 +12,7 @@ from PIL import Image
 
 from pipelines import jpeg
 from pipelines.config import Store
+from pipelines.formats import readable_formats
 from pipelines.pixels import BadImageError, decode, to_rgb
 from pipelines.prepare.images import pack
 
@@ -51,6 +53,16 @@ def test_alpha_lies_over_white():
     image = Image.new("RGBA", (2, 1), (200, 0, 0, 255))
     image.putpixel((1, 0), (200, 0, 0, 0))
     assert rgb(encode(image, "PNG")).tolist() == [[[200, 0, 0], [255, 255, 255]]]
+
+
+def test_premultiplied_grey_lies_over_white():
+    """Pillow converts such grey to nothing but grey with alpha."""
+    image = Image.new("LA", (2, 1))
+    image.putpixel((1, 0), (100, 128))
+    tag = b"\x52\1\3\0\1\0\0\0"  # ExtraSamples, a short
+    data = encode(image, "TIFF").replace(tag + b"\2", tag + b"\1")
+    assert decode(data).mode == "La"
+    assert rgb(data).tolist() == [[[255] * 3, [100 + 127] * 3]]
 
 
 def test_palette_with_transparency():
@@ -223,3 +235,26 @@ def test_a_side_that_is_too_long_is_no_question_of_max_pixels():
     with pytest.raises(BadImageError, match=r"^70000x10 pixels, 65,535 a side at most$") as caught:
         decode(buffer.getvalue(), max_pixels=60_000_000)
     assert not caught.value.setting
+
+
+def test_a_file_of_another_format_starts_no_decoder_whatever_it_is_called(tmp_path, monkeypatch):
+    """Pillow hands an EPS file to Ghostscript, a program, whatever the file's name."""
+    called = tmp_path / "called"
+    program = tmp_path / "gs"
+    program.write_text(f"#!/bin/sh\necho 10.0\ntouch '{called}'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", None)  # searched again
+    image = Image.new("RGB", (20, 20))
+    known = ", ".join(readable_formats())
+    for kind in ("EPS", "PCX", "SGI", "ICO"):
+        with pytest.raises(BadImageError, match=rf"^\d+ bytes, not of {known}$"):
+            pack(encode(image, kind), Store())
+    assert not called.exists()
+
+
+def test_the_formats_are_those_of_the_endings():
+    assert {"JPEG", "PNG", "BMP", "GIF", "TIFF", "PPM"} <= {*readable_formats()}
+    assert {*readable_formats()} <= {"JPEG", "PNG", "BMP", "GIF", "TIFF", "PPM", "WEBP", "TGA", "JPEG2000", "AVIF"}
+    for kind in readable_formats():
+        assert decode(encode(Image.new("RGB", (20, 20)), kind)).format == kind

@@ -155,6 +155,23 @@ def test_a_part_without_a_filename_is_named(server, size):
     assert "an image's part needs a filename, as in curl -F image=@photo.jpg" in answer.json()["error"]
 
 
+@pytest.mark.parametrize("count", [64, 65, 66, 300])
+@pytest.mark.parametrize("kind", ["form", "json"])
+def test_more_images_than_a_request_may_have_are_413(server, kind, count):
+    data = encoded("PNG")
+    if kind == "form":
+        part = b'--X\r\nContent-Disposition: form-data; name="image"; filename="i.png"\r\n\r\n' + data + b"\r\n"
+        body, header = part * count + b"--X--\r\n", "multipart/form-data; boundary=X"
+    else:
+        body, header = json.dumps({"images": [base64.b64encode(data).decode()] * count}), "application/json"
+    answer = server.ask("POST", "/v1/predict", body, Content_Type=header)
+    if count == 64:
+        assert len(answer.json()["predictions"]) == 64
+        return
+    assert (answer.status, answer.json()["code"]) == (413, "too_many")
+    assert "64" in answer.json()["error"]
+
+
 def test_a_large_form_needs_no_temporary_file(monkeypatch):
     """A container's root may be read-only, without a folder for temporary files."""
 

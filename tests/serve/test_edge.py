@@ -23,7 +23,7 @@ from PIL import Image
 from cibl_ray.bundle.card import open_bundle
 from pipelines.common.errors import UserError
 from pipelines.config import DataConfig
-from pipelines.formats import readable_suffixes
+from pipelines.formats import readable_formats, readable_suffixes
 from pipelines.pixels import BadImageError
 from serve.decode import Limits
 from serve.edge import download as downloading
@@ -288,16 +288,17 @@ def test_a_name_beside_a_file_is_refused(bundle):
             local_file(source, "fp32", "birds")
 
 
+class Slow(io.BytesIO):
+    def read1(self, size=-1):
+        return self.read(7)
+
+
 def test_frames_of_a_stream():
     pictures = [encoded("JPEG", n, size=60 + n, quality=95) for n in range(5)]
     # One with a preview inside, as cameras write them.
     preview = b"\xff\xe1" + (len(pictures[0]) + 2).to_bytes(2, "big") + pictures[0]
     pictures.append(pictures[1][:2] + preview + pictures[1][2:])
     stream = b"\r\n--boundary\r\n".join([b"", *pictures, b"\xff\xd8\xff\xe0cut short"])
-
-    class Slow(io.BytesIO):
-        def read1(self, size=-1):
-            return self.read(7)
 
     assert list(frames(io.BytesIO(stream))) == pictures
     assert list(frames(Slow(stream))) == pictures
@@ -393,13 +394,28 @@ def test_a_place_without_an_image_is_an_error_and_the_rest_is_read(names, stdin,
     assert [text for text in lines if text.startswith(filled(line))], lines
 
 
-@pytest.mark.parametrize("kind", ["PNG", "WEBP", "GIF", "TIFF", "BMP"])
+@pytest.mark.parametrize("kind", [kind for kind in readable_formats() if kind != "JPEG"])
 def test_one_image_of_another_format_on_standard_input(kind, bundle):
     data = encoded(kind, 3, 200)
     ((place, got),) = images(["-"], io.BytesIO(data), pytest.fail)
     assert (place, got) == ("frame 0", data)
     edge = Edge(bundle / "model.onnx")
     assert edge.classify(got)[0]["label"] == edge.classify(encoded("PNG", 3, 200))[0]["label"]
+
+
+def test_an_image_on_standard_input_is_not_cut():
+    """However slowly and in whatever variant it comes, and if bytes as of a JPEG are among its own."""
+    jpeg = encoded("JPEG")
+    tga = bytearray(encoded("TGA", 0, 200))
+    tga[100 : 100 + len(jpeg)] = jpeg
+    buffer = io.BytesIO()
+    Image.new("RGB", (9, 9)).save(buffer, "TIFF", big_tiff=True)
+    bare = encoded("JPEG2000", no_jp2=True)
+    grey = b"P5\t40 40 255\n" + (jpeg + bytes(1600))[:1600]
+    for data in (bytes(tga), buffer.getvalue(), bare, grey, b"P4 1 1\n\0", b"P3 1 1 9 1 2 3"):
+        assert Image.open(io.BytesIO(data)).size
+        assert list(frames(io.BytesIO(data))) == [data]
+        assert list(frames(Slow(data))) == [data]
 
 
 def test_the_largest_image_is_one_setting(bundle):

@@ -6,16 +6,19 @@ import csv
 import io
 import json
 import sys
+import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from cibl_ray.bundle.runtime import Runtime
 from pipelines.common.errors import UserError
+from pipelines.formats import readable_formats
 from pipelines.pixels import decode
 from serve.edge import Model
 from serve.edge.__main__ import main
+from serve.edge.model import Edge
 from tests.serve.conftest import encoded, serving
 
 
@@ -54,6 +57,71 @@ def test_bad_images_are_told_and_the_others_answered(model, tmp_path):
         for value in values:
             with pytest.raises(UserError, match=f"{name}={value!r}"):
                 model.predict([encoded("PNG")], **{name: value})
+
+
+def test_a_pillow_image_is_answered_as_its_bytes_are(model):
+    """A PNG may have its EXIF data after its pixels, where Pillow finds them when it loads these."""
+    data = encoded("PNG", 7)
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    content = b"eXIf" + exif.tobytes().removeprefix(b"Exif\0\0")
+    part = (len(content) - 4).to_bytes(4, "big") + content + zlib.crc32(content).to_bytes(4, "big")
+    turned = saved(Image.open(io.BytesIO(data)).rotate(180), "PNG")
+    for file in (data[:33] + part + data[33:], data[:-12] + part + data[-12:]):
+        (of_bytes, of_image, expected) = model.predict([file, Image.open(io.BytesIO(file)), turned])
+        assert of_image == of_bytes == expected
+    assert model.predict([data]) != [expected]
+
+
+def test_a_pillow_image_that_cannot_be_read_costs_no_other_its_answer(model):
+    class Damaged(Image.Image):
+        def load(self):
+            raise RuntimeError("no frames")  # as Pillow's AVIF decoder does
+
+    damaged = Damaged()
+    damaged._mode, damaged._size = "RGB", (4, 3)
+    digit = Image.open(io.BytesIO(encoded("PNG")))
+    grey = digit.convert("LA")
+    answers = model.predict([digit, damaged, "a\0b", grey.convert("La"), Image.new("HSV", (8, 8))])
+    assert [answer.problem for answer in answers] == [
+        None,
+        "a Pillow image of mode RGB, 4x3 pixels: no frames; give it in RGB",
+        r"'a\x00b': embedded null byte; give the path of a file",
+        None,
+        None,
+    ]
+    assert answers[3] == answers[0]
+
+
+def in_parts() -> dict[str, bytes]:
+    """Image files with much metadata, or in many parts, by name."""
+    digit = Image.open(io.BytesIO(encoded("PNG")))
+    text = PngImagePlugin.PngInfo()
+    text.add_text("parameters", "x" * (5 << 20), zip=True)
+    damaged = PngImagePlugin.PngInfo()
+    damaged.add_text("parameters", "steps")
+    files = {"png_of_much_text": saved(digit, "PNG", pnginfo=text)}
+    files["png_of_damaged_text"] = saved(digit, "PNG", pnginfo=damaged).replace(b"steps", b"stops")
+    plain = encoded("JPEG")
+    files["jpeg_of_comments"] = plain[:2] + b"\xff\xfe\0\4ab" * 3000 + plain[2:]
+    files["tiff_of_strips"] = saved(digit.resize((4, 9000)), "TIFF", tiffinfo={278: 1})
+    return files
+
+
+def saved(image: Image.Image, kind: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("name", ["png_of_much_text", "png_of_damaged_text", "jpeg_of_comments", "tiff_of_strips"])
+def test_files_that_training_reads_are_read(model, bundle, name):
+    """One's own files are limited by their pixels alone."""
+    data = in_parts()[name]
+    expected = model.card.rule(decode(data, max_pixels=60_000_000, max_scans=None))
+    assert np.array_equal(Edge(bundle / "model.onnx", threads=1).pixels(data), expected)
+    (answer,) = model.predict([data])
+    assert answer.problem is None
 
 
 def test_the_limit_of_pixels_can_be_set(bundle):
@@ -154,7 +222,7 @@ def test_a_terminal_shows_how_far_a_folder_is(bundle, tmp_path, monkeypatch, cap
     text = terminal.getvalue()
     assert "| 0/4 [" in text
     assert [line for line in text.replace("\r", "\n").splitlines() if "bad.png" in line] == [
-        f"{images / 'bad.png'}: 3 bytes, not of any image format"
+        f"{images / 'bad.png'}: 3 bytes, not of {', '.join(readable_formats())}"
     ]
     assert len(answers.read_text().splitlines()) == 1 + 4
     terminal.truncate(0)

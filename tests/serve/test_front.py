@@ -304,4 +304,4 @@ def test_a_small_image_does_not_wait_for_large_ones(bundle, monkeypatch):
             thread.join()
         assert sorted(answer.status for answer in answers) == [200] * 3 + [503] * 2
         assert most[0] == 1
-        until(lambda: server.app._predict._large_work == 0)
+        until(lambda: server.app._predict._large.waiting == 0)

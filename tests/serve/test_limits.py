@@ -22,7 +22,7 @@ from tests.serve.conftest import encoded, png, serving, tensor, until
 
 
 def test_a_progressive_jpeg_is_decoded_in_a_thread_and_its_scans_are_capped(server, monkeypatch):
-    threads, work = server.app._predict._threads, []
+    threads, work = server.app._predict._usual._threads, []
     submit = threads.submit
     monkeypatch.setattr(threads, "submit", lambda *call: work.append(call) or submit(*call))
     assert server.ask("POST", "/v1/predict", encoded("JPEG", size=100)).status == 200
@@ -56,7 +56,7 @@ def test_a_large_body_holds_nobody_up(server, path):
         answer = server.ask("POST", path, body, Content_Type="application/json")
     assert answer.status == 200, answer.body
     ((thread, length),) = seen
-    assert thread.startswith("decode")
+    assert thread.startswith("parse")
     assert length == len(body)
     if path != "/v1/predict":
         small = json.dumps({"inputs": [tensor("images", [1, 16, 16, 3], "UINT8", images[:1].tolist())]})
@@ -137,8 +137,8 @@ def test_a_large_form_is_read_in_a_thread(server, monkeypatch):
         answer = server.ask("POST", "/v1/predict", body, Content_Type="multipart/form-data; boundary=X")
         assert answer.status == 200, answer.body
     small, large = seen
-    assert not small.startswith("decode")
-    assert large.startswith("decode")
+    assert not small.startswith("parse")
+    assert large.startswith("parse")
 
 
 def test_slow_senders_are_cut_off(server):
