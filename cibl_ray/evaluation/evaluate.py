@@ -14,6 +14,7 @@ from cibl_ray.evaluation.predict import predict
 from cibl_ray.evaluation.tail_shift import TailShift, choose_shift, shifted
 from cibl_ray.hardware import resolve
 from cibl_ray.run.checkpoint import Checkpoint
+from cibl_ray.run.images import changed
 from cibl_ray.run.shift import checked_shift
 from pipelines.augment.recipe import Normalize
 from pipelines.common.errors import UserError
@@ -74,8 +75,8 @@ def evaluate(
             raise UserError(f"the run's data have no {split!r} split; there are: {', '.join(prepared.splits)}")
         if prepared.classes != checkpoint.classes:
             raise UserError("the data's classes are no longer those the checkpoint was trained on")
-        if not prepared.splits[split].has(checkpoint.data.get(split)):
-            log.warning("the %s images have changed since this checkpoint was trained", split)
+        if difference := changed(checkpoint, prepared, split):
+            log.warning(difference)
     else:
         prepared, split = prepare_folder(folder.absolute(), checkpoint.classes, config.data), "test"
 

@@ -30,6 +30,7 @@ from cibl_ray.hardware import resolve
 from cibl_ray.networks.network import HybridNetwork
 from cibl_ray.run.checkpoint import Checkpoint, load_checkpoint
 from cibl_ray.run.folder import CHECKPOINTS
+from cibl_ray.run.images import changed
 from cibl_ray.run.shift import checked_shift
 from cibl_ray.tracking.trackers import track_bundle
 from pipelines.augment.recipe import Normalize
@@ -174,6 +175,9 @@ class _Export:
         if self.prepared.classes != checkpoint.classes:
             raise UserError("the data's classes are no longer those the checkpoint was trained on")
         self.split = "test" if "test" in self.prepared.splits else "val"
+        if difference := changed(checkpoint, self.prepared, self.split):
+            log.warning(difference)
+            self.source = {**source, "images": difference}
         self.network: HybridNetwork = checkpoint.network().eval()
 
     def make(self) -> Made:

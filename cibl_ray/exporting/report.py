@@ -67,6 +67,7 @@ def write_model_card(path: Path, manifest: dict[str, Any], sizes: dict[str, int]
         f"of the {split} split. Many: more than 100 training images; medium: 20 to 100; few: fewer than 20; "
         "thirds: of the classes by size.",
         "",
+        *([f"**{source['images'][0].upper()}{source['images'][1:]}.**", ""] if source.get("images") else []),
         "| precision | overall | many | medium | few | head third | middle | tail third | worst class | size |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]

@@ -47,7 +47,8 @@ class Checkpoint:
     to step (a queue, an averaged network); average: the weights' average, where the run keeps one, by which the network is
     judged; all three empty in a best checkpoint, whose weights are those that were judged. rows: the log up to here, as
     `metrics.jsonl` has it; None in older files and in a best checkpoint. so_far: the sums of the epoch that was begun, its
-    `terms` over the steps and workers and its `seconds`; empty between epochs and in older files.
+    `terms` over the steps and workers and its `seconds`; empty between epochs and in older files. place: its file, where it was
+    read from one.
     """
 
     config: RunConfig
@@ -64,6 +65,7 @@ class Checkpoint:
     average: dict[str, torch.Tensor] = field(default_factory=dict)
     rows: list[dict[str, Any]] | None = None
     so_far: dict[str, dict[str, float]] = field(default_factory=dict)
+    place: Path | None = None
 
     def network(self) -> HybridNetwork:
         """The network that this checkpoint describes, with the weights to judge and to use it by. Adapters are merged."""
@@ -224,6 +226,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
             best=content["best"],
             rows=None if rows is None else [row for row in rows if is_row(row)],
             so_far={group: _numbers(sums) for group, sums in content.get("so_far", {}).items()},
+            place=path.absolute(),
             **{part: _part(tensors, f"{part}.") for part in _PARTS},
         )
     except UserError:

@@ -27,6 +27,7 @@ TENSORBOARD = "tensorboard"
 METRICS_TABLE, SCORES_TABLE = "metrics.csv", "scores.csv"
 TRACKERS = "trackers.json"  # what trackers remember of the run
 HISTOGRAM, CURVES, BY_CLASS = "class_counts.png", "learning_curves.png", "accuracy_by_class.png"
+IMAGES = "images.txt.gz"  # names of the images that it was trained on and chosen by
 CONFUSION = ("confusion.html", "confusion.json")
 SWEEP, SWEEP_RUNS = "sweep.json", "trials"  # in a sweep's folder
 COPY = ".storage"  # where the run's copy in an object store is
@@ -144,6 +145,7 @@ def make_room(folder: Path) -> None:
         HISTOGRAM,
         CURVES,
         BY_CLASS,
+        IMAGES,
         *CONFUSION,
     ]
     files += [f"{CHECKPOINTS}/{name}" for name in (LAST, PREVIOUS, BEST)]

@@ -35,6 +35,7 @@ from cibl_ray.run.folder import (
     need_new,
     need_old,
 )
+from cibl_ray.run.images import keep_images
 from cibl_ray.run.log import read_metrics
 from cibl_ray.run.mend import mend
 from cibl_ray.run.progress import Progress, messages_to
@@ -227,6 +228,7 @@ def _fit(trainer: Trainer, progress: Progress) -> dict[str, Any]:
     trains = trainer.epoch < config.train.epochs or config.train.epochs == 0
     if trains or not (folder / CONFIG).is_file():  # else the file says what the run was trained by
         save_config(config, folder / CONFIG)
+    keep_images(folder, prepared)
     before = folder / RESULT_BEFORE
     if trainer.epoch < config.train.epochs and (folder / RESULT).is_file():
         # It is of a shorter run: its scores and tail shift are not those of the checkpoints to come.

@@ -509,6 +509,7 @@ class Trainer:
             best=self.best,
             rows=rows,
             so_far=so_far or {},
+            place=None,
             weights=weights,
             **more,
         )

@@ -64,7 +64,7 @@ def test_run_folder(finished):
     assert f"Serve it:   python -m cibl_ray.export {folder}; python -m serve --simple {folder}/bundle\n" in output
     assert {path.name for path in folder.iterdir()} == {
         "accuracy_by_class.png", "checkpoints", "class_counts.png", "config.yaml", "learning_curves.png", "metrics.jsonl",
-        "result.json", "tensorboard", "train.log", ".lock",
+        "images.txt.gz", "result.json", "tensorboard", "train.log", ".lock",
     }  # fmt: skip
     assert {path.name for path in (folder / "checkpoints").iterdir()} == {
         "last.safetensors", "previous.safetensors", "best.safetensors",
