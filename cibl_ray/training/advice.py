@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ _LONG = 4 * 3600  # seconds of a run, from which on cheaper ways are named
 _STEPS, _SECONDS = 10, 10.0  # the least that is measured
 _OTHERS = 0.25  # of the cores, which other programs may use before it is said
 _NAMED = 5  # classes in a line
+_ENOUGH = 5  # images of a class, from which on an accuracy of 0 says something
 _PHOTOGRAPHS = 64  # pixels of a side, from which on a network pretrained on photographs is of use
 _WHICH_IMAGES = ("profile", "split_by", "exclude", "subset_seed", "on_bad_image", "max_pixels", "window")  # of `data`
 
@@ -105,18 +107,21 @@ def busy_cores(threads: int, cores: int, others: float, run: Path) -> str:
     )
 
 
-def classes_at_zero(config: RunConfig, classes: list[str], counts: np.ndarray, scores: Scores, shifted: bool, run: Path) -> str:
-    """Say what to try where a network never answers some classes rightly.
+def classes_at_zero(
+    config: RunConfig, classes: list[str], counts: np.ndarray, scored: Sequence[int], scores: Scores, shifted: bool, run: Path
+) -> str:
+    """Say what to try where a network never answers some classes rightly. Of a few images that is chance, and nothing is said.
 
     Args:
         config: The run's configuration.
         classes: Class names.
         counts: Training images of each class.
+        scored: Images of each class that the scores are of.
         scores: The run's scores on held-out images.
         shifted: Whether validation images chose a tail shift.
         run: The run folder.
     """
-    zero = [label for label, accuracy in enumerate(scores.per_class) if accuracy == 0]
+    zero = [label for label, accuracy in enumerate(scores.per_class) if accuracy == 0 and scored[label] >= _ENOUGH]
     if not zero:
         return ""
     zero.sort(key=lambda label: -counts[label])

@@ -46,6 +46,7 @@ from cibl_ray.training.advice import classes_at_zero, next_steps, uses
 from cibl_ray.training.arithmetic import decide
 from cibl_ray.training.folds import cross_validate, few_validation_images, folds_of
 from cibl_ray.training.resume import changes
+from cibl_ray.training.schedules import lr_factor
 from cibl_ray.training.trainer import Trainer
 from cibl_ray.world import PeerLostError, World, require_own_gpu
 from pipelines.common.errors import Interrupted, UserError
@@ -162,6 +163,8 @@ def _fit_in(
                     log.warning(
                         "from epoch %d on the run has %s: it can be compared with neither", checkpoint.epoch + 1, changed
                     )
+                if checkpoint is not None and trains and (rise := _rise(checkpoint.config, config, checkpoint.epoch)):
+                    log.warning(rise)
                 result = _fit_tracked(trainer, progress)
             if after_save is not None:
                 after_save()
@@ -172,6 +175,26 @@ def _fit_in(
                 f"python -m cibl_ray.train --resume {shlex.quote(str(folder))}",
                 stop.status,
             ) from None
+
+
+def _rise(before: RunConfig, config: RunConfig, epoch: int) -> str:
+    """Say that the learning rate rises where a run is resumed to be longer: its schedule is that of the new length.
+
+    Args:
+        before: What the run was trained by.
+        config: What it is resumed with.
+        epoch: Epochs done.
+    """
+    if epoch == 0 or config.train.epochs <= before.train.epochs:
+        return ""
+    last = before.optimizer.lr * lr_factor(before.schedule, epoch - 1, before.train.epochs)
+    first = config.optimizer.lr * lr_factor(config.schedule, epoch, config.train.epochs)
+    if first <= last:
+        return ""
+    return (
+        f"train.epochs is {config.train.epochs} (it was {before.train.epochs}): the learning rate rises from {last:.2g} in epoch "
+        f"{epoch} to {first:.2g} in epoch {epoch + 1}, where the longer schedule has it"
+    )
 
 
 def _earlier_config(folder: Path, checkpoint: Checkpoint | None) -> RunConfig | None:
@@ -298,7 +321,8 @@ def _fit(trainer: Trainer, progress: Progress) -> dict[str, Any]:
         progress.line(f"\n{chooser} {chosen.line()}; the scores with it: evaluate RUN --tail-shift auto")
     judged = [*scores.values()][-1]
     shifted = chosen is not None and chosen.shift != 0
-    if zero := classes_at_zero(config, prepared.classes, prepared.train_counts, judged, shifted, folder):
+    scored = prepared.splits[result["split"]].counts
+    if zero := classes_at_zero(config, prepared.classes, prepared.train_counts, scored, judged, shifted, folder):
         progress.line(f"\n{zero}")
     if "best" not in result and crossed is None and config.train.epochs:
         progress.line("\nNo validation split, so no best epoch: data.val_fraction carves one out.")

@@ -88,21 +88,24 @@ def test_what_other_programs_use_is_measured():
 
 def test_classes_at_zero_have_something_to_try(tmp_path):
     classes, counts = [f"c{number}" for number in range(9)], np.arange(90, 0, -10)
+    scored = [5] * 9
     some = SimpleNamespace(per_class=[0.9, 0.5, 0.0, None, 0.0, 0.0, 0.0, 0.0, 0.0])
     digits = load_config("quickstart", [])
-    text = classes_at_zero(digits, classes, counts, some, True, Path("runs/a b"))
+    text = classes_at_zero(digits, classes, counts, scored, some, True, Path("runs/a b"))
     assert text == (
         "6 of 9 classes are at 0 %: c2 (70 images), c4 (50 images), c5 (40 images), c6 (30 images), c7 (20 images) and 1 more. "
         "To try: python -m cibl_ray.evaluate 'runs/a b' --tail-shift auto; a larger --loss.tail_skew, or --loss.kappa 1; "
         "more epochs: python -m cibl_ray.train --resume 'runs/a b' --train.epochs 80"
     )
     plain = load_config("folder", [*FOLDER, "--loss", "{kind: cross_entropy}"])
-    text = classes_at_zero(plain, classes, counts, some, False, Path("r"))
+    text = classes_at_zero(plain, classes, counts, scored, some, False, Path("r"))
     assert "To try: python -m cibl_ray.train photos --data.source.path" in text
     assert "--loss.kind balanced_softmax" in text
     assert "tail-shift" not in text
     fine = SimpleNamespace(per_class=[0.9] * 8 + [None])
-    assert classes_at_zero(plain, classes, counts, fine, False, Path("r")) == ""
+    assert classes_at_zero(plain, classes, counts, scored, fine, False, Path("r")) == ""
+    scored[2:8] = [1] * 6  # one image that is not answered rightly is no class that never is
+    assert classes_at_zero(plain, classes, counts, scored, some, False, Path("r")).startswith("1 of 9 classes are at 0 %: c8 ")
 
 
 def test_a_run_of_one_epoch_ends_with_advice(tmp_path):

@@ -23,7 +23,7 @@ from cibl_ray.run.folder import need_new
 from cibl_ray.run.log import read_metrics
 from cibl_ray.run.progress import Silent
 from cibl_ray.run.shift import chosen_shift
-from cibl_ray.training.fit import _as_decided, _same_data, fit
+from cibl_ray.training.fit import _as_decided, _rise, _same_data, fit
 from cibl_ray.training.resume import changes, resumed
 from cibl_ray.training.trainer import Trainer
 from cibl_ray.world import World, require_own_gpu
@@ -247,6 +247,22 @@ def test_what_was_left_to_auto_is_no_other_configuration(tmp_path):
             resumed(folder, [*flags, "--train.batch_size", "99"], "quickstart")
         with pytest.raises(UserError, match=r"\(train differ\)"):
             resumed(folder, [*flags, "--train.batch_norm", "keep"], "quickstart")
+
+
+def test_a_rate_that_rises_because_the_run_is_longer_is_said():
+    before, longer, plain = (
+        load_config("quickstart", ["--schedule", schedule, "--lr", "0.1", "--train.epochs", epochs])
+        for schedule, epochs in (
+            ("{kind: cosine, warmup_epochs: 0}", "10"),
+            ("{kind: cosine, warmup_epochs: 0}", "20"),
+            ("{kind: steps, warmup_epochs: 0, milestones: [0.9]}", "20"),
+        )
+    )
+    assert _rise(before, longer, 10) == (
+        "train.epochs is 20 (it was 10): the learning rate rises from 0.0024 in epoch 10 to 0.05 in epoch 11, where the longer "
+        "schedule has it"
+    )
+    assert _rise(before, longer, 0) == _rise(longer, before, 5) == _rise(plain, plain, 5) == ""
 
 
 def test_what_changes_a_network_without_changing_its_tensors_is_said():
