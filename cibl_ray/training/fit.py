@@ -192,8 +192,8 @@ def _rise(before: RunConfig, config: RunConfig, epoch: int) -> str:
     if first <= last:
         return ""
     return (
-        f"train.epochs is {config.train.epochs} (it was {before.train.epochs}): the learning rate rises from {last:.2g} in epoch "
-        f"{epoch} to {first:.2g} in epoch {epoch + 1}, where the longer schedule has it"
+        f"train.epochs is {config.train.epochs} (it was {before.train.epochs}): the learning rate rises from {last:.2g} in "
+        f"epoch {epoch} to {first:.2g} in epoch {epoch + 1}, where the longer schedule has it"
     )
 
 
