@@ -477,6 +477,7 @@ def _second_stage(content: dict[str, Any], pairs: list[tuple[str, Any]]) -> dict
 
 
 def _without_cap(content: dict[str, Any]) -> dict[str, Any]:
+    """`content` without MaxNorm's cap. Only a linear head has the field."""
     network = content.get("network")
     head = network.get("head") if isinstance(network, dict) else None
     capped = isinstance(head, dict) and "max_norm" in head
