@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from PIL import Image
 
 from cibl_ray.config import RunConfig, configured
-from cibl_ray.evaluation.classify import Prediction, Unreadable, classify, from_checkpoint
+from cibl_ray.evaluation.classify import Prediction, Unreadable, classify, from_checkpoint, image_files
 from cibl_ray.evaluation.evaluate import evaluate
 from cibl_ray.networks.network import HybridNetwork
 from cibl_ray.run.checkpoint import Checkpoint, load_checkpoint
@@ -212,30 +213,42 @@ class Run:
             return evaluate(load_checkpoint(path), images, split, shift).scores.numbers()
 
     def predict(
-        self, images: Iterable[str | Path], *, checkpoint: Which | None = None, tail_shift: float | None = None
+        self,
+        images: str | Path | Iterable[str | Path | Image.Image],
+        *,
+        checkpoint: Which | None = None,
+        tail_shift: float | None = None,
     ) -> list[Prediction]:
-        """Classify image files, as `python -m cibl_ray.predict` does.
+        """Classify images, as `python -m cibl_ray.predict` does.
 
         Args:
-            images: Paths of image files.
+            images: An image file, a folder, whose images are all classified, a Pillow image, or a list of these. Of an array,
+                uint8 (H, W, 3): `Image.fromarray(array)`.
             checkpoint: The checkpoint.
             tail_shift: This times log π, the classes' shares of the training images, is subtracted from the logits. None takes
                 what the validation images chose; 0 leaves the logits as they are.
 
         Returns:
-            A prediction for each image, in the same order.
+            A prediction for each image, in the same order; of a folder sorted by name.
 
         Raises:
-            UserError: A file is missing or is not an image, or `tail_shift` has a wrong value.
+            UserError: A file is missing or is not an image, a folder has none, or `tail_shift` has a wrong value.
         """
-        if isinstance(images, str | Path):
-            raise UserError(f"predict takes a list of image files; write predict([{str(images)!r}])")
+        given = [images] if isinstance(images, str | Path | Image.Image) else images
+        wanted: list[Path | Image.Image] = []
+        for image in given:
+            if isinstance(image, Image.Image):
+                wanted.append(image)
+            elif isinstance(image, str | Path):
+                wanted += image_files([Path(image).expanduser()])
+            else:
+                raise UserError(f"predict takes image files, folders and Pillow's images, and got {shown(image)}")
         path = self._path(checkpoint)
         shift = _shift(path, tail_shift)
         predictions = []
         with _same_process(), collected_warnings() as warned:
             classifier = from_checkpoint(load_checkpoint(path), shift)
-            for answer in classify(classifier, [Path(image).expanduser() for image in images], warned.begin):
+            for answer in classify(classifier, wanted, warned.begin):
                 if isinstance(answer, Unreadable):
                     raise UserError(f"{str(answer.image)!r} {answer.problem}")
                 predictions.append(answer)

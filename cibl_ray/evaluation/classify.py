@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from PIL import Image
 
 from cibl_ray.run.shift import checked_shift
 from pipelines.common.cores import usable_cores
@@ -46,13 +47,13 @@ class Prediction:
     """What a network makes of one image.
 
     Attributes:
-        image: The image file.
+        image: The image file, or the image where one was given.
         label: The most probable class.
         probability: Its probability, from 0 to 1.
         probabilities: The probability of each class, in the order of the run's classes.
     """
 
-    image: Path
+    image: Path | Image.Image
     label: str
     probability: float
     probabilities: dict[str, float] = field(repr=False)
@@ -63,12 +64,12 @@ class Unreadable:
     """A file that cannot be classified.
 
     Attributes:
-        image: The file.
+        image: The file, or the image where one was given.
         problem: Why.
         too_large: Whether it has more than `Classifier.max_pixels`.
     """
 
-    image: Path
+    image: Path | Image.Image
     problem: str
     too_large: bool = False
 
@@ -156,17 +157,17 @@ def image_files(places: Sequence[Path]) -> list[Path]:
 
 
 def classify(
-    classifier: Classifier, files: Sequence[Path], begin: Callable[[str], None] = lambda image: None
+    classifier: Classifier, files: Sequence[Path | Image.Image], begin: Callable[[str], None] = lambda image: None
 ) -> Iterator[Prediction | Unreadable]:
-    """Classify files as evaluation and the service would, in order.
+    """Classify images as evaluation and the service would, in order.
 
     Args:
         classifier: What classifies.
-        files: The files.
-        begin: Called with each file before it is decoded, in the thread that decodes it.
+        files: Image files, and images of any mode.
+        begin: Called with each before it is decoded, in the thread that decodes it.
 
     Yields:
-        One answer for each file.
+        One answer for each.
     """
     with ThreadPoolExecutor(usable_cores()) as pool:
         for start in range(0, len(files), _AT_ONCE):
@@ -183,10 +184,12 @@ def classify(
                 yield Prediction(file, classifier.classes[best], row[best], dict(zip(classifier.classes, row, strict=True)))
 
 
-def _read(file: Path, classifier: Classifier, begin: Callable[[str], None]) -> np.ndarray | Unreadable:
+def _read(file: Path | Image.Image, classifier: Classifier, begin: Callable[[str], None]) -> np.ndarray | Unreadable:
     """uint8 (S, S, 3), or why there is none."""
     begin(str(file))
     try:
+        if isinstance(file, Image.Image):
+            return classifier.rule(file)
         data = file.read_bytes()
         with damage_told(data):
             return classifier.rule(decode(data, max_pixels=classifier.max_pixels, max_scans=None))

@@ -9,6 +9,7 @@ from typing import Literal
 
 import torch
 
+from cibl_ray.evaluation.confusion import image_names
 from cibl_ray.evaluation.metrics import Scores, score
 from cibl_ray.evaluation.predict import predict
 from cibl_ray.evaluation.tail_shift import TailShift, choose_shift, shifted
@@ -28,16 +29,22 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores, and the split that they were measured on.
+    """Scores, the split that they were measured on, and what they were computed from.
 
     Attributes:
         split: The split.
         scores: Its scores.
+        images: The names of its N images in their source; numbers where the names are gone.
+        logits: Of each image, after the tail shift, float32 (N, C).
+        labels: int64 (N,).
         tail_shift: The shift that was chosen on validation images; None where none was asked for.
     """
 
     split: str
     scores: Scores
+    images: list[str]
+    logits: torch.Tensor
+    labels: torch.Tensor
     tail_shift: TailShift | None = None
 
 
@@ -95,6 +102,6 @@ def evaluate(
         chosen = choose_shift(*outputs(own, "val"), checkpoint.train_counts, metric)
         tail_shift = chosen.shift
     logits, labels = outputs(prepared, split)
-    return Evaluation(
-        split, score(shifted(logits, checkpoint.train_counts, tail_shift), labels, checkpoint.train_counts), chosen
-    )
+    logits = shifted(logits, checkpoint.train_counts, tail_shift)
+    names = image_names(prepared, split, len(labels))
+    return Evaluation(split, score(logits, labels, checkpoint.train_counts), names, logits, labels, chosen)

@@ -131,12 +131,30 @@ def test_predict_agrees_with_the_evaluation(run, images):
         assert sum(prediction.probabilities.values()) == pytest.approx(1, abs=1e-5)
         assert prediction.probability == max(prediction.probabilities.values()) == prediction.probabilities[prediction.label]
     assert run.predict([]) == []
-    with pytest.raises(cibl_ray.UserError, match="a list of image files"):
-        run.predict(str(files[0]))
-    with pytest.raises(cibl_ray.UserError, match=r"gone.png' cannot be read: No such file"):
+    with pytest.raises(cibl_ray.UserError, match=r"gone.png' does not exist"):
         run.predict([images / "gone.png"])
     with pytest.raises(cibl_ray.UserError, match="is not an image that can be read"):
         run.predict([__file__])
+
+
+def test_predict_takes_folders_and_images(run, images, tmp_path):
+    files = sorted(images.glob("*/*.png"))
+    of_files = run.predict(files)
+    assert run.predict(images) == of_files
+    (alone,) = run.predict(str(files[0]))
+    assert (alone.image, alone.label) == (files[0], of_files[0].label)
+    opened = Image.open(files[3])
+    mixed = run.predict([files[5], images / "1", opened])
+    assert [one.image for one in mixed] == [files[5], *sorted((images / "1").glob("*.png")), opened]
+    assert mixed[-1].probabilities == pytest.approx(of_files[3].probabilities, abs=1e-6)
+    assert run.predict(opened) == run.predict([opened])
+    with pytest.raises(cibl_ray.UserError, match="predict takes image files, folders and Pillow's images, and got 3"):
+        run.predict([3])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(cibl_ray.UserError, match="no images in"):
+        run.predict(tmp_path / "empty")
+    with pytest.raises(cibl_ray.UserError, match=r"Image.*is not an image that can be read: floating-point grey"):
+        run.predict(Image.new("F", (20, 20)))
 
 
 def test_predict_shifts_as_the_command_does(run, images, tmp_path, monkeypatch):
