@@ -73,7 +73,10 @@ def main() -> None:
     _grid(rows, out.name).save(picture, Image.registered_extensions()[out.suffix.lower()])
     out.parent.mkdir(parents=True, exist_ok=True)  # of published data, none is here yet
     write_atomically(out, picture.getvalue())
-    print(f"{plural(count, 'image')}, {plural(len(config.data.views), 'view')} of {config.data.size}x{config.data.size}: {out}")
+    size = config.data.size
+    print(f"{plural(count, 'image')}, {plural(len(config.data.views), 'view')} of {size}x{size}: {out}")
+    if "size" not in config.data.model_fields_set:
+        print(f"data.size is not set: {size} is the default; a pretrained network is shown its own size, often --data.size 224")
 
 
 def _check(out: Path) -> None:

@@ -33,6 +33,18 @@ def test_a_picture_of_the_views(photo_folder, tmp_path):
     assert again.stderr == f"error: {str(out)!r} exists; remove it, or name another file (--out)\n"
 
 
+def test_where_the_network_decides_the_size_it_says_so(photo_folder, tmp_path):
+    data = ["--data.source.path", str(photo_folder), "--prepared", str(tmp_path / "prepared"), "--images", "2"]
+    done = preview("photos", *data)
+    assert done.returncode == 0, done.stderr
+    (first, second) = done.stdout.splitlines()
+    assert first.startswith("2 images, 1 view of 32x32: ")
+    assert second == (
+        "data.size is not set: 32 is the default; a pretrained network is shown its own size, often --data.size 224"
+    )
+    assert len(preview("photos", *data, "--data.size", "224").stdout.splitlines()) == 1
+
+
 def test_the_picture_lies_beside_the_prepared_data(tmp_path):
     """Where no file is named. Made again, it replaces the one before: it is this command's own."""
     for _ in range(2):
