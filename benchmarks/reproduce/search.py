@@ -57,6 +57,8 @@ _CHANGES: dict[str, tuple[float, tuple[str, ...]]] = {
     "CIBL, λ = 0.01, queue": (1, _cibl(0.01, _QUEUE)),
     "CIBL, λ = 0.05, queue": (1, _cibl(0.05, _QUEUE)),
     "CIBL, λ = 0.05, queue, by class": (1, _cibl(0.05, _QUEUE + ", normalize: class")),
+    "CIBL, λ = 0.01, queue, expected counts": (1, _cibl(0.01, _QUEUE + ", count: expected")),
+    "CIBL, λ = 0.002, queue, VS logits, γ = 0.05": (1, _cibl(0.002, _QUEUE + ", logit_gamma: 0.05")),
     # Loss on two views, at the same cost
     "CIBL, λ = 0.05, two views": (0.5, (*_TWO, *_cibl(0.05))),
     "CIBL, λ = 0.05, two views, CE on the first": (0.5, (*_TWO, *_cibl(0.05, ", classify: first"))),

@@ -16,11 +16,13 @@ from cibl_ray.losses.base import ContrastMemory, Kappa, Temperature
 from cibl_ray.losses.cross_entropy import cross_entropy
 from cibl_ray.losses.inputs import ClassPrior, ContrastSet, LossInputs, Terms
 from cibl_ray.losses.supcon import supcon_and_positives
+from cibl_ray.losses.vs import logit_scales, scaled_logits
 
 if TYPE_CHECKING:
     import torch
 
 Normalization = Literal["none", "batch", "class"]
+Count = Literal["batch", "expected"]
 
 
 def _from_bool(value: object) -> object:
@@ -35,6 +37,14 @@ class CIBLConfig(ContrastMemory):
     tail_skew: float = Field(default=0.05, ge=0, le=1e9, description="λ: 0 is cross-entropy; more moves accuracy to the tail.")
     temperature: Temperature = 0.1
     kappa: Kappa = 0.0
+    logit_gamma: float = Field(
+        default=0.0, ge=0, le=10, description="γ: cross-entropy's logit c is scaled by (n_c / n_max)^γ, as in VS. 0: as it is."
+    )
+    count: Count = Field(
+        default="batch",
+        description="Instances of its class that a sample counts for its weight. batch: those among the contrasted embeddings; "
+        "expected: as many as the class's share of the training images lets expect there.",
+    )
     classify: Literal["all", "first"] = Field(
         default="all", description="Views that cross-entropy sees; with momentum always the first."
     )
@@ -47,8 +57,11 @@ class CIBLConfig(ContrastMemory):
     def terms(self, inputs: LossInputs, prior: ClassPrior, progress: float) -> Terms:
         """The terms of `cibl`."""
         z, contrast = inputs.contrasted()
+        logits = inputs.logits
+        if self.logit_gamma:
+            logits = scaled_logits(logits, logit_scales(prior.train_counts, self.logit_gamma))
         return cibl(
-            adjust_logits(inputs.logits, prior.log_prior, self.kappa),
+            adjust_logits(logits, prior.log_prior, self.kappa),
             z,
             inputs.labels,
             contrast,
@@ -57,6 +70,7 @@ class CIBLConfig(ContrastMemory):
             inputs.views if self.classify == "first" else 1,
             self.normalize,
             inputs.all_labels,
+            prior.log_prior.exp() if self.count == "expected" else None,
         )
 
 
@@ -101,6 +115,7 @@ def cibl(
     classify_every: int = 1,
     normalization: Normalization = "none",
     all_labels: torch.Tensor | None = None,
+    frequencies: torch.Tensor | None = None,
 ) -> Terms:
     """Class instance balanced loss: mean_m [ (1 - w_m)·CE_m ] + mean_m [ w_m·SupCon_m ].
 
@@ -119,13 +134,15 @@ def cibl(
             weights ∝ 1/|P| beside SupCon. "class" takes both means within each class first, then over the classes of the batch,
             so that λ = 0 is cross-entropy in which each class of the batch weighs alike.
         all_labels: The labels of all workers' anchors, where they are not `labels`.
+        frequencies: π, (C,). |P(m)| in w_m is then its expectation, (A - 1)·π_y for a contrast set of A; None: what is there.
 
     Returns:
         Scalars: the "loss", both terms unweighted, and the mean weight of cross-entropy.
     """
     contrastive, positives = supcon_and_positives(z, labels, contrast, logits.shape[1], temperature)
-    weight, rest = term_weights(positives, tail_skew)
     all_labels = labels if all_labels is None else all_labels
+    expected = None if frequencies is None else (frequencies * (len(contrast.labels) - 1)).to(positives.dtype)
+    weight, rest = term_weights(positives if expected is None else expected.index_select(0, labels), tail_skew)
     if normalization == "class":
         shares = class_shares(labels, all_labels, logits.shape[1]).to(weight.dtype)
         weight, rest = weight * shares, rest * shares
@@ -135,7 +152,10 @@ def cibl(
     classified = cross_entropy(chosen, chosen_labels)
     classification = (rest * classified).mean()
     if normalization == "batch":
-        counts = pairs.positive_counts(all_labels, contrast.labels, logits.shape[1]).to(rest.dtype)
+        if expected is None:
+            counts = pairs.positive_counts(all_labels, contrast.labels, logits.shape[1]).to(rest.dtype)
+        else:
+            counts = expected.index_select(0, all_labels)
         classification = classification / term_weights(counts, tail_skew)[1][::classify_every].mean()
     loss = classification + (weight * contrastive).mean()
     return {

@@ -40,6 +40,12 @@ def logit_scales(train_counts: torch.Tensor, gamma: float) -> torch.Tensor:
     return (counts / counts.max()) ** gamma
 
 
+def scaled_logits(logits: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """Δ_c·f_c, (M, C) in at least float32, of logits f (M, C) and scales Δ (C,)."""
+    logits = at_least_float32(logits)
+    return logits * scales.to(logits.dtype)
+
+
 def vs(logits: torch.Tensor, labels: torch.Tensor, scales: torch.Tensor, log_prior: torch.Tensor, kappa: float) -> torch.Tensor:
     """Cross-entropy on Δ_c·f_c + κ·log π_c (Kini et al. 2021, the VS loss for many classes, without weights).
 
@@ -53,5 +59,4 @@ def vs(logits: torch.Tensor, labels: torch.Tensor, scales: torch.Tensor, log_pri
     Returns:
         One value a sample, (M,), in at least float32.
     """
-    logits = at_least_float32(logits)
-    return cross_entropy(adjust_logits(logits * scales.to(logits.dtype), log_prior, kappa), labels)
+    return cross_entropy(adjust_logits(scaled_logits(logits, scales), log_prior, kappa), labels)

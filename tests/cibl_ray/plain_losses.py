@@ -102,6 +102,12 @@ def vs(logits, labels, gamma, kappa):
     return torch.stack(losses)
 
 
+def scaled(logits, gamma):
+    return torch.stack(
+        [f[c] * (n / int(COUNTS.max())) ** gamma for f in logits for c, n in enumerate(COUNTS.tolist())]
+    ).reshape(logits.shape)
+
+
 def label_smoothing(logits, labels, head, tail, shape):
     losses = []
     for f, y in zip(logits, labels.tolist(), strict=True):
@@ -118,13 +124,15 @@ def label_smoothing(logits, labels, head, tail, shape):
     return torch.stack(losses)
 
 
-def cibl(logits, z, labels, everyone, all_labels, tail_skew, temperature, every, normalization="none"):
+def cibl(logits, z, labels, everyone, all_labels, tail_skew, temperature, every, normalization="none", expected=False):
     contrastive = supcon(z, labels, everyone, all_labels, temperature)
     classified = cross_entropy(logits, labels)
     rows = range(0, len(z), every)
     weights = []
     for m in range(len(z)):
         positives = sum(int(all_labels[a] == labels[m]) for a in others_of(m, len(everyone)))
+        if expected:
+            positives = (len(everyone) - 1) * int(COUNTS[labels[m]]) / int(COUNTS.sum())
         weights.append(tail_skew * positives / (1 + tail_skew * positives))
     if normalization == "class":
         loss, present = 0, sorted(set(labels.tolist()))

@@ -95,6 +95,13 @@ CASES = {
         lambda loss, e, q: loss(e.logits, e.z, e.labels, queue=q),
         lambda e, z, all_z, all_y: plain.cibl(e.logits, z, e.labels, all_z, all_y, 0.3, 0.1, 2, "batch"),
     ),
+    "CIBLLoss with expected numbers": (
+        lambda counts, **more: losses.CIBLLoss(counts, 0.3, logit_gamma=0.2, count="expected", **more),
+        lambda loss, e, q: loss(e.logits, e.z, e.labels, queue=q),
+        lambda e, z, all_z, all_y: plain.cibl(
+            plain.scaled(e.logits, 0.2), z, e.labels, all_z, all_y, 0.3, 0.1, 1, expected=True
+        ),
+    ),
 }  # fmt: skip
 CONTRASTIVE = [name for name in CASES if name.startswith(("SupCon", "BCL", "PaCo", "Hybrid", "CIBL"))]
 

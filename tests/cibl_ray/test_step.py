@@ -104,6 +104,18 @@ CASES = {
         "{kind: cibl, tail_skew: 2, normalize: class}", 0.5,
         lambda e: plain.cibl(e.logits, e.z, e.labels, *e.everyone(), 2, 0.1, 1, "class"),
     ),
+    "cibl, expected numbers of a class": (
+        "{kind: cibl, tail_skew: 2, count: expected}", 0.5,
+        lambda e: plain.cibl(e.logits, e.z, e.labels, *e.everyone(), 2, 0.1, 1, expected=True),
+    ),
+    "cibl, expected numbers of a class, normalised over the batch": (
+        "{kind: cibl, tail_skew: 2, count: expected, normalize: batch, classify: first}", 0.5,
+        lambda e: plain.cibl(e.logits, e.z, e.labels, *e.everyone(), 2, 0.1, 2, "batch", expected=True),
+    ),
+    "cibl, logits scaled as in VS": (
+        "{kind: cibl, tail_skew: 0.3, kappa: 0.5, logit_gamma: 0.2}", 0.5,
+        lambda e: plain.cibl(plain.scaled(e.logits, 0.2) + 0.5 * LOG_PRIOR, e.z, e.labels, *e.everyone(), 0.3, 0.1, 1),
+    ),
 }  # fmt: skip
 
 

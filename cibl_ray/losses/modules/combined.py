@@ -10,7 +10,7 @@ from torch import nn
 from cibl_ray.losses.balanced_softmax import adjust_logits
 from cibl_ray.losses.bcl import BCLConfig
 from cibl_ray.losses.checks import check_whole, checked_settings, to_unit_norm
-from cibl_ray.losses.cibl import CIBLConfig, Normalization
+from cibl_ray.losses.cibl import CIBLConfig, Count, Normalization
 from cibl_ray.losses.cross_entropy import cross_entropy
 from cibl_ray.losses.hybrid import Curve, HybridPSCConfig, HybridSCConfig
 from cibl_ray.losses.inputs import ContrastSet, LossInputs
@@ -76,13 +76,16 @@ class CIBLLoss(_OfBoth):
     |P| counts the other rows of the same class in the contrast set. The weight is our reading of the paper's abstract.
 
     Args:
-        class_counts: Training images of each class, (C,). They matter where kappa is not 0; their number always does.
+        class_counts: Training images of each class, (C,). They matter where kappa or logit_gamma is not 0, or count is
+            "expected"; their number always does.
         tail_skew: λ. 0 is cross-entropy; more moves accuracy to the rare classes.
         temperature: τ.
         kappa: κ: adds κ·log π to the logits.
         normalize: What the weights are divided by: "none"; "batch", so that 1-w has mean 1 over the batch; or "class", the mean
             over the classes of each class's mean.
         views: V > 1: cross-entropy sees the rows 0, V, 2V, ... alone, the first view of each image.
+        logit_gamma: γ: scales logit c by (n_c / n_max)^γ.
+        count: |P| in the weights: "batch", as many as there are; "expected", as many as the class counts let expect.
         normalized: The embeddings have unit norm already.
         gather: Contrast with the embeddings of all processes.
         validate: Check the values of the inputs.
@@ -97,6 +100,8 @@ class CIBLLoss(_OfBoth):
         normalize: Normalization = "none",
         views: int = 1,
         *,
+        logit_gamma: float = 0.0,
+        count: Count = "batch",
         normalized: bool = False,
         gather: bool = False,
         validate: bool = True,
@@ -104,7 +109,14 @@ class CIBLLoss(_OfBoth):
         check_whole("views", views, 1)
         classify: Literal["all", "first"] = "first" if views > 1 else "all"
         config = checked_settings(
-            CIBLConfig, tail_skew=tail_skew, temperature=temperature, kappa=kappa, normalize=normalize, classify=classify
+            CIBLConfig,
+            tail_skew=tail_skew,
+            temperature=temperature,
+            kappa=kappa,
+            normalize=normalize,
+            classify=classify,
+            logit_gamma=logit_gamma,
+            count=count,
         )
         super().__init__(config, class_counts, normalized, gather, validate)
         self.views = views
