@@ -6,6 +6,7 @@ import os
 import secrets
 
 _TOKEN = secrets.token_hex(32)  # of the clusters that this process starts
+HEALTH_CHECK = "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"
 _OWN = "CIBL_RAY_OWN_CLUSTER"  # inherited by the cluster's processes
 
 
@@ -31,7 +32,7 @@ def configure_ray_env(own: bool) -> None:
     os.environ.setdefault("RAY_COLOR_PREFIX", "0")
     if not own:
         # Of a worker's host that does not answer. Ray Train waits ten minutes by default.
-        os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", "45")
+        os.environ.setdefault(HEALTH_CHECK, "45")
         return
     # In the environment, so that Ray writes no token file into the home folder.
     os.environ["RAY_AUTH_TOKEN"] = _TOKEN

@@ -18,6 +18,7 @@ import ray
 
 import cibl_ray
 import pipelines
+from cibl_ray.cluster.environment import HEALTH_CHECK
 from cibl_ray.cluster.failures import first_line
 from pipelines.common.errors import UserError
 
@@ -71,8 +72,9 @@ def _join(address: str) -> None:
         ray.shutdown()
     _answers(place, named)
     packages = [str(Path(package.__file__ or "").parent) for package in (cibl_ray, pipelines)]
-    # RAY_ADDRESS: what asks for the cluster's state there should ask this one.
-    _connect(place, named, py_modules=packages, env_vars={"MALLOC_ARENA_MAX": "1", "RAY_ADDRESS": place})
+    # RAY_ADDRESS: what asks for the cluster's state there should ask this one. Trials on the nodes start workers of their own.
+    inherited = {name: os.environ[name] for name in (HEALTH_CHECK,) if name in os.environ}
+    _connect(place, named, py_modules=packages, env_vars={"MALLOC_ARENA_MAX": "1", "RAY_ADDRESS": place, **inherited})
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     cpus, gpus = (int(sum(node.get(kind, 0) for node in nodes)) for kind in ("CPU", "GPU"))
     joined = f"{ray.get_runtime_context().gcs_address}: {len(nodes)} nodes, {cpus} CPUs, {gpus} GPUs"
@@ -127,15 +129,21 @@ _QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR
 
 
 @contextmanager
-def polite_end() -> Iterator[None]:
-    """Treat SIGTERM as Ctrl-C, which Ray Tune's own handler turns into an orderly end of all trials."""
+def polite_end() -> Iterator[set[int]]:
+    """Treat SIGTERM as Ctrl-C, which Ray Tune's own handler turns into an orderly end of all trials.
+
+    Yields:
+        A set that gets SIGTERM's number when it comes.
+    """
+    heard: set[int] = set()
 
     def interrupt(number: int, frame: FrameType | None) -> None:
+        heard.add(number)
         signal.raise_signal(signal.SIGINT)
 
     before = signal.signal(signal.SIGTERM, interrupt), signal.getsignal(signal.SIGINT)
     try:
-        yield
+        yield heard
     finally:
         signal.signal(signal.SIGTERM, before[0])
         signal.signal(signal.SIGINT, before[1])

@@ -6,16 +6,17 @@ import functools
 import hashlib
 from pathlib import Path
 
-_PACKAGES = ("cibl_ray", "pipelines")  # what decides a run's result
-_ROOT = Path(__file__).resolve().parents[2]
+import cibl_ray
+import pipelines
 
 
 @functools.cache
 def code_digest() -> str:
     """Of the source files that train, as this process first saw them: 12 hexadecimal digits. The same wherever they lie."""
     digest = hashlib.sha256()
-    for package in _PACKAGES:
-        for path in sorted((_ROOT / package).rglob("*.py")):
+    for package in (cibl_ray, pipelines):  # what decides a run's result; on a cluster's nodes each lies in a folder of its own
+        folder = Path(package.__file__ or "").parent
+        for path in sorted(folder.rglob("*.py")):
             content = path.read_bytes()
-            digest.update(f"{path.relative_to(_ROOT).as_posix()} {len(content)}\n".encode() + content)
+            digest.update(f"{path.relative_to(folder.parent).as_posix()} {len(content)}\n".encode() + content)
     return digest.hexdigest()[:12]

@@ -18,7 +18,7 @@ from cibl_ray.run.checkpoint import load_checkpoint
 from cibl_ray.run.folder import BEST, BEST_RESULT, CHECKPOINTS, LAST, RESULT, set_aside
 from cibl_ray.tuning.config import METRICS, SweepConfig
 from cibl_ray.tuning.folder import BEST_CONFIG, OVER_SKEW, RUNS, TABLE, TRADE_OFF
-from cibl_ray.tuning.sweep import Trial, axes, best, front, objectives, trial_config
+from cibl_ray.tuning.sweep import Trial, axes, best, front, objectives, scored, trial_config
 from pipelines.common.errors import UserError
 from pipelines.common.files import write_atomically
 from pipelines.common.fonts import save
@@ -44,23 +44,23 @@ def write(folder: Path, sweep: SweepConfig, base: dict[str, Any], trials: list[T
         UserError: No trial has a score. trials.csv is written all the same.
     """
     _table(folder / TABLE, sweep, trials)
-    scored = [trial for trial in trials if trial.scores]
+    compared = scored(trials)
     chosen = best(sweep, trials)
     if chosen is None:
         first = next((f", the first: {trial.error}" for trial in trials if trial.error), "")
         raise UserError(f"no trial has a finite validation score{first}; all of them are in {folder / 'trials.csv'}")
     save_config(trial_config(base, chosen.params), folder / BEST_CONFIG)
     _keep_checkpoint(folder, chosen)
-    first, second = axes(sweep, scored)
-    points = np.array([[_percent(trial.scores, first), _percent(trial.scores, second)] for trial in scored])
+    first, second = axes(sweep, compared)
+    points = np.array([[_percent(trial.scores, first), _percent(trial.scores, second)] for trial in compared])
     modes: dict[str, str] = {objective.metric: objective.mode for objective in sweep.objective}
     on_front = front(points * [-1 if modes.get(metric) == "min" else 1 for metric in (first, second)])
-    _trade_off(folder / TRADE_OFF, points, on_front, (first, second), scored.index(chosen))
-    _over_skew(folder / OVER_SKEW, scored, (first, second))
+    _trade_off(folder / TRADE_OFF, points, on_front, (first, second), compared.index(chosen))
+    _over_skew(folder / OVER_SKEW, compared, (first, second))
     lines = [f"{'trial':<12}{first:>8}{second:>8}{'overall':>9}  epochs  parameters"]
-    shown = {tuple(points[scored.index(chosen)])}
+    shown = {tuple(points[compared.index(chosen)])}
     for i in np.argsort(-points[:, 0], kind="stable"):
-        trial = scored[i]
+        trial = compared[i]
         if on_front[i] and (trial is chosen or tuple(points[i]) not in shown):  # of equal trials one
             shown.add(tuple(points[i]))
             values = ", ".join(f"{key.rpartition('.')[2]} {_short(value)}" for key, value in trial.params.items())

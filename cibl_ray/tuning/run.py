@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shlex
+import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +16,11 @@ from cibl_ray.cluster.failures import no_code
 from cibl_ray.cluster.session import cluster, polite_end
 from cibl_ray.cluster.shared_folder import mark_beside, same_folder
 from cibl_ray.run.folder import lock_folder
+from cibl_ray.run.stop import AGAIN
 from cibl_ray.tuning import report
 from cibl_ray.tuning.config import SweepConfig
 from cibl_ray.tuning.data import prepare_data
-from cibl_ray.tuning.folder import SWEEP, mend, read_trials, sweep_text
+from cibl_ray.tuning.folder import RUNS, SWEEP, mend, read_trials, sweep_text
 from cibl_ray.tuning.in_process import fits_in_process, keep_best, search_in_process
 from cibl_ray.tuning.journal import check_choices
 from cibl_ray.tuning.search import search
@@ -46,8 +50,19 @@ def run(sweep: SweepConfig, folder: Path, address: str | None, base: dict[str, A
     need_writable(folder, f"sweep folder {str(folder)!r}", "make it writable, or resume a copy of it")
     if address is None:
         check_metrics(sweep, *prepare_data(base))  # once: all trials share it
+    new = not os.path.lexists(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with lock_folder(folder, "sweeping", patience=0):
+    try:
+        return _run(sweep, folder, address, base)
+    except UserError:
+        if new and not os.path.lexists(folder / RUNS) and not read_trials(folder):
+            shutil.rmtree(folder, ignore_errors=True)  # no trial began: the mended command may have its name
+        raise
+
+
+def _run(sweep: SweepConfig, folder: Path, address: str | None, base: dict[str, Any]) -> tuple[list[Trial], str]:
+    """As `run`, once the folder is there."""
+    with lock_folder(folder, "sweeping", patience=0), polite_end() as heard:
         in_process = fits_in_process(sweep, base, address)
         if len(read_trials(folder)) < sweep.trials:
             check_choices(folder, sweep, in_process)
@@ -60,24 +75,26 @@ def run(sweep: SweepConfig, folder: Path, address: str | None, base: dict[str, A
                     search_in_process(sweep, base, folder, left, trackers)
                     keep_best(sweep, base, folder)
                 except KeyboardInterrupt:
-                    raise _interrupted(folder, address) from None
+                    raise _interrupted(folder, address, heard) from None
             elif left > 0:
-                with cluster(address), polite_end(), mark_beside(folder, None) as mark:
+                with cluster(address), mark_beside(folder, None) as mark:
                     if address is not None:
                         _check_nodes(folder, mark)
                         check_metrics(sweep, *_results(ray.remote(prepare_data).remote(base)))
                     search(sweep, base, folder, left, mark, trackers)
             trials = read_trials(folder)
             if len(trials) < sweep.trials:  # Ray Tune returns normally after Ctrl-C
-                raise _interrupted(folder, address)
+                raise _interrupted(folder, address, heard)
             text = report.write(folder, sweep, base, trials)
             trackers.end(sweep_outcome(sweep, folder, trials, text))
             return trials, text
 
 
-def _interrupted(folder: Path, address: str | None) -> Interrupted:
+def _interrupted(folder: Path, address: str | None, heard: set[int]) -> Interrupted:
+    """heard: the signals beside Ctrl-C; after SIGTERM a scheduler should start the sweep again, as it does a run."""
     at = f" --address {address}" if address is not None else ""
-    return Interrupted(f"stopped; resume with: python -m cibl_ray.tune --resume {shlex.quote(str(folder))}{at}")
+    text = f"stopped; resume with: python -m cibl_ray.tune --resume {shlex.quote(str(folder))}{at}"
+    return Interrupted(text, AGAIN if signal.SIGTERM in heard else 130)
 
 
 def _check_nodes(folder: Path, mark: str | None) -> None:

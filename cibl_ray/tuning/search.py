@@ -24,7 +24,7 @@ from cibl_ray.tuning.folder import OF_RAY, RUNS, read_trials, record_trial
 from cibl_ray.tuning.journal import STUDY, open_journal
 from cibl_ray.tuning.sweep import Trial, most_epochs, trial_name
 from cibl_ray.tuning.track import track_trial
-from cibl_ray.tuning.trial import trial
+from cibl_ray.tuning.trial import UNWRITTEN, objective_names, trial
 from pipelines.common.errors import UserError
 
 
@@ -50,7 +50,7 @@ def search(
         raise UserError(f"no room for a trial of {sweep.workers} workers with {sweep.cpus} CPUs each; lower workers or cpus")
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # _Recorder prints what happens
-    names = [f"objective_{number}" for number in range(len(sweep.objective))]
+    names = objective_names(sweep)
     modes: list[str] = [objective.mode for objective in sweep.objective]
     storage = open_journal(folder)
     proposed = _proposed(storage)
@@ -109,7 +109,7 @@ def search(
             storage_path=str(folder / OF_RAY),
             failure_config=tune.FailureConfig(max_failures=2),
             verbose=0,
-            callbacks=[_Recorder(folder, sweep, base, trial_places, trackers or Trackers([]))],
+            callbacks=[_Recorder(folder, sweep, base, given["relay"], trial_places, trackers or Trackers([]))],
         ),
     )
     try:
@@ -151,9 +151,17 @@ class _Recorder(tune.Callback):
     """Ray Tune calls this in the driver: each trial that ends becomes a line of trials.jsonl and one on the terminal."""
 
     def __init__(
-        self, folder: Path, sweep: SweepConfig, base: dict[str, Any], places: TrialPlaces | None, trackers: Trackers
+        self,
+        folder: Path,
+        sweep: SweepConfig,
+        base: dict[str, Any],
+        relay: Any,
+        places: TrialPlaces | None,
+        trackers: Trackers,
     ) -> None:
         self._folder, self._sweep, self._base, self._places, self._trackers = folder, sweep, base, places, trackers
+        self._relay = relay
+        self._unwritten: dict[str, str] = {}
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         reached = (trial.last_result or {}).get("epoch", 0)
@@ -161,7 +169,8 @@ class _Recorder(tune.Callback):
         self._end(trial, "completed" if reached >= wanted else "stopped")
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._end(trial, "failed", "its process was lost three times")
+        self._unwritten |= {name: text for kind, (name, text) in ray.get(self._relay.take.remote()) if kind == UNWRITTEN}
+        self._end(trial, "failed", self._unwritten.get(trial_name(trial.config), "its process was lost three times"))
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Ray Tune restarts a trial whose process was lost."""
@@ -175,6 +184,7 @@ class _Recorder(tune.Callback):
         failed = self._folder / RUNS / f"{name}.error"
         if failed.exists():
             state, error = "failed", " ".join(failed.read_text().split())
-        ended = Trial(name, trial.config, state, result.get("epoch", 0), result.get("scores", {}), error)
+        scores = {} if state == "failed" else result.get("scores", {})
+        ended = Trial(name, trial.config, state, result.get("epoch", 0), scores, error)
         record_trial(self._folder, self._sweep, ended)
         track_trial(self._trackers, ended)

@@ -275,7 +275,7 @@ def objectives(sweep: SweepConfig, scores: dict[str, float]) -> list[float]:
         UserError: A score is missing.
     """
     if not _comparable(sweep, scores):
-        return [-_WORST if objective.mode == "max" else _WORST for objective in sweep.objective]
+        return worst_objectives(sweep)
     values = []
     for objective in sweep.objective:
         value = _score(scores, objective.metric)
@@ -286,6 +286,11 @@ def objectives(sweep: SweepConfig, scores: dict[str, float]) -> list[float]:
                 value = worst - short if objective.mode == "max" else worst + short
         values.append(min(max(value, -_WORST), _WORST))
     return values
+
+
+def worst_objectives(sweep: SweepConfig) -> list[float]:
+    """The values of a trial that ranks last."""
+    return [-_WORST if objective.mode == "max" else _WORST for objective in sweep.objective]
 
 
 def _comparable(sweep: SweepConfig, scores: dict[str, float]) -> bool:
@@ -301,10 +306,15 @@ def _score(scores: dict[str, float], metric: str) -> float:
     return scores[metric]
 
 
+def scored(trials: list[Trial]) -> list[Trial]:
+    """The trials whose scores count: one that failed has at most those of an epoch before that."""
+    return [trial for trial in trials if trial.scores and trial.state != "failed"]
+
+
 def best(sweep: SweepConfig, trials: list[Trial]) -> Trial | None:
     """The best trial by the first objective. Trials that ended by themselves come first; None where no score is finite."""
-    scored = [trial for trial in trials if trial.scores and _comparable(sweep, trial.scores)]
-    ended = [trial for trial in scored if trial.state == "completed"] or scored
+    finite = [trial for trial in scored(trials) if _comparable(sweep, trial.scores)]
+    ended = [trial for trial in finite if trial.state == "completed"] or finite
     sign = 1 if sweep.objective[0].mode == "max" else -1
     return max(ended, key=lambda trial: sign * objectives(sweep, trial.scores)[0], default=None)
 

@@ -24,19 +24,27 @@ from cibl_ray.run.progress import Progress
 from cibl_ray.training.fit import fit
 from cibl_ray.tuning.config import SweepConfig
 from cibl_ray.tuning.folder import RUNS
-from cibl_ray.tuning.sweep import objectives, trial_config, trial_name
+from cibl_ray.tuning.sweep import objectives, trial_config, trial_name, worst_objectives
 from cibl_ray.world import World
 from pipelines.common.cores import limit_cores
 from pipelines.common.errors import UserError
 from pipelines.common.files import locked, write_atomically
 from pipelines.common.validation import validate
 
+UNWRITTEN = "unwritten"  # the kind of a note: a trial's name, and an error that could not be written into the sweep's folder
+
+
+def objective_names(sweep: SweepConfig) -> list[str]:
+    """The names under which trials report the values of `objectives`."""
+    return [f"objective_{number}" for number in range(len(sweep.objective))]
+
 
 def trial(params: dict[str, Any], given: dict[str, Any]) -> None:
     """Train one trial. Ray Tune calls this function in a process for trials.
 
     An error is written to a file, from which the driver reads it. It is not raised: Ray Tune must repeat a trial whose process
-    was lost, and no other.
+    was lost, and no other. Where this node cannot write into the folder, the error goes through the relay and is raised:
+    another node may do better.
 
     Args:
         params: The values of the searched fields, by dotted name.
@@ -48,11 +56,16 @@ def trial(params: dict[str, Any], given: dict[str, Any]) -> None:
     limit_cores(given["cpus"])
     sweep = validate(SweepConfig, given["sweep"], "the sweep")
     name = trial_name(params)
-    same_folder(Path(given["folder"]), given["mark"], "--sweeps")  # a node that has joined since the sweep began
     run_folder = Path(given["folder"]) / RUNS / name
-    run_folder.parent.mkdir(parents=True, exist_ok=True)
     failed = run_folder.with_suffix(".error")
-    failed.unlink(missing_ok=True)
+    try:
+        same_folder(Path(given["folder"]), given["mark"], "--sweeps")  # a node that has joined since the sweep began
+        run_folder.parent.mkdir(parents=True, exist_ok=True)
+        failed.unlink(missing_ok=True)
+    except (UserError, OSError) as error:
+        ray.get(given["relay"].post.remote(UNWRITTEN, (name, str(error))))
+        raise
+    progress: _Reported | None = None
     try:
         # The same parameters may be proposed twice: the second trial waits, and reports what the first one did.
         watched = nullcontext() if is_own_cluster() else end_when_cut_off(given["relay"])
@@ -72,6 +85,9 @@ def trial(params: dict[str, Any], given: dict[str, Any]) -> None:
         failed.write_text(f"{kind}{error}")
         if not isinstance(error, UserError):
             traceback.print_exc()
+        # Else the search would take the last epoch that went well for the trial's score, and propose more of its kind.
+        values = dict(zip(objective_names(sweep), worst_objectives(sweep), strict=True))
+        tune.report({"epoch": progress.reported if progress is not None else 0} | values)
 
 
 def _in_workers(sweep: SweepConfig, config: RunConfig, run_folder: Path, progress: Progress, places: Queue) -> None:
@@ -94,7 +110,7 @@ class _Reported:
     """
 
     def __init__(self, sweep: SweepConfig, epochs: int) -> None:
-        self._sweep, self._epochs, self._reported = sweep, epochs, 0
+        self._sweep, self._epochs, self.reported = sweep, epochs, 0
         self._last: dict[str, Any] | None = None
 
     def begin(self, total: int, done: int) -> None: ...
@@ -109,11 +125,11 @@ class _Reported:
         return logging.NullHandler()
 
     def epoch(self, row: dict[str, Any], text: str) -> None:
-        if row["epoch"] <= self._reported or ("val" not in row and row["epoch"] < self._epochs):
+        if row["epoch"] <= self.reported or ("val" not in row and row["epoch"] < self._epochs):
             return
         if "val" not in row:
             raise UserError("no validation split, and a sweep must not choose on the test set; set data.val_fraction: 0.1")
-        self._reported = row["epoch"]
+        self.reported = row["epoch"]
         if row["epoch"] == self._epochs:
             self._last = row
         else:
@@ -124,5 +140,5 @@ class _Reported:
             self._report(self._last)
 
     def _report(self, row: dict[str, Any]) -> None:
-        values = {f"objective_{number}": value for number, value in enumerate(objectives(self._sweep, row["val"]))}
+        values = dict(zip(objective_names(self._sweep), objectives(self._sweep, row["val"]), strict=True))
         tune.report({"epoch": row["epoch"], "scores": row["val"]} | values)

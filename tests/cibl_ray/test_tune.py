@@ -102,6 +102,11 @@ def test_a_sweep_with_more_trials_than_slots_and_one_that_fails(folder):
     assert failed
     assert all(trial.params["optimizer.lr"] == 1000000 for trial in failed)
     assert "the loss is not finite" in failed[0].error
+    journal = open_journal(folder / "whole")
+    told = [
+        one for one in journal.get_all_trials(journal.get_study_id_from_name(STUDY)) if one.params["optimizer.lr"] == 1000000
+    ]
+    assert {one.value for one in told} == {-1e9}
     others = [trial for trial in trials if trial.state != "failed"]
     assert {trial.epochs for trial in others} <= {2, 4}
     for trial in others:  # grace 2, reduction 2: ASHA compares after the last epoch too
