@@ -6,7 +6,6 @@ import functools
 import hashlib
 from pathlib import Path
 
-import cibl_ray
 import pipelines
 
 
@@ -14,8 +13,8 @@ import pipelines
 def code_digest() -> str:
     """Of the source files that train, as this process first saw them: 12 hexadecimal digits. The same wherever they lie."""
     digest = hashlib.sha256()
-    for package in (cibl_ray, pipelines):  # what decides a run's result; on a cluster's nodes each lies in a folder of its own
-        folder = Path(package.__file__ or "").parent
+    # What decides a run's result. On a cluster's nodes each package lies in a folder of its own.
+    for folder in (Path(__file__).parents[1], Path(pipelines.__file__ or "").parent):
         for path in sorted(folder.rglob("*.py")):
             content = path.read_bytes()
             digest.update(f"{path.relative_to(folder.parent).as_posix()} {len(content)}\n".encode() + content)
