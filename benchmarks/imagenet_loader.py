@@ -106,8 +106,8 @@ def sides(path: Path, files: list[bytes], cores: int, counts: tuple[int, ...]) -
 
     for views in counts:
         cut = View(cut=RandomResizedCrop(kind="resized"))
-        reading = ReadPlan((cut,) * views, SIZE, BATCH, 0, "instance", drop_last=True)
-        runs[f"ours_{views}"] = partial(ours, FFCVLoader(beton, reading, LoaderConfig(workers=cores)))
+        plan = ReadPlan((cut,) * views, SIZE, BATCH, 0, "instance", drop_last=True)
+        runs[f"ours_{views}"] = partial(ours, FFCVLoader(beton, plan, LoaderConfig(workers=cores)))
         runs[f"ffcv_{views}"] = ffcv(path, views, cores)
         for decoder in ("pillow", "torchvision"):
             loader = DataLoader(

@@ -22,7 +22,7 @@ from pipelines.common.fonts import Pen
 from pipelines.common.words import plural
 from pipelines.config import LoaderConfig
 from pipelines.loaders.make import make_loader
-from pipelines.loaders.reading import train_reading
+from pipelines.loaders.reading import train_plan
 from pipelines.prepare.beton import RAW
 from pipelines.prepare.build import ensure_prepared, from_command_line
 from pipelines.prepare.pictures import shot_groups
@@ -53,11 +53,11 @@ def main() -> None:
     out = arguments.out or prepared.folder / "views.png"
     need_writable(out.parent, str(out), "name another file: --out FILE.png")
     count = min(arguments.images, prepared.splits["train"].samples)
-    reading = train_reading(config.data, count, config.seed)
-    loader = make_loader(prepared, "train", reading, LoaderConfig())
+    plan = train_plan(config.data, count, config.seed)
+    loader = make_loader(prepared, "train", plan, LoaderConfig())
     epoch = loader.epoch(arguments.epoch)
     batch = next(epoch)  # its views are the loader's own buffer until `epoch` continues
-    views = Augment(reading.views, reading.size, reading.seed)(batch.views, arguments.epoch, 0).clone()
+    views = Augment(plan.views, plan.size, plan.seed)(batch.views, arguments.epoch, 0).clone()
     beton, counts = prepared.beton("train"), prepared.train_counts
     groups = shot_groups(counts)
     rows = []

@@ -89,29 +89,29 @@ class _Pixels:
 
 
 class ResidentLoader:
-    """`pipelines.loaders.make.Loader` of images in `device`'s memory; its batches are there too."""
+    """`pipelines.loaders.reading.Loader` of images in `device`'s memory; its batches are there too."""
 
     lasting = True
 
-    def __init__(self, beton: Beton, reading: ReadPlan, device: torch.device) -> None:
-        self._beton, self._reading, self._device = beton, reading, device
-        self._margin = margin_of(reading.views)
+    def __init__(self, beton: Beton, plan: ReadPlan, device: torch.device) -> None:
+        self._beton, self._plan, self._device = beton, plan, device
+        self._margin = margin_of(plan.views)
         self._pixels = _Pixels.of(beton, device, self._margin)
         self.samples = len(beton)
-        self.batches = reading.batches(self.samples)
+        self.batches = plan.batches(self.samples)
         self.name = f"resident loader, {self._pixels.padded.nbytes / 1e6:,.0f} MB in {device.type} memory"
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of an epoch, from batch `start` on."""
-        reading, pixels = self._reading, self._pixels
-        order = reading.order(self._beton, epoch)
+        plan, pixels = self._plan, self._pixels
+        order = plan.order(self._beton, epoch)
         heights, widths = (np.full(len(order), side) for side in (pixels.height, pixels.width))
-        cuts = draw_cuts(reading.views, reading.size, heights, widths, reading.seed, epoch)
-        positions = reading.positions(self.samples, start)
+        cuts = draw_cuts(plan.views, plan.size, heights, widths, plan.seed, epoch)
+        positions = plan.positions(self.samples, start)
         # All of an epoch at once: nothing goes to the device between two steps.
         rows, boxes = torch.from_numpy(order[positions]).to(self._device), torch.from_numpy(cuts[positions]).to(self._device)
-        resized = ((cuts[..., HEIGHT] != reading.size) | (cuts[..., WIDTH] != reading.size)).any(0).tolist()
-        for part in torch.arange(len(positions)).split(reading.own_batch):
+        resized = ((cuts[..., HEIGHT] != plan.size) | (cuts[..., WIDTH] != plan.size)).any(0).tolist()
+        for part in torch.arange(len(positions)).split(plan.own_batch):
             own = slice(int(part[0]), int(part[-1]) + 1)
             yield Batch(self._views(rows[own], boxes[own], resized), pixels.labels[rows[own]], pixels.rows[rows[own]])
 
@@ -129,7 +129,7 @@ class ResidentLoader:
 
     def _copied(self, rows: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
         """The boxes of the output's size: uint8 (B, V, S, S, 3) with a stride of 4 a pixel, by one gather."""
-        size, padded = self._reading.size, self._pixels.padded
+        size, padded = self._plan.size, self._pixels.padded
         along = torch.arange(size, device=self._device)
         y = boxes[..., TOP, None] + (self._margin + along)
         flip = boxes[..., FLIP, None] != 0
@@ -151,7 +151,7 @@ class ResidentLoader:
 
     def _weights(self, first: torch.Tensor, length: torch.Tensor, whole: int) -> torch.Tensor:
         """What each of S output pixels takes of each of `whole` source pixels: float32 (B, S, whole), rows adding up to 1."""
-        size = self._reading.size
+        size = self._plan.size
         scale = (length.float() / size)[:, None, None]
         centre = first[:, None, None] + (torch.arange(size, device=self._device)[:, None] + 0.5) * scale
         source = torch.arange(whole, device=self._device) + 0.5

@@ -22,12 +22,12 @@ from pipelines.prepare.beton import RAW, Beton
 class _Epoch(Dataset[tuple[torch.Tensor, int, int]]):
     """Sample at a position of one epoch: (views uint8 (V, S, S, 3), label, row)."""
 
-    def __init__(self, beton: Beton, reading: ReadPlan, epoch: int) -> None:
-        self.beton, self.size = beton, reading.size
-        self.order = reading.order(beton, epoch)
+    def __init__(self, beton: Beton, plan: ReadPlan, epoch: int) -> None:
+        self.beton, self.size = beton, plan.size
+        self.order = plan.order(beton, epoch)
         self.records = beton.records["f0"][self.order]
         heights, widths = self.records["height"], self.records["width"]
-        self.cuts = draw_cuts(reading.views, reading.size, heights, widths, reading.seed, epoch)
+        self.cuts = draw_cuts(plan.views, plan.size, heights, widths, plan.seed, epoch)
 
     @property
     def resizes(self) -> bool:
@@ -82,15 +82,15 @@ def _begin(loader: DataLoader[Any]) -> Iterator[Any]:
 
 
 class TorchLoader:
-    """`pipelines.loaders.make.Loader` by a DataLoader. Equal to FFCV's for raw images that are not resized, else close."""
+    """`pipelines.loaders.reading.Loader` by a DataLoader. Equal to FFCV's for raw images that are not resized, else close."""
 
     lasting = False
 
-    def __init__(self, beton: Beton, reading: ReadPlan, config: LoaderConfig, device: torch.device) -> None:
-        self._beton, self._reading = beton, reading
+    def __init__(self, beton: Beton, plan: ReadPlan, config: LoaderConfig, device: torch.device) -> None:
+        self._beton, self._plan = beton, plan
         self._pinned = device.type == "cuda"
         self.samples = len(beton)
-        self.batches = reading.batches(self.samples)
+        self.batches = plan.batches(self.samples)
         all_raw = bool((beton.records["f0"]["mode"] == RAW).all())
         # Worker processes pay where JPEGs are decoded; small raw images are cut in this process.
         self._workers = config.workers or (0 if all_raw else usable_cores())
@@ -99,14 +99,14 @@ class TorchLoader:
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of an epoch, from batch `start` on."""
-        reading = self._reading
-        dataset = _Epoch(self._beton, reading, epoch)
+        plan = self._plan
+        dataset = _Epoch(self._beton, plan, epoch)
         if self._workers and dataset.resizes:
             import torchvision.transforms.v2  # noqa: F401  # here once, not in every worker of every epoch
         loader = DataLoader(
             dataset,
-            batch_size=reading.own_batch,
-            sampler=reading.positions(self.samples, start).tolist(),
+            batch_size=plan.own_batch,
+            sampler=plan.positions(self.samples, start).tolist(),
             num_workers=self._workers,
             prefetch_factor=self._ahead if self._workers else None,
             # The open files stay those of this process, even if another command prepares the folder again meanwhile.
