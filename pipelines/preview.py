@@ -23,7 +23,6 @@ from pipelines.common.words import plural
 from pipelines.config import LoaderConfig
 from pipelines.loaders.make import make_loader
 from pipelines.loaders.reading import train_plan
-from pipelines.prepare.beton import RAW
 from pipelines.prepare.build import ensure_prepared, from_command_line
 from pipelines.prepare.pictures import shot_groups
 
@@ -63,8 +62,7 @@ def main() -> None:
     rows = []
     for number, (row, label) in enumerate(zip(batch.index.tolist(), batch.labels.tolist(), strict=True)):
         stored = beton.image(row)
-        raw = beton.records["f0"]["mode"][row] == RAW
-        image = Image.fromarray(stored) if raw else Image.open(io.BytesIO(stored.tobytes())).convert("RGB")
+        image = Image.fromarray(stored) if beton.is_raw[row] else Image.open(io.BytesIO(stored.tobytes())).convert("RGB")
         of_class = f"{prepared.classes[label]}: {plural(int(counts[label]), 'image')} ({groups[label]})"
         text = f"{of_class}, stored {image.width}x{image.height}"
         rows.append((text, [image, *_images(views[number])]))

@@ -9,11 +9,10 @@ import numpy as np
 import torch
 
 from pipelines.common.cores import usable_cores
-from pipelines.common.errors import UserError
 from pipelines.config import LoaderConfig
 from pipelines.loaders.reading import Batch, ReadPlan
 from pipelines.pixels import BadImageError, EvalRule, decode
-from pipelines.prepare.beton import RAW, Beton
+from pipelines.prepare.beton import Beton
 
 
 class EvalLoader:
@@ -30,8 +29,7 @@ class EvalLoader:
         self.samples = len(beton)
         self.batches = plan.batches(self.samples)
         self._workers, self._ahead = config.workers or usable_cores(), config.batches_ahead
-        records, size = beton.records["f0"], plan.size
-        whole = (records["mode"] == RAW) & (records["height"] == size) & (records["width"] == size)
+        whole = beton.is_raw & (beton.heights == plan.size) & (beton.widths == plan.size)
         self._as_it_lies = bool(whole.all()) and self._rule.ratio == 1
         self.name = "evaluation loader" + ("" if self._as_it_lies else f", {self._workers} threads")
 
@@ -85,8 +83,7 @@ def eval_image(beton: Beton, row: int, rule: EvalRule) -> np.ndarray:
         UserError: The image is damaged.
     """
     data = beton.image(row)
-    raw = beton.records["f0"]["mode"][row] == RAW
     try:
-        return rule(decode(data if raw else data.tobytes()))
+        return rule(decode(data if beton.is_raw[row] else data.tobytes()))
     except BadImageError as error:
-        raise UserError(f"{beton.where(row)} is damaged ({error}); remove the folder and prepare again") from error
+        raise beton.damaged(row, error) from error

@@ -22,7 +22,7 @@ from pipelines.loaders.cache import PageReader
 from pipelines.loaders.cuts import draw_cuts
 from pipelines.loaders.reading import Batch, ReadPlan
 from pipelines.pixels import BadImageError, decode, to_rgb
-from pipelines.prepare.beton import RAW, Beton
+from pipelines.prepare.beton import Beton
 
 # Two parallel loaders at once abort under numba's own threading layer ("workqueue").
 numba.config.THREADING_LAYER = "omp"  # type: ignore[attr-defined]
@@ -119,7 +119,7 @@ class _Epoch(EpochIterator):
                 recorded = f"{table.width[position]}x{table.height[position]}"
                 raise BadImageError(f"{image.width}x{image.height} pixels, recorded as {recorded}")
         except BadImageError as error:
-            raise UserError(f"{self._beton.where(row)} is damaged ({error}); remove the folder and prepare again") from error
+            raise self._beton.damaged(row, error) from error
         pixels = np.frombuffer(image.tobytes() + bytes(PADDING), np.uint8)[: 3 * image.width * image.height]
         cut_pixels(pixels.reshape(image.height, image.width, 3), table.cuts[position], out, self._work)
 
@@ -156,13 +156,11 @@ class FFCVLoader:
         self._beton, self._labels = beton, torch.from_numpy(beton.labels.copy())
         self.samples = len(beton)
         self.batches = plan.batches(self.samples)
-        all_raw = bool((beton.records["f0"]["mode"] == RAW).all())
         cores = usable_cores()
         # Copying small raw images keeps one thread idle most of the time; JPEG decoding needs all there are.
-        workers = min(config.workers or (1 if all_raw else cores), cores)
-        records = beton.records["f0"]
+        workers = min(config.workers or (1 if beton.is_raw.all() else cores), cores)
         self._decoders = Decoders(workers)
-        self._work = make_work(self._decoders.handles, plan.size, records["height"], records["width"])
+        self._work = make_work(self._decoders.handles, plan.size, beton.heights, beton.widths)
         threads = torch.get_num_threads()
         Compiler.set_enabled(False)  # what runs is compiled already; FFCV's own functions would take seconds, every time
         try:
@@ -192,14 +190,14 @@ class FFCVLoader:
         """The batches of an epoch, from batch `start` on."""
         plan = self._plan
         order = plan.order(self._beton, epoch)
-        records = self._beton.records["f0"][order]
+        heights, widths = self._beton.heights[order], self._beton.widths[order]
         table = Table(
             self._beton.addresses[order],
             self._beton.sizes[order],
-            (records["mode"] != RAW).astype(np.int32),
-            records["height"].astype(np.int32),
-            records["width"].astype(np.int32),
-            draw_cuts(plan.views, plan.size, records["height"], records["width"], plan.seed, epoch),
+            (~self._beton.is_raw[order]).astype(np.int32),
+            heights.astype(np.int32),
+            widths.astype(np.int32),
+            draw_cuts(plan.views, plan.size, heights, widths, plan.seed, epoch),
             np.zeros(len(order), np.int32),
         )
         positions = plan.positions(self.samples, start)

@@ -104,9 +104,8 @@ def _eval_loader(beton: Beton, plan: ReadPlan, config: LoaderConfig) -> Loader:
 
 def _train_loader(beton: Beton, plan: ReadPlan, config: LoaderConfig, device: torch.device) -> Loader:
     kind = "resident" if _resident(beton, plan.views, config, device) else loader_kind(config)
-    records = beton.records["f0"]
     # An image that is too small for its cut is reported now.
-    draw_cuts(plan.views, plan.size, records["height"], records["width"], plan.seed, 0)
+    draw_cuts(plan.views, plan.size, beton.heights, beton.widths, plan.seed, 0)
     if kind == "resident":
         from pipelines.loaders.resident_loader import ResidentLoader
 

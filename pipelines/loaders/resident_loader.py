@@ -20,7 +20,7 @@ from pipelines.config import RandomCrop, View
 from pipelines.loaders.cache import available_memory
 from pipelines.loaders.cuts import FLIP, HEIGHT, LEFT, TOP, WIDTH, draw_cuts
 from pipelines.loaders.reading import Batch, ReadPlan
-from pipelines.prepare.beton import RAW, Beton
+from pipelines.prepare.beton import Beton
 
 _SHARE = 0.25  # of the device's free memory, for the images
 _LARGEST = 8 << 30  # bytes: beyond, holding them gains nothing
@@ -43,12 +43,12 @@ def why_not_resident(beton: Beton, device: torch.device, margin: int = 0) -> str
     Returns:
         The reason; None: they can be held.
     """
-    records = beton.records["f0"]
-    if (records["mode"] != RAW).any():
+    heights, widths = beton.heights, beton.widths
+    if not beton.is_raw.all():
         return "the images are stored as JPEG (data.store.mode: raw stores pixels)"
-    if len(np.unique(records["height"])) > 1 or len(np.unique(records["width"])) > 1:
+    if len(np.unique(heights)) > 1 or len(np.unique(widths)) > 1:
         return "the images have different sizes (data.store.square makes them alike)"
-    size = 4 * len(beton) * (int(records["height"][0]) + 2 * margin) * (int(records["width"][0]) + 2 * margin)
+    size = 4 * len(beton) * (int(heights[0]) + 2 * margin) * (int(widths[0]) + 2 * margin)
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
     if size > min(_LARGEST, _SHARE * free):
         return f"they take {size / 1e9:.1f} GB, and {device.type} has {free / 1e9:.1f} GB free"
@@ -67,7 +67,7 @@ class _Pixels:
     _held: ClassVar[weakref.WeakValueDictionary[_Key, _Pixels]] = weakref.WeakValueDictionary()
 
     def __init__(self, beton: Beton, device: torch.device, margin: int) -> None:
-        self.height, self.width = (int(beton.records["f0"][side][0]) for side in ("height", "width"))
+        self.height, self.width = int(beton.heights[0]), int(beton.widths[0])
         shape = (len(beton), self.height + 2 * margin, self.width + 2 * margin, 4)
         self.padded = torch.zeros(shape, dtype=torch.uint8, device=device)
         inner = self.padded[:, margin : margin + self.height, margin : margin + self.width, :3]

@@ -16,7 +16,7 @@ from pipelines.config import LoaderConfig
 from pipelines.loaders.cuts import HEIGHT, WIDTH, draw_cuts
 from pipelines.loaders.reading import Batch, ReadPlan
 from pipelines.pixels import BadImageError, decode, to_rgb
-from pipelines.prepare.beton import RAW, Beton
+from pipelines.prepare.beton import Beton
 
 
 class _Epoch(Dataset[tuple[torch.Tensor, int, int]]):
@@ -25,8 +25,7 @@ class _Epoch(Dataset[tuple[torch.Tensor, int, int]]):
     def __init__(self, beton: Beton, plan: ReadPlan, epoch: int) -> None:
         self.beton, self.size = beton, plan.size
         self.order = plan.order(beton, epoch)
-        self.records = beton.records["f0"][self.order]
-        heights, widths = self.records["height"], self.records["width"]
+        heights, widths = beton.heights[self.order], beton.widths[self.order]
         self.cuts = draw_cuts(plan.views, plan.size, heights, widths, plan.seed, epoch)
 
     @property
@@ -40,9 +39,9 @@ class _Epoch(Dataset[tuple[torch.Tensor, int, int]]):
         row = int(self.order[position])
         data = self.beton.image(row)
         try:
-            pixels = data if self.records["mode"][position] == RAW else np.asarray(to_rgb(decode(data.tobytes())))
+            pixels = data if self.beton.is_raw[row] else np.asarray(to_rgb(decode(data.tobytes())))
         except BadImageError as error:
-            raise UserError(f"{self.beton.where(row)} is damaged ({error}); remove the folder and prepare again") from error
+            raise self.beton.damaged(row, error) from error
         image = torch.from_numpy(pixels.copy()).permute(2, 0, 1)
         views = [self._cut(image, *cut) for cut in self.cuts[position].tolist()]
         return torch.stack(views).permute(0, 2, 3, 1), int(self.beton.labels[row]), int(self.beton.rows[row])
@@ -91,9 +90,8 @@ class TorchLoader:
         self._pinned = device.type == "cuda"
         self.samples = len(beton)
         self.batches = plan.batches(self.samples)
-        all_raw = bool((beton.records["f0"]["mode"] == RAW).all())
         # Worker processes pay where JPEGs are decoded; small raw images are cut in this process.
-        self._workers = config.workers or (0 if all_raw else usable_cores())
+        self._workers = config.workers or (0 if beton.is_raw.all() else usable_cores())
         self._ahead = config.batches_ahead
         self.name = f"torchvision loader, {self._workers or 'no'} worker processes"
 

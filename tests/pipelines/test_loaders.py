@@ -212,9 +212,9 @@ def loader_epoch():
 def test_a_damaged_jpeg_in_the_file_surfaces(photos_prepared, tmp_path, kind, workers):
     data = photos_prepared[0].model_copy(update={"prepared": tmp_path})
     prepared = ensure_prepared(data, 0)
-    record = prepared.beton("train").records["f0"][5]
+    start = int(prepared.beton("train").starts[5])
     with prepared.paths("train")[0].open("r+b") as file:
-        file.seek(int(record["data_ptr"]))
+        file.seek(start)
         file.write(b"\0" * 64)
     loader = make_loader(prepared, "train", train_plan(data, 8, 0), LoaderConfig(kind=kind, workers=workers))
     with pytest.raises(UserError, match=r"image 5 of .*train\.beton.* \(line 6 of train\.files\.txt\) is damaged"):
@@ -239,7 +239,7 @@ def test_a_jpeg_with_stray_bytes_is_read_as_pillow_reads_it(photo_folder, tmp_pa
     beton = prepared.beton("train")
     refused = 0
     for row in range(len(beton)):
-        height, width = (np.uint32(beton.records["f0"][row][side]) for side in ("height", "width"))
+        height, width = np.uint32(beton.heights[row]), np.uint32(beton.widths[row])
         image = np.empty((height, width, 3), np.uint8)
         jpeg = np.ascontiguousarray(beton.image(row))
         refused += imdecode(jpeg, image, height, width, height, width, 0, 0, 1, 1, False, False) != 0
