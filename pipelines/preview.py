@@ -24,7 +24,7 @@ from pipelines.config import LoaderConfig
 from pipelines.loaders.make import make_loader
 from pipelines.loaders.reading import train_plan
 from pipelines.prepare.build import ensure_prepared, from_command_line
-from pipelines.prepare.pictures import shot_groups
+from pipelines.prepare.shots import shot_groups
 
 _TILE, _GAP, _LINE = 160, 6, 16  # pixels of a tile's side, between tiles, of a line of text
 

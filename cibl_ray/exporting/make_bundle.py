@@ -43,8 +43,9 @@ from pipelines.loaders.reading import eval_plan, eval_rule
 from pipelines.pixels import BadImageError, decode
 from pipelines.prepare.build import ensure_prepared
 from pipelines.prepare.originals import original_images
-from pipelines.prepare.pictures import GROUPS, save_histogram, shot_groups
+from pipelines.prepare.pictures import save_histogram
 from pipelines.prepare.prepared import Prepared
+from pipelines.prepare.shots import GROUPS, shot_groups
 
 log = logging.getLogger(__name__)
 

@@ -28,7 +28,6 @@ from pipelines.common.settings import Settings, build
 from pipelines.common.words import agreed, plural
 from pipelines.config import DataConfig
 from pipelines.prepare.doubles import find_copies, refuse_shared_files
-from pipelines.prepare.groups import grouped, refuse_shared_groups
 from pipelines.prepare.longtail import apply_profile, carve
 from pipelines.prepare.pictures import save_histogram
 from pipelines.prepare.prepared import (
@@ -49,6 +48,7 @@ from pipelines.prepare.sources.addresses import NetworkError
 from pipelines.prepare.sources.dataset import AbsentError, class_weights, refuse_useless_weights
 from pipelines.prepare.sources.names import read_text
 from pipelines.prepare.sources.tree import SPLITS
+from pipelines.prepare.split_groups import grouped, refuse_shared_groups
 from pipelines.prepare.writer import (
     Packer,
     Progress,
