@@ -23,7 +23,8 @@ from pipelines.common.words import plural
 from pipelines.config import LoaderConfig
 from pipelines.loaders.make import make_loader
 from pipelines.loaders.reading import train_plan
-from pipelines.prepare.build import ensure_prepared, from_command_line
+from pipelines.prepare.build import ensure_prepared
+from pipelines.prepare.command import from_command_line
 from pipelines.prepare.shots import shot_groups
 
 _TILE, _GAP, _LINE = 160, 6, 16  # pixels of a tile's side, between tiles, of a line of text
@@ -32,7 +33,7 @@ _TILE, _GAP, _LINE = 160, 6, 16  # pixels of a tile's side, between tiles, of a 
 def main() -> None:
     """The command."""
     parser = ConfigParser(
-        "pipelines.prepare.build:PrepareConfig",
+        "pipelines.prepare.command:PrepareConfig",
         prog="python -m pipelines.preview",
         usage="%(prog)s CONFIG [--out FILE] [--images N] [--epoch E] [--field value ...]",
         description="A picture of what the network sees of the first training images of an epoch.",

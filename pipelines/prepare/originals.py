@@ -10,9 +10,10 @@ from collections.abc import Iterator
 from PIL import Image
 
 from pipelines.config import DataConfig
-from pipelines.prepare.build import Prepared, choose, subset_seed
+from pipelines.prepare.prepared import Prepared
 from pipelines.prepare.sources.addresses import NetworkError
 from pipelines.prepare.sources.dataset import AbsentError
+from pipelines.prepare.splits import choose, subset_seed
 from pipelines.prepare.writer import line_of
 
 log = logging.getLogger(__name__)
