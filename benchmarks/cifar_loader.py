@@ -24,7 +24,7 @@ from benchmarks.measure import alternate, report
 from pipelines.common.errors import run_command
 from pipelines.config import LoaderConfig
 from pipelines.loaders.make import make_loader
-from pipelines.loaders.reading import train_reading
+from pipelines.loaders.reading import train_plan
 
 BATCH, WORKERS = 128, 2
 
@@ -67,7 +67,7 @@ def main() -> None:
     labels = torch.from_numpy(beton.labels.copy())
 
     ours = {
-        kind: make_loader(prepared, "train", train_reading(config.data, BATCH, 0), LoaderConfig(kind=kind))
+        kind: make_loader(prepared, "train", train_plan(config.data, BATCH, 0), LoaderConfig(kind=kind))
         for kind in ("ffcv", "torch")
     }
     peers = {

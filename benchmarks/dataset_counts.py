@@ -14,7 +14,7 @@ import numpy as np
 
 from pipelines.common.errors import run_command
 from pipelines.prepare.longtail import exp_counts
-from pipelines.prepare.pictures import GROUPS, shot_groups
+from pipelines.prepare.shots import GROUPS, shot_groups
 from pipelines.prepare.sources import class_counts, read_list
 
 

@@ -21,7 +21,7 @@ from pipelines.config import DataConfig
 from pipelines.doctor.content import find_by_content
 from pipelines.doctor.examine import Examined, examine
 from pipelines.doctor.features import image_features
-from pipelines.prepare.build import choose
+from pipelines.prepare.splits import choose
 
 
 def doubted(examined: Examined, features: np.ndarray) -> set[int]:

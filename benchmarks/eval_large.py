@@ -19,7 +19,7 @@ from benchmarks.measure import alternate, report
 from pipelines.common.errors import run_command
 from pipelines.config import DataConfig, LoaderConfig
 from pipelines.loaders.make import make_loader
-from pipelines.loaders.reading import eval_reading
+from pipelines.loaders.reading import eval_plan
 from pipelines.pixels import scaled, stored_size
 from pipelines.prepare.build import ensure_prepared
 from pipelines.prepare.prepared import Prepared
@@ -59,7 +59,7 @@ def main() -> None:
     count = 12 if arguments.quick else 64
 
     def side(prepared: Prepared, data: DataConfig) -> Callable[[], int]:
-        loader = make_loader(prepared, "test", eval_reading(data, BATCH), LoaderConfig())
+        loader = make_loader(prepared, "test", eval_plan(data, BATCH), LoaderConfig())
         repeats = max(1, 192 // count)
         return lambda: sum(len(batch.labels) for _ in range(repeats) for batch in loader.epoch(0))
 

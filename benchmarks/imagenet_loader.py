@@ -106,8 +106,8 @@ def sides(path: Path, files: list[bytes], cores: int, counts: tuple[int, ...]) -
 
     for views in counts:
         cut = View(cut=RandomResizedCrop(kind="resized"))
-        reading = ReadPlan((cut,) * views, SIZE, BATCH, 0, "instance", drop_last=True)
-        runs[f"ours_{views}"] = partial(ours, FFCVLoader(beton, reading, LoaderConfig(workers=cores)))
+        plan = ReadPlan((cut,) * views, SIZE, BATCH, 0, "instance", drop_last=True)
+        runs[f"ours_{views}"] = partial(ours, FFCVLoader(beton, plan, LoaderConfig(workers=cores)))
         runs[f"ffcv_{views}"] = ffcv(path, views, cores)
         for decoder in ("pillow", "torchvision"):
             loader = DataLoader(
@@ -149,11 +149,9 @@ def limit(beton: Beton, cores: int) -> Callable[[], int]:
     """turbojpeg alone: every image decoded to RGB, nothing kept."""
     library = ctypes.CDLL("libturbojpeg.so.0")
     library.tjInitDecompress.restype = ctypes.c_void_p
-    records = beton.records["f0"]
-    jobs = list(
-        zip(beton.addresses.tolist(), beton.sizes.tolist(), records["width"].tolist(), records["height"].tolist(), strict=True)
-    )
-    room = 3 * int(records["width"].max()) * int(records["height"].max())
+    widths, heights = beton.widths, beton.heights
+    jobs = list(zip(beton.addresses.tolist(), beton.sizes.tolist(), widths.tolist(), heights.tolist(), strict=True))
+    room = 3 * int(widths.max()) * int(heights.max())
 
     def decode(part: list[tuple[int, int, int, int]]) -> None:
         decoder, pixels = ctypes.c_void_p(library.tjInitDecompress()), np.empty(room, np.uint8)
@@ -178,8 +176,8 @@ def profile(beton: Beton, rows: int = 256) -> dict[str, float]:
     decoder, pixels = ctypes.c_void_p(library.tjInitDecompress()), np.empty(4 * (SIDE + 16) ** 2, np.uint8)
     out, third = ctypes.c_void_p(pixels.ctypes.data), (SIDE + 16) ** 2
     planes = (ctypes.c_void_p * 3)(*(pixels.ctypes.data + number * third for number in range(3)))
-    records, rows = beton.records["f0"][:rows], min(rows, len(beton))
-    heights, widths = records["height"].astype(np.int32), records["width"].astype(np.int32)
+    rows = min(rows, len(beton))
+    heights, widths = beton.heights[:rows].astype(np.int32), beton.widths[:rows].astype(np.int32)
     jobs = list(zip(beton.addresses.tolist(), beton.sizes.tolist(), widths.tolist(), heights.tolist(), strict=False))[:rows]
     views = (View(cut=RandomResizedCrop(kind="resized")),) * 3
     cuts = draw_cuts(views, SIZE, heights, widths, 0, 0)
@@ -224,7 +222,7 @@ def profile(beton: Beton, rows: int = 256) -> dict[str, float]:
     def draws() -> None:
         stream = ReadPlan(views[:2], SIZE, BATCH, 0, "instance", drop_last=True)
         order = stream.order(beton, 1)
-        draw_cuts(views[:2], SIZE, beton.records["f0"]["height"][order], beton.records["f0"]["width"][order], 0, 1)
+        draw_cuts(views[:2], SIZE, beton.heights[order], beton.widths[order], 0, 1)
 
     threads = torch.get_num_threads(), numba.get_num_threads()
     torch.set_num_threads(1)

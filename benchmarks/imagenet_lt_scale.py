@@ -100,8 +100,8 @@ def _over(first: dict[str, float], second: dict[str, float]) -> float:
 
 
 def _loader(beton: Beton, sampling: Sampling, share: Share, threads: int) -> Loader:
-    reading = ReadPlan((VIEW, VIEW), 32, BATCH, 0, sampling, drop_last=True, share=share)
-    return FFCVLoader(beton, reading, LoaderConfig(workers=threads))
+    plan = ReadPlan((VIEW, VIEW), 32, BATCH, 0, sampling, drop_last=True, share=share)
+    return FFCVLoader(beton, plan, LoaderConfig(workers=threads))
 
 
 def _epoch(loader: Loader, number: int) -> dict[str, float]:
@@ -119,8 +119,8 @@ def _epoch(loader: Loader, number: int) -> dict[str, float]:
 
 
 def _classes_seen(beton: Beton) -> float:
-    reading = ReadPlan((VIEW,), 32, BATCH, 0, "class_balanced", drop_last=True)
-    return len(np.unique(beton.labels[reading.order(beton, 1)]))
+    plan = ReadPlan((VIEW,), 32, BATCH, 0, "class_balanced", drop_last=True)
+    return len(np.unique(beton.labels[plan.order(beton, 1)]))
 
 
 def _worker(paths: tuple[Path, ...], number: int, queue: multiprocessing.Queue) -> None:

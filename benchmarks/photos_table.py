@@ -32,7 +32,7 @@ from cibl_ray.world import World
 from pipelines.augment.recipe import Normalize
 from pipelines.common.files import write_atomically
 from pipelines.loaders.make import make_loader
-from pipelines.loaders.reading import eval_reading
+from pipelines.loaders.reading import eval_plan
 from pipelines.prepare.build import ensure_prepared
 
 COLUMNS = ("overall", "balanced", "many", "medium", "few", "worst", "harmonic", "calibration_error")
@@ -220,7 +220,7 @@ def train_loop(config: RunConfig, epochs: int = 3, batch_size: int = 16, lr: flo
             optimizer.step()
             schedule.step()
     seconds = time.perf_counter() - started
-    test = make_loader(prepared, "test", eval_reading(config.data, 64), config.loader)
+    test = make_loader(prepared, "test", eval_plan(config.data, 64), config.loader)
     answers, truth = predict(network, test, Normalize(config.data), torch.device("cpu"))
     test.close()
     return score(answers, truth, prepared.train_counts), seconds

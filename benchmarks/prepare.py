@@ -32,7 +32,7 @@ from pipelines.common.cores import CORES
 from pipelines.common.errors import UserError, run_command
 from pipelines.config import DataConfig, LoaderConfig
 from pipelines.loaders.make import make_loader
-from pipelines.loaders.reading import train_reading
+from pipelines.loaders.reading import train_plan
 from pipelines.prepare.build import ensure_prepared
 from pipelines.prepare.on_ray import RayPacker, cluster
 from pipelines.prepare.prepared import Prepared
@@ -75,9 +75,9 @@ def preparing(source: dict[str, Any], place: Path, workers: int | None) -> Calla
 
 
 def beton_epoch(prepared: Prepared, data: DataConfig) -> Callable[[], int]:
-    reading = train_reading(data, BATCH, 0)
-    loader = make_loader(prepared, "train", reading, LoaderConfig(workers=WORKERS))
-    augment = Augment(reading.views, reading.size, reading.seed)
+    plan = train_plan(data, BATCH, 0)
+    loader = make_loader(prepared, "train", plan, LoaderConfig(workers=WORKERS))
+    augment = Augment(plan.views, plan.size, plan.seed)
     epochs = iter(range(1000))
 
     def run() -> int:

@@ -24,7 +24,7 @@ from cibl_ray.run.checkpoint import load_checkpoint
 from pipelines.augment.recipe import Normalize
 from pipelines.common.errors import run_command
 from pipelines.loaders.make import make_loader
-from pipelines.loaders.reading import eval_reading
+from pipelines.loaders.reading import eval_plan
 from pipelines.prepare.build import ensure_prepared
 
 LAMBDAS = (0.0, 0.01, 0.05, 0.5, 5.0)
@@ -72,7 +72,7 @@ def shifted(run: Path) -> dict[float, Scores]:
     checkpoint = load_checkpoint(run / "checkpoints" / "last.safetensors")
     config = resolve(checkpoint.config)
     prepared = ensure_prepared(config.data, config.seed)
-    loader = make_loader(prepared, "test", eval_reading(config.data, 500), config.loader)
+    loader = make_loader(prepared, "test", eval_plan(config.data, 500), config.loader)
     device = torch.device(config.train.device)
     logits, labels = predict(checkpoint.network().to(device), loader, Normalize(config.data).to(device), device)
     counts = checkpoint.train_counts

@@ -22,10 +22,10 @@ from pipelines.common.fonts import Pen
 from pipelines.common.words import plural
 from pipelines.config import LoaderConfig
 from pipelines.loaders.make import make_loader
-from pipelines.loaders.reading import train_reading
-from pipelines.prepare.beton import RAW
-from pipelines.prepare.build import ensure_prepared, from_command_line
-from pipelines.prepare.pictures import shot_groups
+from pipelines.loaders.reading import train_plan
+from pipelines.prepare.build import ensure_prepared
+from pipelines.prepare.command import from_command_line
+from pipelines.prepare.shots import shot_groups
 
 _TILE, _GAP, _LINE = 160, 6, 16  # pixels of a tile's side, between tiles, of a line of text
 
@@ -33,7 +33,7 @@ _TILE, _GAP, _LINE = 160, 6, 16  # pixels of a tile's side, between tiles, of a 
 def main() -> None:
     """The command."""
     parser = ConfigParser(
-        "pipelines.prepare.build:PrepareConfig",
+        "pipelines.prepare.command:PrepareConfig",
         prog="python -m pipelines.preview",
         usage="%(prog)s CONFIG [--out FILE] [--images N] [--epoch E] [--field value ...]",
         description="A picture of what the network sees of the first training images of an epoch.",
@@ -53,18 +53,17 @@ def main() -> None:
     out = arguments.out or prepared.folder / "views.png"
     need_writable(out.parent, str(out), "name another file: --out FILE.png")
     count = min(arguments.images, prepared.splits["train"].samples)
-    reading = train_reading(config.data, count, config.seed)
-    loader = make_loader(prepared, "train", reading, LoaderConfig())
+    plan = train_plan(config.data, count, config.seed)
+    loader = make_loader(prepared, "train", plan, LoaderConfig())
     epoch = loader.epoch(arguments.epoch)
     batch = next(epoch)  # its views are the loader's own buffer until `epoch` continues
-    views = Augment(reading.views, reading.size, reading.seed)(batch.views, arguments.epoch, 0).clone()
+    views = Augment(plan.views, plan.size, plan.seed)(batch.views, arguments.epoch, 0).clone()
     beton, counts = prepared.beton("train"), prepared.train_counts
     groups = shot_groups(counts)
     rows = []
     for number, (row, label) in enumerate(zip(batch.index.tolist(), batch.labels.tolist(), strict=True)):
         stored = beton.image(row)
-        raw = beton.records["f0"]["mode"][row] == RAW
-        image = Image.fromarray(stored) if raw else Image.open(io.BytesIO(stored.tobytes())).convert("RGB")
+        image = Image.fromarray(stored) if beton.is_raw[row] else Image.open(io.BytesIO(stored.tobytes())).convert("RGB")
         of_class = f"{prepared.classes[label]}: {plural(int(counts[label]), 'image')} ({groups[label]})"
         text = f"{of_class}, stored {image.width}x{image.height}"
         rows.append((text, [image, *_images(views[number])]))

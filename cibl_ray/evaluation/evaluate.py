@@ -20,7 +20,7 @@ from cibl_ray.run.shift import checked_shift
 from pipelines.augment.recipe import Normalize
 from pipelines.common.errors import UserError
 from pipelines.loaders.make import make_loader
-from pipelines.loaders.reading import eval_reading
+from pipelines.loaders.reading import eval_plan
 from pipelines.prepare.build import ensure_prepared, prepare_folder
 from pipelines.prepare.prepared import Prepared
 
@@ -88,7 +88,7 @@ def evaluate(
         prepared, split = prepare_folder(folder.absolute(), checkpoint.classes, config.data), "test"
 
     def outputs(data: Prepared, of: str) -> tuple[torch.Tensor, torch.Tensor]:
-        loader = make_loader(data, of, eval_reading(config.data, config.train.eval_batch_size), config.loader)
+        loader = make_loader(data, of, eval_plan(config.data, config.train.eval_batch_size), config.loader)
         try:
             return predict(network.to(device), loader, Normalize(config.data).to(device), device)
         finally:

@@ -9,7 +9,7 @@ from statistics import stdev
 import numpy as np
 import torch
 
-from pipelines.prepare.pictures import GROUPS, THIRDS, shot_groups, thirds
+from pipelines.prepare.shots import GROUPS, THIRDS, shot_groups, thirds
 
 CALIBRATION_BINS = 15
 

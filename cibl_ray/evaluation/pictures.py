@@ -14,7 +14,8 @@ from matplotlib.transforms import Bbox
 
 from cibl_ray.evaluation.metrics import Scores
 from pipelines.common.fonts import save
-from pipelines.prepare.pictures import COLORS, GROUPS, shot_groups
+from pipelines.prepare.pictures import COLORS
+from pipelines.prepare.shots import GROUPS, shot_groups
 
 _NAMED, _WORST = 20, 12  # classes that are all named; of more, so many
 # Places of a name beside its point, in points of a font: right and left, then further up and down.

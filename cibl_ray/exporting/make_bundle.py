@@ -39,12 +39,13 @@ from pipelines.common.files import need_writable
 from pipelines.common.progress import NO_BAR
 from pipelines.loaders.eval_loader import eval_image
 from pipelines.loaders.make import make_loader
-from pipelines.loaders.reading import eval_reading, eval_rule
+from pipelines.loaders.reading import eval_plan, eval_rule
 from pipelines.pixels import BadImageError, decode
 from pipelines.prepare.build import ensure_prepared
 from pipelines.prepare.originals import original_images
-from pipelines.prepare.pictures import GROUPS, save_histogram, shot_groups
+from pipelines.prepare.pictures import save_histogram
 from pipelines.prepare.prepared import Prepared
+from pipelines.prepare.shots import GROUPS, shot_groups
 
 log = logging.getLogger(__name__)
 
@@ -283,7 +284,7 @@ class _Export:
 
     def _batches(self, split: str) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
         """(images uint8 (B, S, S, 3), labels int64 (B,)) of a split, as evaluation reads it."""
-        loader = make_loader(self.prepared, split, eval_reading(self.config.data, 100), self.config.loader)
+        loader = make_loader(self.prepared, split, eval_plan(self.config.data, 100), self.config.loader)
         try:
             for batch in loader.epoch(0):
                 yield batch.views[:, 0].numpy().copy(), batch.labels.clone()

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines.common.fonts import save
-from pipelines.prepare.pictures import COLORS, GROUPS
+from pipelines.prepare.pictures import COLORS
+from pipelines.prepare.shots import GROUPS
 
 if TYPE_CHECKING:
     from cibl_ray.evaluation.metrics import Scores

@@ -35,9 +35,9 @@ _DIGEST = 8  # bytes
 def digests_of(beton: Beton) -> np.ndarray:
     """A digest of each image's stored bytes and shape, uint64 (N,)."""
     digests = np.empty(len(beton), dtype=np.uint64)
-    records = beton.records["f0"]
+    kinds, widths, heights = beton.is_raw.astype(np.uint8), beton.widths, beton.heights
     for row in range(len(beton)):
-        shape = f"{records['mode'][row]} {records['width'][row]} {records['height'][row]} ".encode()
+        shape = f"{kinds[row]} {widths[row]} {heights[row]} ".encode()
         digest = hashlib.blake2b(shape, digest_size=_DIGEST)
         digest.update(beton.image(row).tobytes())
         digests[row] = int.from_bytes(digest.digest(), "little")

@@ -20,7 +20,7 @@ from pipelines.augment.recipe import Augment, Normalize
 from pipelines.common.seeding import stream
 from pipelines.config import DataConfig
 from pipelines.loaders.make import make_loader
-from pipelines.loaders.reading import Batch, Loader, ReadPlan, Share, eval_reading, train_reading
+from pipelines.loaders.reading import Batch, Loader, ReadPlan, Share, eval_plan, train_plan
 from pipelines.prepare.prepared import Prepared
 
 _SMALL, _STEPS_AT_ONCE = 64, 8  # up to this many pixels a side a GPU augments 8 steps at once
@@ -59,7 +59,7 @@ def open_images(config: RunConfig, prepared: Prepared, device: torch.device, wor
         alone = 0 if number and two_streams else one_view_epochs(config.train)
         feeds.append(Feed(loader, plan, normalize, device, rows, batch, alone))
     # Opened now, so that a damaged test set is not found out after the last epoch.
-    held_out = eval_reading(config.data, config.train.eval_batch_size, world.share)
+    held_out = eval_plan(config.data, config.train.eval_batch_size, world.share)
     loaders = {split: make_loader(prepared, split, held_out, config.loader) for split in _held_out(prepared)}
     return Streams(feeds, loaders, normalize)
 
@@ -77,7 +77,7 @@ def open_features(
         features: Of the run's frozen backbone.
     """
     feeds = [FeatureFeed(features.train(plan), device) for plan in _plans(config, world.share)]
-    held_out = eval_reading(config.data, config.train.eval_batch_size, world.share)
+    held_out = eval_plan(config.data, config.train.eval_batch_size, world.share)
     return Streams(feeds, {split: features.evaluation(split, held_out) for split in _held_out(prepared)}, AsTheyAre())
 
 
@@ -85,7 +85,7 @@ def _plans(config: RunConfig, share: Share) -> list[ReadPlan]:
     plans = read_plans(config.loss, config.data, config.train.batch_size, config.seed, share)
     if config.train.cmo is not None:  # what is pasted: every class as often
         balanced = config.data.model_copy(update={"sampling": "class_balanced"})
-        plans.append(train_reading(balanced, config.train.batch_size, int(stream(config.seed, "cmo").integers(2**32)), share))
+        plans.append(train_plan(balanced, config.train.batch_size, int(stream(config.seed, "cmo").integers(2**32)), share))
     return plans
 
 
@@ -103,12 +103,12 @@ def read_plans(loss: LossSettings, data: DataConfig, batch_size: int, seed: int,
         seed: The run's.
         share: This worker's part of each batch.
     """
-    plans = [train_reading(data, batch_size, seed, share)]
+    plans = [train_plan(data, batch_size, seed, share)]
     second = loss.needs.second_stream
     if second is not None:
         views = tuple(data.views[number] for number in second.views)
         of_second = data.model_copy(update={"views": views, "sampling": second.sampling})
-        plans.append(train_reading(of_second, batch_size, int(stream(seed, "classifier stream").integers(2**32)), share))
+        plans.append(train_plan(of_second, batch_size, int(stream(seed, "classifier stream").integers(2**32)), share))
     return plans
 
 
@@ -140,7 +140,7 @@ class Feed:
 
     Args:
         loader: The images.
-        reading: Views, size and seed.
+        plan: Views, size and seed.
         normalize: Turns uint8 pixels into the network's input.
         device: Where the network is.
         rows: This worker's rows of each step's samples.
@@ -154,7 +154,7 @@ class Feed:
     def __init__(
         self,
         loader: Loader,
-        reading: ReadPlan,
+        plan: ReadPlan,
         normalize: Normalize,
         device: torch.device,
         rows: slice,
@@ -162,11 +162,11 @@ class Feed:
         one_view_epochs: int = 0,
     ) -> None:
         self.loader, self.normalize, self.device, self.rows, self.batch = loader, normalize, device, rows, batch
-        self.augment = Augment(reading.views, reading.size, reading.seed)
-        self._first, self._one_view_epochs = Augment(reading.views[:1], reading.size, reading.seed), one_view_epochs
+        self.augment = Augment(plan.views, plan.size, plan.seed)
+        self._first, self._one_view_epochs = Augment(plan.views[:1], plan.size, plan.seed), one_view_epochs
         self.waited = 0.0
         # Small images on a GPU: augmentation is limited by kernel launches, and their number does not grow with the steps.
-        small = reading.size <= _SMALL and any(self.augment.recipes)
+        small = plan.size <= _SMALL and any(self.augment.recipes)
         self.at_once = _STEPS_AT_ONCE if device.type == "cuda" and loader.lasting and small else 1
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" and not loader.lasting else None
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from cibl_ray.tuning.sweep import trial_config
 from pipelines.prepare.build import ensure_prepared
-from pipelines.prepare.pictures import shot_groups, thirds
+from pipelines.prepare.shots import shot_groups, thirds
 
 
 def prepare_data(base: dict[str, Any]) -> tuple[set[str], bool]:

@@ -18,7 +18,7 @@ from cibl_ray.tuning.config import Choice, Range, SweepConfig
 from pipelines.common.config_file import find_config, folder_of_paths, read_content, written_out
 from pipelines.common.errors import UserError
 from pipelines.common.settings import build, override, parse_overrides
-from pipelines.prepare.pictures import GROUPS, THIRDS
+from pipelines.prepare.shots import GROUPS, THIRDS
 
 _WORST = 1e9  # what the search optimises where a score is not finite
 

@@ -15,7 +15,8 @@ from pipelines.doctor.examine import examine
 from pipelines.doctor.features import image_features, installed
 from pipelines.doctor.findings import find, worst_first
 from pipelines.doctor.report import EXCLUDE, PAGE, SUSPECTS, write_report
-from pipelines.prepare.build import choose, from_command_line, subset_seed
+from pipelines.prepare.command import from_command_line
+from pipelines.prepare.splits import choose, subset_seed
 
 _MISSING = "for that, pip install 'cibl-ray[train,photos]'"
 
@@ -23,7 +24,7 @@ _MISSING = "for that, pip install 'cibl-ray[train,photos]'"
 def main() -> None:
     """The command."""
     parser = ConfigParser(
-        "pipelines.prepare.build:PrepareConfig",
+        "pipelines.prepare.command:PrepareConfig",
         prog="python -m pipelines.doctor",
         usage="%(prog)s CONFIG [--out FOLDER] [--features none] [--field value ...]",
         description="Look for what ruins a long tail: duplicates, leaks between splits, wrong labels, odd images.",

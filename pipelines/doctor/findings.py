@@ -13,7 +13,7 @@ from pipelines.common.words import agreed, plural
 from pipelines.doctor.examine import Examined, Look
 from pipelines.doctor.pairs import clusters, near, same_bytes
 from pipelines.pixels import BadImageError
-from pipelines.prepare.pictures import FEW
+from pipelines.prepare.shots import FEW
 from pipelines.prepare.sources import class_counts
 
 _TINY, _NARROW = 32, 4.0  # pixels of the shorter side; longer over shorter side

@@ -18,8 +18,9 @@ from pipelines.config import DataConfig
 from pipelines.doctor.examine import Examined, Look
 from pipelines.doctor.findings import Finding, counts_of, gini
 from pipelines.pixels import BadImageError
-from pipelines.prepare.build import excluded_names
-from pipelines.prepare.pictures import COLORS, GROUPS, shot_groups
+from pipelines.prepare.pictures import COLORS
+from pipelines.prepare.shots import GROUPS, shot_groups
+from pipelines.prepare.splits import excluded_names
 from pipelines.prepare.writer import line_of
 
 PAGE, CONTENT = "doctor.html", "doctor.json"

@@ -147,7 +147,7 @@ class PageReader:
         rows = self._rows[part]
         pages, place = np.unique(self._beton.pages[rows], return_inverse=True)
         buffer = self._held[number] = np.empty(len(pages) * PAGE + _AFTER, np.uint8)
-        start = self._beton.records["f0"]["data_ptr"][rows].astype(np.int64)
+        start = self._beton.starts[rows].astype(np.int64)
         self._addresses[self._positions[part]] = buffer.ctypes.data + place * PAGE + start % PAGE
         _, sample = np.unique(place, return_index=True)
         ends = np.zeros(len(pages), np.int64)  # of each page's last image

@@ -93,7 +93,7 @@ def _quotas(shares: np.ndarray, total: int, random: np.random.Generator) -> np.n
 
 
 def worker_weights(
-    counts: np.ndarray, sampling: Literal["square_root", "class_balanced", "weighted"], batches: Sequence[int]
+    counts: np.ndarray, sampling: Literal["square_root", "class_balanced", "weighted"], images_per_step: Sequence[int]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Compute how often each of R workers that read files of their own draws each class.
 
@@ -108,14 +108,14 @@ def worker_weights(
         counts: Images in each worker's files, of each class at least one, int64 (R, C). For 'weighted' the sums of their
             weights, float64 (R, C): no worker's and no class's sum is 0.
         sampling: How often one reader of all files would draw each class.
-        batches: Images of each worker in a step, (R,).
+        images_per_step: Of each worker, (R,).
 
     Returns:
         The draws, float64 (R, C), whose rows add up to 1; and what each class gets of its share over all workers, float64
         (C,), 1 where it is exact.
     """
     classes = counts.sum(0) ** _POWERS[sampling]
-    classes, workers = classes / classes.sum(), np.array(batches) / sum(batches)
+    classes, workers = classes / classes.sum(), np.array(images_per_step) / sum(images_per_step)
     drawn = counts * (classes / counts.sum(0))
     for _ in range(_ROUNDS):
         drawn *= (workers / drawn.sum(1))[:, None]

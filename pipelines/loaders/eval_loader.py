@@ -9,11 +9,10 @@ import numpy as np
 import torch
 
 from pipelines.common.cores import usable_cores
-from pipelines.common.errors import UserError
 from pipelines.config import LoaderConfig
 from pipelines.loaders.reading import Batch, ReadPlan
 from pipelines.pixels import BadImageError, EvalRule, decode
-from pipelines.prepare.beton import RAW, Beton
+from pipelines.prepare.beton import Beton
 
 
 class EvalLoader:
@@ -24,21 +23,20 @@ class EvalLoader:
 
     lasting = True
 
-    def __init__(self, beton: Beton, reading: ReadPlan, config: LoaderConfig) -> None:
-        assert reading.rule is not None
-        self._beton, self._reading, self._rule = beton, reading, reading.rule
+    def __init__(self, beton: Beton, plan: ReadPlan, config: LoaderConfig) -> None:
+        assert plan.rule is not None
+        self._beton, self._plan, self._rule = beton, plan, plan.rule
         self.samples = len(beton)
-        self.batches = reading.batches(self.samples)
+        self.batches = plan.batches(self.samples)
         self._workers, self._ahead = config.workers or usable_cores(), config.batches_ahead
-        records, size = beton.records["f0"], reading.size
-        whole = (records["mode"] == RAW) & (records["height"] == size) & (records["width"] == size)
+        whole = beton.is_raw & (beton.heights == plan.size) & (beton.widths == plan.size)
         self._as_it_lies = bool(whole.all()) and self._rule.ratio == 1
         self.name = "evaluation loader" + ("" if self._as_it_lies else f", {self._workers} threads")
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Every epoch is the same: the file's order."""
-        positions = self._reading.positions(self.samples, start)
-        step = self._reading.own_batch
+        positions = self._plan.positions(self.samples, start)
+        step = self._plan.own_batch
         chunks = [positions[i : i + step] for i in range(0, len(positions), step)]
         with ThreadPoolExecutor(self._workers) as pool:
             pending: list[tuple[np.ndarray, list[Future[np.ndarray]]]] = []
@@ -85,8 +83,7 @@ def eval_image(beton: Beton, row: int, rule: EvalRule) -> np.ndarray:
         UserError: The image is damaged.
     """
     data = beton.image(row)
-    raw = beton.records["f0"]["mode"][row] == RAW
     try:
-        return rule(decode(data if raw else data.tobytes()))
+        return rule(decode(data if beton.is_raw[row] else data.tobytes()))
     except BadImageError as error:
-        raise UserError(f"{beton.where(row)} is damaged ({error}); remove the folder and prepare again") from error
+        raise beton.damaged(row, error) from error

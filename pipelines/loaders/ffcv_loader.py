@@ -22,7 +22,7 @@ from pipelines.loaders.cache import PageReader
 from pipelines.loaders.cuts import draw_cuts
 from pipelines.loaders.reading import Batch, ReadPlan
 from pipelines.pixels import BadImageError, decode, to_rgb
-from pipelines.prepare.beton import RAW, Beton
+from pipelines.prepare.beton import Beton
 
 # Two parallel loaders at once abort under numba's own threading layer ("workqueue").
 numba.config.THREADING_LAYER = "omp"  # type: ignore[attr-defined]
@@ -119,7 +119,7 @@ class _Epoch(EpochIterator):
                 recorded = f"{table.width[position]}x{table.height[position]}"
                 raise BadImageError(f"{image.width}x{image.height} pixels, recorded as {recorded}")
         except BadImageError as error:
-            raise UserError(f"{self._beton.where(row)} is damaged ({error}); remove the folder and prepare again") from error
+            raise self._beton.damaged(row, error) from error
         pixels = np.frombuffer(image.tobytes() + bytes(PADDING), np.uint8)[: 3 * image.width * image.height]
         cut_pixels(pixels.reshape(image.height, image.width, 3), table.cuts[position], out, self._work)
 
@@ -147,73 +147,71 @@ class _Epoch(EpochIterator):
 
 
 class FFCVLoader:
-    """`pipelines.loaders.make.Loader` by FFCV. The whole file is memory-mapped; the operating system caches it."""
+    """`pipelines.loaders.reading.Loader` by FFCV. The whole file is memory-mapped; the operating system caches it."""
 
     lasting = False
 
-    def __init__(self, beton: Beton, reading: ReadPlan, config: LoaderConfig) -> None:
-        self._reading = reading
+    def __init__(self, beton: Beton, plan: ReadPlan, config: LoaderConfig) -> None:
+        self._plan = plan
         self._beton, self._labels = beton, torch.from_numpy(beton.labels.copy())
         self.samples = len(beton)
-        self.batches = reading.batches(self.samples)
-        all_raw = bool((beton.records["f0"]["mode"] == RAW).all())
+        self.batches = plan.batches(self.samples)
         cores = usable_cores()
         # Copying small raw images keeps one thread idle most of the time; JPEG decoding needs all there are.
-        workers = min(config.workers or (1 if all_raw else cores), cores)
-        records = beton.records["f0"]
+        workers = min(config.workers or (1 if beton.is_raw.all() else cores), cores)
         self._decoders = Decoders(workers)
-        self._work = make_work(self._decoders.handles, reading.size, records["height"], records["width"])
+        self._work = make_work(self._decoders.handles, plan.size, beton.heights, beton.widths)
         threads = torch.get_num_threads()
         Compiler.set_enabled(False)  # what runs is compiled already; FFCV's own functions would take seconds, every time
         try:
             self._loader = FFCVFileLoader(
                 # Of several, the table knows where each image lies. The open file: FFCV would look for its name again.
                 f"/proc/self/fd/{beton.files[0]}",
-                batch_size=reading.own_batch,
+                batch_size=plan.own_batch,
                 num_workers=workers,
                 os_cache=True,
                 order=OrderOption.SEQUENTIAL,
-                drop_last=reading.drop_last,
+                drop_last=plan.drop_last,
                 batches_ahead=config.batches_ahead,
                 seed=0,  # unused: order and draws are ours
                 pipelines={
-                    "image": PipelineSpec("image", decoder=CutViews(len(reading.views), reading.size), transforms=[]),
+                    "image": PipelineSpec("image", decoder=CutViews(len(plan.views), plan.size), transforms=[]),
                     "label": None,
                 },
             )
         finally:
             Compiler.set_enabled(True)
             torch.set_num_threads(threads)  # FFCV sets torch's threads to its own
-        cache = "files mapped into memory" if reading.group is None else f"{reading.group} pages read ahead"
+        cache = "files mapped into memory" if plan.group is None else f"{plan.group} pages read ahead"
         self.name = f"FFCV loader, {workers} thread{'s' if workers > 1 else ''}, {cache}"
         self._running: _Epoch | None = None
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of an epoch, from batch `start` on."""
-        reading = self._reading
-        order = reading.order(self._beton, epoch)
-        records = self._beton.records["f0"][order]
+        plan = self._plan
+        order = plan.order(self._beton, epoch)
+        heights, widths = self._beton.heights[order], self._beton.widths[order]
         table = Table(
             self._beton.addresses[order],
             self._beton.sizes[order],
-            (records["mode"] != RAW).astype(np.int32),
-            records["height"].astype(np.int32),
-            records["width"].astype(np.int32),
-            draw_cuts(reading.views, reading.size, records["height"], records["width"], reading.seed, epoch),
+            (~self._beton.is_raw[order]).astype(np.int32),
+            heights.astype(np.int32),
+            widths.astype(np.int32),
+            draw_cuts(plan.views, plan.size, heights, widths, plan.seed, epoch),
             np.zeros(len(order), np.int32),
         )
-        positions = reading.positions(self.samples, start)
+        positions = plan.positions(self.samples, start)
         if len(positions) == 0:
             return
         self._end_epoch()
         threads = torch.get_num_threads()
         pages = None
-        if reading.group is not None:
-            pages = PageReader(self._beton, order[positions], positions, table.address, reading.group, reading.seed, epoch)
+        if plan.group is not None:
+            pages = PageReader(self._beton, order[positions], positions, table.address, plan.group, plan.seed, epoch)
         running = self._running = _Epoch(self._loader, positions, order, self._beton, table, self._work, pages)
         try:
             for number in itertools.count():
-                begin = number * reading.own_batch
+                begin = number * plan.own_batch
                 try:
                     (views,) = next(running)
                 except StopIteration:

@@ -1,4 +1,4 @@
-"""The one batch and the one loader that training sees, whoever decodes the images."""
+"""The choice of a loader: by the configuration, the plan, and what this machine has."""
 
 from __future__ import annotations
 
@@ -56,14 +56,14 @@ def loader_kind(config: LoaderConfig) -> Literal["ffcv", "torch"]:
 
 
 def make_loader(
-    prepared: Prepared, split: str, reading: ReadPlan, config: LoaderConfig, device: torch.device | None = None
+    prepared: Prepared, split: str, plan: ReadPlan, config: LoaderConfig, device: torch.device | None = None
 ) -> Loader:
     """Make a loader of one split of prepared data.
 
     Args:
         prepared: The data.
         split: 'train', 'val' or 'test'.
-        reading: What is read of it.
+        plan: What to read of it.
         config: How it is read.
         device: Where training will want the batches; None: the CPU.
 
@@ -74,50 +74,49 @@ def make_loader(
         UserError: The data cannot be read so.
     """
     files = None
-    if reading.sampling == "weighted":
+    if plan.sampling == "weighted":
         prepared.require_weights(split)
-    if reading.drop_last:
+    if plan.drop_last:
         config = decide_cache(prepared, split, config)
-        if config.part == "shards" and reading.share.workers > 1:
-            files, reading = _own_files(prepared, split, reading)
+        if config.part == "shards" and plan.share.workers > 1:
+            files, plan = _own_files(prepared, split, plan)
         if config.cache == "process":
-            reading = replace(reading, group=_pages_ahead(config))
+            plan = replace(plan, group=_pages_ahead(config))
     beton = prepared.beton(split, files)
-    if reading.drop_last and reading.batches(len(beton)) == 0:
-        own = "" if files is None else f" in the files of worker {reading.share.worker} of {reading.share.workers}"
+    if plan.drop_last and plan.batches(len(beton)) == 0:
+        own = "" if files is None else f" in the files of worker {plan.share.worker} of {plan.share.workers}"
         raise UserError(
-            f"the {split} split has {plural(len(beton), 'image')}{own}, fewer than one batch of {reading.batch_size}; "
+            f"the {split} split has {plural(len(beton), 'image')}{own}, fewer than one batch of {plan.batch_size}; "
             "lower train.batch_size"
         )
     device = device or torch.device("cpu")
-    loader = _eval_loader(beton, reading, config) if reading.rule is not None else _train_loader(beton, reading, config, device)
+    loader = _eval_loader(beton, plan, config) if plan.rule is not None else _train_loader(beton, plan, config, device)
     log.info("%s: %s images, %s", split, f"{loader.samples:,}", loader.name)
     return loader
 
 
-def _eval_loader(beton: Beton, reading: ReadPlan, config: LoaderConfig) -> Loader:
+def _eval_loader(beton: Beton, plan: ReadPlan, config: LoaderConfig) -> Loader:
     """The loader of evaluation. Whichever loader trains, it is this one: a machine that evaluates needs no FFCV."""
     from pipelines.loaders.eval_loader import EvalLoader
 
-    return EvalLoader(beton, reading, config)
+    return EvalLoader(beton, plan, config)
 
 
-def _train_loader(beton: Beton, reading: ReadPlan, config: LoaderConfig, device: torch.device) -> Loader:
-    kind = "resident" if _resident(beton, reading.views, config, device) else loader_kind(config)
-    records = beton.records["f0"]
+def _train_loader(beton: Beton, plan: ReadPlan, config: LoaderConfig, device: torch.device) -> Loader:
+    kind = "resident" if _resident(beton, plan.views, config, device) else loader_kind(config)
     # An image that is too small for its cut is reported now.
-    draw_cuts(reading.views, reading.size, records["height"], records["width"], reading.seed, 0)
+    draw_cuts(plan.views, plan.size, beton.heights, beton.widths, plan.seed, 0)
     if kind == "resident":
         from pipelines.loaders.resident_loader import ResidentLoader
 
-        return ResidentLoader(beton, reading, device)
+        return ResidentLoader(beton, plan, device)
     if kind == "ffcv":
         from pipelines.loaders.ffcv_loader import FFCVLoader
 
-        return FFCVLoader(beton, reading, config)
+        return FFCVLoader(beton, plan, config)
     from pipelines.loaders.torch_loader import TorchLoader
 
-    return TorchLoader(beton, reading, config, device)
+    return TorchLoader(beton, plan, config, device)
 
 
 def decide_cache(prepared: Prepared, split: str, config: LoaderConfig) -> LoaderConfig:
@@ -160,18 +159,20 @@ def _pages_ahead(config: LoaderConfig) -> int:
     return pages
 
 
-def _own_files(prepared: Prepared, split: str, reading: ReadPlan) -> tuple[list[int], ReadPlan]:
-    """The numbers of the files that this worker reads, and its reading of them: as many batches as every other worker's."""
-    shards, share = prepared.splits[split].shards, reading.share
+def _own_files(prepared: Prepared, split: str, plan: ReadPlan) -> tuple[list[int], ReadPlan]:
+    """The numbers of the files that this worker reads, and its plan for them: as many batches as every other worker's."""
+    shards, share = prepared.splits[split].shards, plan.share
     if len(shards) < share.workers:
         raise UserError(
             f"loader.part is 'shards', but the {split} split has {plural(len(shards), 'file')} for {share.workers} workers; "
             "set data.store.shard_mb lower, or loader.part: all"
         )
-    images = range(reading.batch_size)
-    each = [len(images[share.of(len(images), worker)]) for worker in range(share.workers)]
-    batches = [sum(shard.samples for shard in shards[worker :: share.workers]) // count for worker, count in enumerate(each)]
-    total, taken = sum(shard.samples for shard in shards), min(batches) * reading.batch_size
+    images = range(plan.batch_size)
+    images_per_step = [len(images[share.of(len(images), worker)]) for worker in range(share.workers)]
+    batches = [
+        sum(shard.samples for shard in shards[worker :: share.workers]) // count for worker, count in enumerate(images_per_step)
+    ]
+    total, taken = sum(shard.samples for shard in shards), min(batches) * plan.batch_size
     log.info(
         "%s: each worker takes %d batches from its own files; an epoch shows %s of %s images (%.1f %%)",
         split,
@@ -181,21 +182,21 @@ def _own_files(prepared: Prepared, split: str, reading: ReadPlan) -> tuple[list[
         100 * taken / total,
     )
     # Position decides a draw, and every worker counts its own: each needs draws of its own.
-    seed = int(stream(reading.seed, "part", share.worker).integers(2**32))
+    seed = int(stream(plan.seed, "part", share.worker).integers(2**32))
     files = list(range(share.worker, len(shards), share.workers))
-    weights = _own_weights(prepared, split, reading, each)
-    return files, replace(reading, seed=seed, part_batches=min(batches), weights=weights)
+    weights = _own_weights(prepared, split, plan, images_per_step)
+    return files, replace(plan, seed=seed, part_batches=min(batches), weights=weights)
 
 
-def _own_weights(prepared: Prepared, split: str, reading: ReadPlan, batches: list[int]) -> tuple[float, ...] | None:
+def _own_weights(prepared: Prepared, split: str, plan: ReadPlan, images_per_step: list[int]) -> tuple[float, ...] | None:
     """How often this worker draws each class, so that all together draw each as often as the sampling says.
 
-    batches: images of each worker in a step.
+    images_per_step: of each worker.
     """
-    if reading.sampling is None or reading.sampling == "instance":
+    if plan.sampling is None or plan.sampling == "instance":
         return None
-    share = reading.share
-    weighted = reading.sampling == "weighted"
+    share = plan.share
+    weighted = plan.sampling == "weighted"
     of_files = np.array(prepared.splits[split].shard_weights) if weighted else prepared.shard_counts(split)
     counts = np.stack([of_files[worker :: share.workers].sum(0) for worker in range(share.workers)])
     if not counts.sum(1).all():
@@ -203,7 +204,7 @@ def _own_weights(prepared: Prepared, split: str, reading: ReadPlan, batches: lis
             f"data.sampling is 'weighted', but all images in the files of worker {int(counts.sum(1).argmin())} of "
             f"{share.workers} have weight 0; use fewer workers, or set loader.part: all"
         )
-    drawn, got = worker_weights(counts, reading.sampling, batches)
+    drawn, got = worker_weights(counts, plan.sampling, images_per_step)
     worst = int(np.abs(got - 1).argmax())
     if abs(got[worst] - 1) > 0.01:
         log.warning(
@@ -212,6 +213,6 @@ def _own_weights(prepared: Prepared, split: str, reading: ReadPlan, batches: lis
             split,
             prepared.classes[worst],
             got[worst],
-            reading.sampling,
+            plan.sampling,
         )
     return tuple(drawn[share.worker].tolist())

@@ -18,14 +18,15 @@ from pipelines.prepare.beton import Beton
 
 @dataclass(frozen=True)
 class Batch:
-    """One batch, as it left the file: B samples, V views, size S.
+    """One batch, before augmentation: B samples, V views, S pixels a side.
 
-    views: uint8 (B, V, S, S, 3), each view of each sample cut by its own draw.
-    labels: int64 (B,).
-    index: int64 (B,), the samples' rows in the .beton file (line numbers, from 0, of its `.files.txt`).
+    Unless the loader is `lasting`, the tensors are its own buffers and hold until the next batch is taken. Copy what must last
+    longer.
 
-    Unless the loader is `lasting`, the tensors are its own buffers: they hold until the next batch is taken. Copy what must
-    last longer.
+    Attributes:
+        views: uint8 (B, V, S, S, 3), each view of each sample cut by its own draw. Of stored features: float32 (B, V, d).
+        labels: int64 (B,).
+        index: int64 (B,), the samples' rows in the split (line numbers, from 0, of its `.files.txt`).
     """
 
     views: torch.Tensor
@@ -36,7 +37,11 @@ class Batch:
 class Loader(Protocol):
     """Batches of one split. Two loaders of different kinds give the same batches for the same seed and epoch.
 
-    lasting: its batches stay as they are when the next is taken.
+    Attributes:
+        name: Its kind and resources, for the log.
+        lasting: Whether its batches stay as they are when the next is taken.
+        samples: Images in the files that this worker opens, other workers' shares included.
+        batches: This worker's batches of an epoch.
     """
 
     name: str
@@ -55,7 +60,12 @@ class Loader(Protocol):
 
 @dataclass(frozen=True)
 class Share:
-    """Worker number `worker` of `workers`, and what falls to it."""
+    """One worker's share of the data.
+
+    Attributes:
+        worker: Its number, from 0.
+        workers: How many there are.
+    """
 
     worker: int = 0
     workers: int = 1
@@ -70,14 +80,21 @@ class Share:
 class ReadPlan:
     """What to read and how to cut it: the part of a loader's work that does not depend on its kind.
 
-    batch_size: of all workers together in training, of each in evaluation. sampling: how training draws an epoch. None, as for
-    evaluation: every sample once, in the file's order. drop_last: true for training. share: in training every batch is shared
-    out, so that the workers together see the batches that one would; in evaluation the samples are, each to one worker.
-    rule: of evaluation, what it shows of an image; None: the views, each cut by its draw. part_batches: batches of an epoch
-    where each worker reads files of its own (`samples` and positions then count those alone); None: all read all.
-    weights: of each class, for a sampling other than instance over such files; None: the sampling's own. The weights of
-    'weighted' are the images', and come with the files.
-    group: of cache 'process', the pages within which the order is random; None: it is random throughout.
+    Attributes:
+        views: V views of each sample.
+        size: Width and height of a view, pixels.
+        batch_size: Samples in a batch: in training of all workers together, in evaluation of each worker.
+        seed: Decides the order, the cuts and the augmentation.
+        sampling: How training draws an epoch. None, as in evaluation: every sample once, in the file's order.
+        drop_last: True in training: full batches only.
+        share: This worker's share. In training each batch is shared out, so the workers together see the batches that one
+            worker would see. In evaluation the samples are shared out.
+        rule: What evaluation shows of an image. None: the views, each cut by its draw.
+        part_batches: Batches of an epoch where each worker reads files of its own; samples and positions then count those
+            files alone. None: every worker reads all files.
+        weights: How often each class is drawn, (C,), where each worker reads files of its own. None: as the sampling says.
+            The weights of 'weighted' are the images', and come with the files.
+        group: With cache 'process', how many pages are read together: the order is random within them. None: throughout.
     """
 
     views: tuple[View, ...]
@@ -124,14 +141,14 @@ class ReadPlan:
         return order if self.group is None else by_pages(order, beton.pages, self.group, self.seed, epoch)
 
 
-def train_reading(data: DataConfig, batch_size: int, seed: int, share: Share = Share()) -> ReadPlan:
+def train_plan(data: DataConfig, batch_size: int, seed: int, share: Share = Share()) -> ReadPlan:
     """Plan how training reads: every view with its own draw, samples as data.sampling says, full batches only.
 
     Args:
         data: The data configuration.
-        batch_size: Samples of this worker's batch.
+        batch_size: Samples in a batch, of all workers together.
         seed: The run's seed.
-        share: Which part of each epoch this worker reads.
+        share: Which part of each batch this worker reads.
 
     Returns:
         The plan.
@@ -139,12 +156,12 @@ def train_reading(data: DataConfig, batch_size: int, seed: int, share: Share = S
     return ReadPlan(data.views, data.size, batch_size, seed, data.sampling, drop_last=True, share=share)
 
 
-def eval_reading(data: DataConfig, batch_size: int, share: Share = Share()) -> ReadPlan:
+def eval_plan(data: DataConfig, batch_size: int, share: Share = Share()) -> ReadPlan:
     """Plan how evaluation reads: one central view, each sample once.
 
     Args:
         data: The data configuration.
-        batch_size: Samples of this worker's batch.
+        batch_size: Samples in a batch of this worker.
         share: Which part of the split this worker reads.
 
     Returns:

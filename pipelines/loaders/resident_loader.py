@@ -20,7 +20,7 @@ from pipelines.config import RandomCrop, View
 from pipelines.loaders.cache import available_memory
 from pipelines.loaders.cuts import FLIP, HEIGHT, LEFT, TOP, WIDTH, draw_cuts
 from pipelines.loaders.reading import Batch, ReadPlan
-from pipelines.prepare.beton import RAW, Beton
+from pipelines.prepare.beton import Beton
 
 _SHARE = 0.25  # of the device's free memory, for the images
 _LARGEST = 8 << 30  # bytes: beyond, holding them gains nothing
@@ -43,12 +43,12 @@ def why_not_resident(beton: Beton, device: torch.device, margin: int = 0) -> str
     Returns:
         The reason; None: they can be held.
     """
-    records = beton.records["f0"]
-    if (records["mode"] != RAW).any():
+    heights, widths = beton.heights, beton.widths
+    if not beton.is_raw.all():
         return "the images are stored as JPEG (data.store.mode: raw stores pixels)"
-    if len(np.unique(records["height"])) > 1 or len(np.unique(records["width"])) > 1:
+    if len(np.unique(heights)) > 1 or len(np.unique(widths)) > 1:
         return "the images have different sizes (data.store.square makes them alike)"
-    size = 4 * len(beton) * (int(records["height"][0]) + 2 * margin) * (int(records["width"][0]) + 2 * margin)
+    size = 4 * len(beton) * (int(heights[0]) + 2 * margin) * (int(widths[0]) + 2 * margin)
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
     if size > min(_LARGEST, _SHARE * free):
         return f"they take {size / 1e9:.1f} GB, and {device.type} has {free / 1e9:.1f} GB free"
@@ -67,7 +67,7 @@ class _Pixels:
     _held: ClassVar[weakref.WeakValueDictionary[_Key, _Pixels]] = weakref.WeakValueDictionary()
 
     def __init__(self, beton: Beton, device: torch.device, margin: int) -> None:
-        self.height, self.width = (int(beton.records["f0"][side][0]) for side in ("height", "width"))
+        self.height, self.width = int(beton.heights[0]), int(beton.widths[0])
         shape = (len(beton), self.height + 2 * margin, self.width + 2 * margin, 4)
         self.padded = torch.zeros(shape, dtype=torch.uint8, device=device)
         inner = self.padded[:, margin : margin + self.height, margin : margin + self.width, :3]
@@ -89,29 +89,29 @@ class _Pixels:
 
 
 class ResidentLoader:
-    """`pipelines.loaders.make.Loader` of images in `device`'s memory; its batches are there too."""
+    """`pipelines.loaders.reading.Loader` of images in `device`'s memory; its batches are there too."""
 
     lasting = True
 
-    def __init__(self, beton: Beton, reading: ReadPlan, device: torch.device) -> None:
-        self._beton, self._reading, self._device = beton, reading, device
-        self._margin = margin_of(reading.views)
+    def __init__(self, beton: Beton, plan: ReadPlan, device: torch.device) -> None:
+        self._beton, self._plan, self._device = beton, plan, device
+        self._margin = margin_of(plan.views)
         self._pixels = _Pixels.of(beton, device, self._margin)
         self.samples = len(beton)
-        self.batches = reading.batches(self.samples)
+        self.batches = plan.batches(self.samples)
         self.name = f"resident loader, {self._pixels.padded.nbytes / 1e6:,.0f} MB in {device.type} memory"
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of an epoch, from batch `start` on."""
-        reading, pixels = self._reading, self._pixels
-        order = reading.order(self._beton, epoch)
+        plan, pixels = self._plan, self._pixels
+        order = plan.order(self._beton, epoch)
         heights, widths = (np.full(len(order), side) for side in (pixels.height, pixels.width))
-        cuts = draw_cuts(reading.views, reading.size, heights, widths, reading.seed, epoch)
-        positions = reading.positions(self.samples, start)
+        cuts = draw_cuts(plan.views, plan.size, heights, widths, plan.seed, epoch)
+        positions = plan.positions(self.samples, start)
         # All of an epoch at once: nothing goes to the device between two steps.
         rows, boxes = torch.from_numpy(order[positions]).to(self._device), torch.from_numpy(cuts[positions]).to(self._device)
-        resized = ((cuts[..., HEIGHT] != reading.size) | (cuts[..., WIDTH] != reading.size)).any(0).tolist()
-        for part in torch.arange(len(positions)).split(reading.own_batch):
+        resized = ((cuts[..., HEIGHT] != plan.size) | (cuts[..., WIDTH] != plan.size)).any(0).tolist()
+        for part in torch.arange(len(positions)).split(plan.own_batch):
             own = slice(int(part[0]), int(part[-1]) + 1)
             yield Batch(self._views(rows[own], boxes[own], resized), pixels.labels[rows[own]], pixels.rows[rows[own]])
 
@@ -129,7 +129,7 @@ class ResidentLoader:
 
     def _copied(self, rows: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
         """The boxes of the output's size: uint8 (B, V, S, S, 3) with a stride of 4 a pixel, by one gather."""
-        size, padded = self._reading.size, self._pixels.padded
+        size, padded = self._plan.size, self._pixels.padded
         along = torch.arange(size, device=self._device)
         y = boxes[..., TOP, None] + (self._margin + along)
         flip = boxes[..., FLIP, None] != 0
@@ -151,7 +151,7 @@ class ResidentLoader:
 
     def _weights(self, first: torch.Tensor, length: torch.Tensor, whole: int) -> torch.Tensor:
         """What each of S output pixels takes of each of `whole` source pixels: float32 (B, S, whole), rows adding up to 1."""
-        size = self._reading.size
+        size = self._plan.size
         scale = (length.float() / size)[:, None, None]
         centre = first[:, None, None] + (torch.arange(size, device=self._device)[:, None] + 0.5) * scale
         source = torch.arange(whole, device=self._device) + 0.5

@@ -16,18 +16,17 @@ from pipelines.config import LoaderConfig
 from pipelines.loaders.cuts import HEIGHT, WIDTH, draw_cuts
 from pipelines.loaders.reading import Batch, ReadPlan
 from pipelines.pixels import BadImageError, decode, to_rgb
-from pipelines.prepare.beton import RAW, Beton
+from pipelines.prepare.beton import Beton
 
 
 class _Epoch(Dataset[tuple[torch.Tensor, int, int]]):
     """Sample at a position of one epoch: (views uint8 (V, S, S, 3), label, row)."""
 
-    def __init__(self, beton: Beton, reading: ReadPlan, epoch: int) -> None:
-        self.beton, self.size = beton, reading.size
-        self.order = reading.order(beton, epoch)
-        self.records = beton.records["f0"][self.order]
-        heights, widths = self.records["height"], self.records["width"]
-        self.cuts = draw_cuts(reading.views, reading.size, heights, widths, reading.seed, epoch)
+    def __init__(self, beton: Beton, plan: ReadPlan, epoch: int) -> None:
+        self.beton, self.size = beton, plan.size
+        self.order = plan.order(beton, epoch)
+        heights, widths = beton.heights[self.order], beton.widths[self.order]
+        self.cuts = draw_cuts(plan.views, plan.size, heights, widths, plan.seed, epoch)
 
     @property
     def resizes(self) -> bool:
@@ -40,9 +39,9 @@ class _Epoch(Dataset[tuple[torch.Tensor, int, int]]):
         row = int(self.order[position])
         data = self.beton.image(row)
         try:
-            pixels = data if self.records["mode"][position] == RAW else np.asarray(to_rgb(decode(data.tobytes())))
+            pixels = data if self.beton.is_raw[row] else np.asarray(to_rgb(decode(data.tobytes())))
         except BadImageError as error:
-            raise UserError(f"{self.beton.where(row)} is damaged ({error}); remove the folder and prepare again") from error
+            raise self.beton.damaged(row, error) from error
         image = torch.from_numpy(pixels.copy()).permute(2, 0, 1)
         views = [self._cut(image, *cut) for cut in self.cuts[position].tolist()]
         return torch.stack(views).permute(0, 2, 3, 1), int(self.beton.labels[row]), int(self.beton.rows[row])
@@ -82,31 +81,30 @@ def _begin(loader: DataLoader[Any]) -> Iterator[Any]:
 
 
 class TorchLoader:
-    """`pipelines.loaders.make.Loader` by a DataLoader. Equal to FFCV's for raw images that are not resized, else close."""
+    """`pipelines.loaders.reading.Loader` by a DataLoader. Equal to FFCV's for raw images that are not resized, else close."""
 
     lasting = False
 
-    def __init__(self, beton: Beton, reading: ReadPlan, config: LoaderConfig, device: torch.device) -> None:
-        self._beton, self._reading = beton, reading
+    def __init__(self, beton: Beton, plan: ReadPlan, config: LoaderConfig, device: torch.device) -> None:
+        self._beton, self._plan = beton, plan
         self._pinned = device.type == "cuda"
         self.samples = len(beton)
-        self.batches = reading.batches(self.samples)
-        all_raw = bool((beton.records["f0"]["mode"] == RAW).all())
+        self.batches = plan.batches(self.samples)
         # Worker processes pay where JPEGs are decoded; small raw images are cut in this process.
-        self._workers = config.workers or (0 if all_raw else usable_cores())
+        self._workers = config.workers or (0 if beton.is_raw.all() else usable_cores())
         self._ahead = config.batches_ahead
         self.name = f"torchvision loader, {self._workers or 'no'} worker processes"
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of an epoch, from batch `start` on."""
-        reading = self._reading
-        dataset = _Epoch(self._beton, reading, epoch)
+        plan = self._plan
+        dataset = _Epoch(self._beton, plan, epoch)
         if self._workers and dataset.resizes:
             import torchvision.transforms.v2  # noqa: F401  # here once, not in every worker of every epoch
         loader = DataLoader(
             dataset,
-            batch_size=reading.own_batch,
-            sampler=reading.positions(self.samples, start).tolist(),
+            batch_size=plan.own_batch,
+            sampler=plan.positions(self.samples, start).tolist(),
             num_workers=self._workers,
             prefetch_factor=self._ahead if self._workers else None,
             # The open files stay those of this process, even if another command prepares the folder again meanwhile.

@@ -14,25 +14,19 @@ from pipelines.common.errors import Interrupted, UserError, run_command
 from pipelines.common.words import plural
 from pipelines.config import DataConfig
 from pipelines.doctor.findings import gini, of_classes
-from pipelines.prepare.build import (
-    COPIES,
-    PrepareConfig,
-    choose,
-    ensure_prepared,
-    from_command_line,
-    prepared_folder,
-    subset_seed,
-)
+from pipelines.prepare.build import COPIES, ensure_prepared, prepared_folder
 from pipelines.prepare.check import check
+from pipelines.prepare.command import PrepareConfig, from_command_line
 from pipelines.prepare.pictures import histogram_text
 from pipelines.prepare.prepared import Prepared
 from pipelines.prepare.publish import publish
 from pipelines.prepare.sources import class_counts
+from pipelines.prepare.splits import choose, subset_seed
 
 
 def _prepare() -> None:
     parser = ConfigParser(
-        "pipelines.prepare.build:PrepareConfig",
+        "pipelines.prepare.command:PrepareConfig",
         prog="python -m pipelines.prepare",
         usage="%(prog)s CONFIG [--count | --check | --cluster] [--field value ...]\n       %(prog)s [CONFIG] --help [PART]",
         description="Write the .beton files of CONFIG, a YAML file or the name of a shipped configuration.",

@@ -150,6 +150,7 @@ class Beton:
         records: One `SAMPLE` for each image, (N,).
         sizes: Stored bytes of each image, int64 (N,).
         shard: Which of the files holds each image, int32 (N,).
+        is_raw: Whether each image is stored as pixels, not as a JPEG file, bool (N,).
         rows: Each image's row in the split, int64 (N,).
         weights: How often data.sampling 'weighted' draws each image, float64 (N,), where the folder's source says it.
 
@@ -167,6 +168,7 @@ class Beton:
         self.records = np.concatenate([records for records, _ in parts])
         self.sizes = np.concatenate([sizes for _, sizes in parts])
         self.shard = np.repeat(np.arange(len(paths), dtype=np.int32), [len(records) for records, _ in parts])
+        self.is_raw = self.records["f0"]["mode"] == RAW
         self.rows = np.arange(len(self.records)) if rows is None else rows
         self.weights: np.ndarray | None = None
         self._maps: list[np.ndarray] | None = None
@@ -180,15 +182,34 @@ class Beton:
         return self.records["f1"]
 
     @property
+    def heights(self) -> np.ndarray:
+        """The height of each image, pixels, uint16 (N,)."""
+        return self.records["f0"]["height"]
+
+    @property
+    def widths(self) -> np.ndarray:
+        """The width of each image, pixels, uint16 (N,)."""
+        return self.records["f0"]["width"]
+
+    @property
+    def starts(self) -> np.ndarray:
+        """The place of each image in its file, bytes, uint64 (N,)."""
+        return self.records["f0"]["data_ptr"]
+
+    @property
     def pages(self) -> np.ndarray:
         """The page of `PAGE` bytes that holds each image, numbered over all files, int64 (N,)."""
-        within = self.records["f0"]["data_ptr"].astype(np.int64) // PAGE
+        within = self.starts.astype(np.int64) // PAGE
         return self.shard * (int(within.max()) + 1) + within
 
     def where(self, index: int) -> str:
         """The place of one image, for an error message: a line of `train.files.txt` names its source."""
         path, row = self.paths[self.shard[index]], int(self.rows[index])
         return f"image {row} of {str(path)!r} (line {row + 1} of {split_of(path)}.files.txt)"
+
+    def damaged(self, index: int, error: Exception) -> UserError:
+        """The error that says that one image cannot be read, and why."""
+        return UserError(f"{self.where(index)} is damaged ({error}); remove the folder and prepare again")
 
     @property
     def stored(self) -> list[np.ndarray]:
@@ -201,7 +222,7 @@ class Beton:
     def addresses(self) -> np.ndarray:
         """The memory address of each image's stored bytes, valid while this object lives, int64 (N,)."""
         bases = np.array([stored.ctypes.data for stored in self.stored], dtype=np.int64)
-        return self.records["f0"]["data_ptr"].astype(np.int64) + bases[self.shard]
+        return self.starts.astype(np.int64) + bases[self.shard]
 
     def image(self, index: int) -> np.ndarray:
         """The stored bytes of one image: uint8 (height, width, 3) if raw, else the JPEG file, uint8 (bytes,)."""

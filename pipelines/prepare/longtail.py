@@ -11,9 +11,9 @@ import numpy as np
 from pipelines.common.errors import UserError
 from pipelines.common.seeding import stream
 from pipelines.config import CountsProfile, ExpProfile, ListProfile, NoProfile, Profile, StepProfile
-from pipelines.prepare.groups import groups_aside
 from pipelines.prepare.sources import Images, class_counts, read_list
 from pipelines.prepare.sources.names import name_key
+from pipelines.prepare.split_groups import groups_aside
 
 _MOST = 1 << 31  # images of a class: beyond any data set
 

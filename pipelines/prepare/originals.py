@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from PIL import Image
 
 from pipelines.config import DataConfig
-from pipelines.prepare.beton import RAW
-from pipelines.prepare.build import Prepared, choose, subset_seed
+from pipelines.prepare.prepared import Prepared
 from pipelines.prepare.sources.addresses import NetworkError
 from pipelines.prepare.sources.dataset import AbsentError
+from pipelines.prepare.splits import choose, subset_seed
 from pipelines.prepare.writer import line_of
 
 log = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ def original_images(prepared: Prepared, split: str, data: DataConfig, seed: int,
             place = images.place(rows[names[row]], split)
         else:
             stored = beton.image(row)
-            content = stored if beton.records["f0"]["mode"][row] == RAW else stored.tobytes()
+            content = stored if beton.is_raw[row] else stored.tobytes()
             place = beton.where(row)
         if not isinstance(content, bytes):
             buffer = io.BytesIO()

@@ -31,7 +31,7 @@ from pipelines.augment.recipe import Normalize
 from pipelines.common.errors import UserError
 from pipelines.config import LoaderConfig
 from pipelines.loaders.make import make_loader
-from pipelines.loaders.reading import eval_reading
+from pipelines.loaders.reading import eval_plan
 from pipelines.prepare.build import ensure_prepared
 from tests.conftest import REPOSITORY
 from tests.exported import small_run
@@ -41,7 +41,7 @@ def split_images(run_folder, count=40):
     checkpoint = load_checkpoint(run_folder / "checkpoints" / "best.safetensors")
     data = checkpoint.config.data
     prepared = ensure_prepared(data, checkpoint.config.seed)
-    loader = make_loader(prepared, "test", eval_reading(data, count), LoaderConfig())
+    loader = make_loader(prepared, "test", eval_plan(data, count), LoaderConfig())
     return next(iter(loader.epoch(0))).views[:, 0].numpy().copy(), checkpoint
 
 

@@ -6,7 +6,7 @@ import torch
 from cibl_ray.config import load_config
 from cibl_ray.training.feed import Feed
 from pipelines.augment.recipe import Normalize
-from pipelines.loaders.reading import Batch, train_reading
+from pipelines.loaders.reading import Batch, train_plan
 
 SAMPLES, BATCHES = 64, 6
 
@@ -36,8 +36,8 @@ def test_a_loader_may_fill_its_buffer_anew_while_steps_wait(name):
     """The GPU is still busy with earlier steps when the loader writes its next batch."""
     device, config = torch.device(name), load_config("quickstart", [])
     normalize = Normalize(config.data).to(device)
-    reading = train_reading(config.data, SAMPLES, 0)
-    feed = Feed(OneBuffer(device, reading.size), reading, normalize, device, slice(0, SAMPLES), SAMPLES)
+    plan = train_plan(config.data, SAMPLES, 0)
+    feed = Feed(OneBuffer(device, plan.size), plan, normalize, device, slice(0, SAMPLES), SAMPLES)
     list(feed.steps(0, 0))  # loads every kernel
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -46,6 +46,6 @@ def test_a_loader_may_fill_its_buffer_anew_while_steps_wait(name):
     assert device.type == "cpu" or not torch.cuda.current_stream().query()  # it is still busy
     assert len(seen) == BATCHES
     for number, images in enumerate(seen):
-        expected = normalize(torch.full((SAMPLES, 2, reading.size, reading.size, 3), number, dtype=torch.uint8, device=device))
+        expected = normalize(torch.full((SAMPLES, 2, plan.size, plan.size, 3), number, dtype=torch.uint8, device=device))
         assert torch.equal(images.pixels, expected)
         assert (images.labels == number).all()

@@ -6,7 +6,7 @@ import torch
 from torchmetrics.functional.classification import multiclass_accuracy, multiclass_calibration_error
 
 from cibl_ray.evaluation.metrics import CALIBRATION_BINS, score, table
-from pipelines.prepare.pictures import shot_groups
+from pipelines.prepare.shots import shot_groups
 
 
 def logits_for(predictions, classes, confidence=0.75):

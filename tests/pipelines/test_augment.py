@@ -38,7 +38,7 @@ from pipelines.common.errors import UserError
 from pipelines.common.seeding import stream
 from pipelines.common.validation import validate
 from pipelines.config import AutoAugment, Blur, ColorJitter, Cutout, Grayscale, RandAugment, View
-from pipelines.prepare.build import PrepareConfig
+from pipelines.prepare.command import PrepareConfig
 from tests.conftest import data_config
 
 NAMES = {

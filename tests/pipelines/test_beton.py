@@ -43,7 +43,7 @@ def test_round_trip(path, images):
     assert beton.labels.tolist() == [0, 1, 2, 3]
     for row, image in enumerate(images):
         assert (beton.image(row) == image).all()
-    start = beton.records["f0"]["data_ptr"]
+    start = beton.starts
     assert (start // PAGE == (start + [i.size - 1 for i in images]) // PAGE).all()
 
 

@@ -12,7 +12,7 @@ from pipelines.config import LoaderConfig
 from pipelines.loaders import cache
 from pipelines.loaders.cache import by_pages, fits_into_memory
 from pipelines.loaders.make import decide_cache, make_loader
-from pipelines.loaders.reading import Batch, ReadPlan, Share, train_reading
+from pipelines.loaders.reading import Batch, ReadPlan, Share, train_plan
 from pipelines.prepare.beton import PAGE
 from pipelines.prepare.build import ensure_prepared
 from tests.conftest import data_config, needs_ffcv
@@ -58,7 +58,7 @@ def test_order_is_random_within_groups_of_pages():
 def test_an_epoch_resumes_exactly(photos_in_files, kind):
     data, prepared = photos_in_files
     config = LoaderConfig(kind=kind, cache="process", read_ahead_mb=16, workers=1)
-    loader = make_loader(prepared, "train", train_reading(data, 5, 0), config)
+    loader = make_loader(prepared, "train", train_plan(data, 5, 0), config)
     whole = epoch(loader, 2)
     assert len(set(rows(whole))) == 20
     rest = epoch(loader, 2, start=2)
@@ -70,15 +70,15 @@ def test_an_epoch_resumes_exactly(photos_in_files, kind):
 @pytest.mark.parametrize("sampling", ["instance", "class_balanced"])
 def test_pages_read_ahead_hold_the_same_images(photos_in_files, sampling):
     data, prepared = photos_in_files
-    reading = replace(train_reading(data, 4, 0), sampling=sampling)
-    group = replace(reading, group=2)
+    plan = replace(train_plan(data, 4, 0), sampling=sampling)
+    group = replace(plan, group=2)
     beton = prepared.beton("train")
-    ahead = make_loader(prepared, "train", reading, LoaderConfig(kind="ffcv", cache="process", read_ahead_mb=16))
+    ahead = make_loader(prepared, "train", plan, LoaderConfig(kind="ffcv", cache="process", read_ahead_mb=16))
     for number in range(3):
         order = group.order(beton, number)
         assert rows(epoch(ahead, number)) == order.tolist()
     # The same order through mapped files: the torch loader reads those whatever the cache.
-    plain = make_loader(prepared, "train", reading, LoaderConfig(kind="torch", cache="process", read_ahead_mb=16, workers=1))
+    plain = make_loader(prepared, "train", plan, LoaderConfig(kind="torch", cache="process", read_ahead_mb=16, workers=1))
     for a, b in zip(epoch(ahead, 1), epoch(plain, 1), strict=True):
         assert (a.views.float() - b.views.float()).abs().mean() < 0.5
 
@@ -88,7 +88,7 @@ def test_no_more_than_two_groups_are_held_and_nothing_stays(photos_in_files):
     data, prepared = photos_in_files
     before = threading.active_count()
     loader = make_loader(
-        prepared, "train", train_reading(data, 2, 0), LoaderConfig(kind="ffcv", cache="process", read_ahead_mb=16)
+        prepared, "train", train_plan(data, 2, 0), LoaderConfig(kind="ffcv", cache="process", read_ahead_mb=16)
     )
     most = 0
     for _ in loader.epoch(0):
@@ -102,7 +102,7 @@ def test_no_more_than_two_groups_are_held_and_nothing_stays(photos_in_files):
 @needs_ffcv
 def test_a_file_that_cannot_be_read_is_told(photos_in_files, monkeypatch):
     data, prepared = photos_in_files
-    loader = make_loader(prepared, "train", train_reading(data, 2, 0), LoaderConfig(kind="ffcv", cache="process"))
+    loader = make_loader(prepared, "train", train_plan(data, 2, 0), LoaderConfig(kind="ffcv", cache="process"))
 
     def broken(*_):
         raise OSError(5, "Input/output error")
@@ -159,7 +159,7 @@ def test_each_worker_reads_its_own_files(photos_in_files, kind, store):
     config = LoaderConfig(kind=kind, part="shards", cache=store, workers=1)
     seen, counts = [], []
     for worker in range(2):
-        loader = make_loader(prepared, "train", train_reading(data, 5, 0, Share(worker, 2)), config)
+        loader = make_loader(prepared, "train", train_plan(data, 5, 0, Share(worker, 2)), config)
         own = epoch(loader, 1)
         assert rows(own[1:]) == rows(epoch(loader, 1, start=1))
         firsts = np.cumsum([0, *(shard.samples for shard in prepared.splits["train"].shards)])
@@ -178,15 +178,15 @@ def test_each_worker_reads_its_own_files(photos_in_files, kind, store):
 def test_a_worker_needs_no_other_files(photos_in_files, tmp_path):
     """As on a node that holds only its part."""
     data, prepared = photos_in_files
-    reading = train_reading(data, 4, 0, Share(1, 2))
+    plan = train_plan(data, 4, 0, Share(1, 2))
     config = LoaderConfig(kind="ffcv", part="shards")
-    expected = rows(epoch(make_loader(prepared, "train", reading, config)))
+    expected = rows(epoch(make_loader(prepared, "train", plan, config)))
     away = prepared.paths("train")[0]
     away.rename(tmp_path / away.name)
     try:
-        assert rows(epoch(make_loader(prepared, "train", reading, config))) == expected
+        assert rows(epoch(make_loader(prepared, "train", plan, config))) == expected
         with pytest.raises(UserError, match=r"train-00000\.beton' cannot be read"):
-            make_loader(prepared, "train", train_reading(data, 4, 0, Share(0, 2)), config)
+            make_loader(prepared, "train", train_plan(data, 4, 0, Share(0, 2)), config)
     finally:
         (tmp_path / away.name).rename(away)
 
@@ -197,15 +197,15 @@ def test_draws_of_workers_with_their_own_files_differ(photos_in_files):
     _, prepared = photos_in_files
     readings: list[ReadPlan] = []
     for worker in range(2):
-        _, reading = _own_files(prepared, "train", train_reading(photos_in_files[0], 4, 0, Share(worker, 2)))
-        readings.append(reading)
+        _, plan = _own_files(prepared, "train", train_plan(photos_in_files[0], 4, 0, Share(worker, 2)))
+        readings.append(plan)
     assert readings[0].seed != readings[1].seed
 
 
 def test_fewer_files_than_workers(photos_in_files):
     data, prepared = photos_in_files
     with pytest.raises(UserError, match=r"files for 50 workers; set data\.store\.shard_mb lower, or loader\.part: all"):
-        make_loader(prepared, "train", train_reading(data, 50, 0, Share(0, 50)), LoaderConfig(part="shards"))
+        make_loader(prepared, "train", train_plan(data, 50, 0, Share(0, 50)), LoaderConfig(part="shards"))
 
 
 def test_workers_that_would_not_fit_are_told(photos_in_files, monkeypatch):
@@ -216,13 +216,13 @@ def test_workers_that_would_not_fit_are_told(photos_in_files, monkeypatch):
     with pytest.raises(
         UserError, match=r"read_ahead_mb 1024 takes 17\.2 GB for 8 workers, of 10\.7 GB that are free; lower it"
     ):
-        make_loader(prepared, "train", train_reading(data, 4, 0), config)
+        make_loader(prepared, "train", train_plan(data, 4, 0), config)
 
 
 @needs_ffcv
 def test_a_file_cut_short_while_it_is_read_is_told(photos_in_files, monkeypatch):
     data, prepared = photos_in_files
-    loader = make_loader(prepared, "train", train_reading(data, 2, 0), LoaderConfig(kind="ffcv", cache="process"))
+    loader = make_loader(prepared, "train", train_plan(data, 2, 0), LoaderConfig(kind="ffcv", cache="process"))
     original = cache.os.preadv
     monkeypatch.setattr(cache.os, "preadv", lambda file, buffers, at: original(file, buffers, at) if at % PAGE == 1 else 0)
     with pytest.raises(OSError, match="ends before its images do"):

@@ -6,8 +6,8 @@ import pytest
 
 from pipelines.common.errors import UserError
 from pipelines.prepare import __main__ as command
-from pipelines.prepare.build import choose
 from pipelines.prepare.check import check
+from pipelines.prepare.splits import choose
 from tests.pipelines.test_prepare import folder_config
 
 

@@ -55,8 +55,7 @@ def differences(beton: Beton, size: int, view: View, views: int = 2, epoch: int 
     of = ReadPlan((view,) * views, size, len(beton), 0, "instance", drop_last=True)
     batch = next(iter(FFCVLoader(beton, of, LoaderConfig(workers=2)).epoch(epoch)))
     order = epoch_order(beton.labels, "instance", 0, epoch)
-    records = beton.records["f0"][order]
-    cuts = draw_cuts(of.views, size, records["height"], records["width"], 0, epoch)
+    cuts = draw_cuts(of.views, size, beton.heights[order], beton.widths[order], 0, epoch)
     found = []
     for position, row in enumerate(order):
         data = beton.image(int(row))
@@ -154,8 +153,8 @@ def test_large_images_are_decoded_reduced(photos, tmp_path, scale):
     images = [image for image in images if min(image.size) > 600]
     size = int(min(min(image.size) for image in images) * 0.6**0.5 * 0.75 / (OVERSAMPLING * scale / 2))
     beton = write(tmp_path / "train.beton", [jpeg(image) for image in images])
-    records = beton.records["f0"][epoch_order(beton.labels, "instance", 0, 0)]
-    cuts = draw_cuts((LARGE, LARGE), size, records["height"], records["width"], 0, 0)
+    order = epoch_order(beton.labels, "instance", 0, 0)
+    cuts = draw_cuts((LARGE, LARGE), size, beton.heights[order], beton.widths[order], 0, 0)
     assert scale in {_reduction(of_image, size) for of_image in cuts}
     assert differences(beton, size, LARGE).max() < 2.0
 

@@ -26,8 +26,9 @@ from pipelines.doctor.pairs import clusters, near
 from pipelines.doctor.report import write_report
 from pipelines.pixels import BadImageError
 from pipelines.prepare import __main__ as prepare
-from pipelines.prepare.build import choose, ensure_prepared
+from pipelines.prepare.build import ensure_prepared
 from pipelines.prepare.sources import Dataset, Images
+from pipelines.prepare.splits import choose
 from tests.commands import in_process
 from tests.conftest import data_config, unpacked
 

@@ -11,7 +11,7 @@ from torchvision.transforms import v2
 
 from pipelines.config import LoaderConfig
 from pipelines.loaders.make import make_loader
-from pipelines.loaders.reading import Share, eval_reading, eval_rule
+from pipelines.loaders.reading import Share, eval_plan, eval_rule
 from pipelines.pixels import EvalRule, decode
 from pipelines.prepare.build import ensure_prepared
 from pipelines.prepare.originals import original_images
@@ -50,7 +50,7 @@ def test_pixels_are_those_of_the_original(odd_images, tmp_path, store):
         views=[{"cut": {"kind": "resized"}}],
     )
     prepared = ensure_prepared(data, 0)
-    loader = make_loader(prepared, "test", eval_reading(data, 3), LoaderConfig(workers=2))
+    loader = make_loader(prepared, "test", eval_plan(data, 3), LoaderConfig(workers=2))
     seen = np.concatenate([batch.views[:, 0].numpy() for batch in loader.epoch(0)])
     originals = list(original_images(prepared, "test", data, 0, 7))
     rule = eval_rule(data)
@@ -92,7 +92,7 @@ def test_workers_share_out_every_sample(odd_images, tmp_path):
     prepared = ensure_prepared(data, 0)
     rows = []
     for worker in range(3):
-        loader = make_loader(prepared, "test", eval_reading(data, 2, Share(worker, 3)), LoaderConfig())
+        loader = make_loader(prepared, "test", eval_plan(data, 2, Share(worker, 3)), LoaderConfig())
         rows += [batch.index for batch in loader.epoch(0)]
     assert torch.equal(torch.cat(rows), torch.arange(7))
 

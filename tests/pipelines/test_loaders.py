@@ -23,7 +23,7 @@ from pipelines.config import LoaderConfig
 from pipelines.loaders import torch_loader
 from pipelines.loaders.cuts import FLIP, HEIGHT, LEFT, TOP, WIDTH, draw_cuts, epoch_order
 from pipelines.loaders.make import loader_kind, make_loader
-from pipelines.loaders.reading import Batch, ReadPlan, eval_reading, train_reading
+from pipelines.loaders.reading import Batch, ReadPlan, eval_plan, train_plan
 from pipelines.prepare.build import ensure_prepared
 from tests.conftest import REPOSITORY, data_config, digits_config, needs_ffcv
 
@@ -40,8 +40,8 @@ def same(first: list[Batch], second: list[Batch]) -> bool:
     return all(torch.equal(getattr(a, part), getattr(b, part)) for a, b in pairs for part in ("views", "labels", "index"))
 
 
-def reading(tmp_path, seed=0, batch_size=64, **more) -> ReadPlan:
-    return train_reading(digits_config(tmp_path, **more), batch_size, seed)
+def plan(tmp_path, seed=0, batch_size=64, **more) -> ReadPlan:
+    return train_plan(digits_config(tmp_path, **more), batch_size, seed)
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def photos_prepared(photo_folder, tmp_path_factory):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_batches(digits, tmp_path, kind):
-    loader = make_loader(digits, "train", reading(tmp_path), LoaderConfig(kind=kind))
+    loader = make_loader(digits, "train", plan(tmp_path), LoaderConfig(kind=kind))
     seen = batches(loader, 0)
     assert len(seen) == loader.batches == 398 // 64
     assert {tuple(batch.views.shape) for batch in seen} == {(64, 2, 16, 16, 3)}
@@ -71,7 +71,7 @@ def test_batches(digits, tmp_path, kind):
 
 @needs_ffcv
 def test_both_loaders_agree_to_the_bit_where_nothing_is_resized(digits, tmp_path):
-    of = reading(tmp_path, seed=3)
+    of = plan(tmp_path, seed=3)
     ffcv, plain = (make_loader(digits, "train", of, LoaderConfig(kind=kind)) for kind in ("ffcv", "torch"))
     for epoch in (0, 5):
         assert same(batches(ffcv, epoch), batches(plain, epoch))
@@ -81,7 +81,7 @@ def test_both_loaders_agree_to_the_bit_where_nothing_is_resized(digits, tmp_path
 def test_both_loaders_cut_alike_where_jpegs_are_resized(photos_prepared):
     """Same boxes, flips and order; pixels differ by rounding and by where chroma is upsampled."""
     data, prepared = photos_prepared
-    of = train_reading(data, 8, seed=1)
+    of = train_plan(data, 8, seed=1)
     ffcv, plain = (make_loader(prepared, "train", of, LoaderConfig(kind=kind, workers=2)) for kind in ("ffcv", "torch"))
     for a, b in zip(batches(ffcv, 2), batches(plain, 2), strict=True):
         assert torch.equal(a.index, b.index)
@@ -92,18 +92,18 @@ def test_both_loaders_cut_alike_where_jpegs_are_resized(photos_prepared):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_epoch_repeats_and_resumes_exactly(digits, tmp_path, kind):
-    first, second = (make_loader(digits, "train", reading(tmp_path), LoaderConfig(kind=kind)) for _ in range(2))
+    first, second = (make_loader(digits, "train", plan(tmp_path), LoaderConfig(kind=kind)) for _ in range(2))
     whole = batches(first, 4)
     assert same(whole, batches(second, 4))  # straight to epoch 4
     assert same(whole[2:], batches(second, 4, start=2))
     assert not same(whole, batches(first, 5))
-    other = make_loader(digits, "train", reading(tmp_path, seed=1), LoaderConfig(kind=kind))
+    other = make_loader(digits, "train", plan(tmp_path, seed=1), LoaderConfig(kind=kind))
     assert not same(whole, batches(other, 4))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_views_of_a_sample_are_drawn_independently(digits, tmp_path, kind):
-    loader = make_loader(digits, "train", reading(tmp_path), LoaderConfig(kind=kind))
+    loader = make_loader(digits, "train", plan(tmp_path), LoaderConfig(kind=kind))
     views = torch.cat([batch.views for batch in batches(loader, 0)])
     alike = (views[:, 0] == views[:, 1]).flatten(1).all(1).float().mean()
     assert alike < 0.05  # 9 x 9 places and a flip: about 1 in 160, more where a margin is empty
@@ -111,7 +111,7 @@ def test_views_of_a_sample_are_drawn_independently(digits, tmp_path, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_evaluation_takes_every_sample_once_untouched(digits, tmp_path, kind):
-    loader = make_loader(digits, "test", eval_reading(digits_config(tmp_path), 100), LoaderConfig(kind=kind))
+    loader = make_loader(digits, "test", eval_plan(digits_config(tmp_path), 100), LoaderConfig(kind=kind))
     seen = batches(loader, 0)
     assert [len(batch.labels) for batch in seen] == [100, 100, 100, 100, 45]
     assert torch.cat([batch.index for batch in seen]).tolist() == list(range(445))
@@ -122,7 +122,7 @@ def test_evaluation_takes_every_sample_once_untouched(digits, tmp_path, kind):
 
 @needs_ffcv
 def test_ffcv_cuts_what_torchvision_cuts(digits, tmp_path):
-    of = reading(tmp_path)
+    of = plan(tmp_path)
     batch = batches(make_loader(digits, "train", of, LoaderConfig(kind="ffcv")), 7)[0]
     beton = digits.beton("train")
     order = epoch_order(beton.labels, "instance", of.seed, 7)
@@ -172,20 +172,20 @@ def test_an_image_twice_in_an_epoch_is_cut_twice():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_image_smaller_than_the_crop_is_explained(digits, tmp_path, kind):
-    of = replace(reading(tmp_path), size=64)
+    of = replace(plan(tmp_path), size=64)
     with pytest.raises(UserError, match=r"16x16 with padding 4 is smaller than the crop of 64x64"):
         batches(make_loader(digits, "train", of, LoaderConfig(kind=kind)), 0)
 
 
 def test_fewer_images_than_a_batch(digits, tmp_path):
     with pytest.raises(UserError, match=r"398 images, fewer than one batch of 512; lower train\.batch_size"):
-        make_loader(digits, "train", reading(tmp_path, batch_size=512), LoaderConfig())
+        make_loader(digits, "train", plan(tmp_path, batch_size=512), LoaderConfig())
 
 
 @needs_ffcv
 @pytest.mark.timeout(60)
 def test_an_exception_in_ffcvs_thread_surfaces(digits, tmp_path, monkeypatch):
-    loader = make_loader(digits, "train", reading(tmp_path), LoaderConfig(kind="ffcv"))
+    loader = make_loader(digits, "train", plan(tmp_path), LoaderConfig(kind="ffcv"))
 
     def fail(self, number, *rest):
         if number == 3:
@@ -212,11 +212,11 @@ def loader_epoch():
 def test_a_damaged_jpeg_in_the_file_surfaces(photos_prepared, tmp_path, kind, workers):
     data = photos_prepared[0].model_copy(update={"prepared": tmp_path})
     prepared = ensure_prepared(data, 0)
-    record = prepared.beton("train").records["f0"][5]
+    start = int(prepared.beton("train").starts[5])
     with prepared.paths("train")[0].open("r+b") as file:
-        file.seek(int(record["data_ptr"]))
+        file.seek(start)
         file.write(b"\0" * 64)
-    loader = make_loader(prepared, "train", train_reading(data, 8, 0), LoaderConfig(kind=kind, workers=workers))
+    loader = make_loader(prepared, "train", train_plan(data, 8, 0), LoaderConfig(kind=kind, workers=workers))
     with pytest.raises(UserError, match=r"image 5 of .*train\.beton.* \(line 6 of train\.files\.txt\) is damaged"):
         batches(loader, 0)
 
@@ -239,12 +239,12 @@ def test_a_jpeg_with_stray_bytes_is_read_as_pillow_reads_it(photo_folder, tmp_pa
     beton = prepared.beton("train")
     refused = 0
     for row in range(len(beton)):
-        height, width = (np.uint32(beton.records["f0"][row][side]) for side in ("height", "width"))
+        height, width = np.uint32(beton.heights[row]), np.uint32(beton.widths[row])
         image = np.empty((height, width, 3), np.uint8)
         jpeg = np.ascontiguousarray(beton.image(row))
         refused += imdecode(jpeg, image, height, width, height, width, 0, 0, 1, 1, False, False) != 0
     assert refused > 0
-    of = train_reading(data, 8, 0)
+    of = train_plan(data, 8, 0)
     ffcv, plain = (batches(make_loader(prepared, "train", of, LoaderConfig(kind=kind)), 0) for kind in ("ffcv", "torch"))
     for a, b in zip(ffcv, plain, strict=True):
         assert (a.views.float() - b.views.float()).abs().mean(dim=(2, 3, 4)).max() < 2.0
@@ -253,7 +253,7 @@ def test_a_jpeg_with_stray_bytes_is_read_as_pillow_reads_it(photo_folder, tmp_pa
 @needs_ffcv
 @pytest.mark.timeout(60)
 def test_a_second_epoch_at_once_is_refused_not_hung(digits, tmp_path):
-    loader = make_loader(digits, "train", reading(tmp_path), LoaderConfig(kind="ffcv"))
+    loader = make_loader(digits, "train", plan(tmp_path), LoaderConfig(kind="ffcv"))
     first = loader.epoch(0)
     next(first)
     next(loader.epoch(1))
@@ -266,8 +266,8 @@ def test_a_second_epoch_at_once_is_refused_not_hung(digits, tmp_path):
 def test_two_loaders_at_once_and_torchs_threads_stay(photos_prepared):
     data, prepared = photos_prepared
     threads = torch.get_num_threads()
-    train = make_loader(prepared, "train", train_reading(data, 8, 0), LoaderConfig(kind="ffcv", workers=2))
-    test = make_loader(prepared, "test", eval_reading(data, 2), LoaderConfig(kind="ffcv", workers=2))
+    train = make_loader(prepared, "train", train_plan(data, 8, 0), LoaderConfig(kind="ffcv", workers=2))
+    test = make_loader(prepared, "test", eval_plan(data, 2), LoaderConfig(kind="ffcv", workers=2))
     seen = 0
     for _ in train.epoch(0):
         seen += sum(len(batch.labels) for batch in test.epoch(0))
@@ -277,7 +277,7 @@ def test_two_loaders_at_once_and_torchs_threads_stay(photos_prepared):
 
 @needs_ffcv
 def test_leaving_an_epoch_ends_its_thread(digits, tmp_path):
-    loader = make_loader(digits, "train", reading(tmp_path), LoaderConfig(kind="ffcv"))
+    loader = make_loader(digits, "train", plan(tmp_path), LoaderConfig(kind="ffcv"))
     before = threading.active_count()
     epoch = loader.epoch(0)
     next(epoch)
@@ -303,15 +303,15 @@ def test_evaluation_needs_no_ffcv(digits, tmp_path, monkeypatch):
     find_spec = importlib.util.find_spec
     monkeypatch.setattr("importlib.util.find_spec", lambda name, *more: None if name == "ffcv" else find_spec(name, *more))
     config = LoaderConfig(kind="ffcv")
-    loader = make_loader(digits, "test", eval_reading(digits_config(tmp_path), 100), config)
+    loader = make_loader(digits, "test", eval_plan(digits_config(tmp_path), 100), config)
     assert sum(len(batch.labels) for batch in loader.epoch(0)) == loader.samples
     with pytest.raises(UserError, match="FFCV is not installed"):
-        make_loader(digits, "train", reading(tmp_path), config)
+        make_loader(digits, "train", plan(tmp_path), config)
 
 
 def test_the_log_says_which_loader_runs(digits, tmp_path, caplog):
     with caplog.at_level("INFO"):
-        make_loader(digits, "train", reading(tmp_path), LoaderConfig(kind="torch"))
+        make_loader(digits, "train", plan(tmp_path), LoaderConfig(kind="torch"))
     assert "train: 398 images, torchvision loader" in caplog.text
 
 
@@ -329,7 +329,7 @@ class _Client:
 def test_a_worker_process_collects_no_garbage_of_its_parent(digits, tmp_path, monkeypatch):
     crop = torch_loader._crop
     monkeypatch.setattr(torch_loader, "_crop", lambda *arguments: (gc.collect(), crop(*arguments))[1])
-    loader = make_loader(digits, "train", reading(tmp_path), LoaderConfig(kind="torch", workers=1))
+    loader = make_loader(digits, "train", plan(tmp_path), LoaderConfig(kind="torch", workers=1))
     garbage = _Client()
     held = weakref.ref(garbage)
     gc.disable()
@@ -346,7 +346,7 @@ def test_a_worker_process_collects_no_garbage_of_its_parent(digits, tmp_path, mo
 def test_worker_processes_where_they_are_not_forked_by_default(digits, tmp_path):
     """As with Python 3.14: their open files must be those of this process."""
     configs = LoaderConfig(kind="torch"), LoaderConfig(kind="torch", workers=1)
-    alone, workers = (make_loader(digits, "train", reading(tmp_path), config) for config in configs)
+    alone, workers = (make_loader(digits, "train", plan(tmp_path), config) for config in configs)
     before = multiprocessing.get_start_method()
     multiprocessing.set_start_method("forkserver", force=True)
     try:
@@ -359,7 +359,7 @@ def test_a_swapped_file_is_noticed(digits, tmp_path):
     prepared = ensure_prepared(digits_config(tmp_path), 0)
     prepared.paths("test")[0].replace(prepared.paths("train")[0])
     with pytest.raises(UserError, match=r"is not the file that prepared\.json describes"):
-        make_loader(prepared, "train", reading(tmp_path), LoaderConfig())
+        make_loader(prepared, "train", plan(tmp_path), LoaderConfig())
 
 
 @pytest.mark.parametrize(
@@ -381,7 +381,7 @@ def test_data_prepared_anew_do_not_reach_a_loader_in_use(image_folder, tmp_path,
         views=[{"cut": {"kind": "crop", "padding": 1}}],
     )
     prepared = ensure_prepared(data, 0)
-    train, test = train_reading(data, 4, 0), eval_reading(data, 4)
+    train, test = train_plan(data, 4, 0), eval_plan(data, 4)
     untouched = [batches(make_loader(prepared, "train", train, LoaderConfig(**config)), epoch) for epoch in (0, 1)]
     scored = batches(make_loader(prepared, "test", test, LoaderConfig(**config)), 0)
     running = make_loader(prepared, "train", train, LoaderConfig(**config))
@@ -407,7 +407,7 @@ def test_memory_stays_flat_over_twenty_epochs(photos_prepared, store):
 
     data, prepared = photos_prepared
     config = LoaderConfig(kind="ffcv", cache=store, read_ahead_mb=16, workers=2)
-    loader = make_loader(prepared, "train", train_reading(data, 8, 0), config)
+    loader = make_loader(prepared, "train", train_plan(data, 8, 0), config)
     process, before = psutil.Process(), threading.active_count()
 
     def held(first: int, last: int) -> int:
@@ -428,7 +428,7 @@ def test_closing_does_not_decode_the_rest(photos_prepared, monkeypatch):
     from pipelines.loaders import ffcv_loader
 
     data, prepared = photos_prepared
-    loader = make_loader(prepared, "train", train_reading(data, 1, 0), LoaderConfig(kind="ffcv", batches_ahead=1))
+    loader = make_loader(prepared, "train", train_plan(data, 1, 0), LoaderConfig(kind="ffcv", batches_ahead=1))
     done, original = [], ffcv_loader.cut_batch
 
     def slow(*arguments):
@@ -446,7 +446,7 @@ def test_closing_does_not_decode_the_rest(photos_prepared, monkeypatch):
 @needs_ffcv
 def test_a_closed_loader_opens_again(photos_prepared):
     data, prepared = photos_prepared
-    loader = make_loader(prepared, "train", train_reading(data, 8, 0), LoaderConfig(kind="ffcv"))
+    loader = make_loader(prepared, "train", train_plan(data, 8, 0), LoaderConfig(kind="ffcv"))
     first = batches(loader, 3)
     loader.close()
     assert same(batches(loader, 3), first)
@@ -464,12 +464,12 @@ def test_compiled_code_is_kept_between_runs(photos_prepared, tmp_path):
     code = f"""
 import json
 from pipelines.loaders.make import make_loader
-from pipelines.loaders.reading import train_reading
+from pipelines.loaders.reading import train_plan
 from pipelines.config import DataConfig, LoaderConfig
 from pipelines.loaders.cut_kernel import cut_batch
 from pipelines.prepare.build import ensure_prepared
 data = DataConfig.model_validate(json.loads({data.model_dump_json()!r}))
-loader = make_loader(ensure_prepared(data, 0), "train", train_reading(data, 8, 0), LoaderConfig(kind="ffcv"))
+loader = make_loader(ensure_prepared(data, 0), "train", train_plan(data, 8, 0), LoaderConfig(kind="ffcv"))
 assert sum(1 for _ in loader.epoch(0)) == 3
 print(sum(cut_batch.stats.cache_hits.values()), sum(cut_batch.stats.cache_misses.values()))
 """

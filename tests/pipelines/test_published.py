@@ -17,7 +17,7 @@ import torch
 from pipelines.common.errors import UserError
 from pipelines.config import DataConfig, LoaderConfig
 from pipelines.loaders.make import make_loader
-from pipelines.loaders.reading import Batch, Share, eval_reading, train_reading
+from pipelines.loaders.reading import Batch, Share, eval_plan, train_plan
 from pipelines.prepare import __main__ as command
 from pipelines.prepare import published as fetching
 from pipelines.prepare.build import ensure_prepared
@@ -69,7 +69,7 @@ def names(prepared: Prepared, numbers: range) -> set[str]:
 def batches(prepared: Prepared, data: DataConfig, worker: int) -> list[Batch]:
     """An epoch of one of two workers that read files of their own."""
     loader = make_loader(
-        prepared, "train", train_reading(data, 4, 0, Share(worker, 2)), LoaderConfig(kind="torch", part="shards", workers=1)
+        prepared, "train", train_plan(data, 4, 0, Share(worker, 2)), LoaderConfig(kind="torch", part="shards", workers=1)
     )
     return [Batch(batch.views.clone(), batch.labels.clone(), batch.index.clone()) for batch in loader.epoch(0)]
 
@@ -95,10 +95,10 @@ def test_each_worker_fetches_its_own_files_and_reads_the_same(local, bucket, tmp
         assert fetched(folder) == set()
         same(batches(here, data, worker), batches(prepared, data, worker))
         assert fetched(folder) == names(prepared, range(worker, shards, 2))
-        reading = eval_reading(data, 4)
+        plan = eval_plan(data, 4)
         config = LoaderConfig(kind="torch")
-        seen = [batch.views.clone() for batch in make_loader(here, "test", reading, config).epoch(0)]
-        expected = [batch.views.clone() for batch in make_loader(prepared, "test", reading, config).epoch(0)]
+        seen = [batch.views.clone() for batch in make_loader(here, "test", plan, config).epoch(0)]
+        expected = [batch.views.clone() for batch in make_loader(prepared, "test", plan, config).epoch(0)]
         assert all(torch.equal(a, b) for a, b in zip(seen, expected, strict=True))
         assert here.names("test") == prepared.names("test")
         tests = {shard.file for shard in prepared.splits["test"].shards} | {"test.files.txt"}

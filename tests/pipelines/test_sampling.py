@@ -11,7 +11,7 @@ from pipelines.common.errors import UserError
 from pipelines.config import LoaderConfig
 from pipelines.loaders.cuts import epoch_order, worker_weights
 from pipelines.loaders.make import _own_files, make_loader
-from pipelines.loaders.reading import Share, train_reading
+from pipelines.loaders.reading import Share, train_plan
 from pipelines.prepare.build import ensure_prepared
 from pipelines.prepare.prepared import SIDECAR
 from tests.conftest import data_config, digits_config, needs_ffcv
@@ -63,8 +63,8 @@ def test_no_sampling_is_the_files_order():
 @pytest.mark.parametrize("sampling", ["class_balanced", "square_root"])
 def test_repeated_rows_are_cut_anew_and_alike_by_both_loaders(digits, tmp_path, sampling):
     data = digits_config(tmp_path, sampling=sampling)
-    reading = train_reading(data, 64, seed=0)
-    ffcv, plain = (make_loader(digits, "train", reading, LoaderConfig(kind=kind)) for kind in ("ffcv", "torch"))
+    plan = train_plan(data, 64, seed=0)
+    ffcv, plain = (make_loader(digits, "train", plan, LoaderConfig(kind=kind)) for kind in ("ffcv", "torch"))
     views, rows = [], []
     for a, b in zip(ffcv.epoch(1), plain.epoch(1), strict=True):
         assert torch.equal(a.index, b.index)
@@ -92,11 +92,11 @@ def digits_in_files(tmp_path_factory):
     return data, ensure_prepared(data, 0)
 
 
-def drawn_by_class(prepared, reading, epochs):
-    """Draws of each class in an epoch, over all of the reading's workers: their mean."""
+def drawn_by_class(prepared, plan, epochs):
+    """Draws of each class in an epoch, over all of the plan's workers: their mean."""
     draws = np.zeros(len(prepared.classes))
-    for worker in range(reading.share.workers):
-        files, own = None, replace(reading, share=Share(worker, reading.share.workers))
+    for worker in range(plan.share.workers):
+        files, own = None, replace(plan, share=Share(worker, plan.share.workers))
         if own.share.workers > 1:
             files, own = _own_files(prepared, "train", own)
         beton = prepared.beton("train", files)
@@ -113,15 +113,15 @@ def test_workers_with_their_own_files_draw_as_one_with_all(digits_in_files, samp
     counts = prepared.shard_counts("train")
     assert len(counts) == 5
     assert (counts[:, -1] == 0).any()  # a worker that balanced over its own classes alone would leave the rarest short
-    reading = replace(train_reading(digits_in_files[0], 16, 0), sampling=sampling)
-    together = drawn_by_class(prepared, replace(reading, share=Share(0, workers)), 1000)
-    alone = drawn_by_class(prepared, reading, 1000)
+    plan = replace(train_plan(digits_in_files[0], 16, 0), sampling=sampling)
+    together = drawn_by_class(prepared, replace(plan, share=Share(0, workers)), 1000)
+    alone = drawn_by_class(prepared, plan, 1000)
     assert together / together.sum() == pytest.approx(alone / alone.sum(), rel=0.05)
 
 
 def test_instance_sampling_needs_no_weights(digits_in_files):
     data, prepared = digits_in_files
-    assert _own_files(prepared, "train", train_reading(data, 16, 0, Share(1, 2)))[1].weights is None
+    assert _own_files(prepared, "train", train_plan(data, 16, 0, Share(1, 2)))[1].weights is None
 
 
 def test_every_worker_fills_its_batches_and_every_class_has_its_share():
@@ -146,7 +146,7 @@ def test_files_that_cannot_give_every_class_its_share_are_told(digits_in_files, 
     counts[0] = 1
     counts[1:, 0] = 1
     monkeypatch.setattr(type(prepared), "shard_counts", lambda *_: counts)
-    _own_files(prepared, "train", train_reading(data.model_copy(update={"sampling": "class_balanced"}), 16, 0, Share(0, 2)))
+    _own_files(prepared, "train", train_plan(data.model_copy(update={"sampling": "class_balanced"}), 16, 0, Share(0, 2)))
     assert "class '0' is drawn 5.00 times as often as data.sampling 'class_balanced' says" in caplog.text
 
 

@@ -236,7 +236,7 @@ def test_a_list_of_another_length_than_expected(lists):
 @pytest.mark.parametrize("name", ["imagenet_lt", "recipes/imagenet_lt_90", "recipes/imagenet_lt_180"])
 def test_imagenet_lt_is_the_communitys(name, tmp_path):
     """The lists' true names; one cut short is noticed before a single image is looked for."""
-    from pipelines.prepare.build import load_data
+    from pipelines.prepare.command import load_data
 
     source = load_data(name, []).data.source
     assert [path.name for path in (source.train, source.val, source.test)] == [

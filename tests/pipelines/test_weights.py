@@ -17,7 +17,7 @@ from pipelines.common.errors import UserError
 from pipelines.config import LoaderConfig
 from pipelines.loaders.cuts import epoch_order, worker_weights
 from pipelines.loaders.make import _own_files, make_loader
-from pipelines.loaders.reading import Share, train_reading
+from pipelines.loaders.reading import Share, train_plan
 from pipelines.prepare.build import ensure_prepared
 from pipelines.prepare.prepared import WEIGHTS
 from pipelines.prepare.sources import TableSource
@@ -161,10 +161,10 @@ def test_an_image_that_cannot_be_read_takes_its_weight_along(table, tmp_path):
     del expected["t.parquet/7"]
     assert weights_by_name(prepared) == expected
     kinds = LoaderConfig(kind="torch", workers=1)
-    reading = replace(train_reading(config(tmp_path / "t.parquet", tmp_path / "p"), 20, 0), sampling="weighted")
-    loader = make_loader(prepared, "train", reading, kinds)
+    plan = replace(train_plan(config(tmp_path / "t.parquet", tmp_path / "p"), 20, 0), sampling="weighted")
+    loader = make_loader(prepared, "train", plan, kinds)
     rows_drawn = torch.cat([batch.index.clone() for batch in loader.epoch(2)])
-    expected_order = reading.order(prepared.beton("train"), 2)
+    expected_order = plan.order(prepared.beton("train"), 2)
     assert rows_drawn.tolist() == expected_order[: len(rows_drawn)].tolist()
     loader.close()
 
@@ -175,12 +175,12 @@ def test_loaders_and_workers_draw_the_same(in_files):
     of = {
         kind: [
             batch.index.clone()
-            for batch in make_loader(prepared, "train", train_reading(data, 30, 0), LoaderConfig(kind=kind)).epoch(1, start=2)
+            for batch in make_loader(prepared, "train", train_plan(data, 30, 0), LoaderConfig(kind=kind)).epoch(1, start=2)
         ]
         for kind in ("ffcv", "resident")
     }
     halves = [
-        make_loader(prepared, "train", train_reading(data, 30, 0, Share(worker, 2)), LoaderConfig(kind="ffcv")).epoch(1, 2)
+        make_loader(prepared, "train", train_plan(data, 30, 0, Share(worker, 2)), LoaderConfig(kind="ffcv")).epoch(1, 2)
         for worker in (0, 1)
     ]
     together = [torch.cat([a.index, b.index]) for a, b in zip(*halves, strict=True)]
@@ -191,10 +191,10 @@ def test_loaders_and_workers_draw_the_same(in_files):
 @pytest.mark.parametrize("workers", [2, 3])
 def test_workers_with_their_own_files_draw_by_weight(in_files, workers):
     data, prepared = in_files
-    reading, epochs = train_reading(data, 12, 0, Share(0, workers)), 1500
+    plan, epochs = train_plan(data, 12, 0, Share(0, workers)), 1500
     times = np.zeros(prepared.splits["train"].samples)
     for worker in range(workers):
-        files, own = _own_files(prepared, "train", replace(reading, share=Share(worker, workers)))
+        files, own = _own_files(prepared, "train", replace(plan, share=Share(worker, workers)))
         beton = prepared.beton("train", files)
         positions = own.positions(len(beton))
         for epoch in range(epochs):
@@ -243,9 +243,9 @@ def test_a_column_of_that_name_that_holds_no_weights_is_not_taken(table, tmp_pat
     with pytest.raises(UserError, match=r"'weighted', but the training images have no weights; .* data.source.weight"):
         ensure_prepared(data.model_copy(update={"sampling": "weighted"}), 0)
     prepared = ensure_prepared(data, 0)
-    reading = replace(train_reading(data, 10, 0), sampling="weighted")
+    plan = replace(train_plan(data, 10, 0), sampling="weighted")
     with pytest.raises(UserError, match="the training images have no weights"):
-        make_loader(prepared, "train", reading, LoaderConfig(kind="torch"))
+        make_loader(prepared, "train", plan, LoaderConfig(kind="torch"))
 
 
 def test_classes_and_workers_without_weight_are_refused(table, in_files, tmp_path, monkeypatch):
@@ -257,12 +257,12 @@ def test_classes_and_workers_without_weight_are_refused(table, in_files, tmp_pat
     data, prepared = in_files
     entry = replace(prepared.splits["train"], shard_weights=[[1.0, 1.0, 1.0], [0.0, 0.0, 0.0], [1.0, 0.0, 0.0]])
     with pytest.raises(UserError, match="all images in the files of worker 1 of 3 have weight 0"):
-        _own_files(replace(prepared, splits={"train": entry}), "train", train_reading(data, 12, 0, Share(0, 3)))
+        _own_files(replace(prepared, splits={"train": entry}), "train", train_plan(data, 12, 0, Share(0, 3)))
     away = tmp_path / "away.npy"
     shutil.move(prepared.folder / WEIGHTS, away)
     try:
         with pytest.raises(UserError, match=r"train\.weights\.npy' is not on this machine; bring it"):
-            make_loader(prepared, "train", train_reading(data, 12, 0), LoaderConfig(kind="torch"))
+            make_loader(prepared, "train", train_plan(data, 12, 0), LoaderConfig(kind="torch"))
         away_file = np.load(away)[:-1]
         np.save(prepared.folder / WEIGHTS, away_file)
         with pytest.raises(UserError, match=r"train\.weights\.npy' is not the file that prepared\.json describes"):
