@@ -72,8 +72,8 @@ def fit(config: RunConfig, name: str | None = None, *, progress: bool = True) ->
         The finished run.
 
     Raises:
-        UserError: `config` is none, the run folder exists, the data are missing, the loss is not finite, or the machine lacks
-            memory.
+        UserError: `config` is not a RunConfig, the run folder exists, the data are missing, the loss is not finite, or the
+            machine lacks memory.
     """
     if not isinstance(config, RunConfig):
         fix = f"load_config({shown(str(config))})" if isinstance(config, str | Path) else "what load_config returns"

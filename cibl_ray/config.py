@@ -26,10 +26,12 @@ log = logging.getLogger(__name__)
 
 
 class SAMConfig(Settings):
-    """Sharpness-aware minimisation. A step with it costs two."""
+    """Sharpness-aware minimisation (Foret et al. 2021). Each step costs as much as two."""
 
-    rho: float = Field(default=0.05, gt=0, le=10, description="ρ, how far along the gradient the loss is looked at.")
-    start: float = Field(default=0.0, ge=0, lt=1, description="Share of the run from which it is used (or: from).")
+    rho: float = Field(default=0.05, gt=0, le=10, description="ρ, radius of the neighbourhood whose highest loss is minimised.")
+    start: float = Field(
+        default=0.0, ge=0, lt=1, description="Share of the run at which it begins; `from` is another name of this field."
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -152,10 +154,10 @@ class TrainConfig(Settings):
     tau: Annotated[float, Field(ge=0, le=4)] | Literal["auto"] = Field(
         default="auto",
         description="τ of head_start 'tau_normalized': 0 leaves the norms of the classes' weights, 1 makes them equal. auto: "
-        "as is best on validation.",
+        "the one that is best on validation.",
     )
     epochs: int = Field(
-        default=200, ge=0, description="How often the training split is gone through. 0: the weights of train.start stay."
+        default=200, ge=0, description="Passes through the training split. 0: the weights of train.start stay as they are."
     )
     batch_size: int = Field(
         default=128, ge=2, description="Images in a step, over all workers; each gives as many views as data.views has."

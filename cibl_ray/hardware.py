@@ -17,7 +17,23 @@ from pipelines.common.errors import UserError
 
 
 def resolve(config: RunConfig) -> RunConfig:
-    """Decide every 'auto' of a configuration for this machine, by rule; `training.arithmetic` times what a long run may gain.
+    """Decide device, precision and compilation by what this machine has, where the configuration leaves them to 'auto'.
+
+    Every other 'auto' stays. It is decided where what it depends on is known:
+
+    - `train.precision` and `train.compile` of a long run, again: `training.arithmetic.decide`, which times a few steps.
+    - `loader.cache`: `training.setup.settle`, by the images and the memory of all workers.
+    - `loader.kind`: `pipelines.loaders.make`, as a loader is opened.
+    - `train.batch_norm`: `training.setup.keeps_statistics`.
+    - `train.head_start`: `training.trainer.Trainer`, as it makes the network.
+    - `train.tau`: `training.tau.normalize_head`, by the validation images.
+    - `train.folds`: `training.folds.folds_of`, by the validation images.
+
+    Args:
+        config: The configuration.
+
+    Returns:
+        The configuration without 'auto' in `train.device`, `train.precision` and `train.compile`.
 
     Raises:
         UserError: `train.device` is 'cuda' and no GPU is visible.

@@ -40,7 +40,7 @@ def checkpoint(run: Path, which: str | None = None) -> Path:
         which: 'last' or 'best'.
 
     Raises:
-        UserError: `run` is none of these, has no such checkpoint, or is the file of another one.
+        UserError: `run` is not one of these, has no such checkpoint, or is the file of another one.
     """
     if run.is_file():
         return _file(run, which)

@@ -27,7 +27,7 @@ def settle(config: RunConfig, prepared: Prepared, world: World) -> RunConfig:
     """Fit a configuration to the images and the workers.
 
     Args:
-        config: The run's configuration, no other 'auto' left in it than the loader's cache.
+        config: The run's configuration, resolved for this machine (`hardware.resolve`).
         prepared: The images.
         world: The workers.
 

@@ -58,7 +58,7 @@ class Trainer:
     Each worker has a trainer, all with the same network. Only rank 0's writes to the folder.
 
     Args:
-        config: The run's configuration, with every 'auto' resolved (`hardware.resolve`).
+        config: The run's configuration, resolved for this machine (`hardware.resolve`).
         prepared: The images.
         folder: The run folder.
         world: The workers; None: this process alone.
@@ -180,7 +180,7 @@ class Trainer:
                 f"{before!r}, or start a new run from its weights: --train.start RUN"
             )
         load_weights(self.network, checkpoint)
-        load_optimizer(self.network, self.optimizer, checkpoint.momentum)
+        load_optimizer(self.network, self.optimizer, checkpoint.optimizer)
         self.objective.load(checkpoint.objective)
         if self.average is not None:  # of the weights from here on, where the run kept none before
             load_weights(self.average.network, checkpoint, averaged=True)
@@ -391,7 +391,7 @@ class Trainer:
                 self.network.state_dict(),
                 rows=self._log.rows if self._log is not None else self._rows,
                 so_far=self._so_far,
-                momentum=optimizer_state(self.network, self.optimizer),
+                optimizer=optimizer_state(self.network, self.optimizer),
                 objective=self.objective.state(),
                 average=self.average.network.state_dict() if self.average is not None else {},
             )

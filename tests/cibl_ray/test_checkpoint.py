@@ -31,7 +31,7 @@ def test_round_trip(tmp_path):
     assert loaded.best == {"epoch": 2, "balanced": 0.5}
     assert (loaded.step, loaded.workers) == (4, 2)
     assert all(torch.equal(loaded.weights[name], tensor) for name, tensor in saved.weights.items())
-    assert set(loaded.momentum) == set(saved.momentum)
+    assert set(loaded.optimizer) == set(saved.optimizer)
     assert loaded.objective == {"queue.written": torch.tensor(7)}
     rebuilt = loaded.network().state_dict()
     assert all(torch.equal(rebuilt[name], tensor) for name, tensor in saved.weights.items())
