@@ -314,8 +314,8 @@ class Run:
             UserError: A setting asks for other images, another network or fewer epochs than are done, the data have changed, or
                 another process trains in the folder. Another loss or learning rate is taken, with a warning.
         """
-        config, folder = resumed(self.folder, [], None)
-        begun, config = config, _with(config.model_dump(mode="json"), settings, str(folder / CONFIG))
+        begun, folder = resumed(self.folder, [], None)
+        config = _with(begun.model_dump(mode="json"), settings, str(folder / CONFIG))
         need_same_images(begun, config, folder)
         return _fit(config, folder, resume=True, progress=progress)
 

@@ -263,6 +263,10 @@ class RunConfig(Settings):
         "key come from the environment.",
     )
 
+    def with_train(self, **fields: Any) -> RunConfig:
+        """This configuration with other values of fields of `train`, which are not validated."""
+        return self.model_copy(update={"train": self.train.model_copy(update=fields)})
+
     @field_validator("track", mode="before")
     @classmethod
     def _one_or_more(cls, value: Any) -> Any:

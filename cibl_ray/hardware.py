@@ -46,8 +46,12 @@ def resolve(config: RunConfig) -> RunConfig:
     precision = config.train.precision
     if precision == "auto":
         precision = "bf16" if has_bf16(device) else "fp32"
-    decided = {"device": device, "precision": precision, "compile": config.train.compile is True}
-    return config.model_copy(update={"train": config.train.model_copy(update=decided)})
+    return config.with_train(device=device, precision=precision, compile=config.train.compile is True)
+
+
+def resolve_here(config: RunConfig) -> RunConfig:
+    """As `resolve`, for a finished run: on a GPU where this machine has one, whatever device the run was trained on."""
+    return resolve(config.with_train(device="auto"))
 
 
 def has_bf16(device: str) -> bool:

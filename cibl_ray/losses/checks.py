@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from cibl_ray.losses.base import LossSettings
+from cibl_ray.networks.precision import at_least_float32
 from pipelines.common.errors import shown
 from pipelines.common.validation import validate
 
@@ -196,11 +197,11 @@ def check_values(
 
 def norms(x: torch.Tensor) -> torch.Tensor:
     """Euclidean norms of the rows of x (M, d), (M,), in at least float32."""
-    return torch.linalg.vector_norm(x if x.element_size() >= 4 else x.float(), dim=1)
+    return torch.linalg.vector_norm(at_least_float32(x), dim=1)
 
 
 def to_unit_norm(x: torch.Tensor) -> torch.Tensor:
     """The rows of x (M, d) at unit norm, in at least float32. A row of zeros stays one, with a finite gradient."""
-    x = x if x.element_size() >= 4 else x.float()
+    x = at_least_float32(x)
     lengths = torch.linalg.vector_norm(x, dim=1, keepdim=True)
     return x / torch.where(lengths > 0, lengths, 1.0)

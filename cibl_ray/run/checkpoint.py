@@ -22,6 +22,7 @@ from safetensors.torch import save as to_bytes
 from cibl_ray.config import RunConfig
 from cibl_ray.networks.config import Adapters
 from cibl_ray.networks.network import HybridNetwork, build_network
+from cibl_ray.networks.state import below
 from cibl_ray.run.folder import BEST, LAST, PREVIOUS
 from cibl_ray.run.head import HEADER, read_head
 from cibl_ray.run.log import is_row
@@ -243,7 +244,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
             rows=None if rows is None else [row for row in rows if is_row(row)],
             so_far={group: _numbers(sums) for group, sums in content.get("so_far", {}).items()},
             place=path.absolute(),
-            **{attribute: _part(tensors, f"{prefix}.") for prefix, attribute in _PARTS.items()},
+            **{attribute: below(f"{prefix}.", tensors) for prefix, attribute in _PARTS.items()},
         )
     except UserError:
         raise
@@ -271,10 +272,6 @@ def _beside(path: Path) -> str:
     """What to take instead of a damaged checkpoint: whole ones in the same folder."""
     whole = [name for name in (LAST, BEST, PREVIOUS) if name != path.name and read_head(path.with_name(name)) is not None]
     return f"; whole checkpoints beside it: {', '.join(whole)}" if whole else ""
-
-
-def _part(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 @dataclass(frozen=True)
@@ -320,8 +317,3 @@ def find_newest(folder: Path) -> Found:
     if problems:
         raise UserError(f"{problems[0]}; to train again from epoch 1, move {' and '.join(map(repr, map(str, damaged)))} away")
     return Found(None, [])
-
-
-def newest(folder: Path) -> Checkpoint | None:
-    """The checkpoint that `find_newest` finds."""
-    return find_newest(folder).checkpoint

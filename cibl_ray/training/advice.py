@@ -15,7 +15,7 @@ import torch
 
 from cibl_ray.config import RunConfig
 from cibl_ray.evaluation.metrics import Scores
-from cibl_ray.run.folder import CONFIG
+from cibl_ray.run.folder import CONFIG, resume_command
 from pipelines.common.cores import usable_cores
 from pipelines.common.progress import duration
 from pipelines.common.words import plural
@@ -103,7 +103,7 @@ def busy_cores(threads: int, cores: int, others: float, run: Path) -> str:
     return (
         f"other programs keep {others:.1f} of this machine's {cores} cores busy; {threads} threads, which wait for each other "
         "at every operation, can then be several times slower than one: stop this run (Ctrl-C saves it), and "
-        f"OMP_NUM_THREADS=1 {_resume(run)}"
+        f"OMP_NUM_THREADS=1 {resume_command(run)}"
     )
 
 
@@ -138,7 +138,7 @@ def classes_at_zero(
     elif loss == "cibl":
         ways.append("a larger --loss.tail_skew" + ("" if getattr(config.loss, "kappa", 0) else ", or --loss.kappa 1"))
     if config.train.epochs:
-        ways.append(f"more epochs: {_resume(run)} --train.epochs {2 * config.train.epochs}")
+        ways.append(f"more epochs: {resume_command(run)} --train.epochs {2 * config.train.epochs}")
     return f"{len(zero)} of {len(classes)} classes are at 0 %: {names}{more}. To try: {'; '.join(ways)}"
 
 
@@ -176,10 +176,6 @@ def next_steps(config: RunConfig, run: Path) -> str:
         "(the last blocks, too: ten times as long as the features took)\n"
         f"             python -m cibl_ray.train {own} --tune full  (everything: {gpu})"
     )
-
-
-def _resume(run: Path) -> str:
-    return f"python -m cibl_ray.train --resume {shlex.quote(str(run))}"
 
 
 def _photos(config: RunConfig) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import shlex
 import statistics
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -34,6 +33,7 @@ from cibl_ray.run.folder import (
     make_room,
     need_new,
     need_old,
+    resume_command,
 )
 from cibl_ray.run.images import keep_images
 from cibl_ray.run.log import read_metrics
@@ -171,8 +171,7 @@ def _fit_in(
             return result
         except KeyboardInterrupt:
             raise Interrupted(
-                f"stopped in epoch {min(trainer.epoch + 1, config.train.epochs)}; resume with: "
-                f"python -m cibl_ray.train --resume {shlex.quote(str(folder))}",
+                f"stopped in epoch {min(trainer.epoch + 1, config.train.epochs)}; resume with: {resume_command(folder)}",
                 stop.status,
             ) from None
 
@@ -215,7 +214,7 @@ def _as_decided(config: RunConfig, asked: TrainConfig, earlier: TrainConfig) -> 
     left = [name for name in ("precision", "compile", "tau") if getattr(asked, name) == "auto"]
     # A run of an earlier version may not say it: then it is by rule, as it was there.
     decided = {name: value for name in left if (value := getattr(earlier, name)) != "auto"}
-    return config.model_copy(update={"train": config.train.model_copy(update=decided)})
+    return config.with_train(**decided)
 
 
 def _same_data(world: World, prepared: Prepared) -> None:

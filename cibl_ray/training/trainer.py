@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,6 @@ from cibl_ray.training.tau import normalize_head
 from cibl_ray.world import World
 from pipelines.common.errors import UserError
 from pipelines.common.seeding import torch_seed
-from pipelines.loaders.reading import Batch
 from pipelines.prepare.prepared import Prepared
 
 log = logging.getLogger(__name__)
@@ -119,7 +118,7 @@ class Trainer:
             made = made or self._feature_loaders()
         self.features = made if train.tune == "head" else None
         streams = (
-            open_features(config, prepared, self.device, world, self.features)
+            open_features(config, prepared, world, self.features)
             if self.features is not None
             else open_images(config, prepared, self.device, world)
         )
@@ -130,7 +129,7 @@ class Trainer:
         if first is not None and train.head_start == "tau_normalized":
             tau = normalize_head(self.network, train.tau, self.evaluator, prepared, world)
             self.network.head.set_cap()
-            self.config = config = config.model_copy(update={"train": train.model_copy(update={"tau": tau})})
+            self.config = config = config.with_train(tau=tau)
             train = config.train
         self.average = WeightAverage(self.network, train.average) if train.average is not None else None
         of_step = train.contrast_set == "step"
@@ -333,28 +332,14 @@ class Trainer:
         if self.device.type == "cuda":
             torch.cuda.manual_seed(seed)
 
-    def train_step(self, batches: Sequence[Batch], step: int) -> dict[str, torch.Tensor]:
+    def optimize(self, streams: list[Images]) -> dict[str, torch.Tensor]:
         """Train one step.
 
         Args:
-            batches: One batch of each stream.
-            step: The number of the step in the epoch.
+            streams: The images of each stream, ready for the network.
 
         Returns:
             The terms of the loss by name, detached scalars.
-        """
-        return self.optimize(
-            [feed.ready([batch], self.epoch, step)[0] for batch, feed in zip(batches, self.feeds, strict=True)]
-        )
-
-    def optimize(self, streams: list[Images]) -> dict[str, torch.Tensor]:
-        """Train one step on images that are ready for the network.
-
-        Args:
-            streams: The images of each stream.
-
-        Returns:
-            As `train_step`.
 
         Raises:
             UserError: There is too little memory, a batch norm has one value a channel, or the network cannot be compiled.
