@@ -329,7 +329,7 @@ class RunConfig(Settings):
             )
         if train.tune != "classifier":
             return
-        if train.start is None and self.network.backbone.weights == "none":
+        if train.start is None and not self.network.backbone.pretrained:
             raise ValueError("train.tune 'classifier' leaves the backbone as it is: name a finished run by train.start")
         if needs.projection or needs.second_stream is not None:
             raise ValueError(

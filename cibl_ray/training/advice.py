@@ -75,7 +75,7 @@ def long_run(config: RunConfig, steps_per_s: float, left: int, resumed: bool = F
     if seconds < _LONG:
         return ""
     train, ways = config.train, []
-    pretrained = getattr(config.network.backbone, "weights", "none") != "none"
+    pretrained = config.network.backbone.pretrained
     if train.tune != "head" and pretrained:
         ways.append("--train.tune head (features once, then minutes)")
     elif train.tune != "head" and config.data.size >= _PHOTOGRAPHS:
@@ -130,13 +130,10 @@ def classes_at_zero(
     ways = []
     if shifted:
         ways.append(f"python -m cibl_ray.evaluate {shlex.quote(str(run))} --tail-shift auto")
-    if getattr(config.network.backbone, "weights", "none") == "none" and config.data.size >= _PHOTOGRAPHS:
+    if not config.network.backbone.pretrained and config.data.size >= _PHOTOGRAPHS:
         ways.append(_photos(config))
-    loss = config.loss.kind
-    if loss == "cross_entropy":
-        ways.append("--loss.kind balanced_softmax")
-    elif loss == "cibl":
-        ways.append("a larger --loss.tail_skew" + ("" if getattr(config.loss, "kappa", 0) else ", or --loss.kappa 1"))
+    if way := config.loss.advice_for_rare_classes:
+        ways.append(way)
     if config.train.epochs:
         ways.append(f"more epochs: {resume_command(run)} --train.epochs {2 * config.train.epochs}")
     return f"{len(zero)} of {len(classes)} classes are at 0 %: {names}{more}. To try: {'; '.join(ways)}"
@@ -164,8 +161,7 @@ def next_steps(config: RunConfig, run: Path) -> str:
         config: The run's configuration.
         run: The run folder.
     """
-    pretrained = getattr(config.network.backbone, "weights", "none") != "none"
-    if config.train.tune != "head" or not pretrained:
+    if config.train.tune != "head" or not config.network.backbone.pretrained:
         return ""
     own = shlex.quote(str(run / CONFIG))
     # The file has this run's device and precision.

@@ -76,7 +76,7 @@ def keeps_statistics(config: RunConfig) -> bool:
         config: The run's configuration; 'auto' keeps those of pretrained weights.
     """
     if config.train.batch_norm == "auto":
-        return config.network.backbone.weights != "none"
+        return config.network.backbone.pretrained
     return config.train.batch_norm == "keep"
 
 
