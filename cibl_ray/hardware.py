@@ -24,7 +24,7 @@ def resolve(config: RunConfig) -> RunConfig:
     - `train.precision` and `train.compile` of a long run, again: `training.arithmetic.decide`, which times a few steps.
     - `loader.cache`: `training.setup.settle`, by the images and the memory of all workers.
     - `loader.kind`: `pipelines.loaders.make`, as a loader is opened.
-    - `train.batch_norm`: `training.setup.keeps_statistics`.
+    - `train.batch_norm`: `training.batch_norm.keeps_statistics`.
     - `train.head_start`: `training.trainer.Trainer`, as it makes the network.
     - `train.tau`: `training.tau.normalize_head`, by the validation images.
     - `train.folds`: `training.folds.folds_of`, by the validation images.

@@ -29,6 +29,7 @@ from cibl_ray.run.start import read_start, start_from
 from cibl_ray.run.stop import Stop
 from cibl_ray.tracking.trackers import Trackers
 from cibl_ray.training.advice import FirstSteps
+from cibl_ray.training.batch_norm import average_statistics, keeps_statistics, several_values, sync_batch_norm
 from cibl_ray.training.compiled import compile_network, explained
 from cibl_ray.training.evaluator import Evaluator
 from cibl_ray.training.feed import open_features, open_images
@@ -37,9 +38,8 @@ from cibl_ray.training.optimizer import make_optimizer
 from cibl_ray.training.passes import Passes, passes
 from cibl_ray.training.pauses import AllStopped, Pauses
 from cibl_ray.training.schedules import lr_factor
-from cibl_ray.training.setup import checkpoint_activations, keeps_statistics, settle, several_values, start_heads
+from cibl_ray.training.setup import checkpoint_activations, settle, start_heads
 from cibl_ray.training.step import Step
-from cibl_ray.training.synced_norm import sync_batch_norm
 from cibl_ray.training.tau import normalize_head
 from cibl_ray.world import World
 from pipelines.common.errors import UserError
@@ -418,7 +418,7 @@ class Trainer:
 
     def _average_statistics(self) -> None:
         networks = self.objective.networks
-        self.world.average_statistics(networks if self.average is None else [*networks, self.average.network])
+        average_statistics(networks if self.average is None else [*networks, self.average.network], self.world)
 
     @property
     def _checkpoints(self) -> Path:
