@@ -106,8 +106,8 @@ def end_to_end(trainer: Trainer) -> Callable[[], int]:
 def trainer_of(config: RunConfig, prepared: Prepared, precision: str | None = None, compiled: bool | None = None) -> Trainer:
     """A trainer whose run folder is a temporary one. precision, compiled: in place of the configuration's."""
     given = {"precision": precision, "compile": compiled}
-    train = config.train.model_copy(update={name: value for name, value in given.items() if value is not None})
-    return Trainer(config.model_copy(update={"train": train}), prepared, Path(tempfile.gettempdir()))
+    config = config.with_train(**{name: value for name, value in given.items() if value is not None})
+    return Trainer(config, prepared, Path(tempfile.gettempdir()))
 
 
 def _wait(device: torch.device) -> None:

@@ -72,8 +72,8 @@ def fit(config: RunConfig, name: str | None = None, *, progress: bool = True) ->
         The finished run.
 
     Raises:
-        UserError: `config` is none, the run folder exists, the data are missing, the loss is not finite, or the machine lacks
-            memory.
+        UserError: `config` is not a RunConfig, the run folder exists, the data are missing, the loss is not finite, or the
+            machine lacks memory.
     """
     if not isinstance(config, RunConfig):
         fix = f"load_config({shown(str(config))})" if isinstance(config, str | Path) else "what load_config returns"
@@ -314,8 +314,8 @@ class Run:
             UserError: A setting asks for other images, another network or fewer epochs than are done, the data have changed, or
                 another process trains in the folder. Another loss or learning rate is taken, with a warning.
         """
-        config, folder = resumed(self.folder, [], None)
-        begun, config = config, _with(config.model_dump(mode="json"), settings, str(folder / CONFIG))
+        begun, folder = resumed(self.folder, [], None)
+        config = _with(begun.model_dump(mode="json"), settings, str(folder / CONFIG))
         need_same_images(begun, config, folder)
         return _fit(config, folder, resume=True, progress=progress)
 

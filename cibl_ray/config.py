@@ -15,6 +15,7 @@ from cibl_ray.losses.cibl import CIBLConfig
 from cibl_ray.losses.config import LossConfig
 from cibl_ray.networks.backbones.config import weights_file
 from cibl_ray.networks.config import LastBlocks, NetworkConfig, PartialConfig
+from cibl_ray.recipes import add_recipe
 from pipelines.common.config_file import find_config, read_content
 from pipelines.common.errors import UserError
 from pipelines.common.files import write_atomically
@@ -26,10 +27,12 @@ log = logging.getLogger(__name__)
 
 
 class SAMConfig(Settings):
-    """Sharpness-aware minimisation. A step with it costs two."""
+    """Sharpness-aware minimisation (Foret et al. 2021). Each step costs as much as two."""
 
-    rho: float = Field(default=0.05, gt=0, le=10, description="ρ, how far along the gradient the loss is looked at.")
-    start: float = Field(default=0.0, ge=0, lt=1, description="Share of the run from which it is used (or: from).")
+    rho: float = Field(default=0.05, gt=0, le=10, description="ρ, radius of the neighbourhood whose highest loss is minimised.")
+    start: float = Field(
+        default=0.0, ge=0, lt=1, description="Share of the run at which it begins; `from` is another name of this field."
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -152,10 +155,10 @@ class TrainConfig(Settings):
     tau: Annotated[float, Field(ge=0, le=4)] | Literal["auto"] = Field(
         default="auto",
         description="τ of head_start 'tau_normalized': 0 leaves the norms of the classes' weights, 1 makes them equal. auto: "
-        "as is best on validation.",
+        "the one that is best on validation.",
     )
     epochs: int = Field(
-        default=200, ge=0, description="How often the training split is gone through. 0: the weights of train.start stay."
+        default=200, ge=0, description="Passes through the training split. 0: the weights of train.start stay as they are."
     )
     batch_size: int = Field(
         default=128, ge=2, description="Images in a step, over all workers; each gives as many views as data.views has."
@@ -261,6 +264,10 @@ class RunConfig(Settings):
         "key come from the environment.",
     )
 
+    def with_train(self, **fields: Any) -> RunConfig:
+        """This configuration with other values of fields of `train`, which are not validated."""
+        return self.model_copy(update={"train": self.train.model_copy(update=fields)})
+
     @field_validator("track", mode="before")
     @classmethod
     def _one_or_more(cls, value: Any) -> Any:
@@ -323,7 +330,7 @@ class RunConfig(Settings):
             )
         if train.tune != "classifier":
             return
-        if train.start is None and self.network.backbone.weights == "none":
+        if train.start is None and not self.network.backbone.pretrained:
             raise ValueError("train.tune 'classifier' leaves the backbone as it is: name a finished run by train.start")
         if needs.projection or needs.second_stream is not None:
             raise ValueError(
@@ -389,7 +396,7 @@ def configured(content: dict[str, Any], pairs: list[tuple[str, Any]], place: str
     Raises:
         UserError: A field is unknown, or has a value that it cannot have.
     """
-    recipe = _recipe(content, pairs)
+    recipe = add_recipe(content, pairs, RunConfig)
     config = validate(RunConfig, override(recipe, pairs, RunConfig), place, flags)
     if pairs:
         _say_rate(recipe, config)
@@ -398,104 +405,7 @@ def configured(content: dict[str, Any], pairs: list[tuple[str, Any]], place: str
 
 def with_recipe(content: dict[str, Any], pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A configuration file's content with values by dotted name, and with the recipe that `train.tune` among them asks for."""
-    return override(_recipe(content, pairs), pairs, RunConfig)
-
-
-def _recipe(content: dict[str, Any], pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    return _second_stage(_fine_tuning(content, pairs), pairs)
-
-
-# What is trained by in place of a head's recipe, whose learning rates would ruin a pretrained backbone.
-_FINE_TUNING: list[tuple[str, Any]] = [
-    ("optimizer", {"kind": "adamw", "lr": 1e-4, "weight_decay": 0.05, "layer_decay": 0.75}),
-    ("schedule", {"kind": "cosine", "warmup_epochs": 0.5}),
-    ("train.epochs", 3),
-    ("train.batch_size", 16),
-    ("train.folds", 0),
-    ("train.head_start", "trained"),
-    ("train.checkpoint_every", 1),
-    ("train.checkpoint_minutes", 5),
-]
-
-
-def _tune(content: dict[str, Any]) -> Any:
-    train = content.get("train")
-    return train.get("tune") if isinstance(train, dict) else None
-
-
-# Of every second stage. The batch size and the images are those of the first.
-_SECOND_STAGE: list[tuple[str, Any]] = [
-    ("train.folds", 0),
-    ("train.head_start", "auto"),
-    ("train.views_from", 0.0),
-    ("train.mixup", 0.0),
-    ("train.cutmix", 0.0),
-    ("train.cmo", None),
-    ("train.average", None),
-    ("train.epochs", 10),
-    ("data.sampling", "class_balanced"),
-    ("schedule", {"kind": "cosine", "warmup_epochs": 0}),
-]
-_MISLAS: list[tuple[str, Any]] = [  # Zhong et al. 2021: label-aware smoothing, a factor of each class's logit
-    ("loss", {"kind": "label_smoothing"}),
-    ("network.head.class_scale", 5.0),
-    ("optimizer", {"kind": "sgd", "lr": 0.02, "nesterov": False, "weight_decay": 2e-4}),
-]
-_MAX_NORM: list[tuple[str, Any]] = [  # Alshammari et al. 2022: weight balancing
-    ("loss", {"kind": "cross_entropy"}),
-    ("optimizer", {"kind": "sgd", "lr": 0.01, "nesterov": False, "weight_decay": 0.1}),
-]
-_TAU: list[tuple[str, Any]] = [("loss", {"kind": "cross_entropy"}), ("train.epochs", 0)]  # Kang et al. 2020
-
-
-def _second_stage(content: dict[str, Any], pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """`content` with the recipe of a second stage, where `pairs` ask for one."""
-    asked, given = override(content, pairs, RunConfig), dict(pairs)
-    if _tune(asked) != "classifier":
-        return content
-    if _tune(content) == "classifier":  # the file of a second stage has its settings already
-        if not {"train.start", "train.tune"} <= given.keys():
-            return content
-        content = _without_cap(content)  # one that starts from it has a cap of its own
-        asked = override(content, pairs, RunConfig)
-    head = asked.get("network", {}).get("head") if isinstance(asked.get("network"), dict) else None
-    if given.get("train.head_start") == "tau_normalized":
-        name, more = "τ-normalisation (nothing is trained)", _TAU
-    elif isinstance(head, dict) and head.get("max_norm") is not None:
-        name, more = "weight balancing (MaxNorm, lr 0.01, weight decay 0.1, 10 epochs)", _MAX_NORM
-    else:
-        name, more = "MiSLAS (label-aware smoothing, a factor of each class's logit, lr 0.02, 10 epochs)", _MISLAS
-    data = content.get("data")
-    views = data.get("views") if isinstance(data, dict) else None
-    first: list[tuple[str, Any]] = [("data.views", views[:1] if isinstance(views, list) else [{}])]
-    trained = content.get("network", {}).get("head") if isinstance(content.get("network"), dict) else None
-    scale = trained.get("scale") if isinstance(trained, dict) else None
-    if isinstance(scale, dict) and scale.get("end") is not None:  # the head was trained up to it
-        first.append(("network.head.scale", {"start": scale["end"]}))
-    log.warning("train.tune classifier: the recipe of %s, images class-balanced; what you set holds", name)
-    return override(content, [*_SECOND_STAGE, *more, *first], RunConfig)
-
-
-def _without_cap(content: dict[str, Any]) -> dict[str, Any]:
-    """`content` without MaxNorm's cap. Only a linear head has the field."""
-    network = content.get("network")
-    head = network.get("head") if isinstance(network, dict) else None
-    capped = isinstance(head, dict) and "max_norm" in head
-    return override(content, [("network.head.max_norm", None)], RunConfig) if capped else content
-
-
-def _fine_tuning(content: dict[str, Any], pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """`content` with the recipe of fine-tuning, where it trains a head and `pairs` ask for more than that."""
-    wanted = _tune(override(content, pairs, RunConfig)) if _tune(content) == "head" else None
-    if wanted not in ("partial", "full"):
-        return content
-    recipe = override(content, _FINE_TUNING, RunConfig)
-    optimizer, train = recipe["optimizer"], recipe["train"]
-    log.warning(
-        "train.tune %s: the recipe of fine-tuning (adamw, lr %g, %d epochs, batches of %d, a trained head); what you set holds",
-        wanted, optimizer["lr"], train["epochs"], train["batch_size"],
-    )  # fmt: skip
-    return recipe
+    return override(add_recipe(content, pairs, RunConfig), pairs, RunConfig)
 
 
 def _say_rate(content: dict[str, Any], config: RunConfig) -> None:

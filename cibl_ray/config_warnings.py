@@ -43,7 +43,7 @@ def _balance_warnings(config: RunConfig) -> list[str]:
     sampling, field = (
         (stream.sampling, "loss.classifier_sampling") if stream is not None else (config.data.sampling, "data.sampling")
     )
-    if sampling == "class_balanced" and getattr(config.loss, "kappa", False):
+    if sampling == "class_balanced" and config.loss.adds_prior:
         return [
             f"{field} {sampling!r} balances the classes, and so does the prior of loss {config.loss.kind!r}: the tail is "
             f"raised twice; set {field} to 'instance', or loss.kappa to 0"
@@ -82,7 +82,7 @@ def _vain_warnings(config: RunConfig) -> list[str]:
             "images are not those of the published tables"
         )
     found += _idle_warnings(config)
-    scratch = network.backbone.weights == "none" and train.start is None
+    scratch = not network.backbone.pretrained and train.start is None
     if scratch and train.tune == "head":
         found.append(
             "train.tune 'head' keeps the backbone as it is, and with network.backbone.weights 'none' that is random; take "

@@ -17,7 +17,23 @@ from pipelines.common.errors import UserError
 
 
 def resolve(config: RunConfig) -> RunConfig:
-    """Decide every 'auto' of a configuration for this machine, by rule; `training.arithmetic` times what a long run may gain.
+    """Decide device, precision and compilation by what this machine has, where the configuration leaves them to 'auto'.
+
+    Every other 'auto' stays. It is decided where what it depends on is known:
+
+    - `train.precision` and `train.compile` of a long run, again: `training.arithmetic.decide`, which times a few steps.
+    - `loader.cache`: `training.setup.settle`, by the images and the memory of all workers.
+    - `loader.kind`: `pipelines.loaders.make`, as a loader is opened.
+    - `train.batch_norm`: `training.batch_norm.keeps_statistics`.
+    - `train.head_start`: `training.trainer.Trainer`, as it makes the network.
+    - `train.tau`: `training.tau.normalize_head`, by the validation images.
+    - `train.folds`: `training.folds.folds_of`, by the validation images.
+
+    Args:
+        config: The configuration.
+
+    Returns:
+        The configuration without 'auto' in `train.device`, `train.precision` and `train.compile`.
 
     Raises:
         UserError: `train.device` is 'cuda' and no GPU is visible.
@@ -30,8 +46,12 @@ def resolve(config: RunConfig) -> RunConfig:
     precision = config.train.precision
     if precision == "auto":
         precision = "bf16" if has_bf16(device) else "fp32"
-    decided = {"device": device, "precision": precision, "compile": config.train.compile is True}
-    return config.model_copy(update={"train": config.train.model_copy(update=decided)})
+    return config.with_train(device=device, precision=precision, compile=config.train.compile is True)
+
+
+def resolve_here(config: RunConfig) -> RunConfig:
+    """As `resolve`, for a finished run: on a GPU where this machine has one, whatever device the run was trained on."""
+    return resolve(config.with_train(device="auto"))
 
 
 def has_bf16(device: str) -> bool:

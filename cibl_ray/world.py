@@ -9,14 +9,13 @@ from __future__ import annotations
 import functools
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import nn
 from torch.autograd.function import once_differentiable
 
 from pipelines.common.errors import UserError
@@ -99,26 +98,6 @@ class World:
         each = len(x) // (rows[self.rank].stop - rows[self.rank].start)
         result: torch.Tensor = _Gather.apply(x, self, [(own.stop - own.start) * each for own in rows])
         return result
-
-    def average_statistics(self, networks: Iterable[nn.Module]) -> None:
-        """Average the running statistics of batch norm: each worker normalises by its own part of a batch."""
-        if self.size == 1:
-            return
-        buffers = [
-            buffer
-            for network in networks
-            for module in network.modules()
-            if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm)
-            for buffer in (module.running_mean, module.running_var)
-            if buffer is not None
-        ]
-        if not buffers:
-            return
-        flat = torch.cat(buffers)
-        with self.timed_collective():
-            dist.all_reduce(flat)
-        for buffer, mean in zip(buffers, flat.div_(self.size).split([len(buffer) for buffer in buffers]), strict=True):
-            buffer.copy_(mean)
 
     def sum(self, x: torch.Tensor) -> torch.Tensor:
         """The sum over the workers of a tensor that has the same shape on each."""

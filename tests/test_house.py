@@ -25,7 +25,7 @@ COMMANDS = {"train", "evaluate", "predict", "tune", "export"}
 # serve/ shares with it. The package itself is on no floor: it imports `api` when a name is first used.
 FLOORS = (
     {"bundle", "networks", "world"},
-    {"losses"},
+    {"losses", "recipes"},
     {"config"},
     {"config_warnings", "hardware", "run"},
     {"evaluation", "features", "tracking"},

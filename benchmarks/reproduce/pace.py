@@ -22,8 +22,8 @@ def planned(config: RunConfig) -> float:
 
 def seconds_a_pass(config: RunConfig) -> float:
     """Measure a few steps of a run with cross-entropy, and a fifth on top for what is not a step."""
-    plain = config.train.model_copy(update={"cmo": None})  # which would want a second stream of images
-    probe = config.model_copy(update={"loss": CrossEntropyConfig(kind="cross_entropy"), "train": plain})
+    plain = config.with_train(cmo=None)  # which would want a second stream of images
+    probe = plain.model_copy(update={"loss": CrossEntropyConfig(kind="cross_entropy")})
     config = validate(RunConfig, probe.model_dump(mode="json"), "probe")
     prepared = ensure_prepared(config.data, config.seed)
     trainer = trainer_of(config, prepared)

@@ -80,8 +80,7 @@ def fit_on_cluster(config: RunConfig, folder: Path, resume: bool, options: Optio
                 f"--workers {options.workers[0]}: there is room for {places(nodes, cpus, gpus)} with {cpus} CPUs"
                 f"{' and a GPU' if gpus else ''} each; lower --workers or --cpus-per-worker"
             )
-        train = config.train.model_copy(update={"device": "cuda" if gpus else "cpu"})
-        config = config.model_copy(update={"train": train})
+        config = config.with_train(device="cuda" if gpus else "cpu")
         try:
             if options.address is None:
                 ensure_prepared(config.data, config.seed)  # here, where its progress is seen; elsewhere once a node

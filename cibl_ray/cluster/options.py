@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
 from cibl_ray.cluster.storage import join
+from cibl_ray.run.folder import resume_command
 from pipelines.common.errors import UserError
 
 FAILURES = 3  # lost workers replaced, by default
@@ -38,11 +38,10 @@ class Options:
         """The command that resumes a run."""
         least, most = self.workers
         workers = f"{least}-{most}" if most > least else least
-        run = shlex.quote(str(self.place(folder) or folder))
         more = f" --address {self.address}" if self.address else ""
         more += f" --cpus-per-worker {self.cpus}" if self.cpus else ""
         more += f" --max-failures {self.failures}" if self.failures != FAILURES else ""
-        return f"python -m cibl_ray.train --resume {run} --cluster --workers {workers}{more}"
+        return f"{resume_command(self.place(folder) or folder)} --cluster --workers {workers}{more}"
 
 
 @dataclass(frozen=True)

@@ -109,13 +109,12 @@ def from_checkpoint(checkpoint: Checkpoint, tail_shift: float) -> Classifier:
     import torch
 
     from cibl_ray.evaluation.tail_shift import shifted
-    from cibl_ray.hardware import resolve
+    from cibl_ray.hardware import resolve_here
     from pipelines.augment.recipe import Normalize
     from pipelines.loaders.reading import eval_rule
 
     checked_shift(tail_shift)
-    train = checkpoint.config.train.model_copy(update={"device": "auto"})
-    config = resolve(checkpoint.config.model_copy(update={"train": train}))
+    config = resolve_here(checkpoint.config)
     device = torch.device(config.train.device)
     network, normalize = checkpoint.network().eval().to(device), Normalize(config.data).to(device)
 

@@ -13,7 +13,7 @@ from cibl_ray.evaluation.confusion import image_names
 from cibl_ray.evaluation.metrics import Scores, score
 from cibl_ray.evaluation.predict import predict
 from cibl_ray.evaluation.tail_shift import TailShift, choose_shift, shifted
-from cibl_ray.hardware import resolve
+from cibl_ray.hardware import resolve_here
 from cibl_ray.run.checkpoint import Checkpoint
 from cibl_ray.run.images import changed
 from cibl_ray.run.shift import checked_shift
@@ -72,8 +72,7 @@ def evaluate(
     if tail_shift != "auto":
         checked_shift(tail_shift)
     network = checkpoint.network()
-    train = checkpoint.config.train.model_copy(update={"device": "auto"})  # not the machine that trained
-    config = resolve(checkpoint.config.model_copy(update={"train": train}))
+    config = resolve_here(checkpoint.config)
     device = torch.device(config.train.device)
     if folder is None:
         prepared = ensure_prepared(config.data, config.seed, settable=False)

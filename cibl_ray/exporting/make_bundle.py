@@ -169,8 +169,7 @@ class _Export:
 
     def __init__(self, checkpoint: Checkpoint, options: Options, source: dict[str, Any], part: Path) -> None:
         self.checkpoint, self.options, self.source, self.part = checkpoint, options, source, part
-        train = checkpoint.config.train.model_copy(update={"device": "cpu", "precision": "fp32"})
-        self.config: RunConfig = resolve(checkpoint.config.model_copy(update={"train": train}))
+        self.config: RunConfig = resolve(checkpoint.config.with_train(device="cpu", precision="fp32"))
         self.rule = eval_rule(self.config.data)
         self.prepared: Prepared = ensure_prepared(self.config.data, self.config.seed, settable=False)
         if self.prepared.classes != checkpoint.classes:

@@ -85,7 +85,7 @@ class Extractor:
         beton = prepared.beton(split)
         digests = digests_of(beton)
         parts = [self._plain(beton, digests, split, bf16)]
-        parts += [self._augmented(prepared, beton, digests, split, bf16, number, seed) for number in range(views)]
+        parts += [self._augmented(prepared, digests, split, bf16, number, seed) for number in range(views)]
         return torch.stack(parts, dim=1)
 
     def _store(self, bf16: bool, **more: Any) -> FeatureStore:
@@ -139,7 +139,7 @@ class Extractor:
         return features
 
     def _augmented(
-        self, prepared: Prepared, beton: Beton, digests: np.ndarray, split: str, bf16: bool, number: int, seed: int
+        self, prepared: Prepared, digests: np.ndarray, split: str, bf16: bool, number: int, seed: int
     ) -> torch.Tensor:
         """Of augmented view `number` of each image, (N, d): cut and changed by the first of `data.views`."""
         view, size = self.data.views[0], self.data.size

@@ -83,7 +83,7 @@ class FeatureLoaders:
 
     Args:
         backbone: With its weights, on `device`.
-        config: The run's; no 'auto' left in it.
+        config: The run's configuration, resolved for this machine (`hardware.resolve`).
         prepared: The images.
         device: Of the backbone and of the batches.
         world: Rank 0 computes first, so that the others of its machine find the features.

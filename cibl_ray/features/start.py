@@ -15,7 +15,7 @@ _EPOCHS, _BATCH, _RATE, _DECAY = 30, 128, 0.1, 1e-4  # of the head that is train
 
 def start_head(
     network: HybridNetwork,
-    start: Literal["random", "class_means", "trained"],
+    start: Literal["class_means", "trained"],
     features: torch.Tensor,
     labels: torch.Tensor,
     seed: int,
@@ -33,7 +33,7 @@ def start_head(
     """
     if start == "class_means":
         _class_means(network, features, labels)
-    elif start == "trained":
+    else:
         _train(network, features, labels, seed)
 
 

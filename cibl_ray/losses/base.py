@@ -73,6 +73,16 @@ class LossSettings(Settings):
             ValueError: One line that names the field, its value and the fix.
         """
 
+    @property
+    def adds_prior(self) -> bool:
+        """Whether the loss adds κ·log π to the logits: the field `kappa`, where it has one, is not 0."""
+        return bool(getattr(self, "kappa", 0.0))
+
+    @property
+    def advice_for_rare_classes(self) -> str:
+        """What to change where classes stay at 0 %, as flags of the command line; empty where nothing is known to help."""
+        return ""
+
     def config_warnings(self, epochs: int, head: HeadSettings) -> list[str]:
         """Warnings about allowed values that are probably a mistake, one line each.
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from cibl_ray.losses.base import LossSettings
+from cibl_ray.networks.precision import at_least_float32
 from pipelines.common.errors import shown
 from pipelines.common.validation import validate
 
@@ -40,7 +41,7 @@ def check_whole(name: str, value: int, least: int) -> None:
         least: The smallest that it may be.
 
     Raises:
-        ValueError: It is smaller, or no whole number.
+        ValueError: It is smaller, or not a whole number.
     """
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
         raise ValueError(f"{name} is {shown(value)}; give a whole number of {least} or more")
@@ -54,7 +55,7 @@ def check_positive(name: str, value: float) -> None:
         value: The number.
 
     Raises:
-        ValueError: It is no finite number above 0.
+        ValueError: It is not a finite number above 0.
     """
     if isinstance(value, bool) or not isinstance(value, int | float | np.number) or not 0 < value < float("inf"):
         raise ValueError(f"{name} is {shown(value)}; give a finite number above 0")
@@ -64,7 +65,7 @@ def check_progress(progress: float) -> None:
     """Check the share of the run that is done.
 
     Raises:
-        ValueError: It is no number from 0 to 1.
+        ValueError: It is not a number from 0 to 1.
     """
     number = progress.numel() == 1 if isinstance(progress, torch.Tensor) else isinstance(progress, int | float | np.number)
     if not number or not 0 <= progress <= 1:
@@ -75,7 +76,7 @@ def check_queue(queue: Any) -> None:
     """Check that a queue is a pair; its parts are checked as embeddings and labels.
 
     Raises:
-        ValueError: It is none.
+        ValueError: It is not a pair.
     """
     if not isinstance(queue, tuple | list) or len(queue) != 2:
         raise ValueError(f"queue is {_kind(queue)}; give a pair, (embeddings, labels)")
@@ -89,7 +90,7 @@ def check_tensor(name: str, x: Any) -> None:
         x: The input.
 
     Raises:
-        ValueError: It is none.
+        ValueError: It is not a tensor.
     """
     if not isinstance(x, torch.Tensor):
         raise ValueError(f"{name} is {_kind(x)}; give a torch.Tensor, as by torch.as_tensor")
@@ -129,7 +130,7 @@ def check_labels(name: str, labels: torch.Tensor, rows: int) -> torch.Tensor:
         rows: M.
 
     Raises:
-        ValueError: They are no tensor, have another shape, or are no integers.
+        ValueError: They are not a tensor, have another shape, or are not integers.
     """
     check_tensor(name, labels)
     if labels.shape != (rows,):
@@ -149,7 +150,7 @@ def check_matrix(name: str, x: torch.Tensor, rows: int | None = None, columns: i
         columns: How many columns it must have; None: any number.
 
     Raises:
-        ValueError: It is no tensor, has another shape, or holds no real floats.
+        ValueError: It is not a tensor, has another shape, or does not hold real floats.
     """
     check_tensor(name, x)
     fits = x.ndim == 2 and rows in (None, x.shape[0]) and columns in (None, x.shape[1])
@@ -196,11 +197,11 @@ def check_values(
 
 def norms(x: torch.Tensor) -> torch.Tensor:
     """Euclidean norms of the rows of x (M, d), (M,), in at least float32."""
-    return torch.linalg.vector_norm(x if x.element_size() >= 4 else x.float(), dim=1)
+    return torch.linalg.vector_norm(at_least_float32(x), dim=1)
 
 
 def to_unit_norm(x: torch.Tensor) -> torch.Tensor:
     """The rows of x (M, d) at unit norm, in at least float32. A row of zeros stays one, with a finite gradient."""
-    x = x if x.element_size() >= 4 else x.float()
+    x = at_least_float32(x)
     lengths = torch.linalg.vector_norm(x, dim=1, keepdim=True)
     return x / torch.where(lengths > 0, lengths, 1.0)

@@ -54,6 +54,11 @@ class CIBLConfig(ContrastMemory):
         "means within each class first, then over the classes of the batch",
     )
 
+    @property
+    def advice_for_rare_classes(self) -> str:
+        """More weight on them, or the prior."""
+        return "a larger --loss.tail_skew" + ("" if self.adds_prior else ", or --loss.kappa 1")
+
     def terms(self, inputs: LossInputs, prior: ClassPrior, progress: float) -> Terms:
         """The terms of `cibl`."""
         z, contrast = inputs.contrasted()

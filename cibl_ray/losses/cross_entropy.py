@@ -17,6 +17,11 @@ class CrossEntropyConfig(LossSettings):
 
     kind: Literal["cross_entropy"]
 
+    @property
+    def advice_for_rare_classes(self) -> str:
+        """A loss that knows how rare a class is."""
+        return "--loss.kind balanced_softmax"
+
     def terms(self, inputs: LossInputs, prior: ClassPrior, progress: float) -> Terms:
         """The mean of `cross_entropy`."""
         return {"loss": cross_entropy(inputs.logits, inputs.labels).mean()}

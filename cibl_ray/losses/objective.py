@@ -15,6 +15,7 @@ from cibl_ray.losses.inputs import ClassPrior, ContrastSet, LossInputs, Terms
 from cibl_ray.losses.memory import ClassMeans, LabelledQueue
 from cibl_ray.networks.average import copy_buffers, update_average
 from cibl_ray.networks.network import HybridNetwork, Outputs
+from cibl_ray.networks.state import below
 from cibl_ray.world import World
 from pipelines.common.errors import UserError
 
@@ -166,9 +167,9 @@ class Objective:
     def put_back(self, snapshot: dict[str, torch.Tensor]) -> None:
         """Take up a snapshot, which must not be used after it."""
         if self.queue is not None:
-            self.queue.load(_part(snapshot, "queue."))
+            self.queue.load(below("queue.", snapshot))
         if self.class_means is not None:
-            self.class_means.load_state_dict(_part(snapshot, "class_means."))
+            self.class_means.load_state_dict(below("class_means.", snapshot))
 
     def continue_epoch(self, progress: float) -> None:
         """Take the loaded state for one within the epoch at `progress`, which a run of another length calls otherwise."""
@@ -191,7 +192,7 @@ class Objective:
             )
         self.put_back(state)
         if self.averaged is not None:
-            self.averaged.load_state_dict(_part(state, "averaged."))
+            self.averaged.load_state_dict(below("averaged.", state))
 
     def _keys(
         self, run: Callable[[nn.Module, torch.Tensor], Outputs], images: Images
@@ -227,7 +228,3 @@ class Objective:
 def _compact(pixels: torch.Tensor) -> torch.Tensor:
     """Images channels-last; features, which a head is trained on, as they are."""
     return pixels.contiguous(memory_format=torch.channels_last if pixels.ndim == 4 else torch.contiguous_format)
-
-
-def _part(state: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}

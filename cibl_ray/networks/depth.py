@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _CONTAINERS = (nn.Sequential, nn.ModuleList)
 
 
@@ -52,17 +53,7 @@ def train_norms(backbone: nn.Module) -> None:
 
 def is_norm(module: nn.Module) -> bool:
     """Whether a module normalises: batch, layer, group norm, and the like."""
-    norms = (
-        nn.BatchNorm1d,
-        nn.BatchNorm2d,
-        nn.BatchNorm3d,
-        nn.SyncBatchNorm,
-        nn.InstanceNorm2d,
-        nn.LayerNorm,
-        nn.GroupNorm,
-        nn.RMSNorm,
-    )
-    return isinstance(module, norms)
+    return isinstance(module, (*BATCH_NORMS, nn.InstanceNorm2d, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm))
 
 
 def frozen_modules(backbone: nn.Module, keep_statistics: bool = False) -> list[str]:

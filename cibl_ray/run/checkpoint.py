@@ -1,4 +1,4 @@
-"""Checkpoints: one safetensors file each, holding weights, momentum, and all that is needed to rebuild the network alone.
+"""Checkpoints: one safetensors file each, with the weights, the optimizer's state and what rebuilds the network from it alone.
 
 Nothing is ever unpickled. A file appears under its name only when it is whole, and the one before is kept until then.
 """
@@ -22,6 +22,7 @@ from safetensors.torch import save as to_bytes
 from cibl_ray.config import RunConfig
 from cibl_ray.networks.config import Adapters
 from cibl_ray.networks.network import HybridNetwork, build_network
+from cibl_ray.networks.state import below
 from cibl_ray.run.folder import BEST, LAST, PREVIOUS
 from cibl_ray.run.head import HEADER, read_head
 from cibl_ray.run.log import is_row
@@ -33,22 +34,34 @@ log = logging.getLogger(__name__)
 
 FORMAT = 4
 _READ = (2, 3, 4)  # 2: without steps within an epoch; 3: without an average of the weights
-_MOMENTUM = "momentum_buffer"  # torch's name of it
-_PARTS = ("weights", "momentum", "objective", "average")  # the tensors of a Checkpoint
+_MOMENTUM = "momentum_buffer"  # torch's name of SGD's momentum
+# The tensors of a Checkpoint: the prefix of their names in the file, and the attribute.
+_PARTS = {"weights": "weights", "momentum": "optimizer", "objective": "objective", "average": "average"}
 
 
 @dataclass(frozen=True)
 class Checkpoint:
     """State after `epoch` whole epochs and `step` steps of the next.
 
-    data: the digest of each split's images. workers: how many trained it (None: an older file does not say).
-    best: the best validation accuracy so far and its epoch, or None.
-    weights: the network's state by name. momentum: SGD's buffers by parameter name; objective: what the loss carries from step
-    to step (a queue, an averaged network); average: the weights' average, where the run keeps one, by which the network is
-    judged; all three empty in a best checkpoint, whose weights are those that were judged. rows: the log up to here, as
-    `metrics.jsonl` has it; None in older files and in a best checkpoint. so_far: the sums of the epoch that was begun, its
-    `terms` over the steps and workers and its `seconds`; empty between epochs and in older files. place: its file, where it was
-    read from one.
+    A best checkpoint has the weights that were judged; its `optimizer`, `objective` and `average` are empty.
+
+    Attributes:
+        config: The configuration of the run.
+        classes: The names of the classes.
+        train_counts: Training images of each class, int64 (C,).
+        data: The digest of each split's images.
+        epoch: Whole epochs done.
+        step: Steps done of the next epoch.
+        workers: How many trained it; None: an older file does not say.
+        best: The best validation accuracy so far and its epoch; None: no epoch was scored.
+        weights: The network's state, tensors by name.
+        optimizer: The optimizer's state, tensors by name (`optimizer_state`). In the file the names begin with `momentum.`.
+        objective: What the loss carries from step to step (a queue, an averaged network), tensors by name.
+        average: The average of the weights, by which the network is judged; empty where the run keeps none.
+        rows: The log up to here, as `metrics.jsonl` has it; None in older files and in a best checkpoint.
+        so_far: The sums of the epoch that was begun: its `terms` over the steps and workers, and its `seconds`. Empty between
+            epochs and in older files.
+        place: The file it was read from; None: it was not read from one.
     """
 
     config: RunConfig
@@ -60,7 +73,7 @@ class Checkpoint:
     workers: int | None
     best: dict[str, float] | None
     weights: dict[str, torch.Tensor]
-    momentum: dict[str, torch.Tensor] = field(default_factory=dict)
+    optimizer: dict[str, torch.Tensor] = field(default_factory=dict)
     objective: dict[str, torch.Tensor] = field(default_factory=dict)
     average: dict[str, torch.Tensor] = field(default_factory=dict)
     rows: list[dict[str, Any]] | None = None
@@ -106,7 +119,11 @@ def load_weights(network: HybridNetwork, checkpoint: Checkpoint, averaged: bool 
 
 
 def optimizer_state(network: HybridNetwork, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """The optimizer's tensors: SGD's momentum by the parameter's name, others by that and their own, with a colon."""
+    """The optimizer's tensors by name.
+
+    SGD's momentum has the name of its parameter. Other tensors have the parameter's name, a colon and their own name:
+    `head.weight:exp_avg`, `head.weight:exp_avg_sq` and `head.weight:step` of AdamW.
+    """
     state = {}
     for name, parameter in network.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
@@ -159,9 +176,9 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint, keep_previous: bool = Fa
         "so_far": checkpoint.so_far,
     }
     tensors = {
-        f"{part}.{name}": tensor.detach().cpu().contiguous()
-        for part in _PARTS
-        for name, tensor in getattr(checkpoint, part).items()
+        f"{prefix}.{name}": tensor.detach().cpu().contiguous()
+        for prefix, attribute in _PARTS.items()
+        for name, tensor in getattr(checkpoint, attribute).items()
     }
     content["crc32"] = _crc32(tensors)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -227,7 +244,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
             rows=None if rows is None else [row for row in rows if is_row(row)],
             so_far={group: _numbers(sums) for group, sums in content.get("so_far", {}).items()},
             place=path.absolute(),
-            **{part: _part(tensors, f"{part}.") for part in _PARTS},
+            **{attribute: below(f"{prefix}.", tensors) for prefix, attribute in _PARTS.items()},
         )
     except UserError:
         raise
@@ -255,10 +272,6 @@ def _beside(path: Path) -> str:
     """What to take instead of a damaged checkpoint: whole ones in the same folder."""
     whole = [name for name in (LAST, BEST, PREVIOUS) if name != path.name and read_head(path.with_name(name)) is not None]
     return f"; whole checkpoints beside it: {', '.join(whole)}" if whole else ""
-
-
-def _part(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 @dataclass(frozen=True)
@@ -304,8 +317,3 @@ def find_newest(folder: Path) -> Found:
     if problems:
         raise UserError(f"{problems[0]}; to train again from epoch 1, move {' and '.join(map(repr, map(str, damaged)))} away")
     return Found(None, [])
-
-
-def newest(folder: Path) -> Checkpoint | None:
-    """The checkpoint that `find_newest` finds."""
-    return find_newest(folder).checkpoint

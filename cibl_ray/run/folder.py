@@ -33,6 +33,11 @@ SWEEP, SWEEP_RUNS = "sweep.json", "trials"  # in a sweep's folder
 COPY = ".storage"  # where the run's copy in an object store is
 
 
+def resume_command(run: Path | str) -> str:
+    """The command that resumes a run, of its folder or of the URI of its copy."""
+    return f"python -m cibl_ray.train --resume {shlex.quote(str(run))}"
+
+
 def is_run(folder: Path) -> bool:
     """Whether a run has begun in `folder`: it has a configuration, or a checkpoint, which has one, too."""
     names = (CONFIG, *(f"{CHECKPOINTS}/{name}" for name in (LAST, PREVIOUS, BEST)))

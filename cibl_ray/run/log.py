@@ -86,7 +86,7 @@ def is_row(row: object) -> bool:
 
 @dataclass(frozen=True)
 class _Read:
-    """A log as it lies: its rows, lines that are none, and whether it ends within a line."""
+    """A log as its file has it: the rows, the lines that are not rows, and whether the file ends within a line."""
 
     rows: list[Row]
     strange: int

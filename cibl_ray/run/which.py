@@ -28,7 +28,7 @@ def checkpoints(run: Path, which: str | None = None) -> list[Path]:
         return [_file(run, which)]
     found = _existing(run, (LAST, BEST), which)
     if which is None:
-        _say_missing(run, found)
+        _say_missing(found)
     return found or [_in_folder_itself(run, (LAST, BEST), which)]
 
 
@@ -40,13 +40,13 @@ def checkpoint(run: Path, which: str | None = None) -> Path:
         which: 'last' or 'best'.
 
     Raises:
-        UserError: `run` is none of these, has no such checkpoint, or is the file of another one.
+        UserError: `run` is not one of these, has no such checkpoint, or is the file of another one.
     """
     if run.is_file():
         return _file(run, which)
     found = _existing(run, (BEST, LAST), which)
     if which is None:
-        _say_missing(run, found[:1])
+        _say_missing(found[:1])
     return found[0] if found else _in_folder_itself(run, (BEST, LAST), which)
 
 
@@ -61,7 +61,7 @@ def _existing(run: Path, names: tuple[str, ...], which: str | None) -> list[Path
     return [path for path in paths if os.path.lexists(path)]
 
 
-def _say_missing(run: Path, found: list[Path]) -> None:
+def _say_missing(found: list[Path]) -> None:
     """Warn where a checkpoint is gone that the run once had, so that the other one is not taken for it."""
     if [path.name for path in found] == [LAST]:
         best = (read_head(found[0]) or {}).get("best")

@@ -15,7 +15,7 @@ import torch
 
 from cibl_ray.config import RunConfig
 from cibl_ray.evaluation.metrics import Scores
-from cibl_ray.run.folder import CONFIG
+from cibl_ray.run.folder import CONFIG, resume_command
 from pipelines.common.cores import usable_cores
 from pipelines.common.progress import duration
 from pipelines.common.words import plural
@@ -75,7 +75,7 @@ def long_run(config: RunConfig, steps_per_s: float, left: int, resumed: bool = F
     if seconds < _LONG:
         return ""
     train, ways = config.train, []
-    pretrained = getattr(config.network.backbone, "weights", "none") != "none"
+    pretrained = config.network.backbone.pretrained
     if train.tune != "head" and pretrained:
         ways.append("--train.tune head (features once, then minutes)")
     elif train.tune != "head" and config.data.size >= _PHOTOGRAPHS:
@@ -103,7 +103,7 @@ def busy_cores(threads: int, cores: int, others: float, run: Path) -> str:
     return (
         f"other programs keep {others:.1f} of this machine's {cores} cores busy; {threads} threads, which wait for each other "
         "at every operation, can then be several times slower than one: stop this run (Ctrl-C saves it), and "
-        f"OMP_NUM_THREADS=1 {_resume(run)}"
+        f"OMP_NUM_THREADS=1 {resume_command(run)}"
     )
 
 
@@ -130,15 +130,12 @@ def classes_at_zero(
     ways = []
     if shifted:
         ways.append(f"python -m cibl_ray.evaluate {shlex.quote(str(run))} --tail-shift auto")
-    if getattr(config.network.backbone, "weights", "none") == "none" and config.data.size >= _PHOTOGRAPHS:
+    if not config.network.backbone.pretrained and config.data.size >= _PHOTOGRAPHS:
         ways.append(_photos(config))
-    loss = config.loss.kind
-    if loss == "cross_entropy":
-        ways.append("--loss.kind balanced_softmax")
-    elif loss == "cibl":
-        ways.append("a larger --loss.tail_skew" + ("" if getattr(config.loss, "kappa", 0) else ", or --loss.kappa 1"))
+    if way := config.loss.advice_for_rare_classes:
+        ways.append(way)
     if config.train.epochs:
-        ways.append(f"more epochs: {_resume(run)} --train.epochs {2 * config.train.epochs}")
+        ways.append(f"more epochs: {resume_command(run)} --train.epochs {2 * config.train.epochs}")
     return f"{len(zero)} of {len(classes)} classes are at 0 %: {names}{more}. To try: {'; '.join(ways)}"
 
 
@@ -164,8 +161,7 @@ def next_steps(config: RunConfig, run: Path) -> str:
         config: The run's configuration.
         run: The run folder.
     """
-    pretrained = getattr(config.network.backbone, "weights", "none") != "none"
-    if config.train.tune != "head" or not pretrained:
+    if config.train.tune != "head" or not config.network.backbone.pretrained:
         return ""
     own = shlex.quote(str(run / CONFIG))
     # The file has this run's device and precision.
@@ -176,10 +172,6 @@ def next_steps(config: RunConfig, run: Path) -> str:
         "(the last blocks, too: ten times as long as the features took)\n"
         f"             python -m cibl_ray.train {own} --tune full  (everything: {gpu})"
     )
-
-
-def _resume(run: Path) -> str:
-    return f"python -m cibl_ray.train --resume {shlex.quote(str(run))}"
 
 
 def _photos(config: RunConfig) -> str:

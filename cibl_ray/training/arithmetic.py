@@ -221,8 +221,7 @@ def _wait(device: str) -> None:
 
 
 def _with(config: RunConfig, choice: Arithmetic) -> RunConfig:
-    decided = {"precision": choice.precision, "compile": choice.compile}
-    return config.model_copy(update={"train": config.train.model_copy(update=decided)})
+    return config.with_train(precision=choice.precision, compile=choice.compile)
 
 
 def _key(config: RunConfig, classes: int, workers: int) -> str:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from cibl_ray.networks.network import Outputs
-from cibl_ray.training.sharpness import running_statistics_stay
+from cibl_ray.training.batch_norm import running_statistics_stay
 
 Run = Callable[[nn.Module, torch.Tensor], Outputs]
 

@@ -3,6 +3,10 @@
 A backward pass computes the gradients of the last layers first. They are collected in buckets, and each full bucket is summed
 over the workers while the rest of the pass runs (Li et al. 2020, arXiv:2006.15704). The buckets are fixed when training
 starts, so a resumed run adds in the same order as an unbroken one.
+
+torch's DistributedDataParallel is not used, because it forms its buckets again after the first step: a resumed run would add
+in another order. It also takes the mean, and here the sum is needed (`World.fraction`). docs/explanation/scaling.md compares
+their speed.
 """
 
 from __future__ import annotations

@@ -64,19 +64,16 @@ def open_images(config: RunConfig, prepared: Prepared, device: torch.device, wor
     return Streams(feeds, loaders, normalize)
 
 
-def open_features(
-    config: RunConfig, prepared: Prepared, device: torch.device, world: World, features: FeatureLoaders | FoldFeatures
-) -> Streams:
+def open_features(config: RunConfig, prepared: Prepared, world: World, features: FeatureLoaders | FoldFeatures) -> Streams:
     """Compute the features of all splits, or find them.
 
     Args:
         config: The run's configuration.
         prepared: The images.
-        device: Where the network is.
         world: The workers.
         features: Of the run's frozen backbone.
     """
-    feeds = [FeatureFeed(features.train(plan), device) for plan in _plans(config, world.share)]
+    feeds = [FeatureFeed(features.train(plan)) for plan in _plans(config, world.share)]
     held_out = eval_plan(config.data, config.train.eval_batch_size, world.share)
     return Streams(feeds, {split: features.evaluation(split, held_out) for split in _held_out(prepared)}, AsTheyAre())
 
@@ -117,13 +114,12 @@ class FeatureFeed:
 
     Args:
         loader: The features.
-        device: Where the head is.
     """
 
     waited = 0.0
 
-    def __init__(self, loader: Loader, device: torch.device) -> None:
-        self.loader, self.device = loader, device
+    def __init__(self, loader: Loader) -> None:
+        self.loader = loader
 
     def steps(self, epoch: int, step: int) -> Iterator[Images]:
         """The features of the epoch's steps from `step` on."""

@@ -4,27 +4,18 @@ from __future__ import annotations
 
 import json
 import logging
-import shlex
-import statistics
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from cibl_ray.config import RunConfig, TrainConfig, load_config, save_config
 from cibl_ray.config_warnings import config_warnings
-from cibl_ray.evaluation.confusion import save_confusion
-from cibl_ray.evaluation.metrics import Scores, heading, table
-from cibl_ray.evaluation.pictures import save_accuracy_by_class, save_learning_curves
-from cibl_ray.hardware import describe, resolve
+from cibl_ray.hardware import resolve
 from cibl_ray.run.checkpoint import Checkpoint, find_newest
 from cibl_ray.run.folder import (
-    BY_CLASS,
     CHECKPOINTS,
     CONFIG,
-    CONFUSION,
-    CURVES,
     HISTOGRAM,
     LOG,
     RESULT,
@@ -34,31 +25,29 @@ from cibl_ray.run.folder import (
     make_room,
     need_new,
     need_old,
+    resume_command,
 )
 from cibl_ray.run.images import keep_images
 from cibl_ray.run.log import read_metrics
 from cibl_ray.run.mend import mend
 from cibl_ray.run.progress import Progress, messages_to
 from cibl_ray.run.stop import Stop
-from cibl_ray.tracking.base import Outcome, Status
+from cibl_ray.tracking.base import Status
 from cibl_ray.tracking.trackers import track_run
-from cibl_ray.training.advice import classes_at_zero, next_steps, uses
 from cibl_ray.training.arithmetic import decide
 from cibl_ray.training.folds import cross_validate, few_validation_images, folds_of
+from cibl_ray.training.report import Finished, outcome, print_report, result_content, save_pictures
 from cibl_ray.training.resume import changes
 from cibl_ray.training.schedules import lr_factor
 from cibl_ray.training.trainer import Trainer
 from cibl_ray.world import PeerLostError, World, require_own_gpu
 from pipelines.common.errors import Interrupted, UserError
 from pipelines.common.files import write_atomically
-from pipelines.loaders.reading import eval_rule
 from pipelines.prepare.build import ensure_prepared
 from pipelines.prepare.pictures import save_histogram
 from pipelines.prepare.prepared import Prepared
 
 log = logging.getLogger("cibl_ray")
-
-_PHOTOGRAPHS = 64  # pixels a side; people cannot recognise smaller images
 
 
 def fit(
@@ -91,10 +80,10 @@ def fit(
         Interrupted: `stop` asked for it, and a checkpoint is saved.
     """
     with messages_to(progress.log_handler()) if world.is_rank0 else nullcontext():
-        return _fit_in(config, folder, resume, world, progress, after_save, patience, stop or Stop())
+        return _prepare_and_fit(config, folder, resume, world, progress, after_save, patience, stop or Stop())
 
 
-def _fit_in(
+def _prepare_and_fit(
     config: RunConfig,
     folder: Path,
     resume: bool,
@@ -165,14 +154,13 @@ def _fit_in(
                     )
                 if checkpoint is not None and trains and (rise := _rise(checkpoint.config, config, checkpoint.epoch)):
                     log.warning(rise)
-                result = _fit_tracked(trainer, progress)
+                result = _fit_with_trackers(trainer, progress)
             if after_save is not None:
                 after_save()
             return result
         except KeyboardInterrupt:
             raise Interrupted(
-                f"stopped in epoch {min(trainer.epoch + 1, config.train.epochs)}; resume with: "
-                f"python -m cibl_ray.train --resume {shlex.quote(str(folder))}",
+                f"stopped in epoch {min(trainer.epoch + 1, config.train.epochs)}; resume with: {resume_command(folder)}",
                 stop.status,
             ) from None
 
@@ -215,7 +203,7 @@ def _as_decided(config: RunConfig, asked: TrainConfig, earlier: TrainConfig) -> 
     left = [name for name in ("precision", "compile", "tau") if getattr(asked, name) == "auto"]
     # A run of an earlier version may not say it: then it is by rule, as it was there.
     decided = {name: value for name in left if (value := getattr(earlier, name)) != "auto"}
-    return config.model_copy(update={"train": config.train.model_copy(update=decided)})
+    return config.with_train(**decided)
 
 
 def _same_data(world: World, prepared: Prepared) -> None:
@@ -229,13 +217,13 @@ def _same_data(world: World, prepared: Prepared) -> None:
         )
 
 
-def _fit_tracked(trainer: Trainer, progress: Progress) -> dict[str, Any]:
+def _fit_with_trackers(trainer: Trainer, progress: Progress) -> dict[str, Any]:
     """Train, write all files of the run folder, and send the numbers to trackers."""
     tags = {"code": trainer.code, "workers": str(trainer.world.size)}
     trainer.trackers = track_run(trainer.config, trainer.folder, tags)
     status: Status = "failed"
     try:
-        result = _fit(trainer, progress)
+        result = _train_and_report(trainer, progress)
         status = "finished"
         return result
     except (KeyboardInterrupt, SystemExit):  # SystemExit: how Ray Tune stops a trial
@@ -245,18 +233,41 @@ def _fit_tracked(trainer: Trainer, progress: Progress) -> dict[str, Any]:
         trainer.trackers.close(status)
 
 
-def _fit(trainer: Trainer, progress: Progress) -> dict[str, Any]:
-    """Train, and write all files of the run folder."""
+def _train_and_report(trainer: Trainer, progress: Progress) -> dict[str, Any]:
+    """Train, write all files of the run folder, and print the report."""
+    folder = trainer.folder
+    _begin_folder(trainer)
+    folds = folds_of(trainer.config, trainer.prepared)
+    trainer.keep_best = not folds
+    _log_begin(trainer, folds)
+    found = trainer.fit(progress)
+    crossed = cross_validate(trainer, folds) if folds else None
+    finished = Finished(trainer, found, folds, crossed, read_metrics(folder))
+    result = result_content(finished)
+    write_atomically(folder / RESULT, json.dumps(result, indent=1))
+    (folder / RESULT_BEFORE).unlink(missing_ok=True)
+    save_pictures(finished)
+    trainer.trackers.end(outcome(finished))
+    print_report(finished, result["time"], progress)
+    return result
+
+
+def _begin_folder(trainer: Trainer) -> None:
+    """Write what is known before training, and set aside the result of a shorter run."""
     config, folder, prepared = trainer.config, trainer.folder, trainer.prepared
     trains = trainer.epoch < config.train.epochs or config.train.epochs == 0
     if trains or not (folder / CONFIG).is_file():  # else the file says what the run was trained by
         save_config(config, folder / CONFIG)
     keep_images(folder, prepared)
-    before = folder / RESULT_BEFORE
     if trainer.epoch < config.train.epochs and (folder / RESULT).is_file():
         # It is of a shorter run: its scores and tail shift are not those of the checkpoints to come.
-        (folder / RESULT).replace(before)
+        (folder / RESULT).replace(folder / RESULT_BEFORE)
     save_histogram(folder / HISTOGRAM, prepared.classes, prepared.train_counts)
+
+
+def _log_begin(trainer: Trainer, folds: int) -> None:
+    """Say what is trained, from which epoch, and what of it is probably a mistake."""
+    config, folder = trainer.config, trainer.folder
     if trainer.epoch + trainer.step > 0 and trainer.epoch < config.train.epochs:
         steps = trainer.train_loaders[0].batches
         log.info("resuming in epoch %d, after step %d of %d", trainer.epoch + 1, trainer.step, steps)
@@ -266,80 +277,10 @@ def _fit(trainer: Trainer, progress: Progress) -> dict[str, Any]:
         config.train.precision, trainer.train_loaders[0].name, _workers(trainer.world.size),
         trainer.epoch + 1, config.train.epochs,
     )  # fmt: skip
-    folds = folds_of(config, prepared)
-    trainer.keep_best = not folds
-    for warning in [*config_warnings(config), *_few_validation_images(prepared, folds)]:
+    for warning in [*config_warnings(config), *_few_validation_images(trainer.prepared, folds)]:
         log.warning(warning)
     if trainer.epoch >= config.train.epochs > 0:
         log.info("all %d epochs are done; to train longer: --resume %s --train.epochs N", trainer.epoch, folder)
-    result = trainer.fit(progress)
-    crossed = cross_validate(trainer, folds) if folds else None
-    rows = read_metrics(folder)
-    kinds = [name for name in ("last", "best") if name in result]
-    scores = {f"{name} (epoch {result[name]['epoch']})": result[name]["scores"] for name in kinds}
-    if crossed is not None:
-        result["last"]["tail_shift"] = crossed.shift
-        result["folds"] = crossed.dump()
-    shifts = {name: result[name]["tail_shift"] for name in kinds if "tail_shift" in result[name]}
-    result |= {name: {**result[name], "scores": asdict(result[name]["scores"])} for name in kinds}
-    for name, shift in shifts.items():
-        result[name] = {**result[name], "tail_shift": shift.dump()}
-    result |= {
-        "seconds": sum(row["seconds"].get("epoch", 0.0) for row in rows),
-        "time": {name: seconds + trainer.spent.get(name, 0.0) for name, seconds in _time(rows).items()},
-        "classes": prepared.classes,  # of the scores' `per_class`, in order
-        # No rows: a log that was lost.
-        "images_per_s": statistics.median([row["rate"].get("images_per_s", 0.0) for row in rows] or [0.0]),
-        "passes": asdict(trainer.passes),  # of an unbroken run as configured now
-        "parameters": sum(parameter.numel() for parameter in trainer.network.classifying_parameters()),
-        "workers": trainer.world.size,
-        "loader": trainer.train_loaders[0].name,
-        "data": prepared.digests,
-        "code": sorted({row.get("code", "unknown") for row in rows}),
-        "hardware": describe(config.train.device),
-    }
-    write_atomically(folder / RESULT, json.dumps(result, indent=1))
-    before.unlink(missing_ok=True)
-    if rows:
-        save_learning_curves(folder / CURVES, rows)
-    save_accuracy_by_class(folder / BY_CLASS, prepared.classes, prepared.train_counts, _panels(result, scores))
-    outputs = trainer.evaluator.outputs
-    report = config.data.size >= _PHOTOGRAPHS and outputs is not None
-    if report and outputs is not None:
-        save_confusion(folder, prepared, result["split"], *outputs, eval_rule(config.data))
-    final = {f"{result['split']}/{name}": score.numbers() for name, score in zip(kinds, scores.values(), strict=True)}
-    files = [folder / name for name in (CONFIG, RESULT, HISTOGRAM, CURVES, BY_CLASS, *CONFUSION)]
-    trainer.trackers.end(Outcome(final, table(scores), [path for path in files if path.is_file()]))
-    where = f"the {result['split']} split"
-    progress.line(f"\n{heading(where)}\n")
-    progress.line(table(scores))
-    if crossed is not None:
-        progress.line(f"\n{heading(f'the training images, by {folds} heads that were not trained on them')}\n")
-        progress.line(table({"mean ± spread": crossed.pooled}, {"mean ± spread": crossed.of_each}))
-    if (chosen := shifts.get("best", shifts.get("last"))) is not None and chosen.shift:
-        chooser = "Validation chooses" if crossed is None else "The held-out training images choose"
-        progress.line(f"\n{chooser} {chosen.line()}; the scores with it: evaluate RUN --tail-shift auto")
-    judged = [*scores.values()][-1]
-    shifted = chosen is not None and chosen.shift != 0
-    scored = prepared.splits[result["split"]].counts
-    if zero := classes_at_zero(config, prepared.classes, prepared.train_counts, scored, judged, shifted, folder):
-        progress.line(f"\n{zero}")
-    if "best" not in result and crossed is None and config.train.epochs:
-        progress.line("\nNo validation split, so no best epoch: data.val_fraction carves one out.")
-    progress.line(f"\nTime: {_shares(result['time'])}")
-    progress.line(f"Run folder: {folder}\nPictures:   {CURVES}, {BY_CLASS}, {HISTOGRAM}\n{uses(folder)}")
-    if report:
-        progress.line(f"Confusion:  {CONFUSION[0]}: pairs of classes, worst classes, images that the network disagrees with")
-        if following := next_steps(config, folder):
-            progress.line(f"\n{following}")
-    return result
-
-
-def _panels(result: dict[str, Any], scores: dict[str, Scores]) -> dict[str, Scores]:
-    """One panel where the last epoch is the best."""
-    if len(scores) == 2 and result["last"]["epoch"] == result["best"]["epoch"]:
-        return {f"last and best (epoch {result['last']['epoch']})": next(iter(scores.values()))}
-    return scores
 
 
 def _few_validation_images(prepared: Prepared, folds: int) -> list[str]:
@@ -357,17 +298,3 @@ def _few_validation_images(prepared: Prepared, folds: int) -> list[str]:
 
 def _workers(count: int) -> str:
     return f"{count} workers" if count > 1 else "one process"
-
-
-def _time(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """How rank 0 spent its seconds, over all epochs, up to the last epoch's row."""
-    time = {
-        name: sum(row["seconds"].get(name, 0.0) for row in rows)
-        for name in ("data_wait", "communication", "evaluation", "checkpoint")
-    }
-    return {"step": sum(row["seconds"].get("epoch", 0.0) for row in rows) - time["data_wait"] - time["communication"]} | time
-
-
-def _shares(seconds: dict[str, float]) -> str:
-    total = sum(seconds.values()) or 1.0
-    return ", ".join(f"{name.replace('_', ' ')} {100 * value / total:.0f} %" for name, value in seconds.items())

@@ -94,8 +94,7 @@ def cross_validate(trainer: Trainer, count: int) -> CrossValidated:
     """
     assert trainer.features is not None
     # Nothing of a fold is kept, so it has no checkpoints.
-    train = trainer.config.train.model_copy(update={"checkpoint_minutes": None})
-    config, prepared = trainer.config.model_copy(update={"train": train}), trainer.prepared
+    config, prepared = trainer.config.with_train(checkpoint_minutes=None), trainer.prepared
     features, labels = trainer.features.features("train"), trainer.features.labels("train")
     weights = trainer.features.weights("train")
     of_each, logits, truth = [], [], []

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -27,7 +25,7 @@ def settle(config: RunConfig, prepared: Prepared, world: World) -> RunConfig:
     """Fit a configuration to the images and the workers.
 
     Args:
-        config: The run's configuration, no other 'auto' left in it than the loader's cache.
+        config: The run's configuration, resolved for this machine (`hardware.resolve`).
         prepared: The images.
         world: The workers.
 
@@ -67,31 +65,6 @@ def require_even_parts(train: TrainConfig, workers: int, range_of_workers: str =
             f"train.batch_size {train.batch_size} cannot be split evenly into train.accumulate = {train.accumulate} "
             f"parts{among}{because}; change one of them"
         )
-
-
-def keeps_statistics(config: RunConfig) -> bool:
-    """Whether batch norm keeps the running statistics that it starts with.
-
-    Args:
-        config: The run's configuration; 'auto' keeps those of pretrained weights.
-    """
-    if config.train.batch_norm == "auto":
-        return config.network.backbone.weights != "none"
-    return config.train.batch_norm == "keep"
-
-
-@contextmanager
-def several_values() -> Iterator[None]:
-    """Raise as a UserError that a batch norm has a single image of 1 x 1 pixels, or a single vector, to normalise by."""
-    try:
-        yield
-    except ValueError as error:
-        if "more than 1 value per channel" not in str(error):
-            raise
-        raise UserError(
-            "a batch norm has one value a channel to normalise by; raise train.batch_size, or lower train.accumulate or the "
-            "number of workers"
-        ) from error
 
 
 def checkpoint_activations(backbone: nn.Module, title: str) -> None:

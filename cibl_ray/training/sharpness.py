@@ -8,8 +8,6 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-
 
 @contextmanager
 def at_the_peak(parameters: Iterable[nn.Parameter], rho: float) -> Iterator[None]:
@@ -33,17 +31,3 @@ def at_the_peak(parameters: Iterable[nn.Parameter], rho: float) -> Iterator[None
         with torch.no_grad():
             for parameter, value in zip(moved, before, strict=True):
                 parameter.copy_(value)
-
-
-@contextmanager
-def running_statistics_stay(network: nn.Module) -> Iterator[None]:
-    """Let batch norms compute with the batch's statistics, and keep their running ones, which are of the weights themselves."""
-    norms = [module for module in network.modules() if isinstance(module, _BATCH_NORMS)]
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.momentum = 0.0
-    try:
-        yield
-    finally:
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum

@@ -11,11 +11,12 @@ from cibl_ray.config import RunConfig
 from cibl_ray.losses.objective import Images, Objective
 from cibl_ray.networks.average import WeightAverage
 from cibl_ray.networks.network import HybridNetwork, Outputs
+from cibl_ray.training.batch_norm import running_statistics_stay
 from cibl_ray.training.cached import CachedPasses
 from cibl_ray.training.compiled import begin_step
 from cibl_ray.training.exchange import GradientExchange
 from cibl_ray.training.mix import mix, paste
-from cibl_ray.training.sharpness import at_the_peak, running_statistics_stay
+from cibl_ray.training.sharpness import at_the_peak
 from cibl_ray.world import World
 from pipelines.common.seeding import stream
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from cibl_ray.run.start import read_start, start_from
 from cibl_ray.run.stop import Stop
 from cibl_ray.tracking.trackers import Trackers
 from cibl_ray.training.advice import FirstSteps
+from cibl_ray.training.batch_norm import average_statistics, keeps_statistics, several_values, sync_batch_norm
 from cibl_ray.training.compiled import compile_network, explained
 from cibl_ray.training.evaluator import Evaluator
 from cibl_ray.training.feed import open_features, open_images
@@ -37,14 +38,12 @@ from cibl_ray.training.optimizer import make_optimizer
 from cibl_ray.training.passes import Passes, passes
 from cibl_ray.training.pauses import AllStopped, Pauses
 from cibl_ray.training.schedules import lr_factor
-from cibl_ray.training.setup import checkpoint_activations, keeps_statistics, settle, several_values, start_heads
+from cibl_ray.training.setup import checkpoint_activations, settle, start_heads
 from cibl_ray.training.step import Step
-from cibl_ray.training.synced_norm import sync_batch_norm
 from cibl_ray.training.tau import normalize_head
 from cibl_ray.world import World
 from pipelines.common.errors import UserError
 from pipelines.common.seeding import torch_seed
-from pipelines.loaders.reading import Batch
 from pipelines.prepare.prepared import Prepared
 
 log = logging.getLogger(__name__)
@@ -58,7 +57,7 @@ class Trainer:
     Each worker has a trainer, all with the same network. Only rank 0's writes to the folder.
 
     Args:
-        config: The run's configuration, with every 'auto' resolved (`hardware.resolve`).
+        config: The run's configuration, resolved for this machine (`hardware.resolve`).
         prepared: The images.
         folder: The run folder.
         world: The workers; None: this process alone.
@@ -119,7 +118,7 @@ class Trainer:
             made = made or self._feature_loaders()
         self.features = made if train.tune == "head" else None
         streams = (
-            open_features(config, prepared, self.device, world, self.features)
+            open_features(config, prepared, world, self.features)
             if self.features is not None
             else open_images(config, prepared, self.device, world)
         )
@@ -130,7 +129,7 @@ class Trainer:
         if first is not None and train.head_start == "tau_normalized":
             tau = normalize_head(self.network, train.tau, self.evaluator, prepared, world)
             self.network.head.set_cap()
-            self.config = config = config.model_copy(update={"train": train.model_copy(update={"tau": tau})})
+            self.config = config = config.with_train(tau=tau)
             train = config.train
         self.average = WeightAverage(self.network, train.average) if train.average is not None else None
         of_step = train.contrast_set == "step"
@@ -180,7 +179,7 @@ class Trainer:
                 f"{before!r}, or start a new run from its weights: --train.start RUN"
             )
         load_weights(self.network, checkpoint)
-        load_optimizer(self.network, self.optimizer, checkpoint.momentum)
+        load_optimizer(self.network, self.optimizer, checkpoint.optimizer)
         self.objective.load(checkpoint.objective)
         if self.average is not None:  # of the weights from here on, where the run kept none before
             load_weights(self.average.network, checkpoint, averaged=True)
@@ -333,28 +332,14 @@ class Trainer:
         if self.device.type == "cuda":
             torch.cuda.manual_seed(seed)
 
-    def train_step(self, batches: Sequence[Batch], step: int) -> dict[str, torch.Tensor]:
+    def optimize(self, streams: list[Images]) -> dict[str, torch.Tensor]:
         """Train one step.
 
         Args:
-            batches: One batch of each stream.
-            step: The number of the step in the epoch.
+            streams: The images of each stream, ready for the network.
 
         Returns:
             The terms of the loss by name, detached scalars.
-        """
-        return self.optimize(
-            [feed.ready([batch], self.epoch, step)[0] for batch, feed in zip(batches, self.feeds, strict=True)]
-        )
-
-    def optimize(self, streams: list[Images]) -> dict[str, torch.Tensor]:
-        """Train one step on images that are ready for the network.
-
-        Args:
-            streams: The images of each stream.
-
-        Returns:
-            As `train_step`.
 
         Raises:
             UserError: There is too little memory, a batch norm has one value a channel, or the network cannot be compiled.
@@ -391,7 +376,7 @@ class Trainer:
                 self.network.state_dict(),
                 rows=self._log.rows if self._log is not None else self._rows,
                 so_far=self._so_far,
-                momentum=optimizer_state(self.network, self.optimizer),
+                optimizer=optimizer_state(self.network, self.optimizer),
                 objective=self.objective.state(),
                 average=self.average.network.state_dict() if self.average is not None else {},
             )
@@ -433,7 +418,7 @@ class Trainer:
 
     def _average_statistics(self) -> None:
         networks = self.objective.networks
-        self.world.average_statistics(networks if self.average is None else [*networks, self.average.network])
+        average_statistics(networks if self.average is None else [*networks, self.average.network], self.world)
 
     @property
     def _checkpoints(self) -> Path:

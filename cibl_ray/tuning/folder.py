@@ -5,13 +5,22 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shlex
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from cibl_ray.config import build_config
-from cibl_ray.run.folder import BEST, BEST_RESULT, SWEEP, SWEEP_RUNS, is_run, only_files, only_folders, set_aside
+from cibl_ray.run.folder import (
+    BEST,
+    BEST_RESULT,
+    SWEEP,
+    SWEEP_RUNS,
+    is_run,
+    only_files,
+    only_folders,
+    resume_command,
+    set_aside,
+)
 from cibl_ray.tuning.config import SweepConfig
 from cibl_ray.tuning.sweep import Trial, objectives
 from pipelines.common.errors import UserError
@@ -68,7 +77,7 @@ def _no_sweep(folder: Path) -> str:
     if not folder.is_dir():
         return f"is a file; name {f'the sweep folder: {folder.parent}' if folder.name == SWEEP else 'a sweep folder'}"
     if is_run(folder):
-        return f"is a run; this resumes it: python -m cibl_ray.train --resume {shlex.quote(str(folder))}"
+        return f"is a run; this resumes it: {resume_command(folder)}"
     return f"is not a sweep folder: it has no {SWEEP}"
 
 

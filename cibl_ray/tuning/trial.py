@@ -95,9 +95,8 @@ def _in_workers(sweep: SweepConfig, config: RunConfig, run_folder: Path, progres
     from cibl_ray.cluster.launch import Shape, launch  # slow to import, and most trials need no workers
 
     gpus = bool(ray.cluster_resources().get("GPU")) and config.train.device != "cpu"
-    train = config.train.model_copy(update={"device": "cuda" if gpus else "cpu"})
     shape = Shape((sweep.workers, sweep.workers), sweep.cpus, gpus, failures=2)
-    config = config.model_copy(update={"train": train})
+    config = config.with_train(device="cuda" if gpus else "cpu")
     launch(config, run_folder, run_folder.exists(), shape, progress, trial_places=(places, run_folder.name))
     for row in read_metrics(run_folder):  # any scores that did not arrive
         progress.epoch(row, "")

@@ -65,7 +65,7 @@ def test_a_run_goes_on_to_the_bit_and_is_judged_by_the_average(digits, tmp_path)
     assert test is not None
     assert test.overall == result["last"]["scores"].overall
     best = load_checkpoint(tmp_path / "whole" / "checkpoints" / "best.safetensors")
-    assert (best.momentum, best.objective, best.average) == ({}, {}, {})
+    assert (best.optimizer, best.objective, best.average) == ({}, {}, {})
 
 
 def test_a_run_without_one_may_begin_one(digits, tmp_path):

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from cibl_ray.config import load_config
 from cibl_ray.networks.config import Needs
 from cibl_ray.networks.network import build_network
-from cibl_ray.run.checkpoint import Checkpoint, load_checkpoint, load_weights, newest, save_checkpoint
+from cibl_ray.run.checkpoint import Checkpoint, find_newest, load_checkpoint, load_weights, save_checkpoint
 from pipelines.common.errors import UserError
 
 
@@ -31,7 +31,7 @@ def test_round_trip(tmp_path):
     assert loaded.best == {"epoch": 2, "balanced": 0.5}
     assert (loaded.step, loaded.workers) == (4, 2)
     assert all(torch.equal(loaded.weights[name], tensor) for name, tensor in saved.weights.items())
-    assert set(loaded.momentum) == set(saved.momentum)
+    assert set(loaded.optimizer) == set(saved.optimizer)
     assert loaded.objective == {"queue.written": torch.tensor(7)}
     rebuilt = loaded.network().state_dict()
     assert all(torch.equal(rebuilt[name], tensor) for name, tensor in saved.weights.items())
@@ -49,18 +49,18 @@ def test_another_architecture(tmp_path):
 def test_cut_short_falls_back_to_the_one_before(tmp_path, caplog):
     for epoch in (1, 2):
         save_checkpoint(tmp_path / "last.safetensors", checkpoint(epoch), keep_previous=True)
-    found = newest(tmp_path)
+    found = find_newest(tmp_path).checkpoint
     assert found is not None
     assert found.epoch == 2
     whole = (tmp_path / "last.safetensors").read_bytes()
     (tmp_path / "last.safetensors").write_bytes(whole[: len(whole) // 2])
-    found = newest(tmp_path)
+    found = find_newest(tmp_path).checkpoint
     assert found is not None
     assert found.epoch == 1
     assert "resuming from the one before, after epoch 1" in caplog.text
     (tmp_path / "previous.safetensors").unlink()
     with pytest.raises(UserError, match="is cut short or damaged"):
-        newest(tmp_path)
+        find_newest(tmp_path)
 
 
 def test_a_damaged_one_never_takes_the_place_of_the_good_one_before(tmp_path):
@@ -107,10 +107,10 @@ def test_another_bit_in_a_tensor_is_noticed(tmp_path):
 def test_killed_between_the_two_renames(tmp_path):
     save_checkpoint(tmp_path / "last.safetensors", checkpoint(4))
     (tmp_path / "last.safetensors").rename(tmp_path / "previous.safetensors")
-    found = newest(tmp_path)
+    found = find_newest(tmp_path).checkpoint
     assert found is not None
     assert found.epoch == 4
-    assert newest(tmp_path / "elsewhere") is None
+    assert find_newest(tmp_path / "elsewhere").checkpoint is None
 
 
 def test_foreign_files(tmp_path):

@@ -199,7 +199,7 @@ def test_a_damaged_run_resumes(whole, stopped, tmp_path, caplog, monkeypatch, na
         resumed = cibl_ray.open_run(folder).resume(progress=False)
     assert says in caplog.text
     last, expected = (load_checkpoint(run.folder / LAST) for run in (resumed, whole))
-    for part in ("weights", "momentum"):
+    for part in ("weights", "optimizer"):
         ours, theirs = getattr(last, part), getattr(expected, part)
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)

@@ -84,10 +84,10 @@ def test_a_run_goes_on_to_the_bit(folder):
     rest.restore(start)
     rest.fit()
     last, expected = (load_checkpoint(folder / name / "checkpoints" / "last.safetensors") for name in ("half", "whole"))
-    for mine, theirs in ((last.weights, expected.weights), (last.momentum, expected.momentum)):
+    for mine, theirs in ((last.weights, expected.weights), (last.optimizer, expected.optimizer)):
         assert mine.keys() == theirs.keys()
         assert all(torch.equal(value, theirs[name]) for name, value in mine.items())
-    assert {name.partition(":")[2] for name in last.momentum} == {"exp_avg", "exp_avg_sq", "step"}
+    assert {name.partition(":")[2] for name in last.optimizer} == {"exp_avg", "exp_avg_sq", "step"}
 
 
 def extractor(folder, *more, seed=0):

@@ -17,11 +17,11 @@ from cibl_ray.networks.config import LastBlocks, Needs, NetworkConfig, Norms
 from cibl_ray.networks.depth import blocks, depth_of
 from cibl_ray.networks.network import build_network
 from cibl_ray.run.checkpoint import load_checkpoint
+from cibl_ray.training.batch_norm import SyncedBatchNorm, sync_batch_norm
 from cibl_ray.training.cached import CachedPasses
 from cibl_ray.training.mix import mix, paste
 from cibl_ray.training.optimizer import make_optimizer
 from cibl_ray.training.passes import passes
-from cibl_ray.training.synced_norm import SyncedBatchNorm, sync_batch_norm
 from cibl_ray.training.trainer import Trainer
 from pipelines.common.errors import UserError
 

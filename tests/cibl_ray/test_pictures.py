@@ -8,7 +8,7 @@ from matplotlib.text import Annotation
 
 from cibl_ray.evaluation import pictures
 from cibl_ray.evaluation.pictures import save_accuracy_by_class, save_learning_curves
-from cibl_ray.training.fit import _panels
+from cibl_ray.training.report import _panels
 
 
 def test_curves_of_a_run_that_went_on_with_another_loss(tmp_path):

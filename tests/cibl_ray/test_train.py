@@ -349,7 +349,7 @@ def test_a_killed_run_ends_with_the_same_weights(finished, folders, kind):
     resumed = run("train", "--resume", killed)
     assert resumed.returncode == 0, resumed.stderr
     first, second = (load_checkpoint(folder / "checkpoints" / "last.safetensors") for folder in (whole, killed))
-    for part in ("weights", "momentum"):
+    for part in ("weights", "optimizer"):
         ours, theirs = getattr(first, part), getattr(second, part)
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)

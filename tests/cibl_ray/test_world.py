@@ -24,11 +24,11 @@ from cibl_ray.networks.config import Adapters, LastBlocks, Norms
 from cibl_ray.networks.network import build_network
 from cibl_ray.run.checkpoint import load_checkpoint
 from cibl_ray.run.log import read_metrics
+from cibl_ray.training.batch_norm import SyncedBatchNorm, average_statistics, sync_batch_norm
 from cibl_ray.training.cached import CachedPasses
 from cibl_ray.training.exchange import GradientExchange
 from cibl_ray.training.optimizer import make_optimizer
 from cibl_ray.training.sharpness import at_the_peak
-from cibl_ray.training.synced_norm import SyncedBatchNorm, sync_batch_norm
 from cibl_ray.world import PeerLostError, World
 from pipelines.common.config_file import find_config, read_config
 from pipelines.loaders.reading import Share
@@ -410,8 +410,8 @@ def _steps(world, folder):
     norm = nn.BatchNorm2d(2)
     norm.running_mean.fill_(world.rank + 1.0)
     norm.running_var.fill_(world.rank + 1.0)
-    world.average_statistics([nn.Sequential(norm)])
-    world.average_statistics([nn.LayerNorm(2)])  # a network without batch norm
+    average_statistics([nn.Sequential(norm)], world)
+    average_statistics([nn.LayerNorm(2)], world)  # a network without batch norm
     if world.is_rank0:
         (folder / "gather.json").write_text(json.dumps(content))
         (folder / "statistics.json").write_text(json.dumps([norm.running_mean.tolist(), norm.running_var.tolist()]))

@@ -220,6 +220,6 @@ class LossModule(nn.Module):
 
 
 def learned_prototypes(classes: int, size: int) -> nn.Parameter:
-    """Random prototypes of unit norm, (classes, size), to be learned. ValueError for a size that is none."""
+    """Random prototypes of unit norm, (classes, size), to be learned. ValueError: size is not 1 or more."""
     check_whole("size", size, 1)
     return nn.Parameter(F.normalize(torch.randn(classes, size), dim=1))

@@ -311,6 +311,8 @@ class ProCoLoss(LossModule):
         validate: Check the values of the inputs.
     """
 
+    config: ProCoConfig
+
     def __init__(
         self,
         class_counts: ClassCounts,
@@ -331,7 +333,6 @@ class ProCoLoss(LossModule):
         if size < 16:
             raise ValueError(f"size is {size}; ProCo's distributions are computed for embeddings of 16 dimensions and more")
         self.class_means, self.size = ClassMeans(self.classes, size), size
-        self._settings = config
 
     def forward(
         self,
@@ -362,7 +363,7 @@ class ProCoLoss(LossModule):
     def _loss(self, inputs: LossInputs, progress: float) -> torch.Tensor:
         assert inputs.second_stream is not None
         z, contrast = inputs.contrasted()
-        config, (logits, labels) = self._settings, inputs.second_stream
+        config, (logits, labels) = self.config, inputs.second_stream
         means = self.class_means.take(contrast.embeddings, contrast.labels, progress)
         contrastive = probabilistic_contrastive(z, inputs.labels, means, self.log_prior, config.temperature, config.kappa)
         classified = cross_entropy(adjust_logits(logits, self.log_prior, config.kappa), labels)

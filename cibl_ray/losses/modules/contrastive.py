@@ -22,6 +22,8 @@ class SupConLoss(LossModule):
         validate: Check the values of the inputs.
     """
 
+    config: SupConConfig
+
     def __init__(
         self,
         class_counts: ClassCounts,
@@ -33,7 +35,6 @@ class SupConLoss(LossModule):
     ) -> None:
         config = checked_settings(SupConConfig, kind="supcon", temperature=temperature)
         super().__init__(config, class_counts, normalized, gather, validate)
-        self._temperature = temperature
 
     def forward(self, embeddings: torch.Tensor, labels: torch.Tensor, queue: Labelled | None = None) -> torch.Tensor:
         """Compute the loss.
@@ -50,7 +51,7 @@ class SupConLoss(LossModule):
 
     def _loss(self, inputs: LossInputs, progress: float) -> torch.Tensor:
         z, contrast = inputs.contrasted()
-        return supcon(z, inputs.labels, contrast, self.classes, self._temperature).mean()
+        return supcon(z, inputs.labels, contrast, self.classes, self.config.temperature).mean()
 
 
 class PSCLoss(LossModule):
@@ -68,6 +69,8 @@ class PSCLoss(LossModule):
         validate: Check the values of the inputs.
     """
 
+    config: PSCConfig
+
     def __init__(
         self,
         class_counts: ClassCounts,
@@ -82,7 +85,6 @@ class PSCLoss(LossModule):
             PSCConfig, kind="psc", temperature=temperature, positive_in_denominator=positive_in_denominator
         )
         super().__init__(config, class_counts, normalized, False, validate)
-        self._temperature, self._positive = temperature, positive_in_denominator
         self.prototypes, self.size = learned_prototypes(self.classes, size), size
 
     def forward(self, embeddings: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -96,4 +98,4 @@ class PSCLoss(LossModule):
 
     def _loss(self, inputs: LossInputs, progress: float) -> torch.Tensor:
         z, prototypes = inputs.with_prototypes()
-        return psc(z, inputs.labels, prototypes, self._temperature, self._positive).mean()
+        return psc(z, inputs.labels, prototypes, self.config.temperature, self.config.positive_in_denominator).mean()

@@ -30,6 +30,11 @@ class BackboneSettings(Settings):
         return kind
 
     @property
+    def pretrained(self) -> bool:
+        """Whether the configuration names pretrained weights."""
+        return self.weights != "none"
+
+    @property
     def min_size(self) -> int:
         """The smallest side of an image that the network takes, pixels."""
         return 1
@@ -40,7 +45,7 @@ class BackboneSettings(Settings):
 
     def origin(self) -> Origin | None:
         """Where the pretrained weights come from, for the model card; None for random weights."""
-        return None if self.weights == "none" else Origin(self.title, Path(self.weights).name, None)
+        return Origin(self.title, Path(self.weights).name, None) if self.pretrained else None
 
     @abstractmethod
     def build(self) -> tuple[nn.Module, int]:
@@ -64,7 +69,7 @@ class BackboneSettings(Settings):
         """
         from cibl_ray.networks.backbones.weights import load_file
 
-        if self.weights == "none":
+        if not self.pretrained:
             return None
         if self.weights == "default":
             raise UserError(f"network.backbone {self.title!r} has no pretrained weights; set its weights to none, or to a file")

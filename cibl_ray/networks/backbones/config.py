@@ -52,7 +52,7 @@ class _TorchvisionResNet(BackboneSettings):
 
     def input_rule(self) -> InputRule | None:
         """How images were prepared when torchvision's weights were trained; None for random weights."""
-        if self.weights == "none":
+        if not self.pretrained:
             return None
         # What torchvision's weights of this network were evaluated with.
         ratio = 224 / 232 if self.weights == "default" else 0.875
@@ -162,7 +162,7 @@ class ModuleBackbone(BackboneSettings):
         """Load the weights that `weights` names, and say where they came from."""
         from cibl_ray.networks.backbones.weights import load_file
 
-        return None if self.weights == "none" else load_file(backbone, self.weights)
+        return load_file(backbone, self.weights) if self.pretrained else None
 
 
 def _by_name(value: Any) -> Any:

@@ -1,10 +1,9 @@
-"""Batch norm that normalises by the statistics of the whole batch, over all workers.
-
-torch's SyncBatchNorm does this for equal parts of a batch on GPUs. This one also runs on CPUs.
-"""
+"""The statistics of batch norm: which ones it normalises by, whether they move, and what several workers make of theirs."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,12 +11,81 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from cibl_ray.config import RunConfig
+from cibl_ray.networks.depth import BATCH_NORMS
 from cibl_ray.networks.precision import at_least_float32
 from cibl_ray.world import World
+from pipelines.common.errors import UserError
+
+
+def keeps_statistics(config: RunConfig) -> bool:
+    """Whether batch norm keeps the running statistics that it starts with.
+
+    Args:
+        config: The run's configuration; 'auto' keeps those of pretrained weights.
+    """
+    if config.train.batch_norm == "auto":
+        return config.network.backbone.pretrained
+    return config.train.batch_norm == "keep"
+
+
+@contextmanager
+def several_values() -> Iterator[None]:
+    """Raise as a UserError that a batch norm has a single image of 1 x 1 pixels, or a single vector, to normalise by."""
+    try:
+        yield
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise UserError(
+            "a batch norm has one value a channel to normalise by; raise train.batch_size, or lower train.accumulate or the "
+            "number of workers"
+        ) from error
+
+
+@contextmanager
+def running_statistics_stay(network: nn.Module) -> Iterator[None]:
+    """Let batch norms compute with the batch's statistics, and keep their running ones, which are of the weights themselves."""
+    norms = [module for module in network.modules() if isinstance(module, BATCH_NORMS)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 0.0
+    try:
+        yield
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+
+
+def average_statistics(networks: Iterable[nn.Module], world: World) -> None:
+    """Average the running statistics of batch norm over the workers, each of which normalises by its own part of a batch.
+
+    Args:
+        networks: Their running means and variances change.
+        world: The workers.
+    """
+    if world.size == 1:
+        return
+    buffers = [
+        buffer
+        for network in networks
+        for module in network.modules()
+        if isinstance(module, BATCH_NORMS)
+        for buffer in (module.running_mean, module.running_var)
+        if buffer is not None
+    ]
+    if not buffers:
+        return
+    means = world.sum(torch.cat(buffers)).div_(world.size)
+    for buffer, mean in zip(buffers, means.split([len(buffer) for buffer in buffers]), strict=True):
+        buffer.copy_(mean)
 
 
 class SyncedBatchNorm(nn.BatchNorm2d):
-    """Takes the place of a batch norm of any dimension, and has its parameters, statistics and names.
+    """Batch norm that normalises by the statistics of the whole batch, over all workers.
+
+    torch's SyncBatchNorm does this for equal parts of a batch on GPUs. This one also runs on CPUs. It takes the place of
+    a batch norm of any dimension, and has its parameters, statistics and names.
 
     Args:
         norm: The batch norm; its dropout and activation are kept where it has some (timm's BatchNormAct2d).
@@ -107,7 +175,7 @@ def sync_batch_norm(network: nn.Module, world: World) -> None:
         return
     for parent in [*network.modules()]:
         for name, child in parent.named_children():
-            if isinstance(child, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d):
+            if isinstance(child, BATCH_NORMS) and not isinstance(child, nn.SyncBatchNorm):
                 setattr(parent, name, SyncedBatchNorm(child, world))
 
 
