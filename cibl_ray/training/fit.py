@@ -122,7 +122,7 @@ def _prepare_and_fit(
     else:
         steps = prepared.splits["train"].samples // config.train.batch_size
         config = world.broadcast_from_rank0(lambda: decide(config, asked, steps, len(prepared.classes), world.size))
-    trainer = Trainer(config, prepared, folder, world, start=checkpoint, stop=stop)
+    trainer = Trainer(config, prepared, folder, world, resume_from=checkpoint, stop=stop)
     if checkpoint is not None:
         trainer.restore(checkpoint)
     if not world.is_rank0:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -41,6 +40,7 @@ from cibl_ray.training.schedules import lr_factor
 from cibl_ray.training.setup import checkpoint_activations, settle, start_heads
 from cibl_ray.training.step import Step
 from cibl_ray.training.tau import normalize_head
+from cibl_ray.training.totals import EpochTotals
 from cibl_ray.world import World
 from pipelines.common.errors import UserError
 from pipelines.common.seeding import torch_seed
@@ -61,7 +61,8 @@ class Trainer:
         prepared: The images.
         folder: The run folder.
         world: The workers; None: this process alone.
-        start: The checkpoint that `restore` will resume from; None: the backbone's pretrained weights are loaded.
+        resume_from: The checkpoint that `restore` will be called with; None: the run is new, and its network has the weights of
+            `train.start` or the backbone's pretrained ones.
         stop: Asks the run to stop; None: nothing does.
         features: Of the images, for a head that is trained on a part of them: then the backbone's weights stay random, as
             nothing reads them. None: the backbone computes features where the run needs some.
@@ -80,43 +81,22 @@ class Trainer:
         prepared: Prepared,
         folder: Path,
         world: World | None = None,
-        start: Checkpoint | None = None,
+        resume_from: Checkpoint | None = None,
         stop: Stop | None = None,
         features: FoldFeatures | None = None,
     ) -> None:
         self.world = world = world or World()
-        config = settle(config, prepared, world)
+        self.config = config = settle(config, prepared, world)
         train = config.train
-        self.config, self.prepared, self.folder = config, prepared, folder
+        self.prepared, self.folder = prepared, folder
         self.code = code_digest()  # before a long run's source files can change
         self.device = torch.device(train.device)
         if self.device.type == "cuda":
             torch.backends.cudnn.benchmark = True  # a run has two or three shapes: the fastest convolutions are found once
-        fresh = start is None and features is None
-        place = train.start if fresh else None
-        # Read by rank 0 alone: another node may not have the folder.
-        first = world.broadcast_from_rank0(lambda: read_start(place)) if place is not None else None
-        pretrained = fresh and first is None
-        self.network = build_network(config.network, len(prepared.classes), config.loss.needs, config.seed, pretrained)
-        if place is not None and first is not None:
-            start_from(self.network, first, place, prepared, train.head_start in ("auto", "tau_normalized"))
-        starts = start is None and train.head_start in ("class_means", "trained")
-        made: FeatureLoaders | FoldFeatures | None = features
-        if starts:  # from features of the backbone as it is, without adapters
-            made = made or self._feature_loaders()
-            start_heads(self.network, config, made, world, self.device)
-            self.network.head.set_cap()
-        self.network.freeze(train.tune, train.partial, keeps_statistics(config), config.seed)
-        if start is not None:
-            load_weights(self.network, start)  # before features are made of it
-        if train.checkpoint_activations:
-            checkpoint_activations(self.network.backbone, config.network.backbone.title)
-        if train.batch_norm == "sync":
-            sync_batch_norm(self.network, world)
-        self.network.to(self.device)
-        if train.tune == "head":
-            made = made or self._feature_loaders()
-        self.features = made if train.tune == "head" else None
+        is_new = resume_from is None and features is None
+        first_stage = self._read_first_stage() if is_new else None
+        self.network = self._make_network(first_stage, pretrained=is_new and first_stage is None)
+        self.features = self._set_up_network(resume_from, features)
         streams = (
             open_features(config, prepared, world, self.features)
             if self.features is not None
@@ -126,18 +106,14 @@ class Trainer:
         self.train_loaders = [feed.loader for feed in streams.feeds]
         self.pauses = Pauses(world, train.checkpoint_minutes, stop or Stop())
         self.evaluator = Evaluator(config, prepared, streams.held_out, self.normalize, world, self.pauses)
-        if first is not None and train.head_start == "tau_normalized":
-            tau = normalize_head(self.network, train.tau, self.evaluator, prepared, world)
-            self.network.head.set_cap()
-            self.config = config = config.with_train(tau=tau)
-            train = config.train
+        if first_stage is not None and train.head_start == "tau_normalized":
+            self._tau_normalize()
         self.average = WeightAverage(self.network, train.average) if train.average is not None else None
-        of_step = train.contrast_set == "step"
-        compared = train.batch_size if of_step else train.batch_size // train.accumulate
+        compared = train.batch_size if train.contrast_set == "step" else train.batch_size // train.accumulate
         self.objective = Objective(config.loss, self.network, prepared.train_counts, self.device, world, compared)
         self.optimizer = make_optimizer(self.network, config.optimizer, fused=self.device.type == "cuda")
         batches = self.train_loaders[0].batches
-        self._step = Step(config, self.network, self.objective, self.optimizer, self.average, world, batches)
+        self._step = Step(self.config, self.network, self.objective, self.optimizer, self.average, world, batches)
         self.epoch = self.step = 0
         self.after_save: Callable[[], None] = lambda: None
         self.trackers = Trackers([])
@@ -151,6 +127,50 @@ class Trainer:
         if train.compile is True:
             for network in self.objective.networks:
                 compile_network(network, self.device)
+
+    def _read_first_stage(self) -> Checkpoint | None:
+        """The checkpoint that `train.start` names. Read by rank 0 alone: another node may not have the folder."""
+        place = self.config.train.start
+        return self.world.broadcast_from_rank0(lambda: read_start(place)) if place is not None else None
+
+    def _make_network(self, first_stage: Checkpoint | None, pretrained: bool) -> HybridNetwork:
+        """The network with its first weights, of a first stage or of the backbone's pretrained ones."""
+        config, train = self.config, self.config.train
+        network = build_network(config.network, len(self.prepared.classes), config.loss.needs, config.seed, pretrained)
+        if first_stage is not None:
+            assert train.start is not None
+            keep_head = train.head_start in ("auto", "tau_normalized")
+            start_from(network, first_stage, train.start, self.prepared, keep_head)
+        return network
+
+    def _set_up_network(
+        self, resume_from: Checkpoint | None, features: FeatureLoaders | FoldFeatures | None
+    ) -> FeatureLoaders | FoldFeatures | None:
+        """Start the head, choose what is trained, and move the network to its device.
+
+        Returns:
+            The features of the images, where a head is trained on them; else None.
+        """
+        config, train = self.config, self.config.train
+        if resume_from is None and train.head_start in ("class_means", "trained"):
+            features = features or self._feature_loaders()  # of the backbone as it is, without adapters
+            start_heads(self.network, config, features, self.world, self.device)
+            self.network.head.set_cap()
+        self.network.freeze(train.tune, train.partial, keeps_statistics(config), config.seed)
+        if resume_from is not None:
+            load_weights(self.network, resume_from)  # before features are made of it
+        if train.checkpoint_activations:
+            checkpoint_activations(self.network.backbone, config.network.backbone.title)
+        if train.batch_norm == "sync":
+            sync_batch_norm(self.network, self.world)
+        self.network.to(self.device)
+        return (features or self._feature_loaders()) if train.tune == "head" else None
+
+    def _tau_normalize(self) -> None:
+        """τ-normalise the head, and note the τ that was chosen in the configuration."""
+        tau = normalize_head(self.network, self.config.train.tau, self.evaluator, self.prepared, self.world)
+        self.network.head.set_cap()
+        self.config = self.config.with_train(tau=tau)
 
     def _feature_loaders(self) -> FeatureLoaders:
         self.network.to(self.device)
@@ -271,49 +291,29 @@ class Trainer:
         number, batches, batch_size = self.epoch, self.train_loaders[0].batches, self.config.train.batch_size
         torch.manual_seed(torch_seed(self.config.seed, "epoch", number))
         self.network.train()
-        totals: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros((), device=self.device))
-        earlier, fraction = self._so_far, self.world.fraction(batch_size)
-        for name, total in earlier.get("terms", {}).items():
-            totals[name] += total / fraction if self.world.is_rank0 else 0.0
-        first = 0 if earlier else self.step  # a checkpoint of an older version has no sums
-        started = time.perf_counter()
-        self.world.communication_seconds, waited = 0.0, sum(feed.waited for feed in self.feeds)
-        saving = self.spent["checkpoint"]
-
-        def so_far() -> dict[str, dict[str, float]]:
-            sums = self.world.sum(torch.stack([total.float() for total in totals.values()]) * fraction).tolist()
-            seconds = {
-                "epoch": time.perf_counter() - started - (self.spent["checkpoint"] - saving),
-                "data_wait": sum(feed.waited for feed in self.feeds) - waited,
-                "communication": self.world.communication_seconds,
-            }
-            before = earlier.get("seconds", {})
-            return {
-                "terms": dict(zip(totals, sums, strict=True)),
-                "seconds": {name: value + before.get(name, 0.0) for name, value in seconds.items()},
-            }
-
+        first = 0 if self._so_far else self.step  # a checkpoint of an older version has no sums
+        totals = EpochTotals(
+            self._so_far, self.world, batch_size, self.device, self.feeds, saving=lambda: self.spent["checkpoint"]
+        )
         finite = FiniteLoss(number, self.config.optimizer.lr)
         for images in zip(*(feed.steps(number, self.step) for feed in self.feeds), strict=True):
             self._schedule(number + self.step / batches)
             self._seed(number)
-            terms = self.optimize([*images])
-            for name, value in terms.items():
-                totals[name] += value
+            totals.add(self.optimize([*images]))
             self.step += 1
             if self.step == batches:
-                finite.check(totals["loss"], self.step)
+                finite.check(totals.loss, self.step)
             else:
-                finite.watch(totals["loss"], self.step)
+                finite.watch(totals.loss, self.step)
             if progress is not None:
                 progress.advance(batch_size)
             self.pauses.step()
             self._say_first_steps()
             if self.step < batches:
-                self._save_or_stop(lambda: finite.check(totals["loss"], self.step), so_far)
+                self._save_or_stop(finite, totals)
         self.epoch, self.step, self._so_far = number + 1, 0, {}
         self._average_statistics()
-        sums = so_far()
+        sums = totals.sums()
         return {
             "epoch": self.epoch,
             "code": self.code,
@@ -403,14 +403,14 @@ class Trainer:
         for text in self._first_steps.step():
             log.warning(text)
 
-    def _save_or_stop(self, check: Callable[[], None], so_far: Callable[[], dict[str, dict[str, float]]]) -> None:
+    def _save_or_stop(self, finite: FiniteLoss, totals: EpochTotals) -> None:
         """Within an epoch: save where a checkpoint is due, save and raise KeyboardInterrupt where the run is asked to stop."""
         save, stop = self.pauses.ask()
         if not (save or stop):
             return
-        check()  # no checkpoint of a loss that is not finite
+        finite.check(totals.loss, self.step)  # no checkpoint of a loss that is not finite
         self._average_statistics()
-        self._so_far = so_far()
+        self._so_far = totals.sums()
         if self.world.is_rank0:
             self.save()
         if stop:

@@ -49,7 +49,7 @@ def configure(folder, *more):
 def trainer(folder, name, *more, start=None):
     config = configure(folder, *more)
     (folder / name).mkdir(exist_ok=True)
-    return Trainer(config, ensure_prepared(config.data, config.seed), folder / name, start=start)
+    return Trainer(config, ensure_prepared(config.data, config.seed), folder / name, resume_from=start)
 
 
 @pytest.fixture(scope="module")

@@ -320,7 +320,7 @@ def test_a_run_of_adapters_resumes_to_the_bit(digits, tmp_path):
     whole.save()
     whole.train_epoch()
     start = load_checkpoint(tmp_path / "whole" / "checkpoints" / "last.safetensors")
-    rest = Trainer(whole.config, digits, tmp_path / "rest", start=start)
+    rest = Trainer(whole.config, digits, tmp_path / "rest", resume_from=start)
     rest.restore(start)
     assert not torch.equal(rest.network.head.weight, head)
     rest.train_epoch()

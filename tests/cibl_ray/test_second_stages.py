@@ -292,7 +292,7 @@ def test_a_second_stage_resumes_to_the_bit_without_the_first(first, tmp_path):
     whole.train_epoch()
     start = load_checkpoint(tmp_path / "whole" / "checkpoints" / "last.safetensors")
     train = config.train.model_copy(update={"start": tmp_path / "gone"})
-    rest = Trainer(config.model_copy(update={"train": train}), whole.prepared, tmp_path / "rest", start=start)
+    rest = Trainer(config.model_copy(update={"train": train}), whole.prepared, tmp_path / "rest", resume_from=start)
     rest.restore(start)
     rest.train_epoch()
     expected = whole.network.state_dict()
