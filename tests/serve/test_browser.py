@@ -329,6 +329,10 @@ def test_several_models(tab, bundle, versions):
             address = f"http://127.0.0.1:{server.port}/here"
             assert curl == f"curl --data-binary @image.jpg '{address}/v1/predict?model={name}'"
             assert edge == f"python -m serve.edge {address} image.jpg --name {name}"
+            with tab.page.expect_download() as download:
+                tab.page.get_by_role("link", name=f"Download {name}.fp32.onnx").click()
+            source = (bundle if name == "digits" else versions["other"]) / "model.onnx"
+            assert Path(download.value.path()).read_bytes() == source.read_bytes()
     assert tab.problems == []
 
 
@@ -361,6 +365,22 @@ def test_fifty_answers_equal_onnxruntimes(opened, bundle):
         assert [index for index, _ in bars] == np.argsort(-row, kind="stable")[:5].tolist()
     assert not any("predict" in url for url in opened.requests)
     assert opened.problems == []
+
+
+@needs_ort
+def test_the_model_in_the_browser_behind_a_prefix(tab, bundle):
+    data = encoded("PNG", 30)
+    runtime = Runtime(bundle / "model.onnx", "cpu", 1)
+    _, (expected,) = runtime(runtime.card.rule(decode(data))[None])
+    with serving([bundle], path_prefix="/models") as server:
+        tab.page.goto(f"http://127.0.0.1:{server.port}/models/")
+        tab.page.wait_for_selector(OPEN)
+        tab.page.get_by_label("In this browser, fp32").check()
+        tab.page.set_input_files("#files", [upload("one.png", data)])
+        tab.page.wait_for_selector(".bars", timeout=30_000)
+        (bars,) = shown(tab)
+        assert [share for _, share in bars] == pytest.approx(expected[[index for index, _ in bars]].tolist(), abs=1e-3)
+    assert tab.problems == []
 
 
 @pytest.mark.skipif(not has_webgpu(), reason="onnxruntime-web for WebGPU is not installed: make web")

@@ -35,8 +35,9 @@ export class Api {
     const { models } = await (await this.fetch(path)).json();
     await Promise.all(
       models.map(async (model) => {
-        for (const file of Object.values(model.files)) file.url = file.url.replace(/^\//, ""); // relative: any prefix, any folder
+        // Relative to the page, which lies below any prefix and in any folder.
         const folder = this.isService ? `v1/models/${encodeURIComponent(model.name)}` : `models/${encodeURIComponent(model.name)}`;
+        for (const [precision, file] of Object.entries(model.files)) file.url = `${folder}/${precision}.onnx`;
         model.manifestUrl = `${folder}/manifest.json`;
         model.manifest = await (await this.fetch(model.manifestUrl)).json();
       }),
