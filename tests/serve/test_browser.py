@@ -336,6 +336,39 @@ def test_several_models(tab, bundle, versions):
     assert tab.problems == []
 
 
+def answers_held(tab: Tab) -> list[Any]:
+    """Hold back the requests for answers from now on: they are listed, and each is sent by its `continue_()`."""
+    held: list[Any] = []
+    tab.page.route("**/v1/predict*", lambda route: held.append(route))
+    return held
+
+
+def held_up(tab: Tab, held: list[Any], number: int) -> None:
+    """Wait until as many requests are held back."""
+
+    def there() -> bool:
+        tab.page.evaluate("0")  # Playwright notes what has happened when it is called
+        return len(held) >= number
+
+    until(there)
+
+
+def test_removed_images_are_not_sent(opened):
+    held = answers_held(opened)
+    opened.page.set_input_files("#files", [upload(f"{number}.png", encoded("PNG", number)) for number in range(7)])
+    held_up(opened, held, 4)
+    opened.page.get_by_role("button", name="Remove all images").click()
+    for route in held:
+        with opened.page.expect_response("**/v1/predict*"):
+            route.continue_()
+    opened.page.set_input_files("#files", [upload("later.png", encoded("PNG", 9))])
+    held_up(opened, held, 5)
+    held[4].continue_()
+    wait(opened, "document.querySelector('#status').textContent.startsWith('later.png: ')")
+    assert len(shown(opened)) == 1
+    assert len(held) == 5  # four were under way, three waited
+
+
 def test_a_group_without_classes_has_no_change(opened):
     """The table says neither a figure nor a change where nothing was measured."""
     opened.page.route("**/manifest.json", lambda route: route.fulfill(json=_without_few(route.fetch().json())))

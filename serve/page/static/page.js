@@ -115,8 +115,12 @@ function listen() {
     if (state.told?.logits && state.items.includes(state.told)) $("status").textContent = spoken(state.told);
   });
   $("clear").addEventListener("click", () => {
-    state.items.forEach((item) => URL.revokeObjectURL(item.url));
+    for (const item of state.items) {
+      URL.revokeObjectURL(item.url);
+      item.run++; // those that wait are not sent
+    }
     state.items = [];
+    state.told = null;
     $("results").replaceChildren();
     $("clear").hidden = true;
     $("status").textContent = "";
