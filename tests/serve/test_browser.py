@@ -369,6 +369,22 @@ def test_removed_images_are_not_sent(opened):
     assert len(held) == 5  # four were under way, three waited
 
 
+def test_images_added_while_all_are_asked_again_are_counted_apart(opened):
+    opened.page.set_input_files("#files", [upload(f"{number}.png", encoded("PNG", number)) for number in range(2)])
+    wait(opened, "document.querySelector('#status').textContent === '2 of 2 images answered.'")
+    held = answers_held(opened)
+    opened.page.locator("#model").dispatch_event("change")
+    held_up(opened, held, 2)
+    opened.page.set_input_files("#files", [upload("third.png", encoded("PNG", 3))])
+    held_up(opened, held, 3)
+    held[2].continue_()
+    wait(opened, "document.querySelector('#status').textContent.startsWith('third.png: ')")
+    for route in held[:2]:
+        route.continue_()
+    shown(opened)
+    assert opened.page.inner_text("#status") == "2 of 2 images answered."
+
+
 def test_a_group_without_classes_has_no_change(opened):
     """The table says neither a figure nor a change where nothing was measured."""
     opened.page.route("**/manifest.json", lambda route: route.fulfill(json=_without_few(route.fetch().json())))

@@ -215,7 +215,7 @@ function again() {
   release();
   for (const item of state.items) item.logits = item.problem = null;
   state.items.forEach(showAnswer);
-  answer(state.items);
+  answer([...state.items]); // a list of its own: images that are added meanwhile have theirs
 }
 
 async function answer(items) {
