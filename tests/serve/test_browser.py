@@ -290,6 +290,16 @@ def test_keyboard_alone(opened):
     assert opened.page.locator(".tall th").first.get_attribute("aria-sort") == "ascending"
 
 
+def test_the_focus_goes_to_the_next_image_that_can_be_removed(opened):
+    opened.page.set_input_files("#files", [upload(f"{number}.png", encoded("PNG", number)) for number in range(3)])
+    shown(opened)
+    focused = "document.activeElement.getAttribute('aria-label') ?? document.activeElement.id"
+    opened.page.get_by_role("button", name="Remove 1.png").focus()
+    for expected in ("Remove 0.png", "Remove 2.png", "files"):  # the newest stands first
+        opened.page.keyboard.press("Enter")
+        assert opened.page.evaluate(focused) == expected
+
+
 def test_a_photograph_from_the_camera(playwright, simple):
     """Chromium's own camera for tests, which shows a moving picture."""
     browser = playwright.chromium.launch(

@@ -293,8 +293,10 @@ function showAnswer(item) {
     URL.revokeObjectURL(item.url);
     item.run++;
     state.items = state.items.filter((other) => other !== item);
+    const beside = item.element.nextElementSibling ?? item.element.previousElementSibling;
     item.element.remove();
     $("clear").hidden = state.items.length === 0;
+    (beside?.querySelector("button") ?? $("files")).focus(); // the focused button is gone
   } }, "Remove");
   if (item.problem) {
     item.body.replaceChildren(h("p", { class: "problem" }, item.problem), h("div", { class: "foot" }, h("span"), remove));
