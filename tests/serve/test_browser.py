@@ -317,6 +317,23 @@ def test_a_photograph_from_the_camera(playwright, simple):
         assert len(shown(tab)[0]) == 5
         assert tab.page.evaluate("document.querySelector('.result img').naturalWidth") >= 320
         wait(tab, "document.querySelector('#video').srcObject.getTracks().every((track) => track.readyState === 'ended')")
+        # A second click while the browser still asks: no stream stays on.
+        tab.page.evaluate("""() => {
+          const [media, button] = [navigator.mediaDevices, document.querySelector("#camera")];
+          const ask = media.getUserMedia.bind(media);
+          globalThis.streams = [];
+          media.getUserMedia = async (wanted) => {
+            const stream = await ask(wanted);
+            globalThis.streams.push(stream);
+            return stream;
+          };
+          button.click();
+          button.click();
+        }""")
+        wait(tab, "document.querySelector('#camera-dialog').open")
+        tab.page.wait_for_timeout(300)  # a second stream would be there
+        tab.page.get_by_role("button", name="Close").click()
+        wait(tab, "streams.every((stream) => stream.getTracks().every((track) => track.readyState === 'ended'))")
         assert tab.problems == []
     finally:
         browser.close()

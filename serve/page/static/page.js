@@ -355,15 +355,20 @@ function showShift() {
 
 function listenCamera() {
   let stream = null;
+  let asking = false;
   const stop = () => {
     stream?.getTracks().forEach((track) => track.stop());
     stream = null;
   };
   $("camera").addEventListener("click", async () => {
+    if (asking) return; // a second stream would stay on
+    asking = true;
     try {
       stream = await navigator.mediaDevices.getUserMedia({ video: { facingMode: "environment" }, audio: false });
     } catch {
       return tell("The camera cannot be used. Allow it for this page, or choose an image file.");
+    } finally {
+      asking = false;
     }
     $("video").srcObject = stream;
     $("camera-dialog").showModal();
