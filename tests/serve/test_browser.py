@@ -188,6 +188,35 @@ def test_mistakes_are_sentences(tab, bundle):
     assert "does not answer" in tab.page.locator(".result .problem").inner_text()
 
 
+@pytest.mark.parametrize("place", ["On the service", pytest.param("In this browser, fp32", marks=needs_ort)])
+def test_a_file_that_has_changed_is_to_be_chosen_again(opened, tmp_path, place):
+    """A browser does not read a file that is no longer the one that was chosen."""
+    opened.page.get_by_label(place).check()
+    file = tmp_path / "seven.png"
+    file.write_bytes(encoded("PNG", 7))
+    opened.page.set_input_files("#files", file)
+    assert len(shown(opened)[0]) == 5
+    file.unlink()
+    opened.page.locator("#model").dispatch_event("change")  # asks again
+    opened.page.wait_for_selector(".result .problem")
+    assert opened.page.inner_text(".result .problem") == "seven.png cannot be read any more; choose it again."
+
+
+def test_a_folder_is_refused(opened, tmp_path):
+    """As a desktop drops it: beside an image, which is answered."""
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "one.png").write_bytes(encoded("PNG", 1))
+    devtools = opened.context.new_cdp_session(opened.page)
+    files = {"items": [], "files": [str(tmp_path / name) for name in ("photos", "one.png")], "dragOperationsMask": 1}
+    for kind in ("dragEnter", "dragOver", "drop"):
+        devtools.send("Input.dispatchDragEvent", {"type": kind, "x": 300, "y": 200, "data": files})
+    opened.page.wait_for_selector("#problem:not([hidden])")
+    assert opened.page.inner_text("#problem") == "photos is a folder. Open it, and drop the images that are in it."
+    assert len(shown(opened)) == 1
+    assert opened.page.inner_text("#status").startswith("one.png: ")
+    assert opened.problems == []
+
+
 def test_the_key_is_asked_for_and_kept_in_memory(tab, bundle, monkeypatch):
     monkeypatch.setenv("CIBL_RAY_API_KEYS", "secret-key-é-鍵")  # the service compares its UTF-8 bytes
     with serving([bundle]) as server:

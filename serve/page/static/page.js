@@ -85,7 +85,7 @@ function listen() {
     $("files").value = "";
   });
   document.addEventListener("paste", (event) => {
-    if (event.clipboardData?.files.length) add(event.clipboardData.files);
+    if (event.clipboardData?.files.length) take(event.clipboardData);
   });
   document.addEventListener("dragover", (event) => {
     event.preventDefault();
@@ -97,7 +97,7 @@ function listen() {
   document.addEventListener("drop", (event) => {
     event.preventDefault();
     document.body.classList.remove("dragging");
-    if (event.dataTransfer.files.length) add(event.dataTransfer.files);
+    if (event.dataTransfer.files.length) take(event.dataTransfer);
     else tell("That was not a file. Drop image files, or paste an image.");
   });
   let asked = 0;
@@ -181,6 +181,15 @@ function openedKey(model, place) {
 }
 
 // Images
+
+/** Add what was dropped or pasted. A folder looks like a file that cannot be read. */
+function take(transfer) {
+  const items = [...transfer.items].filter((item) => item.kind === "file");
+  const files = items.map((item) => item.getAsFile());
+  const folders = files.filter((_, i) => items[i].webkitGetAsEntry?.()?.isDirectory);
+  add(files.filter((file) => !folders.includes(file)));
+  if (folders.length) tell(`${folders[0].name} is a folder. Open it, and drop the images that are in it.`);
+}
 
 function add(files) {
   if (!state.model) return tell(state.api.config.keys ? "Enter the API key first." : "The models are not loaded yet. Try again in a moment.");
