@@ -759,6 +759,42 @@ def test_a_half_copied_version_does_not_replace_the_whole_one(tab, host, folder)
         script.write_text(content)
 
 
+def little_room(tab: Tab, address: str) -> None:
+    """Let the browser keep a thousand bytes of a host."""
+    host = "/".join(address.split("/")[:3])
+    tab.context.new_cdp_session(tab.page).send("Storage.overrideQuotaForOrigin", {"origin": host, "quotaSize": 1000})
+
+
+@needs_ort
+def test_a_file_that_there_is_no_room_for_is_used_all_the_same(tab, host):
+    """A model that is loaded when it is chosen, on a device whose storage is full."""
+    tab.page.goto(host[1])
+    wait(tab, "navigator.serviceWorker.controller !== null")
+    little_room(tab, host[1])
+    tab.page.get_by_label("In this browser, int8").check()
+    tab.page.set_input_files("#files", [upload("one.png", encoded("PNG", 30))])
+    assert len(shown(tab)[0]) == 5
+    names = "caches.keys().then(async ([name]) => (await (await caches.open(name)).keys()).map(({ url }) => url))"
+    kept = tab.page.evaluate(names)
+    assert f"{host[1]}models/digits/fp32.onnx" in kept
+    assert f"{host[1]}models/digits/int8.onnx" not in kept
+    assert tab.problems == []
+
+
+@needs_ort
+def test_without_room_for_the_page_it_is_not_installed(tab, host):
+    little_room(tab, host[1])
+    tab.page.goto(host[1])
+    state = tab.page.evaluate(
+        """async () => {
+          const { installing } = await navigator.serviceWorker.register("sw.js");
+          await new Promise((resolve) => installing.addEventListener("statechange", resolve, { once: true }));
+          return installing.state;
+        }"""
+    )
+    assert state == "redundant"
+
+
 @needs_ort
 def test_the_folder_is_refused_where_it_cannot_be_right(bundle, folder, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="exists; remove it"):
