@@ -25,6 +25,7 @@ from cibl_ray.evaluation.evaluate import evaluate
 from cibl_ray.evaluation.metrics import score
 from cibl_ray.evaluation.tail_shift import choose_shift, shifted
 from cibl_ray.exporting.make_bundle import Options, make_bundle
+from cibl_ray.networks.network import HybridNetwork
 from cibl_ray.run.checkpoint import load_checkpoint
 from cibl_ray.run.shift import chosen_shift, shift_or_auto
 from pipelines.common.errors import UserError
@@ -189,6 +190,22 @@ def test_run_and_bundle_answer_alike(run_folder, bundle, skewed, pictures):
         for one, other in zip(classify(mine, files), classify(from_bundle(theirs), files), strict=True):
             assert (one.image, one.label) == (other.image, other.label)
             assert one.probabilities == pytest.approx(other.probabilities, abs=1e-4)
+
+
+def test_a_checkpoint_answers_in_full_float32(run_folder, pictures, monkeypatch):
+    """As evaluation and a bundle: on GPUs torch computes convolutions in TF32 by default."""
+    seen = []
+    true = HybridNetwork.classify
+
+    def classified(network, images):
+        seen.append(torch.backends.cudnn.allow_tf32)
+        return true(network, images)
+
+    monkeypatch.setattr(HybridNetwork, "classify", classified)
+    before = torch.backends.cudnn.allow_tf32
+    classifier = from_checkpoint(load_checkpoint(run_folder / "checkpoints" / "best.safetensors"), 0.0)
+    assert len([*classify(classifier, image_files([pictures]))]) == 3
+    assert (seen, torch.backends.cudnn.allow_tf32) == ([False], before)
 
 
 def test_the_command_answers_what_it_can_read(run_folder, pictures, tmp_path):
