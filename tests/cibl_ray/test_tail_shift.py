@@ -167,6 +167,18 @@ def test_its_accuracy_is_measured_with_it(skewed, run_folder):
     assert rows["-1.5"] == f"{100 * manifest['tail_shift']['0.0']['overall']:.1f}"
 
 
+@pytest.mark.parametrize("shift", [-0.5, 0.125, 3])
+def test_what_it_answers_by_default_is_among_the_measured_shifts(shift, run_folder, tmp_path):
+    options = Options(tail_shift=shift, provider="cpu")
+    made = make_bundle(run_folder / "checkpoints" / "best.safetensors", tmp_path / "bundle", options)
+    manifest = open_bundle(made.folder).manifest
+    assert [*map(float, manifest["tail_shift"])] == sorted({0, 0.25, 0.5, 0.75, 1, 1.25, 1.5, 1.75, 2, shift})
+    assert manifest["tail_shift"][str(float(shift))] == manifest["accuracy"]["fp32"]
+    rows = dict(re.findall(r"^\| (-?[\d.]+) \| ([\d.]+) \|", (made.folder / "README.md").read_text(), re.MULTILINE))
+    assert rows["0"] == f"{100 * manifest['accuracy']['fp32']['overall']:.1f}"
+    assert f"{-shift:g}" in rows
+
+
 def warned_exif() -> bytes:
     """EXIF data that Pillow warns of."""
     return b"Exif\0\0II*\0\x08\0\0\0\x02\0" + struct.pack("<HHII", 0x9286, 7, 0xFFFFFF, 0xFFFF) * 2

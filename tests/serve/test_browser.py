@@ -147,6 +147,52 @@ def test_measured_shifts_count_from_the_bundles_own(opened):
     assert opened.page.evaluate(script) == [{"few": 0.1, "shift": -0.5}, {"few": 0.4, "shift": 0.5}]
 
 
+@pytest.mark.parametrize(
+    ("default", "slider", "words"),
+    [
+        (0.0, ("0", "2"), ["as trained", "favours rare classes"]),
+        (-0.5, ("0", "2.5"), ["as exported", "favours rare classes"]),
+        (0.125, ("-0.12", "1.87"), ["as trained", "favours rare classes"]),
+        (3.0, ("-3", "0"), ["as trained", "as exported"]),
+    ],
+)
+def test_the_slider_spans_what_was_measured(opened, bundle, default, slider, words):
+    """Of a bundle with any shift by default; 0 is what the bundle answers, and the slider reaches it."""
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    rows = {**manifest["tail_shift"], str(default): {**manifest["tail_shift"]["0.0"], "overall": 0.125}}
+    changed = {**manifest, "default_tail_shift": default, "tail_shift": rows}
+    opened.page.route("**/manifest.json", lambda route: route.fulfill(json=changed))
+    opened.page.reload()
+    opened.page.wait_for_selector(OPEN)
+    field = opened.page.locator("#shift")
+    assert (field.get_attribute("min"), field.get_attribute("max")) == slider
+    assert opened.page.locator("#shift-ends span").all_inner_texts() == words
+    for end in slider:
+        field.fill(end)
+        wait(opened, f"document.querySelector('#shift-value').textContent === '{float(end):.2f}'")
+        assert opened.page.locator(".measured tr", has_text="overall").locator("td").first.inner_text() != "–"
+        assert 42 <= float(opened.page.locator("svg .now").get_attribute("x1")) <= 350  # within the picture
+    field.fill("0")
+    wait(opened, "document.querySelector('#shift-value').textContent === '0.00'")
+    assert opened.page.locator(".measured tr", has_text="overall").locator("td").all_inner_texts() == ["12.5 %", "0.0"]
+    assert opened.page.locator("svg circle").count() == 4
+    assert opened.problems == []
+
+
+def test_no_accuracy_where_none_was_measured(opened, bundle):
+    """A bundle of an earlier version, whose own shift lies below those that were measured."""
+    manifest = {**json.loads((bundle / "manifest.json").read_text()), "default_tail_shift": -0.5}
+    opened.page.route("**/manifest.json", lambda route: route.fulfill(json=manifest))
+    opened.page.reload()
+    opened.page.wait_for_selector(OPEN)
+    row = opened.page.locator(".measured tr", has_text="overall")
+    assert row.locator("td").all_inner_texts() == ["–", "–"]
+    opened.page.locator("#shift").fill("0.5")
+    wait(opened, "document.querySelector('#shift-value').textContent === '0.50'")
+    assert row.locator("td").all_inner_texts() == [f"{100 * manifest['tail_shift']['0.0']['overall']:.1f} %", "–"]
+    assert opened.problems == []
+
+
 def test_the_model_card(opened, bundle):
     manifest = open_bundle(bundle).manifest
     card = opened.page.locator("#card")

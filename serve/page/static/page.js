@@ -5,7 +5,7 @@ import { BrowserModel } from "./browser.js";
 import { card } from "./card.js";
 import { shiftChart } from "./charts.js";
 import { GROUPS, count, h, percent, size } from "./dom.js";
-import { between, logPrior, measuredPoints, probabilities, topK } from "./shift.js";
+import { between, logPrior, measuredPoints, probabilities, span, topK } from "./shift.js";
 
 const TOP = 5;
 const AT_ONCE = 4; // requests
@@ -62,9 +62,9 @@ function choose(model) {
   model.prior ??= logPrior(model.manifest.train_counts);
   model.points ??= measuredPoints(model.manifest);
   $("model").value = model.name;
-  const points = model.points;
-  $("shift").min = Math.min(0, points[0]?.shift ?? 0);
-  $("shift").max = Math.max(0, points.at(-1)?.shift ?? 2);
+  const { min, max, left, right } = span(model.points, model.manifest.default_tail_shift ?? 0);
+  Object.assign($("shift"), { min, max });
+  $("shift-ends").replaceChildren(h("span", {}, left), h("span", {}, right));
   $("shift-panel").hidden = false;
   showPlaces();
   $("card-body").replaceChildren(...card(model, state.models.length > 1, state.api, download));
@@ -347,7 +347,7 @@ function showShift() {
   }
   const rows = ["overall", ...GROUPS].map((score) => {
     const [now, before] = [between(points, state.shift, score), between(points, 0, score)];
-    const change = now === null ? null : 100 * (now - before);
+    const change = now === null || before === null ? null : 100 * (now - before);
     const kind = change === null || Math.abs(change) < 0.05 ? "" : change > 0 ? "up" : "down";
     return h("tr", {}, h("th", { scope: "row" }, h("span", { class: `dot ${score}` }), score), h("td", {}, percent(now)),
       h("td", { class: kind }, change === null ? "–" : kind ? `${change > 0 ? "+" : "−"}${Math.abs(change).toFixed(1)}` : "0.0"));
