@@ -120,7 +120,10 @@ def from_checkpoint(checkpoint: Checkpoint, tail_shift: float) -> Classifier:
 
     @torch.inference_mode()
     def probabilities(images: np.ndarray) -> np.ndarray:
-        logits = network.classify(normalize(torch.from_numpy(images)[:, None].to(device))).cpu()
+        with torch.backends.cudnn.flags(
+            enabled=True, benchmark=torch.backends.cudnn.benchmark, allow_tf32=False
+        ):  # as evaluation
+            logits = network.classify(normalize(torch.from_numpy(images)[:, None].to(device))).cpu()
         values: np.ndarray = shifted(logits, checkpoint.train_counts, tail_shift).softmax(1).numpy()
         return values
 

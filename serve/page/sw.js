@@ -28,7 +28,11 @@ self.addEventListener("fetch", (event) => {
 
 async function kept(path) {
   const cache = await caches.open(NAME);
-  return (await cache.match(place(path))) ?? fetched(path);
+  const found = await cache.match(place(path));
+  if (found) return found;
+  const answer = await fetched(path);
+  if (answer.ok) await keep(path, answer).catch(() => {}); // no room for it: it is fetched again next time
+  return answer;
 }
 
 const place = (path) => new URL(path.split("/").map(encodeURIComponent).join("/"), self.registration.scope).href;
@@ -37,6 +41,12 @@ const place = (path) => new URL(path.split("/").map(encodeURIComponent).join("/"
 async function installed(path) {
   const answer = await fetched(path);
   if (!answer.ok) throw new Error(await answer.text());
+  await keep(path, answer);
+}
+
+async function keep(path, answer) {
+  const cache = await caches.open(NAME);
+  await cache.put(place(path), answer.clone());
 }
 
 async function fetched(path) {
@@ -52,8 +62,5 @@ async function fetched(path) {
     "cross-origin-embedder-policy": "require-corp",
     "cross-origin-resource-policy": "same-origin",
   });
-  const made = new Response(bytes, { headers });
-  const cache = await caches.open(NAME);
-  await cache.put(place(path), made.clone());
-  return made;
+  return new Response(bytes, { headers });
 }

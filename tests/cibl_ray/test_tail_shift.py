@@ -25,6 +25,7 @@ from cibl_ray.evaluation.evaluate import evaluate
 from cibl_ray.evaluation.metrics import score
 from cibl_ray.evaluation.tail_shift import choose_shift, shifted
 from cibl_ray.exporting.make_bundle import Options, make_bundle
+from cibl_ray.networks.network import HybridNetwork
 from cibl_ray.run.checkpoint import load_checkpoint
 from cibl_ray.run.shift import chosen_shift, shift_or_auto
 from pipelines.common.errors import UserError
@@ -166,6 +167,18 @@ def test_its_accuracy_is_measured_with_it(skewed, run_folder):
     assert rows["-1.5"] == f"{100 * manifest['tail_shift']['0.0']['overall']:.1f}"
 
 
+@pytest.mark.parametrize("shift", [-0.5, 0.125, 3])
+def test_what_it_answers_by_default_is_among_the_measured_shifts(shift, run_folder, tmp_path):
+    options = Options(tail_shift=shift, provider="cpu")
+    made = make_bundle(run_folder / "checkpoints" / "best.safetensors", tmp_path / "bundle", options)
+    manifest = open_bundle(made.folder).manifest
+    assert [*map(float, manifest["tail_shift"])] == sorted({0, 0.25, 0.5, 0.75, 1, 1.25, 1.5, 1.75, 2, shift})
+    assert manifest["tail_shift"][str(float(shift))] == manifest["accuracy"]["fp32"]
+    rows = dict(re.findall(r"^\| (-?[\d.]+) \| ([\d.]+) \|", (made.folder / "README.md").read_text(), re.MULTILINE))
+    assert rows["0"] == f"{100 * manifest['accuracy']['fp32']['overall']:.1f}"
+    assert f"{-shift:g}" in rows
+
+
 def warned_exif() -> bytes:
     """EXIF data that Pillow warns of."""
     return b"Exif\0\0II*\0\x08\0\0\0\x02\0" + struct.pack("<HHII", 0x9286, 7, 0xFFFFFF, 0xFFFF) * 2
@@ -189,6 +202,22 @@ def test_run_and_bundle_answer_alike(run_folder, bundle, skewed, pictures):
         for one, other in zip(classify(mine, files), classify(from_bundle(theirs), files), strict=True):
             assert (one.image, one.label) == (other.image, other.label)
             assert one.probabilities == pytest.approx(other.probabilities, abs=1e-4)
+
+
+def test_a_checkpoint_answers_in_full_float32(run_folder, pictures, monkeypatch):
+    """As evaluation and a bundle: on GPUs torch computes convolutions in TF32 by default."""
+    seen = []
+    true = HybridNetwork.classify
+
+    def classified(network, images):
+        seen.append(torch.backends.cudnn.allow_tf32)
+        return true(network, images)
+
+    monkeypatch.setattr(HybridNetwork, "classify", classified)
+    before = torch.backends.cudnn.allow_tf32
+    classifier = from_checkpoint(load_checkpoint(run_folder / "checkpoints" / "best.safetensors"), 0.0)
+    assert len([*classify(classifier, image_files([pictures]))]) == 3
+    assert (seen, torch.backends.cudnn.allow_tf32) == ([False], before)
 
 
 def test_the_command_answers_what_it_can_read(run_folder, pictures, tmp_path):

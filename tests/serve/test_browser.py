@@ -147,6 +147,52 @@ def test_measured_shifts_count_from_the_bundles_own(opened):
     assert opened.page.evaluate(script) == [{"few": 0.1, "shift": -0.5}, {"few": 0.4, "shift": 0.5}]
 
 
+@pytest.mark.parametrize(
+    ("default", "slider", "words"),
+    [
+        (0.0, ("0", "2"), ["as trained", "favours rare classes"]),
+        (-0.5, ("0", "2.5"), ["as exported", "favours rare classes"]),
+        (0.125, ("-0.12", "1.87"), ["as trained", "favours rare classes"]),
+        (3.0, ("-3", "0"), ["as trained", "as exported"]),
+    ],
+)
+def test_the_slider_spans_what_was_measured(opened, bundle, default, slider, words):
+    """Of a bundle with any shift by default; 0 is what the bundle answers, and the slider reaches it."""
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    rows = {**manifest["tail_shift"], str(default): {**manifest["tail_shift"]["0.0"], "overall": 0.125}}
+    changed = {**manifest, "default_tail_shift": default, "tail_shift": rows}
+    opened.page.route("**/manifest.json", lambda route: route.fulfill(json=changed))
+    opened.page.reload()
+    opened.page.wait_for_selector(OPEN)
+    field = opened.page.locator("#shift")
+    assert (field.get_attribute("min"), field.get_attribute("max")) == slider
+    assert opened.page.locator("#shift-ends span").all_inner_texts() == words
+    for end in slider:
+        field.fill(end)
+        wait(opened, f"document.querySelector('#shift-value').textContent === '{float(end):.2f}'")
+        assert opened.page.locator(".measured tr", has_text="overall").locator("td").first.inner_text() != "–"
+        assert 42 <= float(opened.page.locator("svg .now").get_attribute("x1")) <= 350  # within the picture
+    field.fill("0")
+    wait(opened, "document.querySelector('#shift-value').textContent === '0.00'")
+    assert opened.page.locator(".measured tr", has_text="overall").locator("td").all_inner_texts() == ["12.5 %", "0.0"]
+    assert opened.page.locator("svg circle").count() == 4
+    assert opened.problems == []
+
+
+def test_no_accuracy_where_none_was_measured(opened, bundle):
+    """A bundle of an earlier version, whose own shift lies below those that were measured."""
+    manifest = {**json.loads((bundle / "manifest.json").read_text()), "default_tail_shift": -0.5}
+    opened.page.route("**/manifest.json", lambda route: route.fulfill(json=manifest))
+    opened.page.reload()
+    opened.page.wait_for_selector(OPEN)
+    row = opened.page.locator(".measured tr", has_text="overall")
+    assert row.locator("td").all_inner_texts() == ["–", "–"]
+    opened.page.locator("#shift").fill("0.5")
+    wait(opened, "document.querySelector('#shift-value').textContent === '0.50'")
+    assert row.locator("td").all_inner_texts() == [f"{100 * manifest['tail_shift']['0.0']['overall']:.1f} %", "–"]
+    assert opened.problems == []
+
+
 def test_the_model_card(opened, bundle):
     manifest = open_bundle(bundle).manifest
     card = opened.page.locator("#card")
@@ -186,6 +232,35 @@ def test_mistakes_are_sentences(tab, bundle):
     tab.page.set_input_files("#files", [upload("late.png", encoded("PNG"))])
     tab.page.wait_for_selector(".result .problem")
     assert "does not answer" in tab.page.locator(".result .problem").inner_text()
+
+
+@pytest.mark.parametrize("place", ["On the service", pytest.param("In this browser, fp32", marks=needs_ort)])
+def test_a_file_that_has_changed_is_to_be_chosen_again(opened, tmp_path, place):
+    """A browser does not read a file that is no longer the one that was chosen."""
+    opened.page.get_by_label(place).check()
+    file = tmp_path / "seven.png"
+    file.write_bytes(encoded("PNG", 7))
+    opened.page.set_input_files("#files", file)
+    assert len(shown(opened)[0]) == 5
+    file.unlink()
+    opened.page.locator("#model").dispatch_event("change")  # asks again
+    opened.page.wait_for_selector(".result .problem")
+    assert opened.page.inner_text(".result .problem") == "seven.png cannot be read any more; choose it again."
+
+
+def test_a_folder_is_refused(opened, tmp_path):
+    """As a desktop drops it: beside an image, which is answered."""
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "one.png").write_bytes(encoded("PNG", 1))
+    devtools = opened.context.new_cdp_session(opened.page)
+    files = {"items": [], "files": [str(tmp_path / name) for name in ("photos", "one.png")], "dragOperationsMask": 1}
+    for kind in ("dragEnter", "dragOver", "drop"):
+        devtools.send("Input.dispatchDragEvent", {"type": kind, "x": 300, "y": 200, "data": files})
+    opened.page.wait_for_selector("#problem:not([hidden])")
+    assert opened.page.inner_text("#problem") == "photos is a folder. Open it, and drop the images that are in it."
+    assert len(shown(opened)) == 1
+    assert opened.page.inner_text("#status").startswith("one.png: ")
+    assert opened.problems == []
 
 
 def test_the_key_is_asked_for_and_kept_in_memory(tab, bundle, monkeypatch):
@@ -290,6 +365,16 @@ def test_keyboard_alone(opened):
     assert opened.page.locator(".tall th").first.get_attribute("aria-sort") == "ascending"
 
 
+def test_the_focus_goes_to_the_next_image_that_can_be_removed(opened):
+    opened.page.set_input_files("#files", [upload(f"{number}.png", encoded("PNG", number)) for number in range(3)])
+    shown(opened)
+    focused = "document.activeElement.getAttribute('aria-label') ?? document.activeElement.id"
+    opened.page.get_by_role("button", name="Remove 1.png").focus()
+    for expected in ("Remove 0.png", "Remove 2.png", "files"):  # the newest stands first
+        opened.page.keyboard.press("Enter")
+        assert opened.page.evaluate(focused) == expected
+
+
 def test_a_photograph_from_the_camera(playwright, simple):
     """Chromium's own camera for tests, which shows a moving picture."""
     browser = playwright.chromium.launch(
@@ -307,6 +392,23 @@ def test_a_photograph_from_the_camera(playwright, simple):
         assert len(shown(tab)[0]) == 5
         assert tab.page.evaluate("document.querySelector('.result img').naturalWidth") >= 320
         wait(tab, "document.querySelector('#video').srcObject.getTracks().every((track) => track.readyState === 'ended')")
+        # A second click while the browser still asks: no stream stays on.
+        tab.page.evaluate("""() => {
+          const [media, button] = [navigator.mediaDevices, document.querySelector("#camera")];
+          const ask = media.getUserMedia.bind(media);
+          globalThis.streams = [];
+          media.getUserMedia = async (wanted) => {
+            const stream = await ask(wanted);
+            globalThis.streams.push(stream);
+            return stream;
+          };
+          button.click();
+          button.click();
+        }""")
+        wait(tab, "document.querySelector('#camera-dialog').open")
+        tab.page.wait_for_timeout(300)  # a second stream would be there
+        tab.page.get_by_role("button", name="Close").click()
+        wait(tab, "streams.every((stream) => stream.getTracks().every((track) => track.readyState === 'ended'))")
         assert tab.problems == []
     finally:
         browser.close()
@@ -329,7 +431,60 @@ def test_several_models(tab, bundle, versions):
             address = f"http://127.0.0.1:{server.port}/here"
             assert curl == f"curl --data-binary @image.jpg '{address}/v1/predict?model={name}'"
             assert edge == f"python -m serve.edge {address} image.jpg --name {name}"
+            with tab.page.expect_download() as download:
+                tab.page.get_by_role("link", name=f"Download {name}.fp32.onnx").click()
+            source = (bundle if name == "digits" else versions["other"]) / "model.onnx"
+            assert Path(download.value.path()).read_bytes() == source.read_bytes()
     assert tab.problems == []
+
+
+def answers_held(tab: Tab) -> list[Any]:
+    """Hold back the requests for answers from now on: they are listed, and each is sent by its `continue_()`."""
+    held: list[Any] = []
+    tab.page.route("**/v1/predict*", lambda route: held.append(route))
+    return held
+
+
+def held_up(tab: Tab, held: list[Any], number: int) -> None:
+    """Wait until as many requests are held back."""
+
+    def there() -> bool:
+        tab.page.evaluate("0")  # Playwright notes what has happened when it is called
+        return len(held) >= number
+
+    until(there)
+
+
+def test_removed_images_are_not_sent(opened):
+    held = answers_held(opened)
+    opened.page.set_input_files("#files", [upload(f"{number}.png", encoded("PNG", number)) for number in range(7)])
+    held_up(opened, held, 4)
+    opened.page.get_by_role("button", name="Remove all images").click()
+    for route in held:
+        with opened.page.expect_response("**/v1/predict*"):
+            route.continue_()
+    opened.page.set_input_files("#files", [upload("later.png", encoded("PNG", 9))])
+    held_up(opened, held, 5)
+    held[4].continue_()
+    wait(opened, "document.querySelector('#status').textContent.startsWith('later.png: ')")
+    assert len(shown(opened)) == 1
+    assert len(held) == 5  # four were under way, three waited
+
+
+def test_images_added_while_all_are_asked_again_are_counted_apart(opened):
+    opened.page.set_input_files("#files", [upload(f"{number}.png", encoded("PNG", number)) for number in range(2)])
+    wait(opened, "document.querySelector('#status').textContent === '2 of 2 images answered.'")
+    held = answers_held(opened)
+    opened.page.locator("#model").dispatch_event("change")
+    held_up(opened, held, 2)
+    opened.page.set_input_files("#files", [upload("third.png", encoded("PNG", 3))])
+    held_up(opened, held, 3)
+    held[2].continue_()
+    wait(opened, "document.querySelector('#status').textContent.startsWith('third.png: ')")
+    for route in held[:2]:
+        route.continue_()
+    shown(opened)
+    assert opened.page.inner_text("#status") == "2 of 2 images answered."
 
 
 def test_a_group_without_classes_has_no_change(opened):
@@ -361,6 +516,22 @@ def test_fifty_answers_equal_onnxruntimes(opened, bundle):
         assert [index for index, _ in bars] == np.argsort(-row, kind="stable")[:5].tolist()
     assert not any("predict" in url for url in opened.requests)
     assert opened.problems == []
+
+
+@needs_ort
+def test_the_model_in_the_browser_behind_a_prefix(tab, bundle):
+    data = encoded("PNG", 30)
+    runtime = Runtime(bundle / "model.onnx", "cpu", 1)
+    _, (expected,) = runtime(runtime.card.rule(decode(data))[None])
+    with serving([bundle], path_prefix="/models") as server:
+        tab.page.goto(f"http://127.0.0.1:{server.port}/models/")
+        tab.page.wait_for_selector(OPEN)
+        tab.page.get_by_label("In this browser, fp32").check()
+        tab.page.set_input_files("#files", [upload("one.png", data)])
+        tab.page.wait_for_selector(".bars", timeout=30_000)
+        (bars,) = shown(tab)
+        assert [share for _, share in bars] == pytest.approx(expected[[index for index, _ in bars]].tolist(), abs=1e-3)
+    assert tab.problems == []
 
 
 @pytest.mark.skipif(not has_webgpu(), reason="onnxruntime-web for WebGPU is not installed: make web")
@@ -632,6 +803,42 @@ def test_a_half_copied_version_does_not_replace_the_whole_one(tab, host, folder)
         assert states == ["redundant", "activated", 1]
     finally:
         script.write_text(content)
+
+
+def little_room(tab: Tab, address: str) -> None:
+    """Let the browser keep a thousand bytes of a host."""
+    host = "/".join(address.split("/")[:3])
+    tab.context.new_cdp_session(tab.page).send("Storage.overrideQuotaForOrigin", {"origin": host, "quotaSize": 1000})
+
+
+@needs_ort
+def test_a_file_that_there_is_no_room_for_is_used_all_the_same(tab, host):
+    """A model that is loaded when it is chosen, on a device whose storage is full."""
+    tab.page.goto(host[1])
+    wait(tab, "navigator.serviceWorker.controller !== null")
+    little_room(tab, host[1])
+    tab.page.get_by_label("In this browser, int8").check()
+    tab.page.set_input_files("#files", [upload("one.png", encoded("PNG", 30))])
+    assert len(shown(tab)[0]) == 5
+    names = "caches.keys().then(async ([name]) => (await (await caches.open(name)).keys()).map(({ url }) => url))"
+    kept = tab.page.evaluate(names)
+    assert f"{host[1]}models/digits/fp32.onnx" in kept
+    assert f"{host[1]}models/digits/int8.onnx" not in kept
+    assert tab.problems == []
+
+
+@needs_ort
+def test_without_room_for_the_page_it_is_not_installed(tab, host):
+    little_room(tab, host[1])
+    tab.page.goto(host[1])
+    state = tab.page.evaluate(
+        """async () => {
+          const { installing } = await navigator.serviceWorker.register("sw.js");
+          await new Promise((resolve) => installing.addEventListener("statechange", resolve, { once: true }));
+          return installing.state;
+        }"""
+    )
+    assert state == "redundant"
 
 
 @needs_ort

@@ -19,6 +19,15 @@ function workMs(header) {
   return found.length ? found.reduce((sum, [, ms]) => sum + Number(ms), 0) : null;
 }
 
+/** Raise Problem where a file was removed, renamed or changed since it was chosen: the browser refuses to read it. */
+export async function checkReadable(file) {
+  try {
+    await file.slice(0, 1).arrayBuffer();
+  } catch {
+    throw new Problem(`${file.name} cannot be read any more; choose it again.`);
+  }
+}
+
 export class Api {
   constructor(config) {
     this.config = config;
@@ -35,8 +44,9 @@ export class Api {
     const { models } = await (await this.fetch(path)).json();
     await Promise.all(
       models.map(async (model) => {
-        for (const file of Object.values(model.files)) file.url = file.url.replace(/^\//, ""); // relative: any prefix, any folder
+        // Relative to the page, which lies below any prefix and in any folder.
         const folder = this.isService ? `v1/models/${encodeURIComponent(model.name)}` : `models/${encodeURIComponent(model.name)}`;
+        for (const [precision, file] of Object.entries(model.files)) file.url = `${folder}/${precision}.onnx`;
         model.manifestUrl = `${folder}/manifest.json`;
         model.manifest = await (await this.fetch(model.manifestUrl)).json();
       }),
@@ -49,7 +59,11 @@ export class Api {
     this.checkSize(file);
     const begun = performance.now();
     const query = new URLSearchParams({ model: model.name, precision, top_k: 1, logits: true });
-    const answer = await this.fetch(`v1/predict?${query}`, { method: "POST", body: file, headers: { "content-type": file.type || "application/octet-stream" } }, file.name);
+    const options = { method: "POST", body: file, headers: { "content-type": file.type || "application/octet-stream" } };
+    const answer = await this.fetch(`v1/predict?${query}`, options, file.name).catch(async (error) => {
+      await checkReadable(file); // else the service is blamed for it
+      throw error;
+    });
     const content = await answer.json();
     const wholeMs = performance.now() - begun;
     return { logits: content.predictions[0].logits, sha256: content.sha256, ms: workMs(answer.headers.get("server-timing")) ?? wholeMs, wholeMs };

@@ -1,6 +1,6 @@
 // Models in this browser: fetched once, checked against the manifest's SHA-256, then run in a worker.
 
-import { Problem } from "./api.js";
+import { Problem, checkReadable } from "./api.js";
 import { sha256 } from "./sha256.js";
 
 export class BrowserModel {
@@ -53,6 +53,7 @@ export class BrowserModel {
       const answer = await this.ask({ file, maxPixels: this.maxPixels });
       return { ...answer, logits: Array.from(answer.logits), ms: answer.decodeMs + answer.runMs };
     } catch (error) {
+      await checkReadable(file);
       if (error.message.includes("pixels")) throw new Problem(`${file.name} is too large: ${error.message}.`);
       if (error.message.includes("not an image")) throw new Problem(`${file.name} is not an image that this browser reads. Save it as JPEG, PNG or WebP.`);
       if (error.message.includes("16-bit")) throw new Problem(`${file.name} has ${error.message}. Save it with 8 bits, or ask the service.`);

@@ -1,6 +1,6 @@
 // Two pictures in SVG: the classes' training counts, and accuracy over the tail shift.
 
-import { between } from "./shift.js";
+import { between, ends } from "./shift.js";
 import { GROUPS, count, s } from "./dom.js";
 
 /** Training images of each class, largest first, coloured by shot group; the height is logarithmic. */
@@ -37,7 +37,7 @@ export function histogram(manifest) {
 /** Measured accuracy of the shot groups over the tail shift, with a line at the shift that is set. */
 export function shiftChart(points, shift) {
   const [width, height, left, bottom] = [360, 180, 42, 20];
-  const [low, high] = [points[0].shift, points.at(-1).shift];
+  const [low, high] = ends(points);
   const x = (value) => left + ((value - low) / (high - low || 1)) * (width - left - 10);
   const y = (share) => 8 + (1 - share) * (height - bottom - 8);
   const grid = [0, 0.5, 1].map((share) => [
@@ -47,9 +47,10 @@ export function shiftChart(points, shift) {
   const curves = ["overall", ...GROUPS].map((score) => {
     const known = points.filter((point) => point[score] !== null && point[score] !== undefined);
     if (!known.length) return [];
+    const now = between(points, shift, score);
     return [
       s("path", { class: `curve ${score}`, d: known.map((p, i) => `${i ? "L" : "M"}${x(p.shift).toFixed(1)} ${y(p[score]).toFixed(1)}`).join("") }),
-      s("circle", { class: score, cx: x(shift), cy: y(between(points, shift, score)), r: 4 }),
+      now === null ? null : s("circle", { class: score, cx: x(shift), cy: y(now), r: 4 }),
     ];
   });
   return s(
@@ -59,7 +60,7 @@ export function shiftChart(points, shift) {
     s("line", { class: "now", x1: x(shift), x2: x(shift), y1: 4, y2: height - bottom }),
     curves,
     [low, (low + high) / 2, high].map((value, i) =>
-      s("text", { x: x(value), y: height - 4, "text-anchor": ["start", "middle", "end"][i] }, i === 1 ? "tail shift" : String(value)),
+      s("text", { x: x(value), y: height - 4, "text-anchor": ["start", "middle", "end"][i] }, i === 1 ? "tail shift" : String(Number(value.toFixed(3)))),
     ),
   );
 }

@@ -5,7 +5,7 @@ import { BrowserModel } from "./browser.js";
 import { card } from "./card.js";
 import { shiftChart } from "./charts.js";
 import { GROUPS, count, h, percent, size } from "./dom.js";
-import { between, logPrior, measuredPoints, probabilities, topK } from "./shift.js";
+import { between, logPrior, measuredPoints, probabilities, span, topK } from "./shift.js";
 
 const TOP = 5;
 const AT_ONCE = 4; // requests
@@ -62,9 +62,9 @@ function choose(model) {
   model.prior ??= logPrior(model.manifest.train_counts);
   model.points ??= measuredPoints(model.manifest);
   $("model").value = model.name;
-  const points = model.points;
-  $("shift").min = Math.min(0, points[0]?.shift ?? 0);
-  $("shift").max = Math.max(0, points.at(-1)?.shift ?? 2);
+  const { min, max, left, right } = span(model.points, model.manifest.default_tail_shift ?? 0);
+  Object.assign($("shift"), { min, max });
+  $("shift-ends").replaceChildren(h("span", {}, left), h("span", {}, right));
   $("shift-panel").hidden = false;
   showPlaces();
   $("card-body").replaceChildren(...card(model, state.models.length > 1, state.api, download));
@@ -85,7 +85,7 @@ function listen() {
     $("files").value = "";
   });
   document.addEventListener("paste", (event) => {
-    if (event.clipboardData?.files.length) add(event.clipboardData.files);
+    if (event.clipboardData?.files.length) take(event.clipboardData);
   });
   document.addEventListener("dragover", (event) => {
     event.preventDefault();
@@ -97,7 +97,7 @@ function listen() {
   document.addEventListener("drop", (event) => {
     event.preventDefault();
     document.body.classList.remove("dragging");
-    if (event.dataTransfer.files.length) add(event.dataTransfer.files);
+    if (event.dataTransfer.files.length) take(event.dataTransfer);
     else tell("That was not a file. Drop image files, or paste an image.");
   });
   let asked = 0;
@@ -115,8 +115,12 @@ function listen() {
     if (state.told?.logits && state.items.includes(state.told)) $("status").textContent = spoken(state.told);
   });
   $("clear").addEventListener("click", () => {
-    state.items.forEach((item) => URL.revokeObjectURL(item.url));
+    for (const item of state.items) {
+      URL.revokeObjectURL(item.url);
+      item.run++; // those that wait are not sent
+    }
     state.items = [];
+    state.told = null;
     $("results").replaceChildren();
     $("clear").hidden = true;
     $("status").textContent = "";
@@ -178,6 +182,15 @@ function openedKey(model, place) {
 
 // Images
 
+/** Add what was dropped or pasted. A folder looks like a file that cannot be read. */
+function take(transfer) {
+  const items = [...transfer.items].filter((item) => item.kind === "file");
+  const files = items.map((item) => item.getAsFile());
+  const folders = files.filter((_, i) => items[i].webkitGetAsEntry?.()?.isDirectory);
+  add(files.filter((file) => !folders.includes(file)));
+  if (folders.length) tell(`${folders[0].name} is a folder. Open it, and drop the images that are in it.`);
+}
+
 function add(files) {
   if (!state.model) return tell(state.api.config.keys ? "Enter the API key first." : "The models are not loaded yet. Try again in a moment.");
   tell("");
@@ -211,7 +224,7 @@ function again() {
   release();
   for (const item of state.items) item.logits = item.problem = null;
   state.items.forEach(showAnswer);
-  answer(state.items);
+  answer([...state.items]); // a list of its own: images that are added meanwhile have theirs
 }
 
 async function answer(items) {
@@ -289,8 +302,10 @@ function showAnswer(item) {
     URL.revokeObjectURL(item.url);
     item.run++;
     state.items = state.items.filter((other) => other !== item);
+    const beside = item.element.nextElementSibling ?? item.element.previousElementSibling;
     item.element.remove();
     $("clear").hidden = state.items.length === 0;
+    (beside?.querySelector("button") ?? $("files")).focus(); // the focused button is gone
   } }, "Remove");
   if (item.problem) {
     item.body.replaceChildren(h("p", { class: "problem" }, item.problem), h("div", { class: "foot" }, h("span"), remove));
@@ -332,7 +347,7 @@ function showShift() {
   }
   const rows = ["overall", ...GROUPS].map((score) => {
     const [now, before] = [between(points, state.shift, score), between(points, 0, score)];
-    const change = now === null ? null : 100 * (now - before);
+    const change = now === null || before === null ? null : 100 * (now - before);
     const kind = change === null || Math.abs(change) < 0.05 ? "" : change > 0 ? "up" : "down";
     return h("tr", {}, h("th", { scope: "row" }, h("span", { class: `dot ${score}` }), score), h("td", {}, percent(now)),
       h("td", { class: kind }, change === null ? "–" : kind ? `${change > 0 ? "+" : "−"}${Math.abs(change).toFixed(1)}` : "0.0"));
@@ -349,15 +364,20 @@ function showShift() {
 
 function listenCamera() {
   let stream = null;
+  let asking = false;
   const stop = () => {
     stream?.getTracks().forEach((track) => track.stop());
     stream = null;
   };
   $("camera").addEventListener("click", async () => {
+    if (asking) return; // a second stream would stay on
+    asking = true;
     try {
       stream = await navigator.mediaDevices.getUserMedia({ video: { facingMode: "environment" }, audio: false });
     } catch {
       return tell("The camera cannot be used. Allow it for this page, or choose an image file.");
+    } finally {
+      asking = false;
     }
     $("video").srcObject = stream;
     $("camera-dialog").showModal();

@@ -1,5 +1,7 @@
 // What a tail shift does to logits, and to the accuracy that was measured. Pure functions.
 
+const NEAR = 1e-6; // of shifts that differ by rounding
+
 /** The log of each class's share of the training images. */
 export function logPrior(counts) {
   const total = counts.reduce((sum, count) => sum + count, 0);
@@ -44,10 +46,23 @@ export function measuredPoints(manifest) {
     .sort((a, b) => a.shift - b.shift);
 }
 
-/** A score at a shift between measured points, by a straight line between its neighbours; null where there is none. */
+/**
+ * What the slider spans: the measured shifts and 0, in whole hundredths so that its steps reach 0; and the words at both ends.
+ * Where nothing was measured, 0 to 2.
+ */
+export function span(points, byDefault) {
+  const [low, high] = ends(points);
+  const [min, max] = [Math.ceil(100 * low - NEAR) / 100, Math.floor(100 * (points.length ? high : 2) + NEAR) / 100];
+  return { min, max, left: min === 0 && byDefault !== 0 ? "as exported" : "as trained", right: max === 0 ? "as exported" : "favours rare classes" };
+}
+
+/** The smallest and the largest of the measured shifts and 0. */
+export const ends = (points) => [Math.min(0, ...points.map(({ shift }) => shift)), Math.max(0, ...points.map(({ shift }) => shift))];
+
+/** A score at a shift between measured points, by a straight line between its neighbours; null outside of them. */
 export function between(points, shift, score) {
   const known = points.filter((point) => point[score] !== null && point[score] !== undefined);
-  if (!known.length) return null;
+  if (!known.length || shift < known[0].shift - NEAR || shift > known.at(-1).shift + NEAR) return null;
   const after = known.findIndex((point) => point.shift >= shift);
   if (after === 0) return known[0][score];
   if (after < 0) return known[known.length - 1][score];
