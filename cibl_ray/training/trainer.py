@@ -98,7 +98,8 @@ class Trainer:
         # Read by rank 0 alone: another node may not have the folder.
         first = world.broadcast_from_rank0(lambda: read_start(place)) if place is not None else None
         pretrained = fresh and first is None
-        self.network = build_network(config.network, len(prepared.classes), config.loss.needs, config.seed, pretrained)
+        needs, size = config.loss.needs, config.data.size
+        self.network = build_network(config.network, len(prepared.classes), needs, config.seed, pretrained, size)
         if place is not None and first is not None:
             start_from(self.network, first, place, prepared, train.head_start in ("auto", "tau_normalized"))
         starts = start is None and train.head_start in ("class_means", "trained")

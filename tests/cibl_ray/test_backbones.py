@@ -191,6 +191,24 @@ def test_a_module_of_the_users_own(tmp_path, monkeypatch):
     for path, message in (("mine.number", "returns a int"), ("mine.other", "cannot be imported")):
         with pytest.raises(UserError, match=message):
             build_network(NetworkConfig(backbone={"kind": "module", "path": path}), 4, Needs(), seed=0)
+    backbone = {"kind": "module", "path": "mine.model", "weights": "default"}
+    with pytest.raises(UserError, match="'mine.model' has no pretrained weights; set its weights to none, or to a file"):
+        build_network(NetworkConfig(backbone=backbone), 4, Needs(), seed=0, pretrained=True)
+
+
+def test_a_module_of_the_users_own_that_takes_one_size_only(tmp_path, monkeypatch):
+    (tmp_path / "fixed.py").write_text(
+        "from torch import nn\nclass Fixed(nn.Module):\n"
+        "    def forward(self, x):\n"
+        "        assert x.shape[-1] == 96, 'not 96 pixels'\n"  # as timm's ViT says it
+        "        return x.mean((2, 3))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    config = NetworkConfig(backbone={"kind": "module", "path": "fixed.Fixed"})
+    network = build_network(config, 4, Needs(), seed=0, image_size=96)
+    assert network(torch.zeros(2, 3, 96, 96)).logits.shape == (2, 4)
+    with pytest.raises(UserError, match=r"takes no images .* of \(48, 64, 224, 32\) pixels \(AssertionError: not 96 pixels\)"):
+        build_network(config, 4, Needs(), seed=0, image_size=48)
 
 
 def test_the_offline_backbone_knows_imagenet():
