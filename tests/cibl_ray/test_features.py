@@ -131,6 +131,25 @@ def test_files_that_are_damaged_or_half_written_are_never_used(tmp_path, caplog)
         assert torch.equal(again.split(prepared, "test"), expected)
     assert "are damaged" in caplog.text
     assert f"on {len(expected):,} images" in said[0]
+    # Once the images are stored again, nothing is left to warn of.
+    caplog.clear()
+    again, _, said = extractor(tmp_path)
+    with caplog.at_level(logging.WARNING):
+        assert torch.equal(again.split(prepared, "test"), expected)
+    assert "all known" in said[0]
+    assert not file.exists()
+    assert "damaged" not in caplog.text
+
+
+def test_a_new_file_of_features_replaces_none_after_one_was_removed(tmp_path):
+    kept = store.FeatureStore(tmp_path, {})
+    for image in range(3):
+        kept.add(np.array([image], dtype=np.uint64), torch.full((1, 2), float(image)))
+    (kept.folder / "000000.safetensors").unlink()
+    kept.add(np.array([3], dtype=np.uint64), torch.full((1, 2), 3.0))
+    there, features = kept.read(np.arange(4, dtype=np.uint64))
+    assert there.tolist() == [False, True, True, True]
+    assert features[:, 0].tolist() == [1, 2, 3]
 
 
 def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
