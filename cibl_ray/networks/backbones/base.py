@@ -61,6 +61,14 @@ class BackboneSettings(Settings):
         """
         return self.build()
 
+    def code(self, backbone: nn.Module) -> str | None:
+        """A digest of what the features follow from beside the weights: code of the user's own; None for a known network.
+
+        Args:
+            backbone: What `build` returned.
+        """
+        return None
+
     def load(self, backbone: nn.Module) -> str | None:
         """Load the pretrained weights into what `build` returned.
 

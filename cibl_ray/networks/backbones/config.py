@@ -162,6 +162,12 @@ class ModuleBackbone(BackboneSettings):
 
         return build(self.path, image_size)
 
+    def code(self, backbone: nn.Module) -> str:
+        """A digest of the files that define the function and the network's layers."""
+        from cibl_ray.networks.backbones.module import code
+
+        return code(self.path, backbone)
+
 
 def _by_name(value: Any) -> Any:
     """`backbone: resnet32` is `backbone: {kind: resnet32}`."""

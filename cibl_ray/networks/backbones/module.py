@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
+import inspect
 import sys
 from pathlib import Path
 
@@ -43,6 +45,27 @@ def build(path: str, image_size: int | None) -> tuple[nn.Module, int]:
     if not isinstance(network, nn.Module):
         raise UserError(f"network.backbone.path {path!r} returns a {type(network).__name__}; it must return a torch.nn.Module")
     return network, _features(network, path, (image_size, *_SIZES) if image_size else _SIZES)
+
+
+def code(path: str, network: nn.Module) -> str:
+    """A digest of the files that define the function and the classes of the network's layers, those of torch left out.
+
+    Not of what the network makes of an image: rounding differs between machines and numbers of threads, and a digest of rounded
+    numbers still differs where one of them is near an edge.
+
+    Args:
+        path: "package.module.function", which has been imported.
+        network: What it returned.
+    """
+    names = {path.rpartition(".")[0], *(type(layer).__module__ for layer in network.modules())}
+    modules = [sys.modules[name] for name in names if name in sys.modules and name.partition(".")[0] != "torch"]
+    digests = set()
+    for module in modules:
+        try:
+            digests.add(hashlib.sha256(Path(inspect.getfile(module)).read_bytes()).hexdigest())
+        except (TypeError, OSError):  # a notebook's cell
+            continue
+    return hashlib.sha256("\n".join(sorted(digests)).encode()).hexdigest()
 
 
 def _features(network: nn.Module, path: str, sizes: tuple[int, ...]) -> int:
