@@ -467,6 +467,14 @@ def test_a_service_under_a_prefix(bundle, tmp_path):
             assert download(url, tmp_path).read_bytes() == whole
 
 
+def test_a_service_behind_a_proxy_that_strips_its_prefix(tmp_path):
+    entry = {"url": "/v1/models/m/fp32.onnx", "sha256": hashlib.sha256(b"whole").hexdigest(), "bytes": 5}
+    listing = json.dumps({"models": [{"name": "m", "files": {"fp32": entry}}]}).encode()
+    behind = {"/models/here/v1/models": listing, "/models/here/v1/models/m/fp32.onnx": b"whole"}
+    with answering(lambda path: (200, {}, behind[path]) if path in behind else (404, {}, b"")) as (url, _):
+        assert download(f"{url}/models/here", tmp_path).read_bytes() == b"whole"
+
+
 @pytest.mark.parametrize("module", ["serve.edge", "serve"])
 def test_other_packages_in_the_working_folder_do_not_matter(module, bundle, tmp_path):
     """A folder `pipelines`, as many projects have one."""
