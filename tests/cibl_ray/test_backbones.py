@@ -68,11 +68,11 @@ def test_where_the_weights_come_from_and_their_licence(tmp_path):
     assert origin(kind="resnet50") is origin(kind="timm", name=TINY, weights="none") is None
 
 
-@pytest.mark.parametrize("form", ["safetensors", "pth", "wrapped", "ours"])
+@pytest.mark.parametrize("form", ["safetensors", "pth", "wrapped", "ours", "averaged"])
 def test_weights_of_a_file_arrive(tmp_path, caplog, form):
     wanted = state(build_network(tiny(), 5, Needs(), seed=0).backbone)
     classifier = {"classifier.weight": torch.zeros(7, 256), "classifier.bias": torch.zeros(7)}
-    path = tmp_path / f"weights.{'safetensors' if form in ('safetensors', 'ours') else 'pth'}"
+    path = tmp_path / f"weights.{'pth' if form in ('pth', 'wrapped') else 'safetensors'}"
     match form:
         case "safetensors":
             save_file(wanted | classifier, path)
@@ -82,6 +82,9 @@ def test_weights_of_a_file_arrive(tmp_path, caplog, form):
             torch.save({"state_dict": {f"module.{name}": value for name, value in (wanted | classifier).items()}}, path)
         case "ours":
             save_file({f"weights.backbone.{name}": value for name, value in wanted.items()}, path)
+        case "averaged":  # the network that the run was judged by is not the trained one
+            trained = {f"weights.backbone.{name}": torch.zeros_like(value) for name, value in wanted.items()}
+            save_file(trained | {f"average.backbone.{name}": value for name, value in wanted.items()}, path)
     with caplog.at_level(logging.INFO):
         network = build_network(tiny(weights=str(path)), 5, Needs(), seed=0, pretrained=True)
     assert all(torch.equal(value, wanted[name]) for name, value in network.backbone.state_dict().items())
