@@ -28,7 +28,28 @@ def _markers(data: bytes | bytearray) -> Iterator[tuple[int, int]]:
 
 def end(data: bytes | bytearray) -> int | None:
     """Where the JPEG file at the start of `data` ends; None where it is not whole."""
-    return next((at + 2 for marker, at in _markers(data) if marker == _END), None)
+    at, whole = walk(data)
+    return at if whole else None
+
+
+def walk(data: bytes | bytearray, at: int = 2) -> tuple[int, bool]:
+    """Walk a JPEG file of which more may come, as `end` does.
+
+    Args:
+        data: What is there of the file.
+        at: Where an earlier walk stopped.
+
+    Returns:
+        Where the walk stops, which may be beyond `data`, and whether the file ends there.
+    """
+    while found := _MARKER.search(data, at):
+        at = found.start()
+        if data[at + 1] == _END:
+            return at + 2, True
+        if at + 4 > len(data):
+            return at, False
+        at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    return max(at, len(data) - 1), False  # the last byte may be the first of a marker
 
 
 def scans(data: bytes | bytearray, most: int, most_segments: int | None = None) -> int | None:

@@ -50,6 +50,7 @@ class Extractor:
         loader: Of the augmented views.
         device: Where the backbone is.
         tell: Gets lines of progress; by default the log.
+        code: Digest of the code of a backbone of the user's own, which may change while its weights do not.
     """
 
     def __init__(
@@ -60,11 +61,12 @@ class Extractor:
         loader: LoaderConfig,
         device: torch.device,
         tell: Tell = log.info,
+        code: str | None = None,
     ) -> None:
         self.backbone, self.name, self.data, self.loader = backbone.eval(), name, data, loader
         self.device, self.tell = device, tell
         self.normalize = Normalize(data).to(device)
-        self._weights = weights_digest(backbone)
+        self._weights, self._code = weights_digest(backbone), code
 
     def split(self, prepared: Prepared, split: str, bf16: bool = False, views: int = 0, seed: int = 0) -> torch.Tensor:
         """The features of a split's images, read where they are known and computed where they are not.
@@ -97,6 +99,8 @@ class Extractor:
             "precision": "bf16" if bf16 else "fp32",
             **more,
         }
+        if self._code is not None:
+            what["code"] = self._code
         return FeatureStore(self.data.prepared / "features", what)
 
     def _plain(self, beton: Beton, digests: np.ndarray, split: str, bf16: bool) -> torch.Tensor:

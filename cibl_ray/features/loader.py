@@ -91,7 +91,8 @@ class FeatureLoaders:
 
     def __init__(self, backbone: nn.Module, config: RunConfig, prepared: Prepared, device: torch.device, world: World) -> None:
         self._config, self._prepared, self._device, self._world = config, prepared, device, world
-        self._extractor = Extractor(backbone, config.network.backbone.title, config.data, config.loader, device)
+        named = config.network.backbone
+        self._extractor = Extractor(backbone, named.title, config.data, config.loader, device, code=named.code(backbone))
         self._features: dict[str, torch.Tensor] = {}
 
     def train(self, plan: ReadPlan) -> FeatureLoader:

@@ -67,6 +67,7 @@ class FeatureStore:
     def __init__(self, folder: Path, what: Mapping[str, Any]) -> None:
         key = hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()[:16]
         self.folder = folder / key
+        self._damaged: list[Path] = []
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             if not (self.folder / "what.json").exists():
@@ -94,7 +95,7 @@ class FeatureStore:
         return there, features[torch.from_numpy(order[place[there]])]
 
     def add(self, digests: np.ndarray, features: torch.Tensor) -> None:
-        """Keep the features of images.
+        """Keep the features of images, and remove the files that `read` found damaged.
 
         Args:
             digests: Of the images, (n,).
@@ -106,8 +107,10 @@ class FeatureStore:
         content = to_bytes({"digests": torch.from_numpy(digests.view(np.int64).copy()), "features": features.contiguous()})
         try:
             with locked(self.folder / ".lock"):
-                number = len([*self.folder.glob("[0-9]*.safetensors")])
-                write_atomically(self.folder / f"{number:06d}.safetensors", content)
+                numbers = [int(path.stem) for path in self.folder.glob("[0-9]*.safetensors") if path.stem.isdecimal()]
+                write_atomically(self.folder / f"{max(numbers, default=-1) + 1:06d}.safetensors", content)
+                while self._damaged:
+                    self._damaged.pop().unlink(missing_ok=True)
         except OSError as error:
             raise _unwritable(self.folder, error) from error
 
@@ -117,6 +120,8 @@ class FeatureStore:
             keys, features = content["digests"], content["features"]
         except (SafetensorError, KeyError, OSError) as error:
             log.warning("features %r are damaged (%s) and are computed again", str(path), str(error).partition("\n")[0])
+            if not isinstance(error, OSError):  # the disk may give a file again that it does not give now
+                self._damaged.append(path)
             return None
         return keys.numpy().view(np.uint64), features
 

@@ -44,14 +44,15 @@ class HybridNetwork(nn.Module):
         config: Backbone, head and projection.
         classes: C.
         needs: What the loss asks for beside logits.
+        image_size: S; None: not known.
     """
 
-    def __init__(self, config: NetworkConfig, classes: int, needs: Needs) -> None:
+    def __init__(self, config: NetworkConfig, classes: int, needs: Needs, image_size: int | None = None) -> None:
         super().__init__()
         self._still: list[str] = []  # names: the modules may be replaced, as by `sync_batch_norm`
         self._adapted: AdaptedBackbone | None = None
         self.classes, self.detached_head = classes, needs.detached_head
-        self.backbone, features = config.backbone.build()
+        self.backbone, features = config.backbone.build_for(image_size)
         self.neck: nn.Module | None = None
         if config.neck is not None:
             self.neck = Neck(features, config.neck.hidden, config.neck.dropout)
@@ -156,7 +157,9 @@ class HybridNetwork(nn.Module):
         return name != "head.log_scale"
 
 
-def build_network(config: NetworkConfig, classes: int, needs: Needs, seed: int, pretrained: bool = False) -> HybridNetwork:
+def build_network(
+    config: NetworkConfig, classes: int, needs: Needs, seed: int, pretrained: bool = False, image_size: int | None = None
+) -> HybridNetwork:
     """Build a network with weights drawn from `seed`, channels last in memory.
 
     Projection and prototypes are drawn last, so that networks with and without them start from the same backbone and
@@ -168,6 +171,7 @@ def build_network(config: NetworkConfig, classes: int, needs: Needs, seed: int, 
         needs: What the loss asks for beside logits.
         seed: Of the random weights.
         pretrained: Load the backbone's pretrained weights, where the configuration names some.
+        image_size: `data.size`, for a network of the user's own that takes no other; None: not known.
 
     Returns:
         The network, on the CPU.
@@ -177,7 +181,7 @@ def build_network(config: NetworkConfig, classes: int, needs: Needs, seed: int, 
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(torch_seed(seed, "weights"))
-        network = HybridNetwork(config, classes, needs)
+        network = HybridNetwork(config, classes, needs, image_size)
     if pretrained and (source := config.backbone.load(network.backbone)) is not None:
         of_backbone, all_of_it = (sum(p.numel() for p in part.parameters()) for part in (network.backbone, network))
         log.info("%s: %s parameters from %s", config.backbone.title, f"{of_backbone:,}", source)

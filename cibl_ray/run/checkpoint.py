@@ -82,10 +82,8 @@ class Checkpoint:
 
     def network(self) -> HybridNetwork:
         """The network that this checkpoint describes, with the weights to judge and to use it by. Adapters are merged."""
-        network, train = (
-            build_network(self.config.network, len(self.classes), self.config.loss.needs, seed=0),
-            self.config.train,
-        )
+        config, train = self.config, self.config.train
+        network = build_network(config.network, len(self.classes), config.loss.needs, seed=0, image_size=config.data.size)
         if train.tune == "partial" and isinstance(train.partial, Adapters):
             network.freeze(train.tune, train.partial)  # adapters have weights of their own
         load_weights(network, self, averaged=True)

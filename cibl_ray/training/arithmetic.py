@@ -180,7 +180,7 @@ class _Timer:
         config, train = self._config, self._config.train
         device, needs = torch.device(train.device), config.loss.needs
         micro = max(2, train.batch_size // (train.accumulate * self._workers))  # batch norm of a vector needs two
-        network = build_network(config.network, self._classes, needs, config.seed).to(device)
+        network = build_network(config.network, self._classes, needs, config.seed, image_size=config.data.size).to(device)
         network.freeze(train.tune, train.partial)
         network.train()
         if train.checkpoint_activations:

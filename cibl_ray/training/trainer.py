@@ -136,7 +136,8 @@ class Trainer:
     def _make_network(self, first_stage: Checkpoint | None, pretrained: bool) -> HybridNetwork:
         """The network with its first weights, of a first stage or of the backbone's pretrained ones."""
         config, train = self.config, self.config.train
-        network = build_network(config.network, len(self.prepared.classes), config.loss.needs, config.seed, pretrained)
+        classes, needs, size = len(self.prepared.classes), config.loss.needs, config.data.size
+        network = build_network(config.network, classes, needs, config.seed, pretrained, size)
         if first_stage is not None:
             assert train.start is not None
             keep_head = train.head_start in ("auto", "tau_normalized")

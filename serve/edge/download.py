@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from cibl_ray.bundle.card import file_sha256
+from cibl_ray.bundle.card import NAME, file_sha256
 from pipelines.common.errors import UserError
 
 _CHUNK = 1 << 20
@@ -77,7 +77,7 @@ def download(url: str, cache: Path, name: str | None = None, precision: str | No
         _make(cache)
         with _alone(cache):
             if not (path.is_file() and file_sha256(path) == entry["sha256"]):
-                _fetch(base + entry["url"], path, entry, key)
+                _fetch(f"{base}{prefix}/v1/models/{entry['name']}/{precision}.onnx", path, entry, key)
             part = remembered.with_suffix(".part")
             part.write_text(json.dumps(entry))
             part.replace(remembered)
@@ -138,7 +138,10 @@ def _alone(cache: Path) -> Iterator[None]:
 
 
 def _entry(base: str, prefix: str, name: str | None, precision: str, key: str | None) -> dict[str, Any]:
-    """What the service lists of the file: url, sha256, bytes."""
+    """What the service lists of the file: name (of the model), sha256, bytes.
+
+    Not its url there: the service does not know the prefix that a proxy strips.
+    """
     with _open(f"{base}{prefix}/v1/models", key) as answer:
         content = json.loads(answer.read(64 << 20))
     models = {model["name"]: model for model in content["models"]}
@@ -153,10 +156,10 @@ def _entry(base: str, prefix: str, name: str | None, precision: str, key: str | 
     if precision not in files:
         raise UserError(f"{name} has no {precision} file; choose one that it has: {', '.join(files)}")
     found = files[precision]
-    where, sha256, size = str(found["url"]), str(found["sha256"]), int(found["bytes"])
-    if not (_SHA256.fullmatch(sha256) and 0 < size <= _LARGEST and where.startswith((f"{prefix}/v1/", "/v1/"))):
+    sha256, size = str(found["sha256"]), int(found["bytes"])
+    if not (_SHA256.fullmatch(sha256) and 0 < size <= _LARGEST and NAME.fullmatch(name)):
         raise UserError(f"{base} describes its files in a way that is not understood")
-    return {"url": where, "sha256": sha256, "bytes": size}
+    return {"name": name, "sha256": sha256, "bytes": size}
 
 
 def _fetch(url: str, path: Path, entry: dict[str, Any], key: str | None) -> None:

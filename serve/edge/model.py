@@ -18,8 +18,7 @@ from serve.decode import Limits, named, pixels, top
 
 _CHUNK = 1 << 20
 _HEAD = 18  # bytes of a file by which its format is known
-_FRAME = 16 << 20  # bytes of a picture in a stream
-_WHOLE = 1 << 30  # bytes of a file on standard input that is no JPEG
+_WHOLE = 1 << 30  # bytes of an image on standard input
 
 
 class Edge:
@@ -117,7 +116,7 @@ def images(places: Iterable[str], stdin: BinaryIO, tell: Callable[[str], None]) 
     for place in places:
         if place == "-":
             number = 0
-            for number, frame in enumerate(frames(stdin), 1):
+            for number, frame in enumerate(frames(stdin, tell), 1):
                 yield f"frame {number - 1}", frame
             if not number:
                 tell("error: -: standard input has no image; give JPEG images, or one image of another format")
@@ -148,11 +147,12 @@ def _of_file(path: Path, tell: Callable[[str], None]) -> Iterator[tuple[str, byt
     yield str(path), data
 
 
-def frames(stream: BinaryIO) -> Iterator[bytes]:
+def frames(stream: BinaryIO, tell: Callable[[str], None]) -> Iterator[bytes]:
     """Cut a stream into its images.
 
     Args:
         stream: JPEG images one after another, with or without other bytes between (MJPEG); or one image of another format.
+        tell: As in `listed`, for each JPEG image that is too large.
 
     Yields:
         Each image file.
@@ -167,13 +167,24 @@ def frames(stream: BinaryIO) -> Iterator[bytes]:
     while True:
         start = buffer.find(b"\xff\xd8\xff")
         del buffer[: start if start >= 0 else -2]
-        end = jpeg.end(buffer) if start >= 0 else None
-        if end is not None:
-            yield bytes(buffer[:end])
-            del buffer[:end]
-        elif start >= 0 and len(buffer) > _FRAME:
-            del buffer[:2]  # not a picture after all
-        elif chunk := read(_CHUNK):
+        at, whole, too_large = 2, False, False
+        while start >= 0:
+            at, whole = jpeg.walk(buffer, at)
+            if whole or not (chunk := read(_CHUNK)):
+                break
+            if not too_large and len(buffer) > _WHOLE:
+                too_large = True
+                tell(f"error: -: a JPEG image of more than {_WHOLE:,} bytes is left out; give it as a file")
+            if too_large:  # a preview in the rest of it is not taken for an image
+                passed = min(at, len(buffer))
+                del buffer[:passed]
+                at -= passed
+            buffer += chunk
+        if whole:
+            if not too_large:
+                yield bytes(buffer[:at])
+            del buffer[:at]
+        elif start < 0 and (chunk := read(_CHUNK)):
             buffer += chunk
         else:
             return

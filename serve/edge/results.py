@@ -28,7 +28,8 @@ class Results:
         if path.is_file():
             raise UserError(f"{str(path)!r} exists; remove it, or name another file (--out)")
         try:
-            self._file = path.open("w", encoding="utf-8", newline="")
+            # A file's name may be in another encoding.
+            self._file = path.open("w", encoding="utf-8", errors="surrogateescape", newline="")
         except OSError as error:
             raise UserError(f"--out {str(path)!r} cannot be written: {error.strerror}; give another file") from error
         self._table = csv.DictWriter(self._file, COLUMNS) if path.suffix.lower() == ".csv" else None

@@ -68,11 +68,11 @@ def test_where_the_weights_come_from_and_their_licence(tmp_path):
     assert origin(kind="resnet50") is origin(kind="timm", name=TINY, weights="none") is None
 
 
-@pytest.mark.parametrize("form", ["safetensors", "pth", "wrapped", "ours"])
+@pytest.mark.parametrize("form", ["safetensors", "pth", "wrapped", "ours", "averaged"])
 def test_weights_of_a_file_arrive(tmp_path, caplog, form):
     wanted = state(build_network(tiny(), 5, Needs(), seed=0).backbone)
     classifier = {"classifier.weight": torch.zeros(7, 256), "classifier.bias": torch.zeros(7)}
-    path = tmp_path / f"weights.{'safetensors' if form in ('safetensors', 'ours') else 'pth'}"
+    path = tmp_path / f"weights.{'pth' if form in ('pth', 'wrapped') else 'safetensors'}"
     match form:
         case "safetensors":
             save_file(wanted | classifier, path)
@@ -82,6 +82,9 @@ def test_weights_of_a_file_arrive(tmp_path, caplog, form):
             torch.save({"state_dict": {f"module.{name}": value for name, value in (wanted | classifier).items()}}, path)
         case "ours":
             save_file({f"weights.backbone.{name}": value for name, value in wanted.items()}, path)
+        case "averaged":  # the network that the run was judged by is not the trained one
+            trained = {f"weights.backbone.{name}": torch.zeros_like(value) for name, value in wanted.items()}
+            save_file(trained | {f"average.backbone.{name}": value for name, value in wanted.items()}, path)
     with caplog.at_level(logging.INFO):
         network = build_network(tiny(weights=str(path)), 5, Needs(), seed=0, pretrained=True)
     assert all(torch.equal(value, wanted[name]) for name, value in network.backbone.state_dict().items())
@@ -191,6 +194,24 @@ def test_a_module_of_the_users_own(tmp_path, monkeypatch):
     for path, message in (("mine.number", "returns a int"), ("mine.other", "cannot be imported")):
         with pytest.raises(UserError, match=message):
             build_network(NetworkConfig(backbone={"kind": "module", "path": path}), 4, Needs(), seed=0)
+    backbone = {"kind": "module", "path": "mine.model", "weights": "default"}
+    with pytest.raises(UserError, match="'mine.model' has no pretrained weights; set its weights to none, or to a file"):
+        build_network(NetworkConfig(backbone=backbone), 4, Needs(), seed=0, pretrained=True)
+
+
+def test_a_module_of_the_users_own_that_takes_one_size_only(tmp_path, monkeypatch):
+    (tmp_path / "fixed.py").write_text(
+        "from torch import nn\nclass Fixed(nn.Module):\n"
+        "    def forward(self, x):\n"
+        "        assert x.shape[-1] == 96, 'not 96 pixels'\n"  # as timm's ViT says it
+        "        return x.mean((2, 3))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    config = NetworkConfig(backbone={"kind": "module", "path": "fixed.Fixed"})
+    network = build_network(config, 4, Needs(), seed=0, image_size=96)
+    assert network(torch.zeros(2, 3, 96, 96)).logits.shape == (2, 4)
+    with pytest.raises(UserError, match=r"takes no images .* of \(48, 64, 224, 32\) pixels \(AssertionError: not 96 pixels\)"):
+        build_network(config, 4, Needs(), seed=0, image_size=48)
 
 
 def test_the_offline_backbone_knows_imagenet():

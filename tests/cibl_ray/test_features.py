@@ -1,7 +1,10 @@
 """A head on features: computed once, those of evaluation, kept whole, and a run on them goes on to the bit."""
 
 import errno
+import importlib
+import json
 import logging
+import sys
 
 import numpy as np
 import pytest
@@ -131,6 +134,25 @@ def test_files_that_are_damaged_or_half_written_are_never_used(tmp_path, caplog)
         assert torch.equal(again.split(prepared, "test"), expected)
     assert "are damaged" in caplog.text
     assert f"on {len(expected):,} images" in said[0]
+    # Once the images are stored again, nothing is left to warn of.
+    caplog.clear()
+    again, _, said = extractor(tmp_path)
+    with caplog.at_level(logging.WARNING):
+        assert torch.equal(again.split(prepared, "test"), expected)
+    assert "all known" in said[0]
+    assert not file.exists()
+    assert "damaged" not in caplog.text
+
+
+def test_a_new_file_of_features_replaces_none_after_one_was_removed(tmp_path):
+    kept = store.FeatureStore(tmp_path, {})
+    for image in range(3):
+        kept.add(np.array([image], dtype=np.uint64), torch.full((1, 2), float(image)))
+    (kept.folder / "000000.safetensors").unlink()
+    kept.add(np.array([3], dtype=np.uint64), torch.full((1, 2), 3.0))
+    there, features = kept.read(np.arange(4, dtype=np.uint64))
+    assert there.tolist() == [False, True, True, True]
+    assert features[:, 0].tolist() == [1, 2, 3]
 
 
 def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
@@ -142,6 +164,38 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(store, "write_atomically", full)
     with pytest.raises(UserError, match="No space left on device.*--data.prepared"):
         made.split(prepared, "test")
+
+
+def test_changed_code_of_the_users_own_computes_features_again(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    source = """
+from torch import nn
+import own_layers
+def model():
+    return nn.Sequential(own_layers.Mean(), nn.Flatten())
+"""
+    layers = "from torch import nn\nclass Mean(nn.Module):\n    def forward(self, x):\n        return {} * x.mean((2, 3))\n"
+
+    def features(factor: str) -> torch.Tensor:
+        (tmp_path / "own.py").write_text(source)
+        (tmp_path / "own_layers.py").write_text(layers.format(factor))
+        for name in ("own", "own_layers"):
+            sys.modules.pop(name, None)
+        importlib.invalidate_caches()
+        run = trainer(tmp_path, f"run {factor}", "--network.backbone", "{kind: module, path: own.model}")
+        return run.train_loaders[0]._features
+
+    one, ten = features("1"), features("10.0")
+    assert torch.equal(10 * one, ten)
+    assert torch.equal(features("1"), one)
+    assert len([*(tmp_path / "prepared" / "features").glob("*/what.json")]) == 2
+
+
+def test_the_key_of_known_networks_is_as_it_was(tmp_path):
+    made, prepared, _ = extractor(tmp_path)
+    made.split(prepared, "test")
+    (what,) = (tmp_path / "prepared" / "features").glob("*/what.json")
+    assert {*json.loads(what.read_text())} == {"version", "weights", "mean", "std", "precision", "rule"}
 
 
 def test_views_are_drawn_among_those_that_are_kept(tmp_path):

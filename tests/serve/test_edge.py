@@ -300,8 +300,24 @@ def test_frames_of_a_stream():
     pictures.append(pictures[1][:2] + preview + pictures[1][2:])
     stream = b"\r\n--boundary\r\n".join([b"", *pictures, b"\xff\xd8\xff\xe0cut short"])
 
-    assert list(frames(io.BytesIO(stream))) == pictures
-    assert list(frames(Slow(stream))) == pictures
+    assert list(frames(io.BytesIO(stream), pytest.fail)) == pictures
+    assert list(frames(Slow(stream), pytest.fail)) == pictures
+
+
+def test_a_large_photograph_in_a_stream_is_not_its_preview(monkeypatch):
+    small, preview = encoded("JPEG", 1), encoded("JPEG", 2)
+    exif = b"\xff\xe1" + (len(preview) + 2).to_bytes(2, "big") + preview
+    more = b"\xff\xe2\xff\xff" + bytes(65533)
+    large = small[:2] + 280 * more + exif + small[2:]
+    assert len(large) > 17 << 20
+    stream = small + large + b"--boundary" + small
+    assert list(frames(io.BytesIO(stream), pytest.fail)) == [small, large, small]
+    # Above the limit it is left out, with one line, and what follows is read.
+    monkeypatch.setattr("serve.edge.model._WHOLE", 16 << 20)
+    monkeypatch.setattr("serve.edge.model._CHUNK", 10_007)
+    lines: list[str] = []
+    assert list(frames(io.BytesIO(stream), lines.append)) == [small, small]
+    assert lines == ["error: -: a JPEG image of more than 16,777,216 bytes is left out; give it as a file"]
 
 
 def test_a_number_of_bytes_in_quotes_is_a_number(tmp_path):
@@ -414,8 +430,8 @@ def test_an_image_on_standard_input_is_not_cut():
     grey = b"P5\t40 40 255\n" + (jpeg + bytes(1600))[:1600]
     for data in (bytes(tga), buffer.getvalue(), bare, grey, b"P4 1 1\n\0", b"P3 1 1 9 1 2 3"):
         assert Image.open(io.BytesIO(data)).size
-        assert list(frames(io.BytesIO(data))) == [data]
-        assert list(frames(Slow(data))) == [data]
+        assert list(frames(io.BytesIO(data), pytest.fail)) == [data]
+        assert list(frames(Slow(data), pytest.fail)) == [data]
 
 
 def test_the_largest_image_is_one_setting(bundle):
@@ -449,6 +465,14 @@ def test_a_service_under_a_prefix(bundle, tmp_path):
         base = f"http://127.0.0.1:{server.port}/models/here"
         for url in (base, f"{base}/", f"{base}/v1/models/digits/fp32.onnx"):
             assert download(url, tmp_path).read_bytes() == whole
+
+
+def test_a_service_behind_a_proxy_that_strips_its_prefix(tmp_path):
+    entry = {"url": "/v1/models/m/fp32.onnx", "sha256": hashlib.sha256(b"whole").hexdigest(), "bytes": 5}
+    listing = json.dumps({"models": [{"name": "m", "files": {"fp32": entry}}]}).encode()
+    behind = {"/models/here/v1/models": listing, "/models/here/v1/models/m/fp32.onnx": b"whole"}
+    with answering(lambda path: (200, {}, behind[path]) if path in behind else (404, {}, b"")) as (url, _):
+        assert download(f"{url}/models/here", tmp_path).read_bytes() == b"whole"
 
 
 @pytest.mark.parametrize("module", ["serve.edge", "serve"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import sys
 import zlib
 
@@ -200,6 +201,14 @@ def test_the_command_on_a_bundle_writes_a_table(bundle, tmp_path, monkeypatch, c
         run("--out", str(tmp_path / "no" / "answers.csv"))
     with pytest.raises((SystemExit, UserError)):
         run("--out", str(tmp_path / "answers.xml"))
+
+
+def test_a_table_takes_names_that_are_not_utf_8(bundle, tmp_path, monkeypatch):
+    image = tmp_path / os.fsdecode(b"caf\xe9.png")
+    image.write_bytes(encoded("PNG"))
+    monkeypatch.setattr(sys, "argv", ["edge", str(bundle), str(image), "--out", str(tmp_path / "answers.csv")])
+    main()
+    assert (tmp_path / "answers.csv").read_bytes().splitlines()[1].startswith(os.fsencode(image) + b",1,")
 
 
 class Terminal(io.StringIO):

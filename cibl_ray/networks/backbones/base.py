@@ -55,6 +55,25 @@ class BackboneSettings(Settings):
             The network, images (M, 3, S, S) to features (M, d_h), and d_h.
         """
 
+    def build_for(self, image_size: int | None) -> tuple[nn.Module, int]:
+        """Build the network for images of a size, as `build` does where it takes any.
+
+        Args:
+            image_size: Pixels of a side; None: not known.
+
+        Returns:
+            The network and d_h, as of `build`.
+        """
+        return self.build()
+
+    def code(self, backbone: nn.Module) -> str | None:
+        """A digest of what the features follow from beside the weights: code of the user's own; None for a known network.
+
+        Args:
+            backbone: What `build` returned.
+        """
+        return None
+
     def load(self, backbone: nn.Module) -> str | None:
         """Load the pretrained weights into what `build` returned.
 

@@ -153,16 +153,20 @@ class ModuleBackbone(BackboneSettings):
         return self.path
 
     def build(self) -> tuple[nn.Module, int]:
-        """The network with random weights, and the number of its features."""
+        """The network as the function returns it, and the number of its features."""
+        return self.build_for(None)
+
+    def build_for(self, image_size: int | None) -> tuple[nn.Module, int]:
+        """The network as the function returns it, and the number of its features, found by images of this size."""
         from cibl_ray.networks.backbones.module import build
 
-        return build(self.path)
+        return build(self.path, image_size)
 
-    def load(self, backbone: nn.Module) -> str | None:
-        """Load the weights that `weights` names, and say where they came from."""
-        from cibl_ray.networks.backbones.weights import load_file
+    def code(self, backbone: nn.Module) -> str:
+        """A digest of the files that define the function and the network's layers."""
+        from cibl_ray.networks.backbones.module import code
 
-        return load_file(backbone, self.weights) if self.pretrained else None
+        return code(self.path, backbone)
 
 
 def _by_name(value: Any) -> Any:

@@ -18,7 +18,8 @@ from pipelines.common.errors import UserError
 log = logging.getLogger(__name__)
 
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "model_ema")  # what training scripts keep the weights under
-_OURS = "weights.backbone."  # in a checkpoint of this project
+# In a checkpoint of this project. The average comes first, where the run kept one: it is the network that was evaluated.
+_OURS = ("average.backbone.", "weights.backbone.")
 _OPTIONAL = "num_batches_tracked"  # batch normalisation's counter, which older files lack and which nothing here reads
 
 Tensors = dict[str, torch.Tensor]
@@ -75,8 +76,10 @@ def read_file(path: Path) -> Tensors:
     ):
         raise UserError(f"network.backbone.weights {str(path)!r} holds no state dict: names and tensors are expected")
     tensors = {str(name).removeprefix("module."): value for name, value in content.items()}
-    own = {name.removeprefix(_OURS): value for name, value in tensors.items() if name.startswith(_OURS)}
-    return own or tensors
+    for prefix in _OURS:
+        if own := {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}:
+            return own
+    return tensors
 
 
 def put(network: nn.Module, tensors: Tensors, source: str, classifier: tuple[str, ...]) -> None:
