@@ -297,6 +297,11 @@ def refused(*arguments):
 
 def test_mistakes_are_reported_in_a_line(folder):
     assert "error: --workers 0: give a number" in refused("quickstart", "--cluster", "--workers", "0")
+    for cpus in ("0", "-1"):
+        assert f"error: --cpus-per-worker {cpus}: give at least 1, or" in refused(
+            "quickstart", "--cluster", "--cpus-per-worker", cpus
+        )
+    assert "error: --max-failures -1: give at least 0" in refused("quickstart", "--cluster", "--max-failures", "-1")
     uneven = refused(*new(folder, "uneven"), "--cluster", "--workers", "2-3", "--accumulate", "2", "--batch_size", "64")
     assert "parts among 3 workers, which --workers 2-3 may have; change one of them" in uneven
     assert "there is room for" in ended(*start(folder, *new(folder, "many"), workers="400"), 2)
