@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -35,7 +36,7 @@ configure_ray_env(own=True)
 import ray.train  # noqa: E402
 from ray.exceptions import GetTimeoutError, RayActorError, RuntimeEnvSetupError  # noqa: E402
 
-from cibl_ray.cluster import cut_off  # noqa: E402
+from cibl_ray.cluster import cut_off, session  # noqa: E402
 from cibl_ray.cluster.failures import LostError, explain  # noqa: E402
 from cibl_ray.cluster.meeting import interface_of, largest_group  # noqa: E402
 from cibl_ray.cluster.options import Options, fitting_cpus, parse_workers, places  # noqa: E402
@@ -328,6 +329,16 @@ def test_a_cluster_that_cannot_be_joined_or_started_is_told_in_a_line(monkeypatc
     assert why(versions, "a:1").startswith("the cluster has another Ray or Python than this process: ")
     assert "\n" not in why(versions, "a:1")
     assert "RAY_AUTH_TOKEN" in why(ConnectionError("Failed to connect"), "a:1")
+
+
+@pytest.mark.parametrize("error", [TimeoutError(), RuntimeError("No node info found matching attributes: '' when trying")])
+def test_a_cluster_that_this_machine_is_no_node_of_is_told_from_one_that_is_away(monkeypatch, error):
+    monkeypatch.setattr(session, "_within", lambda seconds, act: error)
+    with socket.create_server(("127.0.0.1", 0)) as head:
+        address = f"127.0.0.1:{head.getsockname()[1]}"
+        told = f"--address {address}: it answers, but did not take this process in within 60 s; run the command on one of the "
+        with pytest.raises(UserError, match=re.escape(told)), cluster(address):
+            pass
 
 
 def test_errors_of_rays_own_are_a_line():
