@@ -55,6 +55,10 @@ def main() -> None:
     if arguments.resume is not None and arguments.name is not None:
         same_name(arguments.name, arguments.resume)
     storage = arguments.storage
+    if storage is not None:
+        from cibl_ray.cluster.storage import tidy
+
+        storage = tidy(storage)
     if arguments.resume is not None and "://" in arguments.resume:
         if not arguments.cluster:
             raise UserError(f"--resume {arguments.resume}: a run in an object store needs --cluster: add that")

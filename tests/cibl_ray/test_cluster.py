@@ -406,6 +406,14 @@ def test_the_workers_that_reach_each_other(cut, expected):
     assert largest_group([{b for b in range(4) if (a, b) not in cut} for a in range(4)]) == expected
 
 
+def test_a_path_as_storage_is_a_uri_in_what_is_advised(folder, tmp_path):
+    """As a path, `--resume` would train within the copy."""
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "config.yaml").touch()
+    told = refused(*new(folder, "a"), "--cluster", "--workers", "2", "--storage", tmp_path)
+    assert f"resume it with --resume {tmp_path.as_uri()}/a, or" in told
+
+
 def test_a_copy_in_a_store_is_what_a_run_goes_on_from(folder, undisturbed):
     """The store is a file:// URI here; the local folder, as on a node that is gone, is removed."""
     store = (folder / "store").as_uri()
