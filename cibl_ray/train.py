@@ -48,9 +48,17 @@ def main() -> None:
         if getattr(arguments, option) is not None and not arguments.cluster:
             hint = "; the loader's threads are --loader.workers" if option == "workers" else ""
             raise UserError(f"--{option.replace('_', '-')} belongs to --cluster: add that{hint}")
+    if arguments.cpus_per_worker is not None and arguments.cpus_per_worker < 1:
+        raise UserError(f"--cpus-per-worker {arguments.cpus_per_worker}: give at least 1, or leave it out for what fits")
+    if arguments.max_failures is not None and arguments.max_failures < 0:
+        raise UserError(f"--max-failures {arguments.max_failures}: give at least 0, which replaces no lost worker")
     if arguments.resume is not None and arguments.name is not None:
         same_name(arguments.name, arguments.resume)
     storage = arguments.storage
+    if storage is not None:
+        from cibl_ray.cluster.storage import tidy
+
+        storage = tidy(storage)
     if arguments.resume is not None and "://" in arguments.resume:
         if not arguments.cluster:
             raise UserError(f"--resume {arguments.resume}: a run in an object store needs --cluster: add that")

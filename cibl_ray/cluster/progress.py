@@ -116,7 +116,8 @@ class RelayedProgress:
             self._sent = []
 
     def _tell_images(self) -> None:
-        self._post("advance", self._images)
+        if self._images:
+            self._post("advance", self._images)
         self._images, self._told = 0, time.monotonic()
 
     def _post(self, kind: str, content: Any) -> None:

@@ -24,6 +24,7 @@ from pipelines.common.errors import UserError
 
 _ANSWER = 10.0  # seconds for a cluster's head node to accept a connection
 _JOIN = 60.0  # seconds for a cluster to take this process in
+_NO_NODE = "No node info found"  # what Ray says after as long where this machine is no node of the cluster
 
 
 @contextmanager
@@ -83,8 +84,13 @@ def _join(address: str) -> None:
 
 def _connect(place: str, named: str, **runtime_env: Any) -> None:
     error = _within(_JOIN, lambda: ray.init(address=place, runtime_env=runtime_env or None, **_QUIET))
-    if isinstance(error, TimeoutError):
+    if isinstance(error, TimeoutError) and place == "auto":
         raise UserError(f"{named}: no cluster answers within {_JOIN:g} s; give the head node's HOST:PORT")
+    if isinstance(error, TimeoutError) or _NO_NODE in str(error):  # its port has answered
+        raise UserError(
+            f"{named}: it answers, but did not take this process in within {_JOIN:g} s; run the command on one of the "
+            "cluster's nodes, or by ray job submit"
+        )
     if error is not None:
         raise UserError(f"{named}: {why(error, place)}") from error
 

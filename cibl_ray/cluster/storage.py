@@ -31,6 +31,14 @@ log = logging.getLogger(__name__)
 Stamp = tuple[int, int, int]
 
 
+def tidy(uri: str) -> str:
+    """The one spelling of a place by which it is compared: without a slash at its end, an absolute path as a file:// URI."""
+    if uri.startswith(("/", "~")):
+        return Path(uri).expanduser().as_uri()
+    path, mark, query = uri.partition("?")
+    return f"{path.rstrip('/')}{mark}{query}"
+
+
 def join(uri: str, name: str) -> str:
     """A run's place under `uri`, before what follows a question mark."""
     path, mark, query = uri.partition("?")
@@ -39,8 +47,8 @@ def join(uri: str, name: str) -> str:
 
 def split(uri: str) -> tuple[str, str]:
     """(the storage, the run's name) of a run's place."""
-    path, mark, query = uri.partition("?")
-    storage, _, name = path.rstrip("/").rpartition("/")
+    path, mark, query = tidy(uri).partition("?")
+    storage, _, name = path.rpartition("/")
     return f"{storage}{mark}{query}", name
 
 
@@ -118,9 +126,9 @@ class Mirror:
     def __init__(self, folder: Path, uri: str) -> None:
         from pyarrow import ArrowException, fs  # a run in one process does without
 
-        self._folder, self.uri = folder, uri
+        self._folder, self.uri = folder, tidy(uri)
         try:
-            self._files, self._top = fs.FileSystem.from_uri(uri)
+            self._files, self._top = fs.FileSystem.from_uri(self.uri)
             self._files.get_file_info(self._top)
         except (ArrowException, OSError, ValueError) as error:
             raise UserError(f"storage {uri!r} cannot be reached: {_first_line(error)}") from error
@@ -140,6 +148,7 @@ class Mirror:
             UserError: The folder holds another run, whose files a download would replace.
         """
         known = copy_of(self._folder)
+        known = None if known is None else tidy(known)
         if is_run(self._folder) and known != self.uri and (self.exists() or not resume):
             raise UserError(
                 f"run folder {str(self._folder)!r} holds another run than {self.uri}; move it away, or choose another --name"

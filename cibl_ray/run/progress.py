@@ -76,8 +76,8 @@ class Terminal:
             return
         self._done += images
         self._bar.update(images)
-        if self._bar.disable and time.monotonic() >= self._next_line:
-            now = time.monotonic()
+        now = time.monotonic()
+        if self._bar.disable and now >= self._next_line and self._done > self._done_before:
             self._next_line = now + LINE_EVERY
             rate = (self._done - self._done_before) / (now - self._since)
             left = max(self._total - self._done, 0) / rate

@@ -6,6 +6,7 @@ import importlib.util
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -50,8 +51,9 @@ class Trackers:
         """
         self._each(lambda tracker: tracker.begin(epoch, [*rows]))
         if wait:
+            deadline = time.monotonic() + _PATIENCE
             for channel in self._channels:
-                channel.wait(_PATIENCE)
+                channel.wait(max(deadline - time.monotonic(), 0.0))
 
     def row(self, row: Row) -> None:
         """Record an epoch."""
@@ -70,15 +72,20 @@ class Trackers:
         self._each(lambda tracker: tracker.bundle(folder))
 
     def close(self, status: Status, trials: int = 0) -> None:
-        """End, and wait a while until everything is sent.
+        """End, and wait until everything is sent: a minute at most for all trackers together, and longer for trials.
 
         Args:
             status: How the run or sweep ended.
             trials: The number of trials that may still have to be sent.
         """
         self._each(lambda tracker: tracker.close(status))
+        patience = _PATIENCE + trials * _PER_TRIAL
+        deadline = time.monotonic() + patience
         for channel in self._channels:
-            channel.finish(_PATIENCE + trials * _PER_TRIAL)
+            channel.last()
+        for channel in self._channels:
+            if not channel.finish(max(deadline - time.monotonic(), 0.0)):
+                log.warning("tracker %s is still busy after %g s; what it has not sent is lost", channel.name, patience)
         self._channels = []
 
     def _each(self, act: Callable[[Tracker], None]) -> None:
@@ -90,6 +97,7 @@ class _Direct:
     """A tracker that writes files: it works in the caller's thread."""
 
     def __init__(self, tracker: Tracker) -> None:
+        self.name = tracker.name
         self._tracker, self._failed = tracker, False
 
     def do(self, act: Callable[[Tracker], None]) -> None:
@@ -104,8 +112,12 @@ class _Direct:
     def wait(self, seconds: float) -> None:
         """What was asked for is done already."""
 
-    def finish(self, seconds: float) -> None:
-        """Likewise."""
+    def last(self) -> None:
+        """Nothing more will be asked for."""
+
+    def finish(self, seconds: float) -> bool:
+        """What was asked for is done already."""
+        return True
 
 
 class _Thread(_Direct):
@@ -126,12 +138,14 @@ class _Thread(_Direct):
         self._tasks.put(done.set)
         done.wait(seconds)
 
-    def finish(self, seconds: float) -> None:
-        """Wait for the rest, and end the thread."""
+    def last(self) -> None:
+        """End the thread after the rest."""
         self._tasks.put(None)
+
+    def finish(self, seconds: float) -> bool:
+        """Wait for the rest. Returns whether it was done in time."""
         self._thread.join(seconds)
-        if self._thread.is_alive():
-            log.warning("tracker %s is still busy after %g s; what it has not sent is lost", self._tracker.name, seconds)
+        return not self._thread.is_alive()
 
     def _work(self) -> None:
         while (task := self._tasks.get()) is not None:

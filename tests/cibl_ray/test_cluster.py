@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -35,7 +36,7 @@ configure_ray_env(own=True)
 import ray.train  # noqa: E402
 from ray.exceptions import GetTimeoutError, RayActorError, RuntimeEnvSetupError  # noqa: E402
 
-from cibl_ray.cluster import cut_off  # noqa: E402
+from cibl_ray.cluster import cut_off, session  # noqa: E402
 from cibl_ray.cluster.failures import LostError, explain  # noqa: E402
 from cibl_ray.cluster.meeting import interface_of, largest_group  # noqa: E402
 from cibl_ray.cluster.options import Options, fitting_cpus, parse_workers, places  # noqa: E402
@@ -297,6 +298,11 @@ def refused(*arguments):
 
 def test_mistakes_are_reported_in_a_line(folder):
     assert "error: --workers 0: give a number" in refused("quickstart", "--cluster", "--workers", "0")
+    for cpus in ("0", "-1"):
+        assert f"error: --cpus-per-worker {cpus}: give at least 1, or" in refused(
+            "quickstart", "--cluster", "--cpus-per-worker", cpus
+        )
+    assert "error: --max-failures -1: give at least 0" in refused("quickstart", "--cluster", "--max-failures", "-1")
     uneven = refused(*new(folder, "uneven"), "--cluster", "--workers", "2-3", "--accumulate", "2", "--batch_size", "64")
     assert "parts among 3 workers, which --workers 2-3 may have; change one of them" in uneven
     assert "there is room for" in ended(*start(folder, *new(folder, "many"), workers="400"), 2)
@@ -323,6 +329,16 @@ def test_a_cluster_that_cannot_be_joined_or_started_is_told_in_a_line(monkeypatc
     assert why(versions, "a:1").startswith("the cluster has another Ray or Python than this process: ")
     assert "\n" not in why(versions, "a:1")
     assert "RAY_AUTH_TOKEN" in why(ConnectionError("Failed to connect"), "a:1")
+
+
+@pytest.mark.parametrize("error", [TimeoutError(), RuntimeError("No node info found matching attributes: '' when trying")])
+def test_a_cluster_that_this_machine_is_no_node_of_is_told_from_one_that_is_away(monkeypatch, error):
+    monkeypatch.setattr(session, "_within", lambda seconds, act: error)
+    with socket.create_server(("127.0.0.1", 0)) as head:
+        address = f"127.0.0.1:{head.getsockname()[1]}"
+        told = f"--address {address}: it answers, but did not take this process in within 60 s; run the command on one of the "
+        with pytest.raises(UserError, match=re.escape(told)), cluster(address):
+            pass
 
 
 def test_errors_of_rays_own_are_a_line():
@@ -388,6 +404,14 @@ def test_the_interface_of_an_address():
 )
 def test_the_workers_that_reach_each_other(cut, expected):
     assert largest_group([{b for b in range(4) if (a, b) not in cut} for a in range(4)]) == expected
+
+
+def test_a_path_as_storage_is_a_uri_in_what_is_advised(folder, tmp_path):
+    """As a path, `--resume` would train within the copy."""
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "config.yaml").touch()
+    told = refused(*new(folder, "a"), "--cluster", "--workers", "2", "--storage", tmp_path)
+    assert f"resume it with --resume {tmp_path.as_uri()}/a, or" in told
 
 
 def test_a_copy_in_a_store_is_what_a_run_goes_on_from(folder, undisturbed):

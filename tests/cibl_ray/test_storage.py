@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save as to_bytes
 
-from cibl_ray.cluster.storage import Mirror, fetched, join, split, sync_with_copy
+from cibl_ray.cluster.storage import Mirror, fetched, join, split, sync_with_copy, tidy
 from cibl_ray.cluster.uploads import uploads
 from cibl_ray.run.folder import PREVIOUS
 from cibl_ray.run.progress import Lines, Silent
@@ -38,6 +38,22 @@ def test_a_stores_run_never_replaces_another(tmp_path):
     assert (other / "config.yaml").read_text() == "another"
     with pytest.raises(UserError, match="cannot be reached"):
         Mirror(folder, "nothing://here")
+
+
+def test_a_place_has_one_spelling(tmp_path, monkeypatch):
+    """A slash at the end, and a path in the place of a URI: by whichever a run began, by each it is the same run."""
+    assert tidy("s3://bucket/runs/a/?region=x") == "s3://bucket/runs/a?region=x"
+    assert tidy("/mnt/my backup/") == "file:///mnt/my%20backup"
+    monkeypatch.chdir(tmp_path)
+    store, folder = f"{tmp_path.as_uri()}/store", tmp_path / "runs" / "a"
+    saved(folder, 1)
+    assert sync_with_copy(folder, f"{store}/") == f"{store}/"
+    assert fetched(f"{store}/a/") == (store, folder)
+    assert (folder / ".storage").read_text() == f"{store}/a"
+    for earlier in (f"{store}/a/", str(tmp_path / "store" / "a")):  # what earlier versions wrote there
+        (folder / ".storage").write_text(earlier)
+        assert sync_with_copy(folder, None) == store
+        assert fetched(f"{store}/a/") == (store, folder)
 
 
 def saved(folder, epoch, step=0):

@@ -329,6 +329,25 @@ def test_nothing_waits_for_a_slow_tracker(caplog, monkeypatch):
     ends.set()
 
 
+def test_all_trackers_together_have_a_minute(monkeypatch):
+    """A server that is slow takes the time of the others, too."""
+    now, given = [0.0], []
+
+    def wait(channel, seconds):  # each is busy for 45 s
+        given.append(seconds)
+        now[0] += min(seconds, 45.0)
+        return seconds >= 45
+
+    monkeypatch.setattr(tracking.time, "monotonic", lambda: now[0])
+    for name in ("wait", "finish"):
+        monkeypatch.setattr(tracking._Thread, name, wait)
+    trackers = Trackers([Fails("one", True), Fails("two", True), Fails("three", True)])
+    trackers.begin(0, [], wait=True)
+    assert given == [60, 15, 0]
+    trackers.close("finished", trials=2)
+    assert given[3:] == [80, 35, 0]
+
+
 def test_a_copy_has_no_trackers():
     """Ray Tune pickles what it calls in the driver."""
     fails = Fails("here", False)
