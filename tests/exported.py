@@ -6,6 +6,8 @@ import tarfile
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
 from cibl_ray.config import build_config
 from cibl_ray.run.progress import Silent
@@ -21,6 +23,26 @@ def small_run(folder: Path, *options: str) -> Path:
     config = build_config(read_config(find_config("quickstart")), arguments, "test")
     fit(config, folder / "digits", False, World(), Silent())
     return folder / "digits"
+
+
+def mostly_linear() -> nn.Module:
+    """A backbone as a transformer's layers are: patches by a convolution, then matrix products, images to (M, 48)."""
+    layers = [layer for _ in range(3) for layer in (nn.Linear(48, 48), nn.GELU())]
+    return nn.Sequential(nn.Conv2d(3, 48, 4, stride=4), nn.Flatten(2), Tokens(), *layers, Mean())
+
+
+class Tokens(nn.Module):
+    """(M, D, T) to (M, T, D)."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.transpose(1, 2)
+
+
+class Mean(nn.Module):
+    """(M, T, D) to (M, D)."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.mean(1)
 
 
 @pytest.fixture(scope="session")

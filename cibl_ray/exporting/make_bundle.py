@@ -24,7 +24,7 @@ from cibl_ray.bundle.runtime import Provider, Runtime
 from cibl_ray.bundle.targets import Target, this_machine
 from cibl_ray.config import RunConfig
 from cibl_ray.evaluation.metrics import Scores, score, table
-from cibl_ray.exporting.onnx_graph import depthwise, export_base, finish, to_fp16, to_int8
+from cibl_ray.exporting.onnx_graph import depthwise, export_base, finish, float_layers, to_fp16, to_int8
 from cibl_ray.exporting.report import save_tail_shift, write_model_card
 from cibl_ray.hardware import resolve
 from cibl_ray.networks.network import HybridNetwork
@@ -235,11 +235,19 @@ class _Export:
         target = self.options.target or this_machine()
         calibration = self._calibration()
         log.info("calibrating int8 for %s on %d training images, as many of each class", target, len(calibration))
-        kept = to_int8(bases["fp32"], bases["int8"], calibration, target, float_depthwise)
+        to_int8(bases["fp32"], bases["int8"], calibration, target, float_depthwise)
+        kept = float_layers(bases["int8"])
+        if kept.share > 0.5 and not float_depthwise:  # else it was said of the first try
+            log.warning(
+                "int8: %.0f %% of the weights stay in float32, because linear layers are not converted; "
+                "fp16 makes a smaller file",
+                100 * kept.share,
+            )
         of_int8 = {
             "target": target,
             "calibration_images": len(calibration),
-            "float_layers": ["what follows the pooling", *kept],
+            "float_layers": {"convolutions": kept.convolutions, "linear": kept.linear},
+            "float_share": round(kept.share, 4),
         }
         self.source = {**self.source, "int8": of_int8}
 

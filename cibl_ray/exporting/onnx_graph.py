@@ -12,6 +12,8 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -130,13 +132,14 @@ def to_fp16(base: Path, path: Path) -> None:
     onnx.save(convert_float_to_float16(onnx.load(base), keep_io_types=True), path)
 
 
-def to_int8(base: Path, path: Path, images: np.ndarray, target: Target, float_depthwise: bool = False) -> list[str]:
+def to_int8(base: Path, path: Path, images: np.ndarray, target: Target, float_depthwise: bool = False) -> None:
     """Convert the base graph to int8 convolutions (QDQ, a scale for each output channel).
 
     x86: uint8 activations, int8 weights, for CPUs with VNNI. x86-avx2: the same in 7 bits, which older CPUs add up without
     overflow. arm: int8 throughout, symmetric, which TensorRT takes too. Of several ways to choose the ranges (the extremes, or
-    nearly all values), the one whose logits are nearest to float32's on these images is kept. What follows the pooling, a few
-    products a class, stays in float32: it costs no time and would cost rare classes accuracy.
+    nearly all values), the one whose logits are nearest to float32's on these images is kept. Linear layers stay in float32.
+    Behind the pooling of a convolutional network they cost no time, and in int8 they would cost rare classes accuracy. Of a
+    transformer they are nearly all weights; `float_layers` says how many.
 
     Args:
         base: The base graph.
@@ -145,9 +148,6 @@ def to_int8(base: Path, path: Path, images: np.ndarray, target: Target, float_de
         target: The CPU that it is for.
         float_depthwise: Whether depthwise convolutions stay in float32, too: they have few weights, and each channel's range
             is its own, so that they lose most.
-
-    Returns:
-        The names of the convolutions that stay in float32.
     """
     from onnxruntime.quantization import CalibrationMethod
     from onnxruntime.quantization.shape_inference import quant_pre_process
@@ -167,7 +167,6 @@ def to_int8(base: Path, path: Path, images: np.ndarray, target: Target, float_de
         if apart < nearest:
             nearest = apart
             tried.replace(path)
-    return kept
 
 
 def depthwise(model: Path) -> list[str]:
@@ -180,6 +179,43 @@ def depthwise(model: Path) -> list[str]:
         if node.op_type == "Conv"
     }
     return [name for name, (count, shape) in groups.items() if count > 1 and count == shape[0]]
+
+
+@dataclass(frozen=True)
+class FloatLayers:
+    """The layers of an int8 graph whose weights stay in float32.
+
+    Attributes:
+        convolutions: Their names.
+        linear: The names of the matrix products.
+        share: The share of all layers' weights that these have, from 0 to 1.
+    """
+
+    convolutions: list[str]
+    linear: list[str]
+    share: float
+
+
+def float_layers(model: Path) -> FloatLayers:
+    """Read an int8 graph: what of it has stayed in float32.
+
+    Args:
+        model: The graph.
+    """
+    graph = onnx.load(model).graph
+    sizes = {weights.name: math.prod(weights.dims) for weights in graph.initializer}
+    converted = {node.output[0]: sizes.get(node.input[0], 0) for node in graph.node if node.op_type == "DequantizeLinear"}
+    found: dict[str, list[str]] = {"Conv": [], "MatMul": [], "Gemm": []}
+    kept = total = 0
+    for node in graph.node:
+        if node.op_type not in found:
+            continue
+        in_float = sum(sizes.get(name, 0) for name in node.input[:2])  # the third is a bias
+        total += in_float + sum(converted.get(name, 0) for name in node.input[:2])
+        if in_float:
+            kept += in_float
+            found[node.op_type].append(node.name)
+    return FloatLayers(found["Conv"], [*found["MatMul"], *found["Gemm"]], kept / total if total else 0.0)
 
 
 def _quantize(

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines.common.fonts import save
+from pipelines.common.words import plural
 from pipelines.prepare.pictures import COLORS
 from pipelines.prepare.shots import GROUPS
 
@@ -134,12 +135,14 @@ def _own_shift(default: float) -> str:
 
 def _float_lines(of_int8: dict[str, Any] | None) -> list[str]:
     """Which layers of int8 are in float32; nothing of a bundle without int8, or of an earlier version."""
-    layers = (of_int8 or {}).get("float_layers")
-    if layers is None:
+    if not of_int8 or "float_share" not in of_int8:
         return []
-    first, *convolutions = layers
-    more = f", and {len(convolutions)} depthwise convolutions: with them in int8 a group lost too much" if convolutions else ""
-    return ["", f"int8 has a scale for each output channel. In float32 stays {first}{more}."]
+    linear, convolutions = (of_int8["float_layers"][kind] for kind in ("linear", "convolutions"))
+    kept = [plural(len(linear), "linear layer")] if linear else []
+    if convolutions:
+        kept.append(f"{plural(len(convolutions), 'depthwise convolution')} (with them in int8 a group lost too much)")
+    share = f"{100 * of_int8['float_share']:.0f} % of the weights stay in float32"
+    return ["", f"int8 has a scale for each output channel. {share}: {' and '.join(kept) or 'no layer'}."]
 
 
 def pretrained_lines(pretrained: dict[str, Any] | None) -> list[str]:

@@ -177,12 +177,38 @@ def test_int8_that_loses_too_much_keeps_depthwise_convolutions_in_float32(tmp_pa
     for name, node in of.items():  # quantised weights come out of a DequantizeLinear
         assert (node.input[1] in weights) == (name in kept), name
     card = open_bundle(made.folder).card
-    first, *convolutions = card.source["int8"]["float_layers"]
-    assert first == "what follows the pooling"
-    assert sorted(convolutions) == sorted(kept)
+    layers = card.source["int8"]["float_layers"]
+    assert sorted(layers["convolutions"]) == sorted(kept)
+    assert len(layers["linear"]) == 1  # the head
     assert any(f"its {len(kept)} depthwise convolutions stay in float32" in line for line in caplog.messages)
-    said = f"In float32 stays what follows the pooling, and {len(kept)} depthwise convolutions: with them in int8"
+    said = f"stay in float32: 1 linear layer and {len(kept)} depthwise convolutions (with them in int8 a group lost too much)."
     assert said in (made.folder / "README.md").read_text()
+
+
+def test_int8_of_linear_layers_says_that_they_stay_in_float32(tmp_path, caplog):
+    """Of a transformer they are nearly all weights, and the file is nearly that of float32."""
+    run = small_run(
+        tmp_path, "--network.backbone", "{kind: module, path: tests.exported.mostly_linear}", "--epochs", "1",
+        "--warmup_epochs", "0", "--loss", "{kind: cross_entropy}",
+    )  # fmt: skip
+    options = Options(precisions=("fp32", "int8"), calibration=20, max_drop=100, provider="cpu")
+    made = make_bundle(run / "checkpoints" / "last.safetensors", tmp_path / "out", options)
+    of_int8 = open_bundle(made.folder).card.source["int8"]
+    linear, convolution = 3 * 48 * 48 + 48 * 10, 48 * 3 * 4 * 4
+    assert of_int8["float_share"] == pytest.approx(linear / (linear + convolution), abs=1e-4)  # 76 %
+    assert (len(of_int8["float_layers"]["linear"]), of_int8["float_layers"]["convolutions"]) == (4, [])
+    told = "int8: 76 % of the weights stay in float32, because linear layers are not converted; fp16 makes a smaller file"
+    assert caplog.messages.count(told) == 1
+    assert "76 % of the weights stay in float32: 4 linear layers." in (made.folder / "README.md").read_text()
+
+
+def test_the_card_says_what_int8_leaves_in_float32(bundle):
+    """A convolutional network: the head, and the two layers of the embedding."""
+    of_int8 = open_bundle(bundle).card.source["int8"]
+    linear, convolutions = 10 * 64 + 512 * 64 + 128 * 512, 267_696  # of ResNet-20
+    assert of_int8["float_share"] == pytest.approx(linear / (linear + convolutions), abs=1e-4)
+    assert (len(of_int8["float_layers"]["linear"]), of_int8["float_layers"]["convolutions"]) == (3, [])
+    assert "27 % of the weights stay in float32: 3 linear layers." in (bundle / "README.md").read_text()
 
 
 @pytest.mark.parametrize(
