@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import functools
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -24,6 +25,7 @@ from pipelines.loaders.reading import Share
 T = TypeVar("T")
 
 EXCHANGE_TIMEOUT = timedelta(minutes=10)  # without an answer, after which a worker counts as lost
+_STILL_AT_WORK = 60.0  # seconds after which a worker that works longer says so, well below the above
 
 
 class PeerLostError(RuntimeError):
@@ -135,23 +137,66 @@ class World:
     def broadcast_from_rank0(self, make: Callable[[], T]) -> T:
         """Call `make` on rank 0 and return its result on every rank.
 
+        Args:
+            make: Takes as long as it needs, and calls no collective.
+
         Raises:
             UserError: On every rank, if `make` raises it on rank 0.
         """
         if self.size == 1:
             return make()
-        box: list[Any] = [None]
-        if self.is_rank0:
+
+        def made() -> T | UserError | None:
             try:
-                box = [make()]
+                return make() if self.is_rank0 else None
             except UserError as error:
-                box = [error]
+                return error
+
+        box: list[Any] = [self.work_together(made)]
         with self.timed_collective():
             dist.broadcast_object_list(box, src=0, group=self._cpu)
         if isinstance(box[0], UserError):
             raise box[0]
         result: T = box[0]
         return result
+
+    def work_together(self, work: Callable[[], T]) -> T:
+        """Call `work`, and return when every worker's has returned. A worker whose takes long does not count as lost.
+
+        Args:
+            work: Calls no collective.
+
+        Returns:
+            What this worker's `work` returned.
+
+        Raises:
+            PeerLostError: Another worker ended.
+        """
+        if self.size == 1:
+            return work()
+        done = threading.Event()
+
+        def say_so() -> None:
+            with suppress(RuntimeError):  # a worker is lost: the collective below says so
+                while not done.wait(_STILL_AT_WORK):
+                    self._any_at_work(True)
+
+        thread = threading.Thread(target=say_so, name="still at work", daemon=True)
+        thread.start()
+        try:
+            result = work()
+        finally:
+            done.set()
+            thread.join()
+        with self.timed_collective():
+            while self._any_at_work(False):
+                pass
+        return result
+
+    def _any_at_work(self, own: bool) -> bool:
+        at_work = torch.tensor(float(own))
+        dist.all_reduce(at_work, group=self._cpu)
+        return bool(at_work)
 
     def all_gather(self, value: T) -> list[T]:
         """The `value` of every worker, in the order of rank, on every rank."""

@@ -120,7 +120,7 @@ class FeatureLoaders:
 
             if self._world.size > 1:
                 self._world.broadcast_from_rank0(lambda: compute() is None)
-            self._features[split] = compute()
+            self._features[split] = self._world.work_together(compute)  # another machine computes its own
         return self._features[split]
 
     def labels(self, split: str) -> np.ndarray:

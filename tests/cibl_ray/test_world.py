@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ import torch.distributed as dist
 from timm.layers import BatchNormAct2d
 from torch import nn
 
+from cibl_ray import world as world_module
 from cibl_ray.config import OptimizerConfig, build_config
 from cibl_ray.losses.objective import Images, Objective
 from cibl_ray.networks.config import Adapters, LastBlocks, Norms
@@ -31,6 +33,7 @@ from cibl_ray.training.optimizer import make_optimizer
 from cibl_ray.training.sharpness import at_the_peak
 from cibl_ray.world import PeerLostError, World
 from pipelines.common.config_file import find_config, read_config
+from pipelines.common.errors import UserError
 from pipelines.loaders.reading import Share
 from tests.conftest import REPOSITORY
 
@@ -311,6 +314,12 @@ def test_a_lost_worker_is_named_so(tmp_path):
     assert "lost contact with the other workers" in output
 
 
+def test_a_worker_that_works_longer_than_the_others_wait_is_not_lost(tmp_path):
+    for rank, (status, output) in enumerate(spawn("slow", 2, tmp_path)):
+        assert status == 0, output
+        assert output.splitlines() == ["made 0", str(rank), "too little memory"]
+
+
 def test_one_process_is_a_world_of_its_own():
     world, x = World(), torch.randn(3)
     assert (world.rank, world.size, world.is_rank0, world.fraction(7)) == (0, 1, True, 1.0)
@@ -318,6 +327,7 @@ def test_one_process_is_a_world_of_its_own():
     assert world.gather_to_rank0(x) is x
     assert world.broadcast_from_rank0(lambda: "made") == "made"
     assert world.all_gather("made") == ["made"]
+    assert world.work_together(lambda: "made") == "made"
 
 
 def test_torchrun_starts_the_same_workers(tmp_path):
@@ -459,9 +469,31 @@ def _lost(world, folder):
         print(error)
 
 
+def _slow(world, folder):
+    """Rank 0, then rank 1, takes longer than the process group's timeout."""
+    dist.barrier()  # the timeout below is also that of meeting
+    world._cpu = dist.new_group(backend="gloo", timeout=timedelta(seconds=2))
+    world_module._STILL_AT_WORK = 0.1
+
+    def work(slow):
+        time.sleep(3 * slow)
+        return world.rank
+
+    def fail():
+        time.sleep(0.3)
+        raise UserError("too little memory")
+
+    print("made", world.broadcast_from_rank0(lambda: work(slow=True)))
+    print(world.work_together(lambda: work(slow=world.rank == 1)))
+    try:
+        world.broadcast_from_rank0(fail)
+    except UserError as error:
+        print(error)
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     store = dist.FileStore(os.environ["STORE"], int(os.environ["WORLD_SIZE"]))
     dist.init_process_group("gloo", store=store, rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"]))
-    {"steps": _steps, "lost": _lost}[sys.argv[1]](World(), Path(sys.argv[2]))
+    {"steps": _steps, "lost": _lost, "slow": _slow}[sys.argv[1]](World(), Path(sys.argv[2]))
     dist.destroy_process_group()
