@@ -42,6 +42,10 @@ def test_ray_up_file_keeps_rays_schema():
     validate_config(content)
     assert content["available_node_types"][content["head_node_type"]]["max_workers"] == 0
     assert any("requirements.lock" in command for command in content["setup_commands"])
+    # The workers write to the store: Ray gives an instance profile of its own to the head alone.
+    workers = content["available_node_types"]["gpu"]["node_config"]
+    assert workers["IamInstanceProfile"]["Arn"].startswith("arn:aws:iam::ACCOUNT:instance-profile/")
+    assert {kind["node_config"]["ImageId"] for kind in content["available_node_types"].values()} == {"AMI"}
     lines = [line.lstrip("# ").rstrip("\\ ") for line in (FILES / "ray_up.yaml").read_text().splitlines()]
     first = next(number for number, line in enumerate(lines) if line.startswith("python -m"))
     assert_trains(" ".join(lines[first : first + 3]).split(), "/data/")

@@ -4,10 +4,20 @@ from __future__ import annotations
 
 import os
 import secrets
+from pathlib import Path
 
 _TOKEN = secrets.token_hex(32)  # of the clusters that this process starts
 HEALTH_CHECK = "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"
+_TRACKERS_PLACES = ("MLFLOW_TRACKING_URI", "WANDB_DIR")  # Ray's processes work in folders of their own
 _OWN = "CIBL_RAY_OWN_CLUSTER"  # inherited by the cluster's processes
+
+
+def _absolute(place: str) -> str:
+    """A tracker's path, or database in a file, as an absolute one. Any other place as it is."""
+    scheme, separator, path = place.partition(":///")
+    if scheme == "sqlite" and separator:
+        return f"sqlite:///{Path(path).absolute()}"
+    return place if ":" in place or place in ("", "databricks", "databricks-uc") else str(Path(place).absolute())
 
 
 def is_own_cluster() -> bool:
@@ -30,6 +40,9 @@ def configure_ray_env(own: bool) -> None:
     os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")  # a failed trial may end before its first score
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # Ray Tune's tables; the sweep prints its own lines
     os.environ.setdefault("RAY_COLOR_PREFIX", "0")
+    for name in _TRACKERS_PLACES:
+        if name in os.environ:
+            os.environ[name] = _absolute(os.environ[name])
     if not own:
         # Of a worker's host that does not answer. Ray Train waits ten minutes by default.
         os.environ.setdefault(HEALTH_CHECK, "45")

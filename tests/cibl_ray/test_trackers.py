@@ -20,6 +20,7 @@ import yaml
 
 import cibl_ray
 from cibl_ray import train, tune
+from cibl_ray.cluster.environment import configure_ray_env
 from cibl_ray.run.log import RunLog
 from cibl_ray.tracking import trackers as tracking
 from cibl_ray.tracking.base import Memory, Tracker
@@ -384,3 +385,26 @@ def test_a_damaged_memory_is_an_empty_one(tmp_path):
     assert Memory(tmp_path).read("mlflow") == {}
     Memory(tmp_path).write("mlflow", run="a")
     assert Memory(tmp_path).read("mlflow") == {"run": "a"}
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ("sqlite:///mlflow.db", "sqlite:///{here}/mlflow.db"),
+        ("sqlite:////data/mlflow.db", "sqlite:////data/mlflow.db"),
+        ("mlruns", "{here}/mlruns"),
+        ("/data/mlruns", "/data/mlruns"),
+        ("http://127.0.0.1:5000", "http://127.0.0.1:5000"),
+        ("databricks", "databricks"),
+        ("databricks://profile", "databricks://profile"),
+    ],
+)
+def test_a_trackers_place_is_the_same_in_rays_processes(given, wanted, tmp_path, monkeypatch):
+    """They work in folders of their own, to which a relative place would be relative."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", given)
+    monkeypatch.setenv("WANDB_DIR", "wandb")
+    with patch.dict(os.environ):
+        configure_ray_env(own=True)
+        assert os.environ["MLFLOW_TRACKING_URI"] == wanted.format(here=tmp_path)
+        assert os.environ["WANDB_DIR"] == str(tmp_path / "wandb")
