@@ -62,6 +62,12 @@ def main() -> None:
     if arguments.resume is not None and "://" in arguments.resume:
         if not arguments.cluster:
             raise UserError(f"--resume {arguments.resume}: a run in an object store needs --cluster: add that")
+        if storage is not None:
+            raise UserError(f"--storage {storage}: --resume names the copy itself, which goes on; leave --storage out")
+        if arguments.print_config:
+            raise UserError(
+                f"--print-config would fetch the run: its configuration is {arguments.resume.rstrip('/')}/config.yaml"
+            )
         from cibl_ray.cluster.storage import fetched
         from cibl_ray.training.resume import resumed
 
@@ -71,7 +77,7 @@ def main() -> None:
         from cibl_ray.training.resume import resumed
 
         folder = Path(arguments.resume)
-        if arguments.cluster:
+        if arguments.cluster and not arguments.print_config:
             from cibl_ray.cluster.storage import sync_with_copy
 
             storage = sync_with_copy(folder.absolute(), storage)

@@ -43,7 +43,9 @@ from pipelines.prepare.build import ensure_prepared
 
 __all__ = ["FAILURES", "Options", "Shape", "cluster", "fit_on_cluster", "launch", "parse_workers", "places", "polite_end"]
 
-_SAVING = 20.0  # seconds for the workers to save and end, when the driver is asked to stop
+# Seconds for the workers to save, to send what was saved to a store, and to end, when the driver is asked to stop. Slurm's
+# signal comes two minutes before the end (configs/cluster/slurm.sh). A second Ctrl-C ends at once.
+_SAVING = 100.0
 _ANSWER = 3.0  # seconds for the head node to say whether they have a place
 
 

@@ -638,6 +638,9 @@ def test_options_of_a_cluster_need_one():
         run("train", "quickstart", "--workers", "4"), "--workers belongs to --cluster: add that; the loader's threads"
     )
     one_line_error(run("train", "quickstart", "--max-failures", "0"), "--max-failures belongs to --cluster")
+    copy = ["--resume", "file:///nowhere/runs/a/", "--cluster"]
+    one_line_error(run("train", *copy, "--storage", "file:///other"), "--resume names the copy itself, which goes on")
+    one_line_error(run("train", *copy, "--print-config"), "its configuration is file:///nowhere/runs/a/config.yaml")
 
 
 def test_too_small_an_image_leaves_no_folder(folders):
