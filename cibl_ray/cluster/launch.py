@@ -144,7 +144,7 @@ def launch(
         given = {
             "config": config.model_dump(mode="json"), "folder": str(folder), "resume": resume, "storage": storage,
             "relay": watch.relay, "cpus": shape.cpus, "mark": mark, "meeting": meeting if is_own_cluster() else None,
-            "places": trial_places, "least": least,
+            "places": trial_places, "least": least, "run": name,
         }  # fmt: skip
         # Ray Train wants a place that all nodes see; nothing of ours is kept there.
         own = is_own_cluster()

@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import os
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
-from cibl_ray.run.folder import CHECKPOINTS, CONFIG, COPY, LAST, LOCK, PREVIOUS, RESULT, copy_of, is_run
+from cibl_ray.run.folder import CHECKPOINTS, CONFIG, COPY, LAST, LOCK, PREVIOUS, RESULT, copy_of, identity, is_run
 from cibl_ray.run.head import reached, reached_in
 from pipelines.common.errors import UserError
 
@@ -132,29 +133,36 @@ class Mirror:
             self._files.get_file_info(self._top)
         except (ArrowException, OSError, ValueError) as error:
             raise UserError(f"storage {uri!r} cannot be reached: {_first_line(error)}") from error
+        self._run = ""
         self._sent: dict[str, tuple[Stamp, str]] = {}  # what the copy has of each file, with its SHA-256
 
     def exists(self) -> bool:
         """Whether a run with a configuration is there."""
         return bool(self._files.get_file_info(f"{self._top}/{CONFIG}").is_file)
 
-    def claim(self, resume: bool) -> None:
+    def claim(self, resume: bool, run: str = "") -> None:
         """Make the folder this run's.
 
         Args:
             resume: Whether the run has begun before.
+            run: The identity of a run that begins, the same for workers that replace lost ones. A run that is resumed keeps
+                the identity that its copy has. Runs of earlier versions have none.
 
         Raises:
-            UserError: The folder holds another run, whose files a download would replace.
+            UserError: The folder holds another run, which would be continued, or whose files a download would replace.
         """
-        known = copy_of(self._folder)
-        known = None if known is None else tidy(known)
-        if is_run(self._folder) and known != self.uri and (self.exists() or not resume):
+        known, here, there = copy_of(self._folder), identity(self._folder), self._listed("run")
+        same_place = known is not None and tidy(known) == self.uri
+        same_run = here == run if not resume else there in (None, here) or not here
+        if is_run(self._folder) and not (same_place and same_run) and (self.exists() or not resume):
+            earlier = "an earlier" if same_place else "another"
             raise UserError(
-                f"run folder {str(self._folder)!r} holds another run than {self.uri}; move it away, or choose another --name"
+                f"run folder {str(self._folder)!r} on {socket.gethostname()} holds {earlier} run than {self.uri}; "
+                "move it away, or choose another --name"
             )
+        self._run = str(there or here) if resume else run
         self._folder.mkdir(parents=True, exist_ok=True)
-        (self._folder / COPY).write_text(self.uri)
+        (self._folder / COPY).write_text(f"{self.uri}\n{self._run}".strip())
 
     def behind(self) -> bool:
         """Whether the folder has been trained further than the copy: without it, or by a process that ended in between."""
@@ -232,10 +240,17 @@ class Mirror:
     def _digests(self) -> dict[str, str]:
         """SHA-256 of the files in the copy, from its manifest; empty where it has none, as those of earlier versions."""
         try:
-            with self._files.open_input_stream(f"{self._top}/{MANIFEST}") as file:
-                return {name: str(of["sha256"]) for name, of in json.loads(file.read())["files"].items()}
-        except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+            return {name: str(of["sha256"]) for name, of in self._listed("files").items()}
+        except (KeyError, TypeError, AttributeError):
             return {}
+
+    def _listed(self, key: str) -> Any:
+        """What the copy's manifest says; None where it lacks that, is damaged or is not there."""
+        try:
+            with self._files.open_input_stream(f"{self._top}/{MANIFEST}") as file:
+                return json.loads(file.read())[key]
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            return None
 
     def upload(self) -> None:
         """Bring the copy up to date.
@@ -293,7 +308,8 @@ class Mirror:
         return None
 
     def _list(self, digests: dict[str, str], place: str) -> None:
-        content = {"files": {name: {"sha256": digest} for name, digest in sorted(digests.items())}}
+        content: dict[str, Any] = {"run": self._run} if self._run else {}
+        content |= {"files": {name: {"sha256": digest} for name, digest in sorted(digests.items())}}
         with self._files.open_output_stream(place) as target:
             target.write(json.dumps(content, indent=1).encode())
 

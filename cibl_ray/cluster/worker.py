@@ -78,7 +78,7 @@ def train_in_worker(given: dict[str, Any]) -> None:
         mirror = None
         if given["storage"] is not None and first:
             mirror = Mirror(folder, join(given["storage"], folder.name))
-            mirror.claim(given["resume"])
+            mirror.claim(given["resume"], given["run"])
             if mirror.exists() and not mirror.behind():  # what was saved here and not sent any more is this run's too
                 mirror.download()
         same_folder(folder, given["mark"])  # on every node: any may have rank 0 after a loss

@@ -30,7 +30,7 @@ HISTOGRAM, CURVES, BY_CLASS = "class_counts.png", "learning_curves.png", "accura
 IMAGES = "images.txt.gz"  # names of the images that it was trained on and chosen by
 CONFUSION = ("confusion.html", "confusion.json")
 SWEEP, SWEEP_RUNS = "sweep.json", "trials"  # in a sweep's folder
-COPY = ".storage"  # where the run's copy in an object store is
+COPY = ".storage"  # where the run's copy in an object store is, and which run of its name this is
 
 
 def resume_command(run: Path | str) -> str:
@@ -103,7 +103,13 @@ def same_name(name: str, resumed: str) -> None:
 def copy_of(folder: Path) -> str | None:
     """The URI of a run folder's copy, or None."""
     mark = folder / COPY
-    return mark.read_text(errors="replace").strip() if mark.is_file() else None
+    return mark.read_text(errors="replace").strip().partition("\n")[0] if mark.is_file() else None
+
+
+def identity(folder: Path) -> str:
+    """What tells a run that has a copy from others of its name; empty where it has no copy, or is of an earlier version."""
+    mark = folder / COPY
+    return mark.read_text(errors="replace").strip().partition("\n")[2] if mark.is_file() else ""
 
 
 def lock_folder(folder: Path, doing: str, patience: float) -> AbstractContextManager[None]:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 import threading
 
 import pytest
@@ -54,6 +55,38 @@ def test_a_place_has_one_spelling(tmp_path, monkeypatch):
         (folder / ".storage").write_text(earlier)
         assert sync_with_copy(folder, None) == store
         assert fetched(f"{store}/a/") == (store, folder)
+
+
+def test_what_an_earlier_run_of_the_name_left_on_a_node_is_not_continued(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    store, folder = f"{tmp_path.as_uri()}/store", tmp_path / "runs" / "a"
+    uri, copy = f"{store}/a", tmp_path / "store" / "a"
+    Mirror(folder, uri).claim(resume=False, run="a-1")
+    left = saved(folder, 3)
+    mirror = Mirror(folder, uri)
+    mirror.claim(resume=False, run="a-1")  # workers that replace lost ones
+    mirror.upload()
+    assert json.loads((copy / "manifest.json").read_text())["run"] == "a-1"
+    assert fetched(uri) == (store, folder)
+    assert (folder / ".storage").read_text() == f"{uri}\na-1"
+    shutil.rmtree(copy)
+    told = pytest.raises(UserError, match="holds an earlier run than .*store/a; move it away, or choose another --name")
+    for written in (f"{uri}\na-1", uri):  # an earlier version wrote the place alone
+        (folder / ".storage").write_text(written)
+        with told:
+            Mirror(folder, uri).claim(resume=False, run="a-2")
+    # The new run begins on another node, and is resumed where the earlier one has been trained further.
+    other = Mirror(tmp_path / "other" / "a", uri)
+    other.claim(resume=False, run="a-2")
+    begun = saved(tmp_path / "other" / "a", 1)
+    other.upload()
+    (folder / ".storage").write_text(f"{uri}\na-1")
+    with told:
+        fetched(uri)
+    assert ((folder / LAST).read_bytes(), (copy / LAST).read_bytes()) == (left, begun)
+    fresh = Mirror(tmp_path / "fresh" / "a", uri)
+    fresh.claim(resume=True)
+    assert (tmp_path / "fresh" / "a" / ".storage").read_text() == f"{uri}\na-2"
 
 
 def saved(folder, epoch, step=0):
