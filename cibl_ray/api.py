@@ -234,7 +234,7 @@ class Run:
         Raises:
             UserError: A file is missing or is not an image, a folder has none, or `tail_shift` has a wrong value.
         """
-        given = [images] if isinstance(images, str | Path | Image.Image) else images
+        given = images if isinstance(images, Iterable) and not isinstance(images, str) else [images]
         wanted: list[Path | Image.Image] = []
         for image in given:
             if isinstance(image, Image.Image):

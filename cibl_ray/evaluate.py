@@ -60,6 +60,8 @@ def main() -> None:
         need_writable_file(arguments.json, "--json", "scores.json")
     if arguments.out is not None:
         need_writable_file(arguments.out, "--out", "answers.csv")
+        if arguments.json is not None and arguments.out.absolute() == arguments.json.absolute():
+            raise UserError(f"--out and --json name one file, {str(arguments.out)!r}; name two")
     if arguments.metric is not None and arguments.tail_shift != "auto":
         raise UserError(f"--metric {arguments.metric} says how --tail-shift auto chooses; add that, or leave --metric out")
     from cibl_ray.evaluation.evaluate import evaluate
@@ -81,7 +83,8 @@ def main() -> None:
         if (chosen := recorded or evaluation.tail_shift) is not None:
             print(f"{path.stem}: {chosen.line()}")
         scores[f"{path.stem} (epoch {checkpoint.epoch})"] = evaluation.scores
-        writer.writerows([path.stem, *row] for row in _answers(evaluation, checkpoint.classes))
+        if arguments.out is not None:
+            writer.writerows([path.stem, *row] for row in _answers(evaluation, checkpoint.classes))
     where = f"the {evaluation.split} split" if arguments.data is None else repr(str(arguments.data))
     print(heading(where) + "\n")
     print(table(scores))

@@ -139,9 +139,12 @@ def polite_end() -> Iterator[set[int]]:
     """Treat SIGTERM as Ctrl-C, which Ray Tune's own handler turns into an orderly end of all trials.
 
     Yields:
-        A set that gets SIGTERM's number when it comes.
+        A set that gets SIGTERM's number when it comes. In another thread than the main one nothing changes.
     """
     heard: set[int] = set()
+    if threading.current_thread() is not threading.main_thread():  # which alone can handle signals
+        yield heard
+        return
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         heard.add(number)

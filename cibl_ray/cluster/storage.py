@@ -35,7 +35,10 @@ Stamp = tuple[int, int, int]
 def tidy(uri: str) -> str:
     """The one spelling of a place by which it is compared: without a slash at its end, an absolute path as a file:// URI."""
     if uri.startswith(("/", "~")):
-        return Path(uri).expanduser().as_uri()
+        try:
+            return Path(uri).expanduser().as_uri()
+        except RuntimeError as error:
+            raise UserError(f"storage {uri!r}: there is no such user; give a folder's full path, or a URI") from error
     path, mark, query = uri.partition("?")
     return f"{path.rstrip('/')}{mark}{query}"
 
@@ -151,7 +154,11 @@ class Mirror:
         Raises:
             UserError: The folder holds another run, which would be continued, or whose files a download would replace.
         """
-        known, here, there = copy_of(self._folder), identity(self._folder), self._listed("run")
+        known, here = copy_of(self._folder), identity(self._folder)
+        try:
+            there = self._listed("run")
+        except OSError as error:
+            raise UserError(f"storage {self.uri!r} cannot be read: {_first_line(error)}") from error
         same_place = known is not None and tidy(known) == self.uri
         same_run = here == run if not resume else there in (None, here) or not here
         if is_run(self._folder) and not (same_place and same_run) and (self.exists() or not resume):

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from cibl_ray.run.checkpoint import Checkpoint
 
 _AT_ONCE = 32  # images
+_loading = Lock()
 
 
 @dataclass(frozen=True)
@@ -191,6 +193,8 @@ def _read(file: Path | Image.Image, classifier: Classifier, begin: Callable[[str
     begin(str(file))
     try:
         if isinstance(file, Image.Image):
+            with _loading:  # one image may be in the list twice
+                file.load()
             return classifier.rule(file)
         data = file.read_bytes()
         with damage_told(data):

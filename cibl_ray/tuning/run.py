@@ -50,8 +50,11 @@ def run(sweep: SweepConfig, folder: Path, address: str | None, base: dict[str, A
     need_writable(folder, f"sweep folder {str(folder)!r}", "make it writable, or resume a copy of it")
     if address is None:
         check_metrics(sweep, *prepare_data(base))  # once: all trials share it
-    new = not os.path.lexists(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True)
+        new = True
+    except FileExistsError:
+        new = False
     try:
         return _run(sweep, folder, address, base)
     except UserError:

@@ -6,12 +6,14 @@ import json
 import logging
 import shutil
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import optuna
 import ray
 from ray import tune
+from ray.exceptions import RayError
 from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search.optuna import OptunaSearch
 
@@ -26,6 +28,8 @@ from cibl_ray.tuning.sweep import Trial, most_epochs, trial_name
 from cibl_ray.tuning.track import track_trial
 from cibl_ray.tuning.trial import UNWRITTEN, objective_names, trial
 from pipelines.common.errors import UserError
+
+_ANSWER = 10.0  # seconds for the relay to say why a trial could not begin
 
 
 def search(
@@ -169,7 +173,9 @@ class _Recorder(tune.Callback):
         self._end(trial, "completed" if reached >= wanted else "stopped")
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._unwritten |= {name: text for kind, (name, text) in ray.get(self._relay.take.remote()) if kind == UNWRITTEN}
+        with suppress(RayError):
+            notes = ray.get(self._relay.take.remote(), timeout=_ANSWER)
+            self._unwritten |= dict(content for kind, content in notes if kind == UNWRITTEN)
         self._end(trial, "failed", self._unwritten.get(trial_name(trial.config), "its process was lost three times"))
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:

@@ -148,8 +148,11 @@ def test_predict_takes_folders_and_images(run, images, tmp_path):
     assert [one.image for one in mixed] == [files[5], *sorted((images / "1").glob("*.png")), opened]
     assert mixed[-1].probabilities == pytest.approx(of_files[3].probabilities, abs=1e-6)
     assert run.predict(opened) == run.predict([opened])
-    with pytest.raises(cibl_ray.UserError, match="predict takes image files, folders and Pillow's images, and got 3"):
-        run.predict([3])
+    for wrong in ([3], 3):
+        with pytest.raises(cibl_ray.UserError, match="predict takes image files, folders and Pillow's images, and got 3"):
+            run.predict(wrong)
+    twice = run.predict([Image.open(files[3])] * 2)
+    assert twice[0] == twice[1]
     (tmp_path / "empty").mkdir()
     with pytest.raises(cibl_ray.UserError, match="no images in"):
         run.predict(tmp_path / "empty")

@@ -61,6 +61,8 @@ def test_a_row_for_each_image(run_folder, tmp_path):
         assert Counter(row["label"] for row in of_one) == dict(
             zip(prepared.classes, prepared.splits["test"].counts, strict=True)
         )
+    one = in_process(evaluate.main, run_folder, "--out", tmp_path / "x", "--json", tmp_path / "x")
+    assert "--out and --json name one file" in one.stderr
     again = in_process(evaluate.main, run_folder, "--out", out)
     assert again.returncode == 2
     assert "answers.csv' exists; remove it, or name another file (--out)" in again.stderr

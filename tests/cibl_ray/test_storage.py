@@ -45,6 +45,8 @@ def test_a_place_has_one_spelling(tmp_path, monkeypatch):
     """A slash at the end, and a path in the place of a URI: by whichever a run began, by each it is the same run."""
     assert tidy("s3://bucket/runs/a/?region=x") == "s3://bucket/runs/a?region=x"
     assert tidy("/mnt/my backup/") == "file:///mnt/my%20backup"
+    with pytest.raises(UserError, match=r"storage '~nobody-of-that-name/x': there is no such user"):
+        tidy("~nobody-of-that-name/x")
     monkeypatch.chdir(tmp_path)
     store, folder = f"{tmp_path.as_uri()}/store", tmp_path / "runs" / "a"
     saved(folder, 1)

@@ -49,7 +49,7 @@ class Relay:
 @pytest.fixture
 def relay(monkeypatch):
     for module in (tuning_search, tuning_trial):
-        monkeypatch.setattr(module.ray, "get", lambda value: value)
+        monkeypatch.setattr(module.ray, "get", lambda value, timeout=None: value)
     return Relay()
 
 
