@@ -214,7 +214,7 @@ class Run:
 
     def predict(
         self,
-        images: str | Path | Iterable[str | Path | Image.Image],
+        images: str | Path | Image.Image | Iterable[str | Path | Image.Image],
         *,
         checkpoint: Which | None = None,
         tail_shift: float | None = None,
